@@ -1,0 +1,1 @@
+"""A party's own table: reading it, and its canonical order."""

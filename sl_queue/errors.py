@@ -1,0 +1,117 @@
+"""Every error sl_queue raises on purpose: the class says who acts, the exit code tells the supervisor.
+
+    SlQueueError
+    ├── JobError               2   a file or an argument is wrong; nothing was started
+    ├── AlignmentError         3   the parties disagree before step 0: job, ids, cut
+    ├── ProtocolError
+    │   ├── RemoteProtocolError    3   a peer sent what it may not send
+    │   └── LocalProtocolError    70   this program used the protocol wrongly: a bug in sl_queue
+    ├── TransportError        75   the only code worth a restart
+    │   ├── BrokerUnreachable      no connection, a refused login, a missing vhost
+    │   ├── Unroutable             the broker has no queue for a message
+    │   ├── PartyBusy              another worker already serves this party
+    │   └── PeerSilent             a party has not been heard of for too long
+    ├── CheckpointError        4   the state folder cannot be used or written
+    ├── ComputeError           5   the model failed on its own data
+    │   ├── ShapeError             a tensor does not have the shape of the cut layer
+    │   └── NonFiniteError         NaN or infinity in a loss, an activation or a gradient
+    └── RunStopped             0   the run ended on purpose before its last epoch
+
+A message says what happened, where (party, micro-batch), what was expected, and what to do next.
+"""
+
+from typing import ClassVar
+
+
+class SlQueueError(Exception):
+    """Any error that sl_queue raises on purpose."""
+
+    exit_code: ClassVar[int] = 70
+
+
+class JobError(SlQueueError):
+    """A job file, party file or argument is wrong: names the key, the value and what is allowed."""
+
+    exit_code = 2
+
+
+class AlignmentError(SlQueueError):
+    """The parties do not hold the same job or the same rows; found before step 0."""
+
+    exit_code = 3
+
+
+class ProtocolError(SlQueueError):
+    """A message broke the protocol."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """A peer sent a message that it may not send."""
+
+    exit_code = 3
+
+
+class LocalProtocolError(ProtocolError):
+    """This program used the protocol wrongly: a bug in sl_queue, please report it."""
+
+    exit_code = 70
+
+
+class TransportError(SlQueueError):
+    """The broker or a peer cannot be reached now; a restart may help."""
+
+    exit_code = 75
+
+
+class BrokerUnreachable(TransportError):
+    """No connection to the broker could be made within the retries."""
+
+
+class Unroutable(TransportError):
+    """The broker returned a message because no queue is bound for it."""
+
+
+class PartyBusy(TransportError):
+    """Another worker already serves this party."""
+
+
+class PeerSilent(TransportError):
+    """A party that this worker waits for has not been heard of for too long."""
+
+
+class CheckpointError(SlQueueError):
+    """The state folder belongs to another job, or a checkpoint cannot be written or read."""
+
+    exit_code = 4
+
+
+class ComputeError(SlQueueError):
+    """A model, loss or optimizer failed."""
+
+    exit_code = 5
+
+
+class ShapeError(ComputeError):
+    """A tensor does not have the shape or dtype that the cut layer promises."""
+
+
+class NonFiniteError(ComputeError):
+    """A loss, activation or gradient is NaN or infinite."""
+
+
+class RunStopped(SlQueueError):
+    """The run was stopped on purpose; starting the workers again resumes it."""
+
+    exit_code = 0
+
+
+def _tree(error: type[SlQueueError]) -> dict[str, type[SlQueueError]]:
+    found = {error.__name__: error}
+    for child in error.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+def named(name: str) -> type[SlQueueError]:
+    """The error class of that name, or SlQueueError when a newer peer sends one that is unknown here."""
+    return _tree(SlQueueError).get(name, SlQueueError)

@@ -1,0 +1,154 @@
+"""What the roles need from the outside world, as protocols; adapters in transport, compute and storage provide them.
+
+The recovery law governs `Channel` and `Checkpoints`: an acknowledgement means "its effect is on disk". After a crash
+everything unacknowledged comes back, and everything already seen is dropped by its key.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from sl_queue.protocol.messages import Activation, Gradient, Kind, MicroBatch, Payload, Report, Start
+from sl_queue.protocol.orders import Orders
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything a stage needs to go on: tensors by name, and JSON values that JSON gives back exactly."""
+
+    tensors: Mapping[str, Payload] = field(repr=False)
+    values: Mapping[str, Any]
+
+
+class BaseStage(Protocol):
+    """A feature party's part of the model with its optimizer. Not thread-safe; one worker owns it."""
+
+    def forward(self, micro_batch: MicroBatch) -> Payload:
+        """The activation of a training micro-batch, shape (rows, *cut), with the digest of its row ids."""
+
+    def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
+        """Add the gradient of a micro-batch to the parameters' gradients; called once per forward, in forward order."""
+
+    def update(self) -> None:
+        """Apply the accumulated gradients: one optimizer step."""
+
+    def predict(self, micro_batch: MicroBatch) -> Payload:
+        """The activation of held-out rows in evaluation mode; micro_batch.index counts the held-out micro-batches."""
+
+    def state(self) -> State:
+        """A copy of everything that a step changes; taken between steps with nothing in flight."""
+
+    def load(self, state: State) -> None:
+        """Become what `state()` described, and forget everything in flight."""
+
+
+class FuseStage(Protocol):
+    """The label holder's part: its base model if it has one, the fuse model, the loss and the metrics."""
+
+    def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
+        """Loss and gradients of one micro-batch; returns each feature party's gradient.
+
+        The loss of a micro-batch is weighted by its share of the step's rows, so that a step's gradient is that of
+        the mean over all its rows, however unevenly they were cut. Raises RemoteProtocolError for a payload that
+        does not fit the cut layer or belongs to other rows, NonFiniteError naming the party or the loss.
+        """
+
+    def update(self) -> float:
+        """One optimizer step; returns the step's loss, the mean over its rows."""
+
+    def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
+        """Add held-out rows to the running evaluation."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """The loss and metrics over all rows evaluated since the last call; starts anew."""
+
+    def state(self) -> State:
+        """As BaseStage.state."""
+
+    def load(self, state: State) -> None:
+        """As BaseStage.load."""
+
+
+class Channel(Protocol):
+    """Where a worker sends and receives by key, and commits. Used by one thread."""
+
+    def send(self, receiver: str, message: Activation | Gradient) -> None:
+        """Publish and return at once; the broker's confirm is awaited by the next commit.
+
+        The message is kept and sent again after a reconnect, or when the receiver asks, until it must be superseded.
+        """
+
+    def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
+        """Block until that message is here. Raises PeerSilent, RunStopped, Restarted, TransportError."""
+
+    def commit(self, step: int) -> AbstractContextManager[None]:
+        """Confirm sends, run the body (which saves the checkpoint of `step`), acknowledge receives; in this order."""
+
+    def report(self, report: Report) -> None:
+        """Tell the scheduler; published at once, kept by the broker even when it restarts."""
+
+    def until(self, decision: Callable[[Orders], T | None]) -> T:
+        """Block until the scheduler's orders satisfy `decision`, and return what it returned.
+
+        Raises RunStopped and Restarted like `receive`; TransportError when the broker is lost for good.
+        """
+
+    def adopt(self, start: Start, resume_step: int) -> None:
+        """Enter the run and generation of `start` with everything up to `resume_step` already applied."""
+
+
+class SchedulerChannel(Protocol):
+    """The scheduler's side: reports from anyone, in each sender's order."""
+
+    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report]]:
+        """The reports that came since the last call, as (party, report); waits at most `timeout_s` for the first."""
+
+    def command(self, party: str, command: Any) -> None:
+        """Publish a command to a party; the broker keeps it even when it restarts."""
+
+    def acknowledge(self) -> None:
+        """What `reports` returned has taken effect on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint as read from disk."""
+
+    run: str
+    generation: int
+    step: int
+    state: State
+    values: Mapping[str, Any]  # what the role added: the label holder's history
+
+
+class Checkpoints(Protocol):
+    """A party's checkpoints on disk; the only thing resumed from."""
+
+    def save(self, step: int, state: State, *, run: str, generation: int, values: Mapping[str, Any]) -> None:
+        """Write durably and atomically; then drop old ones, keeping the last three and the kept step."""
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps of all intact checkpoints, ascending; torn or altered files are passed over with a log line."""
+
+    def load(self, step: int) -> Saved:
+        """Raises CheckpointError if there is no intact checkpoint of that step."""
+
+    def newest(self) -> Saved | None:
+        """The newest intact checkpoint, or None."""
+
+    def keep(self, step: int | None) -> None:
+        """Keep the checkpoint of `step` until told otherwise: the best epoch so far."""
+
+    def discard_after(self, step: int) -> None:
+        """Forget every checkpoint later than `step`: they belong to an abandoned generation."""
+
+
+class Restarted(Exception):  # noqa: N818 - not an error: the run goes on elsewhere
+    """The scheduler began a new generation; unwind to the worker's outer loop and start from `start`."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(f"generation {start.generation} begins after step {start.base_step}")
+        self.start = start

@@ -1,0 +1,1 @@
+"""Pure: no torch, pika, clock, thread or file in here."""

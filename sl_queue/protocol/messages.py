@@ -1,0 +1,294 @@
+"""What travels: an Activation to the label holder, a Gradient back, a Report, a Command from the scheduler.
+
+A message is known by its header (run, generation, kind, sender, receiver, micro-batch). Two data messages with equal
+headers are the same message, whatever brought the second one here. Reports and commands are idempotent statements
+about the present, so they need no key.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+SCHEDULER = "scheduler"
+OPERATOR = "operator"  # the person at the command line: `sl-queue status` and `sl-queue stop`
+
+BEFORE_FIRST_STEP = -1  # the step of the checkpoint that everybody holds: the initial weights
+
+
+class Kind(StrEnum):
+    """What a message is; a part of its routing key."""
+
+    ACTIVATION = "activation"
+    HOLDOUT = "holdout"  # an activation of held-out rows: evaluated, never answered
+    GRADIENT = "gradient"
+    REPORT = "report"
+    COMMAND = "command"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class MicroBatch:
+    """The slice `index` of optimizer step `step`; both count from 0, steps over the whole run."""
+
+    step: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.step}.{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A tensor at rest: little-endian, C order, with a digest of the row ids it belongs to (may be empty)."""
+
+    dtype: str  # torch's name without the prefix: "float32"
+    shape: tuple[int, ...]
+    data: bytes | memoryview = field(repr=False)
+    rows: bytes = field(default=b"", repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Payload)
+            and (self.dtype, self.shape, self.rows) == (other.dtype, other.shape, other.rows)
+            and bytes(self.data) == bytes(other.data)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.dtype, self.shape, bytes(self.data)))
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """The output of a base model on one micro-batch, shape (rows, *cut)."""
+
+    micro_batch: MicroBatch
+    payload: Payload
+    holdout: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.HOLDOUT if self.holdout else Kind.ACTIVATION
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """d loss / d activation of one micro-batch for one party, shape (rows, *cut)."""
+
+    micro_batch: MicroBatch
+    payload: Payload
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.GRADIENT
+
+
+# Reports ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EpochResult:
+    """What the label holder measured in one epoch; `step` is the epoch's last step, `loss` the mean over its rows."""
+
+    epoch: int
+    step: int
+    loss: float
+    holdout: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A worker is here: what it was asked to train, on which rows, and what it already holds.
+
+    Sent at every start and after every reconnect, so that a scheduler that lost its memory can learn everything anew.
+    """
+
+    incarnation: str  # drawn anew by every worker process: commands to an earlier one are void
+    job: Mapping[str, Any]  # the canonical job, for naming the keys that differ
+    n_rows: int
+    rows_digest: str  # keyed digest of all row ids in canonical order, hexadecimal
+    id_type: str  # "integer" or "text"
+    run: str | None  # None: nothing on disk
+    generation: int
+    held: tuple[int, ...]  # the steps whose checkpoints are on disk, ascending
+    epochs: tuple[EpochResult, ...] = ()  # the label holder's history so far
+    type: Literal["joined"] = "joined"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a worker is: the step it computes, the last one it committed, and the checkpoints it holds."""
+
+    incarnation: str
+    generation: int
+    step: int
+    held: tuple[int, ...]
+    loss: float | None = None
+    samples: int = 0  # rows trained on since this worker process started
+    type: Literal["progress"] = "progress"
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDone:
+    """The label holder has committed an epoch and evaluated it."""
+
+    incarnation: str
+    generation: int
+    result: EpochResult
+    type: Literal["epoch_done"] = "epoch_done"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The sender waits for a message: sent to its source, which sends it again if it has it, and to the scheduler."""
+
+    incarnation: str
+    generation: int
+    source: str
+    kind: Kind
+    step: int
+    index: int
+    seconds: float
+    silent: float  # seconds since anything was heard from the source
+    type: Literal["waiting"] = "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The sender was asked for a message that it sent in the past and no longer has."""
+
+    incarnation: str
+    generation: int
+    receiver: str
+    kind: Kind
+    step: int
+    index: int
+    type: Literal["lost"] = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A sign of life from a worker's I/O, also while it computes."""
+
+    incarnation: str
+    type: Literal["alive"] = "alive"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A worker ends for a reason that a restart does not mend."""
+
+    incarnation: str
+    error: str  # class name
+    message: str
+    type: Literal["failed"] = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A worker ended on purpose after committing `step`."""
+
+    incarnation: str
+    step: int
+    type: Literal["stopped"] = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A worker has written its final weights."""
+
+    incarnation: str
+    digests: Mapping[str, str]  # file name -> SHA-256, hexadecimal
+    type: Literal["finished"] = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """The operator asks for an orderly stop at the next commit."""
+
+    type: Literal["stop_request"] = "stop_request"
+
+
+Report = Joined | Progress | EpochDone | Waiting | Lost | Alive | Failed | Stopped | Finished | StopRequest
+
+
+# Commands -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Train: resume from your newest checkpoint, but from none that is later than `base_step` of an older generation."""
+
+    incarnation: str
+    run: str
+    generation: int
+    base_step: int  # the common checkpoint at which this generation began
+    type: Literal["start"] = "start"
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Epochs up to and including `through` may be trained; keep the checkpoint of step `keep`, if any, for later."""
+
+    incarnation: str
+    through: int
+    keep: int | None = None
+    type: Literal["open"] = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Everyone has committed: the weights after `step` are final."""
+
+    incarnation: str
+    step: int
+    type: Literal["finish"] = "finish"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End: at once with `error`, else after committing `after_step` (None: at the next commit)."""
+
+    incarnation: str
+    reason: str
+    after_step: int | None = None
+    error: str | None = None  # class name to raise
+    type: Literal["stop"] = "stop"
+
+
+Command = Start | Open | Finish | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where the run is, as the scheduler last saw it; published for the operator."""
+
+    text: Mapping[str, Any]
+    type: Literal["status"] = "status"
+
+
+Message = Activation | Gradient | Report | Command | Status
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What every message carries, and for data messages the name it is known by."""
+
+    run: str
+    generation: int
+    kind: Kind
+    sender: str
+    receiver: str
+    micro_batch: MicroBatch
+
+    @classmethod
+    def of(cls, message: Message, run: str, generation: int, sender: str, receiver: str) -> "Header":
+        match message:
+            case Activation() | Gradient():
+                return cls(run, generation, message.kind, sender, receiver, message.micro_batch)
+            case Start() | Open() | Finish() | Stop() | Status():
+                return cls(run, generation, Kind.COMMAND, sender, receiver, MicroBatch(0, 0))
+            case _:
+                return cls(run, generation, Kind.REPORT, sender, receiver, MicroBatch(0, 0))

@@ -1,0 +1,33 @@
+"""What the scheduler has ordered so far, as one value; commands only ever add to it."""
+
+from dataclasses import dataclass, replace
+
+from sl_queue.protocol.messages import Command, Finish, Open, Start, Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The newest command of each type that was meant for this incarnation of the worker."""
+
+    start: Start | None = None
+    open: Open | None = None
+    finish: Finish | None = None
+    stop: Stop | None = None
+
+    def after(self, command: Command) -> "Orders":
+        """These orders with one more command; commands that came out of order never undo a later one."""
+        match command:
+            case Start():
+                if self.start is not None and command.generation <= self.start.generation:
+                    return self
+                return replace(self, start=command, finish=None)
+            case Open():
+                if self.open is not None and command.through < self.open.through:
+                    return self
+                return replace(self, open=command)
+            case Finish():
+                return replace(self, finish=command)
+            case Stop():
+                if self.stop is not None and command.error is None and self.stop.error is not None:
+                    return self
+                return replace(self, stop=command)

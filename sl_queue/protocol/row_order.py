@@ -1,0 +1,160 @@
+"""Which rows are trained on when: a pure function of the job, the same on every party and every version.
+
+Positions count rows in canonical order (ascending id). An epoch's order sorts positions by a keyed 64-bit hash, so any
+epoch and any step can be computed without the ones before, and a resumed worker needs no random state.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from sl_queue.errors import JobError
+from sl_queue.protocol.messages import MicroBatch
+
+Positions = npt.NDArray[np.int64]
+
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
+_MASK = 0xFFFFFFFFFFFFFFFF
+_HOLDOUT = -1  # the "epoch" whose order chooses the held-out rows
+
+
+def _splitmix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Steele, Lea and Flood's finaliser (OOPSLA 2014): a bijection of 64-bit words that mixes every bit."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _key(*words: int) -> np.uint64:
+    key = np.zeros(1, np.uint64)
+    for word in words:
+        key = _splitmix64(key ^ np.uint64(word & _MASK)) + np.uint64(_GOLDEN)
+    return np.uint64(key[0])
+
+
+def row_order(n_rows: int, seed: int, epoch: int) -> Positions:
+    """The order in which epoch `epoch` (from 0) visits `n_rows` training rows, as positions in canonical order.
+
+    Shape (n_rows,), int64, a permutation. With a holdout, positions count the rows that are left for training, still
+    in canonical order.
+    """
+    if n_rows < 0:
+        raise ValueError(f"n_rows is {n_rows}; it cannot be negative")
+    positions = np.arange(1, n_rows + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return np.argsort(_splitmix64(positions ^ _key(seed, epoch)), kind="stable")
+
+
+def split_holdout(n_rows: int, seed: int, holdout: float) -> tuple[Positions, Positions]:
+    """Positions of the training and of the held-out rows, each ascending; round(holdout * n_rows) are held out."""
+    held_out = round(holdout * n_rows)
+    order = row_order(n_rows, seed, _HOLDOUT)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Every step's rows, cut into micro-batches.
+
+    `rows(micro_batch)` are positions in canonical order over all rows of the table. A step's rows are cut into
+    `micro_batches` parts whose sizes differ by at most one, the larger first; a step with fewer rows has fewer parts.
+    """
+
+    n_rows: int
+    seed: int
+    epochs: int
+    batch_size: int
+    micro_batches: int
+    holdout: float = 0.0
+    shuffle: bool = True
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch == 0:
+            reason = "drop_last = true drops the only batch" if len(self._split[0]) else "no row is left to train on"
+            raise JobError(
+                f"{self.n_rows} rows with holdout = {self.holdout} and batch_size = {self.batch_size}: {reason}; "
+                "use a smaller batch_size or holdout, or drop_last = false"
+            )
+
+    @cached_property
+    def _split(self) -> tuple[Positions, Positions]:
+        return split_holdout(self.n_rows, self.seed, self.holdout)
+
+    @property
+    def training_rows(self) -> int:
+        return len(self._split[0])
+
+    @property
+    def holdout_rows(self) -> int:
+        return len(self._split[1])
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        n, b = self.training_rows, self.batch_size
+        return n // b if self.drop_last else -(-n // b)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        return (step + 1) % self.steps_per_epoch == 0
+
+    def last_step(self, epoch: int) -> int:
+        """The last step of an epoch."""
+        return (epoch + 1) * self.steps_per_epoch - 1
+
+    def rows_in_step(self, step: int) -> int:
+        """How many rows the step trains on."""
+        first = (step % self.steps_per_epoch) * self.batch_size
+        return min(self.batch_size, self.training_rows - first)
+
+    def parts(self, step: int) -> int:
+        """How many micro-batches the step has."""
+        return min(self.micro_batches, self.rows_in_step(step))
+
+    def rows(self, micro_batch: MicroBatch) -> Positions:
+        """The rows of a training micro-batch, in training order."""
+        step, index = micro_batch.step, micro_batch.index
+        first = (step % self.steps_per_epoch) * self.batch_size
+        start, stop = _part(self.rows_in_step(step), self.parts(step), index)
+        return self._order(self.epoch_of(step))[first + start : first + stop]
+
+    @property
+    def holdout_parts(self) -> int:
+        """How many held-out micro-batches an evaluation has; each as large as a training one, but the last."""
+        return -(-self.holdout_rows // self._holdout_size)
+
+    def holdout_part(self, index: int) -> Positions:
+        """The rows of held-out micro-batch `index`, in canonical order."""
+        size = self._holdout_size
+        return self._split[1][index * size : (index + 1) * size]
+
+    @property
+    def _holdout_size(self) -> int:
+        return -(-self.batch_size // self.micro_batches)
+
+    def _order(self, epoch: int) -> Positions:
+        training = self._split[0]
+        if not self.shuffle:
+            return training
+        return _shuffled(self, epoch)
+
+
+@lru_cache(maxsize=8)  # two epochs per party are in use at once: a stale forward may be in the next one
+def _shuffled(batches: Batches, epoch: int) -> Positions:
+    training = batches._split[0]
+    return training[row_order(len(training), batches.seed, epoch)]
+
+
+def _part(n: int, parts: int, index: int) -> tuple[int, int]:
+    """Bounds of part `index` when n things are cut into `parts`, sizes differing by at most one, the larger first."""
+    size, larger = divmod(n, parts)
+    start = index * size + min(index, larger)
+    return start, start + size + (index < larger)

@@ -1,0 +1,61 @@
+"""The names at the broker: one topic exchange per sender, one queue per (receiver, sender).
+
+So rights, prefetch and back-pressure are per party: party P writes to `x.P`, reads from `q.P.*`, and nothing else.
+"""
+
+from dataclasses import dataclass
+
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """All exchanges, queues and bindings of one job."""
+
+    label_holder: str
+    feature_parties: tuple[str, ...]
+    prefix: str = ""  # "credit." where several jobs share a virtual host
+
+    def exchange(self, sender: str) -> str:
+        """Where `sender` publishes everything."""
+        return f"{self.prefix}x.{sender}"
+
+    def queue(self, receiver: str, sender: str) -> str:
+        """What `receiver` reads of `sender`."""
+        return f"{self.prefix}q.{receiver}.{sender}"
+
+    def dead_letters(self, party: str) -> str:
+        """Where what `party` refused lies until an operator has looked."""
+        return f"{self.prefix}q.{party}.dead"
+
+    def dead_exchange(self, party: str) -> str:
+        """The exchange through which `party` refuses: its own, so that no further right is needed."""
+        return self.exchange(party)
+
+    def senders_to(self, receiver: str) -> tuple[str, ...]:
+        """Whose messages `receiver` consumes; the first queue serves as the lock of the party."""
+        if receiver == SCHEDULER:
+            return (*self.parties, OPERATOR)
+        if receiver == OPERATOR:
+            return (SCHEDULER,)
+        if receiver == self.label_holder:
+            return (SCHEDULER, *self.feature_parties)
+        return (SCHEDULER, self.label_holder)
+
+    def receivers_of(self, sender: str) -> tuple[str, ...]:
+        """To whom `sender` publishes."""
+        return tuple(r for r in (SCHEDULER, OPERATOR, *self.parties) if r != sender and sender in self.senders_to(r))
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        return (self.label_holder, *self.feature_parties)
+
+    @staticmethod
+    def routing_key(run: str, kind: Kind, receiver: str) -> str:
+        """`<run>.<kind>.<receiver>`; before a run has a name, the run is `new`."""
+        return f"{run or 'new'}.{kind}.{receiver}"
+
+    @staticmethod
+    def binding_key(receiver: str) -> str:
+        """Every run and kind for that receiver: queues outlive runs, messages of other runs are dropped by header."""
+        return f"*.*.{receiver}"

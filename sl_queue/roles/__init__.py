@@ -1,0 +1,1 @@
+"""The loops: one file per role, on protocol and ports only."""

@@ -1,0 +1,57 @@
+"""One worker's connection to a broker: bytes in, bytes out, confirms, acknowledgements. No recovery law in here.
+
+Two implementations, `memory.MemoryLink` and `rabbitmq.RabbitLink`, pass one contract suite (tests/test_link_contract.py).
+Callbacks run on the link's own thread (over memory: on the publisher's); they must not block.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NewType, Protocol
+
+from sl_queue.errors import SlQueueError
+from sl_queue.protocol.messages import Kind
+
+Tag = NewType("Tag", tuple[int, int, int])  # (connection, channel or queue, delivery): void after a reconnect
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message from the queue of (this party, `sender`)."""
+
+    sender: str
+    body: bytes = field(repr=False)
+    tag: Tag
+    redelivered: bool
+
+
+class Link(Protocol):
+    """Thread-safe. Everything published and not yet confirmed is published again after a reconnect, in order."""
+
+    def open(
+        self,
+        on_delivery: Callable[[Delivery], None],
+        on_reconnect: Callable[[], None],
+        on_failure: Callable[[SlQueueError], None],
+    ) -> None:
+        """Connect, declare or look up the topology, and consume; blocks until deliveries can flow.
+
+        `on_reconnect` is called after every later reconnect (all earlier tags are void, what was unacknowledged will
+        be delivered again); `on_failure` once, when the link gives up. Raises BrokerUnreachable, PartyBusy.
+        """
+
+    def publish(
+        self, receiver: str, kind: Kind, run: str, body: bytes, *, persistent: bool, expires_s: float | None = None
+    ) -> None:
+        """Queue for publishing and return; mandatory, confirmed in the background. Raises what on_failure was given."""
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Block until everything published so far is confirmed; False if that took longer than `timeout_s`."""
+
+    def acknowledge(self, tags: Sequence[Tag]) -> None:
+        """Acknowledge; tags of an earlier connection are ignored (those messages come again)."""
+
+    def reject(self, tag: Tag, reason: str) -> None:
+        """Refuse for good: to the dead-letter queue `q.<party>.dead`, with the reason in the header `x-reason`."""
+
+    def close(self) -> None:
+        """Close in order, without waiting for confirms; unacknowledged messages go back to their queues. Idempotent."""

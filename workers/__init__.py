@@ -1,0 +1,1 @@
+"""What is deployed: one thin entry point per role."""
