@@ -7,10 +7,15 @@ everything unacknowledged comes back, and everything already seen is dropped by 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from sl_queue.protocol.messages import Activation, Gradient, Kind, MicroBatch, Payload, Report, Start
 from sl_queue.protocol.orders import Orders
+from sl_queue.protocol.row_order import Positions
 
 T = TypeVar("T")
 
@@ -21,6 +26,25 @@ class State:
 
     tensors: Mapping[str, Payload] = field(repr=False)
     values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A party's own rows in canonical order (ascending id); nothing of it is ever sent."""
+
+    features: npt.NDArray[Any] | None = field(repr=False)  # (rows, *anything); None: the label holder has labels only
+    labels: npt.NDArray[Any] | None = field(repr=False)  # (rows,) or (rows, *anything)
+    row_keys: npt.NDArray[np.uint64] = field(repr=False)  # a secret keyed hash of each id, the same at every party
+    digest: str  # of all ids; what parties compare when they join, hexadecimal
+    id_type: str  # "integer" or "text"
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.row_keys)
+
+    def rows_digest(self, positions: Positions) -> bytes:
+        """Eight bytes that name these rows in this order, and tell nothing about any id to who does not hold them all."""
+        return blake2b(self.row_keys[positions].tobytes(), digest_size=8).digest()
 
 
 class BaseStage(Protocol):
