@@ -1,0 +1,45 @@
+"""What every worker process does around its role: read its files, run, and leave with the right exit code."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Literal
+
+from sl_queue.exits import leave_on_sigterm, leaving
+from sl_queue.supervise import die_with_parent
+
+Role = Literal["scheduler", "feature", "label"]
+
+
+def main(role: Role) -> None:
+    """Run one worker until its run is finished; exits as `sl_queue.errors` lists."""
+    die_with_parent()
+    leave_on_sigterm()
+    arguments = _arguments(role)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
+    with leaving(on_interrupt="interrupted; a restart resumes from the last checkpoint"):
+        from sl_queue.job import Job, PartyFile  # inside, so that a mistake in a file is one line and not a traceback
+        from sl_queue.launch import run_worker
+
+        job = Job.load(arguments.job)
+        party_file = None if role == "scheduler" else PartyFile.load(arguments.party)
+        run_worker(role, job, party_file, arguments.broker, arguments.state)
+
+
+def _arguments(role: Role) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {_module(role)}",
+        description=f"The {role} worker of a job. Start it again after any interruption: it resumes.",
+    )
+    parser.add_argument("--job", type=Path, required=True, help="the job file, the same at every party")
+    if role != "scheduler":
+        parser.add_argument("--party", type=Path, required=True, help="this party's own file")
+    parser.add_argument("--broker", help="URL of the broker; before it comes SL_QUEUE_BROKER, then the party file's")
+    parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
+    return parser.parse_args()
+
+
+def _module(role: Role) -> str:
+    return {"scheduler": "workers.scheduler", "feature": "workers.feature_party", "label": "workers.label_holder"}[role]
