@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from sl_queue.protocol.messages import Activation, Gradient, Kind, MicroBatch, Payload, Report, Start
+from sl_queue.protocol.messages import Activation, Command, Gradient, Joined, Kind, MicroBatch, Payload, Progress, Report, Start, Status
 from sl_queue.protocol.orders import Orders
 from sl_queue.protocol.row_order import Positions
 
@@ -47,6 +47,9 @@ class Table:
         return blake2b(self.row_keys[positions].tobytes(), digest_size=8).digest()
 
 
+Weights = Mapping[str, Mapping[str, Payload]]
+
+
 class BaseStage(Protocol):
     """A feature party's part of the model with its optimizer. Not thread-safe; one worker owns it."""
 
@@ -68,6 +71,9 @@ class BaseStage(Protocol):
     def load(self, state: State) -> None:
         """Become what `state()` described, and forget everything in flight."""
 
+    def weights(self) -> Weights:
+        """The state_dict of each module, by the stem of its file in `final/`: "base", "fuse"."""
+
 
 class FuseStage(Protocol):
     """The label holder's part: its base model if it has one, the fuse model, the loss and the metrics."""
@@ -86,7 +92,7 @@ class FuseStage(Protocol):
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         """Add held-out rows to the running evaluation."""
 
-    def metrics(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float | None]:
         """The loss and metrics over all rows evaluated since the last call; starts anew."""
 
     def state(self) -> State:
@@ -94,6 +100,9 @@ class FuseStage(Protocol):
 
     def load(self, state: State) -> None:
         """As BaseStage.load."""
+
+    def weights(self) -> Weights:
+        """As BaseStage.weights."""
 
 
 class Channel(Protocol):
@@ -111,8 +120,14 @@ class Channel(Protocol):
     def commit(self, step: int) -> AbstractContextManager[None]:
         """Confirm sends, run the body (which saves the checkpoint of `step`), acknowledge receives; in this order."""
 
+    def introduce(self, describe: Callable[[], Joined]) -> None:
+        """Tell the scheduler who is here; told again after a reconnect, to a new scheduler, and while waiting for it."""
+
     def report(self, report: Report) -> None:
         """Tell the scheduler; published at once, kept by the broker even when it restarts."""
+
+    def progress(self, report: Progress) -> None:
+        """Tell the scheduler some time soon; a newer one replaces it."""
 
     def until(self, decision: Callable[[Orders], T | None]) -> T:
         """Block until the scheduler's orders satisfy `decision`, and return what it returned.
@@ -130,7 +145,7 @@ class SchedulerChannel(Protocol):
     def reports(self, timeout_s: float) -> Sequence[tuple[str, Report]]:
         """The reports that came since the last call, as (party, report); waits at most `timeout_s` for the first."""
 
-    def command(self, party: str, command: Any) -> None:
+    def command(self, party: str, command: Command | Status) -> None:
         """Publish a command to a party; the broker keeps it even when it restarts."""
 
     def acknowledge(self) -> None:
@@ -169,10 +184,16 @@ class Checkpoints(Protocol):
     def discard_after(self, step: int) -> None:
         """Forget every checkpoint later than `step`: they belong to an abandoned generation."""
 
+    def finished(self) -> Mapping[str, Any] | None:
+        """What `write_final` left, with "run" and "step"; None if this party has not finished."""
+
+    def write_final(self, weights: Weights, *, run: str, step: int) -> Mapping[str, str]:
+        """Write `final/<stem>.safetensors`; returns the SHA-256 of each file by name."""
+
 
 class Restarted(Exception):  # noqa: N818 - not an error: the run goes on elsewhere
     """The scheduler began a new generation; unwind to the worker's outer loop and start from `start`."""
 
     def __init__(self, start: Start) -> None:
-        super().__init__(f"generation {start.generation} begins after step {start.base_step}")
+        super().__init__(f"generation {start.generation} begins after step {start.bases[-1]}")
         self.start = start

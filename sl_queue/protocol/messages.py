@@ -95,7 +95,8 @@ class EpochResult:
     epoch: int
     step: int
     loss: float
-    holdout: Mapping[str, float] | None = None
+    holdout: Mapping[str, float | None] | None = None  # None for a metric that these rows do not define
+    seconds: float = 0.0  # as the scheduler saw it pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """A sign of life from a worker's I/O, also while it computes."""
+    """A sign of life from a worker's I/O, also while it computes; goes to every peer."""
 
     incarnation: str
     type: Literal["alive"] = "alive"
@@ -219,13 +220,20 @@ Report = Joined | Progress | EpochDone | Waiting | Lost | Alive | Failed | Stopp
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Train: resume from your newest checkpoint, but from none that is later than `base_step` of an older generation."""
+    """Train: resume from your newest checkpoint that the present generation admits."""
 
     incarnation: str
     run: str
-    generation: int
-    base_step: int  # the common checkpoint at which this generation began
+    bases: tuple[int, ...] = ()  # for generation 1, 2, ...: the step of the common checkpoint at which it began
     type: Literal["start"] = "start"
+
+    @property
+    def generation(self) -> int:
+        return len(self.bases)
+
+    def admits(self, generation: int, step: int) -> bool:
+        """Whether a checkpoint written in `generation` after `step` belongs to the present timeline."""
+        return all(step <= base for base in self.bases[generation:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +273,7 @@ Command = Start | Open | Finish | Stop
 class Status:
     """Where the run is, as the scheduler last saw it; published for the operator."""
 
-    text: Mapping[str, Any]
+    run: Mapping[str, Any]
     type: Literal["status"] = "status"
 
 
@@ -282,13 +290,15 @@ class Header:
     sender: str
     receiver: str
     micro_batch: MicroBatch
+    committed: int = BEFORE_FIRST_STEP  # what the sender has on disk: it will never ask for anything up to this step
 
-    @classmethod
-    def of(cls, message: Message, run: str, generation: int, sender: str, receiver: str) -> "Header":
-        match message:
-            case Activation() | Gradient():
-                return cls(run, generation, message.kind, sender, receiver, message.micro_batch)
-            case Start() | Open() | Finish() | Stop() | Status():
-                return cls(run, generation, Kind.COMMAND, sender, receiver, MicroBatch(0, 0))
-            case _:
-                return cls(run, generation, Kind.REPORT, sender, receiver, MicroBatch(0, 0))
+
+def kind_of(message: Message) -> Kind:
+    """What a message is filed and routed as."""
+    match message:
+        case Activation() | Gradient():
+            return message.kind
+        case Start() | Open() | Finish() | Stop() | Status():
+            return Kind.COMMAND
+        case _:
+            return Kind.REPORT

@@ -1,0 +1,157 @@
+"""Messages as bytes: one msgpack document whose last element is the tensor as `bin`.
+
+    [version, run, generation, kind, sender, receiver, step, index, committed, description, data]
+
+`description` is [dtype, shape, digest of row ids] of a tensor and nil for reports and commands, whose `data` is a msgpack map.
+The header is packed by msgpack and joined with the raw bytes; decoding reads the header and views the rest, so a
+tensor is copied once when it is encoded and not at all when it is decoded. Any msgpack reader can read it.
+
+What a peer sent is never trusted: sizes are checked against the bytes that are here before anything is allocated.
+"""
+
+import struct
+from dataclasses import asdict
+from math import prod
+from typing import Annotated, Any, Final
+
+import msgpack
+from pydantic import Field, TypeAdapter, ValidationError
+
+from sl_queue.errors import RemoteProtocolError
+from sl_queue.protocol.messages import (
+    Activation,
+    Command,
+    Gradient,
+    Header,
+    Kind,
+    Message,
+    MicroBatch,
+    Payload,
+    Report,
+    Status,
+)
+
+VERSION: Final = 1
+ITEM_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+MAX_RANK: Final = 16
+MAX_HEADER_BYTES: Final = 4096
+MAX_CONTROL_BYTES: Final = 4 * 1024 * 1024
+_KINDS: Final = frozenset(kind.value for kind in Kind)
+OVERHEAD_BYTES: Final = MAX_HEADER_BYTES  # how much larger than its tensor a message may be
+
+_reports: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="type")])
+_commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Status, Field(discriminator="type")])
+
+
+def encode(header: Header, message: Message) -> bytes:
+    """The bytes of a message."""
+    match message:
+        case Activation(_, payload) | Gradient(_, payload):
+            description, data = [payload.dtype, payload.shape, payload.rows], payload.data
+        case _:
+            description, data = None, msgpack.packb(asdict(message))
+    head = msgpack.packb(
+        [
+            VERSION,
+            header.run,
+            header.generation,
+            header.kind.value,
+            header.sender,
+            header.receiver,
+            header.micro_batch.step,
+            header.micro_batch.index,
+            header.committed,
+            description,
+            b"",
+        ]
+    )
+    size = data.nbytes if isinstance(data, memoryview) else len(data)
+    return b"".join((head[:-2], struct.pack(">BI", 0xC6, size), data))  # the empty bin gives way to a bin 32
+
+
+def decode(body: bytes) -> tuple[Header, Message]:
+    """What the bytes say; the tensor is a view of them. Raises RemoteProtocolError saying what is wrong with them."""
+    header, description, data = _split(body)
+    if description is None:
+        return header, _control(header.kind, data)
+    if header.kind in (Kind.REPORT, Kind.COMMAND):
+        raise RemoteProtocolError(f"a {header.kind} with a tensor")
+    payload = _payload(description, data)
+    if header.kind is Kind.GRADIENT:
+        return header, Gradient(header.micro_batch, payload)
+    return header, Activation(header.micro_batch, payload, holdout=header.kind is Kind.HOLDOUT)
+
+
+def _split(body: bytes) -> tuple[Header, Any, memoryview]:
+    """The header, the description and the bytes of the last element."""
+    unpacker = msgpack.Unpacker(
+        max_buffer_size=MAX_HEADER_BYTES,
+        read_size=MAX_HEADER_BYTES,
+        max_str_len=512,
+        max_bin_len=64,
+        max_array_len=MAX_RANK,
+        max_map_len=0,
+        max_ext_len=0,
+    )
+    view = memoryview(body)
+    unpacker.feed(view[:MAX_HEADER_BYTES])
+    try:
+        if unpacker.read_array_header() != 11:
+            raise RemoteProtocolError("not a message of sl_queue: the number of fields is wrong")
+        version, *fields, description = (unpacker.unpack() for _ in range(10))
+        start = unpacker.tell()
+    except RemoteProtocolError:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise RemoteProtocolError(f"not a message of sl_queue: unreadable header ({type(error).__name__})") from None
+    if version != VERSION:
+        raise RemoteProtocolError(f"protocol version {version!r:.20}; this program speaks {VERSION}")
+    return _header(fields), description, _last(view, start)
+
+
+def _last(view: memoryview, start: int) -> memoryview:
+    """The bytes of the bin at `start`, which must end where the message ends."""
+    for marker, length in ((0xC6, ">I"), (0xC5, ">H"), (0xC4, ">B")):
+        size = struct.calcsize(length)
+        if len(view) >= start + 1 + size and view[start] == marker:
+            (declared,) = struct.unpack_from(length, view, start + 1)
+            data = view[start + 1 + size :]
+            if declared != len(data):
+                raise RemoteProtocolError(f"truncated or padded: {declared} bytes declared, {len(data)} here")
+            return data
+    raise RemoteProtocolError("not a message of sl_queue: the last field is not bytes")
+
+
+def _header(fields: list[Any]) -> Header:
+    run, generation, kind, sender, receiver, step, index, committed = fields
+    texts, counts = (run, kind, sender, receiver), (generation, step, index, committed)
+    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+        raise RemoteProtocolError("not a message of sl_queue: a header field has the wrong type")
+    if min(generation, step, index) < 0 or committed < -1 or kind not in _KINDS:
+        raise RemoteProtocolError("not a message of sl_queue: a header field is out of range")
+    return Header(run, generation, Kind(kind), sender, receiver, MicroBatch(step, index), committed)
+
+
+def _payload(description: Any, data: memoryview) -> Payload:
+    match description:
+        case [str(dtype), [*shape], bytes(rows)] if all(type(n) is int and n >= 0 for n in shape):
+            pass
+        case _:
+            raise RemoteProtocolError("the description of the tensor is malformed")
+    if dtype not in ITEM_BYTES:
+        raise RemoteProtocolError(f"dtype {dtype[:20]!r} is not one of {', '.join(ITEM_BYTES)}")
+    if prod(shape) * ITEM_BYTES[dtype] != len(data):
+        raise RemoteProtocolError(f"{dtype} {tuple(shape)} does not take {len(data)} bytes")
+    return Payload(dtype, tuple(shape), data, rows)
+
+
+def _control(kind: Kind, data: memoryview) -> Report | Command | Status:
+    if kind not in (Kind.REPORT, Kind.COMMAND):
+        raise RemoteProtocolError(f"a {kind} without a tensor")
+    if len(data) > MAX_CONTROL_BYTES:
+        raise RemoteProtocolError(f"a {kind} of {len(data)} bytes; {MAX_CONTROL_BYTES} are allowed")
+    try:
+        fields = msgpack.unpackb(data, max_ext_len=0)
+        return _reports.validate_python(fields) if kind is Kind.REPORT else _commands.validate_python(fields)
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError, ValidationError) as error:
+        raise RemoteProtocolError(f"unreadable {kind} ({type(error).__name__})") from None

@@ -1,0 +1,141 @@
+"""The scheduler: a thin loop around the reducer in protocol/progress. It sees reports, never a tensor."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sl_queue.errors import PeerSilent, RunStopped, named
+from sl_queue.ports import SchedulerChannel
+from sl_queue.protocol.messages import OPERATOR, Command, Status
+from sl_queue.protocol.progress import Member, Phase, Plan, RunState, durable, history_line, reduce, restarted, silent
+
+STATUS_EVERY_S = 0.25
+
+log = logging.getLogger("sl_queue")
+
+
+class Ledger(Protocol):
+    """The scheduler's memory on disk."""
+
+    def load(self) -> RunState | None:
+        """What was saved last, or None."""
+
+    def save(self, state: RunState) -> None:
+        """Write durably and atomically, with `history.jsonl` beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduler:
+    """Starts the run, opens epochs, and ends it; any number of restarts change nothing."""
+
+    plan: Plan
+    channel: SchedulerChannel
+    ledger: Ledger
+    fresh_run: str
+    clock: Callable[[], float]  # monotonic, seconds
+    on_status: Callable[[Mapping[str, Any]], None]
+
+    def serve(self) -> RunState:
+        """Run until every party has finished. Raises the error that ended the run, RunStopped, or PeerSilent."""
+        began = told_at = self.clock()
+        state = restarted(self.ledger.load() or RunState(), began)
+        saved = RunState()
+        while True:
+            reports = self.channel.reports(timeout_s=STATUS_EVERY_S)
+            now = self.clock()
+            commands: list[tuple[str, Command]] = []
+            phase, generation = state.phase, state.generation
+            for sender, report in reports:
+                state, orders = reduce(self.plan, state, sender, report, now, self.fresh_run)
+                commands += orders
+            if durable(state) != saved:
+                saved = durable(state)
+                self.ledger.save(saved)
+            for party, command in commands:
+                self.channel.command(party, command)
+            self.channel.acknowledge()
+            self._log(phase, generation, state)
+            ended = state.phase in (Phase.FINISHED, Phase.FAILED, Phase.STOPPED)
+            if ended or commands or now - told_at >= STATUS_EVERY_S:
+                told_at = now
+                self._tell(state, now)
+            if ended:
+                return self._end(state)
+            self._require_signs_of_life(state, began, now)
+
+    def _tell(self, state: RunState, now: float) -> None:
+        text = describe(self.plan, state, now)
+        self.channel.command(OPERATOR, Status(text))
+        self.on_status(text)
+
+    def _log(self, phase: Phase, generation: int, state: RunState) -> None:
+        if state.phase is not phase:
+            log.info("scheduler: run %s is %s%s", state.run, state.phase, f": {state.reason}" if state.reason else "")
+        if state.generation > generation:
+            log.warning(
+                "scheduler: messages were lost for good; generation %d begins after step %d, which all parties hold",
+                state.generation,
+                state.bases[-1],
+            )
+
+    @staticmethod
+    def _end(state: RunState) -> RunState:
+        if state.phase is Phase.FAILED:
+            raise named(state.error or "SlQueueError")(state.reason or "the run failed")
+        if state.phase is Phase.STOPPED:
+            raise RunStopped(state.reason or "the run was stopped")
+        return state
+
+    def _require_signs_of_life(self, state: RunState, began: float, now: float) -> None:
+        gone = silent(self.plan, state, began, now)
+        if gone:
+            named_gone = ", ".join(f"{party!r} for {age:.0f} s" for party, age in sorted(gone.items()))
+            raise PeerSilent(f"nothing was heard of {named_gone}; start those workers and this one again: the run resumes")
+
+
+def describe(plan: Plan, state: RunState, now: float) -> dict[str, Any]:
+    """The status as the operator reads it; only plain values."""
+    label = state.members.get(plan.label_holder, Member())
+    return {
+        "job": plan.job["name"],
+        "run": state.run,
+        "generation": state.generation,
+        "phase": state.phase.value,
+        "epoch": len(state.history),
+        "epochs": plan.epochs,
+        "step": label.step,
+        "steps": plan.steps(label.n_rows),
+        "loss": label.loss,
+        "samples": label.samples,
+        "parties": {party: _party(plan, state, party, now) for party in plan.parties},
+        "history": [history_line(r) for r in state.history],
+        "reason": state.reason,
+        "error": state.error,
+    }
+
+
+def _party(plan: Plan, state: RunState, party: str, now: float) -> dict[str, Any]:
+    member = state.members.get(party, Member())
+    age = None if member.heard is None else now - member.heard
+    if member.finished is not None:
+        phase = "finished"
+    elif member.stopped:
+        phase = "stopped"
+    elif member.incarnation is None:
+        phase = "not joined"
+    elif age is not None and age > plan.patience_s:
+        phase = "silent"
+    else:
+        phase = "waiting" if member.waiting is not None else "here"
+    waiting = member.waiting
+    return {
+        "phase": phase,
+        "step": member.step,
+        "committed": member.committed,
+        "silent_s": None if age is None else round(age, 1),
+        "waiting_for": None
+        if waiting is None
+        else f"{waiting.kind} {waiting.step}.{waiting.index} of {waiting.source} for {waiting.seconds:.0f} s",
+    }
+

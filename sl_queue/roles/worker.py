@@ -1,0 +1,135 @@
+"""What both data roles share: join, resume from the own last checkpoint, train, commit, finish.
+
+Killed at any moment, a worker that starts again runs through the same lines; nothing else is needed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sl_queue.errors import CheckpointError
+from sl_queue.ports import BaseStage, Channel, Checkpoints, FuseStage, Restarted, Saved
+from sl_queue.protocol.messages import BEFORE_FIRST_STEP, EpochResult, Finished, Joined, Progress, Start
+from sl_queue.protocol.orders import Orders
+from sl_queue.protocol.pipeline import Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a worker says of itself when it joins."""
+
+    incarnation: str
+    job: Mapping[str, Any]  # canonical
+    n_rows: int
+    rows_digest: str
+    id_type: str
+
+
+@dataclass(slots=True)
+class Worker:
+    """One party's place in the run. Mutable: the run, the generation and the label holder's history move on."""
+
+    identity: Identity
+    channel: Channel
+    stage: BaseStage | FuseStage
+    checkpoints: Checkpoints
+    pipeline: Pipeline
+    run: str | None = None
+    generation: int = 0
+    committed: int = BEFORE_FIRST_STEP
+    held: tuple[int, ...] = ()
+    epochs: tuple[EpochResult, ...] = ()  # the label holder's history; empty elsewhere
+    running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
+    samples: int = 0
+
+    def serve(self, train: Callable[[int], None]) -> Mapping[str, str]:
+        """Take part in the run to its end; `train(first_step)` is the role's loop. Returns the final files' digests."""
+        fresh = self.stage.state()
+        self._remember(self.checkpoints.newest())
+        self.channel.introduce(self._describe)
+        start = self.channel.until(lambda orders: orders.start)
+        while True:
+            self._resume(start, fresh)
+            try:
+                train(self.committed + 1)
+                finish = self.channel.until(lambda orders: orders.finish)
+                return self._finish(finish.step)
+            except Restarted as restarted:
+                start = restarted.start
+
+    def may_begin(self, epoch: int) -> bool:
+        """Block until the scheduler opens the epoch; False if the run ends before it."""
+
+        def decision(orders: Orders) -> bool | None:
+            if orders.open is not None:
+                self.checkpoints.keep(orders.open.keep)
+            if orders.finish is not None:
+                return False
+            return True if orders.open is not None and orders.open.through >= epoch else None
+
+        return self.channel.until(decision)
+
+    def commit(self, step: int) -> None:
+        """The law: what was sent is confirmed, then the checkpoint is on disk, then what was received is acknowledged."""
+        assert self.run is not None
+        with self.channel.commit(step):
+            values = {"epochs": [_as_json(e) for e in self.epochs], "running": self.running}
+            self.checkpoints.save(step, self.stage.state(), run=self.run, generation=self.generation, values=values)
+        self.committed, self.held = step, self.checkpoints.steps()
+        self.channel.report(self._progress(step, None))
+
+    def advance(self, step: int, rows: int, loss: float | None = None) -> None:
+        """An optimizer step is done: tell the scheduler some time soon."""
+        self.samples += rows
+        self.channel.progress(self._progress(step, loss))
+
+    def _progress(self, step: int, loss: float | None) -> Progress:
+        return Progress(self.identity.incarnation, self.generation, step, self.held, loss, self.samples)
+
+    def _describe(self) -> Joined:
+        me = self.identity
+        about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
+        return Joined(*about, self.run, self.generation, self.held, self.epochs)
+
+    def _remember(self, saved: Saved | None) -> None:
+        """Become what a checkpoint says, or what nobody has trained yet."""
+        self.held = self.checkpoints.steps()
+        self.committed = BEFORE_FIRST_STEP if saved is None else saved.step
+        self.epochs = () if saved is None else tuple(EpochResult(**e) for e in saved.values["epochs"])
+        self.running = {} if saved is None else dict(saved.values["running"])
+        if saved is not None:
+            self.run, self.generation = saved.run, saved.generation
+
+    def _resume(self, start: Start, fresh: Any) -> None:
+        """Load the newest checkpoint of the present timeline and enter it."""
+        saved = None
+        for step in reversed(self.checkpoints.steps()):
+            candidate = self.checkpoints.load(step)
+            if candidate.run != start.run:
+                raise CheckpointError(
+                    f"the state folder holds run {candidate.run!r}, the scheduler started run {start.run!r}; "
+                    "use the state folder of this run, or a new one"
+                )
+            if start.admits(candidate.generation, step):
+                saved = candidate
+                break
+        self.checkpoints.discard_after(BEFORE_FIRST_STEP if saved is None else saved.step)
+        self._remember(saved)
+        self.stage.load(fresh if saved is None else saved.state)
+        self.run, self.generation = start.run, start.generation
+        self.channel.adopt(start, self.committed)
+        self.channel.report(self._progress(self.committed, None))
+
+    def _finish(self, step: int) -> Mapping[str, str]:
+        """Write the final weights: those after `step`, which early stopping may have chosen."""
+        assert self.run is not None
+        if step != self.committed:
+            self.stage.load(self.checkpoints.load(step).state)
+        digests = self.checkpoints.write_final(self.stage.weights(), run=self.run, step=step)
+        self.channel.report(Finished(self.identity.incarnation, digests))
+        return digests
+
+
+def _as_json(result: EpochResult) -> dict[str, Any]:
+    holdout = None if result.holdout is None else dict(result.holdout)
+    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout}

@@ -1,0 +1,62 @@
+"""The scheduler's memory on disk: `run.json`, written whole and atomically, and `history.jsonl` for people and tools."""
+
+import fcntl
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from sl_queue.errors import CheckpointError, PartyBusy
+from sl_queue.protocol.progress import RunState, history_line
+from sl_queue.storage.durable import write_durably
+
+_states: TypeAdapter[RunState] = TypeAdapter(RunState)
+
+
+class RunFile:
+    """One scheduler's state folder; locked while this object lives."""
+
+    def __init__(self, folder: Path, job_digest: str) -> None:
+        self._folder, self._job_digest = folder, job_digest
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = (folder / "lock").open("w")
+        except OSError as error:
+            raise CheckpointError(f"the scheduler's state folder {folder} cannot be used: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise PartyBusy(f"another scheduler uses {folder}; stop it, or give this one another --state") from None
+
+    def close(self) -> None:
+        """Let another scheduler use the folder."""
+        self._lock.close()
+
+    def load(self) -> RunState | None:
+        path = self._folder / "run.json"
+        if not path.exists():
+            return None
+        try:
+            saved: dict[str, Any] = json.loads(path.read_text())
+            digest, state = saved["job"], _states.validate_python(saved["state"])
+        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run") from None
+        if digest != self._job_digest:
+            raise CheckpointError(f"{self._folder} belongs to another job; give the scheduler another --state")
+        return state
+
+    def save(self, state: RunState) -> None:
+        lines = "".join(json.dumps(history_line(result)) + "\n" for result in state.history)
+        body = json.dumps({"job": self._job_digest, "state": asdict(state)}, indent=1)
+        try:
+            write_durably(self._folder / "run.json", body.encode())
+            write_durably(self._folder / "history.jsonl", lines.encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"the scheduler cannot write to {self._folder}: {error.strerror}; what was saved before is intact: "
+                f"make room or mend the rights, then start it again ({os.fspath(self._folder / 'run.json')})"
+            ) from None

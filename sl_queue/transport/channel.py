@@ -1,0 +1,351 @@
+"""A party's channel: the recovery law over a link that may lose the broker at any time.
+
+Two threads meet here under one lock: the worker (send, receive, commit) and the link (deliveries, reconnects). A third,
+the pulse, tells peers and scheduler a few times a second that this worker is alive and where it is. What is decided
+under the lock (protocol/mailbox) is done outside of it.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from sl_queue.errors import LocalProtocolError, PeerSilent, RemoteProtocolError, RunStopped, SlQueueError, named
+from sl_queue.ports import Restarted
+from sl_queue.protocol.codec import decode, encode
+from sl_queue.protocol.mailbox import Acknowledge, Mailbox, Outbox, Reject, Verdict
+from sl_queue.protocol.messages import (
+    BEFORE_FIRST_STEP,
+    SCHEDULER,
+    Activation,
+    Alive,
+    Finish,
+    Gradient,
+    Header,
+    Joined,
+    Kind,
+    Lost,
+    Message,
+    MicroBatch,
+    Open,
+    Payload,
+    Progress,
+    Report,
+    Start,
+    Stop,
+    Waiting,
+    kind_of,
+)
+from sl_queue.protocol.orders import Orders
+from sl_queue.transport.link import Delivery, Link, Tag
+
+T = TypeVar("T")
+
+PULSE_S = 0.25  # how often progress is told
+GIVE_UP = 10  # patiences of silence after which a waiting worker ends with PeerSilent
+OUTBOX_BYTES = 256 * 1024 * 1024  # sent and not yet committed by the receiver; what is older is lost with the broker
+
+log = logging.getLogger("sl_queue")
+
+
+class PartyChannel:
+    """ports.Channel over a link. `patience_s`: seconds of waiting after which it says for whom."""
+
+    def __init__(
+        self, link: Link, party: str, peers: tuple[str, ...], incarnation: str, *, patience_s: float, persistent: bool, depth: int
+    ) -> None:
+        self._link, self._party, self._peers, self._incarnation = link, party, peers, incarnation
+        self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
+        self._changed = threading.Condition()
+        self._mailbox: Mailbox[Tag] = Mailbox(party)
+        self._outbox = Outbox(OUTBOX_BYTES)
+        self._orders = Orders()
+        self._start: Start | None = None  # the one adopted
+        self._committed = BEFORE_FIRST_STEP
+        self._peer_committed: dict[str, int] = {}
+        self._heard = dict.fromkeys((SCHEDULER, *peers), time.monotonic())
+        self._failure: SlQueueError | None = None
+        self._describe: Callable[[], Joined] | None = None
+        self._introduce_again = False
+        self._scheduler_incarnation: str | None = None
+        self._progress: Progress | None = None
+        self._closed = threading.Event()
+        self._pulse = threading.Thread(target=self._beat, name=f"{party}-pulse", daemon=True)
+
+    def open(self) -> None:
+        """Connect and consume. Raises BrokerUnreachable, PartyBusy."""
+        self._link.open(self._on_delivery, self._on_reconnect, self._on_failure)
+        with self._changed:
+            self._heard = dict.fromkeys(self._heard, time.monotonic())
+        self._pulse.start()
+
+    def close(self) -> None:
+        """Flush what was published, then leave; unacknowledged messages stay at the broker."""
+        self._closed.set()
+        if self._failure is None:
+            self._link.flush(timeout_s=5.0)
+        self._link.close()
+
+    # What the worker calls --------------------------------------------------------------------------------------
+
+    def send(self, receiver: str, message: Activation | Gradient) -> None:
+        body = encode(self._header(receiver, message), message)
+        with self._changed:
+            self._outbox.keep(receiver, message.kind, message.micro_batch, body)
+        self._publish(receiver, message.kind, body)
+
+    def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
+        def ask(seconds: float) -> None:
+            where = (self._incarnation, self._generation, sender, kind, micro_batch.step, micro_batch.index)
+            waiting = Waiting(*where, round(seconds, 1), round(self._silence(sender), 1))
+            self._tell(sender, waiting)
+            self.report(waiting)
+
+        what = f"{kind} {micro_batch} of party {sender!r}"
+        return self._wait(lambda: self._mailbox.take(sender, kind, micro_batch), sender, what, ask)
+
+    @contextmanager
+    def commit(self, step: int) -> Iterator[None]:
+        while not self._link.flush(timeout_s=1.0):
+            with self._changed:
+                self._check()
+        yield
+        with self._changed:
+            tags = self._mailbox.commit(step)
+            self._committed = step
+        self._link.acknowledge(tags)
+        with self._changed:
+            self._check()
+            stop = self._orders.stop
+        if stop is not None and (stop.after_step is None or step >= stop.after_step):
+            raise RunStopped(stop.reason)
+
+    def introduce(self, describe: Callable[[], Joined]) -> None:
+        self._describe = describe
+        self.report(describe())
+
+    def report(self, report: Report) -> None:
+        header = self._header(SCHEDULER, report)
+        self._publish(SCHEDULER, Kind.REPORT, encode(header, report), persistent=True)
+
+    def progress(self, report: Progress) -> None:
+        with self._changed:
+            self._progress = report
+
+    def until(self, decision: Callable[[Orders], T | None]) -> T:
+        def ask(_: float) -> None:
+            self._introduce_again = True
+
+        return self._wait(lambda: decision(self._orders), SCHEDULER, "the scheduler's word", ask)
+
+    def adopt(self, start: Start, resume_step: int) -> None:
+        with self._changed:
+            self._start, self._committed = start, resume_step
+            self._peer_committed.clear()
+            self._outbox.adopt(resume_step)
+            verdicts = self._mailbox.adopt(start.run, start.generation, resume_step)
+        self._carry_out(verdicts)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Messages applied, dropped as duplicates and rejected since this process started."""
+        with self._changed:
+            return dict(self._mailbox.counts)
+
+    # Waiting ----------------------------------------------------------------------------------------------------
+
+    def _wait(self, take: Callable[[], T | None], source: str, what: str, ask: Callable[[float], None]) -> T:
+        """Block until `take` gives something; ask for it with growing pauses, and name whom we wait for."""
+        began = time.monotonic()
+        ask_at = pause_s = self._patience_s / 20
+        name_at = self._patience_s
+        while True:
+            with self._changed:
+                self._check()
+                taken = take()
+                if taken is not None:
+                    return taken
+                self._changed.wait(min(0.5, pause_s))
+            self._introduce_if_needed()
+            waited = time.monotonic() - began
+            if waited >= ask_at:
+                ask(waited)
+                pause_s = min(2 * pause_s, self._patience_s)
+                ask_at = waited + pause_s
+            if waited >= name_at:
+                name_at += self._patience_s
+                self._name(source, what, waited)
+
+    def _name(self, source: str, what: str, waited: float) -> None:
+        """Say whom we wait for, and give up on who has been silent for too long."""
+        silent = self._silence(source)
+        log.warning("%s: waiting for %s since %.0f s; last heard of it %.0f s ago", self._party, what, waited, silent)
+        if silent > GIVE_UP * self._patience_s:
+            raise PeerSilent(
+                f"party {self._party!r} waits for {what}, which has been silent for {silent:.0f} s "
+                f"({GIVE_UP} times patience); start that worker and this one again: the run resumes"
+            )
+
+    def _check(self) -> None:
+        """Raise what ends or redirects the worker; called with the lock held."""
+        if self._failure is not None:
+            raise self._failure
+        orders = self._orders
+        if orders.stop is not None and orders.stop.error is not None:
+            raise named(orders.stop.error)(orders.stop.reason)
+        if orders.stop is not None and orders.stop.after_step is not None and self._committed >= orders.stop.after_step:
+            raise RunStopped(orders.stop.reason)
+        if self._start is not None and orders.start is not None and orders.start.generation > self._start.generation:
+            raise Restarted(orders.start)
+
+    def _silence(self, source: str) -> float:
+        """Seconds since anything was heard of `source`."""
+        with self._changed:
+            return time.monotonic() - self._heard[source]
+
+    def _introduce_if_needed(self) -> None:
+        if self._introduce_again and self._describe is not None:
+            self._introduce_again = False
+            self.report(self._describe())
+
+    # What the link calls ----------------------------------------------------------------------------------------
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        try:
+            header, message = decode(delivery.body)
+        except RemoteProtocolError as error:
+            return self._carry_out([self._refuse(delivery, str(error))])
+        with self._changed:
+            self._heard[delivery.sender] = time.monotonic()
+            verdict = self._decide(delivery, header, message)
+            self._changed.notify_all()
+        self._carry_out([verdict])
+        if isinstance(message, Waiting) and header.generation == self._generation:
+            self._send_again(delivery.sender, message)
+
+    def _decide(self, delivery: Delivery, header: Header, message: Message) -> Verdict[Tag]:
+        if isinstance(message, Activation | Gradient):
+            if delivery.sender not in self._peers:
+                return self._refuse(delivery, f"{header.kind} from {delivery.sender!r}, who sends none")
+            self._note_committed(header)
+            return self._mailbox.file(delivery.sender, header, message, delivery.tag)
+        if header.sender != delivery.sender:
+            return self._refuse(delivery, f"says it is from {header.sender!r}, but came from {delivery.sender!r}")
+        match message:
+            case Start() | Open() | Finish() | Stop():
+                if delivery.sender != SCHEDULER:
+                    return self._refuse(delivery, f"a command from {delivery.sender!r}; only the scheduler commands")
+                if message.incarnation == self._incarnation:
+                    self._orders = self._orders.after(message)
+            case Alive(incarnation):
+                self._note_committed(header)
+                if delivery.sender == SCHEDULER and incarnation != self._scheduler_incarnation:
+                    self._introduce_again = self._scheduler_incarnation is not None
+                    self._scheduler_incarnation = incarnation
+            case Waiting():
+                pass  # answered in _on_delivery, outside of the lock
+            case _:
+                return self._refuse(delivery, f"{type(message).__name__} is not meant for a party")
+        return Acknowledge((delivery.tag,))
+
+    def _refuse(self, delivery: Delivery, reason: str) -> Reject[Tag]:
+        self._mailbox.counts["rejected"] += 1
+        return Reject(delivery.tag, reason)
+
+    def _note_committed(self, header: Header) -> None:
+        """What a peer has on disk need not be kept for it any more."""
+        known = self._peer_committed.get(header.sender, BEFORE_FIRST_STEP)
+        current = self._start is not None and (header.run, header.generation) == (self._start.run, self._generation)
+        if current and header.committed > known:
+            self._peer_committed[header.sender] = header.committed
+            self._outbox.committed(header.sender, header.committed)
+
+    def _send_again(self, receiver: str, waiting: Waiting) -> None:
+        """A peer waits for something that we may have sent: send it and all after it again, or say that it is lost."""
+        micro_batch = MicroBatch(waiting.step, waiting.index)
+        with self._changed:
+            again = self._outbox.since(receiver, waiting.kind, micro_batch)
+            lost = not again and self._start is not None and self._outbox.is_past(receiver, waiting.kind, micro_batch)
+        for (_, kind, _), body in again:
+            self._publish(receiver, kind, body)
+        if again:
+            log.info("%s: sent %d messages again to party %r, from %s %s", self._party, len(again), receiver, waiting.kind, micro_batch)
+        if lost:
+            where = (receiver, waiting.kind, micro_batch.step, micro_batch.index)
+            self.report(Lost(self._incarnation, self._generation, *where))
+
+    def _carry_out(self, verdicts: list[Verdict[Tag]]) -> None:
+        for verdict in verdicts:
+            match verdict:
+                case Acknowledge(tags):
+                    self._link.acknowledge(tags)
+                case Reject(tag, reason):
+                    log.warning("%s: rejected a message: %s", self._party, reason)
+                    self._link.reject(tag, reason)
+                case None:
+                    pass
+
+    def _on_reconnect(self) -> None:
+        with self._changed:
+            self._mailbox.disconnect()
+            again = list(self._outbox.newest(self._depth))
+            self._introduce_again = True
+            self._changed.notify_all()
+        for (receiver, kind, _), body in again:
+            self._publish(receiver, kind, body)
+
+    def _on_failure(self, error: SlQueueError) -> None:
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    fail = _on_failure  # also for who composes several roles in one process
+
+    # Publishing -------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """The pulse: progress as soon as there is some, a sign of life a few times per patience."""
+        alive_every_s = min(self._patience_s / 4, 5.0)
+        alive_at = 0.0
+        while not self._closed.wait(min(PULSE_S, alive_every_s)):
+            with self._changed:
+                progress, self._progress = self._progress, None
+                if self._failure is not None:
+                    return
+            try:
+                if progress is not None:
+                    self.report(progress)
+                if time.monotonic() >= alive_at:
+                    alive_at = time.monotonic() + alive_every_s
+                    for peer in (SCHEDULER, *self._peers):
+                        self._tell(peer, Alive(self._incarnation))
+            except SlQueueError:
+                return  # the link has failed or is closed: the worker's thread says so
+
+    def _tell(self, receiver: str, report: Report) -> None:
+        """A report that is worth nothing later: not stored by the broker, and forgotten when it is old."""
+        body = encode(self._header(receiver, report), report)
+        self._link.publish(receiver, Kind.REPORT, self._run, body, persistent=False, expires_s=self._patience_s)
+
+    def _publish(self, receiver: str, kind: Kind, body: bytes, *, persistent: bool | None = None) -> None:
+        self._link.publish(
+            receiver, kind, self._run, body, persistent=self._persistent if persistent is None else persistent
+        )
+
+    def _header(self, receiver: str, message: Message) -> Header:
+        kind = kind_of(message)
+        if kind in (Kind.ACTIVATION, Kind.HOLDOUT, Kind.GRADIENT) and self._start is None:
+            raise LocalProtocolError(f"party {self._party!r} sends a {kind} before it adopted a run")
+        where = message.micro_batch if isinstance(message, Activation | Gradient) else MicroBatch(0, 0)
+        return Header(self._run, self._generation, kind, self._party, receiver, where, self._committed)
+
+    @property
+    def _run(self) -> str:
+        return self._start.run if self._start is not None else ""
+
+    @property
+    def _generation(self) -> int:
+        return self._start.generation if self._start is not None else 0
+
