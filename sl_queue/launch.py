@@ -91,8 +91,8 @@ def serve_party(job: Job, party_file: PartyFile, connect: Connect, state: Path, 
         folder = Folder(state, job_digest=job.digest, party=party, fingerprint=fingerprint(job, party_file))
         stack.callback(folder.close)
         done = folder.finished()
-        if done is not None:
-            log.info("%s: already finished after step %s; final weights in %s", party, done["step"], state / "final")
+        if done is not None and done.told:
+            log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
         stage = (fuse_stage if is_label else base_stage)(job, party_file, table, batches)
         channel = PartyChannel(

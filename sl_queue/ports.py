@@ -129,6 +129,9 @@ class Channel(Protocol):
     def progress(self, report: Progress) -> None:
         """Tell the scheduler some time soon; a newer one replaces it."""
 
+    def flush(self) -> None:
+        """Block until the broker has confirmed everything sent and reported so far."""
+
     def until(self, decision: Callable[[Orders], T | None]) -> T:
         """Block until the scheduler's orders satisfy `decision`, and return what it returned.
 
@@ -163,6 +166,17 @@ class Saved:
     values: Mapping[str, Any]  # what the role added: the label holder's history
 
 
+@dataclass(frozen=True, slots=True)
+class Final:
+    """What a finished party left in `final/`."""
+
+    run: str
+    step: int
+    incarnation: str  # of the worker that finished
+    digests: Mapping[str, str]  # SHA-256 by file name, hexadecimal
+    told: bool  # the broker has the report that says so
+
+
 class Checkpoints(Protocol):
     """A party's checkpoints on disk; the only thing resumed from."""
 
@@ -184,11 +198,14 @@ class Checkpoints(Protocol):
     def discard_after(self, step: int) -> None:
         """Forget every checkpoint later than `step`: they belong to an abandoned generation."""
 
-    def finished(self) -> Mapping[str, Any] | None:
-        """What `write_final` left, with "run" and "step"; None if this party has not finished."""
+    def write_final(self, weights: Weights, *, run: str, step: int, incarnation: str) -> None:
+        """Write `final/<stem>.safetensors`, then `final/run.json`, which says that this party has finished."""
 
-    def write_final(self, weights: Weights, *, run: str, step: int) -> Mapping[str, str]:
-        """Write `final/<stem>.safetensors`; returns the SHA-256 of each file by name."""
+    def finished(self) -> Final | None:
+        """What `write_final` left; None if this party has not finished."""
+
+    def mark_told(self) -> None:
+        """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
 
 
 class Restarted(Exception):  # noqa: N818 - not an error: the run goes on elsewhere

@@ -372,7 +372,8 @@ def _final_step(plan: Plan, state: RunState) -> int | None:
 def _all_committed(plan: Plan, state: RunState) -> bool:
     """Whether every party has the last trained step on disk: only then nobody can need anything of anybody."""
     last = state.history[-1].step
-    return all(state.members[p].committed >= last for p in plan.parties)
+    members = [state.members[p] for p in plan.parties]
+    return all(m.finished is not None or m.committed >= last for m in members)
 
 
 def _finish(plan: Plan, state: RunState) -> Orders:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sl_queue.errors import CheckpointError
-from sl_queue.ports import BaseStage, Channel, Checkpoints, FuseStage, Restarted, Saved
+from sl_queue.ports import BaseStage, Channel, Checkpoints, Final, FuseStage, Restarted, Saved
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, EpochResult, Finished, Joined, Progress, Start
 from sl_queue.protocol.orders import Orders
 from sl_queue.protocol.pipeline import Pipeline
@@ -42,8 +42,15 @@ class Worker:
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
     samples: int = 0
 
-    def serve(self, train: Callable[[int], None]) -> Mapping[str, str]:
-        """Take part in the run to its end; `train(first_step)` is the role's loop. Returns the final files' digests."""
+    def serve(self, train: Callable[[int], None]) -> Final:
+        """Take part in the run to its end; `train(first_step)` is the role's loop."""
+        final = self.checkpoints.finished() or self._train(train)
+        self.channel.report(Finished(final.incarnation, final.digests))
+        self.channel.flush()
+        self.checkpoints.mark_told()
+        return final
+
+    def _train(self, train: Callable[[int], None]) -> Final:
         fresh = self.stage.state()
         self._remember(self.checkpoints.newest())
         self.channel.introduce(self._describe)
@@ -73,7 +80,7 @@ class Worker:
         """The law: what was sent is confirmed, then the checkpoint is on disk, then what was received is acknowledged."""
         assert self.run is not None
         with self.channel.commit(step):
-            values = {"epochs": [_as_json(e) for e in self.epochs], "running": self.running}
+            values = {"epochs": [_as_json(e) for e in self.epochs], "running": dict(self.running)}
             self.checkpoints.save(step, self.stage.state(), run=self.run, generation=self.generation, values=values)
         self.committed, self.held = step, self.checkpoints.steps()
         self.channel.report(self._progress(step, None))
@@ -120,14 +127,17 @@ class Worker:
         self.channel.adopt(start, self.committed)
         self.channel.report(self._progress(self.committed, None))
 
-    def _finish(self, step: int) -> Mapping[str, str]:
+    def _finish(self, step: int) -> Final:
         """Write the final weights: those after `step`, which early stopping may have chosen."""
         assert self.run is not None
         if step != self.committed:
             self.stage.load(self.checkpoints.load(step).state)
-        digests = self.checkpoints.write_final(self.stage.weights(), run=self.run, step=step)
-        self.channel.report(Finished(self.identity.incarnation, digests))
-        return digests
+        self.checkpoints.write_final(
+            self.stage.weights(), run=self.run, step=step, incarnation=self.identity.incarnation
+        )
+        final = self.checkpoints.finished()
+        assert final is not None
+        return final
 
 
 def _as_json(result: EpochResult) -> dict[str, Any]:

@@ -108,9 +108,7 @@ class PartyChannel:
 
     @contextmanager
     def commit(self, step: int) -> Iterator[None]:
-        while not self._link.flush(timeout_s=1.0):
-            with self._changed:
-                self._check()
+        self.flush()
         yield
         with self._changed:
             tags = self._mailbox.commit(step)
@@ -121,6 +119,11 @@ class PartyChannel:
             stop = self._orders.stop
         if stop is not None and (stop.after_step is None or step >= stop.after_step):
             raise RunStopped(stop.reason)
+
+    def flush(self) -> None:
+        while not self._link.flush(timeout_s=1.0):
+            with self._changed:
+                self._check()
 
     def introduce(self, describe: Callable[[], Joined]) -> None:
         self._describe = describe

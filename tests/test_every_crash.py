@@ -1,0 +1,46 @@
+"""Killed equals undisturbed, at every single operation: each role crashes before and after each thing it does."""
+
+import pytest
+
+from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.progress import EarlyStopping
+from tests.toy_run import CrashAt, ToyRun
+
+VARIANTS = {
+    "lock-step": {"micro_batches": 1, "depth": 1},
+    "gpipe": {"micro_batches": 2, "depth": 2},
+    "run-ahead": {"micro_batches": 1, "depth": 2, "staleness": 1},
+    "early-stopping": {"epochs": 6, "early_stopping": EarlyStopping("loss", 1, 0.0, lower_is_better=True)},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("victim", ["a", "label", SCHEDULER])
+def test_a_crash_at_any_operation_of_any_role_changes_no_weight_and_nobody_else_repeats_a_step(
+    victim: str, variant: str
+) -> None:
+    quiet = ToyRun(**VARIANTS[variant], crashes={victim: CrashAt()}).run()
+    operations = quiet.crashes[victim].count
+    assert operations > 20
+    crashed = 0
+    for operation in range(operations):
+        crash = CrashAt(operation)
+        run = ToyRun(**VARIANTS[variant], crashes={victim: crash}).run()
+        crashed += crash.count > operation  # how many reports the scheduler takes at once differs from run to run
+        where = f"{victim} at operation {operation}, {crash.seen[operation:][:1]}"
+        assert run.weights() == quiet.weights(), where
+        assert [(e.epoch, e.loss, e.holdout) for e in run.state.history] == [
+            (e.epoch, e.loss, e.holdout) for e in quiet.state.history
+        ], where
+        assert run.state.generation == 0, f"{where}: somebody was rolled back"
+        for party in {"a", "b", "label"} - {victim}:
+            (stage,) = run.stages[party]
+            assert len(stage.applied) == len(set(stage.applied)), f"{where}: {party} repeated a micro-batch"
+    assert crashed > 0.8 * operations
+
+
+def test_three_roles_that_crash_in_one_run_change_no_weight() -> None:
+    quiet = ToyRun().run()
+    for first in range(0, 100, 7):
+        crashes = {"a": CrashAt(first), "b": CrashAt(first // 2 + 3), "label": CrashAt(first + 11), SCHEDULER: CrashAt(first // 3)}
+        assert ToyRun(crashes=crashes).run().weights() == quiet.weights(), crashes
