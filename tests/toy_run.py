@@ -33,6 +33,8 @@ class CrashAt:
     """Raises Crash at the n-th operation it is asked about; counts them all."""
 
     operation: int | None = None
+    act: Callable[[], None] | None = None  # what happens besides, or instead if `survives`
+    survives: bool = False
     count: int = 0
     seen: list[str] = field(default_factory=list)
 
@@ -40,7 +42,10 @@ class CrashAt:
         self.count += 1
         self.seen.append(name)
         if self.count - 1 == self.operation:
-            raise Crash(name)
+            if self.act is not None:
+                self.act()
+            if not self.survives:
+                raise Crash(name)
 
 
 class FaultyLink:

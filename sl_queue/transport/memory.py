@@ -8,7 +8,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sl_queue.errors import PartyBusy, SlQueueError, TransportError
 from sl_queue.protocol.messages import OPERATOR, Kind
@@ -19,6 +19,7 @@ from sl_queue.transport.link import Delivery, Tag
 @dataclass(slots=True)
 class _Message:
     body: bytes = field(repr=False)
+    persistent: bool = False
     redelivered: bool = False
 
 
@@ -69,11 +70,9 @@ class MemoryBroker:
                 if queue is None or queue.consumer is not link:
                     continue
                 queue.consumer = None
-                back = [_Message(message.body, True) for _, message in sorted(queue.unacknowledged.items())]
-                queue.unacknowledged.clear()
-                queue.ready.extendleft(reversed(back))
+                self._requeue(queue)
 
-    def publish(self, receiver: str, sender: str, body: bytes, *, expires: bool) -> None:
+    def publish(self, receiver: str, sender: str, body: bytes, *, persistent: bool, expires: bool) -> None:
         """Append to the queue; what expires is dropped when nobody is there to read it."""
         queue = self.queue(receiver, sender)
         with self._lock:
@@ -81,7 +80,7 @@ class MemoryBroker:
                 return
             if receiver == OPERATOR:
                 queue.ready.clear()  # only the newest status is worth reading
-            queue.ready.append(_Message(body))
+            queue.ready.append(_Message(body, persistent))
         self.pump(queue)
 
     def acknowledge(self, link: "MemoryLink", tags: Sequence[Tag]) -> list[tuple[str, _Message]]:
@@ -98,6 +97,25 @@ class MemoryBroker:
         for queue in touched:
             self.pump(queue)
         return gone
+
+    def crash(self) -> None:
+        """Be killed and start again: only what is persistent is still there, and every connection is a new one."""
+        with self._lock:
+            links = {queue.consumer for queue in self._queues.values() if queue.consumer is not None}
+            for queue in self._queues.values():
+                self._requeue(queue)
+                queue.ready = deque(message for message in queue.ready if message.persistent)
+        for link in links:
+            link.reconnect()
+        for queue in list(self._queues.values()):
+            self.pump(queue)
+
+    @staticmethod
+    def _requeue(queue: _Queue) -> None:
+        """What was delivered and not acknowledged is at the head of its queue again."""
+        back = [replace(message, redelivered=True) for _, message in sorted(queue.unacknowledged.items())]
+        queue.unacknowledged.clear()
+        queue.ready.extendleft(reversed(back))
 
     def pump(self, queue: _Queue) -> None:
         """Hand over what may be handed over, in order, by one thread at a time."""
@@ -128,6 +146,7 @@ class MemoryLink:
         self._broker, self.party, self.senders, self.prefetch = broker, party, senders, prefetch
         self.number = next(self._numbers)
         self._on_delivery: Callable[[Delivery], None] | None = None
+        self._on_reconnect: Callable[[], None] | None = None
         self._closed = False
 
     def open(
@@ -136,18 +155,23 @@ class MemoryLink:
         on_reconnect: Callable[[], None],
         on_failure: Callable[[SlQueueError], None],
     ) -> None:
-        self._on_delivery = on_delivery
+        self._on_delivery, self._on_reconnect = on_delivery, on_reconnect
         self._broker.attach(self)
 
     def deliver(self, delivery: Delivery) -> None:
         if not self._closed and self._on_delivery is not None:
             self._on_delivery(delivery)
 
+    def reconnect(self) -> None:
+        """As after a lost connection: earlier tags mean nothing any more."""
+        if not self._closed and self._on_reconnect is not None:
+            self._on_reconnect()
+
     def publish(
         self, receiver: str, kind: Kind, run: str, body: bytes, *, persistent: bool, expires_s: float | None = None
     ) -> None:
         self._require_open()
-        self._broker.publish(receiver, self.party, body, expires=expires_s is not None)
+        self._broker.publish(receiver, self.party, body, persistent=persistent, expires=expires_s is not None)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         self._require_open()
