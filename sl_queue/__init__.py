@@ -1,0 +1,69 @@
+"""Split learning over a message queue: organisations train one PyTorch model without moving a column."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sl_queue.data.rows import Rows
+    from sl_queue.errors import (
+        AlignmentError,
+        BrokerUnreachable,
+        CheckpointError,
+        ComputeError,
+        JobError,
+        LocalProtocolError,
+        NonFiniteError,
+        PartyBusy,
+        PeerSilent,
+        ProtocolError,
+        RemoteProtocolError,
+        RunStopped,
+        ShapeError,
+        SlQueueError,
+        TransportError,
+        Unroutable,
+    )
+    from sl_queue.job import Job, PartyFile
+    from sl_queue.launch import Result, run_local
+    from sl_queue.protocol.row_order import row_order
+
+__all__ = [
+    "AlignmentError",
+    "BrokerUnreachable",
+    "CheckpointError",
+    "ComputeError",
+    "Job",
+    "JobError",
+    "LocalProtocolError",
+    "NonFiniteError",
+    "PartyBusy",
+    "PartyFile",
+    "PeerSilent",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "Result",
+    "Rows",
+    "RunStopped",
+    "ShapeError",
+    "SlQueueError",
+    "TransportError",
+    "Unroutable",
+    "row_order",
+    "run_local",
+]
+
+_HOMES = {
+    "Job": "job",
+    "PartyFile": "job",
+    "Result": "launch",
+    "Rows": "data.rows",
+    "row_order": "protocol.row_order",
+    "run_local": "launch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when they are used, so that the protocol can be imported without torch and pika."""
+    if name not in __all__:
+        raise AttributeError(f"module 'sl_queue' has no attribute {name!r}")
+    return getattr(import_module(f"sl_queue.{_HOMES.get(name, 'errors')}"), name)
