@@ -13,7 +13,19 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from sl_queue.protocol.messages import Activation, Command, Gradient, Joined, Kind, MicroBatch, Payload, Progress, Report, Start, Status
+from sl_queue.protocol.messages import (
+    Activation,
+    Command,
+    Gradient,
+    Joined,
+    Kind,
+    MicroBatch,
+    Payload,
+    Progress,
+    Report,
+    Start,
+    Status,
+)
 from sl_queue.protocol.orders import Orders
 from sl_queue.protocol.row_order import Positions
 
@@ -121,7 +133,7 @@ class Channel(Protocol):
         """Confirm sends, run the body (which saves the checkpoint of `step`), acknowledge receives; in this order."""
 
     def introduce(self, describe: Callable[[], Joined]) -> None:
-        """Tell the scheduler who is here; told again after a reconnect, to a new scheduler, and while waiting for it."""
+        """Tell the scheduler who is here; told again after a reconnect and to a new scheduler."""
 
     def report(self, report: Report) -> None:
         """Tell the scheduler; published at once, kept by the broker even when it restarts."""

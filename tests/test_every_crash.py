@@ -42,5 +42,6 @@ def test_a_crash_at_any_operation_of_any_role_changes_no_weight_and_nobody_else_
 def test_three_roles_that_crash_in_one_run_change_no_weight() -> None:
     quiet = ToyRun().run()
     for first in range(0, 100, 7):
-        crashes = {"a": CrashAt(first), "b": CrashAt(first // 2 + 3), "label": CrashAt(first + 11), SCHEDULER: CrashAt(first // 3)}
+        operations = {"a": first, "b": first // 2 + 3, "label": first + 11, SCHEDULER: first // 3}
+        crashes = {role: CrashAt(operation) for role, operation in operations.items()}
         assert ToyRun(crashes=crashes).run().weights() == quiet.weights(), crashes

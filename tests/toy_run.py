@@ -116,7 +116,7 @@ class MemoryLedger:
 
 @dataclass(slots=True)
 class ToyRun:
-    """Two feature parties, a label holder and a scheduler; `victim` crashes at operation `crash_at` and is restarted."""
+    """Two feature parties, a label holder and a scheduler; each role crashes as `crashes` says, and is restarted."""
 
     epochs: int = 2
     n_rows: int = 22
@@ -166,7 +166,10 @@ class ToyRun:
     def _supervise(self, role: str) -> None:
         while True:
             try:
-                self._serve_scheduler() if role == SCHEDULER else self._serve_party(role)
+                if role == SCHEDULER:
+                    self._serve_scheduler()
+                else:
+                    self._serve_party(role)
                 return
             except Crash:
                 continue

@@ -2,9 +2,9 @@
 
     [version, run, generation, kind, sender, receiver, step, index, committed, description, data]
 
-`description` is [dtype, shape, digest of row ids] of a tensor and nil for reports and commands, whose `data` is a msgpack map.
-The header is packed by msgpack and joined with the raw bytes; decoding reads the header and views the rest, so a
-tensor is copied once when it is encoded and not at all when it is decoded. Any msgpack reader can read it.
+`description` is [dtype, shape, digest of row ids] of a tensor, and nil for reports and commands, whose `data` is a
+msgpack map. The header is packed by msgpack and joined with the raw bytes; decoding reads the header and views the
+rest, so a tensor is copied once when it is encoded and not at all when it is decoded. Any msgpack reader can read it.
 
 What a peer sent is never trusted: sizes are checked against the bytes that are here before anything is allocated.
 """
@@ -45,9 +45,10 @@ _commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Statu
 
 def encode(header: Header, message: Message) -> bytes:
     """The bytes of a message."""
+    description: tuple[str, tuple[int, ...], bytes] | None
     match message:
         case Activation(_, payload) | Gradient(_, payload):
-            description, data = [payload.dtype, payload.shape, payload.rows], payload.data
+            description, data = (payload.dtype, payload.shape, payload.rows), payload.data
         case _:
             description, data = None, msgpack.packb(asdict(message))
     head = msgpack.packb(

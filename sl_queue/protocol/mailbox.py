@@ -172,7 +172,7 @@ class Outbox:
         return [(key, body) for key, body in later if key[0] == receiver]
 
     def newest(self, count: int) -> Iterator[tuple[Key, bytes]]:
-        """The last `count` messages to each receiver, in sending order: those that a broken connection may have lost."""
+        """The last `count` messages to each receiver, in sending order: what a broken connection may have lost."""
         left: Counter[str] = Counter()
         chosen = []
         for key, body in reversed(self._kept.items()):
@@ -182,7 +182,7 @@ class Outbox:
         return reversed(chosen)
 
     def is_past(self, receiver: str, kind: Kind, micro_batch: MicroBatch) -> bool:
-        """Whether that message was sent on this timeline, here or before the last restart: it will not come again by itself."""
+        """Whether that message was sent on this timeline, also before a restart: it will not come again by itself."""
         if micro_batch.step <= self._resumed_at:
             return True
         sent = self._sent.get((receiver, kind))

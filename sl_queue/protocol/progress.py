@@ -100,6 +100,23 @@ class Member:
         """The newest step on its disk."""
         return max(self.held, default=BEFORE_FIRST_STEP)
 
+    def durable(self) -> "Member":
+        """Without what describes a moment."""
+        return Member(
+            self.incarnation,
+            self.n_rows,
+            self.rows_digest,
+            self.id_type,
+            self.run,
+            self.generation,
+            finished=self.finished,
+            stopped=self.stopped,
+        )
+
+    def back_to(self, step: int) -> "Member":
+        """As everyone goes back to the checkpoint of `step`."""
+        return replace(self, waiting=None, lost=None, held=tuple(held for held in self.held if held <= step))
+
 
 @dataclass(frozen=True, slots=True)
 class RunState:
@@ -124,7 +141,9 @@ Orders = tuple[tuple[str, Command], ...]
 
 def durable(state: RunState) -> RunState:
     """The part of the state that is written to disk: what no party would tell again."""
-    momentary = dict(step=BEFORE_FIRST_STEP, held=(), loss=None, samples=0, heard=None, waiting=None, lost=None, epochs=())
+    momentary = dict(
+        step=BEFORE_FIRST_STEP, held=(), loss=None, samples=0, heard=None, waiting=None, lost=None, epochs=()
+    )
     members = {p: replace(m, **momentary) for p, m in state.members.items()}  # type: ignore[arg-type]
     return replace(state, members=members, epoch_began=None)
 
@@ -238,7 +257,9 @@ def _disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> s
     """Why this party cannot train with the others, or None."""
     differing = differing_keys(joined.job, plan.job)
     if differing:
-        told = "; ".join(f"{k} = {a!r} at {sender!r}, {b!r} at the scheduler" for k, (a, b) in sorted(differing.items()))
+        told = "; ".join(
+            f"{k} = {a!r} at {sender!r}, {b!r} at the scheduler" for k, (a, b) in sorted(differing.items())
+        )
         return f"the job files differ: {told}. Every party needs the same job file"
     for other in plan.parties:
         member = state.members.get(other, Member())
@@ -410,7 +431,10 @@ def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunSt
     if not (same and said_before):
         return _member(state, sender, lost=report), ()
     base = _newest_common(state)
-    members = {p: replace(m, waiting=None, lost=None, held=tuple(s for s in m.held if s <= base)) for p, m in state.members.items()}
+    members = {
+        p: replace(m, waiting=None, lost=None, held=tuple(s for s in m.held if s <= base))
+        for p, m in state.members.items()
+    }
     history = tuple(result for result in state.history if result.step <= base)
     state = replace(state, bases=(*state.bases, base), members=members, history=history)
     return state, tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
@@ -455,9 +479,7 @@ def _stopped(plan: Plan, state: RunState, sender: str, step: int) -> tuple[RunSt
     if sender != plan.label_holder:
         return state, ()
     reason = state.reason or "stopped"
-    return state, tuple(
-        (p, Stop(i, reason, after_step=step)) for p, i in _incarnations(plan, state) if p != sender
-    )
+    return state, tuple((p, Stop(i, reason, after_step=step)) for p, i in _incarnations(plan, state) if p != sender)
 
 
 # Small tools --------------------------------------------------------------------------------------------------

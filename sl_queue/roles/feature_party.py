@@ -1,7 +1,7 @@
 """A feature party, in full: forward and send, receive and backward, update, commit.
 
-An activation's whole way at its own party is here and in compute/base.py: rows -> forward -> send ... receive -> backward
--> update.
+An activation's whole way at its own party is here and in compute/base.py:
+rows -> forward -> send ... receive -> backward -> update.
 """
 
 from dataclasses import dataclass

@@ -62,7 +62,8 @@ class LabelHolder:
     def _commit(self, step: int, holdout: Mapping[str, float | None] | None) -> None:
         """Commit; at the end of an epoch its result is part of the checkpoint, and told after it is on disk."""
         if not self.pipeline.batches.ends_epoch(step):
-            return self.worker.commit(step)
+            self.worker.commit(step)
+            return
         sums = self.worker.running
         result = EpochResult(self.pipeline.batches.epoch_of(step), step, sums["loss"] / sums["rows"], holdout)
         self.worker.running = {}

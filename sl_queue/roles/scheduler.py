@@ -91,7 +91,9 @@ class Scheduler:
         gone = silent(self.plan, state, began, now)
         if gone:
             named_gone = ", ".join(f"{party!r} for {age:.0f} s" for party, age in sorted(gone.items()))
-            raise PeerSilent(f"nothing was heard of {named_gone}; start those workers and this one again: the run resumes")
+            raise PeerSilent(
+                f"nothing was heard of {named_gone}; start those workers and this one again: the run resumes"
+            )
 
 
 def describe(plan: Plan, state: RunState, now: float) -> dict[str, Any]:
@@ -138,4 +140,3 @@ def _party(plan: Plan, state: RunState, party: str, now: float) -> dict[str, Any
         if waiting is None
         else f"{waiting.kind} {waiting.step}.{waiting.index} of {waiting.source} for {waiting.seconds:.0f} s",
     }
-

@@ -77,7 +77,7 @@ class Worker:
         return self.channel.until(decision)
 
     def commit(self, step: int) -> None:
-        """The law: what was sent is confirmed, then the checkpoint is on disk, then what was received is acknowledged."""
+        """The law: sends are confirmed, then the checkpoint is on disk, then receives are acknowledged."""
         assert self.run is not None
         with self.channel.commit(step):
             values = {"epochs": [_as_json(e) for e in self.epochs], "running": dict(self.running)}

@@ -1,4 +1,4 @@
-"""The scheduler's memory on disk: `run.json`, written whole and atomically, and `history.jsonl` for people and tools."""
+"""The scheduler's memory on disk: `run.json`, whole and atomically, and `history.jsonl` for people and tools."""
 
 import fcntl
 import json
@@ -44,7 +44,9 @@ class RunFile:
             saved: dict[str, Any] = json.loads(path.read_text())
             digest, state = saved["job"], _states.validate_python(saved["state"])
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-            raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run") from None
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run"
+            ) from None
         if digest != self._job_digest:
             raise CheckpointError(f"{self._folder} belongs to another job; give the scheduler another --state")
         return state

@@ -54,7 +54,15 @@ class PartyChannel:
     """ports.Channel over a link. `patience_s`: seconds of waiting after which it says for whom."""
 
     def __init__(
-        self, link: Link, party: str, peers: tuple[str, ...], incarnation: str, *, patience_s: float, persistent: bool, depth: int
+        self,
+        link: Link,
+        party: str,
+        peers: tuple[str, ...],
+        incarnation: str,
+        *,
+        patience_s: float,
+        persistent: bool,
+        depth: int,
     ) -> None:
         self._link, self._party, self._peers, self._incarnation = link, party, peers, incarnation
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
@@ -219,7 +227,8 @@ class PartyChannel:
         try:
             header, message = decode(delivery.body)
         except RemoteProtocolError as error:
-            return self._carry_out([self._refuse(delivery, str(error))])
+            self._carry_out([self._refuse(delivery, str(error))])
+            return
         with self._changed:
             self._heard[delivery.sender] = time.monotonic()
             verdict = self._decide(delivery, header, message)
@@ -274,7 +283,8 @@ class PartyChannel:
         for (_, kind, _), body in again:
             self._publish(receiver, kind, body)
         if again:
-            log.info("%s: sent %d messages again to party %r, from %s %s", self._party, len(again), receiver, waiting.kind, micro_batch)
+            first = f"{waiting.kind} {micro_batch}"
+            log.info("%s: sent %d messages again to party %r, from %s on", self._party, len(again), receiver, first)
         if lost:
             where = (receiver, waiting.kind, micro_batch.step, micro_batch.index)
             self.report(Lost(self._incarnation, self._generation, *where))
@@ -351,4 +361,3 @@ class PartyChannel:
     @property
     def _generation(self) -> int:
         return self._start.generation if self._start is not None else 0
-
