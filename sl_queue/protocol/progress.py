@@ -141,11 +141,7 @@ Orders = tuple[tuple[str, Command], ...]
 
 def durable(state: RunState) -> RunState:
     """The part of the state that is written to disk: what no party would tell again."""
-    momentary = dict(
-        step=BEFORE_FIRST_STEP, held=(), loss=None, samples=0, heard=None, waiting=None, lost=None, epochs=()
-    )
-    members = {p: replace(m, **momentary) for p, m in state.members.items()}  # type: ignore[arg-type]
-    return replace(state, members=members, epoch_began=None)
+    return replace(state, members={p: m.durable() for p, m in state.members.items()}, epoch_began=None)
 
 
 def restarted(state: RunState, now: float) -> RunState:
@@ -257,9 +253,8 @@ def _disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> s
     """Why this party cannot train with the others, or None."""
     differing = differing_keys(joined.job, plan.job)
     if differing:
-        told = "; ".join(
-            f"{k} = {a!r} at {sender!r}, {b!r} at the scheduler" for k, (a, b) in sorted(differing.items())
-        )
+        pairs = sorted(differing.items())
+        told = "; ".join(f"{key} = {a!r} at {sender!r}, {b!r} at the scheduler" for key, (a, b) in pairs)
         return f"the job files differ: {told}. Every party needs the same job file"
     for other in plan.parties:
         member = state.members.get(other, Member())
@@ -431,10 +426,7 @@ def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunSt
     if not (same and said_before):
         return _member(state, sender, lost=report), ()
     base = _newest_common(state)
-    members = {
-        p: replace(m, waiting=None, lost=None, held=tuple(s for s in m.held if s <= base))
-        for p, m in state.members.items()
-    }
+    members = {p: m.back_to(base) for p, m in state.members.items()}
     history = tuple(result for result in state.history if result.step <= base)
     state = replace(state, bases=(*state.bases, base), members=members, history=history)
     return state, tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
