@@ -1,0 +1,168 @@
+"""A party's base model: rows -> forward -> activation ... gradient -> backward -> update.
+
+With `staleness` a forward of step s may come before all s updates were applied. An update in place would then
+invalidate its graph, so such a forward runs on a copy of the weights, one copy for all forwards between the same two
+updates. Its gradient is added to the live weights, in its own step. Buffers (BatchNorm) are always the live ones, in
+forward order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sl_queue.compute.cuts import Promised, place, received, require_cut, require_finite
+from sl_queue.compute.models import Inputs, Model, blame
+from sl_queue.compute.tensors import gathered, to_payload
+from sl_queue.errors import JobError, LocalProtocolError
+from sl_queue.job import Job, PartyFile
+from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.row_order import Batches, Positions
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """An activation that was sent and whose gradient has not come yet."""
+
+    activation: Tensor = field(repr=False)  # with its graph
+    weights: Mapping[str, Tensor] | None = field(repr=False)  # the copy it was computed with; None: the live ones
+
+
+@dataclass(slots=True)
+class TorchBaseStage:
+    """ports.BaseStage over torch. Mutable: it holds the model and what is in flight."""
+
+    model: Model
+    features: npt.NDArray[np.generic] = field(repr=False)  # (all rows, *anything)
+    table: Table
+    batches: Batches
+    cut: tuple[int, ...]
+    label_holder: str
+    _updates: int = 0  # applied since the initial weights
+    _in_flight: dict[MicroBatch, InFlight] = field(default_factory=dict)
+    _copy: Mapping[str, Tensor] | None = None  # of the weights as they are now, if a forward has run ahead
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module
+
+    def forward(self, micro_batch: MicroBatch) -> Payload:
+        """The activation of a training micro-batch, shape (rows, *cut); random draws are keyed by the micro-batch."""
+        positions = self.batches.rows(micro_batch)
+        weights = self._weights_of(micro_batch.step)
+        with self.model.drawing("forward", micro_batch):
+            activation = self.activation(positions, place(self.model.party, micro_batch), weights)
+        self._in_flight[micro_batch] = InFlight(activation, weights)
+        return to_payload(activation, self.table.rows_digest(positions))
+
+    def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
+        """Add a micro-batch's gradient to those of the parameters; in the order of the forwards."""
+        if next(iter(self._in_flight), None) != micro_batch or micro_batch.step != self._updates:
+            raise LocalProtocolError(f"backward {micro_batch} after {self._updates} updates; in flight: {self._flying()}")
+        flight = self._in_flight.pop(micro_batch)
+        positions = self.batches.rows(micro_batch)
+        where = place(self.model.party, micro_batch)
+        shape, rows = tuple(flight.activation.shape), self.table.rows_digest(positions)
+        promised = Promised("gradient", self.label_holder, (flight.activation.dtype,), shape, rows)
+        tensor = received(gradient, promised, self.model.device, where)
+        with blame(f"{where}: the backward pass of {self.model.name} failed"):
+            self._backpropagate(flight, tensor)
+
+    def update(self) -> None:
+        """One optimizer step with the gradients since the last one."""
+        if any(micro_batch.step == self._updates for micro_batch in self._in_flight):
+            raise LocalProtocolError(f"update {self._updates} with {self._flying()} in flight")
+        self.model.step()
+        self._updates += 1
+        self._copy = None
+
+    def predict(self, micro_batch: MicroBatch) -> Payload:
+        """The activation of held-out rows in evaluation mode."""
+        positions = self.batches.holdout_part(micro_batch.index)
+        return to_payload(self.prediction(micro_batch), self.table.rows_digest(positions))
+
+    def prediction(self, micro_batch: MicroBatch) -> Tensor:
+        """As `predict`, for a fuse model in the same process."""
+        positions = self.batches.holdout_part(micro_batch.index)
+        with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
+            return self.activation(positions, f"{place(self.model.party, micro_batch)} (held-out rows)")
+
+    def activation(self, positions: Positions, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The base model's output for these rows, with its graph, checked against the cut layer."""
+        rows = gathered(self.features, positions, self.model.dtype, self.model.device)
+        activation = self.model.run(rows, where, weights)
+        require_cut(activation, len(positions), self.cut, self.model.dtype, where, self.model.name)
+        require_finite(activation, f"{where}: activation", f"lower the learning rate, or check {self.model.name}")
+        return activation
+
+    def state(self) -> State:
+        """A copy of everything that a step changes."""
+        if self._in_flight:
+            raise LocalProtocolError(f"a checkpoint with {self._flying()} in flight")
+        state = self.model.state()
+        return State(state.tensors, {**state.values, "updates": self._updates})
+
+    def load(self, state: State) -> None:
+        """Become what `state` described; nothing is in flight afterwards."""
+        self.model.load(state)
+        self._updates = state.values["updates"]
+        self._in_flight.clear()
+        self._copy = None
+
+    def weights(self) -> Weights:
+        """The base model's own state_dict."""
+        return {"base": self.model.weights()}
+
+    def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
+        """None for the live weights when all earlier updates are in them, else the copy of this version."""
+        if step < self._updates:
+            raise LocalProtocolError(f"a forward of step {step} after {self._updates} updates")
+        if step == self._updates:
+            return None
+        if self._copy is None:
+            self._copy = {
+                name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
+                for name, parameter in self.module.named_parameters()
+            }
+        return self._copy
+
+    def _backpropagate(self, flight: InFlight, gradient: Tensor) -> None:
+        if not flight.activation.requires_grad:  # no parameter to learn
+            return
+        if flight.weights is None:
+            torch.autograd.backward(flight.activation, gradient)
+            return
+        names = [name for name, weight in flight.weights.items() if weight.requires_grad]
+        leaves = [flight.weights[name] for name in names]
+        live = dict(self.module.named_parameters())
+        gradients = torch.autograd.grad(flight.activation, leaves, gradient, allow_unused=True)
+        for name, grad in zip(names, gradients, strict=True):
+            if grad is not None:
+                before = live[name].grad
+                live[name].grad = grad if before is None else before + grad
+
+    def _flying(self) -> str:
+        return ", ".join(map(str, self._in_flight)) or "nothing"
+
+
+def base_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) -> TorchBaseStage:
+    """A party's base stage with initial weights. Raises JobError, and ShapeError if the output is not the cut."""
+    party, features = party_file.party, table.features
+    cut = job.cut(party)
+    if cut is None or features is None:
+        missing = "a cut in the job" if cut is None else "features in its table"
+        raise JobError(f"party {party!r} has a base model, but not {missing}")
+
+    def sample(dtype: torch.dtype) -> Inputs:
+        return gathered(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
+
+    model = Model.build(job, party_file, "base", sample)
+    trial = sample(model.dtype)
+    assert isinstance(trial, Tensor)
+    output = model.try_out(trial.to(model.device))
+    require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
+    return TorchBaseStage(model, features, table, batches, cut, job.label_holder)

@@ -1,0 +1,222 @@
+"""The label holder's part: activations -> fuse model -> loss -> gradients, and the same in evaluation mode for metrics.
+
+Its own base model, if it has one, is fused in place: one graph, no message.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sl_queue.compute.aggregation import aggregated
+from sl_queue.compute.base import TorchBaseStage, base_stage
+from sl_queue.compute.cuts import Arrival, Promised, place, received, require_finite
+from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
+from sl_queue.compute.metrics import Metric, Task, metrics_of, predictions, task_of
+from sl_queue.compute.models import Inputs, Model, blame
+from sl_queue.compute.tensors import described, to_payload
+from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
+from sl_queue.job import Job, PartyFile
+from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.row_order import Batches, Positions
+
+_TRIAL_ROWS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is learned and measured: the loss against these labels, and the metrics."""
+
+    loss: Loss
+    labels: Tensor = field(repr=False)  # all rows, on the CPU
+    task: Task
+    metrics: Mapping[str, Metric]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """One held-out micro-batch."""
+
+    rows: int
+    loss: float
+    output: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+
+
+@dataclass(slots=True)
+class TorchFuseStage:
+    """ports.FuseStage over torch. Mutable: it holds the models and the sums of the step and of the evaluation."""
+
+    job: Job
+    model: Model
+    own: TorchBaseStage | None  # the label holder's base model
+    objective: Objective
+    table: Table
+    batches: Batches
+    _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
+    _evaluated: dict[int, Evaluated] = field(default_factory=dict)
+
+    def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
+        """Loss and gradients of one micro-batch, weighted by its share of the step's rows."""
+        positions = self.batches.rows(micro_batch)
+        where = place(self.model.party, micro_batch)
+        arrivals = {party: Arrival(tensor) for party, tensor in self._received(activations, positions, where).items()}
+        inputs = {party: arrival.enter() for party, arrival in arrivals.items()}
+        if self.own is not None:
+            with self.own.model.drawing("forward", micro_batch):
+                inputs[self.model.party] = self.own.activation(positions, where)
+        with self.model.drawing("forward", micro_batch):
+            output = self._fused(inputs, where)
+            loss, value = self._loss(output, self._labels(positions), where)
+        with blame(f"{where}: the backward pass of {self.model.name} failed"):
+            torch.autograd.backward(loss * (len(positions) / self.batches.rows_in_step(micro_batch.step)))
+        self._losses.append((len(positions), value))
+        rows = self.table.rows_digest(positions)
+        for party, arrival in arrivals.items():
+            what = f"{where}: gradient for party {party!r}"
+            require_finite(arrival.gradient, what, "lower the learning rate, or check the loss")
+        return {party: to_payload(arrival.gradient, rows) for party, arrival in arrivals.items()}
+
+    def update(self) -> float:
+        """One optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
+        if not self._losses:
+            raise LocalProtocolError("an update without a micro-batch")
+        self.model.step()
+        if self.own is not None:
+            self.own.update()
+        loss = _mean(self._losses)
+        self._losses.clear()
+        return loss
+
+    def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
+        """Add held-out rows to the running evaluation; their outputs stay in memory until `metrics`."""
+        positions = self.batches.holdout_part(micro_batch.index)
+        where = f"{place(self.model.party, micro_batch)} (held-out rows)"
+        inputs = self._received(activations, positions, where)
+        if self.own is not None:
+            inputs[self.model.party] = self.own.prediction(micro_batch)
+        with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
+            output = self._fused(inputs, where)
+            labels = self._labels(positions)
+            _, value = self._loss(output, labels, where)
+        kept = (output.cpu(), labels.cpu()) if self.objective.metrics else (output.new_empty(0), labels.new_empty(0))
+        self._evaluated[micro_batch.index] = Evaluated(len(positions), value, *kept)
+
+    def metrics(self) -> Mapping[str, float | None]:
+        """Loss and metrics over all rows evaluated since the last call; None where these rows do not define one."""
+        parts = [self._evaluated[index] for index in sorted(self._evaluated)]
+        if not parts:
+            raise LocalProtocolError("metrics without an evaluation")
+        self._evaluated.clear()
+        found: dict[str, float | None] = {"loss": _mean([(part.rows, part.loss) for part in parts])}
+        if self.objective.metrics:
+            output, labels = torch.cat([p.output for p in parts]), torch.cat([p.labels for p in parts])
+            found |= measured(self.objective, output, labels)
+        return found
+
+    def state(self) -> State:
+        """A copy of everything that a step changes: fuse, own base, both optimizers."""
+        if self._losses:
+            raise LocalProtocolError("a checkpoint in the middle of a step")
+        states = [self.model.state()] + ([] if self.own is None else [self.own.state()])
+        return State(
+            {name: tensor for state in states for name, tensor in state.tensors.items()},
+            {name: value for state in states for name, value in state.values.items()},
+        )
+
+    def load(self, state: State) -> None:
+        """Become what `state` described."""
+        self.model.load(state)
+        if self.own is not None:
+            self.own.load(state)
+        self._losses.clear()
+        self._evaluated.clear()
+
+    def weights(self) -> Weights:
+        """The state_dict of the fuse model, and of the own base model if there is one."""
+        return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
+
+    def _received(self, activations: Mapping[str, Payload], positions: Positions, where: str) -> dict[str, Tensor]:
+        """The feature parties' activations in job order, checked, as tensors of their own."""
+        missing = [party for party in self.job.feature_parties if party not in activations]
+        if missing:
+            raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
+        dtypes, rows = self.model.accepted(), self.table.rows_digest(positions)
+        found = {}
+        for party in self.job.feature_parties:
+            shape = (len(positions), *(self.job.cut(party) or ()))
+            promised = Promised("activation", party, dtypes, shape, rows)
+            found[party] = received(activations[party], promised, self.model.device, where)
+        return found
+
+    def _fused(self, inputs: Mapping[str, Tensor], where: str) -> Tensor:
+        """The fuse model's output; inputs in job order, whatever order they came in."""
+        with blame(f"{where}: aggregation {self.job.fuse.aggregation!r} failed"):
+            joined = aggregated([inputs[party] for party in self.job.fused], self.job.fuse.aggregation)
+        return self.model.run(joined, where)
+
+    def _labels(self, positions: Positions) -> Tensor:
+        return self.objective.labels[torch.from_numpy(positions)].to(self.model.device)
+
+    def _loss(self, output: Tensor, labels: Tensor, where: str) -> tuple[Tensor, float]:
+        with blame(f"{where}: the loss failed"):
+            loss = self.objective.loss(output, labels)
+            value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(f"{where}: the loss is {value}; lower the learning rate, or check features and loss")
+        return loss, value
+
+
+def measured(objective: Objective, output: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """The metrics of the model's output for these rows, both on the CPU."""
+    scores, targets = predictions(objective.task, output, labels)
+    return {name: metric(scores, targets) for name, metric in objective.metrics.items()}
+
+
+def objective_of(party_file: PartyFile, table: Table, output: Tensor, dtype: torch.dtype, where: str) -> Objective:
+    """Loss, labels and metrics, tried out on the fuse model's `output` for two rows. Raises JobError."""
+    assert party_file.fuse is not None
+    loss = loss_of(party_file, output.device)
+    name: Any = party_file.fuse.loss
+    check_labels(table.labels, output, name, where)
+    assert table.labels is not None
+    labels = label_tensor(table.labels, dtype)
+    two = labels[torch.arange(len(output)) % len(labels)].to(output.device)
+    with blame(f"{where}: the loss failed on output and labels of {len(two)} rows"):
+        tried = loss(output, two)
+    if not isinstance(tried, Tensor) or tried.numel() != 1:
+        got = described(tried) if isinstance(tried, Tensor) else type(tried).__name__
+        raise ComputeError(f"{where}: the loss returns {got}; it must return the mean over the rows, one number")
+    task = task_of(name, output, two)
+    return Objective(loss, labels, task, metrics_of(party_file.fuse.metrics, task, where))
+
+
+def _mean(losses: Sequence[tuple[int, float]]) -> float:
+    return sum(rows * loss for rows, loss in losses) / sum(rows for rows, _ in losses)
+
+
+def fuse_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) -> TorchFuseStage:
+    """The label holder's stage with initial weights.
+
+    Raises JobError for labels, a loss or metrics that do not suit the model, ShapeError if it fails on the cuts.
+    """
+    party = party_file.party
+
+    def sample(dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> Inputs:  # noqa: B008 - a constant
+        zeros = [torch.zeros(_TRIAL_ROWS, *(job.cut(p) or ()), dtype=dtype, device=device) for p in job.fused]
+        return aggregated(zeros, job.fuse.aggregation)
+
+    model = Model.build(job, party_file, "fuse", sample)
+    output = model.try_out(sample(model.dtype, model.device))
+    if output.shape[:1] != (_TRIAL_ROWS,):
+        raise ShapeError(
+            f"party {party!r}: {model.name} returns {described(output)} for {_TRIAL_ROWS} rows; "
+            "its first axis must be the rows"
+        )
+    own = base_stage(job, party_file, table, batches) if party in job.fused else None
+    objective = objective_of(party_file, table, output, model.dtype, f"party {party!r}")
+    return TorchFuseStage(job, model, own, objective, table, batches)

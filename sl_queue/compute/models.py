@@ -1,0 +1,257 @@
+"""One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from sl_queue.compute.cuts import CROSSING
+from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from sl_queue.compute.seeds import key, seeded
+from sl_queue.compute.tensors import described, from_payload, to_payload
+from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError, SlQueueError
+from sl_queue.job import BaseFile, FuseFile, Job, PartyFile, imported
+from sl_queue.ports import State
+from sl_queue.protocol.messages import MicroBatch, Payload
+
+Part = Literal["base", "fuse"]
+Inputs = Tensor | list[Tensor]
+Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
+
+
+@dataclass(slots=True)
+class Model:
+    """A module with its optimizer. Mutable: training is what changes it."""
+
+    party: str
+    part: Part
+    name: str  # as the party file names it: "bank:BaseModel"
+    module: nn.Module
+    optimizer: Optimizer | None
+    device: torch.device
+    dtype: torch.dtype  # of its parameters: what floating inputs are cast to
+    seed: int
+
+    @classmethod
+    def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample) -> "Model":
+        """The model with its initial weights, the same wherever and however often it is built."""
+        table = _table(party_file, part)
+        device = device_of(party_file)
+        module = _module(job, party_file, part, sample).to(device)
+        where = f"party {party_file.party!r}: [{part}]"
+        optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
+        module.train()
+        return cls(party_file.party, part, _name(table.model), module, optimizer, device, _dtype(module), job.seed)
+
+    def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        """A scope in which random numbers depend on the job's seed, party, part, purpose and micro-batch only."""
+        return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch), self.device)
+
+    def accepted(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of activations that the module may be given: its own, or narrower ones if it is made for them."""
+        if not any(True for _ in self.module.parameters()):
+            return CROSSING
+        return (self.dtype, *(dtype for dtype in CROSSING if dtype.itemsize < self.dtype.itemsize))
+
+    def run(self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The module's output, with other `weights` in the place of its parameters if given."""
+        with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
+            if weights is None:
+                output = self.module(inputs)
+            else:
+                output = torch.func.functional_call(self.module, dict(weights), (inputs,))
+        if not isinstance(output, Tensor):
+            raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
+        return output
+
+    def try_out(self, inputs: Inputs) -> Tensor:
+        """The output in evaluation mode, leaving no trace in the module; ShapeError if it fails."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        try:
+            with self.evaluating(), self.drawing("trial", MicroBatch(0, 0)):
+                return self.run(inputs, f"party {self.party!r}")
+        except ComputeError as error:
+            raise ShapeError(f"{error}; check {self.name} and its args") from error
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, without gradients."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
+
+    def step(self) -> None:
+        """Apply and forget the gradients of the parameters."""
+        if self.optimizer is not None:
+            with blame(f"party {self.party!r}: the optimizer of {self.name} failed"):
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> State:
+        """A copy of parameters, of all buffers, the ones that a state_dict leaves out too, and of the optimizer."""
+        tensors = {f"{self.part}/module/{name}": to_payload(tensor) for name, tensor in _tensors(self.module)}
+        if self.optimizer is None:
+            return State(tensors, {})
+        state = optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/")
+        return State({**tensors, **state.tensors}, state.values)
+
+    def load(self, state: State) -> None:
+        """Become what `state` returned. Raises CheckpointError if the model is another one."""
+        prefix = f"{self.part}/module/"
+        saved = {name.removeprefix(prefix): p for name, p in state.tensors.items() if name.startswith(prefix)}
+        own = dict(_tensors(self.module))
+        differing = sorted(saved.keys() ^ own.keys())
+        differing += [n for n in saved.keys() & own.keys() if str(saved[n]) != described(own[n])]
+        if differing:
+            raise CheckpointError(
+                f"party {self.party!r}: the checkpoint is of another model than {self.name}: {', '.join(differing)} "
+                "differ; restore the model, or start anew with another state folder"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(from_payload(saved[name]))
+        if self.optimizer is not None:
+            load_optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/", state)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> dict[str, Payload]:
+        """The module's own state_dict."""
+        return {name: to_payload(tensor) for name, tensor in self.module.state_dict().items()}
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Whatever a user's module, loss or optimizer raises in here becomes a ComputeError that begins with `what`."""
+    try:
+        yield
+    except SlQueueError:
+        raise
+    except Exception as error:
+        raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+# From party file to module --------------------------------------------------------------------------------------
+
+
+def _module(job: Job, party_file: PartyFile, part: Part, sample: Sample | None) -> nn.Module:
+    """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
+    table = _table(party_file, part)
+    where = f"party {party_file.party!r}: [{part}] model = {_name(table.model)!r}"
+    model = imported(table.model, party_file.folder) if isinstance(table.model, str) else table.model
+    with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
+        try:
+            module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(**table.args)
+        except Exception as error:
+            raise JobError(f"{where} with args = {dict(table.args)} fails: {type(error).__name__}: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise JobError(f"{where} returns {type(module).__name__}; it must return a torch.nn.Module")
+        if sample is not None and _is_lazy(module):
+            with blame(f"{where} fails on its input"), torch.no_grad():
+                module.eval()(sample(_dtype(module)))
+    for name, value in () if _is_lazy(module) else module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise JobError(f"{where}: its state_dict holds {name!r}, a {type(value).__name__}; only tensors are saved")
+    return module
+
+
+def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
+    """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
+    module = _module(job, party_file, "fuse" if path.stem == "fuse" else "base", None)
+    module.load_state_dict(safetensors.torch.load_file(path))
+    return module.eval()
+
+
+def device_of(party_file: PartyFile) -> torch.device:
+    """The device that a party file asks for. Raises JobError if this machine does not have it."""
+    try:
+        device = torch.device(party_file.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"party {party_file.party!r}: device = {party_file.device!r} cannot be used here with "
+            f"torch {torch.__version__}: {reason}; use 'cpu', or install a torch that has it"
+        ) from None
+    return device
+
+
+def limit_threads(n: int | None) -> None:
+    """Let torch compute with `n` threads in the calling thread; None leaves torch's choice."""
+    if n is not None:
+        torch.set_num_threads(n)
+
+
+def fingerprint(job: Job, party_file: PartyFile) -> dict[str, Any]:
+    """What must not change until a checkpoint is resumed, for the same bits to follow; flat, JSON values.
+
+    The number of threads is the calling thread's: sums are split among them.
+    """
+    found: dict[str, Any] = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    found["device"] = str(party_file.device)
+    if party_file.fuse is not None:
+        found["fuse.loss"] = _name(party_file.fuse.loss)
+    parts: tuple[Part, Part] = ("base", "fuse")
+    for part in parts:
+        if getattr(party_file, part) is None:
+            continue
+        table = _table(party_file, part)
+        found[f"{part}.model"] = _name(table.model)
+        for group in ("args", "optimizer"):
+            found |= {f"{part}.{group}.{k}": _plain(v) for k, v in dict(getattr(table, group) or {}).items()}
+    return found
+
+
+def _table(party_file: PartyFile, part: Part) -> BaseFile | FuseFile:
+    table = party_file.base if part == "base" else party_file.fuse
+    if table is None:
+        raise JobError(f"party {party_file.party!r}: [{part}] is missing")
+    return table
+
+
+def _name(thing: Any) -> str:
+    """How a model or loss is named in errors and fingerprints."""
+    if isinstance(thing, str):
+        return thing
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return _name(value)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a module once, under its first name."""
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(is_lazy(tensor) for _, tensor in _tensors(module))
+
+
+def _described(inputs: Inputs) -> str:
+    return described(inputs) if isinstance(inputs, Tensor) else "[" + ", ".join(map(described, inputs)) + "]"

@@ -1,0 +1,252 @@
+"""A party's state folder: `checkpoints/step-*.safetensors`, the final weights in `final/`, and a lock.
+
+The law: a checkpoint is on disk, whole, before anything that it covers is acknowledged, and whatever fails leaves the
+ones before as they were. The initial weights are never on disk; they follow from the job.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self
+
+from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
+from sl_queue.ports import Final, Saved, State, Weights
+from sl_queue.protocol.messages import BEFORE_FIRST_STEP
+from sl_queue.storage.durable import write_durably
+from sl_queue.storage.tensor_file import Stored, TornFileError, packed, sealed, unsealed
+
+log = logging.getLogger("sl_queue")
+
+VERSION = 1  # of what is written here
+LAST = 3  # how many checkpoints a party keeps, besides the best one
+_PREFIX, _SUFFIX = "step-", ".safetensors"
+
+
+class Folder:
+    """ports.Checkpoints in a folder that only one worker may use at a time; locked until `close`.
+
+    `fingerprint` is what must not change between two starts for the same bits to follow; flat, JSON values. Raises
+    PartyBusy if another worker has the folder, CheckpointError if it belongs to another job, party or fingerprint.
+    Mutable: it remembers which checkpoints are intact.
+    """
+
+    def __init__(self, path: Path, *, job_digest: str, party: str, fingerprint: Mapping[str, Any]) -> None:
+        self._path, self._checkpoints, self._final = path, path / "checkpoints", path / "final"
+        self._owner = {"format": VERSION, "job": job_digest, "party": party}
+        self._fingerprint = json.loads(json.dumps(fingerprint))
+        with self._writing():
+            for folder in (path, self._checkpoints, self._final):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._unlock = weakref.finalize(self, os.close, self._locked(path / "lock"))
+        try:
+            with self._writing():
+                self._remove_leftovers()
+            self._held = {step for step in self._written() if self._intact(step)}
+            self._kept = self._read_kept()
+            self.finished()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another worker use the folder. Idempotent."""
+        self._unlock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: State, *, run: str, generation: int, values: Mapping[str, Any]) -> None:
+        """Write durably and atomically; then drop old ones, keeping the last three and the kept step."""
+        if step <= BEFORE_FIRST_STEP:
+            raise LocalProtocolError(f"a checkpoint of step {step}: the initial weights are never written")
+        about = self._owner | {"fingerprint": self._fingerprint, "run": run, "generation": generation, "step": step}
+        body = sealed(state.tensors, about | {"state": dict(state.values), "values": dict(values)})
+        with self._writing():
+            write_durably(self._file(step), body)
+            self._held.add(step)
+            for old in self._written():
+                if old not in sorted(self._held)[-LAST:] and old != self._kept:
+                    self._remove(old)
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps of all intact checkpoints, ascending."""
+        return tuple(sorted(self._held))
+
+    def load(self, step: int) -> Saved:
+        """Raises CheckpointError if there is no intact checkpoint of that step."""
+        stored = self._read(step)
+        if stored is None:
+            self._held.discard(step)
+            held = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"{self._path} holds no intact checkpoint of step {step}; intact are: {held}")
+        about = stored.about
+        state = State(stored.tensors, about["state"])
+        return Saved(about["run"], about["generation"], about["step"], state, about["values"])
+
+    def newest(self) -> Saved | None:
+        """The newest intact checkpoint, or None."""
+        return self.load(max(self._held)) if self._held else None
+
+    def keep(self, step: int | None) -> None:
+        """Keep the checkpoint of `step` until told otherwise, also by a worker that starts again."""
+        if step == self._kept:
+            return
+        with self._writing():
+            write_durably(self._checkpoints / "kept.json", json.dumps({"step": step}).encode())
+        self._kept = step
+
+    def discard_after(self, step: int) -> None:
+        """Forget every checkpoint later than `step`."""
+        with self._writing():
+            for later in self._written():
+                if later > step:
+                    self._remove(later)
+        if self._kept is not None and self._kept > step:
+            self.keep(None)
+
+    # Final weights ----------------------------------------------------------------------------------------------
+
+    def write_final(self, weights: Weights, *, run: str, step: int, incarnation: str) -> None:
+        """Write `final/<stem>.safetensors`, then `final/run.json`, which says that this party has finished."""
+        digests = {}
+        with self._writing():
+            for stem, tensors in weights.items():
+                name, body = f"{stem}{_SUFFIX}", packed(tensors, {"format": "pt"})
+                write_durably(self._final / name, body)
+                digests[name] = sha256(body).hexdigest()
+        self._write_run(Final(run, step, incarnation, digests, told=False))
+
+    def finished(self) -> Final | None:
+        """What `write_final` left; None if this party has not finished."""
+        path = self._final / "run.json"
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+            final = Final(found["run"], found["step"], found["incarnation"], found["digests"], found["told"])
+            self._require_owner(found, path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read (%s); the final weights will be written again", path, error)
+            return None
+        return final
+
+    def mark_told(self) -> None:
+        """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
+        final = self.finished()
+        if final is None:
+            raise LocalProtocolError("nothing final was written")
+        self._write_run(Final(final.run, final.step, final.incarnation, final.digests, told=True))
+
+    def _write_run(self, final: Final) -> None:
+        told = {"run": final.run, "step": final.step, "incarnation": final.incarnation, "told": final.told}
+        body = json.dumps(self._owner | told | {"digests": dict(final.digests)}, indent=1)
+        with self._writing():
+            write_durably(self._final / "run.json", body.encode())
+
+    # Files ------------------------------------------------------------------------------------------------------
+
+    def _file(self, step: int) -> Path:
+        return self._checkpoints / f"{_PREFIX}{step:09d}{_SUFFIX}"
+
+    def _written(self) -> list[int]:
+        """The steps of all checkpoint files, intact or not, ascending."""
+        names = (path.name for path in self._checkpoints.glob(f"{_PREFIX}*{_SUFFIX}"))
+        numbers = (name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names)
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def _remove(self, step: int) -> None:
+        self._file(step).unlink(missing_ok=True)
+        self._held.discard(step)
+
+    def _remove_leftovers(self) -> None:
+        """Of a worker that was killed while it wrote."""
+        for folder in (self._checkpoints, self._final):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+
+    def _read(self, step: int) -> Stored | None:
+        """None, with a line in the log, for a file that is torn; CheckpointError for one that is another's."""
+        path = self._file(step)
+        try:
+            stored = unsealed(path)
+        except FileNotFoundError:
+            return None
+        except (TornFileError, OSError) as error:
+            log.warning("%s is torn or altered (%s); it is passed over", path, error)
+            return None
+        self._require_owner(stored.about, path)
+        self._require_fingerprint(stored.about["fingerprint"], path)
+        return stored
+
+    def _intact(self, step: int) -> bool:
+        return self._read(step) is not None
+
+    def _read_kept(self) -> int | None:
+        try:
+            step = json.loads((self._checkpoints / "kept.json").read_bytes())["step"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s: which checkpoint to keep cannot be read (%s); none is kept", self._checkpoints, error)
+            return None
+        return step if isinstance(step, int) else None
+
+    def _require_owner(self, found: Mapping[str, Any], path: Path) -> None:
+        anew = "; give this worker a state folder of its own with --state, or remove that one to start anew"
+        if found.get("format") != VERSION:
+            version = f"format {found.get('format')}, this one writes {VERSION}"
+            raise CheckpointError(f"{path} was written by another version of sl_queue ({version}){anew}")
+        if found.get("party") != self._owner["party"]:
+            raise CheckpointError(f"{path} belongs to party {found.get('party')!r}, not {self._owner['party']!r}{anew}")
+        if found.get("job") != self._owner["job"]:
+            digests = f"digest {str(found.get('job'))[:12]}, and this one is {str(self._owner['job'])[:12]}"
+            raise CheckpointError(f"{path} belongs to another job ({digests}){anew}; or restore the job file")
+
+    def _require_fingerprint(self, found: Mapping[str, Any], path: Path) -> None:
+        own = self._fingerprint
+        differing = [
+            f"{key} was {found.get(key, 'not there')!r}, now {own.get(key, 'not there')!r}"
+            for key in sorted(found.keys() | own.keys())
+            if (key in found, found.get(key)) != (key in own, own.get(key))
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{path} was written with other settings, and resuming would not give the same weights: "
+                f"{'; '.join(differing)}. Restore them, or start anew with another state folder"
+            )
+
+    def _locked(self, path: Path) -> int:
+        """The lock's file descriptor; the lock goes when it is closed, however the worker ends."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode(errors="replace")
+            os.close(descriptor)
+            raise PartyBusy(
+                f"another worker (process {holder or 'unknown'}) serves party {self._owner['party']!r} "
+                f"with {self._path}; stop it first, or leave it to go on"
+            ) from None
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        return descriptor
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An error of the system becomes one that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"the state folder {self._path} cannot be used: {error.strerror or error}; what was saved before is "
+                "intact: make room or mend the rights, then start the worker again"
+            ) from error
