@@ -5,6 +5,7 @@
 
 import logging
 import os
+import queue
 import secrets
 import threading
 import time
@@ -22,9 +23,22 @@ from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.models import final_module, fingerprint, limit_threads
 from sl_queue.data.table import read_table
-from sl_queue.errors import ComputeError, JobError, RunStopped, SlQueueError, TransportError
+from sl_queue.errors import BrokerUnreachable, ComputeError, JobError, RunStopped, SlQueueError, TransportError
 from sl_queue.job import Job, PartyFile
-from sl_queue.protocol.messages import SCHEDULER, Failed, Stopped
+from sl_queue.ports import Table
+from sl_queue.protocol.codec import decode, encode
+from sl_queue.protocol.messages import (
+    OPERATOR,
+    SCHEDULER,
+    Failed,
+    Header,
+    Kind,
+    MicroBatch,
+    Status,
+    Stopped,
+    StopRequest,
+)
+from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.progress import EarlyStopping, Plan, RunState, history_line
 from sl_queue.protocol.topology import Topology
 from sl_queue.roles.feature_party import FeatureParty
@@ -34,7 +48,7 @@ from sl_queue.roles.worker import Identity, Worker
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.channel import PartyChannel
-from sl_queue.transport.link import Link
+from sl_queue.transport.link import Delivery, Link
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.rabbitmq import RabbitLink
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
@@ -82,11 +96,7 @@ def plan_of(job: Job) -> Plan:
 
 def serve_party(job: Job, party_file: PartyFile, connect: Connect, state: Path, open_channels: "Channels") -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before."""
-    table = read_table(job, party_file)
-    batches = job.batches(table.n_rows)
-    pipeline = job.pipeline_of(batches)
     party, incarnation = party_file.party, secrets.token_hex(8)
-    is_label = party == job.label_holder
     with ExitStack() as stack:
         folder = Folder(state, job_digest=job.digest, party=party, fingerprint=fingerprint(job, party_file))
         stack.callback(folder.close)
@@ -94,28 +104,44 @@ def serve_party(job: Job, party_file: PartyFile, connect: Connect, state: Path, 
         if done is not None and done.told:
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
-        stage = (fuse_stage if is_label else base_stage)(job, party_file, table, batches)
+        table = read_table(job, party_file)
+        identity = Identity(incarnation, job.canonical(), table.n_rows, table.digest, table.id_type)
+        batches = job.batches(table.n_rows)
+        pipeline = job.pipeline_of(batches)
         channel = PartyChannel(
             connect(party, pipeline.prefetch + PREFETCH_MARGIN),
             party,
-            job.feature_parties if is_label else (job.label_holder,),
+            job.feature_parties if party == job.label_holder else (job.label_holder,),
             incarnation,
             patience_s=job.broker.patience,
             persistent=job.broker.persistent,
             depth=pipeline.depth,
         )
+        worker, train = _role(job, party_file, table, pipeline, channel, folder, identity)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
-        identity = Identity(incarnation, job.canonical(), table.n_rows, table.digest, table.id_type)
-        worker = Worker(identity, channel, stage, folder, pipeline)
-        role = (
-            LabelHolder(job.feature_parties, channel, stage, pipeline, worker)
-            if is_label
-            else FeatureParty(job.label_holder, channel, stage, pipeline, worker)
-        )
-        _tell_the_end(worker, channel, lambda: worker.serve(role.train))
+        _tell_the_end(worker, channel, lambda: worker.serve(train))
         log.info("%s: finished; final weights in %s", party, state / "final")
+
+
+def _role(
+    job: Job,
+    party_file: PartyFile,
+    table: Table,
+    pipeline: Pipeline,
+    channel: PartyChannel,
+    folder: Folder,
+    identity: Identity,
+) -> tuple[Worker, Callable[[int], None]]:
+    """The worker of this party, and the loop it runs."""
+    if party_file.party == job.label_holder:
+        fuse = fuse_stage(job, party_file, table, pipeline.batches)
+        worker = Worker(identity, channel, fuse, folder, pipeline)
+        return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
+    base = base_stage(job, party_file, table, pipeline.batches)
+    worker = Worker(identity, channel, base, folder, pipeline)
+    return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
 
 PREFETCH_MARGIN = 8  # signs of life and questions of a peer, which are acknowledged as soon as they are read
@@ -181,7 +207,7 @@ def run_worker(role: Role, job: Job, party_file: PartyFile | None, broker: str |
         )
     url = party_file.broker_url(broker)
     _require_network(url)
-    limit_threads(party_file.threads)
+    limit_threads(party_file.threads or int(os.environ.get("SL_QUEUE_THREADS", 0)) or None)
     serve_party(job, party_file, connector(job, url), _state_folder(party_file, state), Channels())
 
 
@@ -195,6 +221,41 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     if folder is None:
         raise JobError(f"party {party_file.party!r} needs a state folder: give --state DIR or set `state` in its file")
     return folder
+
+
+# The operator -------------------------------------------------------------------------------------------------------
+
+
+def read_status(job: Job, broker: str, timeout_s: float = 3.0) -> dict[str, Any] | None:
+    """The newest status that the scheduler published, which stays where it is; None if there is none.
+
+    Raises BrokerUnreachable.
+    """
+    _require_network(broker)
+    arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+    link = connector(job, broker)(OPERATOR, 1)
+    link.open(arrived.put, lambda: None, lambda _: None)
+    try:
+        _, status = decode(arrived.get(timeout=timeout_s).body)
+        return dict(status.run) if isinstance(status, Status) else None
+    except queue.Empty:
+        return None
+    finally:
+        link.close()  # unacknowledged, so it goes back
+
+
+def request_stop(job: Job, broker: str) -> None:
+    """Ask the scheduler for an orderly stop at the next commit. Raises BrokerUnreachable."""
+    _require_network(broker)
+    link = connector(job, broker)(OPERATOR, 1)
+    link.open(lambda _: None, lambda: None, lambda _: None)
+    try:
+        body = encode(Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0)), StopRequest())
+        link.publish(SCHEDULER, Kind.REPORT, "", body, persistent=True)
+        if not link.flush(timeout_s=10.0):
+            raise BrokerUnreachable("the broker did not confirm the request within 10 s; ask again")
+    finally:
+        link.close()
 
 
 # Every role in one process --------------------------------------------------------------------------------------
@@ -333,5 +394,5 @@ class _Threads:
 
 
 def shared_threads(workers: int) -> int:
-    """Torch threads for each of several workers on this machine: more than its cores together are slower, not faster."""
+    """Torch threads for each of several workers on this machine: more than its cores together are slower."""
     return int(os.environ.get("SL_QUEUE_THREADS", 0)) or max(1, (os.cpu_count() or 1) // workers)
