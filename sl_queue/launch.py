@@ -50,7 +50,6 @@ from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.link import Delivery, Link
 from sl_queue.transport.memory import MemoryBroker
-from sl_queue.transport.rabbitmq import RabbitLink
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 
 log = logging.getLogger("sl_queue")
@@ -74,6 +73,8 @@ def connector(job: Job, broker: str) -> Connect:
     if broker == MEMORY:
         memory = MemoryBroker()
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
+    from sl_queue.transport.rabbitmq import RabbitLink  # a run over memory loads no pika
+
     return lambda party, prefetch: RabbitLink(broker, party, topology(job, broker), prefetch)
 
 
@@ -316,7 +317,7 @@ def run_local(
     (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
     Raises the error of the party that failed, RunStopped if the run was stopped.
     """
-    _require_all(job, parties)
+    require_all(job, parties)
     with ExitStack() as stack:
         root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
         run_state = _Threads(job, parties, broker, root, on_status or (lambda _: None)).run()
@@ -329,7 +330,8 @@ def run_local(
         return Result(history, modules, job.label_holder)
 
 
-def _require_all(job: Job, parties: Sequence[PartyFile]) -> None:
+def require_all(job: Job, parties: Sequence[PartyFile]) -> None:
+    """Raise JobError unless there is exactly one file for each party of the job, and each fits the job."""
     for party_file in parties:
         party_file.check(job)
     given = [party_file.party for party_file in parties]
