@@ -33,6 +33,7 @@ class Parties:
     job: Job
     files: dict[str, PartyFile]
     tables: dict[str, Table]
+    given: dict[str, Any]  # base models by party, the fuse model under "fuse"
 
     @property
     def n_rows(self) -> int:
@@ -69,9 +70,10 @@ class Stages:
             roles = [role for role in roles if next(role, None) is not None]
         return self
 
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, Any]:
         """Base models by party, the fuse model under "fuse"."""
-        found = {party: stage.module for party, stage in self.bases.items()} | {"fuse": self.fuse.model.module}
+        found: dict[str, Any] = {"fuse": self.fuse.model.module}
+        found |= {party: stage.module for party, stage in self.bases.items()}
         if self.fuse.own is not None:
             found[self.fuse.own.model.party] = self.fuse.own.module
         return found
@@ -135,7 +137,7 @@ def parties(
     """Job, party files and tables from modules and arrays, by party; `label_holder` may be one with a base model."""
     roles: dict[str, Any] = {p: {"role": "label" if p == label_holder else "feature", "cut": cuts[p]} for p in bases}
     roles.setdefault(label_holder, {"role": "label"})
-    settings = {"name": "test", "seed": 7, "epochs": 2, "batch_size": 12} | job
+    settings: dict[str, Any] = {"name": "test", "seed": 7, "epochs": 2, "batch_size": 12} | job
     files, tables = {}, {}
     for party in roles:
         own = features.get(party)
@@ -147,7 +149,8 @@ def parties(
             parts["fuse"] = {"model": fuse, "optimizer": dict(optimizer), "loss": loss, "metrics": metrics or []}
         data = Rows(np.arange(len(labels)), own, tables[party].labels)
         files[party] = PartyFile(party=party, data=data, **parts)
-    return Parties(Job(parties=roles, fuse={"aggregation": aggregation}, **settings), files, tables)
+    settings |= {"parties": roles, "fuse": {"aggregation": aggregation}}
+    return Parties(Job(**settings), files, tables, {**bases, "fuse": fuse})
 
 
 class Concatenated(nn.Module):
@@ -158,7 +161,8 @@ class Concatenated(nn.Module):
         self.linear = nn.Linear(input_dim, output_dim)
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        return self.linear(torch.cat([x.flatten(1) for x in inputs], dim=1))
+        joined = torch.cat([x.flatten(1) for x in inputs], dim=1)
+        return self.linear(joined)  # type: ignore[no-any-return]
 
 
 def equal_weights(one: nn.Module, other: nn.Module) -> bool:

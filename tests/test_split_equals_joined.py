@@ -43,11 +43,23 @@ def tabular(n_parties: int = 2, rows: int = ROWS, dtype: Any = np.float32) -> di
     }
 
 
-def plain(setup: Parties, loss: Any, optimizer: Any) -> dict[str, nn.Module]:
+AGGREGATIONS: dict[str, Any] = {
+    "list": lambda xs: xs,
+    "concat": lambda xs: torch.cat(xs, 1),
+    "sum": lambda xs: sum(xs[1:], start=xs[0]),
+    "mean": lambda xs: sum(xs[1:], start=xs[0]) / len(xs),
+}
+
+
+def features_of(setup: Parties, party: str) -> Any:
+    return setup.tables[party].features
+
+
+def plain(setup: Parties, loss: Any, optimizer: Any) -> dict[str, Any]:
     """A training loop that knows nothing of stages, payloads or pipelines."""
     job, holder = setup.job, setup.job.label_holder
-    bases = {p: copy.deepcopy(setup.files[p].base.model).train() for p in job.fused}
-    fuse = copy.deepcopy(setup.files[holder].fuse.model).train()
+    bases = {p: copy.deepcopy(setup.given[p]).train() for p in job.fused}
+    fuse = copy.deepcopy(setup.given["fuse"]).train()
     names = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
     make = getattr(torch.optim, names[optimizer["name"]])
     settings = {k: v for k, v in optimizer.items() if k != "name"}
@@ -64,17 +76,12 @@ def plain(setup: Parties, loss: Any, optimizer: Any) -> dict[str, nn.Module]:
             for index, part in enumerate(np.array_split(rows, min(job.pipeline.micro_batches, len(rows)))):
                 outputs = []
                 for party, base in bases.items():
-                    columns = torch.from_numpy(setup.tables[party].features[part])
+                    columns = torch.from_numpy(features_of(setup, party)[part])
                     torch.manual_seed(key(job.seed, party, "base forward", MicroBatch(step, index)))
                     outputs.append(base(columns.float() if columns.is_floating_point() else columns))
                 torch.manual_seed(key(job.seed, holder, "fuse forward", MicroBatch(step, index)))
-                joined = {
-                    "list": lambda xs: xs,
-                    "concat": lambda xs: torch.cat(xs, 1),
-                    "sum": lambda xs: sum(xs[1:], start=xs[0]),
-                    "mean": lambda xs: sum(xs[1:], start=xs[0]) / len(xs),
-                }[job.fuse.aggregation](outputs)
-                (loss(fuse(joined), labels[torch.from_numpy(part)]) * (len(part) / len(rows))).backward()
+                output = fuse(AGGREGATIONS[job.fuse.aggregation](outputs))
+                (loss(output, labels[torch.from_numpy(part)]) * (len(part) / len(rows))).backward()
             for o in optimizers:
                 o.step()
                 o.zero_grad()
@@ -106,8 +113,7 @@ def assert_split_equals_plain(plain_loss: Any, optimizer: Any = SGD, bits: bool 
         assert furthest(module, expected[name]) <= 1e-6, name
         assert not bits or equal_weights(module, expected[name]), name
         if list(module.parameters()):
-            file = made.files[made.job.label_holder].fuse if name == "fuse" else made.files[name].base
-            assert furthest(module, file.model) > 1e-4, f"{name} did not learn"
+            assert furthest(module, made.given[name]) > 1e-4, f"{name} did not learn"
 
 
 @pytest.mark.parametrize("n_parties", [1, 2, 5])
@@ -221,7 +227,7 @@ def test_a_base_without_parameters_and_one_whose_weights_are_tied() -> None:
             self.back.weight = self.there.weight
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.back(torch.tanh(self.there(x)))
+            return self.back(torch.tanh(self.there(x)))  # type: ignore[no-any-return]
 
     setup = tabular() | {"bases": {"party0": nn.Identity(), "party1": Tied()}, "cuts": {"party0": [3], "party1": [4]}}
     assert_split_equals_plain(bce, ADAM, **setup | {"fuse": Concatenated(7, 1)})
@@ -244,8 +250,8 @@ def test_a_party_that_the_fuse_model_ignores_learns_nothing() -> None:
 
     made = parties(**tabular() | {"fuse": Ignoring(8, 1)})
     split = made.stages().train(made.pipeline).modules()
-    assert equal_weights(split["party1"], made.files["party1"].base.model)
-    assert not equal_weights(split["party0"], made.files["party0"].base.model)
+    assert equal_weights(split["party1"], made.given["party1"])
+    assert not equal_weights(split["party0"], made.given["party0"])
 
 
 def test_held_out_rows_are_measured_as_in_joined_training() -> None:
@@ -271,7 +277,7 @@ def test_a_given_module_is_trained_as_a_copy() -> None:
 # Staleness ------------------------------------------------------------------------------------------------------
 
 
-def delayed(setup: Parties) -> dict[str, nn.Module]:
+def delayed(setup: Parties) -> dict[str, Any]:
     """Plain SGD on delayed gradients: each forward uses the weights after as many updates as came before it."""
     version: dict[MicroBatch, int] = {}
     updates = 0
@@ -282,8 +288,8 @@ def delayed(setup: Parties) -> dict[str, nn.Module]:
             case Update():
                 updates += 1
     batches = setup.job.batches(setup.n_rows)
-    live = {p: copy.deepcopy(setup.files[p].base.model).train() for p in setup.job.fused}
-    fuse = copy.deepcopy(setup.files["holder"].fuse.model).train()
+    live = {p: copy.deepcopy(setup.given[p]).train() for p in setup.job.fused}
+    fuse = copy.deepcopy(setup.given["fuse"]).train()
     labels = torch.from_numpy(setup.tables["holder"].labels)
     past = [copy.deepcopy(live)]
     for step in range(batches.steps):
@@ -296,11 +302,11 @@ def delayed(setup: Parties) -> dict[str, nn.Module]:
                 for buffer, newest in zip(base.buffers(), live[party].buffers(), strict=True):
                     buffer.copy_(newest)
                 torch.manual_seed(key(setup.job.seed, party, "base forward", micro_batch))
-                outputs.append(base(torch.from_numpy(setup.tables[party].features[rows])))
+                outputs.append(base(torch.from_numpy(features_of(setup, party)[rows])))
                 for buffer, newest in zip(base.buffers(), live[party].buffers(), strict=True):
                     newest.copy_(buffer)
             share = len(rows) / batches.rows_in_step(step)
-            (bce(fuse(outputs), labels[torch.from_numpy(rows)]) * share).backward()
+            torch.autograd.backward(bce(fuse(outputs), labels[torch.from_numpy(rows)]) * share)
             for party, base in then.items():
                 for parameter, old in zip(live[party].parameters(), base.parameters(), strict=True):
                     if old.grad is None:

@@ -62,7 +62,7 @@ class TorchBaseStage:
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
         """Add a micro-batch's gradient to those of the parameters; in the order of the forwards."""
         if next(iter(self._in_flight), None) != micro_batch or micro_batch.step != self._updates:
-            raise LocalProtocolError(f"backward {micro_batch} after {self._updates} updates; in flight: {self._flying()}")
+            raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
         flight = self._in_flight.pop(micro_batch)
         positions = self.batches.rows(micro_batch)
         where = place(self.model.party, micro_batch)
