@@ -317,17 +317,25 @@ def run_local(
     (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
     Raises the error of the party that failed, RunStopped if the run was stopped.
     """
-    require_all(job, parties)
     with ExitStack() as stack:
         root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
-        run_state = _Threads(job, parties, broker, root, on_status or (lambda _: None)).run()
-        history = [history_line(result) for result in run_state.history]
-        modules = {
-            (party.party, path.stem): final_module(job, party, path)
-            for party in parties
-            for path in sorted((root / party.party / "final").glob("*.safetensors"))
-        }
-        return Result(history, modules, job.label_holder)
+        states = {role: root / role for role in (*job.parties, SCHEDULER)}
+        return run_threads(job, parties, broker, states, on_status or (lambda _: None))
+
+
+def run_threads(
+    job: Job, parties: Sequence[PartyFile], broker: str, states: Mapping[str, Path], on_status: OnStatus
+) -> Result:
+    """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
+    require_all(job, parties)
+    run_state = _Threads(job, parties, broker, states, on_status).run()
+    history = [history_line(result) for result in run_state.history]
+    modules = {
+        (party.party, path.stem): final_module(job, party, path)
+        for party in parties
+        for path in sorted((states[party.party] / "final").glob("*.safetensors"))
+    }
+    return Result(history, modules, job.label_holder)
 
 
 def require_all(job: Job, parties: Sequence[PartyFile]) -> None:
@@ -345,8 +353,10 @@ def require_all(job: Job, parties: Sequence[PartyFile]) -> None:
 class _Threads:
     """All roles of a run as threads. Mutable while it runs: it collects how each thread ended."""
 
-    def __init__(self, job: Job, parties: Sequence[PartyFile], broker: str, root: Path, on_status: OnStatus) -> None:
-        self._job, self._parties, self._root, self._on_status = job, parties, root, on_status
+    def __init__(
+        self, job: Job, parties: Sequence[PartyFile], broker: str, states: Mapping[str, Path], on_status: OnStatus
+    ) -> None:
+        self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
         self._connect = connector(job, broker)
         self._channels = Channels()
         self._errors: list[SlQueueError] = []
@@ -371,12 +381,12 @@ class _Threads:
 
     def _run_one(self, party_file: PartyFile) -> None:
         limit_threads(party_file.threads or shared_threads(len(self._parties)))
-        state = self._root / party_file.party
+        state = self._states[party_file.party]
         self._guard(lambda: serve_party(self._job, party_file, self._connect, state, self._channels))
 
     def _run_scheduler(self) -> None:
         def serve() -> None:
-            folder = self._root / SCHEDULER
+            folder = self._states[SCHEDULER]
             self._state = serve_scheduler(self._job, self._connect, folder, self._on_status, self._channels)
 
         self._guard(serve)
