@@ -1,0 +1,156 @@
+"""What job and party files have in common: TOML in, frozen values out, and one error that says all that is wrong."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from sl_queue.errors import JobError
+
+M = TypeVar("M", bound="Declared")
+Location = tuple[int | str, ...]
+
+MAX_SHOWN = 80  # characters of a value in an error
+IN_FILE, IN_CODE = "<file>", "<code>"  # tags of a value that may be either; they stand in no dotted key
+
+
+class Declared(BaseModel):
+    """A table of a file, or the same built in code: frozen, no unknown keys, no conversions between types.
+
+    Every field has a description that completes "it must be ..."; complaints are made of them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise JobError(_complaint(type(self).__name__, type(self), error)) from None
+
+    # Tables inside of tables are then not built through __init__, and an error in one keeps its place.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def load(model: type[M], path: Path | str) -> M:
+    """Read a TOML file as `model`. Raises JobError, and lets validators see the file's folder in their context."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+        return model.model_validate(values, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        raise JobError(_complaint(str(path), model, error)) from None
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise JobError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"{path}: is not valid TOML: {error}") from None
+
+
+def redacted(url: str) -> str:
+    """A broker's URL without its password and options, for people to read."""
+    login, at, host = url.rpartition("@")  # the last one, because a password may hold one that was not escaped
+    if not at:  # what follows the colon is a port, or a password whose host was forgotten
+        return re.sub(r"^(\w+://[^:/?\[]*):(?!\d*(?:[/?]|$))[^?]*", r"\1:***", url).partition("?")[0]
+    scheme, separator, user = login.partition("://") if "://" in login else ("", "", login)
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{separator}{name}{colon and ':***'}@{host.partition('?')[0]}"
+
+
+def shown(value: Any) -> str:
+    """A value as an error may show it: short, and without the password of a URL."""
+    if isinstance(value, str):
+        value = redacted(value) if "://" in value or "@" in value else value
+    elif isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"[:MAX_SHOWN]
+    elif isinstance(value, dict):
+        return f"a table of {', '.join(map(str, value)) or 'nothing'}"[:MAX_SHOWN]
+    elif not isinstance(value, bool | int | float | None):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """`did you mean 'epochs'? `, or nothing."""
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+# One error of all of pydantic's ---------------------------------------------------------------------------------
+
+
+def _complaint(source: str, model: type[Declared], error: ValidationError) -> str:
+    lines = [line for found in error.errors(include_url=False) for line in _lines(model, found)]
+    if len(lines) == 1:
+        return f"{source}: {lines[0]}"
+    return "\n  ".join([f"{source}: {len(lines)} things are wrong", *lines])
+
+
+def _lines(model: type[Declared], found: Any) -> Iterator[str]:
+    location = tuple(part for part in found["loc"] if part not in (IN_FILE, IN_CODE))
+    key = _dotted(location)
+    match found["type"]:
+        case "extra_forbidden":  # its value is not shown: it may be a secret that stands in the wrong place
+            yield f"{key} is unknown; {_advice(model, location)}"
+        case "missing":
+            yield f"{key} is missing; it must be {_allowed(model, location)}"
+        case "value_error":  # of our own validators: one line for each thing that is wrong
+            yield from (f"{key} {line}".lstrip() for line in str(found["ctx"]["error"]).splitlines())
+        case _:
+            yield f"{key} = {shown(found['input'])}; it must be {_allowed(model, location)}"
+
+
+def _dotted(location: Location) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _advice(model: type[Declared], location: Location) -> str:
+    """Where an unknown key may have been meant to stand."""
+    table, _ = _declared_at(model, location[:-1])
+    key, known = str(location[-1]), list(table.model_fields)
+    advice = nearest(key, known)
+    if not advice and key in model.model_fields:
+        advice = "it belongs at the top of the file, above the first [table]; "
+    if not advice:
+        homes = (n for n, f in model.model_fields.items() if (t := _table_in(f.annotation)) and key in t.model_fields)
+        advice = "".join(f"it belongs in [{home}]; " for home in homes)
+    return f"{advice}allowed {'in this table' if location[1:] else 'here'} are {', '.join(known)}"
+
+
+def _allowed(model: type[Declared], location: Location) -> str:
+    _, field = _declared_at(model, location)
+    return (field.description if field is not None else None) or "something else"
+
+
+def _declared_at(model: type[Declared], location: Location) -> tuple[type[Declared], FieldInfo | None]:
+    """The innermost table and the innermost field on the way to a location."""
+    table, field = model, None
+    parts = iter(location)
+    for part in parts:
+        if part not in table.model_fields:
+            break
+        field = table.model_fields[str(part)]
+        inner = _table_in(field.annotation)
+        if inner is None:
+            break
+        table = inner
+        if get_origin(field.annotation) is dict:
+            next(parts, None)  # the name of a party
+    return table, field
+
+
+def _table_in(annotation: Any) -> type[Declared] | None:
+    """The table that an annotation speaks of: `dict[str, JobParty]`, `BaseFile | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Declared):
+        return annotation
+    return next((table for inner in get_args(annotation) if (table := _table_in(inner))), None)

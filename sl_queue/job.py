@@ -1,0 +1,250 @@
+"""The job: what all parties agreed to train, the same file at every party.
+
+Its digest is compared when they join, so paths, secrets and whatever else is one party's own stand in its party file.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from sl_queue.declared import Declared, load, redacted, shown
+from sl_queue.errors import JobError
+from sl_queue.party_file import BaseFile, DataFile, FuseFile, PartyFile
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
+from sl_queue.protocol.pipeline import Pipeline
+from sl_queue.protocol.progress import differing_keys
+from sl_queue.protocol.row_order import Batches
+from sl_queue.protocol.topology import Topology
+from sl_queue.user_code import imported
+
+__all__ = [
+    "BaseFile",
+    "DataFile",
+    "FuseFile",
+    "Job",
+    "JobBroker",
+    "JobEarlyStopping",
+    "JobFuse",
+    "JobParty",
+    "JobPipeline",
+    "PartyFile",
+    "imported",
+    "redacted",
+]
+
+RESERVED = (SCHEDULER, OPERATOR, "dead")  # names of other queues and routing keys
+
+_LIMIT = 2**63  # integers travel as 64 bits
+_Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
+_Size = Annotated[int, Field(strict=True, ge=1, lt=_LIMIT)]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
+
+
+class JobParty(Declared):
+    """One party as all others know it."""
+
+    role: Literal["feature", "label"] = Field(description='"feature" or "label"')
+    cut: Annotated[tuple[_Size, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None,
+        description="a list of whole numbers of at least 1, the shape of one row's activation: for instance [32]",
+    )
+
+
+class JobFuse(Declared):
+    """How activations become the fuse model's input."""
+
+    aggregation: Literal["list", "concat", "sum", "mean"] = Field(
+        default="list", description='"list", "concat", "sum" or "mean"'
+    )
+
+
+class JobPipeline(Declared):
+    """The order of work, as two integers, and how often it pauses for a checkpoint."""
+
+    micro_batches: _Count = Field(default=1, description="a whole number of at least 1: the parts of a step")
+    depth: _Count = Field(
+        default=None,
+        validate_default=True,
+        description="a whole number of at least 1: activations on their way; without it, micro_batches",
+    )
+    staleness: int = Field(
+        default=0, ge=0, lt=_LIMIT, description="a whole number of at least 0: updates that a forward may run ahead"
+    )
+    checkpoint_every: _Count = Field(default=50, description="a whole number of at least 1, in steps")
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _all_at_once(cls, value: Any, info: ValidationInfo) -> Any:
+        return info.data.get("micro_batches", 1) if value is None else value
+
+
+class JobBroker(Declared):
+    """What all parties expect of the broker; its address is in each party's own file."""
+
+    persistent: bool = Field(default=False, description="true or false: whether the broker writes messages to disk")
+    patience: float = Field(
+        default=60.0, gt=0, description="a number above 0: seconds of silence until a waiting worker says so"
+    )
+
+
+class JobEarlyStopping(Declared):
+    """When training ends before its last epoch, with the best epoch's weights."""
+
+    metric: str = Field(description='"loss" or one of the label holder\'s metrics')
+    patience: _Count = Field(description="a whole number of at least 1: epochs without improvement")
+    min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
+
+
+class Job(Declared):
+    """What all parties agreed to train. Read with `Job.load(path)`, or built in code from the same keys."""
+
+    name: _Name = Field(description="a name of letters, digits, '_', '-' and '.'")
+    seed: int = Field(ge=-_LIMIT, lt=_LIMIT, description="a whole number of 64 bits")
+    epochs: _Count = Field(description="a whole number of at least 1: passes over the rows")
+    batch_size: _Count = Field(description="a whole number of at least 1: rows per optimizer step")
+    holdout: float = Field(
+        default=0.0, ge=0, lt=1, description="a number from 0 to below 1: the share of rows for evaluation"
+    )
+    shuffle: bool = Field(default=True, description="true or false")
+    drop_last: bool = Field(default=False, description="true or false")
+    parties: dict[str, JobParty] = Field(description="a table [parties.NAME] for each party")
+    fuse: JobFuse = Field(default=JobFuse(), description="a table [fuse]")
+    pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
+    broker: JobBroker = Field(default=JobBroker(), description="a table [broker]")
+    early_stopping: JobEarlyStopping | None = Field(default=None, description="a table [early_stopping]")
+
+    if TYPE_CHECKING:  # tables may be given as dicts
+
+        def __init__(self, /, **values: Any) -> None: ...
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a job file. Raises one JobError that says all that is wrong with it."""
+        return load(cls, path)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = [*_about_name(self), *_about_parties(self), *_about_aggregation(self), *_about_numbers(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    # Who takes part --------------------------------------------------------------------------------------------
+
+    @property
+    def label_holder(self) -> str:
+        """The party that holds the labels."""
+        return next(name for name, party in self.parties.items() if party.role == "label")
+
+    @property
+    def feature_parties(self) -> tuple[str, ...]:
+        """All other parties, in the order of the job."""
+        return tuple(name for name, party in self.parties.items() if party.role == "feature")
+
+    def cut(self, party: str) -> tuple[int, ...] | None:
+        """The shape of one row's activation of a party; None for a label holder without a base model."""
+        return self.parties[party].cut
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The parties with a base model, in the order of the fuse model's inputs."""
+        return tuple(name for name, party in self.parties.items() if party.cut is not None)
+
+    # What follows from it --------------------------------------------------------------------------------------
+
+    def batches(self, n_rows: int) -> Batches:
+        """Which of `n_rows` rows are trained on when. Raises JobError if none is left to train or to stop on."""
+        batches = Batches(
+            n_rows=n_rows,
+            seed=self.seed,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            micro_batches=self.pipeline.micro_batches,
+            holdout=self.holdout,
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+        )
+        if self.early_stopping is not None and batches.holdout_rows == 0:
+            raise JobError(f"holdout = {self.holdout} of {n_rows} rows is none; early_stopping needs some")
+        return batches
+
+    def pipeline_of(self, batches: Batches) -> Pipeline:
+        """The order of work on those batches."""
+        return Pipeline(batches, self.pipeline.depth, self.pipeline.staleness, self.pipeline.checkpoint_every)
+
+    def topology(self, prefix: str = "") -> Topology:
+        """The names at the broker."""
+        return Topology(self.label_holder, self.feature_parties, prefix)
+
+    # Whether two parties mean the same job ---------------------------------------------------------------------
+
+    def canonical(self) -> dict[str, Any]:
+        """The job as JSON values with every default filled in; equal if and only if the jobs are."""
+        values = self.model_dump(mode="json")
+        values["fuse"]["inputs"] = list(self.fused)  # a JSON object has no order, and that of the parties matters
+        return values
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical job, hexadecimal."""
+        return sha256(json.dumps(self.canonical(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """The keys in which another canonical job differs, each with both values."""
+        differing = sorted(differing_keys(self.canonical(), other).items())
+        return [f"{key}: {_told(ours)} here, {_told(theirs)} there" for key, (ours, theirs) in differing]
+
+
+def _told(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value)
+
+
+# What only several keys together show ---------------------------------------------------------------------------
+
+
+def _about_name(job: Job) -> Iterator[str]:
+    if f"{job.name}.".startswith("amq."):  # the job's name begins the names of its queues
+        yield f"name = {shown(job.name)}; RabbitMQ keeps names that begin with 'amq.' for itself"
+
+
+def _about_parties(job: Job) -> Iterator[str]:
+    for name, party in job.parties.items():
+        if not _is_word(name):
+            yield f"parties.{name}: a party's name is made of letters, digits, '_' and '-', at most 64"
+        elif name in RESERVED:
+            yield f"parties.{name}: no party may be called {', '.join(map(repr, RESERVED))}"
+        if party.role == "feature" and party.cut is None:
+            yield f"parties.{name}.cut is missing; a feature party sends activations, so give their shape: [32]"
+    holders = [name for name, party in job.parties.items() if party.role == "label"]
+    if len(holders) != 1:
+        told = f"{', '.join(holders)} have" if holders else "no party has"
+        yield f'parties: {told} role = "label"; exactly one party holds the labels'
+    if len(holders) == len(job.parties):
+        yield 'parties: no party has role = "feature"; at least one must'
+
+
+def _is_word(name: str) -> bool:
+    """Whether a name can be a word of a routing key, a file name and a part of a queue's name."""
+    return name.isascii() and 1 <= len(name) <= 64 and name.replace("_", "a").replace("-", "a").isalnum()
+
+
+def _about_aggregation(job: Job) -> Iterator[str]:
+    aggregation = job.fuse.aggregation
+    cuts = {name: party.cut for name, party in job.parties.items() if party.cut is not None}
+    told = ", ".join(f"{name} {list(cut)}" for name, cut in cuts.items())
+    if aggregation in ("sum", "mean") and len(set(cuts.values())) > 1:
+        yield f"fuse.aggregation = {shown(aggregation)} needs equal cuts, but they are {told}"
+    if aggregation == "concat" and len({(len(cut), cut[1:]) for cut in cuts.values()}) > 1:
+        yield f"fuse.aggregation = 'concat' needs cuts that differ only in their first number, but they are {told}"
+
+
+def _about_numbers(job: Job) -> Iterator[str]:
+    micro_batches = job.pipeline.micro_batches
+    if micro_batches > job.batch_size:
+        yield f"pipeline.micro_batches = {micro_batches}; it must be at most batch_size, which is {job.batch_size}"
+    if job.early_stopping is not None and job.holdout == 0:
+        yield "early_stopping needs held-out rows, but holdout = 0; set holdout, for instance to 0.2"
