@@ -1,45 +1,33 @@
 """The composition root: the one place that joins a job, its adapters and a role.
 
-`run_worker` is one role in this process, until it ends; `run_local` is every role, a thread each.
+`run_worker` is one role in this process, until it ends. `local.run_local` is every role, a thread each.
 """
 
 import logging
 import os
-import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from torch import nn
-
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
-from sl_queue.compute.models import final_module, fingerprint, limit_threads
+from sl_queue.compute.models import fingerprint, limit_threads
 from sl_queue.data.table import read_table
-from sl_queue.errors import BrokerUnreachable, ComputeError, JobError, RunStopped, SlQueueError, TransportError
+from sl_queue.errors import ComputeError, JobError, RunStopped, SlQueueError, TransportError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import Table
-from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import (
-    OPERATOR,
     SCHEDULER,
     Failed,
-    Header,
-    Kind,
-    MicroBatch,
-    Status,
     Stopped,
-    StopRequest,
 )
 from sl_queue.protocol.pipeline import Pipeline
-from sl_queue.protocol.progress import EarlyStopping, Plan, RunState, history_line
+from sl_queue.protocol.progress import EarlyStopping, Plan, RunState
 from sl_queue.protocol.topology import Topology
 from sl_queue.roles.feature_party import FeatureParty
 from sl_queue.roles.label_holder import LabelHolder
@@ -48,7 +36,7 @@ from sl_queue.roles.worker import Identity, Worker
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.channel import PartyChannel
-from sl_queue.transport.link import Delivery, Link
+from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 
@@ -195,7 +183,7 @@ def run_worker(role: Role, job: Job, party_file: PartyFile | None, broker: str |
         url = broker or os.environ.get("SL_QUEUE_BROKER")
         if url is None:
             raise JobError("the scheduler needs a broker: give --broker URL or set SL_QUEUE_BROKER")
-        _require_network(url)
+        require_network(url)
         serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), lambda _: None, Channels())
         return
     if party_file is None:
@@ -207,12 +195,13 @@ def run_worker(role: Role, job: Job, party_file: PartyFile | None, broker: str |
             f"and this worker is for role {role!r}; start the other worker"
         )
     url = party_file.broker_url(broker)
-    _require_network(url)
+    require_network(url)
     limit_threads(party_file.threads or int(os.environ.get("SL_QUEUE_THREADS", 0)) or None)
     serve_party(job, party_file, connector(job, url), _state_folder(party_file, state), Channels())
 
 
-def _require_network(url: str) -> None:
+def require_network(url: str) -> None:
+    """Raise JobError for memory://, which does not reach beyond one process."""
     if url.startswith(MEMORY):
         raise JobError("a worker in a process of its own needs amqp:// or amqps://; memory:// is for `sl-queue local`")
 
@@ -222,62 +211,6 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     if folder is None:
         raise JobError(f"party {party_file.party!r} needs a state folder: give --state DIR or set `state` in its file")
     return folder
-
-
-# The operator -------------------------------------------------------------------------------------------------------
-
-
-def read_status(job: Job, broker: str, timeout_s: float = 3.0) -> dict[str, Any] | None:
-    """The newest status that the scheduler published, which stays where it is; None if there is none.
-
-    Raises BrokerUnreachable.
-    """
-    _require_network(broker)
-    arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-    link = connector(job, broker)(OPERATOR, 1)
-    link.open(arrived.put, lambda: None, lambda _: None)
-    try:
-        _, status = decode(arrived.get(timeout=timeout_s).body)
-        return dict(status.run) if isinstance(status, Status) else None
-    except queue.Empty:
-        return None
-    finally:
-        link.close()  # unacknowledged, so it goes back
-
-
-def request_stop(job: Job, broker: str) -> None:
-    """Ask the scheduler for an orderly stop at the next commit. Raises BrokerUnreachable."""
-    _require_network(broker)
-    link = connector(job, broker)(OPERATOR, 1)
-    link.open(lambda _: None, lambda: None, lambda _: None)
-    try:
-        body = encode(Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0)), StopRequest())
-        link.publish(SCHEDULER, Kind.REPORT, "", body, persistent=True)
-        if not link.flush(timeout_s=10.0):
-            raise BrokerUnreachable("the broker did not confirm the request within 10 s; ask again")
-    finally:
-        link.close()
-
-
-# Every role in one process --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a run left: the history, one dict an epoch as in history.jsonl, and the trained modules."""
-
-    history: list[dict[str, Any]]
-    modules: Mapping[tuple[str, str], nn.Module] = field(repr=False)
-    label_holder: str
-
-    def base(self, party: str) -> nn.Module:
-        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none."""
-        return self.modules[party, "base"]
-
-    @property
-    def fuse(self) -> nn.Module:
-        """The trained fuse model, in evaluation mode on the CPU."""
-        return self.modules[self.label_holder, "fuse"]
 
 
 class Channels:
@@ -302,109 +235,3 @@ class Channels:
             channels = list(self._open)
         for channel in channels:
             channel.fail(error)
-
-
-def run_local(
-    job: Job,
-    parties: Sequence[PartyFile],
-    broker: str = MEMORY,
-    out: Path | str | None = None,
-    on_status: OnStatus | None = None,
-) -> Result:
-    """Train with every role as a thread of this process, and return the history and the trained modules.
-
-    `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
-    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
-    Raises the error of the party that failed, RunStopped if the run was stopped.
-    """
-    with ExitStack() as stack:
-        root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
-        states = {role: root / role for role in (*job.parties, SCHEDULER)}
-        return run_threads(job, parties, broker, states, on_status or (lambda _: None))
-
-
-def run_threads(
-    job: Job, parties: Sequence[PartyFile], broker: str, states: Mapping[str, Path], on_status: OnStatus
-) -> Result:
-    """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
-    require_all(job, parties)
-    run_state = _Threads(job, parties, broker, states, on_status).run()
-    history = [history_line(result) for result in run_state.history]
-    modules = {
-        (party.party, path.stem): final_module(job, party, path)
-        for party in parties
-        for path in sorted((states[party.party] / "final").glob("*.safetensors"))
-    }
-    return Result(history, modules, job.label_holder)
-
-
-def require_all(job: Job, parties: Sequence[PartyFile]) -> None:
-    """Raise JobError unless there is exactly one file for each party of the job, and each fits the job."""
-    for party_file in parties:
-        party_file.check(job)
-    given = [party_file.party for party_file in parties]
-    missing = [party for party in job.parties if party not in given]
-    twice = sorted({party for party in given if given.count(party) > 1})
-    if missing or twice:
-        problem = f"no file for {', '.join(missing)}" if missing else f"two files for {', '.join(twice)}"
-        raise JobError(f"job {job.name!r} has the parties {', '.join(job.parties)}: {problem}")
-
-
-class _Threads:
-    """All roles of a run as threads. Mutable while it runs: it collects how each thread ended."""
-
-    def __init__(
-        self, job: Job, parties: Sequence[PartyFile], broker: str, states: Mapping[str, Path], on_status: OnStatus
-    ) -> None:
-        self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
-        self._connect = connector(job, broker)
-        self._channels = Channels()
-        self._errors: list[SlQueueError] = []
-        self._state = RunState()
-
-    def run(self) -> RunState:
-        threads = [threading.Thread(target=self._run_one, args=(p,), name=p.party) for p in self._parties]
-        scheduler = threading.Thread(target=self._run_scheduler, name=SCHEDULER)
-        for thread in (scheduler, *threads):
-            thread.start()
-        try:
-            for thread in (*threads, scheduler):
-                thread.join()
-        except BaseException:  # KeyboardInterrupt: let nobody wait for who is gone
-            self._channels.fail(RunStopped("interrupted; run again on the same folder to resume"))
-            for thread in (*threads, scheduler):
-                thread.join()
-            raise
-        if self._errors:
-            raise next((e for e in self._errors if not isinstance(e, RunStopped)), self._errors[0])
-        return self._state
-
-    def _run_one(self, party_file: PartyFile) -> None:
-        limit_threads(party_file.threads or shared_threads(len(self._parties)))
-        state = self._states[party_file.party]
-        self._guard(lambda: serve_party(self._job, party_file, self._connect, state, self._channels))
-
-    def _run_scheduler(self) -> None:
-        def serve() -> None:
-            folder = self._states[SCHEDULER]
-            self._state = serve_scheduler(self._job, self._connect, folder, self._on_status, self._channels)
-
-        self._guard(serve)
-
-    def _guard(self, serve: Callable[[], None]) -> None:
-        """Keep a thread's error; one that the scheduler cannot tell the others about ends them here."""
-        try:
-            serve()
-        except SlQueueError as error:
-            self._errors.append(error)
-            if not isinstance(error, RunStopped):
-                self._channels.fail(RunStopped(f"another role of this process failed: {error}"))
-        except Exception as error:
-            log.exception("a bug in sl_queue")
-            self._errors.append(SlQueueError(f"{type(error).__name__}: {error}"))
-            self._channels.fail(RunStopped("another role of this process failed"))
-
-
-def shared_threads(workers: int) -> int:
-    """Torch threads for each of several workers on this machine: more than its cores together are slower."""
-    return int(os.environ.get("SL_QUEUE_THREADS", 0)) or max(1, (os.cpu_count() or 1) // workers)

@@ -1,0 +1,146 @@
+"""Every role of a run as a thread of this process: for notebooks, tests and `sl-queue local`."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from sl_queue.compute.models import final_module, limit_threads
+from sl_queue.errors import JobError, RunStopped, SlQueueError
+from sl_queue.job import Job, PartyFile
+from sl_queue.launch import MEMORY, Channels, OnStatus, connector, serve_party, serve_scheduler
+from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.progress import RunState, history_line
+
+log = logging.getLogger("sl_queue")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run left: the history, one dict an epoch as in history.jsonl, and the trained modules."""
+
+    history: list[dict[str, Any]]
+    modules: Mapping[tuple[str, str], nn.Module] = field(repr=False)
+    label_holder: str
+
+    def base(self, party: str) -> nn.Module:
+        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none."""
+        return self.modules[party, "base"]
+
+    @property
+    def fuse(self) -> nn.Module:
+        """The trained fuse model, in evaluation mode on the CPU."""
+        return self.modules[self.label_holder, "fuse"]
+
+
+def run_local(
+    job: Job,
+    parties: Sequence[PartyFile],
+    broker: str = MEMORY,
+    out: Path | str | None = None,
+    on_status: OnStatus | None = None,
+) -> Result:
+    """Train with every role as a thread of this process, and return the history and the trained modules.
+
+    `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
+    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
+    Raises the error of the party that failed, RunStopped if the run was stopped.
+    """
+    with ExitStack() as stack:
+        root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
+        states = {role: root / role for role in (*job.parties, SCHEDULER)}
+        return run_threads(job, parties, broker, states, on_status or (lambda _: None))
+
+
+def run_threads(
+    job: Job, parties: Sequence[PartyFile], broker: str, states: Mapping[str, Path], on_status: OnStatus
+) -> Result:
+    """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
+    require_all(job, parties)
+    run_state = _Threads(job, parties, broker, states, on_status).run()
+    history = [history_line(result) for result in run_state.history]
+    modules = {
+        (party.party, path.stem): final_module(job, party, path)
+        for party in parties
+        for path in sorted((states[party.party] / "final").glob("*.safetensors"))
+    }
+    return Result(history, modules, job.label_holder)
+
+
+def require_all(job: Job, parties: Sequence[PartyFile]) -> None:
+    """Raise JobError unless there is exactly one file for each party of the job, and each fits the job."""
+    for party_file in parties:
+        party_file.check(job)
+    given = [party_file.party for party_file in parties]
+    missing = [party for party in job.parties if party not in given]
+    twice = sorted({party for party in given if given.count(party) > 1})
+    if missing or twice:
+        problem = f"no file for {', '.join(missing)}" if missing else f"two files for {', '.join(twice)}"
+        raise JobError(f"job {job.name!r} has the parties {', '.join(job.parties)}: {problem}")
+
+
+class _Threads:
+    """All roles of a run as threads. Mutable while it runs: it collects how each thread ended."""
+
+    def __init__(
+        self, job: Job, parties: Sequence[PartyFile], broker: str, states: Mapping[str, Path], on_status: OnStatus
+    ) -> None:
+        self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
+        self._connect = connector(job, broker)
+        self._channels = Channels()
+        self._errors: list[SlQueueError] = []
+        self._state = RunState()
+
+    def run(self) -> RunState:
+        threads = [threading.Thread(target=self._run_one, args=(p,), name=p.party) for p in self._parties]
+        scheduler = threading.Thread(target=self._run_scheduler, name=SCHEDULER)
+        for thread in (scheduler, *threads):
+            thread.start()
+        try:
+            for thread in (*threads, scheduler):
+                thread.join()
+        except BaseException:  # KeyboardInterrupt: let nobody wait for who is gone
+            self._channels.fail(RunStopped("interrupted; run again on the same folder to resume"))
+            for thread in (*threads, scheduler):
+                thread.join()
+            raise
+        if self._errors:
+            raise next((e for e in self._errors if not isinstance(e, RunStopped)), self._errors[0])
+        return self._state
+
+    def _run_one(self, party_file: PartyFile) -> None:
+        limit_threads(party_file.threads or shared_threads(len(self._parties)))
+        state = self._states[party_file.party]
+        self._guard(lambda: serve_party(self._job, party_file, self._connect, state, self._channels))
+
+    def _run_scheduler(self) -> None:
+        def serve() -> None:
+            folder = self._states[SCHEDULER]
+            self._state = serve_scheduler(self._job, self._connect, folder, self._on_status, self._channels)
+
+        self._guard(serve)
+
+    def _guard(self, serve: Callable[[], None]) -> None:
+        """Keep a thread's error; one that the scheduler cannot tell the others about ends them here."""
+        try:
+            serve()
+        except SlQueueError as error:
+            self._errors.append(error)
+            if not isinstance(error, RunStopped):
+                self._channels.fail(RunStopped(f"another role of this process failed: {error}"))
+        except Exception as error:
+            log.exception("a bug in sl_queue")
+            self._errors.append(SlQueueError(f"{type(error).__name__}: {error}"))
+            self._channels.fail(RunStopped("another role of this process failed"))
+
+
+def shared_threads(workers: int) -> int:
+    """Torch threads for each of several workers on this machine: more than its cores together are slower."""
+    return int(os.environ.get("SL_QUEUE_THREADS", 0)) or max(1, (os.cpu_count() or 1) // workers)
