@@ -134,7 +134,8 @@ def test_no_child_outlives_its_parent_however_that_ends(tmp_path: Path, number: 
 def test_what_a_killed_worker_started_itself_is_ended_too(tmp_path: Path) -> None:
     code = """
         import os, subprocess, sys
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+        child = subprocess.Popen(sleep, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         open(sys.argv[1], "w").write(str(child.pid)); sys.exit(4)
     """
     failure, _ = run(worker("bank", code, tmp_path / "pid"))

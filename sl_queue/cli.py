@@ -1,0 +1,186 @@
+"""The command `sl-queue`."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sl_queue.errors import JobError, PeerSilent, RunStopped
+from sl_queue.exits import DEBUG, leaving
+
+if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
+    from sl_queue.job import Job, PartyFile
+    from sl_queue.processes import Place
+
+MEMORY = "memory://"
+
+
+class _Commands(TyperGroup):
+    """Whatever a command raises leaves as one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with leaving(on_interrupt="interrupted; the same command goes on from the last checkpoint"):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Split learning over RabbitMQ: train one model with layers at several parties, without moving a column.",
+)
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job file, the same at every party.")]
+PartyPaths = Annotated[list[Path], typer.Argument(metavar="PARTY...", help="The party files.")]
+Broker = Annotated[str | None, typer.Option(envvar="SL_QUEUE_BROKER", show_envvar=True, help="URL of the broker.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show the traceback of an error, as {DEBUG}=1 does.")] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default: a new temporary one.")] = None,
+) -> None:
+    """Train on scikit-learn's digits, offline: the joint model beats each party alone."""
+    from sl_queue.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def check(
+    job: JobPath,
+    parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
+    broker: Broker = None,
+) -> None:
+    """Find everything that can be wrong before anything is started."""
+    from sl_queue.check import check_job
+    from sl_queue.screen import show_finding, stdout
+
+    console = stdout()
+    raise typer.Exit(check_job(job, parties or [], broker, lambda finding: show_finding(console, finding)))
+
+
+@app.command()
+def local(
+    job: JobPath,
+    parties: PartyPaths,
+    broker: Broker = None,
+    out: Annotated[
+        Path | None, typer.Option(help="State under OUT/<party> and OUT/scheduler; default: the party files' state.")
+    ] = None,
+) -> None:
+    """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
+    from sl_queue.job import Job, PartyFile
+    from sl_queue.local import require_all
+    from sl_queue.screen import history_table, stdout
+
+    agreed = Job.load(job)
+    files = {path: PartyFile.load(path) for path in parties}
+    require_all(agreed, list(files.values()))
+    places = _places(agreed, files, out)
+    url = broker or MEMORY
+    if url.startswith(MEMORY):
+        history = _run_threads(agreed, list(files.values()), places)
+    else:
+        history = _run_processes(agreed, job, places, url)
+    console = stdout()
+    console.print(history_table(history))
+    for role, place in places.items():
+        for weights in sorted((place.state / "final").glob("*.safetensors")):
+            console.print(f"{role}: {weights}", soft_wrap=True)
+
+
+def _places(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":
+    """Each role's file and state folder; without --out the scheduler's is beside the label holder's."""
+    from sl_queue.processes import Place
+    from sl_queue.protocol.messages import SCHEDULER
+
+    places = {}
+    for path, file in files.items():
+        state = file.state if out is None else out / file.party
+        if state is None:
+            raise JobError(f"{path}: party {file.party!r} has no `state` folder; set it, or give --out DIR")
+        places[file.party] = Place(path, state)
+    beside = places[job.label_holder].state.parent if out is None else out
+    return {**places, SCHEDULER: Place(None, beside / SCHEDULER)}
+
+
+def _run_threads(job: "Job", files: "list[PartyFile]", places: "dict[str, Place]") -> list[dict[str, Any]]:
+    from sl_queue.local import run_threads
+    from sl_queue.screen import Screen
+
+    states = {role: place.state for role, place in places.items()}
+    with Screen() as screen:
+        return run_threads(job, files, MEMORY, states, screen.status).history
+
+
+def _run_processes(job: "Job", job_file: Path, places: "dict[str, Place]", broker: str) -> list[dict[str, Any]]:
+    from sl_queue.processes import read_history, run_processes
+    from sl_queue.protocol.messages import SCHEDULER
+    from sl_queue.screen import Screen
+
+    with Screen() as screen:
+        failure = run_processes(job, job_file, places, broker, screen)
+    if failure is not None:
+        print(f"error: {failure.worker}: {failure.reason}", file=sys.stderr)
+        raise typer.Exit(failure.exit_code)
+    if not all((places[party].state / "final").exists() for party in job.parties):
+        raise RunStopped("before the last epoch, as asked; the same command resumes")
+    return read_history(places[SCHEDULER].state)
+
+
+@app.command()
+def status(
+    job: JobPath,
+    broker: Broker = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Where the run is, who is late and why."""
+    from sl_queue.job import Job
+    from sl_queue.operate import read_status
+    from sl_queue.screen import status_view, stdout
+
+    newest = read_status(Job.load(job), _network(broker))
+    if newest is None:
+        raise PeerSilent(f"{job}: no scheduler has told anything of this job at that broker; start workers.scheduler")
+    if as_json:
+        print(json.dumps(newest))
+    else:
+        stdout().print(status_view(newest))
+
+
+@app.command()
+def stop(job: JobPath, broker: Broker = None) -> None:
+    """Stop the run in an orderly way at the next commit; a later start resumes."""
+    from sl_queue.job import Job
+    from sl_queue.operate import request_stop
+
+    request_stop(Job.load(job), _network(broker))
+    print("asked to stop at the next commit; start the workers again to resume")
+
+
+def _network(broker: str | None) -> str:
+    if broker is None:
+        raise JobError("which broker? give --broker amqps://... or set SL_QUEUE_BROKER")
+    if broker.startswith(MEMORY):
+        raise JobError("a run over memory:// lives in one process and shows itself there; Ctrl-C stops it")
+    return broker
+
+
+def main() -> None:
+    """The entry point of the command."""
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word != "--debug")  # wherever it stands, it is meant for all
+    app()

@@ -1,0 +1,98 @@
+"""Every role of a job as a process of its own on this machine, over a broker: what `sl-queue local` does over amqp."""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sl_queue.errors import TransportError
+from sl_queue.job import Job
+from sl_queue.local import shared_threads
+from sl_queue.operate import read_status
+from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.screen import Screen
+from sl_queue.supervise import Failure, Worker, supervise
+
+STATUS_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a role's file and state lie on this machine."""
+
+    party_file: Path | None  # None: the scheduler
+    state: Path
+
+
+def run_processes(job: Job, job_file: Path, places: Mapping[str, Place], broker: str, screen: Screen) -> Failure | None:
+    """Train to the end, restarting workers as `supervise` does; None, or why it ended before.
+
+    The broker's URL goes to the workers through the environment: everybody on a machine can read a command line.
+    Raises BrokerUnreachable before anything is started.
+    """
+    follower = _Follower(job, broker, screen)
+    threads = str(shared_threads(len(job.parties)))
+    environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads}
+    workers = [Worker(role, _command(job, role, job_file, place)) for role, place in places.items()]
+    with follower:
+        return supervise(workers, environ, screen.line, follower.committed)
+
+
+def _command(job: Job, role: str, job_file: Path, place: Place) -> tuple[str, ...]:
+    if role == SCHEDULER:
+        module = "workers.scheduler"
+    else:
+        module = "workers.label_holder" if role == job.label_holder else "workers.feature_party"
+    party = () if place.party_file is None else ("--party", str(place.party_file))
+    return (sys.executable, "-m", module, "--job", str(job_file), *party, "--state", str(place.state))
+
+
+class _Follower:
+    """Shows the run's newest status, and remembers it; mutable: a thread reads while the main thread supervises."""
+
+    def __init__(self, job: Job, broker: str, screen: Screen) -> None:
+        self._job, self._broker, self._screen = job, broker, screen
+        self._stale = read_status(job, broker)  # what an earlier run may have left
+        self._newest: Mapping[str, Any] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="status", daemon=True)
+
+    def __enter__(self) -> "_Follower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._look()
+
+    def committed(self, role: str) -> int | None:
+        """The last step that a role is known to have on disk; for the scheduler the label holder's."""
+        newest = self._newest
+        if newest is None:
+            return None
+        party = newest["parties"].get(self._job.label_holder if role == SCHEDULER else role)
+        return None if party is None else int(party["committed"])
+
+    def _follow(self) -> None:
+        while not self._ended.wait(STATUS_EVERY_S):
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            status = read_status(self._job, self._broker)
+        except TransportError:
+            return  # the workers notice it too, and what they say is shown
+        if status is not None and status != self._stale:
+            self._newest = status
+            self._screen.status(status)
+
+
+def read_history(scheduler_state: Path) -> list[dict[str, Any]]:
+    """The epochs in a scheduler's history.jsonl so far."""
+    path = scheduler_state / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,167 @@
+"""What the command shows: a progress bar while a run trains, and tables of what came out. Results go to stdout, the
+rest to stderr; where that is no terminal, an epoch is a line instead of a bar."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # it would bring torch
+    from sl_queue.check import Finding
+
+Status = Mapping[str, Any]
+
+RATE_OVER_S = 5.0  # samples/s is the mean over the last seconds
+
+
+def stdout() -> Console:
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+class _Bar(Progress):
+    """A progress bar with a line below it."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, style="dim")
+
+
+class Screen:
+    """Follows a run's status on stderr until it is left; mutable: it draws over what it drew before."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = stderr()
+        self._clock = clock
+        self._bar = _Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[numbers]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("waiting for the scheduler", total=1, numbers="")
+        self._samples: deque[tuple[float, int]] = deque()
+        self._epochs = 0
+        self._log = RichHandler(
+            console=self.console, show_path=False, show_level=False, omit_repeated_times=False, highlighter=None
+        )
+
+    def __enter__(self) -> "Screen":
+        logging.getLogger("sl_queue").addHandler(self._log)
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        logging.getLogger("sl_queue").removeHandler(self._log)
+
+    def line(self, worker: str, text: str) -> None:
+        """A line that a worker wrote."""
+        self.console.print(Text.assemble((f"{worker} ", "cyan"), text), soft_wrap=True)
+
+    def status(self, status: Status) -> None:
+        """The newest status of the run."""
+        rate = self._rate(status["samples"])
+        for done in status["history"][self._epochs :] if not self.console.is_terminal else ():
+            self.console.print(f"{_where_and_numbers(status, done)}  samples/s {_number(rate)}", soft_wrap=True)
+        self._epochs = len(status["history"])
+        self._bar.below = _where_and_numbers(status, status["history"][-1]) if status["history"] else ""
+        numbers = {"loss": status["loss"], "samples/s": rate}
+        shown = "  ".join(f"{name} {_number(value)}" for name, value in numbers.items() if value)
+        self._bar.update(
+            self._task,
+            description=_where(status),
+            completed=status["step"] + 1,
+            total=status["steps"] or 1,
+            numbers=shown,
+        )
+
+    def _rate(self, samples: int) -> float | None:
+        now = self._clock()
+        if self._samples and samples < self._samples[-1][1]:
+            self._samples.clear()  # the label holder was restarted: it counts anew
+        self._samples.append((now, samples))
+        while now - self._samples[0][0] > RATE_OVER_S and len(self._samples) > 2:
+            self._samples.popleft()
+        (began, first), (ended, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (ended - began) if ended > began else None
+
+
+def _where(status: Status) -> str:
+    if status["phase"] == "gathering":
+        late = [name for name, party in status["parties"].items() if party["phase"] == "not joined"]
+        return f"waiting for {', '.join(late)}" if late else "starting"
+    epoch = min(status["epoch"] + 1, status["epochs"])
+    running = "" if status["phase"] == "running" else f" {status['phase']},"
+    return f"{status['job']}:{running} epoch {epoch}/{status['epochs']}"
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _where_and_numbers(status: Status, epoch: Mapping[str, Any]) -> str:
+    held_out = "".join(f"  held-out {name} {_number(value)}" for name, value in (epoch["holdout"] or {}).items())
+    return f"{status['job']}: epoch {epoch['epoch'] + 1}/{status['epochs']}  loss {_number(epoch['loss'])}{held_out}"
+
+
+def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
+    """One row an epoch."""
+    metrics = list((history[0]["holdout"] or {}) if history else ())
+    table = Table("epoch", "step", "loss", *(f"held-out {name}" for name in metrics), "seconds", box=None)
+    for epoch in history:
+        held_out = [_number(epoch["holdout"][name]) for name in metrics]
+        seconds = f"{epoch['seconds']:.1f}"
+        table.add_row(str(epoch["epoch"]), str(epoch["step"]), _number(epoch["loss"]), *held_out, seconds)
+    return table
+
+
+def status_view(status: Status) -> Group:
+    """Where a run is, who is late and why."""
+    steps = "" if status["steps"] is None else f" of {status['steps']}"
+    done = f"{status['epoch']} of {status['epochs']} epochs, {status['step'] + 1}{steps} steps done"
+    head = [
+        f"job {status['job']}, run {status['run'] or '(not begun)'}, generation {status['generation']}",
+        f"{status['phase']}: {done}",
+    ]
+    if status["loss"] is not None:
+        head.append(f"loss {_number(status['loss'])}")
+    if status["reason"]:
+        head.append(f"reason: {status['reason']}")
+    table = Table("party", "state", "steps done", "committed", "silent", "waits for", box=None)
+    for name, party in status["parties"].items():
+        silent = "" if party["silent_s"] is None else f"{party['silent_s']:.1f} s"
+        done, committed = str(party["step"] + 1), str(party["committed"] + 1)
+        table.add_row(name, party["phase"], done, committed, silent, party["waiting_for"] or "")
+    return Group(*head, "", table)
+
+
+COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
+
+
+def show_finding(console: Console, finding: "Finding") -> None:
+    """One line of `sl-queue check`."""
+    colour = COLOURS[finding.level]
+    console.print(Text.assemble((f"{finding.level:8}", colour), finding.text), soft_wrap=True)
