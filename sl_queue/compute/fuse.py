@@ -15,7 +15,7 @@ from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.cuts import Arrival, Promised, place, received, require_finite
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
-from sl_queue.compute.metrics import Metric, Task, metrics_of, predictions, task_of
+from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, task_of
 from sl_queue.compute.models import Inputs, Model, blame
 from sl_queue.compute.tensors import described, to_payload
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
@@ -191,8 +191,10 @@ def objective_of(party_file: PartyFile, table: Table, output: Tensor, dtype: tor
     if not isinstance(tried, Tensor) or tried.numel() != 1:
         got = described(tried) if isinstance(tried, Tensor) else type(tried).__name__
         raise ComputeError(f"{where}: the loss returns {got}; it must return the mean over the rows, one number")
-    task = task_of(name, output, two)
-    return Objective(loss, labels, task, metrics_of(party_file.fuse.metrics, task, where))
+    task = task_of(name, output, table.labels, party_file.fuse.metrics)
+    metrics = metrics_of(party_file.fuse.metrics, task, where)
+    check_targets(task, output, table.labels, metrics, where)
+    return Objective(loss, labels, task, metrics)
 
 
 def _mean(losses: Sequence[tuple[int, float]]) -> float:

@@ -87,12 +87,13 @@ def check_labels(labels: npt.NDArray[Any] | None, output: Tensor, loss: str | An
     if not np.isfinite(labels).all():
         raise JobError(f"{where}: labels hold NaN or infinity; remove those rows at every party")
     if loss == "cross_entropy":
-        _check_classes(labels, output, where)
+        check_classes(labels, output, where)
     elif loss == "bce_with_logits" and (labels.min() < 0 or labels.max() > 1):
         raise JobError(f"{where}: labels go from {labels.min()} to {labels.max()}; bce_with_logits takes 0 to 1")
 
 
-def _check_classes(labels: npt.NDArray[Any], output: Tensor, where: str) -> None:
+def check_classes(labels: npt.NDArray[Any], output: Tensor, where: str) -> None:
+    """Raise JobError unless labels are class numbers for the model's output, (rows, classes, ...)."""
     if output.dim() < 2:
         raise JobError(f"{where}: the fuse model's output is {described(output)}; cross_entropy takes (rows, classes)")
     classes = output.shape[1]

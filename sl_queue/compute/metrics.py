@@ -5,15 +5,19 @@ F1, AUROC and average precision are means over the classes; AUROC and average pr
 held-out row has, or every one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from sl_queue.compute.losses import as_output, class_numbers
+from sl_queue.compute.losses import as_output, check_classes, class_numbers
 from sl_queue.errors import JobError
 
 Metric = Callable[[Tensor, Tensor], float | None]  # (predictions, targets), both on the CPU
+_OF_NUMBERS = {"mse", "mae", "r2"}
 _Function = Callable[..., Tensor]  # of torchmetrics
 
 
@@ -25,8 +29,8 @@ class Task(StrEnum):
     REGRESSION = "regression"
 
 
-def task_of(loss: object, output: Tensor, labels: Tensor) -> Task:
-    """The task that a loss implies; with a loss of the user's own, what the output's shape and integer labels imply."""
+def task_of(loss: object, output: Tensor, labels: npt.NDArray[Any], metrics: Sequence[str]) -> Task:
+    """The task that a loss implies; with a loss of the user's own, what labels, output and wanted metrics imply."""
     match loss:
         case "bce_with_logits":
             return Task.BINARY
@@ -34,9 +38,9 @@ def task_of(loss: object, output: Tensor, labels: Tensor) -> Task:
             return Task.MULTICLASS
         case "mse":
             return Task.REGRESSION
-    if labels.is_floating_point():
+    if _OF_NUMBERS.intersection(metrics) or (labels.dtype.kind == "f" and (labels != np.floor(labels)).any()):
         return Task.REGRESSION
-    return Task.MULTICLASS if output.dim() > 1 and output.shape[1] > 1 and labels.dim() < output.dim() else Task.BINARY
+    return Task.MULTICLASS if output.dim() > 1 and output.shape[1] > 1 and labels.ndim < output.dim() else Task.BINARY
 
 
 def metrics_of(names: Sequence[str], task: Task, where: str) -> dict[str, Metric]:
@@ -50,11 +54,25 @@ def metrics_of(names: Sequence[str], task: Task, where: str) -> dict[str, Metric
     return {name: known[name] for name in wanted}
 
 
+def check_targets(task: Task, output: Tensor, labels: npt.NDArray[Any], metrics: Iterable[str], where: str) -> None:
+    """Raise JobError if labels are none that these metrics can take; a loss of the user's own may have others."""
+    told = ", ".join(metrics)
+    if not told:
+        return
+    if task is Task.MULTICLASS:
+        check_classes(labels, output, f"{where}: for {told}")
+    elif task is Task.BINARY and (labels.min() < -1 or labels.max() > 1):
+        raise JobError(f"{where}: labels go from {labels.min()} to {labels.max()}; {told} needs 0 and 1, or -1 and 1")
+
+
 def predictions(task: Task, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and labels as the task's metrics take them: probabilities and class numbers, or numbers; flat rows."""
+    """Output and labels as the task's metrics take them: probabilities and class numbers, or numbers; flat rows.
+
+    A label between 0 and 1 counts as the class that is nearer.
+    """
     match task:
         case Task.BINARY:
-            return output.double().sigmoid().flatten(), as_output(labels, output).round().long().flatten()
+            return output.double().sigmoid().flatten(), (as_output(labels, output) > 0.5).long().flatten()
         case Task.MULTICLASS:
             classes = output.shape[1]
             flat = output.double().softmax(1).movedim(1, -1).reshape(-1, classes)
