@@ -166,6 +166,7 @@ class Lost:
     kind: Kind
     step: int
     index: int
+    asked_s: float  # how long the receiver had waited when it asked: tells a second question from a second delivery
     type: Literal["lost"] = "lost"
 
 

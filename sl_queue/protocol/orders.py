@@ -20,7 +20,7 @@ class Orders:
             case Start():
                 if self.start is not None and command.generation <= self.start.generation:
                     return self
-                return replace(self, start=command, finish=None)
+                return replace(self, start=command, open=None, finish=None)  # those were of the older generation
             case Open():
                 if self.open is not None and command.through < self.open.through:
                     return self

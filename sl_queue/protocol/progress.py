@@ -77,16 +77,17 @@ class Plan:
 class Member:
     """One party as the scheduler knows it."""
 
-    incarnation: str | None = None  # None: has not joined since this scheduler knows of it
+    incarnation: str | None = None  # of the newest worker that joined
+    here: bool = False  # it joined since the run was last begun or gathered
     n_rows: int = 0
     rows_digest: str = ""
     id_type: str = ""
     run: str | None = None
     generation: int = 0
-    held: tuple[int, ...] = ()
     finished: Mapping[str, str] | None = None
     stopped: bool = False
     # what follows is not written to disk: it describes a moment
+    held: tuple[int, ...] | None = None  # None: it has not told this scheduler process yet
     step: int = BEFORE_FIRST_STEP
     loss: float | None = None
     samples: int = 0
@@ -98,24 +99,27 @@ class Member:
     @property
     def committed(self) -> int:
         """The newest step on its disk."""
-        return max(self.held, default=BEFORE_FIRST_STEP)
+        return max(self.held or (), default=BEFORE_FIRST_STEP)
 
     def durable(self) -> "Member":
         """Without what describes a moment."""
         return Member(
             self.incarnation,
+            self.here,
             self.n_rows,
             self.rows_digest,
             self.id_type,
             self.run,
             self.generation,
-            finished=self.finished,
-            stopped=self.stopped,
+            self.finished,
+            self.stopped,
         )
 
     def back_to(self, step: int) -> "Member":
         """As everyone goes back to the checkpoint of `step`."""
-        return replace(self, waiting=None, lost=None, held=tuple(held for held in self.held if held <= step))
+        held = tuple(held for held in self.held or () if held <= step)
+        epochs = tuple(epoch for epoch in self.epochs if epoch.step <= step)
+        return replace(self, waiting=None, lost=None, held=held, epochs=epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,7 @@ class RunState:
     bases: tuple[int, ...] = ()  # one per generation after the first: the common checkpoint it began at
     history: tuple[EpochResult, ...] = ()
     members: Mapping[str, Member] = field(default_factory=dict)
+    stop_after: int | None = None  # while stopping: the step after which the label holder has stopped
     reason: str | None = None
     error: str | None = None  # class name
     epoch_began: float | None = None  # monotonic; not written to disk
@@ -147,9 +152,9 @@ def durable(state: RunState) -> RunState:
 def restarted(state: RunState, now: float) -> RunState:
     """The state with which a scheduler that comes back goes on: a run that was stopped or failed gathers again."""
     state = replace(durable(state), epoch_began=now)
-    if state.phase in (Phase.STOPPED, Phase.FAILED, Phase.STOPPING):
-        members = {p: replace(m, incarnation=None, stopped=False) for p, m in state.members.items()}
-        return replace(state, phase=Phase.GATHERING, members=members, reason=None, error=None)
+    if state.phase in (Phase.STOPPED, Phase.FAILED):
+        members = {p: replace(m, here=False, stopped=False) for p, m in state.members.items()}
+        return replace(state, phase=Phase.GATHERING, members=members, reason=None, error=None, stop_after=None)
     return state
 
 
@@ -164,8 +169,8 @@ def reduce(
     member = state.members.get(sender, Member())
     if isinstance(report, Joined):
         return _join(plan, _with(state, sender, replace(member, heard=now)), sender, report, now, fresh_run)
-    if report.incarnation != member.incarnation:
-        return state, ()  # of an earlier worker of that party
+    if report.incarnation != member.incarnation or not (member.here or isinstance(report, Finished)):
+        return state, ()  # of an earlier worker of that party; one that has finished will not join again
     state = _with(state, sender, replace(member, heard=now))
     match report:
         case Alive():
@@ -185,17 +190,16 @@ def reduce(
         case Stopped(_, step):
             return _stopped(plan, state, sender, step)
         case Finished(_, digests):
-            state = _member(state, sender, finished=digests, waiting=None)
-            done = all(state.members.get(p, Member()).finished is not None for p in plan.parties)
-            return (replace(state, phase=Phase.FINISHED) if done else state), ()
+            return _ended(plan, _member(state, sender, finished=digests, waiting=None)), ()
         case _:
             assert_never(report)
 
 
 def silent(plan: Plan, state: RunState, since: float, now: float) -> dict[str, float]:
     """Parties that should be here and have not been heard of for GIVE_UP patiences, with the seconds of silence."""
-    awaited = [p for p in plan.parties if state.members.get(p, Member()).finished is None]
-    ages = {p: now - (state.members.get(p, Member()).heard or since) for p in awaited}
+    members = {party: state.members.get(party, Member()) for party in plan.parties}
+    awaited = {p: m for p, m in members.items() if not _gone(state, m)}
+    ages = {p: now - (since if m.heard is None else m.heard) for p, m in awaited.items()}
     return {p: age for p, age in ages.items() if age > GIVE_UP * plan.patience_s}
 
 
@@ -217,6 +221,7 @@ def _join(
         state,
         sender,
         incarnation=joined.incarnation,
+        here=True,
         n_rows=joined.n_rows,
         rows_digest=joined.rows_digest,
         id_type=joined.id_type,
@@ -228,11 +233,14 @@ def _join(
         waiting=None,
         lost=None,
     )
+    if state.phase in (Phase.FAILED, Phase.STOPPED):
+        return state, ((sender, _at_once(state, joined.incarnation)),)
     problem = _disagreement(plan, state, sender, joined)
     if problem is not None:
         return _fail(plan, state, "AlignmentError", problem)
     if state.phase is Phase.GATHERING:
-        if any(state.members.get(p, Member()).incarnation is None for p in plan.parties):
+        members = [state.members.get(p, Member()) for p in plan.parties]
+        if not all(m.here or m.finished is not None for m in members):
             return state, ()
         state = replace(_begin(state, fresh_run), epoch_began=now)
         state, _ = _remembered(plan, state, now)
@@ -258,7 +266,7 @@ def _disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> s
         return f"the job files differ: {told}. Every party needs the same job file"
     for other in plan.parties:
         member = state.members.get(other, Member())
-        if other == sender or member.incarnation is None or member.rows_digest == joined.rows_digest:
+        if other == sender or not member.here or member.rows_digest == joined.rows_digest:
             continue
         if member.id_type != joined.id_type:
             return (
@@ -298,24 +306,26 @@ def _begin(state: RunState, fresh_run: str) -> RunState:
     """Everyone is here and agrees: go on with the run that is on disk, or begin one."""
     held = [m for m in state.members.values() if m.run is not None]
     if state.run is None and held:
-        log_bases = max(m.generation for m in held)
+        newest = max(m.generation for m in held)
         common = _newest_common(state)
+        assert common is not None, "everyone has joined"
         # this scheduler's folder is new: it knows the generation, not where it began; what all hold is a safe base
-        return replace(state, phase=Phase.RUNNING, run=held[0].run, bases=(common,) * (log_bases + 1))
+        return replace(state, phase=Phase.RUNNING, run=held[0].run, bases=(common,) * (newest + 1))
     return replace(state, phase=Phase.RUNNING, run=state.run or fresh_run)
 
 
 def _all_orders(plan: Plan, state: RunState, party: str) -> Orders:
     """Everything a party that (re)joins must know."""
-    incarnation = state.members[party].incarnation
-    if incarnation is None or state.run is None:
+    member = state.members[party]
+    incarnation = member.incarnation
+    if incarnation is None or member.finished is not None or state.run is None:
         return ()
     orders: list[Command] = [Start(incarnation, state.run, state.bases), _opening(plan, state, incarnation)]
     finish = _final_step(plan, state)
     if finish is not None and _all_committed(plan, state):
         orders.append(Finish(incarnation, finish))
-    if state.phase is Phase.STOPPING and party == plan.label_holder:
-        orders.append(Stop(incarnation, state.reason or "stopped"))
+    if state.phase is Phase.STOPPING and (party == plan.label_holder or state.stop_after is not None):
+        orders.append(Stop(incarnation, state.reason or "stopped", after_step=state.stop_after))
     return tuple((party, order) for order in orders)
 
 
@@ -415,27 +425,29 @@ def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tup
 
 
 def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunState, Orders]:
-    """A message is lost when its receiver goes on waiting for it after its sender said that it no longer has it."""
+    """A message is lost when its receiver asks for it again after its sender said that it no longer has it."""
     if report.generation != state.generation or state.phase not in (Phase.RUNNING, Phase.STOPPING):
         return state, ()
     waiting = state.members.get(report.receiver, Member()).waiting
     same = waiting is not None and (waiting.source, waiting.kind, waiting.step, waiting.index) == (
         sender, report.kind, report.step, report.index,
     )  # fmt: skip
-    said_before = state.members[sender].lost == report
-    if not (same and said_before):
-        return _member(state, sender, lost=report), ()
+    said = state.members[sender].lost
+    asked_again = said is not None and said.asked_s < report.asked_s and replace(said, asked_s=report.asked_s) == report
     base = _newest_common(state)
+    if base is None or not (same and asked_again):
+        return _member(state, sender, lost=report), ()
     members = {p: m.back_to(base) for p, m in state.members.items()}
     history = tuple(result for result in state.history if result.step <= base)
     state = replace(state, bases=(*state.bases, base), members=members, history=history)
     return state, tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
 
 
-def _newest_common(state: RunState) -> int:
-    """The newest checkpoint that all parties hold; the initial weights are always there."""
-    held = [set(member.held) for member in state.members.values()]
-    return max(set.intersection(*held), default=BEFORE_FIRST_STEP) if held else BEFORE_FIRST_STEP
+def _newest_common(state: RunState) -> int | None:
+    """The newest checkpoint that all parties hold; the initial weights are always there. None: not all have told."""
+    held = [None if member.held is None else set(member.held) for member in state.members.values()]
+    known = [steps for steps in held if steps is not None]
+    return max(set.intersection(*known), default=BEFORE_FIRST_STEP) if len(known) == len(held) else None
 
 
 # Endings ------------------------------------------------------------------------------------------------------
@@ -446,16 +458,19 @@ def _fail(plan: Plan, state: RunState, error: str, reason: str, unless: str = ""
     if state.phase in (Phase.FAILED, Phase.FINISHED):
         return state, ()
     state = replace(state, phase=Phase.FAILED, reason=reason, error=error)
-    raised = error if error == "AlignmentError" else "RunStopped"
-    stops = ((p, Stop(i, reason, error=raised)) for p, i in _incarnations(plan, state) if p != unless)
-    return state, tuple(stops)
+    return state, tuple((p, _at_once(state, i)) for p, i in _incarnations(plan, state) if p != unless)
+
+
+def _at_once(state: RunState, incarnation: str) -> Stop:
+    raised = state.error if state.error == "AlignmentError" else "RunStopped"
+    return Stop(incarnation, state.reason or "stopped", error=raised)
 
 
 def _stop(plan: Plan, state: RunState) -> tuple[RunState, Orders]:
     reason = "stopped by the operator; start the workers again to resume"
     if state.phase is Phase.GATHERING:
-        stops = tuple((p, Stop(i, reason, error="RunStopped")) for p, i in _incarnations(plan, state))
-        return replace(state, phase=Phase.STOPPED, reason=reason), stops
+        state = replace(state, phase=Phase.STOPPED, reason=reason)
+        return state, tuple((p, _at_once(state, i)) for p, i in _incarnations(plan, state))
     if state.phase is not Phase.RUNNING:
         return state, ()
     state = replace(state, phase=Phase.STOPPING, reason=reason)
@@ -466,12 +481,29 @@ def _stop(plan: Plan, state: RunState) -> tuple[RunState, Orders]:
 def _stopped(plan: Plan, state: RunState, sender: str, step: int) -> tuple[RunState, Orders]:
     """The label holder stops first, at its next commit; then everyone knows the step after which to stop."""
     state = _member(state, sender, stopped=True)
-    if state.phase is Phase.STOPPING and all(state.members[p].stopped for p in plan.parties):
-        return replace(state, phase=Phase.STOPPED), ()
+    if state.phase is not Phase.STOPPING:
+        return state, ()  # a worker that was interrupted, not one that was told to stop
     if sender != plan.label_holder:
-        return state, ()
+        return _ended(plan, state), ()
+    state = replace(state, stop_after=step)
     reason = state.reason or "stopped"
-    return state, tuple((p, Stop(i, reason, after_step=step)) for p, i in _incarnations(plan, state) if p != sender)
+    stops = tuple((p, Stop(i, reason, after_step=step)) for p, i in _incarnations(plan, state) if p != sender)
+    return _ended(plan, state), stops
+
+
+def _ended(plan: Plan, state: RunState) -> RunState:
+    """Whether that was the last party."""
+    members = [state.members.get(p, Member()) for p in plan.parties]
+    if all(m.finished is not None for m in members):
+        return replace(state, phase=Phase.FINISHED, reason=None)
+    if state.phase is Phase.STOPPING and all(_gone(state, m) for m in members):
+        return replace(state, phase=Phase.STOPPED)
+    return state
+
+
+def _gone(state: RunState, member: Member) -> bool:
+    """Whether that party has ended, and rightly so."""
+    return member.finished is not None or (state.phase is Phase.STOPPING and member.stopped)
 
 
 # Small tools --------------------------------------------------------------------------------------------------
@@ -488,4 +520,4 @@ def _member(state: RunState, party: str, **changes: Any) -> RunState:
 def _incarnations(plan: Plan, state: RunState) -> list[tuple[str, str]]:
     """The parties that a command can be sent to, with the worker it is for."""
     members = ((p, state.members.get(p, Member())) for p in plan.parties)
-    return [(p, m.incarnation) for p, m in members if m.incarnation is not None and m.finished is None]
+    return [(p, m.incarnation) for p, m in members if m.incarnation is not None and m.here and m.finished is None]

@@ -124,7 +124,7 @@ def _party(plan: Plan, state: RunState, party: str, now: float) -> dict[str, Any
         phase = "finished"
     elif member.stopped:
         phase = "stopped"
-    elif member.incarnation is None:
+    elif not member.here:
         phase = "not joined"
     elif age is not None and age > plan.patience_s:
         phase = "silent"

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from sl_queue.errors import LocalProtocolError, PeerSilent, RemoteProtocolError, RunStopped, SlQueueError, named
@@ -107,7 +108,7 @@ class PartyChannel:
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         def ask(seconds: float) -> None:
             where = (self._incarnation, self._generation, sender, kind, micro_batch.step, micro_batch.index)
-            waiting = Waiting(*where, round(seconds, 1), round(self._silence(sender), 1))
+            waiting = Waiting(*where, round(seconds, 3), round(self._silence(sender), 1))
             self._tell(sender, waiting)
             self.report(waiting)
 
@@ -121,12 +122,10 @@ class PartyChannel:
         with self._changed:
             tags = self._mailbox.commit(step)
             self._committed = step
-        self._link.acknowledge(tags)
-        with self._changed:
-            self._check()
             stop = self._orders.stop
-        if stop is not None and (stop.after_step is None or step >= stop.after_step):
-            raise RunStopped(stop.reason)
+            if stop is not None and stop.after_step is None:
+                self._orders = replace(self._orders, stop=replace(stop, after_step=step))  # this was the next commit
+        self._link.acknowledge(tags)
 
     def flush(self) -> None:
         while not self._link.flush(timeout_s=1.0):
@@ -287,7 +286,7 @@ class PartyChannel:
             log.info("%s: sent %d messages again to party %r, from %s on", self._party, len(again), receiver, first)
         if lost:
             where = (receiver, waiting.kind, micro_batch.step, micro_batch.index)
-            self.report(Lost(self._incarnation, self._generation, *where))
+            self.report(Lost(self._incarnation, self._generation, *where, waiting.seconds))
 
     def _carry_out(self, verdicts: list[Verdict[Tag]]) -> None:
         for verdict in verdicts:
