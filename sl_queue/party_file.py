@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,7 @@ class DataFile(Declared):
             raise ValueError(f"needs a path and an id, or a source; missing: {', '.join(missing)}")
         features = self.features or []
         wrong = [name for name in (self.id, self.label) if name is not None and name in features]
-        wrong += sorted({name for name in features if features.count(name) > 1})
+        wrong += [name for name, count in Counter(features).items() if count > 1]
         if self.id == self.label:
             wrong.append(str(self.id))
         if wrong:

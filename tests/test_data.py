@@ -119,7 +119,8 @@ def test_features_and_labels_follow_their_ids(tmp_path: Path) -> None:
         assert read.labels is not None
         assert read.features.tolist() == [[2.5], [1.5], [3.5]]
         assert read.labels.tolist() == [1, 0, 1]
-        assert (read.features.dtype, read.labels.dtype) == (np.float64, np.int64)
+        assert read.features.dtype == np.float64
+        assert read.labels.dtype == np.int64
         assert (read.n_rows, read.id_type) == (3, "integer")
 
 
@@ -170,7 +171,7 @@ def test_ids_of_a_csv_file_are_numbers_only_if_all_are_written_as_numbers(
     assert read.id_type == id_type
     assert read.features is not None
     key = int if id_type == "integer" else str.encode
-    assert read.features[:, 0].tolist() == [ids.index(id_) + 0.5 for id_ in sorted(ids, key=key)]  # type: ignore[type-var,arg-type]
+    assert read.features[:, 0].tolist() == [ids.index(id_) + 0.5 for id_ in sorted(ids, key=key)]
 
 
 def test_a_number_and_its_text_are_different_ids() -> None:
@@ -291,12 +292,22 @@ def test_rows_may_have_any_shape_and_keep_a_dtype_that_torch_computes_with(dtype
 
 
 def test_a_csv_column_may_begin_with_whole_numbers_and_end_with_fractions(tmp_path: Path) -> None:
-    n = 200_000  # more than one block of Arrow's reader, which infers types from the first
-    data = csv(tmp_path, "id,x\n" + "".join(f"{i},{i}\n" for i in range(n)) + f"{n},0.5\n")
-    assert data["path"].stat().st_size > 2 * 2**20
+    n, note = 20_000, "a note\nof two lines" * 100  # several blocks of the reader, which end inside of quotes
+    data = csv(
+        tmp_path, "note,x,id\n" + "".join(f'"{note}",{i},{i}\n' for i in range(n)) + f",0.5,{n}\n", features=["x"]
+    )
+    assert data["path"].stat().st_size > 2 * 2**24
     read = table(data)
     assert read.features is not None
-    assert read.features[-1].tolist() == [0.5]
+    assert read.features[:, 0].tolist() == [*range(n), 0.5]
+
+
+def test_a_csv_file_may_have_very_many_columns(tmp_path: Path) -> None:
+    n = 20_000
+    header, row = ",".join(f"gene_{i}{'x' * 100}" for i in range(n)), ",".join(["0.25"] * n)
+    read = table(csv(tmp_path, f"id,{header}\n1,{row}\n", features=[f"gene_{n - 1}{'x' * 100}"]))
+    assert read.features is not None
+    assert read.features.tolist() == [[0.25]]
 
 
 def test_csv_files_with_byte_order_mark_quotes_and_line_breaks_are_read(tmp_path: Path) -> None:
@@ -344,7 +355,9 @@ def test_a_source_that_fails_is_named(source: Any, expected: list[str]) -> None:
     ("text", "more", "expected"),
     [
         ("id,x\n", {}, ["there are no rows"]),
-        ("", {}, ["cannot be read", "comma-separated"]),
+        ("", {}, ["no column 'id'", "its columns are none"]),
+        (b"PK\x03\x04" + b"\x00" * 2**18, {}, ["cannot be read", "comma-separated"]),
+        ("\n\nid,x\n1,nan\n", {}, ["'x' in 1 of 1 rows"]),
         (b"id,x\n\xff\xfe,1\n", {}, ["cannot be read", "UTF-8"]),
         ("id,x\n1,2\n31337,2,3\n31337\n", {}, ["2 rows have more or fewer fields"]),
         (

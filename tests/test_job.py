@@ -88,6 +88,7 @@ metrics = ["auroc", "accuracy"]
 """
 
 PARTIES: dict[str, Any] = {"bank": {"role": "feature", "cut": [32]}, "insurer": {"role": "label", "cut": [16]}}
+FEATURE, LABEL = {"role": "feature", "cut": [4]}, {"role": "label"}
 VALUES: dict[str, Any] = {"name": "credit", "seed": 7, "epochs": 20, "batch_size": 512, "parties": PARTIES}
 BASE = {"model": "bank:BaseModel", "optimizer": {"name": "adam"}}
 FUSE = {**BASE, "loss": "mse", "metrics": ["mae"]}
@@ -222,6 +223,12 @@ def test_a_digest_does_not_depend_on_the_order_in_which_keys_are_written(tmp_pat
     assert Job.load(first).digest == Job.load(second).digest
 
 
+def test_the_place_of_a_party_without_a_base_model_does_not_matter() -> None:
+    first, last = (job(parties=p) for p in ({"b": LABEL, "a": FEATURE}, {"a": FEATURE, "b": LABEL}))
+    assert first.digest == last.digest
+    assert first.differences(last.canonical()) == []
+
+
 # Mistakes in a job file -----------------------------------------------------------------------------------------
 
 
@@ -269,9 +276,6 @@ def test_a_wrong_value_is_named_with_what_is_allowed(changes: dict[str, Any], ex
     said = complaint(**changes)
     for words in expected:
         assert words in said
-
-
-FEATURE, LABEL = {"role": "feature", "cut": [4]}, {"role": "label"}
 
 
 @pytest.mark.parametrize(

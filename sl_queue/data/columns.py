@@ -3,6 +3,8 @@
 Arrow's own errors may quote a row, so their text is not shown.
 """
 
+import csv
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from sl_queue.declared import nearest
 from sl_queue.errors import JobError
 from sl_queue.party_file import DataFile
 
-_BLOCK_LIMIT_BYTES = 2**31 - 1  # of Arrow's CSV reader
+_BLOCK_BYTES = 2**24  # of a CSV file; Arrow needs a whole row in one, and some tables have very many columns
 _MANY = 20  # columns that an error lists
 
 
@@ -37,21 +39,21 @@ def read_columns(data: DataFile, where: str, *, features: bool, labels: bool) ->
     """Ids, and features and labels if they are asked for. Raises JobError that begins with `where`."""
     assert data.path is not None
     assert data.id is not None
-    csv = data.path.suffix.lower() == ".csv"
-    if not csv and data.path.suffix.lower() != ".parquet":
+    is_csv = data.path.suffix.lower() == ".csv"
+    if not is_csv and data.path.suffix.lower() != ".parquet":
         raise JobError(f"{where}: the name of a table ends in .csv or .parquet; for anything else use data.source")
     try:
-        known = _names_in_csv(data.path) if csv else list(pa.parquet.read_schema(data.path).names)
+        known = _names_in_csv(data.path) if is_csv else list(pa.parquet.read_schema(data.path).names)
         wanted = _features(data, known, where) if features else []
         label = [data.label] if labels and data.label is not None else []
         selected = [data.id, *wanted, *label]
         _require(selected, known, where)
-        table = _read_csv(data.path, data.id, selected, where) if csv else _read_parquet(data.path, selected)
+        table = _read_csv(data.path, data.id, selected, where) if is_csv else _read_parquet(data.path, selected)
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        kind = "comma-separated UTF-8 text with a header" if csv else "a Parquet file"
+        kind = "comma-separated UTF-8 text with a header" if is_csv else "a Parquet file"
         raise JobError(f"{where}: cannot be read ({reason}); is it {kind}?") from None
     columns = {name: _plain(table[name]) for name in (*wanted, *label)}
     _require_numbers({name: columns[name].type for name in wanted}, where)
@@ -60,7 +62,7 @@ def read_columns(data: DataFile, where: str, *, features: bool, labels: bool) ->
     _require_no_gaps(columns, where)
     return Columns(
         table[data.id].combine_chunks(),
-        csv,
+        is_csv,
         tuple(wanted),
         _side_by_side([columns[name] for name in wanted]) if wanted else None,
         columns[label[0]].to_numpy() if label else None,
@@ -79,11 +81,12 @@ def _features(data: DataFile, known: Sequence[str], where: str) -> list[str]:
 
 
 def _require(selected: Sequence[str], known: list[str], where: str) -> None:
+    counts = Counter(known)
     for name in selected:
-        if known.count(name) > 1:
-            raise JobError(f"{where}: {known.count(name)} columns are called {name!r}; rename them")
-        if name not in known:
-            there = listed(map(repr, known))
+        if counts[name] > 1:
+            raise JobError(f"{where}: {counts[name]} columns are called {name!r}; rename them")
+        if counts[name] == 0:
+            there = listed(map(repr, known)) or "none"
             raise JobError(f"{where}: there is no column {name!r}; {nearest(name, known)}its columns are {there}")
 
 
@@ -91,28 +94,26 @@ def _require(selected: Sequence[str], known: list[str], where: str) -> None:
 
 
 def _names_in_csv(path: Path) -> list[str]:
-    with pa.csv.open_csv(path, parse_options=pa.csv.ParseOptions(invalid_row_handler=lambda _: "skip")) as reader:
-        return list(reader.schema.names)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return next(filter(None, csv.reader(file)), [])
 
 
 def _read_csv(path: Path, id_column: str, selected: list[str], where: str) -> Any:
-    bad_rows = 0
+    bad_rows: list[str] = []
 
-    def count(_: Any) -> str:
-        nonlocal bad_rows
-        bad_rows += 1
-        return "skip"
+    def skip(_: Any) -> str:
+        bad_rows.append("skip")
+        return bad_rows[-1]
 
     table = pa.csv.read_csv(
         path,
-        # One block, for a column's type is inferred from the first: 1 in its first row may be followed by 1.5.
-        read_options=pa.csv.ReadOptions(block_size=min(path.stat().st_size + 1, _BLOCK_LIMIT_BYTES)),
-        parse_options=pa.csv.ParseOptions(invalid_row_handler=count, newlines_in_values=True),
+        pa.csv.ReadOptions(block_size=_BLOCK_BYTES),
+        pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
         # Ids stay text, so that "001" does not become 1.
-        convert_options=pa.csv.ConvertOptions(include_columns=selected, column_types={id_column: pa.string()}),
+        pa.csv.ConvertOptions(include_columns=selected, column_types={id_column: pa.string()}),
     )
     if bad_rows:
-        raise JobError(f"{where}: {bad_rows} rows have more or fewer fields than the header")
+        raise JobError(f"{where}: {len(bad_rows)} rows have more or fewer fields than the header")
     return table
 
 
