@@ -21,6 +21,7 @@ from sl_queue.roles.worker import Identity, Worker
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from sl_queue.transport.seal import Seal
 from tests.toy import MemoryCheckpoints, ToyStage
 
 
@@ -128,6 +129,7 @@ class ToyRun:
     holdout: float = 0.2
     patience_s: float = 1.0
     early_stopping: EarlyStopping | None = None
+    stage: Callable[[str], ToyStage] = ToyStage
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     stores: dict[str, Any] = field(default_factory=dict)
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
@@ -137,6 +139,7 @@ class ToyRun:
     state: RunState | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     on_start: Callable[[str, Any], None] = lambda role, link: None
+    seal_of: Callable[[str], Seal | None] = lambda role: None
 
     topology = Topology("label", ("a", "b"))
     _numbers = itertools.count()
@@ -196,7 +199,8 @@ class ToyRun:
             return
         with self._link(SCHEDULER, 0) as link:
             number = str(next(self._numbers))
-            channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s)
+            seal = self.seal_of(SCHEDULER)
+            channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s, seal=seal)
             channel.open()
             scheduler = Scheduler(plan, channel, self.ledger, f"run{number}", time.monotonic, lambda _: None)
             try:
@@ -210,13 +214,20 @@ class ToyRun:
         store.crash = self.crashes.get(party, CrashAt())
         if store.final is not None and store.final.told:
             return
-        stage = ToyStage(party)
+        stage = self.stage(party)
         self.stages.setdefault(party, []).append(stage)
         peers = self.topology.feature_parties if party == label else (label,)
         with self._link(party, pipeline.prefetch + 8) as link:
             number = str(next(self._numbers))
             channel = PartyChannel(
-                link, party, peers, number, patience_s=self.patience_s, persistent=False, depth=self.depth
+                link,
+                party,
+                peers,
+                number,
+                patience_s=self.patience_s,
+                persistent=False,
+                depth=self.depth,
+                seal=self.seal_of(party),
             )
             channel.open()
             identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer")

@@ -13,7 +13,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from sl_queue.errors import LocalProtocolError, PeerSilent, RemoteProtocolError, RunStopped, SlQueueError, named
+from sl_queue.errors import (
+    AlignmentError,
+    LocalProtocolError,
+    PeerSilent,
+    RemoteProtocolError,
+    RunStopped,
+    SlQueueError,
+    named,
+)
 from sl_queue.ports import Restarted
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.mailbox import Acknowledge, Mailbox, Outbox, Reject, Verdict
@@ -41,6 +49,7 @@ from sl_queue.protocol.messages import (
 )
 from sl_queue.protocol.orders import Orders
 from sl_queue.transport.link import Delivery, Link, Tag
+from sl_queue.transport.seal import News, Opened, Seal
 
 T = TypeVar("T")
 
@@ -52,7 +61,10 @@ log = logging.getLogger("sl_queue")
 
 
 class PartyChannel:
-    """ports.Channel over a link. `patience_s`: seconds of waiting after which it says for whom."""
+    """ports.Channel over a link. `patience_s`: seconds of waiting after which it says for whom.
+
+    `seal` keeps messages from the broker.
+    """
 
     def __init__(
         self,
@@ -64,9 +76,11 @@ class PartyChannel:
         patience_s: float,
         persistent: bool,
         depth: int,
+        seal: Seal | None = None,
     ) -> None:
         self._link, self._party, self._peers, self._incarnation = link, party, peers, incarnation
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
+        self._seal, self._news = seal, News()
         self._changed = threading.Condition()
         self._mailbox: Mailbox[Tag] = Mailbox(party)
         self._outbox = Outbox(OUTBOX_BYTES)
@@ -100,7 +114,7 @@ class PartyChannel:
     # What the worker calls --------------------------------------------------------------------------------------
 
     def send(self, receiver: str, message: Activation | Gradient) -> None:
-        body = encode(self._header(receiver, message), message)
+        body = self._encode(receiver, message)
         with self._changed:
             self._outbox.keep(receiver, message.kind, message.micro_batch, body)
         self._publish(receiver, message.kind, body)
@@ -137,8 +151,7 @@ class PartyChannel:
         self.report(describe())
 
     def report(self, report: Report) -> None:
-        header = self._header(SCHEDULER, report)
-        self._publish(SCHEDULER, Kind.REPORT, encode(header, report), persistent=True)
+        self._publish(SCHEDULER, Kind.REPORT, self._encode(SCHEDULER, report), persistent=True)
 
     def progress(self, report: Progress) -> None:
         with self._changed:
@@ -192,6 +205,11 @@ class PartyChannel:
         """Say whom we wait for, and give up on who has been silent for too long."""
         silent = self._silence(source)
         log.warning("%s: waiting for %s since %.0f s; last heard of it %.0f s ago", self._party, what, waited, silent)
+        if self._seal is not None and self._seal.never_opened(source):
+            raise AlignmentError(
+                f"no message of {source!r} can be opened by party {self._party!r}: their jobs do not have the same "
+                "[security]; every party needs the same job file"
+            )
         if silent > GIVE_UP * self._patience_s:
             raise PeerSilent(
                 f"party {self._party!r} waits for {what}, which has been silent for {silent:.0f} s "
@@ -224,13 +242,15 @@ class PartyChannel:
 
     def _on_delivery(self, delivery: Delivery) -> None:
         try:
-            header, message = decode(delivery.body)
+            opened = None if self._seal is None else self._seal.open(delivery.sender, delivery.body)
+            header, message = decode(delivery.body if opened is None else opened.body)
         except RemoteProtocolError as error:
             self._carry_out([self._refuse(delivery, str(error))])
             return
         with self._changed:
             self._heard[delivery.sender] = time.monotonic()
-            verdict = self._decide(delivery, header, message)
+            late = opened is not None and self._is_late(delivery.sender, message, opened)
+            verdict = Acknowledge((delivery.tag,)) if late else self._decide(delivery, header, message)
             self._changed.notify_all()
         self._carry_out([verdict])
         if isinstance(message, Waiting) and header.generation == self._generation:
@@ -260,6 +280,12 @@ class PartyChannel:
             case _:
                 return self._refuse(delivery, f"{type(message).__name__} is not meant for a party")
         return Acknowledge((delivery.tag,))
+
+    def _is_late(self, sender: str, message: Message, opened: Opened) -> bool:
+        """Whether a command was given before; a scheduler that we had not heard of is told who is here."""
+        if sender == SCHEDULER and opened.met:
+            self._introduce_again = True
+        return isinstance(message, Start | Open | Finish | Stop) and not self._news.is_news(opened, "command")
 
     def _refuse(self, delivery: Delivery, reason: str) -> Reject[Tag]:
         self._mailbox.counts["rejected"] += 1
@@ -338,13 +364,17 @@ class PartyChannel:
 
     def _tell(self, receiver: str, report: Report) -> None:
         """A report that is worth nothing later: not stored by the broker, and forgotten when it is old."""
-        body = encode(self._header(receiver, report), report)
+        body = self._encode(receiver, report)
         self._link.publish(receiver, Kind.REPORT, self._run, body, persistent=False, expires_s=self._patience_s)
 
     def _publish(self, receiver: str, kind: Kind, body: bytes, *, persistent: bool | None = None) -> None:
         self._link.publish(
             receiver, kind, self._run, body, persistent=self._persistent if persistent is None else persistent
         )
+
+    def _encode(self, receiver: str, message: Message) -> bytes:
+        body = encode(self._header(receiver, message), message)
+        return body if self._seal is None else self._seal.seal(receiver, body)
 
     def _header(self, receiver: str, message: Message) -> Header:
         kind = kind_of(message)

@@ -1,11 +1,12 @@
 """The scheduler's channel: reports from anyone in, commands out; acknowledged when their effect is on disk."""
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 
-from sl_queue.errors import RemoteProtocolError, SlQueueError
+from sl_queue.errors import AlignmentError, RemoteProtocolError, SlQueueError
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import (
     OPERATOR,
@@ -13,21 +14,34 @@ from sl_queue.protocol.messages import (
     Alive,
     Command,
     Header,
+    Joined,
     Kind,
+    Lost,
+    Message,
     MicroBatch,
+    Progress,
     Report,
     Status,
     StopRequest,
+    Waiting,
     kind_of,
 )
 from sl_queue.transport.link import Delivery, Link, Tag
+from sl_queue.transport.seal import News, Opened, Seal
+
+OF_THE_MOMENT = (Alive, Joined, Lost, Progress, StopRequest, Waiting)  # an old one would mislead; all others are facts
+
+log = logging.getLogger("sl_queue")
 
 
 class LinkSchedulerChannel:
-    """ports.SchedulerChannel over a link."""
+    """ports.SchedulerChannel over a link; `seal` keeps messages from the broker."""
 
-    def __init__(self, link: Link, parties: tuple[str, ...], incarnation: str, *, patience_s: float) -> None:
+    def __init__(
+        self, link: Link, parties: tuple[str, ...], incarnation: str, *, patience_s: float, seal: Seal | None = None
+    ) -> None:
         self._link, self._parties, self._incarnation, self._patience_s = link, parties, incarnation, patience_s
+        self._seal, self._news, self._began = seal, News(), time.monotonic()
         self._changed = threading.Condition()
         self._inbox: deque[tuple[str, Report, Tag]] = deque()
         self._taken: list[Tag] = []
@@ -57,6 +71,7 @@ class LinkSchedulerChannel:
                 self._changed.wait(left)
             if self._failure is not None:
                 raise self._failure
+            self._require_common_keys()
             taken = list(self._inbox)
             self._inbox.clear()
             self._taken += [tag for _, _, tag in taken]
@@ -75,6 +90,8 @@ class LinkSchedulerChannel:
     ) -> None:
         kind = kind_of(message)
         body = encode(Header("", 0, kind, SCHEDULER, receiver, MicroBatch(0, 0)), message)
+        if self._seal is not None:
+            body = self._seal.seal(receiver, body)
         self._link.publish(receiver, kind, "", body, persistent=persistent, expires_s=expires_s)
 
     def _beat(self) -> None:
@@ -82,30 +99,62 @@ class LinkSchedulerChannel:
         while not self._closed.is_set():
             try:
                 for party in self._parties:
-                    alive = Alive(self._incarnation)
-                    self._publish(party, alive, persistent=False, expires_s=self._patience_s)
+                    self._greet(party)
             except SlQueueError:
                 return  # the link has failed or is closed: the scheduler's thread says so
             self._closed.wait(min(self._patience_s / 4, 5.0))
 
+    def _greet(self, party: str) -> None:
+        self._publish(party, Alive(self._incarnation), persistent=False, expires_s=self._patience_s)
+
     def _on_delivery(self, delivery: Delivery) -> None:
         try:
-            header, message = decode(delivery.body)
+            opened = None if self._seal is None else self._seal.open(delivery.sender, delivery.body)
+            header, message = decode(delivery.body if opened is None else opened.body)
             if header.sender != delivery.sender:
                 raise RemoteProtocolError(f"says it is from {header.sender!r}, but came from {delivery.sender!r}")
             if header.kind is not Kind.REPORT or (isinstance(message, StopRequest) != (delivery.sender == OPERATOR)):
                 raise RemoteProtocolError(f"a {type(message).__name__} from {delivery.sender!r} to the scheduler")
         except RemoteProtocolError as error:
+            log.warning("scheduler: rejected a message: %s", error)
             self._link.reject(delivery.tag, str(error))
+            return
+        if opened is not None and self._is_late(delivery.sender, message, opened):
+            self._link.acknowledge([delivery.tag])
             return
         with self._changed:
             self._inbox.append((delivery.sender, message, delivery.tag))  # type: ignore[arg-type]  # a Report by its kind
             self._changed.notify_all()
 
+    def _is_late(self, sender: str, message: Message, opened: Opened) -> bool:
+        """Whether it was said before, or to an earlier scheduler; who has not heard of this one is greeted at once."""
+        if not isinstance(message, OF_THE_MOMENT):
+            return False
+        if opened.fresh:
+            return not self._news.is_news(opened, message.type)
+        if sender in self._parties:
+            try:
+                self._greet(sender)
+            except SlQueueError:
+                pass  # the link has failed or is closed: the scheduler's thread says so
+        return True
+
+    def _require_common_keys(self) -> None:
+        """Tell parties that were set up with other keys from parties that are not here."""
+        if self._seal is None or time.monotonic() - self._began < self._patience_s:
+            return
+        strangers = [party for party in self._parties if self._seal.never_opened(party)]
+        if strangers:
+            raise AlignmentError(
+                f"no message of {', '.join(strangers)} can be opened: their job and the scheduler's do not have the "
+                "same [security]; every party needs the same job file"
+            )
+
     def _on_reconnect(self) -> None:
         with self._changed:
             self._inbox.clear()  # every report that was not acknowledged comes again
             self._taken.clear()
+            self._news.forget()
 
     def _on_failure(self, error: SlQueueError) -> None:
         with self._changed:

@@ -15,7 +15,7 @@ sender had heard of this very process when it spoke. The channels drop what is l
 
 import struct
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidSignature
@@ -146,9 +146,9 @@ class News:
     """Tells a statement about the moment from one that was said before. Mutable: it remembers the latest."""
 
     def __init__(self) -> None:
-        self._latest: dict[Hashable, int] = {}
+        self._latest: dict[tuple[bytes, str], int] = {}
 
-    def is_news(self, opened: Opened, subject: Hashable) -> bool:
+    def is_news(self, opened: Opened, subject: str) -> bool:
         """Whether this is later than all that the same process said about the same subject; remembered if so."""
         about = (opened.process, subject)
         if opened.sequence <= self._latest.get(about, -1):
