@@ -18,14 +18,10 @@ from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.models import fingerprint, limit_threads
 from sl_queue.data.table import read_table
-from sl_queue.errors import ComputeError, JobError, RunStopped, SlQueueError, TransportError
+from sl_queue.errors import JobError, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import Table
-from sl_queue.protocol.messages import (
-    SCHEDULER,
-    Failed,
-    Stopped,
-)
+from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.progress import EarlyStopping, Plan, RunState
 from sl_queue.protocol.topology import Topology
@@ -110,7 +106,7 @@ def serve_party(job: Job, party_file: PartyFile, connect: Connect, state: Path, 
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
-        _tell_the_end(worker, channel, lambda: worker.serve(train))
+        worker.serve(train)
         log.info("%s: finished; final weights in %s", party, state / "final")
 
 
@@ -134,26 +130,6 @@ def _role(
 
 
 PREFETCH_MARGIN = 8  # signs of life and questions of a peer, which are acknowledged as soon as they are read
-
-
-def _tell_the_end(worker: Worker, channel: PartyChannel, serve: Callable[[], object]) -> None:
-    """Whatever ends this worker and would not be mended by a restart is told to the scheduler."""
-    incarnation = worker.identity.incarnation
-    try:
-        serve()
-    except RunStopped:
-        channel.report(Stopped(incarnation, worker.committed))
-        raise
-    except TransportError:
-        raise
-    except SlQueueError as error:
-        channel.report(Failed(incarnation, type(error).__name__, str(error)))
-        raise
-    except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        log.exception("an error in the model, loss or optimizer, or a bug")
-        channel.report(Failed(incarnation, "ComputeError", told))
-        raise ComputeError(told) from error
 
 
 def serve_scheduler(

@@ -45,6 +45,7 @@ from sl_queue.protocol.progress import (
     reduce,
     restarted,
     silent,
+    standing_orders,
 )
 
 JOB: dict[str, Any] = {"name": "toy", "epochs": 4, "pipeline": {"depth": 2, "staleness": 0}}
@@ -98,6 +99,7 @@ class Mind:
 
     def restart(self) -> "Mind":
         self.state = restarted(durable(self.state), 0.0)
+        self.orders = standing_orders(self.plan, self.state)
         return self
 
 
@@ -205,7 +207,7 @@ def test_reports_of_an_earlier_worker_of_a_party_and_of_strangers_change_nothing
 def test_only_the_label_holder_measures_epochs_and_only_once_and_in_order() -> None:
     mind = Mind().everyone_joins()
     mind.hear("a", EpochDone("a1", 0, epoch(0))).hear("label", EpochDone("label1", 0, epoch(1)))
-    assert len(mind.state.history) == 0
+    assert not mind.orders
     mind.hear("label", EpochDone("label1", 0, epoch(0)), EpochDone("label1", 0, epoch(0, loss=9.0)), now=2.0)
     assert mind.state.history == (replace(epoch(0), seconds=2.0),)
 
@@ -326,8 +328,9 @@ def test_a_worker_that_was_interrupted_stops_nobody_else() -> None:
 
 
 def test_a_scheduler_that_is_restarted_while_the_run_stops_goes_on_stopping_it() -> None:
-    mind = Mind().everyone_joins().hear(OPERATOR, StopRequest()).hear("label", Stopped("label1", 3)).restart()
-    mind.hear("a", joined("a1", held=(1,)))
+    mind = Mind().everyone_joins().hear(OPERATOR, StopRequest()).restart()
+    assert mind.ordered(Stop)["label"].after_step is None, "it may have been killed before it told"
+    mind.hear("label", Stopped("label1", 3)).restart()
     assert mind.ordered(Stop)["a"].after_step == 3
     mind.hear("a", Stopped("a1", 3)).hear("b", Stopped("b1", 3))
     assert mind.state.phase is Phase.STOPPED
@@ -522,6 +525,7 @@ class World:
             party.out.popleft()
         else:
             self.mind.restart()
+            self.deliver()
             for other in self.parties.values():
                 other.introduce = True
 
@@ -602,6 +606,7 @@ def test_a_new_generation_voids_what_was_opened_and_finished_and_an_old_one_noth
 def test_orders_that_come_twice_or_late_undo_nothing() -> None:
     stop, at_once = Stop("a", "later", after_step=3), Stop("a", "at once", error="RunStopped")
     orders = Orders().after(Open("a", 1)).after(Open("a", 2, keep=3)).after(at_once)
+    assert Orders().after(stop).after(replace(stop, after_step=None)).stop == stop
     assert orders.after(Open("a", 1)).open == Open("a", 2, keep=3)
     assert orders.after(Open("a", 2, keep=5)).open == Open("a", 2, keep=5)
     assert orders.after(stop).stop == at_once

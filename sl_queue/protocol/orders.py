@@ -28,6 +28,6 @@ class Orders:
             case Finish():
                 return replace(self, finish=command)
             case Stop():
-                if self.stop is not None and command.error is None and self.stop.error is not None:
+                if self.stop is not None and command.error is None and (self.stop.error or command.after_step is None):
                     return self
                 return replace(self, stop=command)

@@ -195,6 +195,11 @@ def reduce(
             assert_never(report)
 
 
+def standing_orders(plan: Plan, state: RunState) -> Orders:
+    """What everyone should have been told by now; a scheduler that comes back may have been killed before it was."""
+    return tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
+
+
 def silent(plan: Plan, state: RunState, since: float, now: float) -> dict[str, float]:
     """Parties that should be here and have not been heard of for GIVE_UP patiences, with the seconds of silence."""
     members = {party: state.members.get(party, Member()) for party in plan.parties}
@@ -244,7 +249,7 @@ def _join(
             return state, ()
         state = replace(_begin(state, fresh_run), epoch_began=now)
         state, _ = _remembered(plan, state, now)
-        return state, tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
+        return state, standing_orders(plan, state)
     state, orders = _remembered(plan, state, now)
     return state, (*_all_orders(plan, state, sender), *orders, *_finish(plan, state))
 
@@ -316,9 +321,8 @@ def _begin(state: RunState, fresh_run: str) -> RunState:
 
 def _all_orders(plan: Plan, state: RunState, party: str) -> Orders:
     """Everything a party that (re)joins must know."""
-    member = state.members[party]
-    incarnation = member.incarnation
-    if incarnation is None or member.finished is not None or state.run is None:
+    incarnation = dict(_incarnations(plan, state)).get(party)
+    if incarnation is None or state.run is None or state.phase not in (Phase.RUNNING, Phase.STOPPING):
         return ()
     orders: list[Command] = [Start(incarnation, state.run, state.bases), _opening(plan, state, incarnation)]
     finish = _final_step(plan, state)
@@ -440,7 +444,7 @@ def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunSt
     members = {p: m.back_to(base) for p, m in state.members.items()}
     history = tuple(result for result in state.history if result.step <= base)
     state = replace(state, bases=(*state.bases, base), members=members, history=history)
-    return state, tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
+    return state, standing_orders(plan, state)
 
 
 def _newest_common(state: RunState) -> int | None:

@@ -8,7 +8,18 @@ from typing import Any, Protocol
 from sl_queue.errors import PeerSilent, RunStopped, named
 from sl_queue.ports import SchedulerChannel
 from sl_queue.protocol.messages import OPERATOR, Command, Status
-from sl_queue.protocol.progress import Member, Phase, Plan, RunState, durable, history_line, reduce, restarted, silent
+from sl_queue.protocol.progress import (
+    Member,
+    Phase,
+    Plan,
+    RunState,
+    durable,
+    history_line,
+    reduce,
+    restarted,
+    silent,
+    standing_orders,
+)
 
 STATUS_EVERY_S = 0.25
 
@@ -41,6 +52,8 @@ class Scheduler:
         began = told_at = self.clock()
         state = restarted(self.ledger.load() or RunState(), began)
         saved = RunState()
+        for party, command in standing_orders(self.plan, state):
+            self.channel.command(party, command)
         while True:
             reports = self.channel.reports(timeout_s=STATUS_EVERY_S)
             now = self.clock()

@@ -3,15 +3,27 @@
 Killed at any moment, a worker that starts again runs through the same lines; nothing else is needed.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sl_queue.errors import CheckpointError
+from sl_queue.errors import CheckpointError, ComputeError, RunStopped, SlQueueError, TransportError
 from sl_queue.ports import BaseStage, Channel, Checkpoints, Final, FuseStage, Restarted, Saved
-from sl_queue.protocol.messages import BEFORE_FIRST_STEP, EpochResult, Finished, Joined, Progress, Start
+from sl_queue.protocol.messages import (
+    BEFORE_FIRST_STEP,
+    EpochResult,
+    Failed,
+    Finished,
+    Joined,
+    Progress,
+    Start,
+    Stopped,
+)
 from sl_queue.protocol.orders import Orders
 from sl_queue.protocol.pipeline import Pipeline
+
+log = logging.getLogger("sl_queue")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +55,29 @@ class Worker:
     samples: int = 0
 
     def serve(self, train: Callable[[int], None]) -> Final:
-        """Take part in the run to its end; `train(first_step)` is the role's loop."""
-        final = self.checkpoints.finished() or self._train(train)
-        self.channel.report(Finished(final.incarnation, final.digests))
-        self.channel.flush()
-        self.checkpoints.mark_told()
-        return final
+        """Take part in the run to its end; `train(first_step)` is the role's loop.
+
+        Whatever ends it before, and would not be mended by a restart, is told to the scheduler.
+        """
+        try:
+            final = self.checkpoints.finished() or self._train(train)
+            self.channel.report(Finished(final.incarnation, final.digests))
+            self.channel.flush()
+            self.checkpoints.mark_told()
+            return final
+        except RunStopped:
+            self.channel.report(Stopped(self.identity.incarnation, self.committed))
+            raise
+        except TransportError:
+            raise
+        except SlQueueError as error:
+            self.channel.report(Failed(self.identity.incarnation, type(error).__name__, str(error)))
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            log.exception("an error in the model, loss or optimizer, or a bug")
+            self.channel.report(Failed(self.identity.incarnation, "ComputeError", told))
+            raise ComputeError(told) from error
 
     def _train(self, train: Callable[[int], None]) -> Final:
         fresh = self.stage.state()

@@ -1,0 +1,129 @@
+"""Beginning, opening, stopping and ending a run: with real roles and channels, and a scheduler that may be gone."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sl_queue.errors import RunStopped
+from sl_queue.protocol.codec import encode
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, StopRequest
+from sl_queue.protocol.progress import EarlyStopping, Phase
+from sl_queue.transport.memory import MemoryBroker
+from tests.toy import ToyStage
+from tests.toy_run import Crash, CrashAt, ToyRun
+
+
+def until(true: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    """Block until that is so."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.005)
+
+
+def request_stop(broker: MemoryBroker) -> None:
+    """As `sl-queue stop` does."""
+    header = Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0))
+    broker.publish(SCHEDULER, OPERATOR, encode(header, StopRequest()), persistent=True, expires=False)
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False], ids=["lower", "higher"])
+@pytest.mark.parametrize("patience", [1, 2])
+def test_early_stopping_leaves_every_party_with_the_weights_of_a_run_of_just_the_best_epochs(
+    patience: int, lower_is_better: bool
+) -> None:
+    early = EarlyStopping("loss", patience, 0.0, lower_is_better)
+    run = ToyRun(epochs=12, early_stopping=early).run()
+    assert run.state is not None
+    losses = [(result.holdout or {}).get("loss") or 0.0 for result in run.state.history]
+    best = losses.index(min(losses) if lower_is_better else max(losses))
+    assert best + patience + 1 == len(losses) < 12, "it ends after `patience` epochs without a gain"
+    assert run.weights() == ToyRun(epochs=best + 1).run().weights()
+    assert {store.final.step for store in run.stores.values()} == {run.state.history[best].step}
+
+
+def again(run: ToyRun, **changes: Any) -> ToyRun:
+    """The same state folders and broker, with every worker started anew."""
+    return replace(run, errors=[], crashes={}, stages={}, counts={}, **changes)
+
+
+@pytest.mark.parametrize("killed", [None, "a", "label", SCHEDULER])
+@pytest.mark.parametrize("operation", range(8, 180, 20))
+def test_a_run_that_is_stopped_ends_everywhere_after_one_step_and_resumes_to_equal_weights(
+    operation: int, killed: str | None
+) -> None:
+    run = ToyRun(epochs=6)
+
+    def stop_it() -> None:
+        request_stop(run.broker)
+        until(lambda: run.ledger.state is not None and run.ledger.state.phase in (Phase.STOPPING, Phase.STOPPED))
+
+    stop = CrashAt(operation, act=stop_it, survives=True)
+    run.crashes = {"label": stop} if killed != "label" else {"b": stop}
+
+    class CrashWhileStopping(CrashAt):
+        def __call__(self, name: str) -> None:
+            if run.ledger.state is not None and run.ledger.state.phase is Phase.STOPPING:
+                CrashAt.__call__(self, name)
+
+    if killed is not None:
+        run.crashes[killed] = CrashWhileStopping(operation // 20)
+    with pytest.raises(RunStopped, match="stopped by the operator"):
+        run.run()
+    assert len(run.errors) == 4, "every role ends, and says why"
+    assert len({max(store.saved) for store in run.stores.values()}) == 1, "after the same step"
+    assert run.ledger.state is not None
+    assert run.ledger.state.phase is Phase.STOPPED
+    told = [result.step for result in run.ledger.state.history]
+    assert told == [e["step"] for e in run.stores["label"].newest().values["epochs"]], "what is measured is told"
+    assert again(run).run().weights() == ToyRun(epochs=6).run().weights()
+
+
+def test_nobody_needs_the_scheduler_while_it_is_dead_for_a_whole_epoch() -> None:
+    quiet = ToyRun(epochs=3).run()
+    run = ToyRun(epochs=3)
+    last_step = run.pipeline.batches.last_step
+    lives: list[str] = []
+
+    def committed() -> int:
+        return max(run.stores["label"].saved, default=-1) if "label" in run.stores else -1
+
+    class CrashInTheFirstEpoch(CrashAt):
+        def __call__(self, name: str) -> None:
+            if len(lives) == 1 and committed() > -1:
+                raise Crash(name)
+
+    class WaitForThatCrash(CrashAt):
+        def __call__(self, name: str) -> None:
+            if committed() > -1:
+                until(lambda: len(lives) > 1)
+
+    def stay_dead(role: str, link: Any) -> None:
+        if role == SCHEDULER:
+            lives.append(role)
+            if len(lives) == 2:
+                until(lambda: committed() >= last_step(1))
+
+    run.on_start = stay_dead
+    run.crashes = {SCHEDULER: CrashInTheFirstEpoch(), "label": WaitForThatCrash()}
+    run.run()
+    assert len(lives) == 2
+    assert run.weights() == quiet.weights()
+    assert run.state is not None
+    assert quiet.state is not None
+    assert [e.loss for e in run.state.history] == [e.loss for e in quiet.state.history]
+    assert all(len(stages) == 1 for stages in run.stages.values()), "nobody else was started again"
+
+
+def test_a_worker_that_fails_ends_every_other_with_its_reason() -> None:
+    class Failing(ToyStage):
+        def update(self) -> float:
+            raise ZeroDivisionError("in the user's optimizer")
+
+    run = ToyRun(stage=lambda party: Failing(party) if party == "b" else ToyStage(party))
+    with pytest.raises(BaseException, match="ZeroDivisionError: in the user's optimizer"):
+        run.run()
+    assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "ComputeError", "RunStopped", "RunStopped"]
