@@ -130,7 +130,6 @@ class ToyRun:
     patience_s: float = 1.0
     early_stopping: EarlyStopping | None = None
     stage: Callable[[str], ToyStage] = ToyStage
-    stage: Callable[[str], ToyStage] = ToyStage
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     stores: dict[str, Any] = field(default_factory=dict)
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
