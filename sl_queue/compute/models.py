@@ -117,12 +117,12 @@ class Model:
         prefix = f"{self.part}/module/"
         saved = {name.removeprefix(prefix): p for name, p in state.tensors.items() if name.startswith(prefix)}
         own = dict(_tensors(self.module))
-        differing = sorted(saved.keys() ^ own.keys())
-        differing += [n for n in saved.keys() & own.keys() if str(saved[n]) != described(own[n])]
+        altered = {n for n in saved.keys() & own.keys() if str(saved[n]) != described(own[n])}
+        differing = ", ".join(sorted(altered | (saved.keys() ^ own.keys())))
         if differing:
             raise CheckpointError(
-                f"party {self.party!r}: the checkpoint is of another model than {self.name}: {', '.join(differing)} "
-                "differ; restore the model, or start anew with another state folder"
+                f"party {self.party!r}: the checkpoint is of another model than {self.name}: {differing} differ; "
+                "restore the model, or start anew with another state folder"
             )
         with torch.no_grad():
             for name, tensor in own.items():

@@ -33,7 +33,7 @@ def build_optimizer(module: nn.Module, settings: Mapping[str, Any], key: str) ->
     if not parameters:
         return None
     if name is None:
-        raise JobError(f"{key} is missing, and the model has parameters; for instance {{ name = \"adam\", lr = 1e-3 }}")
+        raise JobError(f'{key} is missing, and the model has parameters; for instance {{ name = "adam", lr = 1e-3 }}')
     try:
         return known[name](parameters, **named)
     except (TypeError, ValueError, RuntimeError) as error:
