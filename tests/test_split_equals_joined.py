@@ -162,6 +162,20 @@ def test_float64_columns_are_cast_to_the_models_dtype() -> None:
     assert_split_equals_plain(bce, **tabular(dtype=np.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_models_of_another_dtype_exchange_activations_of_that_dtype(dtype: torch.dtype) -> None:
+    setup = tabular()
+    setup["bases"] = {name: base.to(dtype) for name, base in setup["bases"].items()}
+    made = parties(**setup | {"fuse": setup["fuse"].to(dtype)})
+    split = made.stages()
+    assert split.bases["party0"].forward(MicroBatch(0, 0)).dtype == str(dtype).removeprefix("torch.")
+    split = made.stages().train(made.pipeline)
+    joined = train_joined(made.job, list(made.files.values()), made.tables, made.job.batches(made.n_rows))
+    assert equal_weights(split.modules()["fuse"], joined.fuse)
+    assert all(equal_weights(split.modules()[party], base) for party, base in joined.bases.items())
+    assert furthest(joined.fuse, made.given["fuse"]) > 1e-4
+
+
 def test_integer_columns_reach_an_embedding_as_they_are() -> None:
     setup = tabular()
     setup["features"]["party0"] = np.arange(ROWS * 3).reshape(ROWS, 3) % 5
