@@ -19,6 +19,7 @@ from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.progress import differing_keys
 from sl_queue.protocol.row_order import Batches
 from sl_queue.protocol.topology import Topology
+from sl_queue.security import JobSecurity
 from sl_queue.user_code import imported
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "JobFuse",
     "JobParty",
     "JobPipeline",
+    "JobSecurity",
     "PartyFile",
     "imported",
     "redacted",
@@ -116,6 +118,7 @@ class Job(Declared):
     pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
     broker: JobBroker = Field(default=JobBroker(), description="a table [broker]")
     early_stopping: JobEarlyStopping | None = Field(default=None, description="a table [early_stopping]")
+    security: JobSecurity = Field(default=JobSecurity(), description="a table [security]")
 
     if TYPE_CHECKING:  # tables may be given as dicts
 
@@ -129,6 +132,7 @@ class Job(Declared):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = [*_about_name(self), *_about_parties(self), *_about_aggregation(self), *_about_numbers(self)]
+        problems += self.security.problems(self.parties)
         if problems:
             raise ValueError("\n".join(problems))
         return self

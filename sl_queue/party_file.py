@@ -135,6 +135,12 @@ class FuseFile(BaseFile):
         raise ValueError(f"= {shown(value)}; {advice}it must be {', '.join(LOSSES)} or module:callable")
 
 
+class SecurityFile(Declared):
+    """What only this party knows, where it lies."""
+
+    key: _Path = Field(description="the name of the file with this party's private key")
+
+
 class PartyFile(Declared):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
@@ -149,6 +155,7 @@ class PartyFile(Declared):
     fuse: FuseFile | None = Field(default=None, description="a table [fuse] with model, optimizer and loss")
     device: str = Field(default="cpu", min_length=1, description='a torch device, for instance "cpu" or "cuda"')
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
+    security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
 
     _folder: Path | None = PrivateAttr(None)
 

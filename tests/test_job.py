@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,13 @@ metrics = ["auroc", "accuracy"]
 """
 
 PARTIES: dict[str, Any] = {"bank": {"role": "feature", "cut": [32]}, "insurer": {"role": "label", "cut": [16]}}
+KEYS_OF = [b64encode(bytes([number]) * 32).decode() for number in range(5)]
+SEALING: dict[str, dict[str, str]] = {
+    "bank": {"seal": KEYS_OF[0]},
+    "insurer": {"seal": KEYS_OF[1]},
+    "scheduler": {"seal": KEYS_OF[2], "sign": KEYS_OF[3]},
+    "operator": {"seal": KEYS_OF[4]},
+}
 FEATURE, LABEL = {"role": "feature", "cut": [4]}, {"role": "label"}
 VALUES: dict[str, Any] = {"name": "credit", "seed": 7, "epochs": 20, "batch_size": 512, "parties": PARTIES}
 BASE = {"model": "bank:BaseModel", "optimizer": {"name": "adam"}}
@@ -189,6 +197,9 @@ KEYS: list[tuple[str, dict[str, Any]]] = [
     ("broker.persistent", {"broker": {"persistent": True}}),
     ("broker.patience", {"broker": {"patience": 61}}),
     ("early_stopping", {"holdout": 0.1, "early_stopping": {"metric": "loss", "patience": 3}}),
+    ("security.seal", {"security": {"seal": True, "keys": SEALING}}),
+    ("security.cipher", {"security": {"cipher": "chacha20-poly1305"}}),
+    ("security.keys.bank", {"security": {"keys": SEALING}}),
 ]
 
 
@@ -252,7 +263,15 @@ def test_the_place_of_a_party_without_a_base_model_does_not_matter() -> None:
         ({"micro_batches": 3}, ["micro_batches is unknown", "it belongs in [pipeline]"]),
         ({"pipeline": {"holdout": 0.1}}, ["pipeline.holdout is unknown", "at the top of the file"]),
         ({"wire": {"dtype": "int8"}}, ["wire is unknown", "allowed here are name, seed"]),
-        ({"security": {"seal": True}}, ["security is unknown"]),
+        ({"security": {"seal": True}}, ["security.keys: no key of bank, insurer, scheduler, operator; "]),
+        ({"security": {"keys": {"bnak": SEALING["bank"]}}}, ["security.keys.bnak", "did you mean 'bank'"]),
+        (
+            {"security": {"keys": {**SEALING, "scheduler": {"seal": KEYS_OF[2]}}}},
+            ["security.keys.scheduler.sign is mis"],
+        ),
+        ({"security": {"keys": {"bank": SEALING["insurer"], "insurer": SEALING["insurer"]}}}, ["have the same key"]),
+        ({"security": {"keys": {"bank": {"seal": "c2hvcnQ="}}}}, ["security.keys.bank.seal = 'c2hvcnQ='", "base64"]),
+        ({"security": {"cipher": "rot13"}}, ["security.cipher = 'rot13'", "chacha20-poly1305"]),
         ({"fuse": {"agregation": "sum"}}, ["fuse.agregation is unknown", "did you mean 'aggregation'?"]),
         ({"fuse": {"aggregation": "max"}}, ["fuse.aggregation = 'max'", '"concat"']),
         ({"pipeline": {"micro_batches": 0}}, ["pipeline.micro_batches = 0"]),
