@@ -50,7 +50,7 @@ class PrivateBroker:  # mutable: it owns processes
         self._folder = Path(tempfile.mkdtemp(prefix="sl_queue-broker-"))
         self._broker: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
-        self.port, self._distribution_port, self._epmd_port = _free_ports(3)
+        self.port, self._distribution_port, self._epmd_port = free_ports(3)
 
     def __enter__(self) -> "PrivateBroker":
         try:
@@ -66,13 +66,13 @@ class PrivateBroker:  # mutable: it owns processes
         self.close()
 
     def start(self) -> None:
-        """Start on the data that is there; returns when it answers. Raises BrokerUnreachable with the end of its log."""
+        """Start on the data that is there; returns when it answers. Raises BrokerUnreachable with its log's end."""
         if self._epmd is None:
             self._epmd = self._spawn("sh", "-c", "epmd & read _; kill $!; wait")  # until its input ends
         self._write_settings()
         self._broker = self._spawn(str(self._server))
         deadline = time.monotonic() + START_S
-        while not _answers(self.port):
+        while not answers(self.port):
             if self._broker.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise BrokerUnreachable(f"the private broker did not start; the end of its log:\n{self._log_end()}")
@@ -125,20 +125,20 @@ class PrivateBroker:  # mutable: it owns processes
     def delete_vhost(self, vhost: str) -> None:
         """Remove a virtual host with all its queues."""
         self._vhosts.remove(vhost)
-        self.evaluate(f"rabbit_vhost:delete({_binary(vhost)}, {_binary(USER)})")
+        self.evaluate(f"rabbit_vhost:delete({binary(vhost)}, {binary(USER)})")
 
     def add_user(self, name: str, password: str, vhost: str, configure: str, write: str, read: str) -> None:
         """A user with these rights (regular expressions of names) on a virtual host."""
         self.evaluate(
-            f"rabbit_auth_backend_internal:put_user(#{{name => {_binary(name)}, password => {_binary(password)}, "
-            f"tags => []}}, {_binary(USER)}), " + _permissions(name, vhost, configure, write, read)
+            f"rabbit_auth_backend_internal:put_user(#{{name => {binary(name)}, password => {binary(password)}, "
+            f"tags => []}}, {binary(USER)}), " + permissions(name, vhost, configure, write, read)
         )
 
     def evaluate(self, expression: str) -> str:
         """What an Erlang expression gives inside the broker, as text: 15 ms where rabbitmqctl takes 500."""
         erl_call = shutil.which("erl_call", path=os.pathsep.join((*_ERL_CALLS, os.environ.get("PATH", ""))))
         if erl_call is not None:
-            command = [erl_call, "-address", f"{HOST}:{self._distribution_port}", "-e"]
+            command = [erl_call, "-r", "-address", f"{HOST}:{self._distribution_port}", "-e"]
             sent = f"{expression}.\n"
         else:
             command = [str(self._server.with_name("rabbitmqctl")), "eval", f"{expression}."]
@@ -149,8 +149,8 @@ class PrivateBroker:  # mutable: it owns processes
         return done.stdout.removeprefix("{ok, ").removesuffix("}")
 
     def _provide(self, vhost: str) -> None:
-        made = f"rabbit_vhost:add({_binary(vhost)}, {_binary(USER)})"
-        self.evaluate(f"{made}, {_permissions(USER, vhost, '.*', '.*', '.*')}")
+        made = f"rabbit_vhost:add({binary(vhost)}, {binary(USER)})"
+        self.evaluate(f"{made}, {permissions(USER, vhost, '.*', '.*', '.*')}")
 
     # Its processes ----------------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now, below those that outgoing connections use: a client that tries again and
     again while the broker is down could otherwise take the broker's port, or even connect to itself."""
     ports: list[int] = []
@@ -224,11 +224,11 @@ def _free_ports(count: int) -> list[int]:
             socket.create_server((HOST, port)).close()
         except OSError:
             continue
-        ports.append(port)
+        ports += [] if port in ports else [port]
     return ports
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
     """Whether an AMQP broker greets there: its port may be open before it does."""
     try:
         with socket.create_connection((HOST, port), timeout=5.0) as connection:
@@ -238,11 +238,11 @@ def _answers(port: int) -> bool:
         return False
 
 
-def _binary(text: str) -> str:
+def binary(text: str) -> str:
     """Text as an Erlang binary."""
     return "<<" + ",".join(str(byte) for byte in text.encode()) + ">>"
 
 
-def _permissions(user: str, vhost: str, configure: str, write: str, read: str) -> str:
-    arguments = ", ".join(_binary(text) for text in (user, vhost, configure, write, read, USER))
+def permissions(user: str, vhost: str, configure: str, write: str, read: str) -> str:
+    arguments = ", ".join(binary(text) for text in (user, vhost, configure, write, read, USER))
     return f"rabbit_auth_backend_internal:set_permissions({arguments})"

@@ -1,0 +1,233 @@
+"""A party's link to RabbitMQ: survives lost connections and broker restarts. `Link`'s contract is in link.py.
+
+One I/O thread runs an asyncio loop and owns the driver; the worker computes in another one, so heartbeats go on
+whatever it does. Other threads leave what they want done and wake the loop, once for many.
+"""
+
+import asyncio
+import concurrent.futures
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from sl_queue.errors import BrokerUnreachable, SlQueueError, TransportError
+from sl_queue.protocol.messages import Kind
+from sl_queue.protocol.topology import Topology
+from sl_queue.transport.link import Delivery, Tag
+from sl_queue.transport.rabbitmq_connection import HEARTBEAT_S, Address, Denied, Lost
+from sl_queue.transport.rabbitmq_names import QueueType
+from sl_queue.transport.rabbitmq_session import Ended, Place, Session
+from sl_queue.transport.retry import CONNECTING, Limits, pause_s, persist
+from sl_queue.transport.unconfirmed import Outgoing, Unconfirmed
+
+SHORT_S = 5.0  # a session that ends sooner has not helped
+SHORT_SESSIONS = 20  # in a row, and the link gives up
+
+log = logging.getLogger("sl_queue")
+
+
+class RabbitLink:
+    """One party's end of RabbitMQ, at `amqp(s)://USER:PASSWORD@HOST:PORT/VHOST`. Thread-safe.
+
+    `prefetch` messages of each sender at most are unacknowledged, 0 for any number. Raises JobError for a bad URL.
+    """
+
+    _numbers = itertools.count(1)  # of sessions, so that no tag means anything to another one
+
+    def __init__(
+        self,
+        url: str,
+        party: str,
+        topology: Topology,
+        prefetch: int = 0,
+        *,
+        queue_type: QueueType = "classic",
+        limits: Limits = Limits(),
+    ) -> None:
+        self._place = Place(Address.parse(url), party, topology, prefetch, queue_type, limits)
+        self._unconfirmed = Unconfirmed()
+        self._lock = threading.Lock()
+        self._acknowledged: list[Tag] = []
+        self._woken = False
+        self._session: Session | None = None
+        self._cut = False  # leave without a word
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name=f"{party}-io", daemon=True)
+
+    # What any thread calls --------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        on_delivery: Callable[[Delivery], None],
+        on_reconnect: Callable[[], None],
+        on_failure: Callable[[SlQueueError], None],
+    ) -> None:
+        self._on_delivery, self._on_reconnect, self._on_failure = on_delivery, on_reconnect, on_failure
+        self._thread.start()
+        try:
+            self._opened.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def publish(
+        self, receiver: str, kind: Kind, run: str, body: bytes, *, persistent: bool, expires_s: float | None = None
+    ) -> None:
+        names = self._place.topology
+        message = Outgoing(
+            exchange=names.exchange(self._place.party),
+            routing_key=names.routing_key(run, kind, receiver),
+            body=body,
+            persistent=persistent,
+            expires_at=None if expires_s is None else time.monotonic() + expires_s,
+        )
+        self._unconfirmed.add(message)
+        self._wake()
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        return self._unconfirmed.flush(timeout_s)
+
+    def acknowledge(self, tags: Sequence[Tag]) -> None:
+        with self._lock:
+            self._acknowledged += tags
+        self._wake()
+
+    def reject(self, tag: Tag, reason: str) -> None:
+        session = self._session
+        if session is not None:
+            session.reject(tag, reason)
+            self._wake()
+
+    def close(self) -> None:
+        self._unconfirmed.fail(TransportError(f"the link of party {self._place.party!r} is closed"))
+        if self._thread.ident is None:
+            return
+        with suppress(RuntimeError):  # the loop is closed already
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._leave)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def abort(self) -> None:
+        """Lose the connection as a killed process does, and never come back."""
+        self._cut = True
+        self.close()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if self._woken or self._loop is None:
+                return
+            self._woken = True
+            with suppress(RuntimeError):  # the loop is closed: nothing is sent any more
+                self._loop.call_soon_threadsafe(self._work)
+
+    # What the I/O thread does -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.run(self._live())
+
+    def _leave(self) -> None:
+        if self._life is not None:
+            self._life.cancel()
+
+    def _work(self) -> None:
+        """Hand what other threads left to the session; without one, acknowledgements are void anyway."""
+        with self._lock:
+            self._woken = False
+            acknowledged, self._acknowledged = self._acknowledged, []
+        if self._session is not None:
+            self._session.acknowledge(acknowledged)
+            self._session.pump()
+
+    async def _live(self) -> None:
+        """From the first connection to the last word."""
+        with self._lock:
+            self._loop, self._life = asyncio.get_running_loop(), asyncio.current_task()
+        try:
+            await self._serve()
+        except asyncio.CancelledError:
+            if self._session is not None and not self._cut:
+                self._work()
+                await self._session.close()
+        except SlQueueError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("party %r: the link failed", self._place.party)
+            self._fail(SlQueueError(f"{type(error).__name__}: {error}"))
+        finally:
+            if self._session is not None:
+                await self._session.abort()
+            if not self._opened.done():
+                self._opened.set_exception(TransportError("the link was closed while it was being opened"))
+
+    async def _serve(self) -> None:
+        limits, short = self._place.limits, 0
+        session = await self._connect(limits.first_s, limits.busy_s, on=Lost, before_deliveries=lambda: None)
+        self._opened.set_result(None)
+        while True:
+            began = time.monotonic()
+            ended = await asyncio.shield(session.ended)
+            await session.abort()
+            self._unconfirmed.restart()
+            if ended.error is not None:
+                raise ended.error
+            short = short + 1 if time.monotonic() - began < SHORT_S else 0
+            await self._pause(ended, short)
+            busy_s = limits.busy_s + 2 * HEARTBEAT_S  # until the broker has noticed that our last connection is lost
+            session = await self._connect(
+                limits.lost_s, busy_s, on=(Lost, Denied), before_deliveries=self._on_reconnect
+            )
+            log.info("party %r: connected again", self._place.party)
+
+    async def _pause(self, ended: Ended, short: int) -> None:
+        """Between two sessions: at once after a long one, longer and longer after short ones."""
+        if short >= SHORT_SESSIONS:
+            raise BrokerUnreachable(
+                f"lost the broker {short} times, each within seconds; the last time: {ended.reason}"
+            )
+        log.warning("party %r: lost the broker (%s); connecting again", self._place.party, ended.reason)
+        if short > 1:
+            await asyncio.sleep(pause_s(short, CONNECTING))
+
+    async def _connect(
+        self,
+        limit_s: float,
+        busy_s: float,
+        *,
+        on: type[Exception] | tuple[type[Exception], ...],
+        before_deliveries: Callable[[], None],
+    ) -> Session:
+        async def attempt() -> Session:
+            session = Session(next(self._numbers), self._place, self._unconfirmed, self._on_delivery)
+            self._session = session
+            try:
+                await session.begin(before_deliveries, busy_s)
+            except Exception:
+                await session.abort()
+                raise
+            return session
+
+        party, address = self._place.party, self._place.address
+        say = f"party {party!r}: no connection to the broker at {address}"
+        try:
+            return await persist(attempt, on=on, limit_s=limit_s, pauses=CONNECTING, say=say)
+        except Denied as denied:
+            raise BrokerUnreachable(f"the broker at {address} refuses party {party!r}: {denied}") from None
+        except Lost as lost:
+            raise BrokerUnreachable(
+                f"party {party!r} cannot use the broker at {address}: {lost}; tried for {limit_s:.0f} s, "
+                "start the broker or correct its URL"
+            ) from None
+
+    def _fail(self, error: SlQueueError) -> None:
+        """The link has given up: whoever opens, publishes or flushes learns it, and who opened it is told."""
+        self._unconfirmed.fail(error)
+        if self._opened.done():
+            self._on_failure(error)
+        else:
+            self._opened.set_exception(error)

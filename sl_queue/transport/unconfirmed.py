@@ -1,0 +1,107 @@
+"""What a link has been given to publish and the broker has not confirmed, in order. Thread-safe.
+
+Everything in here is published again after a reconnect. Messages wait, are sent, and leave when they are confirmed;
+confirms come in any order.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from sl_queue.errors import SlQueueError
+from sl_queue.transport.link import Tag
+
+
+@dataclass(slots=True)
+class Outgoing:  # mutable: it remembers its troubles
+    """One message on its way out."""
+
+    exchange: str
+    routing_key: str
+    body: bytes = field(repr=False)
+    persistent: bool
+    expires_at: float | None = None  # monotonic; a message that has expired is not published (again)
+    headers: dict[str, str | int] | None = None
+    answers: Tag | None = None  # a dead letter: once it is confirmed, the refused delivery is acknowledged
+    troubles: int = 0  # how often the broker returned or refused it
+    troubled_since: float | None = None
+
+    def expires_in_s(self) -> float | None:
+        """Seconds until it is worth nothing, None for never."""
+        return None if self.expires_at is None else self.expires_at - time.monotonic()
+
+
+class Unconfirmed:
+    """Messages by number, from publish to confirm. Mutable, thread-safe."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._messages: dict[int, Outgoing] = {}  # by ascending number
+        self._waiting: deque[int] = deque()
+        self._last = 0
+        self._failure: SlQueueError | None = None
+
+    def add(self, message: Outgoing) -> bool:
+        """Append a message; True if nothing else was waiting. Raises what `fail` was given."""
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            self._last += 1
+            self._messages[self._last] = message
+            self._waiting.append(self._last)
+            return len(self._waiting) == 1
+
+    def take(self) -> tuple[int, Outgoing] | None:
+        """The next message to publish; it stays here until it is confirmed. None if none is waiting."""
+        with self._changed:
+            while self._waiting:
+                number = self._waiting.popleft()
+                message = self._messages[number]
+                left_s = message.expires_in_s()
+                if left_s is None or left_s > 0:
+                    return number, message
+                self._forget([number])
+            return None
+
+    def confirm(self, numbers: Iterable[int]) -> list[Outgoing]:
+        """The broker has these; returns them."""
+        with self._changed:
+            return self._forget(numbers)
+
+    def again(self, numbers: Iterable[int]) -> None:
+        """These wait again, before all others."""
+        with self._changed:
+            self._waiting = deque(sorted({*numbers, *self._waiting}))
+
+    def restart(self) -> None:
+        """The connection is gone: everything waits again, in order."""
+        with self._changed:
+            self._waiting = deque(self._messages)
+
+    def flush(self, timeout_s: float | None) -> bool:
+        """Block until everything added so far is confirmed; False after `timeout_s`. Raises what `fail` was given."""
+        with self._changed:
+            last = self._last
+            flushed = self._changed.wait_for(lambda: self._failure or self._first > last, timeout_s)
+            if self._failure is not None:
+                raise self._failure
+            return bool(flushed)
+
+    def fail(self, error: SlQueueError) -> None:
+        """Whoever publishes or flushes from now on gets this; the first one given counts."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    @property
+    def _first(self) -> int:
+        """The number of the oldest message that is not confirmed, or of the next one that will be added."""
+        return next(iter(self._messages), self._last + 1)
+
+    def _forget(self, numbers: Iterable[int]) -> list[Outgoing]:
+        gone = [self._messages.pop(number) for number in numbers if number in self._messages]
+        if gone:
+            self._changed.notify_all()
+        return gone

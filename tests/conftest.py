@@ -1,0 +1,39 @@
+"""What every test may use: a broker of its own."""
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from tests.broker import GIVEN, NO_BROKER, Broker, own_broker
+
+
+@pytest.fixture(scope="session")
+def private_broker() -> Iterator[Broker]:
+    """A RabbitMQ that tests may kill and start again; it is running at the end of each test."""
+    broker = own_broker()
+    if broker is None and os.environ.get(GIVEN):
+        pytest.skip(f"a broker that may be killed is needed, and {GIVEN} is not ours")
+    if broker is None:
+        pytest.fail(NO_BROKER)
+    with broker:
+        yield broker
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name that no other test uses: a prefix of queue names, or the name of a job."""
+    return f"t{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def broker_url(request: pytest.FixtureRequest, unique: str) -> Iterator[str]:
+    """A virtual host for this test alone; with SL_QUEUE_TEST_BROKER that broker's, where `unique` names keep apart."""
+    given = os.environ.get(GIVEN)
+    if given:
+        yield given
+        return
+    broker: Broker = request.getfixturevalue("private_broker")
+    yield broker.url(unique)
+    broker.delete_vhost(unique)
