@@ -7,6 +7,8 @@ held-out row has, or every one.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -83,34 +85,42 @@ def predictions(task: Task, output: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 def _known(task: Task) -> Mapping[str, Metric]:
     """Every metric of a task by name."""
-    from torchmetrics.functional import classification as c  # here: it takes a second to import, and few roles need it
-    from torchmetrics.functional import regression as r
-
+    c, r = partial(_later, "classification"), partial(_later, "regression")
     match task:
         case Task.BINARY:
             return {
-                "auroc": _of_different_targets(c.binary_auroc),
-                "accuracy": _always(c.binary_accuracy),
-                "f1": _always(c.binary_f1_score),
-                "precision": _always(c.binary_precision),
-                "recall": _always(c.binary_recall),
-                "average_precision": _of_different_targets(c.binary_average_precision),
+                "auroc": _of_different_targets(c("binary_auroc")),
+                "accuracy": _always(c("binary_accuracy")),
+                "f1": _always(c("binary_f1_score")),
+                "precision": _always(c("binary_precision")),
+                "recall": _always(c("binary_recall")),
+                "average_precision": _of_different_targets(c("binary_average_precision")),
             }
         case Task.MULTICLASS:
             return {
-                "auroc": _one_against_rest(c.binary_auroc),
-                "accuracy": _of_classes(c.multiclass_accuracy, "micro"),
-                "f1": _of_classes(c.multiclass_f1_score, "macro"),
-                "precision": _of_classes(c.multiclass_precision, "macro"),
-                "recall": _of_classes(c.multiclass_recall, "macro"),
-                "average_precision": _one_against_rest(c.binary_average_precision),
+                "auroc": _one_against_rest(c("binary_auroc")),
+                "accuracy": _of_classes(c("multiclass_accuracy"), "micro"),
+                "f1": _of_classes(c("multiclass_f1_score"), "macro"),
+                "precision": _of_classes(c("multiclass_precision"), "macro"),
+                "recall": _of_classes(c("multiclass_recall"), "macro"),
+                "average_precision": _one_against_rest(c("binary_average_precision")),
             }
         case Task.REGRESSION:
             return {
-                "mse": _always(r.mean_squared_error),
-                "mae": _always(r.mean_absolute_error),
-                "r2": _of_different_targets(r.r2_score),
+                "mse": _always(r("mean_squared_error")),
+                "mae": _always(r("mean_absolute_error")),
+                "r2": _of_different_targets(r("r2_score")),
             }
+
+
+def _later(module: str, name: str) -> _Function:
+    """A function of torchmetrics, imported when it is first called: a restarted worker has no second to lose."""
+
+    def function(*arguments: Tensor, **named: Any) -> Tensor:
+        value: Tensor = getattr(import_module(f"torchmetrics.functional.{module}"), name)(*arguments, **named)
+        return value
+
+    return function
 
 
 def _always(metric: _Function) -> Metric:
