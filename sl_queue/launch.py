@@ -29,12 +29,16 @@ from sl_queue.roles.feature_party import FeatureParty
 from sl_queue.roles.label_holder import LabelHolder
 from sl_queue.roles.scheduler import Scheduler
 from sl_queue.roles.worker import Identity, Worker
+from sl_queue.security import KEY
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.channel import PartyChannel
+from sl_queue.transport.hpke import Cipher
+from sl_queue.transport.keys import PublicKey, read_key
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
 
@@ -62,6 +66,31 @@ def connector(job: Job, broker: str) -> Connect:
     return lambda party, prefetch: RabbitLink(broker, party, topology(job, broker), prefetch)
 
 
+def sealing(job: Job, role: str, key: Path | None, broker: str) -> Seal | None:
+    """What seals the messages of a role; None if the job does not ask for it, or if they never leave this process.
+
+    `key` is the file with its private key. Raises JobError without one, AlignmentError if it is not the job's.
+    """
+    if not job.security.seal or broker == MEMORY:
+        return None
+    if key is None:
+        raise JobError(
+            f"the job says seal = true, so {role!r} needs its private key: give --key FILE, set {KEY}, or write "
+            'key = "FILE" under [security] into its party file'
+        )
+    keys = {name: PublicKey.parse(keys.seal, keys.sign) for name, keys in job.security.keys.items()}
+    return Seal(role, read_key(key), keys, Cipher(job.security.cipher))
+
+
+def key_file(option: Path | None, party_file: PartyFile | None = None) -> Path | None:
+    """Where a private key lies: `option`, else SL_QUEUE_KEY, else as the party's file says."""
+    if option is not None:
+        return option
+    if environ := os.environ.get(KEY):
+        return Path(environ)
+    return None if party_file is None or party_file.security is None else party_file.security.key
+
+
 def plan_of(job: Job) -> Plan:
     """What the scheduler must know of a job."""
     rule = job.early_stopping
@@ -79,7 +108,14 @@ def plan_of(job: Job) -> Plan:
     )
 
 
-def serve_party(job: Job, party_file: PartyFile, connect: Connect, state: Path, open_channels: "Channels") -> None:
+def serve_party(
+    job: Job,
+    party_file: PartyFile,
+    connect: Connect,
+    state: Path,
+    open_channels: "Channels",
+    seal: Seal | None = None,
+) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before."""
     party, incarnation = party_file.party, secrets.token_hex(8)
     with ExitStack() as stack:
@@ -101,6 +137,7 @@ def serve_party(job: Job, party_file: PartyFile, connect: Connect, state: Path, 
             patience_s=job.broker.patience,
             persistent=job.broker.persistent,
             depth=pipeline.depth,
+            seal=seal,
         )
         worker, train = _role(job, party_file, table, pipeline, channel, folder, identity)
         stack.callback(channel.close)
@@ -133,7 +170,7 @@ PREFETCH_MARGIN = 8  # signs of life and questions of a peer, which are acknowle
 
 
 def serve_scheduler(
-    job: Job, connect: Connect, state: Path, on_status: OnStatus, open_channels: "Channels"
+    job: Job, connect: Connect, state: Path, on_status: OnStatus, open_channels: "Channels", seal: Seal | None = None
 ) -> RunState:
     """The scheduler until every party has finished."""
     with ExitStack() as stack:
@@ -145,7 +182,8 @@ def serve_scheduler(
             return saved
         plan = plan_of(job)
         incarnation = secrets.token_hex(8)
-        channel = LinkSchedulerChannel(connect(SCHEDULER, 0), plan.parties, incarnation, patience_s=plan.patience_s)
+        link = connect(SCHEDULER, 0)
+        channel = LinkSchedulerChannel(link, plan.parties, incarnation, patience_s=plan.patience_s, seal=seal)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
@@ -153,14 +191,22 @@ def serve_scheduler(
         return Scheduler(plan, channel, ledger, fresh_run, time.monotonic, on_status).serve()
 
 
-def run_worker(role: Role, job: Job, party_file: PartyFile | None, broker: str | None, state: Path | None) -> None:
+def run_worker(
+    role: Role,
+    job: Job,
+    party_file: PartyFile | None,
+    broker: str | None,
+    state: Path | None,
+    key: Path | None = None,
+) -> None:
     """One role in this process until it ends. Raises SlQueueError; RunStopped if the run was stopped on purpose."""
     if role == "scheduler":
         url = broker or os.environ.get("SL_QUEUE_BROKER")
         if url is None:
             raise JobError("the scheduler needs a broker: give --broker URL or set SL_QUEUE_BROKER")
         require_network(url)
-        serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), lambda _: None, Channels())
+        seal = sealing(job, SCHEDULER, key_file(key), url)
+        serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), lambda _: None, Channels(), seal)
         return
     if party_file is None:
         raise JobError(f"a worker of role {role!r} needs a party file: give --party PARTY")
@@ -173,7 +219,8 @@ def run_worker(role: Role, job: Job, party_file: PartyFile | None, broker: str |
     url = party_file.broker_url(broker)
     require_network(url)
     limit_threads(party_file.threads or int(os.environ.get("SL_QUEUE_THREADS", 0)) or None)
-    serve_party(job, party_file, connector(job, url), _state_folder(party_file, state), Channels())
+    seal = sealing(job, party_file.party, key_file(key, party_file), url)
+    serve_party(job, party_file, connector(job, url), _state_folder(party_file, state), Channels(), seal)
 
 
 def require_network(url: str) -> None:

@@ -15,9 +15,10 @@ from torch import nn
 from sl_queue.compute.models import final_module, limit_threads
 from sl_queue.errors import JobError, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
-from sl_queue.launch import MEMORY, Channels, OnStatus, connector, serve_party, serve_scheduler
+from sl_queue.launch import MEMORY, Channels, OnStatus, connector, key_file, sealing, serve_party, serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.progress import RunState, history_line
+from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
 
@@ -46,25 +47,34 @@ def run_local(
     broker: str = MEMORY,
     out: Path | str | None = None,
     on_status: OnStatus | None = None,
+    keys: Path | str | None = None,
 ) -> Result:
     """Train with every role as a thread of this process, and return the history and the trained modules.
 
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
     (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
+    `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
+    nothing is sealed.
     Raises the error of the party that failed, RunStopped if the run was stopped.
     """
     with ExitStack() as stack:
         root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
         states = {role: root / role for role in (*job.parties, SCHEDULER)}
-        return run_threads(job, parties, broker, states, on_status or (lambda _: None))
+        folder = None if keys is None else Path(keys)
+        return run_threads(job, parties, broker, states, on_status or (lambda _: None), folder)
 
 
 def run_threads(
-    job: Job, parties: Sequence[PartyFile], broker: str, states: Mapping[str, Path], on_status: OnStatus
+    job: Job,
+    parties: Sequence[PartyFile],
+    broker: str,
+    states: Mapping[str, Path],
+    on_status: OnStatus,
+    keys: Path | None = None,
 ) -> Result:
     """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
     require_all(job, parties)
-    run_state = _Threads(job, parties, broker, states, on_status).run()
+    run_state = _Threads(job, parties, broker, states, on_status, keys).run()
     history = [history_line(result) for result in run_state.history]
     modules = {
         (party.party, path.stem): final_module(job, party, path)
@@ -90,9 +100,16 @@ class _Threads:
     """All roles of a run as threads. Mutable while it runs: it collects how each thread ended."""
 
     def __init__(
-        self, job: Job, parties: Sequence[PartyFile], broker: str, states: Mapping[str, Path], on_status: OnStatus
+        self,
+        job: Job,
+        parties: Sequence[PartyFile],
+        broker: str,
+        states: Mapping[str, Path],
+        on_status: OnStatus,
+        keys: Path | None,
     ) -> None:
         self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
+        self._broker, self._keys = broker, keys
         self._connect = connector(job, broker)
         self._channels = Channels()
         self._errors: list[SlQueueError] = []
@@ -118,14 +135,23 @@ class _Threads:
     def _run_one(self, party_file: PartyFile) -> None:
         limit_threads(party_file.threads or shared_threads(len(self._parties)))
         state = self._states[party_file.party]
-        self._guard(lambda: serve_party(self._job, party_file, self._connect, state, self._channels))
+
+        def serve() -> None:
+            seal = self._sealing(party_file.party, party_file)
+            serve_party(self._job, party_file, self._connect, state, self._channels, seal)
+
+        self._guard(serve)
 
     def _run_scheduler(self) -> None:
         def serve() -> None:
-            folder = self._states[SCHEDULER]
-            self._state = serve_scheduler(self._job, self._connect, folder, self._on_status, self._channels)
+            folder, seal = self._states[SCHEDULER], self._sealing(SCHEDULER)
+            self._state = serve_scheduler(self._job, self._connect, folder, self._on_status, self._channels, seal)
 
         self._guard(serve)
+
+    def _sealing(self, role: str, party_file: PartyFile | None = None) -> Seal | None:
+        key = key_file(key_in(self._keys, role), party_file)
+        return sealing(self._job, role, key, self._broker)
 
     def _guard(self, serve: Callable[[], None]) -> None:
         """Keep a thread's error; one that the scheduler cannot tell the others about ends them here."""
@@ -139,6 +165,11 @@ class _Threads:
             log.exception("a bug in sl_queue")
             self._errors.append(SlQueueError(f"{type(error).__name__}: {error}"))
             self._channels.fail(RunStopped("another role of this process failed"))
+
+
+def key_in(keys: Path | None, role: str) -> Path | None:
+    """The private key of a role in a folder as `sl-queue provision` writes it."""
+    return None if keys is None else keys / role / "seal.key"
 
 
 def shared_threads(workers: int) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ from sl_queue.supervise import die_with_parent
 
 Role = Literal["scheduler", "feature", "label"]
 
+LOG = "SL_QUEUE_LOG"  # environment variable: debug has a line for every step, info, warning, error
+
 
 def main(role: Role) -> None:
     """Run one worker until its run is finished; exits as `sl_queue.errors` lists."""
@@ -18,14 +21,17 @@ def main(role: Role) -> None:
     leave_on_sigterm()
     arguments = _arguments(role)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log = logging.getLogger("sl_queue")
+    log.setLevel(getattr(logging, os.environ.get(LOG, "info").upper(), logging.INFO))
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
     with leaving(on_interrupt="interrupted; a restart resumes from the last checkpoint"):
         from sl_queue.job import Job, PartyFile  # inside, so that a mistake in a file is one line and not a traceback
         from sl_queue.launch import run_worker
 
+        log.debug("libraries are loaded")
         job = Job.load(arguments.job)
         party_file = None if role == "scheduler" else PartyFile.load(arguments.party)
-        run_worker(role, job, party_file, arguments.broker, arguments.state)
+        run_worker(role, job, party_file, arguments.broker, arguments.state, arguments.key)
 
 
 def _arguments(role: Role) -> argparse.Namespace:
@@ -37,6 +43,7 @@ def _arguments(role: Role) -> argparse.Namespace:
     if role != "scheduler":
         parser.add_argument("--party", type=Path, required=True, help="this party's own file")
     parser.add_argument("--broker", help="URL of the broker; before it comes SL_QUEUE_BROKER, then the party file's")
+    parser.add_argument("--key", type=Path, help="file with the private key of a job that seals; else SL_QUEUE_KEY")
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()
 
