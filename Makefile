@@ -5,7 +5,7 @@ TORCH_INDEX ?=    # where PyTorch keeps its builds without CUDA: TORCH_INDEX=htt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test install clean
+.PHONY: demo test bench install clean
 
 demo: $(INSTALLED)
 	$(BIN)/sl-queue demo
@@ -16,6 +16,12 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# How fast it is here against the alternatives, in under ten minutes; tables and plots in benchmarks/results.
+bench: $(INSTALLED)
+	sh tests/obtain_broker.sh
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c ops/constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks
 
 install: $(INSTALLED)
 

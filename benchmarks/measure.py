@@ -1,0 +1,97 @@
+"""What a run is worth: time a step, waiting, CPU and bytes, from marks that its processes made as they trained.
+
+All clocks are the machine's monotonic one, so marks of different processes can be compared.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+
+WARM_UP = 0.1  # share of the steps that does not count
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A moment at the end of a step."""
+
+    step: int
+    at_s: float
+    cpu_s: float  # of this process so far
+    waited_s: float  # by this party so far
+    sent_bytes: int  # by this party so far
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one party did; mutable while it trains."""
+
+    party: str
+    marks: list[Mark] = field(default_factory=list)
+    waited_s: float = 0.0
+    sent_bytes: int = 0
+    holdout: Mapping[str, float | None] | None = None  # of the last epoch, at the label holder
+
+    def mark(self, step: int) -> None:
+        self.marks.append(Mark(step, time.monotonic(), time.process_time(), self.waited_s, self.sent_bytes))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time that the body takes as waiting."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waited_s += time.monotonic() - began
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One run."""
+
+    step_ms: float
+    samples_per_s: float
+    cpu: float  # cores in use by the parties
+    waiting: Mapping[str, float]  # by party: share of the time
+    wire_bytes: float  # per step, by all parties together
+    holdout: Mapping[str, float | None] | None
+
+    @property
+    def bubble(self) -> float:
+        """The share of the time in which even the busiest party waits."""
+        return min(self.waiting.values(), default=0.0)
+
+
+def measured(traces: Sequence[Trace], leader: str, rows_per_step: int, one_process: bool) -> Measurement:
+    """What the marks say, from the end of the warm-up to the last step, by the clock of `leader`."""
+    common = set.intersection(*({mark.step for mark in trace.marks} for trace in traces))
+    steps = sorted(common)
+    first, last = steps[int(len(steps) * WARM_UP)], steps[-1]
+    at = {trace.party: {mark.step: mark for mark in trace.marks} for trace in traces}
+    wall_s = at[leader][last].at_s - at[leader][first].at_s
+    count = last - first
+    spans = [(at[trace.party][first], at[trace.party][last]) for trace in traces]
+    clocks = spans[:1] if one_process else spans
+    return Measurement(
+        step_ms=wall_s / count * 1e3,
+        samples_per_s=count * rows_per_step / wall_s,
+        cpu=sum(b.cpu_s - a.cpu_s for a, b in clocks) / wall_s,
+        waiting={trace.party: (b.waited_s - a.waited_s) / wall_s for trace, (a, b) in zip(traces, spans, strict=True)},
+        wire_bytes=sum(b.sent_bytes - a.sent_bytes for a, b in spans) / count,
+        holdout=next((trace.holdout for trace in traces if trace.holdout is not None), None),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Several runs of the same thing."""
+
+    runs: tuple[Measurement, ...]
+
+    def middle(self, value: Callable[[Measurement], float]) -> float:
+        return median(map(value, self.runs))
+
+    def range(self, value: Callable[[Measurement], float]) -> tuple[float, float]:
+        values = [value(run) for run in self.runs]
+        return min(values), max(values)

@@ -1,0 +1,4 @@
+"""What every benchmark process imports before it is forked."""
+
+import sl_queue.launch
+import sl_queue.transport.rabbitmq  # noqa: F401

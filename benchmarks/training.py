@@ -1,0 +1,172 @@
+"""Whole training runs side by side: all variants of a workload take turns, so that a busy minute hits them all."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+from benchmarks import gloo, joined, split
+from benchmarks.link import Speed, slowed
+from benchmarks.measure import Measurement, Summary, Trace, measured
+from benchmarks.processes import together
+from benchmarks.workloads import LABEL, WORKLOADS, Workload
+from sl_queue.private_broker import PrivateBroker
+from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.transport.rabbitmq_names import QueueType
+
+TIMEOUT_S = 240.0
+_numbers = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The two integers of a pipeline, and its name in the field."""
+
+    name: str
+    micro_batches: int
+    depth: int
+    staleness: int = 0
+
+    @property
+    def table(self) -> dict[str, int]:
+        return {"micro_batches": self.micro_batches, "depth": self.depth, "staleness": self.staleness}
+
+
+LOCK_STEP = Order("lock-step", 1, 1)
+GPIPE = Order("gpipe 4", 4, 4)
+ONE_F_ONE_B = Order("1f1b 2 of 4", 4, 2)
+RUN_AHEAD = Order("run ahead 1", 1, 2, 1)
+RUN_AHEAD_2 = Order("run ahead 2", 1, 3, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to train a workload."""
+
+    how: str  # joined, gloo, memory, rabbitmq
+    order: Order = LOCK_STEP
+    threads: int = 1
+    queue_type: QueueType = "classic"
+    speed: Speed | None = None
+    tables: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of the job, besides the pipeline
+    steps: int | None = None  # about how many to train, if not the epochs of the comparison
+
+    def __str__(self) -> str:
+        match self.how:
+            case "joined":
+                return f"joined, {self.threads} thread{'s' * (self.threads > 1)}"
+            case "gloo":
+                return "gloo by hand"
+            case "memory":
+                return f"memory, {self.order.name}"
+            case _:
+                link = "" if self.speed is None else f", {self.speed}"
+                wire = ", ".join(str(value) for value in dict(self.tables.get("wire", {})).values())
+                return f"RabbitMQ {self.queue_type}, {self.order.name}{link}{', ' * bool(wire)}{wire}"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A workload and the ways to train it."""
+
+    workload: Workload
+    variants: tuple[Variant, ...]
+    epochs: int
+
+
+@contextmanager
+def broker() -> Iterator[PrivateBroker]:
+    """A private broker for all runs."""
+    with PrivateBroker() as private:
+        yield private
+
+
+def run(comparison: Comparison, repeats: int, private: PrivateBroker) -> dict[Variant, Summary]:
+    """Every variant `repeats` times, in turns."""
+    found: dict[Variant, list[Measurement]] = {variant: [] for variant in comparison.variants}
+    for repeat in range(repeats):
+        for variant in comparison.variants:
+            measurement = _one(comparison, variant, private)
+            found[variant].append(measurement)
+            print(f"{comparison.workload.name} {repeat + 1}/{repeats}: {variant}: {measurement.step_ms:.2f} ms a step")
+    return {variant: Summary(tuple(runs)) for variant, runs in found.items()}
+
+
+def _one(comparison: Comparison, variant: Variant, private: PrivateBroker) -> Measurement:
+    workload, epochs = comparison.workload, comparison.epochs
+    if variant.steps is not None:
+        workload, epochs = _shortened(workload, variant.steps)
+    traces: list[Trace]
+    match variant.how:
+        case "joined":
+            work = (joined.train, (workload, epochs, variant.threads))
+            traces = together({"joined": work}, TIMEOUT_S)["joined"]
+        case "gloo":
+            traces = gloo.train(workload, epochs, TIMEOUT_S)
+        case "memory":
+            traces = split.over_memory(_plan(workload, epochs, variant), TIMEOUT_S)
+        case _:
+            traces = _over_rabbitmq(_plan(workload, epochs, variant), variant.speed, private)
+    leader = "joined" if variant.how == "joined" else LABEL
+    return measured(traces, leader, workload.batch, one_process=variant.how == "memory")
+
+
+def _plan(workload: Workload, epochs: int, variant: Variant) -> split.Plan:
+    return split.Plan(workload, epochs, {"pipeline": variant.order.table, **variant.tables}, variant.queue_type)
+
+
+def _shortened(workload: Workload, steps: int) -> tuple[Workload, int]:
+    """About that many steps of a workload: fewer rows, or more epochs."""
+    if workload.real or workload.rows < steps * workload.batch:
+        return workload, -(-steps // workload.steps(1))
+    return replace(workload, rows=steps * workload.batch), 1
+
+
+def _over_rabbitmq(plan: split.Plan, speed: Speed | None, private: PrivateBroker) -> list[Trace]:
+    """The broker stands beside the label holder; feature parties reach it over a link of that speed."""
+    vhost = f"bench{next(_numbers)}"
+    url = private.url(vhost)
+    urls = dict.fromkeys((LABEL, SCHEDULER), url)
+    with ExitStack() as stack:
+        stack.callback(private.delete_vhost, vhost)
+        for party in plan.workload.feature_parties:
+            urls[party] = url if speed is None else stack.enter_context(slowed(url, speed))
+        return split.over_rabbitmq(plan, urls, TIMEOUT_S)
+
+
+# The comparisons ------------------------------------------------------------------------------------------------
+
+
+def side_by_side(quick: bool) -> list[Comparison]:
+    """W1, W2 and the small job against the alternatives, on this machine's own speed."""
+    variants = (
+        Variant("joined"),
+        Variant("joined", threads=2),
+        Variant("gloo"),
+        Variant("memory", GPIPE),
+        *(Variant("rabbitmq", order) for order in (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD)),
+        Variant("rabbitmq", GPIPE, queue_type="quorum"),
+    )
+    epochs = {"W1": 2, "W2": 3, "small": 2}
+    if quick:
+        short = [(replace(WORKLOADS[name], rows=WORKLOADS[name].batch * 12), 1) for name in epochs]
+        return [Comparison(workload, variants, 1) for workload, _ in short]
+    return [Comparison(WORKLOADS[name], variants, n) for name, n in epochs.items()]
+
+
+def over_links(quick: bool) -> list[Comparison]:
+    """The small job over links with a delay, W1 over narrow ones."""
+    small, w1 = WORKLOADS["small"], WORKLOADS["W1"]
+    delays = (20.0,) if quick else (5.0, 20.0, 50.0)
+    delayed = tuple(
+        Variant("rabbitmq", order, speed=Speed(rtt_ms), steps=20 if quick else 100)
+        for rtt_ms in delays
+        for order in (LOCK_STEP, GPIPE, RUN_AHEAD_2)
+    )
+    narrow = tuple(
+        Variant("rabbitmq", order, speed=Speed(20.0, mbit_s), steps=6 if quick else 12)
+        for mbit_s in ((100.0,) if quick else (100.0, 20.0))
+        for order in (LOCK_STEP, GPIPE, RUN_AHEAD_2)
+    )
+    return [Comparison(small, delayed, 1), Comparison(w1, narrow, 1)]
