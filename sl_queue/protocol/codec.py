@@ -36,6 +36,7 @@ ITEM_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "i
 MAX_RANK: Final = 16
 MAX_HEADER_BYTES: Final = 4096
 MAX_CONTROL_BYTES: Final = 4 * 1024 * 1024
+MAX_CONTROL_ITEMS: Final = 50_000  # in one list: epochs of a history; what does not fit is refused in milliseconds
 _KINDS: Final = frozenset(kind.value for kind in Kind)
 OVERHEAD_BYTES: Final = MAX_HEADER_BYTES  # how much larger than its tensor a message may be
 
@@ -105,7 +106,7 @@ def _split(body: bytes) -> tuple[Header, Any, memoryview]:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise RemoteProtocolError(f"not a message of sl_queue: unreadable header ({type(error).__name__})") from None
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise RemoteProtocolError(f"protocol version {version!r:.20}; this program speaks {VERSION}")
     return _header(fields), description, _last(view, start)
 
@@ -135,7 +136,7 @@ def _header(fields: list[Any]) -> Header:
 
 def _payload(description: Any, data: memoryview) -> Payload:
     match description:
-        case [str(dtype), [*shape], bytes(rows)] if all(type(n) is int and n >= 0 for n in shape):
+        case [str(dtype), [*shape], bytes(rows)] if all(type(n) is int and n > 0 for n in shape):
             pass
         case _:
             raise RemoteProtocolError("the description of the tensor is malformed")
@@ -152,7 +153,8 @@ def _control(kind: Kind, data: memoryview) -> Report | Command | Status:
     if len(data) > MAX_CONTROL_BYTES:
         raise RemoteProtocolError(f"a {kind} of {len(data)} bytes; {MAX_CONTROL_BYTES} are allowed")
     try:
-        fields = msgpack.unpackb(data, max_ext_len=0)
+        limits = {"max_array_len": MAX_CONTROL_ITEMS, "max_map_len": MAX_CONTROL_ITEMS, "max_ext_len": 0}
+        fields = msgpack.unpackb(data, **limits)
         return _reports.validate_python(fields) if kind is Kind.REPORT else _commands.validate_python(fields)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError, ValidationError) as error:
         raise RemoteProtocolError(f"unreadable {kind} ({type(error).__name__})") from None

@@ -267,7 +267,7 @@ def _disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> s
     differing = differing_keys(joined.job, plan.job)
     if differing:
         pairs = sorted(differing.items())
-        told = "; ".join(f"{key} = {a!r} at {sender!r}, {b!r} at the scheduler" for key, (a, b) in pairs)
+        told = "; ".join(f"{key} = {a!r:.80} at {sender!r}, {b!r:.80} at the scheduler" for key, (a, b) in pairs)
         return f"the job files differ: {told}. Every party needs the same job file"
     for other in plan.parties:
         member = state.members.get(other, Member())
