@@ -56,6 +56,23 @@ class PrivateKey:
     def generate(cls, *, signs: bool) -> "PrivateKey":
         return cls(X25519PrivateKey.generate(), Ed25519PrivateKey.generate() if signs else None)
 
+    @classmethod
+    def parse(cls, pem: bytes) -> "PrivateKey":
+        """From the contents of a key file. ValueError says what is wrong with them, and shows nothing of them."""
+        sealing, signing = None, None
+        for block in pem.split(_END)[:-1]:
+            try:
+                key = load_pem_private_key(block + _END, password=None)
+            except (ValueError, TypeError):
+                raise ValueError("not a private key in PEM (PKCS #8, without a password)") from None
+            if isinstance(key, X25519PrivateKey):
+                sealing = key
+            elif isinstance(key, Ed25519PrivateKey):
+                signing = key
+        if sealing is None:
+            raise ValueError("no X25519 private key in PEM")
+        return cls(sealing, signing)
+
     @property
     def public(self) -> PublicKey:
         return PublicKey(self.seal.public_key(), None if self.sign is None else self.sign.public_key())
@@ -74,16 +91,10 @@ def read_key(path: Path) -> PrivateKey:
         raise JobError(f"{path}: the private key cannot be read ({error.strerror})") from None
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise JobError(f"{path}: others may read this private key (mode {stat.S_IMODE(mode):o}); run: chmod 600 {path}")
-    sealing, signing = None, None
-    for block in text.split(_END)[:-1]:
-        match _loaded(path, block + _END):
-            case X25519PrivateKey() as key:
-                sealing = key
-            case Ed25519PrivateKey() as key:
-                signing = key
-    if sealing is None:
-        raise JobError(f"{path}: no X25519 private key in PEM; make one with `sl-queue key`")
-    return PrivateKey(sealing, signing)
+    try:
+        return PrivateKey.parse(text)
+    except ValueError as error:
+        raise JobError(f"{path}: {error}; make a key with `sl-queue key`") from None
 
 
 def write_key(path: Path, key: PrivateKey) -> None:
@@ -96,13 +107,6 @@ def write_key(path: Path, key: PrivateKey) -> None:
         raise JobError(f"{path}: the private key cannot be written ({error.strerror})") from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(key.pem())
-
-
-def _loaded(path: Path, block: bytes) -> object:
-    try:
-        return load_pem_private_key(block, password=None)
-    except (ValueError, TypeError):
-        raise JobError(f"{path}: not a private key in PEM (PKCS #8, without a password)") from None
 
 
 def _raw(text: str) -> bytes:
