@@ -1,16 +1,13 @@
-"""A RabbitMQ for the tests, in this order: SL_QUEUE_TEST_BROKER, a rabbitmq-server, Debian's package, Docker.
+"""A RabbitMQ for the tests: SL_QUEUE_TEST_BROKER, else one of our own, from rabbitmq-server or in Docker.
 
-`python -m tests.broker` makes sure that there is one, installing Debian's package where that is possible.
+`make test` has installed Debian's package before, where there is none of the three (obtain_broker.sh).
 """
 
 import os
 import secrets
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import quote
@@ -30,13 +27,6 @@ from sl_queue.private_broker import (
 
 GIVEN = "SL_QUEUE_TEST_BROKER"
 IMAGE = os.environ.get("SL_QUEUE_TEST_IMAGE", "rabbitmq:4-management")
-POLICY = Path("/usr/sbin/policy-rc.d")  # what Debian asks before it starts a service that it installs
-
-NO_BROKER = f"""no RabbitMQ for the tests. One of these is needed:
-  1. {GIVEN}=amqp://USER:PASSWORD@HOST:PORT/ of a broker that the tests may use freely
-  2. a rabbitmq-server on this machine (a private one is started, a running one is not touched)
-  3. apt-get as root or with passwordless sudo, to install Debian's rabbitmq-server
-  4. Docker, to run {IMAGE}"""
 
 
 class Broker(Protocol):
@@ -143,39 +133,3 @@ def own_broker() -> Broker | None:
 
 def _has_docker() -> bool:
     return shutil.which("docker") is not None and _docker("info", check=False).returncode == 0
-
-
-def _install() -> bool:
-    """Debian's rabbitmq-server, installed but not started; False where that is not possible."""
-    as_root: list[str] = [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]
-    if shutil.which("apt-get") is None or (as_root and subprocess.run([*as_root, "true"], check=False).returncode != 0):
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        never = Path(folder) / "policy-rc.d"
-        never.write_text("#!/bin/sh\nexit 101\n")
-        script = f"""
-            set -e
-            export DEBIAN_FRONTEND=noninteractive
-            if [ ! -e {POLICY} ]; then trap 'rm -f {POLICY}' EXIT; install -m 755 {never} {POLICY}; fi
-            apt-get update -q
-            apt-get install -y -q --no-install-recommends rabbitmq-server
-        """
-        return subprocess.run([*as_root, "sh", "-c", script], check=False).returncode == 0 and find_server() is not None
-
-
-def main() -> None:
-    """Say which broker the tests will use, or that there is none."""
-    if os.environ.get(GIVEN):
-        print(f"tests: using the broker of {GIVEN}")
-    elif "SL_QUEUE_TEST_IMAGE" not in os.environ and find_server() is not None:
-        print(f"tests: using {find_server()}")
-    elif "SL_QUEUE_TEST_IMAGE" not in os.environ and _install():
-        print(f"tests: installed {find_server()}")
-    elif _has_docker():
-        print(f"tests: using {IMAGE} in Docker")
-    else:
-        sys.exit(NO_BROKER)
-
-
-if __name__ == "__main__":
-    main()

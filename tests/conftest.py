@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.broker import GIVEN, NO_BROKER, Broker, own_broker
+from tests.broker import GIVEN, Broker, own_broker
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def private_broker() -> Iterator[Broker]:
     if broker is None and os.environ.get(GIVEN):
         pytest.skip(f"a broker that may be killed is needed, and {GIVEN} is not ours")
     if broker is None:
-        pytest.fail(NO_BROKER)
+        pytest.fail("no RabbitMQ for the tests: tests/obtain_broker.sh says four ways to have one")
     with broker:
         yield broker
 

@@ -38,6 +38,6 @@ The tests need a RabbitMQ, and none can be had here. Any one of these four will 
   1. SL_QUEUE_TEST_BROKER=amqp://user:password@host:5672/vhost, a broker that the tests may use freely
   2. a rabbitmq-server on this machine: the tests start a private one on a free port
   3. Debian's package: run `make test` as root or with sudo, or `apt-get install rabbitmq-server`
-  4. Docker: a running engine that can pull rabbitmq:3
+  4. Docker: a running engine that can pull rabbitmq:4-management
 TXT
 exit 1

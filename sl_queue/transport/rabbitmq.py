@@ -23,8 +23,8 @@ from sl_queue.transport.rabbitmq_session import Ended, Place, Session
 from sl_queue.transport.retry import CONNECTING, Limits, pause_s, persist
 from sl_queue.transport.unconfirmed import Outgoing, Unconfirmed
 
-SHORT_S = 5.0  # a session that ends sooner has not helped
-SHORT_SESSIONS = 20  # in a row, and the link gives up
+BRIEF_S = 5.0  # a session that ends sooner is followed by a pause
+FRUITLESS_SESSIONS = 20  # in a row, and the link gives up: connecting works, but nothing else does
 
 log = logging.getLogger("sl_queue")
 
@@ -166,7 +166,7 @@ class RabbitLink:
                 self._opened.set_exception(TransportError("the link was closed while it was being opened"))
 
     async def _serve(self) -> None:
-        limits, short = self._place.limits, 0
+        limits, fruitless = self._place.limits, 0
         session = await self._connect(limits.first_s, limits.busy_s, on=Lost, before_deliveries=lambda: None)
         self._opened.set_result(None)
         while True:
@@ -176,23 +176,24 @@ class RabbitLink:
             self._unconfirmed.restart()
             if ended.error is not None:
                 raise ended.error
-            short = short + 1 if time.monotonic() - began < SHORT_S else 0
-            await self._pause(ended, short)
+            fruitless = 0 if session.fruitful else fruitless + 1
+            log.warning("party %r: lost the broker (%s); connecting again", self._place.party, ended.reason)
+            await self._pause(ended, fruitless, brief=time.monotonic() - began < BRIEF_S)
             busy_s = limits.busy_s + 2 * HEARTBEAT_S  # until the broker has noticed that our last connection is lost
             session = await self._connect(
                 limits.lost_s, busy_s, on=(Lost, Denied), before_deliveries=self._on_reconnect
             )
             log.info("party %r: connected again", self._place.party)
 
-    async def _pause(self, ended: Ended, short: int) -> None:
-        """Between two sessions: at once after a long one, longer and longer after short ones."""
-        if short >= SHORT_SESSIONS:
+    async def _pause(self, ended: Ended, fruitless: int, *, brief: bool) -> None:
+        """Between two sessions; longer and longer while they confirm and deliver nothing."""
+        if fruitless >= FRUITLESS_SESSIONS:
             raise BrokerUnreachable(
-                f"lost the broker {short} times, each within seconds; the last time: {ended.reason}"
+                f"lost the broker at {self._place.address} {fruitless} times as soon as it was reached; "
+                f"the last time: {ended.reason}"
             )
-        log.warning("party %r: lost the broker (%s); connecting again", self._place.party, ended.reason)
-        if short > 1:
-            await asyncio.sleep(pause_s(short, CONNECTING))
+        if brief:
+            await asyncio.sleep(pause_s(max(1, fruitless), CONNECTING))
 
     async def _connect(
         self,

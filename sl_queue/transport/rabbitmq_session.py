@@ -62,6 +62,7 @@ class Session:
         self._number, self._place, self._unconfirmed, self._on_delivery = number, place, unconfirmed, on_delivery
         self._connection = Connection(place.address, f"sl_queue {place.party}")
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self.fruitful = False  # whether anything was delivered or confirmed
         self._senders = place.topology.senders_to(place.party)
         self._inboxes: dict[int, Channel] = {}
         self._held: list[dict[int, tuple[bytes, int]]] = [{} for _ in self._senders]  # tag -> head and size
@@ -161,6 +162,7 @@ class Session:
             raise _Busy(f"queue {queue!r} has another consumer")
 
     def _deliver(self, queue: int, tag: int, redelivered: bool, body: bytes) -> None:
+        self.fruitful = True
         self._held[queue][tag] = body[:HEAD_BYTES], len(body)
         try:
             self._on_delivery(Delivery(self._senders[queue], body, Tag((self._number, queue, tag)), redelivered))
@@ -237,6 +239,7 @@ class Session:
         self._returned.add(number)
 
     def _on_confirm(self, tag: int, and_before: bool, accepted: bool) -> None:
+        self.fruitful = True
         tags = list(takewhile(lambda sent: sent <= tag, self._sent)) if and_before else [tag]
         answered = [self._sent.pop(each) for each in tags if each in self._sent]
         self._in_flight -= sum(len(message.body) for _, message in answered)
