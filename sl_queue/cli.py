@@ -172,6 +172,38 @@ def stop(job: JobPath, broker: Broker = None) -> None:
     print("asked to stop at the next commit; start the workers again to resume")
 
 
+@app.command()
+def chaos(
+    job: JobPath,
+    parties: PartyPaths,
+    kills: Annotated[int, typer.Option(min=0, help="Workers killed with SIGKILL.")] = 6,
+    broker_restarts: Annotated[int, typer.Option(min=0, help="The broker killed, and started on its data.")] = 1,
+    cuts: Annotated[int, typer.Option(min=0, help="Connections cut, delayed or half-open.")] = 2,
+    seed: Annotated[int, typer.Option(help="Which faults come when.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for both runs, empty or new; default: a temporary one.")
+    ] = None,
+) -> None:
+    """Train once in peace and once under faults, with a private broker: not one bit of the weights may differ."""
+    from tempfile import TemporaryDirectory
+
+    from sl_queue.chaos import Storm, run_chaos
+    from sl_queue.chaos_report import report
+    from sl_queue.job import Job, PartyFile
+    from sl_queue.local import require_all
+    from sl_queue.screen import stdout
+
+    agreed = Job.load(job)
+    files = {path: PartyFile.load(path) for path in parties}
+    require_all(agreed, list(files.values()))
+    paths = {file.party: path for path, file in files.items()}
+    storm = Storm(kills, broker_restarts, cuts, seed)
+    with TemporaryDirectory(prefix="sl_queue-chaos-") as temporary:
+        verdict = run_chaos(agreed, job, paths, out or Path(temporary), storm, lambda text: print(text, flush=True))
+    stdout().print(report(verdict), soft_wrap=True)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
 def _network(broker: str | None) -> str:
     if broker is None:
         raise JobError("which broker? give --broker amqps://... or set SL_QUEUE_BROKER")

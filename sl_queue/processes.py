@@ -37,12 +37,13 @@ def run_processes(job: Job, job_file: Path, places: Mapping[str, Place], broker:
     follower = _Follower(job, broker, screen)
     threads = str(shared_threads(len(job.parties)))
     environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads}
-    workers = [Worker(role, _command(job, role, job_file, place)) for role, place in places.items()]
+    workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
     with follower:
         return supervise(workers, environ, screen.line, follower.committed)
 
 
-def _command(job: Job, role: str, job_file: Path, place: Place) -> tuple[str, ...]:
+def command(job: Job, role: str, job_file: Path, place: Place) -> tuple[str, ...]:
+    """What starts the worker of a role."""
     if role == SCHEDULER:
         module = "workers.scheduler"
     else:
@@ -56,7 +57,7 @@ class _Follower:
 
     def __init__(self, job: Job, broker: str, screen: Screen) -> None:
         self._job, self._broker, self._screen = job, broker, screen
-        self._stale = read_status(job, broker)  # what an earlier run may have left
+        self._stale = read_status(job, broker, timeout_s=0.5)  # what an earlier run may have left
         self._newest: Mapping[str, Any] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="status", daemon=True)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sl_queue.errors import SlQueueError, TransportError
 
@@ -27,6 +27,7 @@ class Worker:
 
     name: str
     command: tuple[str, ...]
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # besides what all workers get
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +70,16 @@ def supervise(
     on_line: Callable[[str, str], None],
     step_of: Callable[[str], int | None],
     limits: Limits = Limits(),
+    on_start: Callable[[str, int], None] = lambda worker, pid: None,
 ) -> Failure | None:
     """Run all workers until each has exited 0 (None), or one has failed for good.
 
     Call from the main thread: children die with the thread that started them. `on_line(worker, line)` is called on
-    other threads with every line a worker writes; `step_of(worker)` is the last step it is known to have committed.
+    other threads with every line a worker writes; `step_of(worker)` is the last step it is known to have committed;
+    `on_start(worker, pid)` is called for every process before any of its lines.
     However this returns or raises, no child is left; they are ended in the given order.
     """
-    return _Supervisor(workers, environ, on_line, step_of, limits).run()
+    return _Supervisor(workers, environ, on_line, step_of, limits, on_start).run()
 
 
 class _Supervisor:  # mutable: it owns processes
@@ -87,12 +90,14 @@ class _Supervisor:  # mutable: it owns processes
         on_line: Callable[[str, str], None],
         step_of: Callable[[str], int | None],
         limits: Limits,
+        on_start: Callable[[str, int], None],
     ) -> None:
         self._children = [_Child(worker) for worker in workers]
         self._environ = {**environ, PARENT: str(os.getpid())}
         self._on_line = on_line
         self._step_of = step_of
         self._limits = limits
+        self._on_start = on_start
         self._ended: queue.Queue[tuple[_Child, int]] = queue.Queue()
 
     def run(self) -> Failure | None:
@@ -147,7 +152,7 @@ class _Supervisor:  # mutable: it owns processes
         child.last_line = child.last_error = ""
         process = subprocess.Popen(
             child.worker.command,
-            env=self._environ,
+            env={**self._environ, **child.worker.environ},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -157,6 +162,7 @@ class _Supervisor:  # mutable: it owns processes
             start_new_session=True,  # Ctrl-C is for the parent, which ends its children in order
         )
         child.process = process
+        self._on_start(child.worker.name, process.pid)
         reader = threading.Thread(target=self._read, args=(child, process), daemon=True)
         reader.start()
         threading.Thread(target=self._watch, args=(child, process, reader), daemon=True).start()

@@ -156,6 +156,8 @@ class PartyChannel:
     def progress(self, report: Progress) -> None:
         with self._changed:
             self._progress = report
+            counts = dict(self._mailbox.counts)
+        log.debug("%s: step %d is done; messages of this process so far: %s", self._party, report.step, counts)
 
     def until(self, decision: Callable[[Orders], T | None]) -> T:
         def ask(_: float) -> None:
@@ -173,7 +175,7 @@ class PartyChannel:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Messages applied, dropped as duplicates and rejected since this process started."""
+        """Messages applied, redelivered, dropped as duplicates and rejected since this process started."""
         with self._changed:
             return dict(self._mailbox.counts)
 
@@ -261,6 +263,7 @@ class PartyChannel:
             if delivery.sender not in self._peers:
                 return self._refuse(delivery, f"{header.kind} from {delivery.sender!r}, who sends none")
             self._note_committed(header)
+            self._mailbox.counts["redelivered"] += delivery.redelivered
             return self._mailbox.file(delivery.sender, header, message, delivery.tag)
         if header.sender != delivery.sender:
             return self._refuse(delivery, f"says it is from {header.sender!r}, but came from {delivery.sender!r}")
