@@ -152,10 +152,11 @@ def _dry_run(check: _Check, job: Job, parties: Mapping[str, _Party], batches: Ba
     """One training micro-batch, and the smallest one, through every model at hand; returns what the bases put out."""
     payloads: dict[str, Payload] = {}
     seconds = 0.0
-    for name in job.feature_parties:
+    for name in job.fused:
         if name in parties and (run := check.attempt(lambda name=name: _dry_base(job, parties[name], batches))):  # type: ignore[misc]
             payloads[name] = run.outcome
-            seconds += run.seconds * FORWARD_AND_BACKWARD
+            if name != job.label_holder:  # whose base model is a part of its dry run of the fuse model
+                seconds += run.seconds * FORWARD_AND_BACKWARD
             check.ok(f"{name}: the base model's activation is {run.outcome}, as the cut layer")
             check.attempt(lambda name=name: _smallest_base(job, parties[name], batches))  # type: ignore[misc]
     label = parties.get(job.label_holder)
@@ -266,7 +267,7 @@ def _compare_with_joined(check: _Check, job: Job, parties: Mapping[str, _Party],
         check.error(
             ComputeError(
                 f"one step split and joined: weights differ by up to {difference:.1e}; a model or loss whose result "
-                "depends on more than its inputs, its weights and torch's random numbers cannot be trained exactly"
+                "depends on more than its inputs, its weights and keyed random numbers cannot be trained exactly"
             )
         )
 

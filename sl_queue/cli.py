@@ -84,11 +84,12 @@ def local(
 ) -> None:
     """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
     from sl_queue.job import Job, PartyFile
-    from sl_queue.local import require_all
     from sl_queue.screen import history_table, stdout
 
     agreed = Job.load(job)
     files = {path: PartyFile.load(path) for path in parties}
+    from sl_queue.local import require_all  # not before: torch takes seconds to import, and the files may be wrong
+
     require_all(agreed, list(files.values()))
     places = _places(agreed, files, out)
     url = broker or MEMORY
@@ -99,7 +100,7 @@ def local(
     console = stdout()
     console.print(history_table(history))
     for role, place in places.items():
-        for weights in sorted((place.state / "final").glob("*.safetensors")):
+        for weights in _final_weights(place.state):
             console.print(f"{role}: {weights}", soft_wrap=True)
 
 
@@ -137,9 +138,13 @@ def _run_processes(job: "Job", job_file: Path, places: "dict[str, Place]", broke
     if failure is not None:
         print(f"error: {failure.worker}: {failure.reason}", file=sys.stderr)
         raise typer.Exit(failure.exit_code)
-    if not all((places[party].state / "final").exists() for party in job.parties):
+    if not all(_final_weights(places[party].state) for party in job.parties):
         raise RunStopped("before the last epoch, as asked; the same command resumes")
     return read_history(places[SCHEDULER].state)
+
+
+def _final_weights(state: Path) -> list[Path]:
+    return sorted((state / "final").glob("*.safetensors"))
 
 
 @app.command()
@@ -150,10 +155,12 @@ def status(
 ) -> None:
     """Where the run is, who is late and why."""
     from sl_queue.job import Job
-    from sl_queue.operate import read_status
     from sl_queue.screen import status_view, stdout
 
-    newest = read_status(Job.load(job), _network(broker))
+    agreed, url = Job.load(job), _network(broker)
+    from sl_queue.operate import read_status
+
+    newest = read_status(agreed, url)
     if newest is None:
         raise PeerSilent(f"{job}: no scheduler has told anything of this job at that broker; start workers.scheduler")
     if as_json:
@@ -166,9 +173,11 @@ def status(
 def stop(job: JobPath, broker: Broker = None) -> None:
     """Stop the run in an orderly way at the next commit; a later start resumes."""
     from sl_queue.job import Job
+
+    agreed, url = Job.load(job), _network(broker)
     from sl_queue.operate import request_stop
 
-    request_stop(Job.load(job), _network(broker))
+    request_stop(agreed, url)
     print("asked to stop at the next commit; start the workers again to resume")
 
 

@@ -3,6 +3,7 @@
 It writes a real job with real party files, so that one can go on from there with every other command.
 """
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def run_demo(out: Path | None) -> None:
     """Train the joint model, each party alone, and the same layers joined; print how well each does."""
     folder = Path(tempfile.mkdtemp(prefix="sl_queue-demo-")) if out is None else out
     write_demo(folder)
-    with Screen() as screen:
+    with Screen(log_level=logging.WARNING) as screen:
         screen.console.print(f"scikit-learn's digits, cut in two halves: {folder}", soft_wrap=True)
         joint = _train(folder, "job", ["left", "right", "labels"], screen)
         alone = {party: _train(folder, f"{party}_alone", [party, "labels_alone"], screen) for party in FILES}

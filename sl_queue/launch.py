@@ -37,6 +37,7 @@ from sl_queue.transport.hpke import Cipher
 from sl_queue.transport.keys import PublicKey, read_key
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
+from sl_queue.transport.retry import Limits
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 from sl_queue.transport.seal import Seal
 
@@ -56,14 +57,14 @@ def topology(job: Job, broker: str) -> Topology:
     return job.topology(prefix=f"{job.name}." if vhost == "/" and broker != MEMORY else "")
 
 
-def connector(job: Job, broker: str) -> Connect:
-    """How parties reach the broker at that URL."""
+def connector(job: Job, broker: str, limits: Limits = Limits()) -> Connect:
+    """How parties reach the broker at that URL, and for how long they try."""
     if broker == MEMORY:
         memory = MemoryBroker()
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
     from sl_queue.transport.rabbitmq import RabbitLink  # a run over memory loads no pika
 
-    return lambda party, prefetch: RabbitLink(broker, party, topology(job, broker), prefetch)
+    return lambda party, prefetch: RabbitLink(broker, party, topology(job, broker), prefetch, limits=limits)
 
 
 def sealing(job: Job, role: str, key: Path | None, broker: str) -> Seal | None:

@@ -9,9 +9,11 @@ from sl_queue.launch import connector, require_network
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, Status, StopRequest
 from sl_queue.transport.link import Delivery, Link
+from sl_queue.transport.retry import Limits
 from sl_queue.transport.seal import Seal
 
 TIMEOUT_S = 3.0  # the scheduler tells where the run is several times a second
+PATIENCE = Limits(first_s=5.0, busy_s=10.0)  # somebody waits for the answer; another operator may be asking
 
 
 def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal | None = None) -> dict[str, Any] | None:
@@ -21,7 +23,7 @@ def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal 
     """
     require_network(broker)
     arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-    link = connector(job, broker)(OPERATOR, 1)
+    link = connector(job, broker, PATIENCE)(OPERATOR, 1)
     link.open(arrived.put, lambda: None, lambda _: None)
     try:
         body = arrived.get(timeout=timeout_s).body
@@ -37,7 +39,7 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> None:
     """Ask the scheduler for an orderly stop at the next commit. Raises BrokerUnreachable, PeerSilent."""
     require_network(broker)
     arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-    link = connector(job, broker)(OPERATOR, 1)
+    link = connector(job, broker, PATIENCE)(OPERATOR, 1)
     link.open(arrived.put, lambda: None, lambda _: None)
     try:
         if seal is not None:

@@ -4,12 +4,11 @@ rest to stderr; where that is no terminal, an epoch is a line instead of a bar."
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +29,22 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+class _LogLines(logging.Handler):
+    """Log lines above the bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        told = time.strftime("%H:%M:%S", time.localtime(record.created))
+        self._console.print(f"{told} {self.format(record)}", style=_style(record), markup=False, soft_wrap=True)
+
+
+def _style(record: logging.LogRecord) -> str:
+    return "yellow" if record.levelno >= logging.WARNING else "dim"
+
+
 class _Bar(Progress):
     """A progress bar with a line below it."""
 
@@ -44,9 +59,9 @@ class _Bar(Progress):
 class Screen:
     """Follows a run's status on stderr until it is left; mutable: it draws over what it drew before."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, log_level: int = logging.INFO) -> None:
         self.console = stderr()
-        self._clock = clock
+        self._level = log_level
         self._bar = _Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
@@ -56,13 +71,13 @@ class Screen:
         )
         self._task = self._bar.add_task("waiting for the scheduler", total=1, numbers="")
         self._samples: deque[tuple[float, int]] = deque()
-        self._epochs = 0
-        self._log = RichHandler(
-            console=self.console, show_path=False, show_level=False, omit_repeated_times=False, highlighter=None
-        )
+        self._epochs: int | None = None  # shown so far; what a resumed run brings is not shown again
+        self._log = _LogLines(self.console)
 
     def __enter__(self) -> "Screen":
-        logging.getLogger("sl_queue").addHandler(self._log)
+        log = logging.getLogger("sl_queue")
+        log.addHandler(self._log)
+        log.setLevel(self._level)
         if self.console.is_terminal:
             self._bar.start()
         return self
@@ -70,34 +85,35 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self.console.is_terminal:
+            self._bar.stop()
         logging.getLogger("sl_queue").removeHandler(self._log)
 
     def line(self, worker: str, text: str) -> None:
         """A line that a worker wrote."""
-        self.console.print(Text.assemble((f"{worker} ", "cyan"), text), soft_wrap=True)
+        self.console.print(Text.assemble((f"{worker}: ", "cyan"), text), soft_wrap=True)
 
     def status(self, status: Status) -> None:
         """The newest status of the run."""
-        rate = self._rate(status["samples"])
-        for done in status["history"][self._epochs :] if not self.console.is_terminal else ():
-            self.console.print(f"{_where_and_numbers(status, done)}  samples/s {_number(rate)}", soft_wrap=True)
+        rate = self._samples_per_s(status["samples"])
+        known = len(status["history"]) if self._epochs is None or self.console.is_terminal else self._epochs
+        for done in status["history"][known:]:
+            self.console.print(f"{_where_and_numbers(status, done)}  samples/s {_rate(rate)}", soft_wrap=True)
         self._epochs = len(status["history"])
         self._bar.below = _where_and_numbers(status, status["history"][-1]) if status["history"] else ""
-        numbers = {"loss": status["loss"], "samples/s": rate}
-        shown = "  ".join(f"{name} {_number(value)}" for name, value in numbers.items() if value)
+        loss = "" if status["loss"] is None else f"loss {_number(status['loss'])}  samples/s {_rate(rate)}"
         self._bar.update(
             self._task,
             description=_where(status),
             completed=status["step"] + 1,
             total=status["steps"] or 1,
-            numbers=shown,
+            numbers=loss,
         )
 
-    def _rate(self, samples: int) -> float | None:
-        now = self._clock()
-        if self._samples and samples < self._samples[-1][1]:
-            self._samples.clear()  # the label holder was restarted: it counts anew
+    def _samples_per_s(self, samples: int) -> float | None:
+        now = time.monotonic()
+        if self._samples and (samples == 0 or samples < self._samples[-1][1]):
+            self._samples.clear()  # nothing is trained yet; or the label holder was restarted, and counts anew
         self._samples.append((now, samples))
         while now - self._samples[0][0] > RATE_OVER_S and len(self._samples) > 2:
             self._samples.popleft()
@@ -114,12 +130,12 @@ def _where(status: Status) -> str:
     return f"{status['job']}:{running} epoch {epoch}/{status['epochs']}"
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _rate(samples_per_s: float | None) -> str:
+    return "-" if samples_per_s is None else f"{samples_per_s:,.0f}"
 
 
 def _where_and_numbers(status: Status, epoch: Mapping[str, Any]) -> str:
