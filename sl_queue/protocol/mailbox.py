@@ -151,8 +151,8 @@ class Outbox:
 
     def keep(self, receiver: str, kind: Kind, micro_batch: MicroBatch, body: bytes) -> None:
         """Remember a message that is being sent; the oldest are forgotten when there are too many bytes."""
+        self._bytes += len(body) - len(self._kept.pop((receiver, kind, micro_batch), b""))
         self._kept[receiver, kind, micro_batch] = body
-        self._bytes += len(body)
         self._sent[receiver, kind] = micro_batch
         while self._bytes > self._max_bytes and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
