@@ -8,8 +8,9 @@ import logging
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
@@ -75,8 +76,13 @@ class Address:
 
     def parameters(self, name: str) -> pika.URLParameters:
         """What pika is told; options in the URL's query are the user's own."""
-        parameters = pika.URLParameters(self.url)
-        if "heartbeat" not in parse_qs(urlsplit(self.url).query):
+        parts = urlsplit(self.url)
+        own = parse_qs(parts.query)
+        tls = {name: own.pop(name)[-1] for name in _TLS_OPTIONS if name in own}  # pika does not know them
+        parameters = pika.URLParameters(parts._replace(query=urlencode(own, doseq=True)).geturl())
+        if tls:
+            _secure(parameters, self.host, tls)
+        if "heartbeat" not in own:
             parameters.heartbeat = HEARTBEAT_S
         if parameters.ssl_options is not None and parameters.ssl_options.server_hostname is None:
             parameters.ssl_options.server_hostname = self.host
@@ -87,6 +93,25 @@ class Address:
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}, virtual host {self.vhost!r}"
+
+
+_TLS_OPTIONS = ("cacertfile", "certfile", "keyfile", "auth_mechanism")  # as in RabbitMQ's own URIs
+
+
+def _secure(parameters: pika.URLParameters, host: str, options: Mapping[str, str]) -> None:
+    """Whom to trust, and how to log in with a certificate. Raises ValueError, OSError."""
+    for name in ("cacertfile", "certfile", "keyfile"):
+        if name in options and not Path(options[name]).is_file():
+            raise ValueError(f"{name} = {options[name]!r}: there is no such file")
+    mechanism = options.get("auth_mechanism", "plain")
+    if mechanism not in ("plain", "external"):
+        raise ValueError(f"auth_mechanism = {mechanism!r}: it is plain or external")
+    context = ssl.create_default_context(cafile=options.get("cacertfile"))
+    if "certfile" in options:
+        context.load_cert_chain(options["certfile"], options.get("keyfile"))
+    if mechanism == "external":
+        parameters.credentials = pika.credentials.ExternalCredentials()
+    parameters.ssl_options = pika.SSLOptions(context, host)
 
 
 class Connection:
