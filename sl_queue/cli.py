@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from sl_queue.errors import JobError, PeerSilent, RunStopped
 from sl_queue.exits import DEBUG, leaving
+from sl_queue.security import KEY
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
     from sl_queue.job import Job, PartyFile
@@ -39,6 +40,9 @@ app = typer.Typer(
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job file, the same at every party.")]
 PartyPaths = Annotated[list[Path], typer.Argument(metavar="PARTY...", help="The party files.")]
 Broker = Annotated[str | None, typer.Option(envvar="SL_QUEUE_BROKER", show_envvar=True, help="URL of the broker.")]
+OperatorKey = Annotated[
+    Path | None, typer.Option("--key", envvar=KEY, show_envvar=True, help="The operator's key, if the job seals.")
+]
 
 
 @app.callback()
@@ -151,6 +155,7 @@ def _final_weights(state: Path) -> list[Path]:
 def status(
     job: JobPath,
     broker: Broker = None,
+    key: OperatorKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Where the run is, who is late and why."""
@@ -158,9 +163,11 @@ def status(
     from sl_queue.screen import status_view, stdout
 
     agreed, url = Job.load(job), _network(broker)
+    from sl_queue.launch import sealing
     from sl_queue.operate import read_status
+    from sl_queue.protocol.messages import OPERATOR
 
-    newest = read_status(agreed, url)
+    newest = read_status(agreed, url, seal=sealing(agreed, OPERATOR, key, url))
     if newest is None:
         raise PeerSilent(f"{job}: no scheduler has told anything of this job at that broker; start workers.scheduler")
     if as_json:
@@ -170,15 +177,70 @@ def status(
 
 
 @app.command()
-def stop(job: JobPath, broker: Broker = None) -> None:
+def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:
     """Stop the run in an orderly way at the next commit; a later start resumes."""
     from sl_queue.job import Job
 
     agreed, url = Job.load(job), _network(broker)
+    from sl_queue.launch import sealing
     from sl_queue.operate import request_stop
+    from sl_queue.protocol.messages import OPERATOR
 
-    request_stop(agreed, url)
+    request_stop(agreed, url, sealing(agreed, OPERATOR, key, url))
     print("asked to stop at the next commit; start the workers again to resume")
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A party of the job, scheduler or operator.")],
+    out: Annotated[Path, typer.Option(help="The file for the private key; it must not be there yet.")],
+) -> None:
+    """Make a key for sealing messages; prints the public part, for the job."""
+    from sl_queue.protocol.messages import SCHEDULER
+    from sl_queue.transport.keys import PrivateKey, write_key
+
+    made = PrivateKey.generate(signs=name == SCHEDULER)
+    write_key(out, made)
+    print(f"[security.keys.{name}]")
+    for field, text in made.public.texts().items():
+        print(f'{field} = "{text}"')
+
+
+@app.command()
+def provision(
+    job: JobPath,
+    broker_host: Annotated[
+        list[str], typer.Option(help="Name or address of the broker, again for more; parties connect to the first.")
+    ],
+    out: Annotated[Path, typer.Option(help="A folder for all folders; what is there is kept.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the broker listens.")] = 5671,
+    at: Annotated[str, typer.Option(help="Where each folder will lie on the machine it is for.")] = "/etc/sl_queue",
+    client_certificates: Annotated[
+        bool, typer.Option("--client-certificates", help="Log in with certificates instead of passwords.")
+    ] = False,
+    rotate: Annotated[
+        list[str] | None, typer.Option(help="logins, certificates, authority or keys: make these anew.")
+    ] = None,
+) -> None:
+    """Write everything a deployment needs: one folder for each party, one for the broker."""
+    from datetime import UTC, datetime
+
+    from sl_queue.job import Job
+    from sl_queue.provision import Place, Secret, provision
+
+    kinds = [kind.value for kind in Secret]
+    unknown = [name for name in rotate or [] if name not in kinds]
+    if unknown:
+        raise JobError(f"--rotate {unknown[0]}: it must be {', '.join(kinds)}")
+    agreed = Job.load(job)
+    place = Place(tuple(broker_host), port, at, client_certificates)
+    keys = provision(agreed, place, out, frozenset(Secret(name) for name in rotate or []), datetime.now(UTC))
+    for folder in ("broker", *keys):
+        print(f"{out / folder}: for {at} on the machine of {'the broker' if folder == 'broker' else folder}")
+    print(f"{out / 'authority'}: keep ca.key away from all of them")
+    listed = {name: public.model_dump(exclude_none=True) for name, public in agreed.security.keys.items()}
+    if listed != {name: public.texts() for name, public in keys.items()}:
+        print(f"{out / 'security.toml'}: put this into {job}, at every party, and messages are sealed")
 
 
 @app.command()
