@@ -87,10 +87,13 @@ def _first_on_path(folder: Path | None) -> Iterator[None]:
 
 def _set_aside_others(folder: Path) -> None:
     """Forget modules of other parties' folders whose names this folder has too; who uses them keeps them."""
+    others = _folders - {folder}
+    if not others:
+        return  # nearly always; the search below takes a tenth of a second
     for name, module in list(sys.modules.items()):
         top = name.partition(".")[0]
         if (_would_import(folder, top) or (folder / top).is_dir()) and any(
-            _is_from(other, top, module) for other in _folders - {folder}
+            _is_from(other, top, module) for other in others
         ):
             del sys.modules[name]
 

@@ -28,6 +28,8 @@ def main(role: Role) -> None:
         from sl_queue.job import Job, PartyFile  # inside, so that a mistake in a file is one line and not a traceback
         from sl_queue.launch import run_worker
 
+        if role != "scheduler":
+            import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
         log.debug("libraries are loaded")
         job = Job.load(arguments.job)
         party_file = None if role == "scheduler" else PartyFile.load(arguments.party)
