@@ -36,15 +36,18 @@ def find_server() -> Path | None:
 class PrivateBroker:  # mutable: it owns processes
     """A broker for tests, benchmarks and `sl-queue chaos`; use it in a `with` statement.
 
-    `settings` are further lines of its rabbitmq.conf. Its address stays the same when it is killed and started again.
+    `settings` are further lines of its rabbitmq.conf, `plugins` are enabled. Its address stays the same when it is
+    killed and started again.
     """
 
-    def __init__(self, server: Path | None = None, settings: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, server: Path | None = None, settings: tuple[str, ...] = (), plugins: tuple[str, ...] = ()
+    ) -> None:
         found = server or find_server()
         if found is None:
             raise JobError("no rabbitmq-server on this machine; install it, for instance Debian's rabbitmq-server")
         self._server = found
-        self._settings = settings
+        self._settings, self._plugins = settings, plugins
         self._password = secrets.token_hex(8)
         self._vhosts = ["/"]
         self._folder = Path(tempfile.mkdtemp(prefix="sl_queue-broker-"))
@@ -78,7 +81,7 @@ class PrivateBroker:  # mutable: it owns processes
                 raise BrokerUnreachable(f"the private broker did not start; the end of its log:\n{self._log_end()}")
             time.sleep(0.02)
         for vhost in self._vhosts[1:]:
-            self._provide(vhost)
+            self.evaluate(adding_vhost(vhost))
 
     def kill(self) -> None:
         """SIGKILL, as a power cut would; what was on disk stays."""
@@ -118,21 +121,18 @@ class PrivateBroker:  # mutable: it owns processes
     def url(self, vhost: str = "/") -> str:
         """Where a client finds that virtual host, which is made if it is not there."""
         if vhost not in self._vhosts:
-            self._provide(vhost)
+            self.evaluate(adding_vhost(vhost))
             self._vhosts.append(vhost)
         return f"amqp://{USER}:{self._password}@{HOST}:{self.port}/{quote(vhost, safe='')}"
 
     def delete_vhost(self, vhost: str) -> None:
         """Remove a virtual host with all its queues."""
         self._vhosts.remove(vhost)
-        self.evaluate(f"rabbit_vhost:delete({binary(vhost)}, {binary(USER)})")
+        self.evaluate(deleting_vhost(vhost))
 
     def add_user(self, name: str, password: str, vhost: str, configure: str, write: str, read: str) -> None:
         """A user with these rights (regular expressions of names) on a virtual host."""
-        self.evaluate(
-            f"rabbit_auth_backend_internal:put_user(#{{name => {binary(name)}, password => {binary(password)}, "
-            f"tags => []}}, {binary(USER)}), " + permissions(name, vhost, configure, write, read)
-        )
+        self.evaluate(adding_user(name, password, vhost, configure, write, read))
 
     def evaluate(self, expression: str) -> str:
         """What an Erlang expression gives inside the broker, as text: 15 ms where rabbitmqctl takes 500."""
@@ -147,10 +147,6 @@ class PrivateBroker:  # mutable: it owns processes
         if done.returncode != 0 or done.stdout.startswith("{error"):
             raise BrokerUnreachable(f"the private broker refused {expression!r}: {done.stdout}{done.stderr}")
         return done.stdout.removeprefix("{ok, ").removesuffix("}")
-
-    def _provide(self, vhost: str) -> None:
-        made = f"rabbit_vhost:add({binary(vhost)}, {binary(USER)})"
-        self.evaluate(f"{made}, {permissions(USER, vhost, '.*', '.*', '.*')}")
 
     # Its processes ----------------------------------------------------------------------------------------------
 
@@ -182,7 +178,7 @@ class PrivateBroker:  # mutable: it owns processes
             *self._settings,
         )
         (self._folder / "rabbitmq.conf").write_text("\n".join(settings) + "\n")
-        (self._folder / "enabled_plugins").write_text("[].\n")
+        (self._folder / "enabled_plugins").write_text(f"[{','.join(self._plugins)}].\n")
         (self._folder / "data").mkdir(exist_ok=True)
 
     def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
@@ -243,6 +239,23 @@ def binary(text: str) -> str:
     return "<<" + ",".join(str(byte) for byte in text.encode()) + ">>"
 
 
-def permissions(user: str, vhost: str, configure: str, write: str, read: str) -> str:
+def adding_vhost(vhost: str) -> str:
+    """The Erlang expression that makes a virtual host, if it is not there, and lets us use it."""
+    return f"rabbit_vhost:add({binary(vhost)}, {binary(USER)}), {_permitting(USER, vhost, '.*', '.*', '.*')}"
+
+
+def deleting_vhost(vhost: str) -> str:
+    """The Erlang expression that removes a virtual host."""
+    return f"rabbit_vhost:delete({binary(vhost)}, {binary(USER)})"
+
+
+def adding_user(name: str, password: str, vhost: str, configure: str, write: str, read: str) -> str:
+    """The Erlang expression that makes a user, or changes one that is there."""
+    user = f"#{{name => {binary(name)}, password => {binary(password)}, tags => []}}"
+    made = f"rabbit_auth_backend_internal:put_user({user}, {binary(USER)})"
+    return f"{made}, {_permitting(name, vhost, configure, write, read)}"
+
+
+def _permitting(user: str, vhost: str, configure: str, write: str, read: str) -> str:
     arguments = ", ".join(binary(text) for text in (user, vhost, configure, write, read, USER))
     return f"rabbit_auth_backend_internal:set_permissions({arguments})"

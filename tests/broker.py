@@ -18,11 +18,12 @@ from sl_queue.private_broker import (
     START_S,
     USER,
     PrivateBroker,
+    adding_user,
+    adding_vhost,
     answers,
-    binary,
+    deleting_vhost,
     find_server,
     free_ports,
-    permissions,
 )
 
 GIVEN = "SL_QUEUE_TEST_BROKER"
@@ -80,7 +81,7 @@ class DockerBroker:  # mutable: it owns a container
                 raise BrokerUnreachable(f"{IMAGE} did not start:\n{said.stdout}{said.stderr}")
             time.sleep(0.1)
         for vhost in self._vhosts[1:]:
-            self._provide(vhost)
+            self.evaluate(adding_vhost(vhost))
 
     def kill(self) -> None:
         _docker("kill", self._name)
@@ -94,27 +95,19 @@ class DockerBroker:  # mutable: it owns a container
 
     def url(self, vhost: str = "/") -> str:
         if vhost not in self._vhosts:
-            self._provide(vhost)
+            self.evaluate(adding_vhost(vhost))
             self._vhosts.append(vhost)
         return f"amqp://{USER}:{self._password}@{HOST}:{self.port}/{quote(vhost, safe='')}"
 
     def delete_vhost(self, vhost: str) -> None:
         self._vhosts.remove(vhost)
-        self.evaluate(f"rabbit_vhost:delete({binary(vhost)}, {binary(USER)})")
+        self.evaluate(deleting_vhost(vhost))
 
     def add_user(self, name: str, password: str, vhost: str, configure: str, write: str, read: str) -> None:
-        self._control("add_user", name, password)
-        self._control("set_permissions", "--vhost", vhost, name, configure, write, read)
+        self.evaluate(adding_user(name, password, vhost, configure, write, read))
 
     def evaluate(self, expression: str) -> str:
-        return self._control("eval", f"{expression}.")
-
-    def _provide(self, vhost: str) -> None:
-        made = f"rabbit_vhost:add({binary(vhost)}, {binary(USER)})"
-        self.evaluate(f"{made}, {permissions(USER, vhost, '.*', '.*', '.*')}")
-
-    def _control(self, *arguments: str) -> str:
-        return _docker("exec", self._name, "rabbitmqctl", "--quiet", *arguments).stdout
+        return _docker("exec", self._name, "rabbitmqctl", "--quiet", "eval", f"{expression}.").stdout
 
 
 def _docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
