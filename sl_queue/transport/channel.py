@@ -124,7 +124,7 @@ class PartyChannel:
             where = (self._incarnation, self._generation, sender, kind, micro_batch.step, micro_batch.index)
             waiting = Waiting(*where, round(seconds, 3), round(self._silence(sender), 1))
             self._tell(sender, waiting)
-            self.report(waiting)
+            self._tell(SCHEDULER, waiting)
 
         what = f"{kind} {micro_batch} of party {sender!r}"
         return self._wait(lambda: self._mailbox.take(sender, kind, micro_batch), sender, what, ask)
@@ -255,18 +255,18 @@ class PartyChannel:
             verdict = Acknowledge((delivery.tag,)) if late else self._decide(delivery, header, message)
             self._changed.notify_all()
         self._carry_out([verdict])
-        if isinstance(message, Waiting) and header.generation == self._generation:
+        if isinstance(message, Waiting) and not isinstance(verdict, Reject) and self._is_present(header):
             self._send_again(delivery.sender, message)
 
     def _decide(self, delivery: Delivery, header: Header, message: Message) -> Verdict[Tag]:
+        if header.sender != delivery.sender:
+            return self._refuse(delivery, f"says it is from {header.sender!r}, but came from {delivery.sender!r}")
         if isinstance(message, Activation | Gradient):
             if delivery.sender not in self._peers:
                 return self._refuse(delivery, f"{header.kind} from {delivery.sender!r}, who sends none")
             self._note_committed(header)
             self._mailbox.counts["redelivered"] += delivery.redelivered
             return self._mailbox.file(delivery.sender, header, message, delivery.tag)
-        if header.sender != delivery.sender:
-            return self._refuse(delivery, f"says it is from {header.sender!r}, but came from {delivery.sender!r}")
         match message:
             case Start() | Open() | Finish() | Stop():
                 if delivery.sender != SCHEDULER:
@@ -297,17 +297,20 @@ class PartyChannel:
     def _note_committed(self, header: Header) -> None:
         """What a peer has on disk need not be kept for it any more."""
         known = self._peer_committed.get(header.sender, BEFORE_FIRST_STEP)
-        current = self._start is not None and (header.run, header.generation) == (self._start.run, self._generation)
-        if current and header.committed > known:
+        if self._is_present(header) and header.committed > known:
             self._peer_committed[header.sender] = header.committed
             self._outbox.committed(header.sender, header.committed)
+
+    def _is_present(self, header: Header) -> bool:
+        """Whether it is of the run and generation that this worker is in."""
+        return self._start is not None and (header.run, header.generation) == (self._run, self._generation)
 
     def _send_again(self, receiver: str, waiting: Waiting) -> None:
         """A peer waits for something that we may have sent: send it and all after it again, or say that it is lost."""
         micro_batch = MicroBatch(waiting.step, waiting.index)
         with self._changed:
             again = self._outbox.since(receiver, waiting.kind, micro_batch)
-            lost = not again and self._start is not None and self._outbox.is_past(receiver, waiting.kind, micro_batch)
+            lost = not again and self._outbox.is_past(receiver, waiting.kind, micro_batch)
         for (_, kind, _), body in again:
             self._publish(receiver, kind, body)
         if again:
@@ -357,7 +360,7 @@ class PartyChannel:
                     return
             try:
                 if progress is not None:
-                    self.report(progress)
+                    self._tell(SCHEDULER, progress)
                 if time.monotonic() >= alive_at:
                     alive_at = time.monotonic() + alive_every_s
                     for peer in (SCHEDULER, *self._peers):
