@@ -19,6 +19,7 @@ from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.progress import differing_keys
 from sl_queue.protocol.row_order import Batches
 from sl_queue.protocol.topology import Topology
+from sl_queue.protocol.wire import Compress, Dtype, Wire
 from sl_queue.security import JobSecurity
 from sl_queue.user_code import imported
 
@@ -33,6 +34,7 @@ __all__ = [
     "JobParty",
     "JobPipeline",
     "JobSecurity",
+    "JobWire",
     "PartyFile",
     "imported",
     "redacted",
@@ -93,6 +95,18 @@ class JobBroker(Declared):
     )
 
 
+class JobWire(Declared):
+    """In how many bytes activations and gradients travel."""
+
+    dtype: Dtype = Field(
+        default="float32",
+        description='"float32" (as the models compute), "bfloat16", "float16" or "int8": the numbers on their way',
+    )
+    compress: Compress = Field(
+        default="none", description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd"'
+    )
+
+
 class JobEarlyStopping(Declared):
     """When training ends before its last epoch, with the best epoch's weights."""
 
@@ -117,6 +131,7 @@ class Job(Declared):
     fuse: JobFuse = Field(default=JobFuse(), description="a table [fuse]")
     pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
     broker: JobBroker = Field(default=JobBroker(), description="a table [broker]")
+    wire: JobWire = Field(default=JobWire(), description="a table [wire]")
     early_stopping: JobEarlyStopping | None = Field(default=None, description="a table [early_stopping]")
     security: JobSecurity = Field(default=JobSecurity(), description="a table [security]")
 
@@ -179,6 +194,11 @@ class Job(Declared):
     def pipeline_of(self, batches: Batches) -> Pipeline:
         """The order of work on those batches."""
         return Pipeline(batches, self.pipeline.depth, self.pipeline.staleness, self.pipeline.checkpoint_every)
+
+    @property
+    def on_the_wire(self) -> Wire:
+        """How tensors travel."""
+        return Wire(self.wire.dtype, self.wire.compress)
 
     def topology(self, prefix: str = "") -> Topology:
         """The names at the broker."""

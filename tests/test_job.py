@@ -196,6 +196,8 @@ KEYS: list[tuple[str, dict[str, Any]]] = [
     ("pipeline.checkpoint_every", {"pipeline": {"checkpoint_every": 51}}),
     ("broker.persistent", {"broker": {"persistent": True}}),
     ("broker.patience", {"broker": {"patience": 61}}),
+    ("wire.dtype", {"wire": {"dtype": "int8"}}),
+    ("wire.compress", {"wire": {"compress": "bitmap"}}),
     ("early_stopping", {"holdout": 0.1, "early_stopping": {"metric": "loss", "patience": 3}}),
     ("security.seal", {"security": {"seal": True, "keys": SEALING}}),
     ("security.cipher", {"security": {"cipher": "chacha20-poly1305"}}),
@@ -262,7 +264,6 @@ def test_the_place_of_a_party_without_a_base_model_does_not_matter() -> None:
         ({"epoch": 3}, ["epoch is unknown", "did you mean 'epochs'?"]),
         ({"micro_batches": 3}, ["micro_batches is unknown", "it belongs in [pipeline]"]),
         ({"pipeline": {"holdout": 0.1}}, ["pipeline.holdout is unknown", "at the top of the file"]),
-        ({"wire": {"dtype": "int8"}}, ["wire is unknown", "allowed here are name, seed"]),
         ({"security": {"seal": True}}, ["security.keys: no key of bank, insurer, scheduler, operator; "]),
         ({"security": {"keys": {"bnak": SEALING["bank"]}}}, ["security.keys.bnak", "did you mean 'bank'"]),
         (
@@ -283,6 +284,8 @@ def test_the_place_of_a_party_without_a_base_model_does_not_matter() -> None:
         ({"broker": {"patience": 0}}, ["broker.patience = 0"]),
         ({"broker": {"patience": float("inf")}}, ["broker.patience = inf"]),
         ({"broker": {"persistent": "yes"}}, ["broker.persistent = 'yes'"]),
+        ({"wire": {"dtype": "float8"}}, ["wire.dtype = 'float8'", '"bfloat16"']),
+        ({"wire": {"compress": "zip"}}, ["wire.compress = 'zip'", '"bitmap"']),
         ({"early_stopping": {"metric": "loss", "patience": 3}}, ["early_stopping", "holdout = 0"]),
         ({"early_stopping": {"metric": "loss"}, "holdout": 0.1}, ["early_stopping.patience is missing", "epochs"]),
         (

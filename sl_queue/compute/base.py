@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from sl_queue.compute.cuts import Promised, place, received, require_cut, require_finite
 from sl_queue.compute.models import Inputs, Model, blame
-from sl_queue.compute.tensors import gathered, to_payload
+from sl_queue.compute.tensors import ends_in_relu, gathered, to_payload
 from sl_queue.errors import JobError, LocalProtocolError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.row_order import Batches, Positions
+from sl_queue.protocol.wire import Mask, Wire, asks_for_less
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class InFlight:
 
     activation: Tensor = field(repr=False)  # with its graph
     weights: Mapping[str, Tensor] | None = field(repr=False)  # the copy it was computed with; None: the live ones
+    rows: bytes  # the digest of its rows
+    wanted: Mask | None = field(repr=False)  # the values of its gradient that were asked for; None: all
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class TorchBaseStage:
     batches: Batches
     cut: tuple[int, ...]
     label_holder: str
+    wire: Wire
     _updates: int = 0  # applied since the initial weights
     _in_flight: dict[MicroBatch, InFlight] = field(default_factory=dict)
     _copy: Mapping[str, Tensor] | None = None  # of the weights as they are now, if a forward has run ahead
@@ -56,18 +60,19 @@ class TorchBaseStage:
         weights = self._weights_of(micro_batch.step)
         with self.model.drawing("forward", micro_batch):
             activation = self.activation(positions, place(self.model.party, micro_batch), weights)
-        self._in_flight[micro_batch] = InFlight(activation, weights)
-        return to_payload(activation, self.table.rows_digest(positions))
+        rows = self.table.rows_digest(positions)
+        payload = self.wire.pack(to_payload(activation, rows), relu=ends_in_relu(activation))
+        self._in_flight[micro_batch] = InFlight(activation, weights, rows, asks_for_less(payload))
+        return payload
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
         """Add a micro-batch's gradient to those of the parameters; in the order of the forwards."""
         if next(iter(self._in_flight), None) != micro_batch or micro_batch.step != self._updates:
             raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
         flight = self._in_flight.pop(micro_batch)
-        positions = self.batches.rows(micro_batch)
         where = place(self.model.party, micro_batch)
-        shape, rows = tuple(flight.activation.shape), self.table.rows_digest(positions)
-        promised = Promised("gradient", self.label_holder, (flight.activation.dtype,), shape, rows)
+        shape, dtypes = tuple(flight.activation.shape), (flight.activation.dtype,)
+        promised = Promised("gradient", self.label_holder, dtypes, shape, flight.rows, self.wire, flight.wanted)
         tensor = received(gradient, promised, self.model.device, where)
         with blame(f"{where}: the backward pass of {self.model.name} failed"):
             self._backpropagate(flight, tensor)
@@ -83,7 +88,7 @@ class TorchBaseStage:
     def predict(self, micro_batch: MicroBatch) -> Payload:
         """The activation of held-out rows in evaluation mode."""
         positions = self.batches.holdout_part(micro_batch.index)
-        return to_payload(self.prediction(micro_batch), self.table.rows_digest(positions))
+        return self.wire.pack(to_payload(self.prediction(micro_batch), self.table.rows_digest(positions)))
 
     def prediction(self, micro_batch: MicroBatch) -> Tensor:
         """As `predict`, for a fuse model in the same process."""
@@ -165,4 +170,4 @@ def base_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
     assert isinstance(trial, Tensor)
     output = model.try_out(trial.to(model.device))
     require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
-    return TorchBaseStage(model, features, table, batches, cut, job.label_holder)
+    return TorchBaseStage(model, features, table, batches, cut, job.label_holder, job.on_the_wire)

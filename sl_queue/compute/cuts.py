@@ -1,7 +1,7 @@
 """What crosses the cut layer, checked on both sides: dtype, shape, rows, and that every number is one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from sl_queue.compute.tensors import described, dtype_name, from_payload, is_finite
 from sl_queue.errors import NonFiniteError, RemoteProtocolError, ShapeError
 from sl_queue.protocol.messages import Payload
+from sl_queue.protocol.wire import AS_IT_IS, Mask, Wire
 
 CROSSING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,6 +47,8 @@ class Promised:
     dtypes: Sequence[torch.dtype]  # any of them; the first is named in errors
     shape: tuple[int, ...]
     rows: bytes  # the digest of its rows
+    wire: Wire = AS_IT_IS
+    wanted: Mask | None = field(default=None, repr=False)  # the values of a gradient that were asked for; None: all
 
 
 def received(payload: Payload, promised: Promised, device: torch.device, where: str) -> Tensor:
@@ -62,8 +65,8 @@ def received(payload: Payload, promised: Promised, device: torch.device, where: 
             "start anew from the same rows"
         )
     try:
-        tensor = from_payload(payload, device)
-    except ValueError as error:
+        tensor = from_payload(promised.wire.unpack(payload, promised.wanted), device)
+    except (RemoteProtocolError, ValueError) as error:
         raise RemoteProtocolError(f"{blame}: {error}") from None
     if not is_finite(tensor):
         raise RemoteProtocolError(f"{blame} holds NaN or infinity; look at the model and learning rate there")

@@ -8,7 +8,7 @@ from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.fuse import TorchFuseStage, fuse_stage
 from sl_queue.compute.joined import Joined, train_joined
 from sl_queue.compute.tensors import from_payload
-from sl_queue.job import Job, PartyFile
+from sl_queue.job import Job, JobWire, PartyFile
 from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.row_order import Batches
@@ -19,7 +19,11 @@ Weights = Mapping[str, Mapping[str, Tensor]]  # of each module, "fuse" or "base 
 def first_step_difference(
     job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches
 ) -> float:
-    """The largest difference of any weight after the first step, split and joined; 0.0 means equal bit for bit."""
+    """The largest difference of any weight after the first step, split and joined; 0.0 means equal bit for bit.
+
+    What [wire] rounds away is left out of it.
+    """
+    job = job.model_copy(update={"wire": JobWire()})
     return largest_difference(
         _split_weights(job, {file.party: file for file in party_files}, tables, batches),
         joined_weights(train_joined(job, party_files, tables, batches, steps=1)),

@@ -23,6 +23,7 @@ from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.row_order import Batches, Positions
+from sl_queue.protocol.wire import Wire, asks_for_less
 
 _TRIAL_ROWS = 2
 
@@ -57,6 +58,7 @@ class TorchFuseStage:
     objective: Objective
     table: Table
     batches: Batches
+    wire: Wire
     _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
 
@@ -64,7 +66,9 @@ class TorchFuseStage:
         """Loss and gradients of one micro-batch, weighted by its share of the step's rows."""
         positions = self.batches.rows(micro_batch)
         where = place(self.model.party, micro_batch)
-        arrivals = {party: Arrival(tensor) for party, tensor in self._received(activations, positions, where).items()}
+        rows = self.table.rows_digest(positions)
+        tensors = self._received(activations, rows, len(positions), where)
+        arrivals = {party: Arrival(tensor) for party, tensor in tensors.items()}
         inputs = {party: arrival.enter() for party, arrival in arrivals.items()}
         if self.own is not None:
             with self.own.model.drawing("forward", micro_batch):
@@ -75,11 +79,13 @@ class TorchFuseStage:
         with blame(f"{where}: the backward pass of {self.model.name} failed"):
             torch.autograd.backward(loss * (len(positions) / self.batches.rows_in_step(micro_batch.step)))
         self._losses.append((len(positions), value))
-        rows = self.table.rows_digest(positions)
+        gradients = {}
         for party, arrival in arrivals.items():
             what = f"{where}: gradient for party {party!r}"
             require_finite(arrival.gradient, what, "lower the learning rate, or check the loss")
-        return {party: to_payload(arrival.gradient, rows) for party, arrival in arrivals.items()}
+            wanted = asks_for_less(activations[party])
+            gradients[party] = self.wire.pack(to_payload(arrival.gradient, rows), wanted=wanted)
+        return gradients
 
     def update(self) -> float:
         """One optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
@@ -96,7 +102,7 @@ class TorchFuseStage:
         """Add held-out rows to the running evaluation; their outputs stay in memory until `metrics`."""
         positions = self.batches.holdout_part(micro_batch.index)
         where = f"{place(self.model.party, micro_batch)} (held-out rows)"
-        inputs = self._received(activations, positions, where)
+        inputs = self._received(activations, self.table.rows_digest(positions), len(positions), where)
         if self.own is not None:
             inputs[self.model.party] = self.own.prediction(micro_batch)
         with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
@@ -140,16 +146,16 @@ class TorchFuseStage:
         """The state_dict of the fuse model, and of the own base model if there is one."""
         return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
 
-    def _received(self, activations: Mapping[str, Payload], positions: Positions, where: str) -> dict[str, Tensor]:
+    def _received(self, activations: Mapping[str, Payload], rows: bytes, n_rows: int, where: str) -> dict[str, Tensor]:
         """The feature parties' activations in job order, checked, as tensors of their own."""
         missing = [party for party in self.job.feature_parties if party not in activations]
         if missing:
             raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
-        dtypes, rows = self.model.accepted(), self.table.rows_digest(positions)
+        dtypes = self.model.accepted()
         found = {}
         for party in self.job.feature_parties:
-            shape = (len(positions), *(self.job.cut(party) or ()))
-            promised = Promised("activation", party, dtypes, shape, rows)
+            shape = (n_rows, *(self.job.cut(party) or ()))
+            promised = Promised("activation", party, dtypes, shape, rows, self.wire)
             found[party] = received(activations[party], promised, self.model.device, where)
         return found
 
@@ -221,4 +227,4 @@ def fuse_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
         )
     own = base_stage(job, party_file, table, batches) if party in job.fused else None
     objective = objective_of(party_file, table, output, model.dtype, f"party {party!r}")
-    return TorchFuseStage(job, model, own, objective, table, batches)
+    return TorchFuseStage(job, model, own, objective, table, batches, job.on_the_wire)

@@ -2,9 +2,10 @@
 
     [version, run, generation, kind, sender, receiver, step, index, committed, description, data]
 
-`description` is [dtype, shape, digest of row ids] of a tensor, and nil for reports and commands, whose `data` is a
-msgpack map. The header is packed by msgpack and joined with the raw bytes; decoding reads the header and views the
-rest, so a tensor is copied once when it is encoded and not at all when it is decoded. Any msgpack reader can read it.
+`description` is [dtype, shape, digest of row ids] of a tensor, with its packing as a fourth where protocol/wire made it
+shorter, and nil for reports and commands, whose `data` is a msgpack map. The header is packed by msgpack and joined
+with the raw bytes; decoding reads the header and views the rest, so a tensor is copied once when it is encoded and not
+at all when it is decoded. Any msgpack reader can read it.
 
 What a peer sent is never trusted: sizes are checked against the bytes that are here before anything is allocated.
 """
@@ -33,6 +34,7 @@ from sl_queue.protocol.messages import (
 
 VERSION: Final = 1
 ITEM_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+SCALE_BYTES: Final = 4  # of a row of narrower numbers
 MAX_RANK: Final = 16
 MAX_HEADER_BYTES: Final = 4096
 MAX_CONTROL_BYTES: Final = 4 * 1024 * 1024
@@ -46,10 +48,11 @@ _commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Statu
 
 def encode(header: Header, message: Message) -> bytes:
     """The bytes of a message."""
-    description: tuple[str, tuple[int, ...], bytes] | None
+    description: tuple[Any, ...] | None
     match message:
         case Activation(_, payload) | Gradient(_, payload):
-            description, data = (payload.dtype, payload.shape, payload.rows), payload.data
+            packing = (payload.packing,) if payload.packing else ()
+            description, data = (payload.dtype, payload.shape, payload.rows, *packing), payload.data
         case _:
             description, data = None, msgpack.packb(asdict(message))
     head = msgpack.packb(
@@ -136,15 +139,20 @@ def _header(fields: list[Any]) -> Header:
 
 def _payload(description: Any, data: memoryview) -> Payload:
     match description:
-        case [str(dtype), [*shape], bytes(rows)] if all(type(n) is int and n > 0 for n in shape):
+        case [str(dtype), [*shape], bytes(rows), *packing] if all(type(n) is int and n > 0 for n in shape):
             pass
         case _:
             raise RemoteProtocolError("the description of the tensor is malformed")
     if dtype not in ITEM_BYTES:
         raise RemoteProtocolError(f"dtype {dtype[:20]!r} is not one of {', '.join(ITEM_BYTES)}")
-    if prod(shape) * ITEM_BYTES[dtype] != len(data):
-        raise RemoteProtocolError(f"{dtype} {tuple(shape)} does not take {len(data)} bytes")
-    return Payload(dtype, tuple(shape), data, rows)
+    size = prod(shape) * ITEM_BYTES[dtype]
+    match packing:
+        case [] if size == len(data):
+            return Payload(dtype, tuple(shape), data, rows)
+        case [str(how)] if how and shape and len(data) <= size + SCALE_BYTES * shape[0]:  # `unpack` knows the rest
+            return Payload(dtype, tuple(shape), data, rows, how)
+        case _:
+            raise RemoteProtocolError(f"{dtype} {tuple(shape)} does not take {len(data)} bytes")
 
 
 def _control(kind: Kind, data: memoryview) -> Report | Command | Status:

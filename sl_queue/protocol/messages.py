@@ -45,6 +45,7 @@ class Payload:
     shape: tuple[int, ...]
     data: bytes | memoryview = field(repr=False)
     rows: bytes = field(default=b"", repr=False)
+    packing: str = ""  # how protocol/wire made it shorter for its way; empty: not at all
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.shape}"
@@ -52,7 +53,8 @@ class Payload:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Payload)
-            and (self.dtype, self.shape, self.rows) == (other.dtype, other.shape, other.rows)
+            and (self.dtype, self.shape, self.rows, self.packing)
+            == (other.dtype, other.shape, other.rows, other.packing)
             and bytes(self.data) == bytes(other.data)
         )
 

@@ -1,0 +1,233 @@
+"""Fewer bytes for a tensor on its way: narrower numbers, and zeros left out. The same in both directions.
+
+    [scales][which values are here, a bit each][values]
+
+A function of the tensor alone, so whoever computes a message again sends the same bytes, and a resumed run stays
+exact. float16 has one scale a message, a power of two that makes the largest number fit and keeps small gradients from
+vanishing; int8 has one a row. Without a narrower dtype nothing is lost.
+
+The gradient of a ReLU's zeros is never used. Where a base model ends in one, the bits that came with its activation
+also say which gradients are worth sending, and those come without bits of their own.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sl_queue.errors import RemoteProtocolError
+from sl_queue.protocol.messages import Payload
+
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+Compress = Literal["none", "bitmap", "zstd"]
+Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]  # (items,): which values travel
+
+_NARROWED: Final = ("float64", "float32")  # what a narrower dtype is taken of; others travel as they are
+_ITEM: Final[dict[str, Any]] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8}
+_BITS: Final[dict[int, Any]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_WIDTH: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_FITS: Final = 2.0**15  # the largest float16 is almost twice that
+_ZSTD_LEVEL: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How the tensors of a job travel. float32 means: as the models compute them."""
+
+    dtype: Dtype = "float32"
+    compress: Compress = "none"
+
+    def pack(self, payload: Payload, *, relu: bool = False, wanted: Mask | None = None) -> Payload:
+        """The payload as it travels.
+
+        `relu`: the zeros of this activation need no gradient. `wanted`: the values of this gradient that are used,
+        where the activation has said so; the others may arrive as zeros.
+        """
+        if self == AS_IT_IS:
+            return payload
+        exact = _exact(payload)
+        if wanted is not None:
+            exact = np.where(wanted.reshape(exact.shape), exact, exact.dtype.type(0))
+        narrow = self.dtype if self.dtype != "float32" and payload.dtype in _NARROWED else ""
+        scales, values = _narrowed(exact, narrow)
+        packing, body = self._compressed(exact, values, relu, wanted)
+        if packing == "none" and not narrow:
+            return payload
+        data = b"".join((scales, body))
+        return Payload(payload.dtype, payload.shape, data, payload.rows, f"{narrow or payload.dtype}/{packing}")
+
+    def _compressed(self, exact: Array, values: Array, relu: bool, wanted: Mask | None) -> tuple[str, bytes]:
+        """The way that is shortest, and its bytes."""
+        flat = values.reshape(-1)
+        if wanted is not None:
+            return "wanted", flat[wanted].tobytes()
+        if self.compress == "bitmap":
+            mask = nonzero(exact)
+            body = np.packbits(mask).tobytes() + flat[mask].tobytes()
+            if len(body) < flat.nbytes:
+                return "relu" if relu else "bitmap", body
+        elif self.compress == "zstd":
+            body = _zstd().compress(flat, asbytes=True)
+            if len(body) < flat.nbytes:
+                return "zstd", body
+        return "none", flat.tobytes()
+
+    def unpack(self, payload: Payload, wanted: Mask | None = None) -> Payload:
+        """The payload as it was, apart from what narrower numbers lose; one that was not packed as it is.
+
+        Its dtype and shape must have been compared with what is expected: they say how much is allocated. `wanted`:
+        the values of this gradient that were asked for. Raises RemoteProtocolError.
+        """
+        if not payload.packing:
+            return payload
+        narrow, _, packing = payload.packing.partition("/")
+        if narrow != payload.dtype and (narrow != self.dtype or payload.dtype not in _NARROWED):
+            raise RemoteProtocolError(f"{payload} travelled as {narrow[:20]}, the job says {self.dtype}")
+        items, item = prod(payload.shape), _item(payload.dtype, narrow)
+        n_scales = 0 if narrow == payload.dtype else {"float16": 1, "int8": payload.shape[0]}.get(narrow, 0)
+        data = memoryview(payload.data)
+        scales = np.frombuffer(_taken(data, 4 * n_scales, payload), np.float32)
+        values = _values(data[4 * n_scales :], packing, items, item, payload, wanted)
+        wide = _widened(scales, values.reshape(payload.shape), payload.dtype, narrow)
+        return Payload(payload.dtype, payload.shape, wide.reshape(-1).view(np.uint8).data, payload.rows)
+
+    def bytes_of(self, dtype: str, shape: tuple[int, ...], kept: float = 1.0) -> int:
+        """About how long a tensor is on its way when this share of its values is not zero; zstd counts as bitmap."""
+        narrow = self.dtype if self.dtype != "float32" and dtype in _NARROWED else dtype
+        items = prod(shape)
+        dense = items * _WIDTH[narrow]
+        scales = {"float16": 4, "int8": 4 * shape[0]}.get(narrow, 0) if narrow != dtype else 0
+        shorter = dense if self.compress == "none" else min(dense, round(dense * kept) + -(-items // 8))
+        return scales + shorter
+
+
+AS_IT_IS: Final = Wire()
+
+
+def asks_for_less(payload: Payload) -> Mask | None:
+    """The values of an activation's gradient that are worth sending, if its message says so; it was unpacked before."""
+    if not payload.packing.endswith("/relu"):
+        return None
+    items = prod(payload.shape)
+    narrow = payload.packing.partition("/")[0]
+    start = 4 * payload.shape[0] if narrow == "int8" else 4 * (narrow == "float16" and payload.dtype != "float16")
+    return _mask(memoryview(payload.data)[start:], items, payload)
+
+
+def nonzero(array: Array) -> Mask:
+    """Which items are not zero; a negative zero counts as a number, so that nothing is lost."""
+    mask: Mask = array.reshape(-1).view(_BITS[array.itemsize]) != 0
+    return mask
+
+
+def _exact(payload: Payload) -> Array:
+    """The numbers of a payload; of dtypes that NumPy does not know, their bits."""
+    dtype: Any = np.uint16 if payload.dtype == "bfloat16" else np.dtype(payload.dtype)
+    return np.frombuffer(payload.data, dtype).reshape(payload.shape)
+
+
+def _item(dtype: str, narrow: str) -> Any:
+    """The type of the values that travel."""
+    return np.float64 if narrow == dtype == "float64" else _ITEM[narrow]
+
+
+# Narrower numbers -----------------------------------------------------------------------------------------------
+
+
+@np.errstate(under="ignore")
+def _narrowed(exact: Array, narrow: str) -> tuple[bytes, Array]:
+    """Scales as bytes, and the values."""
+    match narrow:
+        case "float16":
+            scale = np.float32(2.0) ** np.float32(_exponent(exact))
+            return scale.tobytes(), (exact * (exact.dtype.type(1) / exact.dtype.type(scale))).astype(np.float16)
+        case "int8":
+            rows = exact.reshape(len(exact), -1)
+            scales = (np.abs(rows).max(axis=1) / 127).astype(np.float32)
+            divisors = np.where(scales == 0, np.float32(1), scales).astype(exact.dtype)
+            values = np.clip(np.rint(rows / divisors[:, None]), -127, 127).astype(np.int8)
+            return scales.tobytes(), values
+        case "bfloat16":
+            bits = exact.astype(np.float32, copy=False).view(np.uint32)
+            return b"", ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        case _:
+            return b"", exact
+
+
+def _exponent(exact: Array) -> int:
+    """Of the power of two by which the largest number is divided to fit float16; within float32's own."""
+    largest = float(np.abs(exact).max())
+    _, exponent = np.frexp(largest / _FITS)
+    return int(np.clip(exponent, -126, 126)) if largest else 0
+
+
+@np.errstate(all="ignore")  # what a peer's scales make of it is looked at when it is a tensor
+def _widened(scales: Array, values: Array, dtype: str, narrow: str) -> Array:
+    """Numbers of the dtype that was computed with, in C order."""
+    if narrow == dtype:
+        return np.ascontiguousarray(values)
+    wide = np.dtype(dtype)
+    match narrow:
+        case "float16":
+            wider: Array = values.astype(wide) * wide.type(scales[0])
+            return wider
+        case "int8":
+            rows = values.reshape(len(values), -1).astype(wide) * scales.astype(wide)[:, None]
+            return np.ascontiguousarray(rows.reshape(values.shape))
+        case _:
+            return (values.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(wide, copy=False)
+
+
+# Zeros left out -------------------------------------------------------------------------------------------------
+
+
+def _values(
+    data: memoryview, packing: str, items: int, item: Any, payload: Payload, wanted: Mask | None
+) -> Array:  # (items,)
+    """All values, with the zeros that did not travel."""
+    size = np.dtype(item).itemsize
+    match packing:
+        case "none":
+            return np.frombuffer(_all(data, items * size, payload), item)
+        case "zstd":
+            try:
+                body = _zstd().decompress(data, decompressed_size=items * size, asbytes=True)
+            except (OSError, ValueError):
+                raise RemoteProtocolError(f"{payload}: zstd cannot restore {items * size} bytes") from None
+            return np.frombuffer(body, item)
+        case "bitmap" | "relu":
+            mask = _mask(data, items, payload)
+            data = data[-(-items // 8) :]
+        case "wanted" if wanted is not None:
+            mask = wanted
+        case _:
+            raise RemoteProtocolError(f"{payload} is packed in a way that nobody asked for: {packing[:20]!r}")
+    values = np.zeros(items, item)
+    values[mask] = np.frombuffer(_all(data, int(mask.sum()) * size, payload), item)
+    return values
+
+
+def _mask(data: memoryview, items: int, payload: Payload) -> Mask:
+    bits = np.frombuffer(_taken(data, -(-items // 8), payload), np.uint8)
+    return np.unpackbits(bits, count=items).view(np.bool_)
+
+
+def _taken(data: memoryview, size: int, payload: Payload) -> memoryview:
+    if len(data) < size:
+        raise RemoteProtocolError(f"{payload}, packed as {payload.packing}, is cut short")
+    return data[:size]
+
+
+def _all(data: memoryview, size: int, payload: Payload) -> memoryview:
+    if len(data) != size:
+        raise RemoteProtocolError(f"{payload}, packed as {payload.packing}: {size} bytes expected, {len(data)} here")
+    return data
+
+
+def _zstd() -> Any:
+    import pyarrow as pa  # only who wants it waits for it
+
+    return pa.Codec("zstd", compression_level=_ZSTD_LEVEL)
