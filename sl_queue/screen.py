@@ -2,6 +2,7 @@
 rest to stderr; where that is no terminal, an epoch is a line instead of a bar."""
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +19,12 @@ if TYPE_CHECKING:  # it would bring torch
 
 Status = Mapping[str, Any]
 
+FILE_WIDTH = 200  # columns of a table that goes to a file or another program: nothing is wrapped
 RATE_OVER_S = 5.0  # samples/s is the mean over the last seconds
 
 
 def stdout() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
 def stderr() -> Console:
