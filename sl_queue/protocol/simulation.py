@@ -1,0 +1,245 @@
+"""How long a step would take: the pipeline's own actions, played with measured costs instead of models. Pure.
+
+Each worker does its actions in order; a message is handled (by driver and broker), then carried over its party's link,
+one after the other in each direction. Where all parties share one machine's cores, what is computed or handled at the
+same time is slowed down evenly.
+"""
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.pipeline import Backward, Begin, Commit, Evaluate, Forward, Fuse, Pipeline, Update
+
+LABEL = ""  # the label holder's name in here: no party can be called so
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A cost with a fixed part and one for each row or byte, in seconds."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+
+    def __call__(self, count: float) -> float:
+        return self.fixed + self.each * count
+
+    def __add__(self, other: "Affine") -> "Affine":
+        return Affine(self.fixed + other.fixed, self.each + other.each)
+
+    @classmethod
+    def through(cls, one: tuple[float, float], other: tuple[float, float]) -> "Affine":
+        """The line through two measured (count, seconds), never falling and never below zero."""
+        (few, little), (many, much) = sorted((one, other))
+        each = max(0.0, (much - little) / (many - few)) if many > few else 0.0
+        return cls(max(0.0, little - each * few), each)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureCosts:
+    """What a feature party's micro-batch costs, by its rows, and its messages' sizes."""
+
+    forward: Affine
+    backward: Affine
+    update_s: float
+    activation_bytes: Affine  # by rows
+    gradient_bytes: Affine
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """All that a run's speed depends on, apart from its pipeline."""
+
+    features: Mapping[str, FeatureCosts]
+    fuse: Affine  # of one micro-batch with all parties' activations, by rows
+    fuse_update_s: float
+    commit_s: float
+    handling: Affine  # of one message by drivers and broker, by bytes
+    rtt_s: float = 0.0
+    bytes_per_s: float | None = None  # of a party's link, each way; None: no limit
+    cores: int | None = None  # that all parties and the broker share; None: enough for each
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a simulated run came to."""
+
+    step_s: float
+    busy: Mapping[str, float]  # by party, LABEL for the label holder: share of the time
+
+    @property
+    def bubble(self) -> float:
+        """The share of the time in which even the busiest party waits."""
+        return 1.0 - max(self.busy.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Await:
+    message: tuple[str, str, MicroBatch]  # party, kind, which
+
+
+@dataclass(frozen=True, slots=True)
+class _Send:
+    message: tuple[str, str, MicroBatch]
+    size: float  # bytes
+
+
+_Script = Generator["_Work | _Await | _Send", None, None]
+
+
+def simulate(pipeline: Pipeline, costs: Costs, warm_up: int = 0) -> Prediction:
+    """Play the whole of `pipeline`; steps before `warm_up` do not count."""
+    return _Simulation(pipeline, costs).run(warm_up)
+
+
+class _Simulation:
+    """One run. Mutable: its clock moves on."""
+
+    def __init__(self, pipeline: Pipeline, costs: Costs) -> None:
+        self._pipeline, self._costs = pipeline, costs
+        self._now = 0.0
+        self._numbers = itertools.count()
+        self._computing: dict[str, float] = {}  # seconds of work left, by worker or line
+        self._due: list[tuple[float, int, tuple[str, str, MicroBatch]]] = []  # messages under way
+        self._arrived: set[tuple[str, str, MicroBatch]] = set()
+        self._awaited: dict[tuple[str, str, MicroBatch], str] = {}
+        self._lines: dict[str, deque[_Send]] = {}  # by party and direction: what waits to be handled
+        self._link_free: dict[str, float] = {}
+        self._busy: dict[str, float] = {}
+        self._updates: list[tuple[float, dict[str, float]]] = []
+        self._scripts: dict[str, _Script] = {LABEL: self._label()}
+        self._scripts |= {party: self._feature(party) for party in costs.features}
+
+    def run(self, warm_up: int) -> Prediction:
+        for worker in self._scripts:
+            self._busy[worker] = 0.0
+            self._advance(worker)
+        while self._computing or self._due:
+            self._to_next_event()
+        (began, busy_then), (ended, busy) = self._updates[warm_up], self._updates[-1]
+        steps = len(self._updates) - 1 - warm_up
+        spent = ended - began
+        return Prediction(spent / steps, {w: min(1.0, (busy[w] - busy_then[w]) / spent) for w in self._scripts})
+
+    # The workers ------------------------------------------------------------------------------------------------
+
+    def _feature(self, party: str) -> _Script:
+        costs = self._costs.features[party]
+        for action in self._pipeline.feature_actions(0):
+            match action:
+                case Forward(micro_batch):
+                    rows = self._rows(micro_batch)
+                    yield _Work(costs.forward(rows))
+                    yield _Send((party, "activation", micro_batch), costs.activation_bytes(rows))
+                case Backward(micro_batch):
+                    yield _Await((party, "gradient", micro_batch))
+                    yield _Work(costs.backward(self._rows(micro_batch)))
+                case Update():
+                    yield _Work(costs.update_s)
+                case Commit():
+                    yield _Work(self._costs.commit_s)
+                case Begin() | Evaluate() | Fuse():
+                    pass  # what happens once an epoch is not looked at
+                case _:
+                    assert_never(action)
+
+    def _label(self) -> _Script:
+        for action in self._pipeline.label_actions(0):
+            match action:
+                case Fuse(micro_batch):
+                    rows = self._rows(micro_batch)
+                    for party in self._costs.features:
+                        yield _Await((party, "activation", micro_batch))
+                    yield _Work(self._costs.fuse(rows))
+                    for party, costs in self._costs.features.items():
+                        yield _Send((party, "gradient", micro_batch), costs.gradient_bytes(rows))
+                case Update():
+                    yield _Work(self._costs.fuse_update_s)
+                    self._updates.append((self._now, dict(self._busy)))
+                case Commit():
+                    yield _Work(self._costs.commit_s)
+                case Begin() | Evaluate() | Forward() | Backward():
+                    pass
+                case _:
+                    assert_never(action)
+
+    def _rows(self, micro_batch: MicroBatch) -> int:
+        batches = self._pipeline.batches
+        size, larger = divmod(batches.rows_in_step(micro_batch.step), batches.parts(micro_batch.step))
+        return size + (micro_batch.index < larger)
+
+    # The clock --------------------------------------------------------------------------------------------------
+
+    def _advance(self, worker: str) -> None:
+        """Let a worker go on until it computes or waits."""
+        for wish in self._scripts[worker]:
+            match wish:
+                case _Work(seconds):
+                    self._computing[worker] = seconds
+                    return
+                case _Await(message):
+                    if message in self._arrived:
+                        self._arrived.discard(message)
+                        continue
+                    self._awaited[message] = worker
+                    return
+                case _Send((party, kind, _)):
+                    line = f"{kind} of {party}"
+                    waiting = self._lines.setdefault(line, deque())
+                    waiting.append(wish)
+                    if len(waiting) == 1:
+                        self._computing[line] = self._costs.handling(wish.size)
+
+    def _to_next_event(self) -> None:
+        """To the moment at which the next work ends or the next message arrives."""
+        cores = self._costs.cores
+        rate = 1.0 if cores is None or not self._computing else min(1.0, cores / len(self._computing))
+        first = min(self._computing, key=self._computing.__getitem__, default=None)
+        ends = self._now + self._computing[first] / rate if first is not None else float("inf")
+        if self._due and self._due[0][0] <= ends:
+            moment, _, message = heapq.heappop(self._due)
+            self._pass(moment, rate)
+            self._deliver(message)
+            return
+        assert first is not None
+        self._pass(ends, rate)
+        del self._computing[first]
+        if first in self._scripts:
+            self._advance(first)
+        else:
+            self._handled(first)
+
+    def _pass(self, moment: float, rate: float) -> None:
+        passed, self._now = moment - self._now, moment
+        for name in self._computing:
+            self._computing[name] = max(0.0, self._computing[name] - passed * rate)
+            if name in self._busy:
+                self._busy[name] += passed
+
+    def _handled(self, line: str) -> None:
+        """A message is through driver and broker: on to the link, and the next one after it."""
+        waiting = self._lines[line]
+        sent = waiting.popleft()
+        if waiting:
+            self._computing[line] = self._costs.handling(waiting[0].size)
+        free = max(self._now, self._link_free.get(line, 0.0))
+        if self._costs.bytes_per_s is not None:
+            free += sent.size / self._costs.bytes_per_s
+        self._link_free[line] = free
+        heapq.heappush(self._due, (free + self._costs.rtt_s / 2, next(self._numbers), sent.message))
+
+    def _deliver(self, message: tuple[str, str, MicroBatch]) -> None:
+        worker = self._awaited.pop(message, None)
+        if worker is None:
+            self._arrived.add(message)
+        else:
+            self._advance(worker)
