@@ -14,13 +14,9 @@ FILES = ("bank.toml", "insurer.toml")
 
 
 def write_credit(folder: Path, rows: int = ROWS) -> Path:
-    """Job, party files and models of the example without a broker, and made-up tables; returns the job file."""
+    """Job, party files and models of the example, and made-up tables; returns the job file."""
     for name in ("job.toml", "bank.toml", "insurer.toml", "bank.py", "insurer.py"):
         shutil.copy(EXAMPLE / name, folder)
-    for name in FILES:
-        path = folder / name
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if not line.startswith("broker")))
     random = np.random.default_rng(0)
     bank, insurer = random.standard_normal((3, rows)), random.standard_normal((2, rows))
     labels = (bank[0] + insurer[0] > 0).astype(np.int64)
