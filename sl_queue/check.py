@@ -10,18 +10,19 @@ from enum import StrEnum
 from math import prod
 from pathlib import Path
 from typing import Generic, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.equality import first_step_difference
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.data.table import read_table
-from sl_queue.errors import AlignmentError, ComputeError, SlQueueError
+from sl_queue.errors import AlignmentError, BrokerUnreachable, ComputeError, SlQueueError
 from sl_queue.job import Job, PartyFile, redacted
 from sl_queue.launch import MEMORY, PREFETCH_MARGIN, topology
-from sl_queue.operate import read_status
+from sl_queue.party_file import read_url
 from sl_queue.ports import Table
 from sl_queue.protocol.codec import ITEM_BYTES, OVERHEAD_BYTES
-from sl_queue.protocol.messages import SCHEDULER, MicroBatch, Payload
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, MicroBatch, Payload
 from sl_queue.protocol.pipeline import Action, Commit, Update, notation
 from sl_queue.protocol.row_order import Batches
 
@@ -320,17 +321,44 @@ def _names(check: _Check, job: Job, broker: str) -> None:
         check.note(f"{role}: writes to exchange {names.exchange(role)}, reads queues {queues}")
 
 
-def _reached(job: Job, broker: str) -> bool:
-    read_status(job, broker, timeout_s=0.0)
-    return True
-
-
 def _brokers(check: _Check, job: Job, files: Sequence[PartyFile], broker: str | None) -> None:
-    """Whether every broker that is named can be reached with the login given."""
-    urls = {broker} if broker else {file.broker for file in files if file.broker}
-    network = sorted(url for url in urls if not url.startswith(MEMORY))
-    for url in network:
-        if check.attempt(lambda url=url: _reached(job, url)):  # type: ignore[misc]
-            check.ok(f"broker {redacted(url)}: reached, login accepted")
-    for url in network or [MEMORY]:
+    """Whether every broker that is named can be reached, and whether each login may do what it must and no more."""
+    logins = [(read_url(broker), _role(job, broker, files))] if broker else _logins(check, files)
+    network = [(url, role) for url, role in logins if not url.startswith(MEMORY)]
+    for url, role in network:
+        check.attempt(lambda url=url, role=role: _rights(check, job, url, role))  # type: ignore[misc]
+    for url in sorted({url for url, _ in network}) or [MEMORY]:
         _names(check, job, url)
+
+
+def _logins(check: _Check, files: Sequence[PartyFile]) -> list[tuple[str, str]]:
+    """The broker of each party file that names one, and as whom it logs in there."""
+    named = [file for file in files if file.broker]
+    urls = [(check.attempt(file.broker_url), file.party) for file in named]
+    return [(url, party) for url, party in urls if url is not None]
+
+
+def _role(job: Job, broker: str, files: Sequence[PartyFile]) -> str:
+    """Whose login it is: users are named after job and role, or it is that of the one party at hand."""
+    user = unquote(urlsplit(read_url(broker)).username or "")
+    role = user.removeprefix(f"{job.name}.")
+    if role != user and role in (*job.parties, SCHEDULER):
+        return role
+    return files[0].party if len(files) == 1 else OPERATOR
+
+
+def _rights(check: _Check, job: Job, url: str, role: str) -> None:
+    from sl_queue.transport.rabbitmq_rights import try_rights  # a check without a broker loads no pika
+
+    rights = try_rights(url, role, topology(job, url))
+    check.ok(f"broker {redacted(url)}: reached, login accepted, tried as {role}")
+    if rights.too_wide:
+        check.warn(
+            f"{role}'s login can do more than it needs: {', '.join(rights.too_wide)}; `sl-queue provision` writes "
+            "logins with the least rights"
+        )
+    if rights.missing:
+        raise BrokerUnreachable(
+            f"{role}'s login lacks rights: {', '.join(rights.missing)}; import the definitions that `sl-queue "
+            "provision` wrote"
+        )

@@ -12,7 +12,6 @@ from typer.core import TyperGroup
 
 from sl_queue.errors import JobError, PeerSilent, RunStopped
 from sl_queue.exits import DEBUG, leaving
-from sl_queue.security import KEY
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
     from sl_queue.job import Job, PartyFile
@@ -39,9 +38,13 @@ app = typer.Typer(
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job file, the same at every party.")]
 PartyPaths = Annotated[list[Path], typer.Argument(metavar="PARTY...", help="The party files.")]
-Broker = Annotated[str | None, typer.Option(envvar="SL_QUEUE_BROKER", show_envvar=True, help="URL of the broker.")]
+Broker = Annotated[
+    str | None,
+    typer.Option(envvar="SL_QUEUE_BROKER", show_envvar=True, help="URL of the broker, or file:PATH of a file with it."),
+]
 OperatorKey = Annotated[
-    Path | None, typer.Option("--key", envvar=KEY, show_envvar=True, help="The operator's key, if the job seals.")
+    Path | None,
+    typer.Option("--key", envvar="SL_QUEUE_KEY", show_envvar=True, help="The operator's key, if the job seals."),
 ]
 
 
@@ -78,6 +81,22 @@ def check(
 
 
 @app.command()
+def plan(
+    job: JobPath,
+    parties: PartyPaths,
+    rtt: Annotated[float, typer.Option(min=0, help="Milliseconds from a feature party to the broker and back.")] = 0.0,
+    bandwidth: Annotated[float | None, typer.Option(min=0.001, help="Mbit/s of that link; default: no limit.")] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="Cores that all parties share, if on one machine.")] = None,
+) -> None:
+    """Measure a few steps here, and rank the pipelines: which [pipeline] and [wire] are fastest over that link."""
+    from sl_queue.job import Job, PartyFile
+    from sl_queue.plan import Link, lines, plan_job
+
+    found = plan_job(Job.load(job), [PartyFile.load(path) for path in parties], Link(rtt, bandwidth, cores))
+    print("\n".join(lines(found)))
+
+
+@app.command()
 def local(
     job: JobPath,
     parties: PartyPaths,
@@ -96,7 +115,7 @@ def local(
 
     require_all(agreed, list(files.values()))
     places = _places(agreed, files, out)
-    url = broker or MEMORY
+    url = _read_url(broker or MEMORY)
     if url.startswith(MEMORY):
         history = _run_threads(agreed, list(files.values()), places)
     else:
@@ -275,12 +294,19 @@ def chaos(
     raise typer.Exit(0 if verdict.passed else 1)
 
 
+def _read_url(broker: str) -> str:
+    from sl_queue.party_file import read_url
+
+    return read_url(broker)
+
+
 def _network(broker: str | None) -> str:
     if broker is None:
         raise JobError("which broker? give --broker amqps://... or set SL_QUEUE_BROKER")
-    if broker.startswith(MEMORY):
+    url = _read_url(broker)
+    if url.startswith(MEMORY):
         raise JobError("a run over memory:// lives in one process and shows itself there; Ctrl-C stops it")
-    return broker
+    return url
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def rights_of(topology: Topology, role: str) -> Rights:
     exchange = topology.exchange(role)
     queues = [topology.queue(role, sender) for sender in topology.senders_to(role)]
     keys = [
-        rf"[^.]+\.({'|'.join(_kinds(topology, role, receiver))})\.{re.escape(receiver)}"
+        rf"[^.]+\.({'|'.join(kinds_between(topology, role, receiver))})\.{re.escape(receiver)}"
         for receiver in topology.receivers_of(role)
     ]
     return Rights(
@@ -100,7 +100,7 @@ def is_hash_of(password: str, password_hash: str) -> bool:
     return compare_digest(hashed(password, salt), password_hash)
 
 
-def _kinds(topology: Topology, sender: str, receiver: str) -> Sequence[Kind]:
+def kinds_between(topology: Topology, sender: str, receiver: str) -> Sequence[Kind]:
     """What the one may send the other."""
     if SCHEDULER in (sender, receiver) or OPERATOR in (sender, receiver):
         return (Kind.COMMAND, Kind.REPORT) if sender == SCHEDULER else (Kind.REPORT,)

@@ -20,6 +20,7 @@ from sl_queue.compute.models import fingerprint, limit_threads
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError, SlQueueError
 from sl_queue.job import Job, PartyFile
+from sl_queue.party_file import BROKER, read_url
 from sl_queue.ports import Table
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.pipeline import Pipeline
@@ -202,9 +203,10 @@ def run_worker(
 ) -> None:
     """One role in this process until it ends. Raises SlQueueError; RunStopped if the run was stopped on purpose."""
     if role == "scheduler":
-        url = broker or os.environ.get("SL_QUEUE_BROKER")
-        if url is None:
-            raise JobError("the scheduler needs a broker: give --broker URL or set SL_QUEUE_BROKER")
+        given = broker or os.environ.get(BROKER)
+        if given is None:
+            raise JobError(f"the scheduler needs a broker: give --broker URL or set {BROKER}")
+        url = read_url(given)
         require_network(url)
         seal = sealing(job, SCHEDULER, key_file(key), url)
         serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), lambda _: None, Channels(), seal)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 LOSSES = ("bce_with_logits", "cross_entropy", "mse")
 BROKER = "SL_QUEUE_BROKER"  # environment variable: overrides the broker of a party file
 
-_URL = "memory:// or a URL like amqps://user:password@host:5671/vhost"
+_URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one"
+_IN_FILE = "file:"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,6 +193,7 @@ class PartyFile(Declared):
         """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none."""
         for where, url in (("--broker", option), (BROKER, os.environ.get(BROKER)), ("broker", self.broker)):
             if url:
+                url = read_url(url, self._folder if where == "broker" else None)
                 problem = _url_problem(url)
                 if problem is not None:
                     raise JobError(f"{where} = {problem}")
@@ -215,6 +217,17 @@ class PartyFile(Declared):
             raise JobError("\n  ".join(f"party {self.party!r}: {problem}" for problem in problems))
 
 
+def read_url(url: str, folder: Path | None = None) -> str:
+    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else."""
+    if not url.startswith(_IN_FILE):
+        return url
+    try:
+        return (Path() if folder is None else folder).joinpath(url.removeprefix(_IN_FILE)).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not text"
+        raise JobError(f"{url}: the broker's URL cannot be read: {reason}") from None
+
+
 def _url_problem(url: str) -> str | None:
     """What is wrong with a broker's URL, without its password, or None."""
     try:
@@ -223,7 +236,7 @@ def _url_problem(url: str) -> str | None:
         good = parts.hostname is not None and parts.port != 0 and "@" not in rest
     except ValueError:
         good = False
-    if url == "memory://" or (good and re.match(r"amqps?://", url)):
+    if url == "memory://" or url.startswith(_IN_FILE) or (good and re.match(r"amqps?://", url)):
         return None
     return f"{redacted(url)!r}; it must be {_URL} (in a password, write @ as %40, / as %2F, : as %3A)"
 

@@ -700,3 +700,19 @@ def test_what_cannot_be_imported_is_explained(tmp_path: Path, name: str, expecte
     with pytest.raises(JobError, match=expected) as raised:
         imported(name, tmp_path)
     assert repr(name) in str(raised.value)
+
+
+def test_a_url_may_lie_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SL_QUEUE_BROKER", raising=False)
+    written(tmp_path, "broker.url", "amqps://bank:secret@broker/credit\n")
+    bank = PartyFile.load(
+        written(tmp_path, "bank.toml", BANK_TOML.replace('"amqps://bank@broker:5671/credit"', '"file:broker.url"'))
+    )
+    assert bank.broker_url() == "amqps://bank:secret@broker/credit"
+    assert bank.broker_url(f"file:{tmp_path / 'broker.url'}") == "amqps://bank:secret@broker/credit"
+    assert "secret" not in repr(bank)
+    (tmp_path / "broker.url").write_text("http://bank:secret@broker/credit")
+    for url in (None, "file:nowhere.url"):
+        with pytest.raises(JobError) as raised:
+            bank.broker_url(url)
+        assert "secret" not in str(raised.value) and "broker" in str(raised.value)

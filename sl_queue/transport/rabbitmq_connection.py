@@ -133,7 +133,7 @@ class Connection:
         self._pika = AsyncioConnection(
             self._address.parameters(self._name),
             on_open_callback=lambda _: _resolve(self._opened, None),
-            on_open_error_callback=lambda _, error: _resolve(self._opened, _why_not(error, self._address)),
+            on_open_error_callback=lambda _, error: _resolve(self._opened, why_not(error, self._address)),
             on_close_callback=lambda _, error: _resolve(self.lost, _said(error)),
             custom_ioloop=asyncio.get_running_loop(),
         )
@@ -329,7 +329,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             return
 
 
-def _why_not(error: BaseException, address: Address) -> Lost | Denied:
+def why_not(error: BaseException, address: Address) -> Lost | Denied:
     """Why a connection could not be opened, and whether another attempt may help."""
     text = " ".join(str(cause) for cause in _causes(error))
     if isinstance(error, ProbableAuthenticationError) and "ACCESS_REFUSED" in text:
