@@ -4,11 +4,13 @@ They are forked from a process that has torch loaded, so a worker starts in a fr
 goes to a file, where it is found even if the worker was killed right after.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
 import resource
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -84,12 +86,13 @@ class Crew:
         state: Path | None = None,
         job: Path | None = None,
         threads: int = 1,
+        log_level: str = "debug",
         prepare: tuple[Callable[..., None], Any] | None = None,  # called in the worker's process before it begins
     ) -> None:
         assert role not in self._running, f"{role} runs already"
         party = () if role == "scheduler" else ("--party", str(self.folder / f"{role}.toml"))
         arguments = ("--job", str(job or self.job), *party, "--state", str(state or self.states / role))
-        environ = {"SL_QUEUE_BROKER": url or self.url, "SL_QUEUE_THREADS": str(threads), "SL_QUEUE_LOG": "debug"}
+        environ = {"SL_QUEUE_BROKER": url or self.url, "SL_QUEUE_THREADS": str(threads), "SL_QUEUE_LOG": log_level}
         self._starts[role] += 1
         log = self.log_file(role)
         log.touch()
@@ -105,6 +108,10 @@ class Crew:
         process = self._running.pop(role)
         process.kill()
         process.join(WAIT_S)
+
+    def disown(self, role: str) -> Any:
+        """Its process, which another one of that role may now replace; killed when this test process ends."""
+        return self._running.pop(role)
 
     def signal(self, role: str, number: signal.Signals) -> None:
         os.kill(self.pid(role), number)
@@ -167,6 +174,10 @@ class Crew:
         while max(self.steps(role)[-1], default=-1) < step:
             assert time.monotonic() < deadline, f"{role} did not do step {step}:\n{self.tail(role)}"
             time.sleep(0.005)
+
+    def await_first_step(self, role: str) -> None:
+        """Until the newest process of a role has done a step, whichever."""
+        self.await_log(role, " is done")
 
     def steps(self, role: str) -> list[list[int]]:
         """The steps that each process of a role has done, in order."""
@@ -247,6 +258,14 @@ def _is_at(name: str, event: str, arguments: tuple[Any, ...]) -> bool:
             return event == "open" and isinstance(flags, int) and bool(flags & os.O_DIRECTORY)
         case _:
             raise ValueError(name)
+
+
+def obey_rights(_: object) -> None:
+    """Root may write anywhere; give up that privilege."""
+    version, pid, nothing = 0x20080522, 0, 0
+    header = struct.pack("Ii", version, pid)
+    if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).capset(header, struct.pack("6I", *[nothing] * 6)) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def limit_file_size(size_bytes: int) -> None:

@@ -213,14 +213,18 @@ class Session:
     # Publishing -------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Publish what waits, as far as the window allows."""
-        while self._out is not None and self._mending is None and self._in_flight < IN_FLIGHT_BYTES:
+        """Publish what waits, as far as the window allows.
+
+        Nothing after the end: what an ended session takes is taken from the next one.
+        """
+        out = self._out
+        while out is not None and not self.ended.done() and not self._mending and self._in_flight < IN_FLIGHT_BYTES:
             taken = self._unconfirmed.take()
-            if taken is None or self.ended.done():
+            if taken is None:
                 return
             number, message = taken
             try:
-                self._out.publish(
+                out.publish(
                     number,
                     message.exchange,
                     message.routing_key,
@@ -230,7 +234,8 @@ class Session:
                     headers=message.headers,
                 )
             except Lost:
-                return  # the session is ending, and the message waits for the next one
+                self._unconfirmed.again([number])  # the session is ending: it waits for the next one
+                return
             self._tag += 1
             self._sent[self._tag] = taken
             self._in_flight += len(message.body)
