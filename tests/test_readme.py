@@ -33,10 +33,10 @@ def _not_tracked(names: list[str]) -> set[str]:
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SL_QUEUE_")}
     environ = {**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=180, check=False)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_its_commands_run(folder: Path, broker_url: str) -> None:
     shell = blocks("sh")
     assert len(shell) == 3
