@@ -335,12 +335,26 @@ def test_a_scheduler_that_was_started_again_is_told_anew_who_is_here(post: Post)
     post.listen()
     here = Joined("a1", {}, 9, "d", "integer", None, 0, ())
     bank.introduce(lambda: here)
-    post.publish("a", SCHEDULER, body(Alive("s1"), SCHEDULER, "a"))
-    assert post.reported(Joined) == [here]
-    post.publish("a", SCHEDULER, body(Alive("s2"), SCHEDULER, "a"))
-    threading.Timer(0.05, lambda: post.command("a", Start("a1", "r"))).start()
+    for scheduler in ("s1", "s2"):
+        post.publish("a", SCHEDULER, body(Alive(scheduler), SCHEDULER, "a"))
+        post.publish("a", SCHEDULER, body(Alive(scheduler), SCHEDULER, "a"))
+        threading.Timer(0.05, lambda: post.command("a", Open("a1", 0))).start()
+        bank.until(lambda orders: orders.open)
+        post.command("a", Start("a1", "r", (-1,) * int(scheduler[1])))
+    assert [joined.to for joined in post.reported(Joined)] == ["", "s1", "s2"]
+
+
+def test_who_joined_an_earlier_scheduler_is_asked_again_before_it_is_believed(post: Post) -> None:
+    here = Joined("a0", {}, 9, "d", "integer", None, 0, ())
+    post.publish(SCHEDULER, "a", body(replace(here, to="s0"), "a", SCHEDULER), body(here, "a", SCHEDULER))
+    channel = scheduler(post)
+    assert channel.reports(timeout_s=0.0) == []
+    assert post.left(SCHEDULER, "a") == 0
+    bank = post.channel("a", adopt=False)
+    bank.introduce(lambda: replace(here, incarnation="a1"))
+    threading.Timer(0.1, lambda: post.command("a", Start("a1", "r"))).start()
     bank.until(lambda orders: orders.start)
-    assert post.reported(Joined) == [here, here]
+    assert channel.reports(timeout_s=1.0) == [("a", replace(here, incarnation="a1", to="s1"))]
 
 
 # Silence ------------------------------------------------------------------------------------------------------

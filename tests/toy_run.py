@@ -163,6 +163,10 @@ class ToyRun:
             raise self.errors[0]
         return self
 
+    def newest(self, party: str) -> int:
+        """The newest step that is on the party's disk."""
+        return max(tuple(self.stores[party].saved), default=-1) if party in self.stores else -1
+
     def weights(self) -> dict[str, Any]:
         return {party: self.stores[party].final_weights for party in self.topology.parties}
 

@@ -106,6 +106,7 @@ class Joined:
     """A worker is here: what it was asked to train, on which rows, and what it already holds.
 
     Sent at every start and after every reconnect, so that a scheduler that lost its memory can learn everything anew.
+    One that was meant for an earlier scheduler may have been left behind by a worker that is gone.
     """
 
     incarnation: str  # drawn anew by every worker process: commands to an earlier one are void
@@ -117,6 +118,7 @@ class Joined:
     generation: int
     held: tuple[int, ...]  # the steps whose checkpoints are on disk, ascending
     epochs: tuple[EpochResult, ...] = ()  # the label holder's history so far
+    to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
     type: Literal["joined"] = "joined"
 
 

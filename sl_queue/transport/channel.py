@@ -147,8 +147,8 @@ class PartyChannel:
                 self._check()
 
     def introduce(self, describe: Callable[[], Joined]) -> None:
-        self._describe = describe
-        self.report(describe())
+        self._describe, self._introduce_again = describe, True
+        self._introduce_if_needed()
 
     def report(self, report: Report) -> None:
         self._publish(SCHEDULER, Kind.REPORT, self._encode(SCHEDULER, report), persistent=True)
@@ -192,7 +192,8 @@ class PartyChannel:
                 taken = take()
                 if taken is not None:
                     return taken
-                self._changed.wait(min(0.5, pause_s))
+                if not self._introduce_again:
+                    self._changed.wait(min(0.5, pause_s))
             self._introduce_if_needed()
             waited = time.monotonic() - began
             if waited >= ask_at:
@@ -236,9 +237,11 @@ class PartyChannel:
             return time.monotonic() - self._heard[source]
 
     def _introduce_if_needed(self) -> None:
-        if self._introduce_again and self._describe is not None:
-            self._introduce_again = False
-            self.report(self._describe())
+        with self._changed:
+            again, self._introduce_again = self._introduce_again, False
+            scheduler = self._scheduler_incarnation or ""
+        if again and self._describe is not None:
+            self.report(replace(self._describe(), to=scheduler))
 
     # What the link calls ----------------------------------------------------------------------------------------
 
@@ -276,7 +279,7 @@ class PartyChannel:
             case Alive(incarnation):
                 self._note_committed(header)
                 if delivery.sender == SCHEDULER and incarnation != self._scheduler_incarnation:
-                    self._introduce_again = self._scheduler_incarnation is not None
+                    self._introduce_again = True
                     self._scheduler_incarnation = incarnation
             case Waiting():
                 pass  # answered in _on_delivery, outside of the lock

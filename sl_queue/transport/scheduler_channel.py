@@ -119,19 +119,21 @@ class LinkSchedulerChannel:
             log.warning("scheduler: rejected a message: %s", error)
             self._link.reject(delivery.tag, str(error))
             return
-        if opened is not None and self._is_late(delivery.sender, message, opened):
+        if self._is_late(delivery.sender, message, opened):
             self._link.acknowledge([delivery.tag])
             return
         with self._changed:
             self._inbox.append((delivery.sender, message, delivery.tag))  # type: ignore[arg-type]  # a Report by its kind
             self._changed.notify_all()
 
-    def _is_late(self, sender: str, message: Message, opened: Opened) -> bool:
+    def _is_late(self, sender: str, message: Message, opened: Opened | None) -> bool:
         """Whether it was said before, or to an earlier scheduler; who has not heard of this one is greeted at once."""
         if not isinstance(message, OF_THE_MOMENT):
             return False
-        if opened.fresh:
-            return not self._news.is_news(opened, message.type)
+        if opened is not None and opened.fresh and not self._news.is_news(opened, message.type):
+            return True
+        if (opened is None or opened.fresh) and (not isinstance(message, Joined) or message.to == self._incarnation):
+            return False
         if sender in self._parties:
             try:
                 self._greet(sender)
