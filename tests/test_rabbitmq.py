@@ -129,6 +129,20 @@ def test_a_cut_in_the_middle_of_a_large_message_costs_nothing(connect: Connect, 
     assert bank.reconnects == 1
 
 
+def test_what_is_published_between_two_connections_goes_out_with_the_next(
+    connect: Connect, url: str, proxy: Proxy
+) -> None:
+    insurer, bank = connect("insurer"), connect("bank", proxy.url(url))
+    proxy.refusing = True
+    proxy.cut()
+    refused = proxy.accepted + 2
+    await_that(lambda: proxy.accepted >= refused, "two attempts")
+    send(bank.link, "insurer", *numbered(10))
+    proxy.refusing = False
+    assert bank.link.flush(30.0)
+    assert [delivery.body for delivery in insurer.take(10)] == numbered(10)
+
+
 def test_after_a_cut_everything_unacknowledged_comes_again_and_earlier_tags_are_void(
     private_broker: Broker, vhost: str, url: str, connect: Connect, proxy: Proxy
 ) -> None:
