@@ -361,9 +361,9 @@ def test_who_joined_an_earlier_scheduler_is_asked_again_before_it_is_believed(po
 
 
 def test_a_worker_whose_peer_is_silent_for_too_long_says_whom_it_waited_for(post: Post) -> None:
+    began = time.monotonic()
     bank = post.channel("a", patience_s=0.05)
     post.listen()
-    began = time.monotonic()
     with pytest.raises(PeerSilent, match=r"party 'a' waits for gradient 2\.0 of party 'label', .* silent for"):
         bank.receive("label", Kind.GRADIENT, MicroBatch(2, 0))
     assert time.monotonic() - began > GIVE_UP * 0.05
