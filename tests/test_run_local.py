@@ -95,7 +95,9 @@ def party_files(folder: Path) -> list[sl_queue.PartyFile]:
         adam = {"name": "adam", "lr": 0.01}
         fuse = {"model": models["fuse"], "optimizer": adam, "loss": "bce_with_logits", "metrics": ["accuracy", "auroc"]}
         base = {"model": models[party], "optimizer": adam}
-        files.append(sl_queue.PartyFile(party=party, data=data, base=base, threads=1, **({"fuse": fuse} if is_label else {})))
+        files.append(
+            sl_queue.PartyFile(party=party, data=data, base=base, threads=1, **({"fuse": fuse} if is_label else {}))
+        )
     return files
 
 
