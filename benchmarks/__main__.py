@@ -4,38 +4,44 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import processes, report, training
+from benchmarks import bytes as fewer_bytes
+from benchmarks import parties, planner, processes, report, training, transport
 from benchmarks.training import Variant
+from sl_queue.private_broker import PrivateBroker
 
 YARDSTICK = Variant("joined")
 
-
-def _training(quick: bool, folder: Path) -> None:
-    _compare(folder, "training", "Training side by side", training.side_by_side(quick), YARDSTICK, 1 if quick else 3)
+Benchmark = Callable[[PrivateBroker, bool, Path], list[str]]
 
 
-def _links(quick: bool, folder: Path) -> None:
-    _compare(folder, "links", "Training over slow links", training.over_links(quick), None, 1 if quick else 3)
+def _training(broker: PrivateBroker, quick: bool, folder: Path) -> list[str]:
+    return _compared(broker, training.side_by_side(quick), YARDSTICK, 1 if quick else 3, folder / "training.png")
 
 
-def _compare(
-    folder: Path,
-    name: str,
-    title: str,
+def _links(broker: PrivateBroker, quick: bool, folder: Path) -> list[str]:
+    return _compared(broker, training.over_links(quick), None, 1, folder / "links.png")
+
+
+def _compared(
+    broker: PrivateBroker,
     comparisons: list[training.Comparison],
     yardstick: Variant | None,
     repeats: int,
-) -> None:
-    with training.broker() as broker:
-        found = [(comparison, training.run(comparison, repeats, broker)) for comparison in comparisons]
-    plot = report.plot(folder, name, found)
+    plot: Path,
+) -> list[str]:
+    found = [(comparison, training.run(comparison, repeats, broker)) for comparison in comparisons]
+    report.plot(plot, found)
     parts = [report.training(comparison, summaries, yardstick) for comparison, summaries in found]
-    report.write(folder, name, title, [*parts, f"![{title}]({plot.name})\n"])
+    return [*parts, f"![ms a step]({plot.name})\n"]
 
 
-BENCHMARKS: dict[str, Callable[[bool, Path], None]] = {
-    "training": _training,
-    "links": _links,
+BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
+    "training": ("Training side by side", _training),
+    "links": ("Training over slow links", _links),
+    "transport": ("The way of a message", lambda broker, quick, _: [transport.compare(broker, quick)]),
+    "wire": ("Fewer bytes", lambda broker, quick, _: [fewer_bytes.compare(broker, quick)]),
+    "plan": ("Predicted and measured", lambda broker, quick, _: [planner.compare(broker, quick)]),
+    "parties": ("Many parties", lambda broker, quick, _: [parties.compare(broker, quick)]),
 }
 
 
@@ -43,9 +49,7 @@ def main() -> None:
     """Run the benchmarks that are named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that everything runs; results in quick/"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; into quick/")
     given = parser.parse_args()
     unknown = set(given.names) - BENCHMARKS.keys()
     if unknown:
@@ -53,8 +57,10 @@ def main() -> None:
     folder = report.RESULTS / "quick" if given.quick else report.RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     processes.start()
-    for name in given.names or BENCHMARKS:
-        BENCHMARKS[name](given.quick, folder)
+    with PrivateBroker() as broker:
+        for name in given.names or BENCHMARKS:
+            title, benchmark = BENCHMARKS[name]
+            report.write(folder / f"{name}.md", title, benchmark(broker, given.quick, folder))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _cells(variant: Variant, summary: Summary, base: float | None, steps: int) -
     return [*cells, ", ".join(waiting), f"{sent:,.1f}", f"{summary.middle(lambda run: run.bubble):.0%}"]
 
 
-def plot(folder: Path, name: str, found: Sequence[tuple[Comparison, Mapping[Variant, Summary]]]) -> Path:
+def plot(path: Path, found: Sequence[tuple[Comparison, Mapping[Variant, Summary]]]) -> None:
     """Bars of the median time a step with the range, one panel a workload."""
     import matplotlib as mpl
 
@@ -78,15 +78,11 @@ def plot(folder: Path, name: str, found: Sequence[tuple[Comparison, Mapping[Vari
         panel.barh(names[::-1], middles[::-1], xerr=[side[::-1] for side in errors], capsize=3)
         panel.set_title(comparison.workload.name)
         panel.set_xlabel("ms a step (median, range)")
-    path = folder / f"{name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return path
 
 
-def write(folder: Path, name: str, title: str, parts: Iterable[str]) -> Path:
+def write(path: Path, title: str, parts: Iterable[str]) -> None:
     """The results file of a benchmark."""
-    path = folder / f"{name}.md"
     path.write_text("\n".join([f"# {title}\n", machine() + "\n", *parts]))
     print(path)
-    return path

@@ -145,4 +145,5 @@ def _serve(plan: Plan, role: str, connect: Callable[[str, int], Link], state: Pa
     def counted(party: str, prefetch: int) -> Any:
         return CountingLink(connect(party, prefetch), party)
 
-    launch.serve_party(plan.job, party_file(plan.workload, role), counted, state, launch.Channels())
+    metrics = ("auroc",) if plan.job.holdout else ()
+    launch.serve_party(plan.job, party_file(plan.workload, role, metrics), counted, state, launch.Channels())

@@ -1,7 +1,7 @@
 """Whole training runs side by side: all variants of a workload take turns, so that a busy minute hits them all."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -75,13 +75,6 @@ class Comparison:
     epochs: int
 
 
-@contextmanager
-def broker() -> Iterator[PrivateBroker]:
-    """A private broker for all runs."""
-    with PrivateBroker() as private:
-        yield private
-
-
 def run(comparison: Comparison, repeats: int, private: PrivateBroker) -> dict[Variant, Summary]:
     """Every variant `repeats` times, in turns."""
     found: dict[Variant, list[Measurement]] = {variant: [] for variant in comparison.variants}
@@ -89,7 +82,10 @@ def run(comparison: Comparison, repeats: int, private: PrivateBroker) -> dict[Va
         for variant in comparison.variants:
             measurement = _one(comparison, variant, private)
             found[variant].append(measurement)
-            print(f"{comparison.workload.name} {repeat + 1}/{repeats}: {variant}: {measurement.step_ms:.2f} ms a step")
+            print(
+                f"{comparison.workload.name} {repeat + 1}/{repeats}: {variant}: {measurement.step_ms:.2f} ms a step",
+                flush=True,
+            )
     return {variant: Summary(tuple(runs)) for variant, runs in found.items()}
 
 

@@ -3,6 +3,7 @@
 Every process makes the columns of its own party from a seed, so nothing large is handed over.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,7 @@ class Workload:
     batch: int
     micro_batches: int = 4
     real: bool = False  # scikit-learn's breast cancer table instead of random numbers
+    sleep_s: float = 0.0  # that a base model sleeps, forwards and backwards, in the place of computing
 
     @property
     def cut(self) -> int:
@@ -62,12 +64,38 @@ REAL = Workload("breast cancer", 569, {"bank": 15, LABEL: 15}, (32,), (16,), 32,
 WORKLOADS = {w.name: w for w in (W1, W2, SMALL, REAL)}
 
 
-def perceptron(sizes: Sequence[int], relu_at_the_end: bool) -> nn.Sequential:
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+class Sleep(nn.Module):
+    """Takes its time in both directions, and no core."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = _Sleep.apply(x, self.seconds)  # type: ignore[no-untyped-call]
+        return found
+
+
+def perceptron(sizes: Sequence[int], relu_at_the_end: bool, sleep_s: float = 0.0) -> nn.Sequential:
     """Linear layers with a ReLU after each, or after each but the last."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers if relu_at_the_end else layers[:-1])
+    layers = layers if relu_at_the_end else layers[:-1]
+    return nn.Sequential(*layers, *[Sleep(sleep_s)] * (sleep_s > 0))
 
 
 class Fuse(nn.Module):
@@ -120,19 +148,16 @@ def job_of(workload: Workload, epochs: int, **tables: Any) -> Job:
     return Job(**values | tables)
 
 
-def party_file(workload: Workload, party: str, threads: int = 1) -> PartyFile:
+def party_file(workload: Workload, party: str, metrics: Sequence[str] = ()) -> PartyFile:
     """A party's file, with its columns in memory."""
     parts: dict[str, Any] = {}
     own = None
     if party in workload.columns:
         own = features(workload, party)
-        args = {"sizes": workload.base_sizes(party), "relu_at_the_end": True}
+        args = {"sizes": workload.base_sizes(party), "relu_at_the_end": True, "sleep_s": workload.sleep_s}
         parts["base"] = {"model": perceptron, "args": args, "optimizer": ADAM}
     if party == LABEL:
-        metrics = ["auroc"] if workload.real else []
-        args = {"sizes": workload.fuse_sizes}
-        parts["fuse"] = {
-            "model": Fuse, "args": args, "optimizer": ADAM, "loss": "bce_with_logits", "metrics": metrics,
-        }  # fmt: skip
+        fuse = {"model": Fuse, "args": {"sizes": workload.fuse_sizes}, "optimizer": ADAM}
+        parts["fuse"] = {**fuse, "loss": "bce_with_logits", "metrics": list(metrics)}
     data = Rows(np.arange(workload.rows), own, labels(workload) if party == LABEL else None)
-    return PartyFile(party=party, data=data, threads=threads, **parts)
+    return PartyFile(party=party, data=data, threads=1, **parts)

@@ -1,0 +1,65 @@
+"""Is `sl-queue plan` right? What it predicts beside what is measured, with all parties on this machine."""
+
+import os
+from dataclasses import replace
+
+from benchmarks import transport
+from benchmarks.link import Speed
+from benchmarks.processes import together
+from benchmarks.report import table
+from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD_2, Comparison, Variant, run
+from benchmarks.workloads import LABEL, SMALL, W1, Workload, job_of, party_file
+from sl_queue.data.table import read_table
+from sl_queue.job import JobPipeline
+from sl_queue.plan import Link, costs_of, measure, played
+from sl_queue.private_broker import PrivateBroker
+from sl_queue.protocol.simulation import Affine
+from sl_queue.protocol.wire import Wire
+
+ORDERS = (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD_2)
+SPEEDS = (None, Speed(20.0))
+
+
+def handling(private: PrivateBroker, quick: bool) -> Affine:
+    """What one way through this broker takes, by bytes."""
+    found = {
+        size: transport.measure("link", size, 20 if quick else 100, 10, private, 900 + number)[0] / 2
+        for number, size in enumerate((16 * 1024, 1024 * 1024))
+    }
+    (few, little), (many, much) = found.items()
+    return Affine.through((few, little), (many, much))
+
+
+def predicted(workload: Workload, way: Affine) -> dict[tuple[str, Speed | None], float]:
+    """Milliseconds a step, by pipeline and link."""
+    import torch
+
+    torch.set_num_threads(1)
+    job = job_of(workload, 1)
+    files = {party: party_file(workload, party) for party in (*workload.feature_parties, LABEL)}
+    tables = {party: read_table(job, file) for party, file in files.items()}
+    measured = measure(job, files, tables)
+    found = {}
+    for speed in SPEEDS:
+        link = Link(0.0 if speed is None else speed.rtt_ms, cores=os.cpu_count())
+        costs = costs_of(job, measured, Wire(), link, way)
+        for order in ORDERS:
+            found[order.name, speed] = played(job, costs, JobPipeline(**order.table)).step_s * 1e3
+    return found
+
+
+def compare(private: PrivateBroker, quick: bool) -> str:
+    """Predicted and measured step times."""
+    way = handling(private, quick)
+    rows = []
+    for whole, steps in ((SMALL, 100), (W1, 60)):
+        workload = replace(whole, rows=whole.batch * (12 if quick else steps))
+        expected = together({"plan": (predicted, (workload, way))}, 120.0)["plan"]
+        variants = tuple(Variant("rabbitmq", order, speed=speed) for speed in SPEEDS for order in ORDERS)
+        for variant, summary in run(Comparison(workload, variants, 1), 1 if quick else 3, private).items():
+            said, took = expected[variant.order.name, variant.speed], summary.middle(lambda run: run.step_ms)
+            link = "loopback" if variant.speed is None else str(variant.speed)
+            rows.append(
+                (workload.name, variant.order.name, link, f"{said:.2f}", f"{took:.2f}", f"{said / took - 1:+.0%}")
+            )
+    return table(("", "pipeline", "link", "predicted ms", "measured ms", "off by"), rows)
