@@ -5,7 +5,7 @@ TORCH_INDEX ?=    # where PyTorch keeps its builds without CUDA: TORCH_INDEX=htt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test bench install clean
+.PHONY: demo test bench chaos install clean
 
 demo: $(INSTALLED)
 	$(BIN)/sl-queue demo
@@ -22,6 +22,11 @@ bench: $(INSTALLED)
 	sh tests/obtain_broker.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c ops/constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
+
+# A few minutes: thirty workers killed, three times the broker, connections cut, and not one bit of the weights differs.
+chaos: $(INSTALLED)
+	sh tests/obtain_broker.sh
+	cd examples/credit && $(CURDIR)/$(BIN)/sl-queue chaos chaos.toml bank.toml insurer.toml --kills 30 --broker-restarts 3 --cuts 6 --seed 1
 
 install: $(INSTALLED)
 
