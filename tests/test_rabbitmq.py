@@ -2,10 +2,11 @@
 
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import pika
@@ -508,11 +509,26 @@ def test_the_io_thread_ends_with_its_link(connect: Connect) -> None:
     assert "bank-io" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_link_may_be_closed_while_it_is_being_opened() -> None:
-    (port,) = free_ports(1)
-    link = RabbitLink(f"amqp://127.0.0.1:{port}/", "bank", two_parties(), limits=Limits(first_s=60.0))
-    threading.Timer(0.5, link.close).start()
-    began = time.monotonic()
-    with pytest.raises(TransportError, match="closed while it was being opened"):
-        Inbox(link).open()
-    assert time.monotonic() - began < 10.0
+def test_a_link_may_be_closed_while_it_is_being_opened(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        link = RabbitLink(f"amqp://127.0.0.1:{port}/", "bank", two_parties(), limits=Limits(first_s=60.0))
+        threading.Timer(0.3, link.close).start()
+        began = time.monotonic()
+        with pytest.raises(TransportError, match="party 'bank' is closed"):
+            Inbox(link).open()
+        assert time.monotonic() - began < 5.0
+    assert caplog.text == ""
+
+
+def test_a_link_may_be_closed_at_any_moment_of_its_beginning(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    links = [RabbitLink(url, "bank", two_parties(), limits=LIMITS) for _ in range(20)]
+    for number, link in enumerate(links):
+        closing = threading.Timer(0.005 * number, link.close)
+        closing.start()
+        with suppress(TransportError):
+            Inbox(link).open()
+        closing.join()
+    assert "asyncio" not in {record.name for record in caplog.records}
+    Inbox(link := RabbitLink(url, "bank", two_parties(), limits=LIMITS)).open()  # nothing is left that holds the lock
+    link.close()

@@ -53,6 +53,7 @@ class RabbitLink:
         self._acknowledged: list[Tag] = []
         self._woken = False
         self._session: Session | None = None
+        self._closed = False
         self._cut = False  # leave without a word
         self._loop: asyncio.AbstractEventLoop | None = None
         self._life: asyncio.Task[None] | None = None
@@ -68,7 +69,10 @@ class RabbitLink:
         on_failure: Callable[[SlQueueError], None],
     ) -> None:
         self._on_delivery, self._on_reconnect, self._on_failure = on_delivery, on_reconnect, on_failure
-        self._thread.start()
+        with self._lock:
+            if self._closed:
+                raise self._closing()
+            self._thread.start()
         try:
             self._opened.result()
         except BaseException:
@@ -104,12 +108,14 @@ class RabbitLink:
             self._wake()
 
     def close(self) -> None:
-        self._unconfirmed.fail(TransportError(f"the link of party {self._place.party!r} is closed"))
-        if self._thread.ident is None:
-            return
-        with suppress(RuntimeError):  # the loop is closed already
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._leave)
+        self._unconfirmed.fail(self._closing())
+        with self._lock:
+            again, self._closed = self._closed, True
+            if self._thread.ident is None:
+                return
+            if self._loop is not None and self._life is not None and not again:
+                with suppress(RuntimeError):  # the loop has ended by itself
+                    self._loop.call_soon_threadsafe(self._life.cancel)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -117,6 +123,9 @@ class RabbitLink:
         """Lose the connection as a killed process does, and never come back."""
         self._cut = True
         self.close()
+
+    def _closing(self) -> TransportError:
+        return TransportError(f"the link of party {self._place.party!r} is closed")
 
     def _wake(self) -> None:
         with self._lock:
@@ -129,11 +138,8 @@ class RabbitLink:
     # What the I/O thread does -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        asyncio.run(self._live())
-
-    def _leave(self) -> None:
-        if self._life is not None:
-            self._life.cancel()
+        with suppress(asyncio.CancelledError):  # closed while it was ending by itself
+            asyncio.run(self._live())
 
     def _work(self) -> None:
         """Hand what other threads left to the session; without one, acknowledgements are void anyway."""
@@ -148,8 +154,10 @@ class RabbitLink:
         """From the first connection to the last word."""
         with self._lock:
             self._loop, self._life = asyncio.get_running_loop(), asyncio.current_task()
+            closed = self._closed
         try:
-            await self._serve()
+            if not closed:
+                await self._serve()
         except asyncio.CancelledError:
             if self._session is not None and not self._cut:
                 self._work()
@@ -163,7 +171,7 @@ class RabbitLink:
             if self._session is not None:
                 await self._session.abort()
             if not self._opened.done():
-                self._opened.set_exception(TransportError("the link was closed while it was being opened"))
+                self._opened.set_exception(self._closing())
 
     async def _serve(self) -> None:
         limits, fruitless = self._place.limits, 0

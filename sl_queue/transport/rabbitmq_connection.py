@@ -130,20 +130,21 @@ class Connection:
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)  # what matters of it is said in our own words
         _AsyncTransportBase._MAX_RECV_BYTES = READ_BYTES
+        loop = asyncio.get_running_loop()
         self._pika = AsyncioConnection(
             self._address.parameters(self._name),
             on_open_callback=lambda _: _resolve(self._opened, None),
             on_open_error_callback=lambda _, error: _resolve(self._opened, why_not(error, self._address)),
             on_close_callback=lambda _, error: _resolve(self.lost, _said(error)),
-            custom_ioloop=asyncio.get_running_loop(),
+            custom_ioloop=loop,
         )
         try:
             await asyncio.wait([self._opened])
         except asyncio.CancelledError:
-            if not self._pika.is_closed and not self._pika.is_closing:
-                self._pika.close()  # ends the attempt; its socket is closed when it says so
-            ends: list[asyncio.Future[Any]] = [self._opened, self.lost]
-            await asyncio.wait(ends, timeout=CLOSE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not self._opened.done():
+                loop.set_exception_handler(lambda _, __: None)  # pika 1.4 ends the attempt, but trips over an assertion
+                self._pika.close()
+                await asyncio.wait([self._opened], timeout=CLOSE_S)
             raise
         failure = self._opened.result()
         if failure is not None:
@@ -322,8 +323,8 @@ def _said(error: BaseException) -> str:
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The exception and those that it wraps, outermost first; pika has three ways to wrap one."""
     yield error
-    inner = [*getattr(error, "exceptions", ()), getattr(error, "exception", None), *error.args]
-    for each in inner:
+    inner = [*error.args, getattr(error, "exception", None), *getattr(error, "exceptions", ())]
+    for each in reversed(inner):  # of several attempts the last
         if isinstance(each, BaseException):
             yield from _causes(each)
             return
@@ -331,16 +332,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def why_not(error: BaseException, address: Address) -> Lost | Denied:
     """Why a connection could not be opened, and whether another attempt may help."""
-    text = " ".join(str(cause) for cause in _causes(error))
-    if isinstance(error, ProbableAuthenticationError) and "ACCESS_REFUSED" in text:
+    causes = list(_causes(error))
+    text = " ".join(str(cause) for cause in causes)
+    if any(isinstance(cause, ProbableAuthenticationError) for cause in causes) and "ACCESS_REFUSED" in text:
         return Denied(f"user {address.user!r} was refused: wrong user name or password in the broker's URL")
-    if isinstance(error, ProbableAccessDeniedError) and "not found" in text:
-        return Denied(f"there is no virtual host {address.vhost!r}: rabbitmqctl add_vhost {address.vhost}")
-    if isinstance(error, ProbableAccessDeniedError) and "refused for user" in text and "is down" not in text:
-        return Denied(
-            f"user {address.user!r} has no rights on virtual host {address.vhost!r}: "
-            f"rabbitmqctl set_permissions -p {address.vhost} {address.user} CONFIGURE WRITE READ"
-        )
-    if any(isinstance(cause, ssl.SSLError) for cause in _causes(error)):
+    if any(isinstance(cause, ProbableAccessDeniedError) for cause in causes) and "is down" not in text:
+        if "not found" in text:
+            return Denied(f"there is no virtual host {address.vhost!r}: rabbitmqctl add_vhost {address.vhost}")
+        if "refused for user" in text:
+            return Denied(
+                f"user {address.user!r} has no rights on virtual host {address.vhost!r}: "
+                f"rabbitmqctl set_permissions -p {address.vhost} {address.user} CONFIGURE WRITE READ"
+            )
+    if any(isinstance(cause, ssl.SSLError) for cause in causes):
         return Denied(f"{_said(error)}; check the port, the certificates, and amqp:// or amqps:// in the broker's URL")
     return Lost(_said(error))

@@ -41,7 +41,7 @@ class Pauses:
     longest_s: float
 
 
-CONNECTING = Pauses(first_s=0.2, longest_s=10.0)
+CONNECTING = Pauses(first_s=0.2, longest_s=3.0)
 LOCKING = Pauses(first_s=0.2, longest_s=1.0)  # a killed worker's socket closes at once: its replacement gets in quickly
 PUBLISHING = Pauses(first_s=0.1, longest_s=5.0)
 
