@@ -55,7 +55,7 @@ class Table:
         return len(self.row_keys)
 
     def rows_digest(self, positions: Positions) -> bytes:
-        """Eight bytes that name these rows in this order, and tell nothing about any id to who does not hold them all."""
+        """Eight bytes that name these rows in this order, and tell no id to who does not hold them all."""
         return blake2b(self.row_keys[positions].tobytes(), digest_size=8).digest()
 
 
@@ -220,7 +220,7 @@ class Checkpoints(Protocol):
         """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
 
 
-class Restarted(Exception):  # noqa: N818 - not an error: the run goes on elsewhere
+class Restarted(Exception):
     """The scheduler began a new generation; unwind to the worker's outer loop and start from `start`."""
 
     def __init__(self, start: Start) -> None:
