@@ -102,9 +102,7 @@ class JobWire(Declared):
         default="float32",
         description='"float32" (as the models compute), "bfloat16", "float16" or "int8": the numbers on their way',
     )
-    compress: Compress = Field(
-        default="none", description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd"'
-    )
+    compress: Compress = Field(default="none", description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd"')
 
 
 class JobEarlyStopping(Declared):
