@@ -50,7 +50,7 @@ class FuseModel(nn.Module):
 
 JOB = """name = "{name}"
 seed = 7
-epochs = 30
+epochs = 20
 batch_size = 64
 holdout = 0.3
 
