@@ -1,5 +1,6 @@
 """What can go wrong with real workers at a real broker, and that it changes no bit or is named."""
 
+import ast
 import itertools
 import os
 import shutil
@@ -304,3 +305,25 @@ def test_another_number_of_threads_or_another_job_is_refused_and_the_run_goes_on
     crew.start("bank")
     crew.finish()
     assert crew.weights() == quiet_weights()
+
+
+# The clock --------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+NO_WORKER = ("cli", "provision", "certificates", "screen")  # certificates have a day, and log lines a time of day
+MONOTONIC = {"monotonic", "sleep", "perf_counter", "process_time"}
+
+
+def test_no_worker_reads_the_clock_that_may_be_set_back() -> None:
+    for path in (*ROOT.glob("sl_queue/**/*.py"), *ROOT.glob("workers/*.py")):
+        if path.stem in NO_WORKER:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            match node:
+                case ast.Import(names):
+                    assert not {name.name for name in names} & {"datetime", "calendar"}, where
+                case ast.ImportFrom(module):
+                    assert module not in ("time", "datetime", "calendar"), where
+                case ast.Attribute(ast.Name("time"), used):
+                    assert used in MONOTONIC, where

@@ -16,12 +16,12 @@ from pika.adapters.utils.io_services_utils import _AsyncTransportBase
 from sl_queue.errors import BrokerUnreachable, JobError, PartyBusy, SlQueueError, TransportError, Unroutable
 from sl_queue.private_broker import binary, free_ports
 from sl_queue.protocol.messages import SCHEDULER, Kind
+from sl_queue.proxy import Proxy
 from sl_queue.transport.rabbitmq import RabbitLink
 from sl_queue.transport.rabbitmq_connection import READ_BYTES
 from sl_queue.transport.retry import Limits
 from tests.broker import Broker
 from tests.links import Inbox, await_that, numbered, send, two_parties
-from tests.proxy import Proxy
 
 pytestmark = pytest.mark.timeout(120)
 
