@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sl_queue.compute.cuts import Promised, place, received, require_cut, require_finite
 from sl_queue.compute.models import Inputs, Model, blame
-from sl_queue.compute.tensors import ends_in_relu, gathered, to_payload
+from sl_queue.compute.tensors import ends_in_relu, gathered, lent
 from sl_queue.errors import JobError, LocalProtocolError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
@@ -61,7 +61,7 @@ class TorchBaseStage:
         with self.model.drawing("forward", micro_batch):
             activation = self.activation(positions, place(self.model.party, micro_batch), weights)
         rows = self.table.rows_digest(positions)
-        payload = self.wire.pack(to_payload(activation, rows), relu=ends_in_relu(activation))
+        payload = self.wire.pack(lent(activation, rows), relu=ends_in_relu(activation))
         self._in_flight[micro_batch] = InFlight(activation, weights, rows, asks_for_less(payload))
         return payload
 
@@ -88,7 +88,7 @@ class TorchBaseStage:
     def predict(self, micro_batch: MicroBatch) -> Payload:
         """The activation of held-out rows in evaluation mode."""
         positions = self.batches.holdout_part(micro_batch.index)
-        return self.wire.pack(to_payload(self.prediction(micro_batch), self.table.rows_digest(positions)))
+        return self.wire.pack(lent(self.prediction(micro_batch), self.table.rows_digest(positions)))
 
     def prediction(self, micro_batch: MicroBatch) -> Tensor:
         """As `predict`, for a fuse model in the same process."""

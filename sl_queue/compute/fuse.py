@@ -17,7 +17,7 @@ from sl_queue.compute.cuts import Arrival, Promised, place, received, require_fi
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, task_of
 from sl_queue.compute.models import Inputs, Model, blame
-from sl_queue.compute.tensors import described, to_payload
+from sl_queue.compute.tensors import described, lent
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
@@ -84,7 +84,7 @@ class TorchFuseStage:
             what = f"{where}: gradient for party {party!r}"
             require_finite(arrival.gradient, what, "lower the learning rate, or check the loss")
             wanted = asks_for_less(activations[party])
-            gradients[party] = self.wire.pack(to_payload(arrival.gradient, rows), wanted=wanted)
+            gradients[party] = self.wire.pack(lent(arrival.gradient, rows), wanted=wanted)
         return gradients
 
     def update(self) -> float:

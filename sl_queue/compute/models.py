@@ -102,7 +102,9 @@ class Model:
         if self.optimizer is not None:
             with blame(f"party {self.party!r}: the optimizer of {self.name} failed"):
                 self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for group in self.optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def state(self) -> State:
         """A copy of parameters, of all buffers, the ones that a state_dict leaves out too, and of the optimizer."""

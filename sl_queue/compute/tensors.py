@@ -30,10 +30,22 @@ def described(tensor: Tensor | Payload) -> str:
 
 def to_payload(tensor: Tensor, rows: bytes = b"") -> Payload:
     """A copy of a tensor in C order, detached from its graph and from its device."""
+    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), _numbers(tensor).tobytes(), rows)
+
+
+def lent(tensor: Tensor, rows: bytes) -> Payload:
+    """A tensor in C order without a copy where none has to be made: to be encoded before the tensor is changed."""
+    numbers = np.ascontiguousarray(_numbers(tensor))
+    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), numbers.reshape(-1).view(np.uint8).data, rows)
+
+
+def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
+    """Detached from its graph and from its device."""
     own = tensor.detach()
     if own.dtype == torch.bfloat16 or dtype_name(own.dtype).startswith("float8"):
         own = own.view(_SAME_WIDTH[own.element_size()])
-    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), own.numpy(force=True).tobytes(), rows)
+    found: npt.NDArray[Any] = own.numpy(force=True)
+    return found
 
 
 def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor:

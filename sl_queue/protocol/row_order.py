@@ -5,7 +5,7 @@ epoch and any step can be computed without the ones before, and a resumed worker
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -144,13 +144,17 @@ class Batches:
         training = self._split[0]
         if not self.shuffle:
             return training
-        return _shuffled(self, epoch)
+        found = self._orders.get(epoch)
+        if found is None:
+            found = training[row_order(len(training), self.seed, epoch)]
+            for other in [other for other in self._orders if abs(other - epoch) > 1]:
+                del self._orders[other]  # a stale forward may be in the next epoch: two are in use at once
+            self._orders[epoch] = found
+        return found
 
-
-@lru_cache(maxsize=8)  # two epochs per party are in use at once: a stale forward may be in the next one
-def _shuffled(batches: Batches, epoch: int) -> Positions:
-    training = batches._split[0]
-    return training[row_order(len(training), batches.seed, epoch)]
+    @cached_property
+    def _orders(self) -> dict[int, Positions]:
+        return {}
 
 
 def _part(n: int, parts: int, index: int) -> tuple[int, int]:
