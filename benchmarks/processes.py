@@ -37,7 +37,8 @@ def together(works: Mapping[str, Work], timeout_s: float) -> dict[str, Any]:
                 raise TimeoutError(f"{', '.join(works.keys() - found.keys())} did not end within {timeout_s:.0f} s")
             for connection in ready:
                 assert isinstance(connection, Connection)
-                found[processes[connection][0]] = _received(connection, processes[connection][0])
+                name, process = processes[connection]
+                found[name] = _received(connection, process)
     finally:
         for _, process in processes.values():
             process.join(0 if len(found) < len(works) else 10)
@@ -46,13 +47,14 @@ def together(works: Mapping[str, Work], timeout_s: float) -> dict[str, Any]:
     return found
 
 
-def _received(connection: Connection, name: str) -> Any:
+def _received(connection: Connection, process: ForkServerProcess) -> Any:
     try:
         error, value = connection.recv()
     except EOFError:
-        raise RuntimeError(f"the process {name!r} died") from None
+        process.join()
+        raise RuntimeError(f"the process {process.name!r} died with exit code {process.exitcode}") from None
     if error is not None:
-        raise RuntimeError(f"the process {name!r} failed: {error}")
+        raise RuntimeError(f"the process {process.name!r} failed: {error}")
     return value
 
 
