@@ -93,6 +93,9 @@ class JobBroker(Declared):
     patience: float = Field(
         default=60.0, gt=0, description="a number above 0: seconds of silence until a waiting worker says so"
     )
+    queues: Literal["classic", "quorum"] = Field(
+        default="classic", description='"classic", or "quorum" for a cluster: every message on most of its nodes'
+    )
 
 
 class JobWire(Declared):

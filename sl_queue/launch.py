@@ -65,7 +65,9 @@ def connector(job: Job, broker: str, limits: Limits = Limits()) -> Connect:
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
     from sl_queue.transport.rabbitmq import RabbitLink  # a run over memory loads no pika
 
-    return lambda party, prefetch: RabbitLink(broker, party, topology(job, broker), prefetch, limits=limits)
+    return lambda party, prefetch: RabbitLink(
+        broker, party, topology(job, broker), prefetch, queue_type=job.broker.queues, limits=limits
+    )
 
 
 def sealing(job: Job, role: str, key: Path | None, broker: str) -> Seal | None:
@@ -117,6 +119,7 @@ def serve_party(
     state: Path,
     open_channels: "Channels",
     seal: Seal | None = None,
+    metrics: str | None = None,
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before."""
     party, incarnation = party_file.party, secrets.token_hex(8)
@@ -142,6 +145,8 @@ def serve_party(
             seal=seal,
         )
         worker, train = _role(job, party_file, table, pipeline, channel, folder, identity)
+        if metrics is not None:
+            _show_party(metrics, job, party, channel, worker)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
@@ -200,8 +205,12 @@ def run_worker(
     broker: str | None,
     state: Path | None,
     key: Path | None = None,
+    metrics: str | None = None,
 ) -> None:
-    """One role in this process until it ends. Raises SlQueueError; RunStopped if the run was stopped on purpose."""
+    """One role in this process until it ends. Raises SlQueueError; RunStopped if the run was stopped on purpose.
+
+    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    """
     if role == "scheduler":
         given = broker or os.environ.get(BROKER)
         if given is None:
@@ -209,7 +218,8 @@ def run_worker(
         url = read_url(given)
         require_network(url)
         seal = sealing(job, SCHEDULER, key_file(key), url)
-        serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), lambda _: None, Channels(), seal)
+        on_status = (lambda _: None) if metrics is None else _show_scheduler(metrics)
+        serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), on_status, Channels(), seal)
         return
     if party_file is None:
         raise JobError(f"a worker of role {role!r} needs a party file: give --party PARTY")
@@ -223,7 +233,29 @@ def run_worker(
     require_network(url)
     limit_threads(party_file.threads or int(os.environ.get("SL_QUEUE_THREADS", 0)) or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
-    serve_party(job, party_file, connector(job, url), _state_folder(party_file, state), Channels(), seal)
+    folder = _state_folder(party_file, state)
+    serve_party(job, party_file, connector(job, url), folder, Channels(), seal, metrics)
+
+
+def _show_party(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> None:
+    from sl_queue.observe import PartyCollector, Training, serve  # only who is observed loads the library
+
+    def training() -> Training:
+        return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)
+
+    serve(address, PartyCollector(job.name, party, lambda: channel.measures, training))
+
+
+def _show_scheduler(address: str) -> OnStatus:
+    from sl_queue.observe import SchedulerCollector, serve
+
+    newest: list[Mapping[str, Any]] = [{}]
+
+    def on_status(status: Mapping[str, Any]) -> None:
+        newest[0] = status
+
+    serve(address, SchedulerCollector(lambda: newest[0]))
+    return on_status
 
 
 def require_network(url: str) -> None:

@@ -196,6 +196,7 @@ KEYS: list[tuple[str, dict[str, Any]]] = [
     ("pipeline.checkpoint_every", {"pipeline": {"checkpoint_every": 51}}),
     ("broker.persistent", {"broker": {"persistent": True}}),
     ("broker.patience", {"broker": {"patience": 61}}),
+    ("broker.queues", {"broker": {"queues": "quorum"}}),
     ("wire.dtype", {"wire": {"dtype": "int8"}}),
     ("wire.compress", {"wire": {"compress": "bitmap"}}),
     ("early_stopping", {"holdout": 0.1, "early_stopping": {"metric": "loss", "patience": 3}}),
