@@ -220,6 +220,21 @@ class Checkpoints(Protocol):
         """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What a party's channel has seen since its process started."""
+
+    age_s: float
+    pulse_age_s: float  # since its own thread was last alive
+    waited_s: Mapping[tuple[str, str], float]  # by (source, what for)
+    silent_s: Mapping[str, float]  # since anything was heard, by peer
+    messages: Mapping[str, int]  # data messages applied, redelivered, duplicates, rejected
+    sent_bytes: int
+    received_bytes: int
+    commits: int
+    reconnects: int
+
+
 class Restarted(Exception):
     """The scheduler began a new generation; unwind to the worker's outer loop and start from `start`."""
 

@@ -12,6 +12,7 @@ from sl_queue.supervise import die_with_parent
 
 Role = Literal["scheduler", "feature", "label"]
 
+METRICS = "SL_QUEUE_METRICS_PORT"  # environment variable
 LOG = "SL_QUEUE_LOG"  # environment variable: debug has a line for every step, info, warning, error
 
 
@@ -33,7 +34,7 @@ def main(role: Role) -> None:
         log.debug("libraries are loaded")
         job = Job.load(arguments.job)
         party_file = None if role == "scheduler" else PartyFile.load(arguments.party)
-        run_worker(role, job, party_file, arguments.broker, arguments.state, arguments.key)
+        run_worker(role, job, party_file, arguments.broker, arguments.state, arguments.key, arguments.metrics_port)
 
 
 def _arguments(role: Role) -> argparse.Namespace:
@@ -46,6 +47,12 @@ def _arguments(role: Role) -> argparse.Namespace:
         parser.add_argument("--party", type=Path, required=True, help="this party's own file")
     parser.add_argument("--broker", help="URL of the broker; before it comes SL_QUEUE_BROKER, then the party file's")
     parser.add_argument("--key", type=Path, help="file with the private key of a job that seals; else SL_QUEUE_KEY")
+    parser.add_argument(
+        "--metrics-port",
+        metavar="[HOST:]PORT",
+        default=os.environ.get(METRICS),
+        help=f"where Prometheus may ask, this machine only unless a host is given; else {METRICS}",
+    )
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()
 

@@ -53,6 +53,7 @@ class Worker:
     epochs: tuple[EpochResult, ...] = ()  # the label holder's history; empty elsewhere
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
     samples: int = 0
+    step: int = BEFORE_FIRST_STEP  # the newest trained
 
     def serve(self, train: Callable[[int], None]) -> Final:
         """Take part in the run to its end; `train(first_step)` is the role's loop.
@@ -117,6 +118,7 @@ class Worker:
     def advance(self, step: int, rows: int, loss: float | None = None) -> None:
         """An optimizer step is done: tell the scheduler some time soon."""
         self.samples += rows
+        self.step = step
         self.channel.progress(self._progress(step, loss))
 
     def _progress(self, step: int, loss: float | None) -> Progress:

@@ -22,7 +22,7 @@ from sl_queue.errors import (
     SlQueueError,
     named,
 )
-from sl_queue.ports import Restarted
+from sl_queue.ports import Measures, Restarted
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.mailbox import Acknowledge, Mailbox, Outbox, Reject, Verdict
 from sl_queue.protocol.messages import (
@@ -49,6 +49,7 @@ from sl_queue.protocol.messages import (
 )
 from sl_queue.protocol.orders import Orders
 from sl_queue.transport.link import Delivery, Link, Tag
+from sl_queue.transport.meter import Meter
 from sl_queue.transport.seal import News, Opened, Seal
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ class PartyChannel:
     ) -> None:
         self._link, self._party, self._peers, self._incarnation = link, party, peers, incarnation
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
-        self._seal, self._news = seal, News()
+        self._seal, self._news, self._meter = seal, News(), Meter()
         self._changed = threading.Condition()
         self._mailbox: Mailbox[Tag] = Mailbox(party)
         self._outbox = Outbox(OUTBOX_BYTES)
@@ -127,7 +128,8 @@ class PartyChannel:
             self._tell(SCHEDULER, waiting)
 
         what = f"{kind} {micro_batch} of party {sender!r}"
-        return self._wait(lambda: self._mailbox.take(sender, kind, micro_batch), sender, what, ask)
+        with self._meter.waiting(sender, kind):
+            return self._wait(lambda: self._mailbox.take(sender, kind, micro_batch), sender, what, ask)
 
     @contextmanager
     def commit(self, step: int) -> Iterator[None]:
@@ -140,11 +142,13 @@ class PartyChannel:
             if stop is not None and stop.after_step is None:
                 self._orders = replace(self._orders, stop=replace(stop, after_step=step))  # this was the next commit
         self._link.acknowledge(tags)
+        self._meter.count("commits")
 
     def flush(self) -> None:
-        while not self._link.flush(timeout_s=1.0):
-            with self._changed:
-                self._check()
+        with self._meter.waiting("broker", "confirm"):
+            while not self._link.flush(timeout_s=1.0):
+                with self._changed:
+                    self._check()
 
     def introduce(self, describe: Callable[[], Joined]) -> None:
         self._describe, self._introduce_again = describe, True
@@ -163,7 +167,8 @@ class PartyChannel:
         def ask(_: float) -> None:
             self._introduce_again = True
 
-        return self._wait(lambda: decision(self._orders), SCHEDULER, "the scheduler's word", ask)
+        with self._meter.waiting(SCHEDULER, "order"):
+            return self._wait(lambda: decision(self._orders), SCHEDULER, "the scheduler's word", ask)
 
     def adopt(self, start: Start, resume_step: int) -> None:
         with self._changed:
@@ -178,6 +183,11 @@ class PartyChannel:
         """Messages applied, redelivered, dropped as duplicates and rejected since this process started."""
         with self._changed:
             return dict(self._mailbox.counts)
+
+    @property
+    def measures(self) -> Measures:
+        """What there is to observe."""
+        return self._meter.read(self.counts, {peer: self._silence(peer) for peer in (SCHEDULER, *self._peers)})
 
     # Waiting ----------------------------------------------------------------------------------------------------
 
@@ -246,6 +256,7 @@ class PartyChannel:
     # What the link calls ----------------------------------------------------------------------------------------
 
     def _on_delivery(self, delivery: Delivery) -> None:
+        self._meter.count("received_bytes", len(delivery.body))
         try:
             opened = None if self._seal is None else self._seal.open(delivery.sender, delivery.body)
             header, message = decode(delivery.body if opened is None else opened.body)
@@ -335,6 +346,7 @@ class PartyChannel:
                     pass
 
     def _on_reconnect(self) -> None:
+        self._meter.count("reconnects")
         with self._changed:
             self._mailbox.disconnect()
             again = list(self._outbox.newest(self._depth))
@@ -357,6 +369,7 @@ class PartyChannel:
         alive_every_s = min(self._patience_s / 4, 5.0)
         alive_at = 0.0
         while not self._closed.wait(min(PULSE_S, alive_every_s)):
+            self._meter.beat()
             with self._changed:
                 progress, self._progress = self._progress, None
                 if self._failure is not None:
@@ -374,9 +387,11 @@ class PartyChannel:
     def _tell(self, receiver: str, report: Report) -> None:
         """A report that is worth nothing later: not stored by the broker, and forgotten when it is old."""
         body = self._encode(receiver, report)
+        self._meter.count("sent_bytes", len(body))
         self._link.publish(receiver, Kind.REPORT, self._run, body, persistent=False, expires_s=self._patience_s)
 
     def _publish(self, receiver: str, kind: Kind, body: bytes, *, persistent: bool | None = None) -> None:
+        self._meter.count("sent_bytes", len(body))
         self._link.publish(
             receiver, kind, self._run, body, persistent=self._persistent if persistent is None else persistent
         )

@@ -1,0 +1,111 @@
+"""What a running worker shows to Prometheus: numbers of its channel and its training, read when somebody asks.
+
+Nothing is counted in here, and nothing is told of rows, tensors or secrets.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from sl_queue.errors import JobError
+from sl_queue.ports import Measures
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Where a party's training is."""
+
+    run: str | None
+    generation: int
+    step: int
+    committed: int
+    samples: int
+
+
+def serve(address: str, collector: Collector) -> None:
+    """Answer Prometheus at `[HOST:]PORT` (this machine only, unless a host is given), in a thread of its own."""
+    host, _, port = address.rpartition(":")
+    registry = CollectorRegistry()
+    registry.register(collector)
+    try:
+        start_http_server(int(port), host or "127.0.0.1", registry)
+    except (ValueError, OSError, OverflowError) as error:
+        raise JobError(f"--metrics-port {address}: {error}; give a free port, or HOST:PORT") from None
+
+
+class PartyCollector(Collector):
+    """A data party."""
+
+    def __init__(
+        self, job: str, party: str, measures: Callable[[], Measures], training: Callable[[], Training]
+    ) -> None:
+        self._job, self._party, self._measures, self._training = job, party, measures, training
+
+    def collect(self) -> Iterable[Metric]:
+        """Everything there is, now."""
+        yield from _of_training(self._job, self._party, self._training())
+        yield from _of_channel(self._measures())
+
+
+class SchedulerCollector(Collector):
+    """The scheduler: what it says to the operator, as numbers."""
+
+    def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterable[Metric]:
+        """Everything there is, now; nothing before the first status."""
+        status = self._status()
+        if not status:
+            return
+        about = {"job": status["job"], "run": status["run"] or "", "phase": status["phase"], "role": "scheduler"}
+        yield InfoMetricFamily("sl_queue_worker", "Who this is", value=about)
+        yield GaugeMetricFamily("sl_queue_generation", "Restarts from a common checkpoint", value=status["generation"])
+        yield GaugeMetricFamily("sl_queue_epochs_done", "Epochs in the history", value=len(status["history"]))
+        silent = GaugeMetricFamily("sl_queue_silent_seconds", "Since the peer was heard of", labels=["peer"])
+        committed = GaugeMetricFamily("sl_queue_party_committed_step", "Newest step on disk", labels=["party"])
+        for name, party in status["parties"].items():
+            if party["silent_s"] is not None and party["phase"] not in ("finished", "stopped"):
+                silent.add_metric([name], party["silent_s"])
+            committed.add_metric([name], party["committed"])
+        yield from (silent, committed)
+
+
+def _of_training(job: str, party: str, training: Training) -> Iterable[Metric]:
+    about = {"job": job, "run": training.run or "", "role": party}
+    yield InfoMetricFamily("sl_queue_worker", "Who this is", value=about)
+    yield GaugeMetricFamily("sl_queue_generation", "Restarts from a common checkpoint", value=training.generation)
+    yield GaugeMetricFamily("sl_queue_step", "Newest step trained, from 0", value=training.step)
+    yield GaugeMetricFamily("sl_queue_committed_step", "Newest step on disk, from 0", value=training.committed)
+    yield CounterMetricFamily("sl_queue_samples", "Rows trained on by this process", value=training.samples)
+
+
+def _of_channel(measures: Measures) -> Iterable[Metric]:
+    waited = CounterMetricFamily("sl_queue_waiting_seconds", "Waited for", labels=["peer", "cause"])
+    for (peer, cause), seconds in measures.waited_s.items():
+        waited.add_metric([peer, cause], seconds)
+    busy = measures.age_s - sum(measures.waited_s.values())
+    messages = CounterMetricFamily(
+        "sl_queue_messages", "Data messages received, by what became of them", labels=["fate"]
+    )
+    for fate, count in measures.messages.items():
+        messages.add_metric([fate], count)
+    silent = GaugeMetricFamily("sl_queue_silent_seconds", "Since the peer was heard of", labels=["peer"])
+    for peer, seconds in measures.silent_s.items():
+        silent.add_metric([peer], seconds)
+    yield from (waited, messages, silent)
+    yield CounterMetricFamily("sl_queue_busy_seconds", "Not waiting for anybody", value=max(0.0, busy))
+    yield CounterMetricFamily("sl_queue_sent_bytes", "Published", value=measures.sent_bytes)
+    yield CounterMetricFamily("sl_queue_received_bytes", "Delivered", value=measures.received_bytes)
+    yield CounterMetricFamily("sl_queue_checkpoints", "Commits of this process", value=measures.commits)
+    yield CounterMetricFamily(
+        "sl_queue_reconnects", "Connections that were lost and made again", value=measures.reconnects
+    )
+    yield GaugeMetricFamily(
+        "sl_queue_pulse_age_seconds", "Since the worker's pulse last beat", value=measures.pulse_age_s
+    )
