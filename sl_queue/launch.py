@@ -65,7 +65,9 @@ def connector(job: Job, broker: str, limits: Limits = Limits()) -> Connect:
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
     from sl_queue.transport.rabbitmq import RabbitLink  # a run over memory loads no pika
 
-    return lambda party, prefetch: RabbitLink(broker, party, topology(job, broker), prefetch, limits=limits)
+    return lambda party, prefetch: RabbitLink(
+        broker, party, topology(job, broker), prefetch, queue_type=job.broker.queues, limits=limits
+    )
 
 
 def sealing(job: Job, role: str, key: Path | None, broker: str) -> Seal | None:
