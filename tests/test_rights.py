@@ -11,10 +11,10 @@ from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq import RabbitLink
 from sl_queue.transport.rabbitmq_rights import try_rights
 from tests.broker import Broker
+from tests.credit import write_credit
 from tests.links import Inbox, numbered, send
 
 NAMES = Topology("insurer", ("bank",))
-EXAMPLE = Path(__file__).parent.parent / "examples" / "credit"
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -76,10 +76,10 @@ def test_a_wrong_password_is_told_at_once(private_broker: Broker, unique: str) -
         try_rights(url, "bank", NAMES)
 
 
-def test_check_tells_it_as_findings(declared: Broker, unique: str) -> None:
+def test_check_tells_it_as_findings(declared: Broker, unique: str, tmp_path: Path) -> None:
     findings: list[Finding] = []
     url = login(declared, unique, "^$", r"^(x\.bank|x\.insurer)$", r"^q\.bank\.insurer$")
-    code = check_job(EXAMPLE / "job.toml", [EXAMPLE / "bank.toml"], url, findings.append)
+    code = check_job(write_credit(tmp_path), [tmp_path / "bank.toml"], url, findings.append)
     told = {finding.level: finding.text for finding in findings if "login" in finding.text}
     assert code == BrokerUnreachable.exit_code
     assert "bank's login lacks rights: read queue q.bank.scheduler;" in told[Level.ERROR]
