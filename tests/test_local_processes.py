@@ -160,17 +160,28 @@ def test_an_orderly_stop_exits_0_and_the_same_command_resumes(
 ) -> None:
     with started(job, broker_url, "run") as run:
         run.until("epoch 10/")
+        bank = run.workers()["bank"]
+        os.kill(bank, signal.SIGSTOP)  # so that the run does not end before it is asked to
         asked = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
         assert asked.returncode == 0, asked.stderr
+        deadline = time.monotonic() + 30
+        while _phase(job, broker_url) != "stopping":
+            assert time.monotonic() < deadline
+        os.kill(bank, signal.SIGCONT)
         assert run.wait() == 0, run.text
         assert "stopped" in run.text
     assert not list(run.out.glob("*/final/*"))
-    status = sl_queue("status", job, "--json", SL_QUEUE_BROKER=broker_url)
-    assert json.loads(status.stdout)["phase"] == "stopped"
+    assert _phase(job, broker_url) == "stopped"
     with started(job, broker_url, "run") as again:
         assert again.wait() == 0, again.text
         assert "epoch 10/" not in again.text
     assert weights(run.out) == quiet
+
+
+def _phase(job: Path, broker_url: str) -> str:
+    """Where the run is, as the operator is told."""
+    status = sl_queue("status", job, "--json", SL_QUEUE_BROKER=broker_url)
+    return str(json.loads(status.stdout)["phase"])
 
 
 def test_status_tells_where_a_run_is_and_whom_it_waits_for(job: Path, broker_url: str) -> None:
