@@ -3,13 +3,18 @@
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from sl_queue.chaos import Kind, Storm, plan_faults
+from sl_queue.chaos import Fault, Injected, Kind, Storm, Trial, Verdict, plan_faults, run_chaos
+from sl_queue.chaos_report import report
+from sl_queue.errors import JobError
+from sl_queue.job import Job
 from sl_queue.journal import Journal, recomputed
-from tests.credit import edit
+from sl_queue.supervise import Failure
 from tests.crew import ROLES, write_job
 
 COMMAND = str(Path(sys.executable).with_name("sl-queue"))
@@ -23,9 +28,9 @@ def chaos(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(400)  # it starts a broker and a dozen workers, each of which loads torch
 def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_path: Path) -> None:
     write_job(tmp_path)
-    run = chaos(tmp_path, "--kills", "2", "--broker-restarts", "1", "--cuts", "2", "--seed", "5")
+    run = chaos(tmp_path, "--kills", "2", "--broker-restarts", "1", "--cuts", "1", "--seed", "5")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert len(re.findall(r"^ .* s  step +\d+ +\d/5  ", run.stdout, re.MULTILINE)) == 5
+    assert len(re.findall(r"^ .* s  step +\d+ +\d/4  ", run.stdout, re.MULTILINE)) == 4
     assert run.stdout.count(": equal\n") == 3
     again = re.findall(r"steps done again by \w+ +0 +(\d+)", run.stdout)
     assert len(again) == 2
@@ -34,21 +39,35 @@ def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_pa
         assert digests[0] == digests[1]
 
 
-@pytest.mark.timeout(200)
-def test_a_model_that_draws_from_a_generator_of_its_own_is_found_out(tmp_path: Path) -> None:
-    write_job(tmp_path)
-    edit(tmp_path / "bank.py", "self.relu(self.linear(x))", "self.relu(self.linear(x)) + torch.seed() % 1000 / 1e6")
-    run = chaos(tmp_path, "--kills", "0", "--broker-restarts", "0", "--cuts", "0")
-    assert run.returncode == 1, run.stdout + run.stderr
-    assert "bank/final/base.safetensors: DIFFERENT" in run.stdout
-    assert "failed: the weights differ" in run.stdout
+def trial(weights: str, *, injected: int = 1, failure: Failure | None = None) -> Trial:
+    fault = Fault(3, 0.1, Kind.KILL, "bank")
+    return Trial(failure, 10.0, Journal(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        (trial("ab"), "passed: 1 x SIGKILL, and not one bit differs"),
+        (trial("cd"), "failed: the weights differ"),
+        (trial("ab", injected=0), "failed: the run ended before 1 of the faults came"),
+        (trial("ab", failure=Failure("bank", 5, "NaN")), "failed: the run under faults ended because of bank: NaN"),
+    ],
+    ids=["equal", "different", "too short", "ended"],
+)
+def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Trial, said: str) -> None:
+    verdict = Verdict(ROLES, (Fault(3, 0.1, Kind.KILL, "bank"),), trial("ab", injected=0), faults)
+    assert verdict.passed == said.startswith("passed")
+    console = Console(width=200, file=StringIO(), record=True)
+    console.print(report(verdict))
+    shown = console.export_text()
+    assert said in shown
+    assert ("DIFFERENT" in shown) == (faults.weights["bank/final/base.safetensors"] != "ab")
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
-    write_job(tmp_path)
-    run = chaos(tmp_path, "--out", str(tmp_path))
-    assert run.returncode == 2
-    assert "is not empty" in run.stderr
+    job = write_job(tmp_path)
+    with pytest.raises(JobError, match="is not empty"):
+        run_chaos(Job.load(job), job, {}, tmp_path, Storm(1, 0, 0, seed=0), print)
 
 
 def test_the_same_seed_plans_the_same_faults_and_another_seed_others() -> None:
