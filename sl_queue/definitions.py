@@ -69,8 +69,9 @@ def definitions(job: Job, password_hashes: Mapping[str, str]) -> dict[str, Any]:
     """The broker's side of a job, ready for JSON. `password_hashes`: by role, as `hashed` makes them."""
     names, vhost = job.topology(), job.name
     inboxes = [(receiver, sender) for receiver in roles(job) for sender in names.senders_to(receiver)]
-    queues = [_queue(vhost, names.queue(r, s), inbox_arguments(r, "classic")) for r, s in inboxes]
-    dead = [_queue(vhost, names.dead_letters(role), dead_letter_arguments("classic")) for role in roles(job)]
+    kind = job.broker.queues
+    queues = [_queue(vhost, names.queue(r, s), inbox_arguments(r, kind)) for r, s in inboxes]
+    dead = [_queue(vhost, names.dead_letters(role), dead_letter_arguments(kind)) for role in roles(job)]
     bindings = [_binding(vhost, names.exchange(s), names.queue(r, s), names.binding_key(r)) for r, s in inboxes]
     bindings += [
         _binding(vhost, names.dead_exchange(role), names.dead_letters(role), f"*.dead.{role}") for role in roles(job)

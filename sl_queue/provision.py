@@ -26,7 +26,7 @@ from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.transport.keys import PrivateKey, PublicKey, read_key
 
 PORT = 5671
-AT = "/etc/sl_queue"  # where each folder lies on the machine that it is for
+BROKER_AT = "/etc/sl_queue"  # where the broker's folder lies on its machine
 RENEW_DAYS = 30  # a certificate that ends sooner is made anew
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # RabbitMQ 4's own; 3.10 would take 128 MiB
 
@@ -46,7 +46,8 @@ class Place:
 
     hosts: tuple[str, ...]  # names and addresses; the first stands in the URLs
     port: int = PORT
-    at: str = AT
+    at: str = "."  # a role's folder, as its worker sees it: it is started there, or this is absolute
+    broker_at: str = BROKER_AT
     client_certificates: bool = False  # instead of passwords
 
 
@@ -183,12 +184,12 @@ def _configuration(place: Place) -> str:
     lines = [
         "listeners.tcp = none",
         f"listeners.ssl.default = {place.port}",
-        f"ssl_options.cacertfile = {place.at}/ca.crt",
-        f"ssl_options.certfile = {place.at}/server.crt",
-        f"ssl_options.keyfile = {place.at}/server.key",
+        f"ssl_options.cacertfile = {place.broker_at}/ca.crt",
+        f"ssl_options.certfile = {place.broker_at}/server.crt",
+        f"ssl_options.keyfile = {place.broker_at}/server.key",
         "ssl_options.versions.1 = tlsv1.3",
         *login,
-        f"load_definitions = {place.at}/definitions.json",
+        f"load_definitions = {place.broker_at}/definitions.json",
         f"max_message_size = {MAX_MESSAGE_BYTES}",
         "disk_free_limit.absolute = 1GB",
     ]

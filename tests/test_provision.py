@@ -178,7 +178,7 @@ def secured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("a rabbitmq-server on this machine is needed")
     out, (port,) = tmp_path_factory.mktemp("out"), free_ports(1)
     certificates = request.param == "certificates"
-    write(out, place=Place(("localhost", "127.0.0.1"), port, str(out / "broker"), certificates))
+    write(out, place=Place(("localhost", "127.0.0.1"), port, str(out / "broker"), str(out / "broker"), certificates))
     configuration = (out / "broker" / "rabbitmq.conf").read_text().splitlines()
     settings = tuple(line for line in configuration if not line.startswith(("listeners.tcp", "disk_free_limit")))
     plugins = ("rabbitmq_auth_mechanism_ssl",) if certificates else ()
