@@ -104,6 +104,10 @@ def local(
     out: Annotated[
         Path | None, typer.Option(help="State under OUT/<party> and OUT/scheduler; default: the party files' state.")
     ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it."),
+    ] = None,
 ) -> None:
     """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
     from sl_queue.job import Job, PartyFile
@@ -119,7 +123,7 @@ def local(
     if url.startswith(MEMORY):
         history = _run_threads(agreed, list(files.values()), places)
     else:
-        history = _run_processes(agreed, job, places, url)
+        history = _run_processes(agreed, job, places, url, keys)
     console = stdout()
     console.print(history_table(history))
     for role, place in places.items():
@@ -151,13 +155,21 @@ def _run_threads(job: "Job", files: "list[PartyFile]", places: "dict[str, Place]
         return run_threads(job, files, MEMORY, states, screen.status).history
 
 
-def _run_processes(job: "Job", job_file: Path, places: "dict[str, Place]", broker: str) -> list[dict[str, Any]]:
+def _run_processes(
+    job: "Job", job_file: Path, places: "dict[str, Place]", broker: str, keys: Path | None
+) -> list[dict[str, Any]]:
+    from dataclasses import replace
+
+    from sl_queue.launch import sealing
+    from sl_queue.local import key_in
     from sl_queue.processes import read_history, run_processes
-    from sl_queue.protocol.messages import SCHEDULER
+    from sl_queue.protocol.messages import OPERATOR, SCHEDULER
     from sl_queue.screen import Screen
 
+    places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
+    seal = sealing(job, OPERATOR, key_in(keys, OPERATOR), broker)
     with Screen() as screen:
-        failure = run_processes(job, job_file, places, broker, screen)
+        failure = run_processes(job, job_file, places, broker, screen, seal)
     if failure is not None:
         print(f"error: {failure.worker}: {failure.reason}", file=sys.stderr)
         raise typer.Exit(failure.exit_code)
@@ -233,7 +245,8 @@ def provision(
     ],
     out: Annotated[Path, typer.Option(help="A folder for all folders; what is there is kept.")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the broker listens.")] = 5671,
-    at: Annotated[str, typer.Option(help="Where each folder will lie on the machine it is for.")] = "/etc/sl_queue",
+    at: Annotated[str, typer.Option(help="Where a role's folder will lie; '.' if its worker is started in it.")] = ".",
+    broker_at: Annotated[str, typer.Option(help="Where the broker's folder will lie.")] = "/etc/sl_queue",
     client_certificates: Annotated[
         bool, typer.Option("--client-certificates", help="Log in with certificates instead of passwords.")
     ] = False,
@@ -252,10 +265,11 @@ def provision(
     if unknown:
         raise JobError(f"--rotate {unknown[0]}: it must be {', '.join(kinds)}")
     agreed = Job.load(job)
-    place = Place(tuple(broker_host), port, at, client_certificates)
+    place = Place(tuple(broker_host), port, at, broker_at, client_certificates)
     keys = provision(agreed, place, out, frozenset(Secret(name) for name in rotate or []), datetime.now(UTC))
-    for folder in ("broker", *keys):
-        print(f"{out / folder}: for {at} on the machine of {'the broker' if folder == 'broker' else folder}")
+    print(f"{out / 'broker'}: for {broker_at} on the machine of the broker")
+    for role in keys:
+        print(f"{out / role}: for {role}")
     print(f"{out / 'authority'}: keep ca.key away from all of them")
     listed = {name: public.model_dump(exclude_none=True) for name, public in agreed.security.keys.items()}
     if listed != {name: public.texts() for name, public in keys.items()}:

@@ -16,6 +16,7 @@ from sl_queue.operate import read_status
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.screen import Screen
 from sl_queue.supervise import Failure, Worker, supervise
+from sl_queue.transport.seal import Seal
 
 STATUS_EVERY_S = 0.5
 
@@ -26,15 +27,18 @@ class Place:
 
     party_file: Path | None  # None: the scheduler
     state: Path
+    key: Path | None = None  # the role's private key, if the job seals and its party file does not name it
 
 
-def run_processes(job: Job, job_file: Path, places: Mapping[str, Place], broker: str, screen: Screen) -> Failure | None:
+def run_processes(
+    job: Job, job_file: Path, places: Mapping[str, Place], broker: str, screen: Screen, seal: Seal | None = None
+) -> Failure | None:
     """Train to the end, restarting workers as `supervise` does; None, or why it ended before.
 
     The broker's URL goes to the workers through the environment: everybody on a machine can read a command line.
-    Raises BrokerUnreachable before anything is started.
+    `seal` is the operator's. Raises BrokerUnreachable before anything is started.
     """
-    follower = _Follower(job, broker, screen)
+    follower = _Follower(job, broker, screen, seal)
     threads = str(shared_threads(len(job.parties)))
     environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads}
     workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
@@ -49,15 +53,16 @@ def command(job: Job, role: str, job_file: Path, place: Place) -> tuple[str, ...
     else:
         module = "workers.label_holder" if role == job.label_holder else "workers.feature_party"
     party = () if place.party_file is None else ("--party", str(place.party_file))
-    return (sys.executable, "-m", module, "--job", str(job_file), *party, "--state", str(place.state))
+    key = () if place.key is None else ("--key", str(place.key))
+    return (sys.executable, "-m", module, "--job", str(job_file), *party, *key, "--state", str(place.state))
 
 
 class _Follower:
     """Shows the run's newest status, and remembers it; mutable: a thread reads while the main thread supervises."""
 
-    def __init__(self, job: Job, broker: str, screen: Screen) -> None:
-        self._job, self._broker, self._screen = job, broker, screen
-        self._stale = read_status(job, broker, timeout_s=0.5)  # what an earlier run may have left
+    def __init__(self, job: Job, broker: str, screen: Screen, seal: Seal | None) -> None:
+        self._job, self._broker, self._screen, self._seal = job, broker, screen, seal
+        self._stale = read_status(job, broker, timeout_s=0.5, seal=seal)  # what an earlier run may have left
         self._newest: Mapping[str, Any] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="status", daemon=True)
@@ -85,7 +90,7 @@ class _Follower:
 
     def _look(self) -> None:
         try:
-            status = read_status(self._job, self._broker)
+            status = read_status(self._job, self._broker, seal=self._seal)
         except TransportError:
             return  # the workers notice it too, and what they say is shown
         if status is not None and status != self._stale:

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ def plain(tmp_path: Path) -> Iterator[Deployment]:
 
 def deployed(folder: Path, *, patience: float, client_certificates: bool) -> Iterator[Deployment]:
     job, out, (port,) = write_job(folder, patience=patience), folder / "out", free_ports(1)
-    place = Place(("localhost",), port, str(out / "broker"), client_certificates)
+    place = Place(("localhost",), port, str(out / "broker"), str(out / "broker"), client_certificates)
     provision(Job.load(job), place, out, frozenset(), datetime.datetime.now(datetime.UTC))
     job.write_text(f"{job.read_text()}\n{(out / 'security.toml').read_text()}")
     for role in (*ROLES, OPERATOR):
@@ -121,3 +123,25 @@ def test_no_log_and_no_command_line_shows_a_secret(plain: Deployment) -> None:
         shown = (process / "cmdline").read_bytes() + plain.crew.log(role).encode()
         assert not [secret for secret in secrets if secret.encode() in shown]
     plain.crew.finish()
+
+
+def test_local_runs_a_sealed_job_with_the_keys_of_all(plain: Deployment) -> None:
+    crew = plain.crew
+    files = [str(crew.folder / f"{party}.toml") for party in ("bank", "insurer")]
+    url = plain.broker.url("credit")
+    command = [
+        str(Path(sys.executable).with_name("sl-queue")),
+        "local",
+        str(crew.job),
+        *files,
+        "--out",
+        str(crew.states),
+    ]
+    environ = {**os.environ, "SL_QUEUE_BROKER": url}
+    refused = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "'operator' needs its private key" in refused.stderr
+    done = subprocess.run(
+        [*command, "--keys", str(plain.out)], env=environ, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert crew.weights() == quiet_weights()
