@@ -21,14 +21,23 @@ from tests.test_cli import COMMAND, environment, sl_queue
 
 pytestmark = pytest.mark.timeout(180)
 
-EPOCHS = 100  # seconds of training: long enough for something to happen to it
+EPOCHS = 60
+PACE = "time.sleep(0.01)"  # in every forward of the bank: long enough for something to happen, however fast the machine
 
 
 @pytest.fixture
 def job(tmp_path: Path, unique: str) -> Path:
     job = write_credit(tmp_path)
     edit(job, 'name = "credit"', f'name = "{unique}"')
+    return unhurried(job)
+
+
+def unhurried(job: Path) -> Path:
+    """Let the job last for seconds; not a number changes."""
     edit(job, "epochs = 5", f"epochs = {EPOCHS}")
+    bank = job.parent / "bank.py"
+    edit(bank, "import torch\n", "import time\n\nimport torch\n")
+    edit(bank, "        return self.relu", f"        {PACE}\n        return self.relu")
     return job
 
 
@@ -121,7 +130,7 @@ def gone(pids: Iterator[int] | list[int], within_s: float = 20) -> bool:
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The final weights of an undisturbed run over memory://; a job's name does not show in them."""
     job = write_credit(tmp_path_factory.mktemp("quiet"))
-    edit(job, "epochs = 5", f"epochs = {EPOCHS}")
+    unhurried(job)
     files = [job, *(job.parent / name for name in FILES)]
     done = sl_queue("local", *files, "--out", job.parent / "run")
     assert done.returncode == 0, done.stderr
@@ -147,7 +156,7 @@ def test_workers_that_are_killed_are_restarted_and_change_nothing(
     job: Path, broker_url: str, quiet: dict[str, str]
 ) -> None:
     with started(job, broker_url, "run") as run:
-        for epoch, role in ((5, "bank"), (30, "insurer"), (60, "scheduler")):
+        for epoch, role in ((5, "bank"), (20, "insurer"), (40, "scheduler")):
             run.until(f"epoch {epoch}/")
             os.kill(run.workers()[role], signal.SIGKILL)
             run.until(f"{role}: ended by SIGKILL; restarting")
