@@ -10,7 +10,7 @@ import time
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from sl_queue.private_broker import PrivateBroker
+from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.topology import Topology

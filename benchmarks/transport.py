@@ -18,7 +18,7 @@ import pika
 
 from benchmarks.processes import background, together
 from benchmarks.report import table
-from sl_queue.private_broker import PrivateBroker
+from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq import RabbitLink

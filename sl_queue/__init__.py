@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         Unroutable,
     )
     from sl_queue.job import Job, PartyFile
-    from sl_queue.local import Result, run_local
+    from sl_queue.local.threads import Result, run_local
     from sl_queue.protocol.row_order import row_order
 
 __all__ = [
@@ -55,10 +55,10 @@ __all__ = [
 _HOMES = {
     "Job": "job",
     "PartyFile": "job",
-    "Result": "local",
+    "Result": "local.threads",
     "Rows": "data.rows",
     "row_order": "protocol.row_order",
-    "run_local": "local",
+    "run_local": "local.threads",
 }
 
 

@@ -15,7 +15,7 @@ from sl_queue.exits import DEBUG, leaving
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
     from sl_queue.job import Job, PartyFile
-    from sl_queue.processes import Place
+    from sl_queue.local.processes import Place
 
 MEMORY = "memory://"
 
@@ -61,7 +61,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for the files; default: a new temporary one.")] = None,
 ) -> None:
     """Train on scikit-learn's digits, offline: the joint model beats each party alone."""
-    from sl_queue.demo import run_demo
+    from sl_queue.commands.demo import run_demo
 
     run_demo(out)
 
@@ -73,8 +73,8 @@ def check(
     broker: Broker = None,
 ) -> None:
     """Find everything that can be wrong before anything is started."""
-    from sl_queue.check import check_job
-    from sl_queue.screen import show_finding, stdout
+    from sl_queue.commands.check import check_job
+    from sl_queue.commands.screen import show_finding, stdout
 
     console = stdout()
     raise typer.Exit(check_job(job, parties or [], broker, lambda finding: show_finding(console, finding)))
@@ -89,8 +89,8 @@ def plan(
     cores: Annotated[int | None, typer.Option(min=1, help="Cores that all parties share, if on one machine.")] = None,
 ) -> None:
     """Measure a few steps here, and rank the pipelines: which [pipeline] and [wire] are fastest over that link."""
+    from sl_queue.commands.plan import Link, lines, plan_job
     from sl_queue.job import Job, PartyFile
-    from sl_queue.plan import Link, lines, plan_job
 
     found = plan_job(Job.load(job), [PartyFile.load(path) for path in parties], Link(rtt, bandwidth, cores))
     print("\n".join(lines(found)))
@@ -110,12 +110,14 @@ def local(
     ] = None,
 ) -> None:
     """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
+    from sl_queue.commands.screen import history_table, stdout
     from sl_queue.job import Job, PartyFile
-    from sl_queue.screen import history_table, stdout
 
     agreed = Job.load(job)
     files = {path: PartyFile.load(path) for path in parties}
-    from sl_queue.local import require_all  # not before: torch takes seconds to import, and the files may be wrong
+    from sl_queue.local.threads import (
+        require_all,  # not before: torch takes seconds to import, and the files may be wrong
+    )
 
     require_all(agreed, list(files.values()))
     places = _places(agreed, files, out)
@@ -133,7 +135,7 @@ def local(
 
 def _places(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":
     """Each role's file and state folder; without --out the scheduler's is beside the label holder's."""
-    from sl_queue.processes import Place
+    from sl_queue.local.processes import Place
     from sl_queue.protocol.messages import SCHEDULER
 
     places = {}
@@ -147,8 +149,8 @@ def _places(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> 
 
 
 def _run_threads(job: "Job", files: "list[PartyFile]", places: "dict[str, Place]") -> list[dict[str, Any]]:
-    from sl_queue.local import run_threads
-    from sl_queue.screen import Screen
+    from sl_queue.commands.screen import Screen
+    from sl_queue.local.threads import run_threads
 
     states = {role: place.state for role, place in places.items()}
     with Screen() as screen:
@@ -160,11 +162,11 @@ def _run_processes(
 ) -> list[dict[str, Any]]:
     from dataclasses import replace
 
+    from sl_queue.commands.screen import Screen
     from sl_queue.launch import sealing
-    from sl_queue.local import key_in
-    from sl_queue.processes import read_history, run_processes
+    from sl_queue.local.processes import read_history, run_processes
+    from sl_queue.local.threads import key_in
     from sl_queue.protocol.messages import OPERATOR, SCHEDULER
-    from sl_queue.screen import Screen
 
     places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
     seal = sealing(job, OPERATOR, key_in(keys, OPERATOR), broker)
@@ -190,12 +192,12 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """Where the run is, who is late and why."""
+    from sl_queue.commands.screen import status_view, stdout
     from sl_queue.job import Job
-    from sl_queue.screen import status_view, stdout
 
     agreed, url = Job.load(job), _network(broker)
+    from sl_queue.commands.operate import read_status
     from sl_queue.launch import sealing
-    from sl_queue.operate import read_status
     from sl_queue.protocol.messages import OPERATOR
 
     newest = read_status(agreed, url, seal=sealing(agreed, OPERATOR, key, url))
@@ -213,8 +215,8 @@ def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:
     from sl_queue.job import Job
 
     agreed, url = Job.load(job), _network(broker)
+    from sl_queue.commands.operate import request_stop
     from sl_queue.launch import sealing
-    from sl_queue.operate import request_stop
     from sl_queue.protocol.messages import OPERATOR
 
     request_stop(agreed, url, sealing(agreed, OPERATOR, key, url))
@@ -257,8 +259,8 @@ def provision(
     """Write everything a deployment needs: one folder for each party, one for the broker."""
     from datetime import UTC, datetime
 
+    from sl_queue.deployment.provision import Place, Secret, provision
     from sl_queue.job import Job
-    from sl_queue.provision import Place, Secret, provision
 
     kinds = [kind.value for kind in Secret]
     unknown = [name for name in rotate or [] if name not in kinds]
@@ -291,11 +293,11 @@ def chaos(
     """Train once in peace and once under faults, with a private broker: not one bit of the weights may differ."""
     from tempfile import TemporaryDirectory
 
-    from sl_queue.chaos import Storm, run_chaos
-    from sl_queue.chaos_report import report
+    from sl_queue.chaos.faults import Storm, run_chaos
+    from sl_queue.chaos.report import report
+    from sl_queue.commands.screen import stdout
     from sl_queue.job import Job, PartyFile
-    from sl_queue.local import require_all
-    from sl_queue.screen import stdout
+    from sl_queue.local.threads import require_all
 
     agreed = Job.load(job)
     files = {path: PartyFile.load(path) for path in parties}

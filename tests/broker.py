@@ -13,7 +13,7 @@ from typing import Protocol, Self
 from urllib.parse import quote
 
 from sl_queue.errors import BrokerUnreachable
-from sl_queue.private_broker import (
+from sl_queue.local.private_broker import (
     HOST,
     START_S,
     USER,

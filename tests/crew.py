@@ -20,9 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from sl_queue.chaos.journal import Journal
 from sl_queue.job import Job, PartyFile
-from sl_queue.journal import Journal
-from sl_queue.local import run_local
+from sl_queue.local.threads import run_local
 from tests.credit import FILES, edit, write_credit
 
 ROLES = ("bank", "insurer", "scheduler")

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 
-from sl_queue.proxy import CHUNK_BYTES, Proxy
+from sl_queue.chaos.proxy import CHUNK_BYTES, Proxy
 
 GREETING_BYTES = 8  # "AMQP0091"
 METHOD, BODY = 1, 3

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sl_queue.chaos import Fault, Injected, Kind, Storm, Trial, Verdict, plan_faults, run_chaos
-from sl_queue.chaos_report import report
+from sl_queue.chaos.faults import Fault, Injected, Kind, Storm, Trial, Verdict, plan_faults, run_chaos
+from sl_queue.chaos.journal import Journal, recomputed
+from sl_queue.chaos.report import report
 from sl_queue.errors import JobError
 from sl_queue.job import Job
-from sl_queue.journal import Journal, recomputed
-from sl_queue.supervise import Failure
+from sl_queue.local.supervise import Failure
 from tests.crew import ROLES, write_job
 
 COMMAND = str(Path(sys.executable).with_name("sl-queue"))

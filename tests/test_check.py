@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sl_queue.check import Finding, Level, check_job
+from sl_queue.commands.check import Finding, Level, check_job
 from tests.credit import FILES, bank_columns, edit, write_bank, write_credit
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sl_queue.private_broker import PrivateBroker, find_server, free_ports
+from sl_queue.local.private_broker import PrivateBroker, find_server, free_ports
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "deploy.md").read_text()

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sl_queue.deployment.provision import Place, provision
 from sl_queue.errors import AlignmentError, BrokerUnreachable
 from sl_queue.job import Job
-from sl_queue.private_broker import PrivateBroker, find_server, free_ports
+from sl_queue.local.private_broker import PrivateBroker, find_server, free_ports
 from sl_queue.protocol.messages import OPERATOR
-from sl_queue.provision import Place, provision
 from tests.credit import edit
 from tests.crew import ROLES, Crew, quiet_weights, write_job
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pika
 import pytest
 
-from sl_queue.proxy import Proxy
+from sl_queue.chaos.proxy import Proxy
 from tests.broker import Broker
 from tests.credit import edit
 from tests.crew import ROLES, Crew, limit_file_size, obey_rights, quiet_weights, write_job

@@ -17,7 +17,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker, NackError, ProbableAccessDeniedError
 
-from sl_queue.definitions import QUEUE_BYTES, definitions, hashed, kinds_between, roles, user_of
+from sl_queue.deployment.definitions import QUEUE_BYTES, definitions, hashed, kinds_between, roles, user_of
 from sl_queue.job import Job
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology

@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sl_queue.errors import JobError
+from sl_queue.local.private_broker import free_ports
 from sl_queue.observe import SchedulerCollector, serve
-from sl_queue.private_broker import free_ports
 from tests.crew import CHECKPOINT_EVERY, ROLES, Crew, write_job
 from workers.health import is_alive
 

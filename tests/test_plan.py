@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from torch import nn
 
+from sl_queue.commands.plan import Link, Plan, lines, plan_job
 from sl_queue.job import Job
-from sl_queue.plan import Link, Plan, lines, plan_job
 from tests.split import Concatenated, parties
 
 

@@ -12,12 +12,12 @@ import pika
 import pytest
 from pika.exceptions import AMQPConnectionError
 
+from sl_queue.deployment.provision import Place, Secret, provision, security_table
 from sl_queue.errors import AlignmentError, BrokerUnreachable, JobError
 from sl_queue.job import Job
 from sl_queue.launch import sealing
-from sl_queue.private_broker import PrivateBroker, find_server, free_ports
+from sl_queue.local.private_broker import PrivateBroker, find_server, free_ports
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
-from sl_queue.provision import Place, Secret, provision, security_table
 from sl_queue.transport.keys import read_key
 from sl_queue.transport.rabbitmq import RabbitLink
 from sl_queue.transport.retry import Limits

@@ -13,10 +13,10 @@ import pika
 import pytest
 from pika.adapters.utils.io_services_utils import _AsyncTransportBase
 
+from sl_queue.chaos.proxy import Proxy
 from sl_queue.errors import BrokerUnreachable, JobError, PartyBusy, SlQueueError, TransportError, Unroutable
-from sl_queue.private_broker import binary, free_ports
+from sl_queue.local.private_broker import binary, free_ports
 from sl_queue.protocol.messages import SCHEDULER, Kind
-from sl_queue.proxy import Proxy
 from sl_queue.transport.rabbitmq import RabbitLink
 from sl_queue.transport.rabbitmq_connection import READ_BYTES
 from sl_queue.transport.retry import Limits

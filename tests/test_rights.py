@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sl_queue.check import Finding, Level, check_job
+from sl_queue.commands.check import Finding, Level, check_job
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.topology import Topology

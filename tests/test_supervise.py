@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sl_queue.supervise import Failure, Limits, Worker, supervise
+from sl_queue.local.supervise import Failure, Limits, Worker, supervise
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -103,9 +103,9 @@ def test_crashes_with_progress_in_between_are_no_loop(tmp_path: Path) -> None:
 
 SUPERVISES = """
     import os, sys
-    from sl_queue.supervise import Worker, supervise
+    from sl_queue.local.supervise import Worker, supervise
     child = '''import os, sys, time
-    from sl_queue.supervise import die_with_parent
+    from sl_queue.local.supervise import die_with_parent
     die_with_parent()
     open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)'''.replace('\\n    ', '\\n')
     workers = [Worker(name, (sys.executable, '-c', child, sys.argv[1] + '/' + name)) for name in ('bank', 'insurer')]

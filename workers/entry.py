@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sl_queue.exits import leave_on_sigterm, leaving
-from sl_queue.supervise import die_with_parent
+from sl_queue.local.supervise import die_with_parent
 
 Role = Literal["scheduler", "feature", "label"]
 

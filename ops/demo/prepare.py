@@ -9,10 +9,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from sl_queue.demo import FILES, write_demo
+from sl_queue.commands.demo import FILES, write_demo
+from sl_queue.deployment.provision import Place, provision
 from sl_queue.job import Job
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
-from sl_queue.provision import Place, provision
 
 OUT = Path("/out")  # a volume for each role is mounted below it
 WORKER = 10001  # the user of the image

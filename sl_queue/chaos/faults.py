@@ -17,15 +17,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import assert_never
 
+from sl_queue.chaos.journal import Journal
+from sl_queue.chaos.proxy import Proxy
 from sl_queue.errors import JobError
 from sl_queue.job import Job
-from sl_queue.journal import Journal
-from sl_queue.local import shared_threads
-from sl_queue.private_broker import PrivateBroker
-from sl_queue.processes import Place, command
+from sl_queue.local.private_broker import PrivateBroker
+from sl_queue.local.processes import Place, command
+from sl_queue.local.supervise import Failure, Limits, Worker, supervise
+from sl_queue.local.threads import shared_threads
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER
-from sl_queue.proxy import Proxy
-from sl_queue.supervise import Failure, Limits, Worker, supervise
 
 LONGEST_WAIT_S = 0.3  # after the step at which a fault is due, so that it may hit anything that happens between steps
 LATEST = 0.95  # share of the steps: who is killed must not have finished

@@ -18,7 +18,7 @@ from sl_queue.compute.fuse import TorchFuseStage, fuse_stage
 from sl_queue.compute.models import limit_threads
 from sl_queue.data.table import read_table
 from sl_queue.job import Job, JobPipeline, JobWire, PartyFile
-from sl_queue.local import require_all
+from sl_queue.local.threads import require_all
 from sl_queue.ports import Table
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload

@@ -16,13 +16,13 @@ import pyarrow.parquet
 from rich.table import Table as ScreenTable
 from sklearn.datasets import load_digits
 
+from sl_queue.commands.screen import Screen, stdout
 from sl_queue.compute.equality import joined_weights, largest_difference
 from sl_queue.compute.joined import Joined, train_joined
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.job import Job, PartyFile
-from sl_queue.local import Result, run_local
-from sl_queue.screen import Screen, stdout
+from sl_queue.local.threads import Result, run_local
 
 MODELS = '''"""The demo's models, as one writes them in PyTorch."""
 

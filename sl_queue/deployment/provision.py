@@ -18,8 +18,8 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
-from sl_queue.certificates import Certificate, new_authority, new_client, new_server
-from sl_queue.definitions import definitions, hashed, is_hash_of, roles, user_of
+from sl_queue.deployment.certificates import Certificate, new_authority, new_client, new_server
+from sl_queue.deployment.definitions import definitions, hashed, is_hash_of, roles, user_of
 from sl_queue.errors import JobError
 from sl_queue.job import Job
 from sl_queue.protocol.messages import SCHEDULER

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # it would bring torch
-    from sl_queue.check import Finding
+    from sl_queue.commands.check import Finding
 
 Status = Mapping[str, Any]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sl_queue.commands.operate import read_status
+from sl_queue.commands.screen import Screen
 from sl_queue.errors import TransportError
 from sl_queue.job import Job
-from sl_queue.local import shared_threads
-from sl_queue.operate import read_status
+from sl_queue.local.supervise import Failure, Worker, supervise
+from sl_queue.local.threads import shared_threads
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.screen import Screen
-from sl_queue.supervise import Failure, Worker, supervise
 from sl_queue.transport.seal import Seal
 
 STATUS_EVERY_S = 0.5

@@ -7,7 +7,7 @@ from statistics import mean, median
 from rich.console import Group
 from rich.table import Table
 
-from sl_queue.chaos import Trial, Verdict
+from sl_queue.chaos.faults import Trial, Verdict
 from sl_queue.protocol.messages import SCHEDULER
 
 

@@ -1,0 +1,1 @@
+"""What the command `sl-queue` does, and what it shows."""
