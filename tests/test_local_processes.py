@@ -210,7 +210,9 @@ def test_status_tells_where_a_run_is_and_whom_it_waits_for(job: Path, broker_url
         deadline = time.monotonic() + 60
         while not re.search(r"bank +silent", shown := told()) or "of bank for" not in shown:
             assert time.monotonic() < deadline, shown
-        assert re.search(r"insurer +waiting +\d+ +\d+ +\d+\.\d s +activation \d+\.\d of bank for \d+ s", shown)
+        assert re.search(
+            r"insurer +waiting +\d+ +\d+ +\d+\.\d s +(activation|holdout) \d+\.\d of bank for \d+ s", shown
+        )
         os.kill(run.workers()["bank"], signal.SIGCONT)
         assert run.wait() == 0, run.text
 
