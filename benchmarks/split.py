@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 from benchmarks.measure import Trace
 from benchmarks.processes import Work, together
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
-from sl_queue import launch
 from sl_queue.compute.models import limit_threads
 from sl_queue.job import Job
+from sl_queue.launch import party as party_launch
+from sl_queue.launch.broker import Channels, topology
+from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER, EpochDone, Kind, MicroBatch, Payload
 from sl_queue.protocol.orders import Orders
 from sl_queue.transport.channel import PartyChannel
@@ -104,7 +106,7 @@ def _roles(plan: Plan) -> tuple[str, ...]:
 
 def _rabbit_worker(plan: Plan, role: str, url: str, state: Path) -> Trace | None:
     def connect(party: str, prefetch: int) -> Link:
-        return RabbitLink(url, party, launch.topology(plan.job, url), prefetch, queue_type=plan.queue_type)
+        return RabbitLink(url, party, topology(plan.job, url), prefetch, queue_type=plan.queue_type)
 
     _serve(plan, role, connect, state)
     return TRACES.get(role)
@@ -136,14 +138,14 @@ def _threads(plan: Plan) -> list[Trace]:
 
 
 def _serve(plan: Plan, role: str, connect: Callable[[str, int], Link], state: Path) -> None:
-    vars(launch)["PartyChannel"] = TimedChannel  # all that is not as it is deployed, with the counting link
+    vars(party_launch)["PartyChannel"] = TimedChannel  # all that is not as it is deployed, with the counting link
     limit_threads(1)
     if role == SCHEDULER:
-        launch.serve_scheduler(plan.job, connect, state, lambda _: None, launch.Channels())
+        serve_scheduler(plan.job, connect, state, lambda _: None, Channels())
         return
 
     def counted(party: str, prefetch: int) -> Any:
         return CountingLink(connect(party, prefetch), party)
 
     metrics = ("auroc",) if plan.job.holdout else ()
-    launch.serve_party(plan.job, party_file(plan.workload, role, metrics), counted, state, launch.Channels())
+    party_launch.serve_party(plan.job, party_file(plan.workload, role, metrics), counted, state, Channels())

@@ -163,7 +163,7 @@ def _run_processes(
     from dataclasses import replace
 
     from sl_queue.commands.screen import Screen
-    from sl_queue.launch import sealing
+    from sl_queue.launch.broker import sealing
     from sl_queue.local.processes import read_history, run_processes
     from sl_queue.local.threads import key_in
     from sl_queue.protocol.messages import OPERATOR, SCHEDULER
@@ -197,7 +197,7 @@ def status(
 
     agreed, url = Job.load(job), _network(broker)
     from sl_queue.commands.operate import read_status
-    from sl_queue.launch import sealing
+    from sl_queue.launch.broker import sealing
     from sl_queue.protocol.messages import OPERATOR
 
     newest = read_status(agreed, url, seal=sealing(agreed, OPERATOR, key, url))
@@ -216,7 +216,7 @@ def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:
 
     agreed, url = Job.load(job), _network(broker)
     from sl_queue.commands.operate import request_stop
-    from sl_queue.launch import sealing
+    from sl_queue.launch.broker import sealing
     from sl_queue.protocol.messages import OPERATOR
 
     request_stop(agreed, url, sealing(agreed, OPERATOR, key, url))
@@ -243,7 +243,7 @@ def key(
 def provision(
     job: JobPath,
     broker_host: Annotated[
-        list[str], typer.Option(help="Name or address of the broker, again for more; parties connect to the first.")
+        list[str], typer.Option(help="Name or address of the broker; again for each further node, tried in turn.")
     ],
     out: Annotated[Path, typer.Option(help="A folder for all folders; what is there is kept.")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the broker listens.")] = 5671,

@@ -33,7 +33,14 @@ STEPS = 40
 
 _forked = multiprocessing.get_context("forkserver")
 _forked.set_forkserver_preload(
-    ["sl_queue.launch", "sl_queue.transport.rabbitmq", "torch._dynamo", "torchmetrics", "tests.crew"]
+    [
+        "sl_queue.launch.party",
+        "sl_queue.launch.scheduler",
+        "sl_queue.transport.rabbitmq",
+        "torch._dynamo",
+        "torchmetrics",
+        "tests.crew",
+    ]
 )
 
 

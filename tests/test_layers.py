@@ -27,7 +27,7 @@ OWNERS = {  # beginnings of module names
     "torch": (
         "sl_queue.compute.",
         "sl_queue.data.",
-        "sl_queue.launch",
+        "sl_queue.launch.party",
         "sl_queue.local.threads",
         "sl_queue.commands.demo",
         "workers.entry",
@@ -132,3 +132,12 @@ def test_importing_the_protocol_and_the_roles_loads_neither_torch_nor_pika() -> 
     program = f"import sys, {', '.join(names)}; print([m for m in ('torch', 'pika') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_scheduler_and_the_operator_need_no_torch() -> None:
+    program = (
+        "import sys, sl_queue.launch.scheduler, sl_queue.transport.rabbitmq, sl_queue.commands.operate\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -9,7 +9,7 @@ import pytest
 import sl_queue
 from sl_queue.commands.operate import read_status, request_stop
 from sl_queue.errors import AlignmentError, JobError, PeerSilent, RemoteProtocolError, RunStopped
-from sl_queue.launch import sealing, topology
+from sl_queue.launch.broker import sealing, topology
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.transport.keys import PrivateKey, read_key, write_key
 from tests.test_run_local import difference, job, party_files, weights

@@ -26,15 +26,22 @@ def main(role: Role) -> None:
     log.setLevel(getattr(logging, os.environ.get(LOG, "info").upper(), logging.INFO))
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
     with leaving(on_interrupt="interrupted; a restart resumes from the last checkpoint"):
+        import sl_queue.transport.rabbitmq  # noqa: F401 - with the others, before anything is awaited
         from sl_queue.job import Job, PartyFile  # inside, so that a mistake in a file is one line and not a traceback
-        from sl_queue.launch import run_worker
 
-        if role != "scheduler":
+        options = (arguments.broker, arguments.state, arguments.key, arguments.metrics_port)
+        if role == "scheduler":
+            from sl_queue.launch.scheduler import run_scheduler  # without torch
+
+            log.debug("libraries are loaded")
+            run_scheduler(Job.load(arguments.job), *options)
+        else:
             import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
-        log.debug("libraries are loaded")
-        job = Job.load(arguments.job)
-        party_file = None if role == "scheduler" else PartyFile.load(arguments.party)
-        run_worker(role, job, party_file, arguments.broker, arguments.state, arguments.key, arguments.metrics_port)
+
+            from sl_queue.launch.party import run_party
+
+            log.debug("libraries are loaded")
+            run_party(role, Job.load(arguments.job), PartyFile.load(arguments.party), *options)
 
 
 def _arguments(role: Role) -> argparse.Namespace:

@@ -18,7 +18,8 @@ from sl_queue.compute.fuse import fuse_stage
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError, BrokerUnreachable, ComputeError, SlQueueError
 from sl_queue.job import Job, PartyFile, redacted
-from sl_queue.launch import MEMORY, PREFETCH_MARGIN, topology
+from sl_queue.launch.broker import MEMORY, topology
+from sl_queue.launch.party import PREFETCH_MARGIN
 from sl_queue.party_file import read_url
 from sl_queue.ports import Table
 from sl_queue.protocol.codec import ITEM_BYTES, OVERHEAD_BYTES

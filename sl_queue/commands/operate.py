@@ -5,7 +5,7 @@ from typing import Any
 
 from sl_queue.errors import BrokerUnreachable, PeerSilent
 from sl_queue.job import Job
-from sl_queue.launch import connector, require_network
+from sl_queue.launch.broker import connector, require_network
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, Status, StopRequest
 from sl_queue.transport.link import Delivery, Link

@@ -15,7 +15,9 @@ from torch import nn
 from sl_queue.compute.models import final_module, limit_threads
 from sl_queue.errors import JobError, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
-from sl_queue.launch import MEMORY, Channels, OnStatus, connector, key_file, sealing, serve_party, serve_scheduler
+from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
+from sl_queue.launch.party import serve_party
+from sl_queue.launch.scheduler import OnStatus, serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.progress import RunState, history_line
 from sl_queue.transport.seal import Seal

@@ -1,0 +1,95 @@
+"""The scheduler, put together. It needs no torch, and so is there again half a second after it was killed."""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from sl_queue.errors import JobError
+from sl_queue.job import Job
+from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
+from sl_queue.party_file import BROKER, read_url
+from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.progress import EarlyStopping, Plan, RunState
+from sl_queue.roles.scheduler import Scheduler
+from sl_queue.storage.run_file import RunFile
+from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from sl_queue.transport.seal import Seal
+
+log = logging.getLogger("sl_queue")
+
+LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
+
+OnStatus = Callable[[Mapping[str, Any]], None]
+
+
+def run_scheduler(
+    job: Job, broker: str | None, state: Path | None, key: Path | None = None, metrics: str | None = None
+) -> None:
+    """The scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
+
+    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    """
+    given = broker or os.environ.get(BROKER)
+    if given is None:
+        raise JobError(f"the scheduler needs a broker: give --broker URL or set {BROKER}")
+    url = read_url(given)
+    require_network(url)
+    seal = sealing(job, SCHEDULER, key_file(key), url)
+    on_status = (lambda _: None) if metrics is None else _show(metrics)
+    serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), on_status, Channels(), seal)
+
+
+def serve_scheduler(
+    job: Job, connect: Connect, state: Path, on_status: OnStatus, open_channels: Channels, seal: Seal | None = None
+) -> RunState:
+    """The scheduler until every party has finished."""
+    with ExitStack() as stack:
+        ledger = RunFile(state, job.digest)
+        stack.callback(ledger.close)
+        saved = ledger.load()
+        if saved is not None and saved.phase == "finished":
+            log.info("scheduler: run %s is already finished", saved.run)
+            return saved
+        plan = plan_of(job)
+        incarnation = secrets.token_hex(8)
+        link = connect(SCHEDULER, 0)
+        channel = LinkSchedulerChannel(link, plan.parties, incarnation, patience_s=plan.patience_s, seal=seal)
+        stack.callback(channel.close)
+        channel.open()
+        open_channels.add(channel)
+        fresh_run = secrets.token_hex(6)
+        return Scheduler(plan, channel, ledger, fresh_run, time.monotonic, on_status).serve()
+
+
+def plan_of(job: Job) -> Plan:
+    """What the scheduler must know of a job."""
+    rule = job.early_stopping
+    early = None
+    if rule is not None:
+        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, rule.metric in LOWER_IS_BETTER)
+    return Plan(
+        job=job.canonical(),
+        label_holder=job.label_holder,
+        feature_parties=job.feature_parties,
+        epochs=job.epochs,
+        patience_s=job.broker.patience,
+        early_stopping=early,
+        steps=lambda n_rows: job.batches(n_rows).steps if n_rows else None,
+    )
+
+
+def _show(address: str) -> OnStatus:
+    from sl_queue.observe import SchedulerCollector, serve
+
+    newest: list[Mapping[str, Any]] = [{}]
+
+    def on_status(status: Mapping[str, Any]) -> None:
+        newest[0] = status
+
+    serve(address, SchedulerCollector(lambda: newest[0]))
+    return on_status
