@@ -233,7 +233,8 @@ def _url_problem(url: str) -> str | None:
     try:
         parts = urlsplit(url)
         rest = parts.path + parts.query + parts.fragment  # an @ in there: the password was not escaped
-        good = parts.hostname is not None and parts.port != 0 and "@" not in rest
+        nodes = [urlsplit(f"//{node}") for node in parts.netloc.rpartition("@")[2].split(",")]
+        good = "@" not in rest and all(node.hostname is not None and node.port != 0 for node in nodes)
     except ValueError:
         good = False
     if url == "memory://" or url.startswith(_IN_FILE) or (good and re.match(r"amqps?://", url)):

@@ -16,7 +16,7 @@ from sl_queue.job import Job
 from sl_queue.local.private_broker import PrivateBroker, find_server, free_ports
 from sl_queue.protocol.messages import OPERATOR
 from tests.credit import edit
-from tests.crew import ROLES, Crew, quiet_weights, write_job
+from tests.crew import ROLES, Crew, quiet_weights, sums, write_job
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -52,11 +52,18 @@ def plain(tmp_path: Path) -> Iterator[Deployment]:
     yield from deployed(tmp_path, patience=2.0, client_certificates=False)
 
 
-def deployed(folder: Path, *, patience: float, client_certificates: bool) -> Iterator[Deployment]:
-    job, out, (port,) = write_job(folder, patience=patience), folder / "out", free_ports(1)
-    place = Place(("localhost",), port, str(out / "broker"), str(out / "broker"), client_certificates)
+def write_sealed_job(folder: Path, place: Place, patience: float = 2.0) -> Path:
+    """The example's job with its keys, and what belongs to each role in `out`."""
+    job, out = write_job(folder, patience=patience), folder / "out"
     provision(Job.load(job), place, out, frozenset(), datetime.datetime.now(datetime.UTC))
     job.write_text(f"{job.read_text()}\n{(out / 'security.toml').read_text()}")
+    return job
+
+
+def deployed(folder: Path, *, patience: float, client_certificates: bool) -> Iterator[Deployment]:
+    out, (port,) = folder / "out", free_ports(1)
+    place = Place(("localhost",), port, str(out / "broker"), str(out / "broker"), client_certificates)
+    write_sealed_job(folder, place, patience)
     for role in (*ROLES, OPERATOR):
         edit(out / role / "broker.url", str(out / "broker"), str(out / role))
     configuration = (out / "broker" / "rabbitmq.conf").read_text().splitlines()
@@ -125,23 +132,17 @@ def test_no_log_and_no_command_line_shows_a_secret(plain: Deployment) -> None:
     plain.crew.finish()
 
 
-def test_local_runs_a_sealed_job_with_the_keys_of_all(plain: Deployment) -> None:
-    crew = plain.crew
-    files = [str(crew.folder / f"{party}.toml") for party in ("bank", "insurer")]
-    url = plain.broker.url("credit")
-    command = [
-        str(Path(sys.executable).with_name("sl-queue")),
-        "local",
-        str(crew.job),
-        *files,
-        "--out",
-        str(crew.states),
-    ]
-    environ = {**os.environ, "SL_QUEUE_BROKER": url}
-    refused = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+def test_local_runs_a_sealed_job_with_the_keys_of_all(tmp_path: Path, broker_url: str) -> None:
+    job, out = write_sealed_job(tmp_path, Place(("localhost",))), tmp_path / "states"
+    files = [str(tmp_path / f"{party}.toml") for party in ("bank", "insurer")]
+    command = [str(Path(sys.executable).with_name("sl-queue")), "local", str(job), *files, "--out", str(out)]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        environ = {**os.environ, "SL_QUEUE_BROKER": broker_url}
+        return subprocess.run([*command, *options], env=environ, capture_output=True, text=True, timeout=200)
+
+    refused = run()
     assert refused.returncode == 2 and "'operator' needs its private key" in refused.stderr
-    done = subprocess.run(
-        [*command, "--keys", str(plain.out)], env=environ, capture_output=True, text=True, timeout=200
-    )
+    done = run("--keys", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    assert crew.weights() == quiet_weights()
+    assert sums(out) == quiet_weights()

@@ -588,6 +588,7 @@ def test_the_option_comes_before_the_environment_and_that_before_the_file(monkey
         "amqp://localhost",
         "amqps://bank:hunter2@broker.example:5671/credit",
         "amqp://guest:guest@[::1]:5672/%2F",
+        "amqps://u:hunter2@one:5671,two:5671,[::1]/v",
         "amqp://u:hunter2@h/v?heartbeat=10",
     ],
 )
@@ -607,6 +608,8 @@ def test_these_urls_are_brokers(url: str) -> None:
         "amqp://bank:1#hunter2@h/v",
         "amqp://bank:1?hunter2@h/v",
         "amqp://h:99999/v",
+        "amqp://u:hunter2@h,/v",
+        "amqp://u:hunter2@h:5672,two:99999/v",
         "memory://h",
         "",
     ],

@@ -15,7 +15,7 @@ from pika.exceptions import AMQPConnectionError
 from sl_queue.deployment.provision import Place, Secret, provision, security_table
 from sl_queue.errors import AlignmentError, BrokerUnreachable, JobError
 from sl_queue.job import Job
-from sl_queue.launch import sealing
+from sl_queue.launch.broker import sealing
 from sl_queue.local.private_broker import PrivateBroker, find_server, free_ports
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.transport.keys import read_key
@@ -106,7 +106,11 @@ def test_a_certificate_is_renewed_before_it_ends_and_when_the_broker_moves(tmp_p
     assert changed(before, tmp_path) == {"broker/server.crt", "broker/server.key"}
     before = contents(tmp_path)
     write(tmp_path, place=replace(PLACE, hosts=("broker.example", "other.example")), now=NOW)
-    assert changed(before, tmp_path) == {"broker/server.crt", "broker/server.key"}
+    assert changed(before, tmp_path) == {
+        *("broker/server.crt", "broker/server.key"),
+        *(f"{role}/broker.url" for role in ROLES),
+    }
+    assert "@broker.example:5671,other.example:5671/credit?" in (tmp_path / "bank" / "broker.url").read_text()
 
 
 def test_the_authority_may_lie_elsewhere_until_it_has_to_sign(tmp_path: Path) -> None:

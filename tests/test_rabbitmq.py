@@ -461,6 +461,32 @@ def test_a_crash_loop_loses_nothing_in_a_quorum_queue(url: str) -> None:
     bank.link.close()
 
 
+def test_a_full_quorum_queue_holds_messages_back_until_there_is_room_and_loses_none(url: str) -> None:
+    full = {"x-queue-type": "quorum", "x-max-length": 3, "x-overflow": "reject-publish"}
+    with at_the_broker(url) as channel:
+        channel.queue_declare("q.insurer.bank", durable=True, arguments=full)
+    bank, insurer = (
+        Inbox(RabbitLink(url, party, two_parties(), 1, queue_type="quorum", limits=LIMITS))
+        for party in ("bank", "insurer")
+    )
+    bank.open()
+    sent = numbered(24)
+    send(bank.link, "insurer", *sent[:12])
+    bank.link.flush(1.0)  # such a queue takes a burst before it says that it is full
+    send(bank.link, "insurer", *sent[12:])
+    assert not bank.link.flush(1.0)
+    insurer.open()
+    arrived: set[bytes] = set()
+    while arrived != set(sent):
+        (delivery,) = insurer.take(1)
+        arrived.add(delivery.body)
+        insurer.link.acknowledge([delivery.tag])
+    assert bank.link.flush(10.0)
+    assert bank.reconnects == 0
+    for inbox in (bank, insurer):
+        inbox.link.close()
+
+
 def test_what_expires_is_not_kept_for_who_comes_late(connect: Connect) -> None:
     bank = connect("bank")
     bank.link.publish("insurer", Kind.REPORT, "r1", b"alive", persistent=False, expires_s=0.05)

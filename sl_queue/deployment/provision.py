@@ -44,7 +44,7 @@ class Secret(StrEnum):
 class Place:
     """How the broker is reached, and how one logs in there."""
 
-    hosts: tuple[str, ...]  # names and addresses; the first stands in the URLs
+    hosts: tuple[str, ...]  # names and addresses of the broker, or of its nodes; the URLs try them in turn
     port: int = PORT
     at: str = "."  # a role's folder, as its worker sees it: it is started there, or this is absolute
     broker_at: str = BROKER_AT
@@ -109,8 +109,8 @@ class _Folders:
             self._certificate(folder, "client", authority, (user,), lambda: new_client(authority, user, self.now))
             options |= {"certfile": f"{place.at}/client.crt", "keyfile": f"{place.at}/client.key"}
             login, options["auth_mechanism"] = "", "external"
-        host = f"[{place.hosts[0]}]" if ":" in place.hosts[0] else place.hosts[0]
-        where = f"{host}:{place.port}/{quote(self.job.name, safe='')}?{urlencode(options, safe='/')}"
+        nodes = ",".join(f"[{host}]:{place.port}" if ":" in host else f"{host}:{place.port}" for host in place.hosts)
+        where = f"{nodes}/{quote(self.job.name, safe='')}?{urlencode(options, safe='/')}"
         _write(folder / "broker.url", f"amqps://{login}{where}\n".encode(), secret=True)
 
     def _broker(self, authority: Certificate, passwords: Mapping[str, str]) -> None:

@@ -21,27 +21,36 @@ from sl_queue.errors import BrokerUnreachable, JobError
 START_S = 90.0  # a loaded machine with two cores needs 20
 HOST = "127.0.0.1"
 USER = "sl_queue"
+COOKIE = ".erlang.cookie"
+SERVER = "SL_QUEUE_RABBITMQ_SERVER"
 
 _SERVERS = ("/usr/lib/rabbitmq/bin/rabbitmq-server",)  # Debian's wrapper on PATH wants to be root and changes the user
 _ERL_CALLS = ("/usr/lib/erlang/bin", "/usr/local/lib/erlang/bin")
 
 
 def find_server() -> Path | None:
-    """The rabbitmq-server of this machine that any user may start with data of their own, or None."""
-    on_path = shutil.which("rabbitmq-server")
-    found = [Path(path) for path in (*_SERVERS, on_path) if path is not None and os.access(path, os.X_OK)]
+    """The rabbitmq-server of this machine that any user may start with data of their own, or None.
+
+    The one that SL_QUEUE_RABBITMQ_SERVER names comes first.
+    """
+    candidates = (os.environ.get(SERVER), *_SERVERS, shutil.which("rabbitmq-server"))
+    found = [Path(path) for path in candidates if path is not None and os.access(path, os.X_OK)]
     return found[0] if found else None
 
 
 class PrivateBroker:  # mutable: it owns processes
     """A broker for tests, benchmarks and `sl-queue chaos`; use it in a `with` statement.
 
-    `settings` are further lines of its rabbitmq.conf, `plugins` are enabled. Its address stays the same when it is
-    killed and started again.
+    `settings` are further lines of its rabbitmq.conf, `plugins` are enabled; with `joins` it becomes another node of
+    that broker, which must run. Its address stays the same when it is killed and started again.
     """
 
     def __init__(
-        self, server: Path | None = None, settings: tuple[str, ...] = (), plugins: tuple[str, ...] = ()
+        self,
+        server: Path | None = None,
+        settings: tuple[str, ...] = (),
+        plugins: tuple[str, ...] = (),
+        joins: "PrivateBroker | None" = None,
     ) -> None:
         found = server or find_server()
         if found is None:
@@ -54,6 +63,14 @@ class PrivateBroker:  # mutable: it owns processes
         self._broker: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
         self.port, self._distribution_port, self._epmd_port = free_ports(3)
+        self._joins = joins
+        if joins is not None:
+            self._password, self._vhosts, self._epmd_port = joins._password, joins._vhosts, joins._epmd_port
+
+    @property
+    def node(self) -> str:
+        """Its name among the nodes of a broker."""
+        return f"sl_queue_{self.port}@localhost"
 
     def __enter__(self) -> "PrivateBroker":
         try:
@@ -70,7 +87,7 @@ class PrivateBroker:  # mutable: it owns processes
 
     def start(self) -> None:
         """Start on the data that is there; returns when it answers. Raises BrokerUnreachable with its log's end."""
-        if self._epmd is None:
+        if self._epmd is None and self._joins is None:
             self._epmd = self._spawn("sh", "-c", "epmd & read _; kill $!; wait")  # until its input ends
         self._write_settings()
         self._broker = self._spawn(str(self._server))
@@ -155,7 +172,7 @@ class PrivateBroker:  # mutable: it owns processes
         return {
             **{name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ},
             "HOME": str(self._folder),  # the cookie lies here
-            "RABBITMQ_NODENAME": f"sl_queue_{self.port}@localhost",
+            "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_NODE_IP_ADDRESS": HOST,
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
@@ -170,12 +187,18 @@ class PrivateBroker:  # mutable: it owns processes
         }
 
     def _write_settings(self) -> None:
+        joining: list[str] = []
+        if self._joins is not None:
+            shutil.copy(self._joins._folder / COOKIE, self._folder)
+            nodes = enumerate((self._joins.node, self.node))
+            joining = [f"cluster_formation.classic_config.nodes.{number} = {node}" for number, node in nodes]
         settings = (
             f"default_user = {USER}",
             f"default_pass = {self._password}",
             "loopback_users = none",
             "disk_free_limit.absolute = 50MB",
             *self._settings,
+            *joining,
         )
         (self._folder / "rabbitmq.conf").write_text("\n".join(settings) + "\n")
         (self._folder / "enabled_plugins").write_text(f"[{','.join(self._plugins)}].\n")

@@ -32,7 +32,8 @@ log = logging.getLogger("sl_queue")
 class RabbitLink:
     """One party's end of RabbitMQ, at `amqp(s)://USER:PASSWORD@HOST:PORT/VHOST`. Thread-safe.
 
-    `prefetch` messages of each sender at most are unacknowledged, 0 for any number. Raises JobError for a bad URL.
+    Of a cluster the URL names several nodes, `HOST:PORT,HOST:PORT`; who loses one goes to the next. `prefetch` messages
+    of each sender at most are unacknowledged, 0 for any number. Raises JobError for a bad URL.
     """
 
     _numbers = itertools.count(1)  # of sessions, so that no tag means anything to another one
@@ -47,7 +48,9 @@ class RabbitLink:
         queue_type: QueueType = "classic",
         limits: Limits = Limits(),
     ) -> None:
-        self._place = Place(Address.parse(url), party, topology, prefetch, queue_type, limits)
+        nodes = [Place(address, party, topology, prefetch, queue_type, limits) for address in Address.parse(url)]
+        self._place = nodes[0]  # where it is, or was last
+        self._nodes, self._where = itertools.cycle(nodes), " or ".join(str(node.address) for node in nodes)
         self._unconfirmed = Unconfirmed()
         self._lock = threading.Lock()
         self._acknowledged: list[Tag] = []
@@ -212,6 +215,7 @@ class RabbitLink:
         before_deliveries: Callable[[], None],
     ) -> Session:
         async def attempt() -> Session:
+            self._place = next(self._nodes)
             session = Session(next(self._numbers), self._place, self._unconfirmed, self._on_delivery)
             self._session = session
             try:
@@ -221,15 +225,15 @@ class RabbitLink:
                 raise
             return session
 
-        party, address = self._place.party, self._place.address
-        say = f"party {party!r}: no connection to the broker at {address}"
+        party = self._place.party
+        say = f"party {party!r}: no connection to the broker at {self._where}"
         try:
             return await persist(attempt, on=on, limit_s=limit_s, pauses=CONNECTING, say=say)
         except Denied as denied:
-            raise BrokerUnreachable(f"the broker at {address} refuses party {party!r}: {denied}") from None
+            raise BrokerUnreachable(f"the broker at {self._place.address} refuses party {party!r}: {denied}") from None
         except Lost as lost:
             raise BrokerUnreachable(
-                f"party {party!r} cannot use the broker at {address}: {lost}; tried for {limit_s:.0f} s, "
+                f"party {party!r} cannot use the broker at {self._where}: {lost}; tried for {limit_s:.0f} s, "
                 "start the broker or correct its URL"
             ) from None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlencode, urlsplit
 
 import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
@@ -49,7 +49,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a broker is and who asks; its text never shows a password."""
+    """Where a node of a broker is and who asks; its text never shows a password."""
 
     url: str = field(repr=False)
     host: str
@@ -58,20 +58,25 @@ class Address:
     user: str
 
     @classmethod
-    def parse(cls, url: str) -> "Address":
-        """Raises JobError for what is not a URL of a broker."""
+    def parse(cls, url: str) -> "tuple[Address, ...]":
+        """The nodes of a broker: `amqp://USER:PASSWORD@HOST:PORT,HOST:PORT/VHOST`. Raises JobError for another text."""
         try:
             parts = urlsplit(url)
-            port = parts.port or (5671 if parts.scheme == "amqps" else 5672)
-            if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
-                raise ValueError("amqp://USER:PASSWORD@HOST:PORT/VHOST expected, or amqps://")
-            if parts.username is not None and parts.password is None:  # pika wants one
-                host = parts.netloc.rpartition("@")[2]
-                url = parts._replace(netloc=f"{parts.username}:@{host}").geturl()
-            address = cls(url, parts.hostname, port, unquote(parts.path[1:]) or "/", unquote(parts.username or "guest"))
-            address.parameters("")
+            login, at, hosts = parts.netloc.rpartition("@")
+            return tuple(cls._of(parts._replace(netloc=f"{login}{at}{host}")) for host in hosts.split(","))
         except (ValueError, TypeError, SyntaxError, OSError) as error:
             raise JobError(f"the broker's URL cannot be used: {error}") from None
+
+    @classmethod
+    def _of(cls, parts: SplitResult) -> "Address":
+        host, port = parts.hostname, parts.port or (5671 if parts.scheme == "amqps" else 5672)
+        if parts.scheme not in ("amqp", "amqps") or not host:
+            raise ValueError("amqp://USER:PASSWORD@HOST:PORT/VHOST expected, or amqps://")
+        if parts.username is not None and parts.password is None:  # pika wants one
+            parts = parts._replace(netloc=f"{parts.username}:@{parts.netloc.rpartition('@')[2]}")
+        vhost, user = unquote(parts.path[1:]) or "/", unquote(parts.username or "guest")
+        address = cls(parts.geturl(), host, port, vhost, user)
+        address.parameters("")
         return address
 
     def parameters(self, name: str) -> pika.URLParameters:

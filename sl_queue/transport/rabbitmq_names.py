@@ -18,12 +18,13 @@ NEVER = 1_000_000_000  # redeliveries before a quorum queue drops a message; Rab
 
 def inbox_arguments(receiver: str, queue_type: QueueType) -> Arguments:
     """How a queue that `receiver` reads is declared: what was confirmed is never dropped."""
-    if receiver == OPERATOR:
-        return {"x-max-length": 1, "x-overflow": "drop-head"}  # only the newest status is worth reading
+    newest: Arguments = {"x-max-length": 1, "x-overflow": "drop-head"}  # only that status is worth reading
     full: Arguments = {"x-overflow": "reject-publish"}  # where a policy limits its length
+    kept = newest if receiver == OPERATOR else full
     if queue_type == "classic":
-        return full
-    return {"x-queue-type": "quorum", "x-delivery-limit": NEVER, "x-single-active-consumer": True, **full}
+        return kept
+    replicated: Arguments = {"x-queue-type": "quorum", "x-delivery-limit": NEVER, **kept}
+    return replicated if receiver == OPERATOR else {"x-single-active-consumer": True, **replicated}
 
 
 def dead_letter_arguments(queue_type: QueueType) -> Arguments:

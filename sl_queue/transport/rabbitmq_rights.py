@@ -35,14 +35,14 @@ class Rights:
 
 def try_rights(url: str, role: str, names: Topology) -> Rights:
     """Log in and try. Raises BrokerUnreachable, JobError for a bad URL."""
-    address = Address.parse(url)
+    nodes = Address.parse(url)
     try:
-        with pika.BlockingConnection(address.parameters(f"sl_queue check {role}")) as connection:
+        with pika.BlockingConnection([node.parameters(f"sl_queue check {role}") for node in nodes]) as connection:
             needed = {what: _became(connection, attempt) for what, attempt in _needed(role, names)}
             others = {what: _became(connection, attempt) for what, attempt in _others(role, names)}
     except (AMQPError, OSError) as error:
         raise BrokerUnreachable(
-            f"the broker at {address} cannot be used as {role!r}: {why_not(error, address)}"
+            f"the broker at {nodes[-1]} cannot be used as {role!r}: {why_not(error, nodes[-1])}"
         ) from None
     return Rights(
         missing=tuple(what for what, became in needed.items() if became == ACCESS_REFUSED),

@@ -83,9 +83,7 @@ class Session:
         self._connection.lost.add_done_callback(lambda lost: self._end(lost.result()))
         self._connection.on_blocked(self._on_blocked, self._on_unblocked)
         await declare(self._connection, place.topology, place.party, place.queue_type)
-        out = await self._connection.channel()
-        out.on_closed = self._on_publishing_refused
-        await out.confirms(self._on_confirm, self._on_return)
+        out = await self._publishing()
         before_deliveries()
         for queue in range(len(self._senders)):
             await self._take(queue, busy_s)
@@ -212,6 +210,13 @@ class Session:
 
     # Publishing -------------------------------------------------------------------------------------------------
 
+    async def _publishing(self) -> Channel:
+        """A channel to publish on. Raises Lost."""
+        out = await self._connection.channel()
+        out.on_closed = self._on_publishing_refused
+        await out.confirms(self._on_confirm, self._on_return)
+        return out
+
     def pump(self) -> None:
         """Publish what waits, as far as the window allows.
 
@@ -283,10 +288,21 @@ class Session:
         place = self._place
         try:
             await declare(self._connection, place.topology, place.party, place.queue_type)
+            if place.queue_type == "quorum":
+                await self._publish_anew()
         except Lost as lost:
             self._end(str(lost))
         self._mending = None
         self.pump()
+
+    async def _publish_anew(self) -> None:
+        """A channel that met a quorum queue while its leader was lost may refuse for ever; a new one does not."""
+        if self._out is not None:
+            await self._out.close()
+        self._unconfirmed.again([number for number, _ in self._sent.values()])
+        self._sent.clear()
+        self._tag, self._in_flight = 0, 0
+        self._out = await self._publishing()
 
     def _on_publishing_refused(self, why: Refused | Lost) -> None:
         error: SlQueueError | None = None

@@ -1,0 +1,72 @@
+"""Three nodes, and the one that does all the work is lost: the workers find another, and not one bit differs.
+
+`pytest -s tests/test_cluster.py` prints how long the run stood still.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from sl_queue.local.private_broker import HOST, PrivateBroker, find_server
+from tests.crew import STEPS, Crew, quiet_weights, write_job
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(find_server() is None, reason="needs a rabbitmq-server on this machine"),
+]
+
+PAUSE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[PrivateBroker, ...]]:
+    with ExitStack() as running:
+        first = running.enter_context(PrivateBroker())
+        yield (first, *(running.enter_context(PrivateBroker(joins=first)) for _ in range(2)))
+
+
+def url_of(nodes: tuple[PrivateBroker, ...], vhost: str) -> str:
+    """One URL for all of them, the first to be tried first."""
+    login, _, path = nodes[0].url(vhost).replace("amqp://", "").replace("@", "/").split("/")
+    return f"amqp://{login}@{','.join(f'{HOST}:{node.port}' for node in nodes)}/{path}"
+
+
+def leaders(node: PrivateBroker, vhost: str) -> str:
+    """Who leads the quorum queues, as Erlang prints it."""
+    return node.evaluate(f'[amqqueue:get_pid(Q) || Q <- rabbit_amqqueue:list(<<"{vhost}">>)]')
+
+
+def longest_pause_s(crew: Crew, until: int) -> float:
+    """Between two steps of the label holder that follow each other, from now until that step is done."""
+    longest, at, done = 0.0, time.monotonic(), max(crew.steps("insurer")[-1])
+    while done < until:
+        assert time.monotonic() - at < 2 * PAUSE_S, crew.tail("insurer")
+        time.sleep(0.005)
+        newest, now = max(crew.steps("insurer")[-1]), time.monotonic()
+        if newest > done:
+            longest, at, done = max(longest, now - at), now, newest
+    return longest
+
+
+def test_the_node_that_leads_all_queues_and_serves_all_workers_is_killed_and_no_bit_differs(
+    tmp_path: Path, nodes: tuple[PrivateBroker, ...], unique: str
+) -> None:
+    first, second, _ = nodes
+    job = write_job(tmp_path, patience=10.0)
+    job.write_text(f'{job.read_text()}queues = "quorum"\n')
+    with Crew(tmp_path, url_of(nodes, unique)) as crew:
+        crew.start()
+        crew.await_step("insurer", STEPS // 4)
+        assert second.node not in leaders(first, unique) and first.node in leaders(first, unique)
+        first.kill()
+        pause_s = longest_pause_s(crew, STEPS - 1)
+        crew.finish()
+        assert crew.weights() == quiet_weights()
+        assert crew.generation() == 0
+        assert first.node not in leaders(second, unique)
+        assert all("lost the broker" in crew.log(role) for role in ("bank", "insurer", "scheduler"))
+    print(f"\nthe run stood still for {pause_s:.1f} s")
+    assert pause_s < PAUSE_S
