@@ -4,6 +4,8 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +16,30 @@ Role = Literal["scheduler", "feature", "label"]
 
 METRICS = "SL_QUEUE_METRICS_PORT"  # environment variable
 LOG = "SL_QUEUE_LOG"  # environment variable: debug has a line for every step, info, warning, error
+FINAL_EXIT = "SL_QUEUE_FINAL_EXIT"  # environment variable: exit code instead of those that no restart mends
+FINAL_CODES = frozenset({2, 3, 4, 5, 70})
 
 
 def main(role: Role) -> None:
     """Run one worker until its run is finished; exits as `sl_queue.errors` lists."""
+    with exiting():
+        _run(role)
+
+
+@contextmanager
+def exiting() -> Iterator[None]:
+    """Exit with SL_QUEUE_FINAL_EXIT, if set, where a restart is of no use: a container engine cannot tell codes apart."""
+    try:
+        yield
+    except SystemExit as end:
+        final = os.environ.get(FINAL_EXIT)
+        if final is None or end.code not in FINAL_CODES:
+            raise
+        print(f"exit code {end.code}, told as {final} ({FINAL_EXIT}): no restart mends this", file=sys.stderr, flush=True)
+        raise SystemExit(int(final)) from None
+
+
+def _run(role: Role) -> None:
     die_with_parent()
     leave_on_sigterm()
     arguments = _arguments(role)

@@ -5,6 +5,7 @@ It runs once, in a container without a network. What is there is left as it is, 
 
 import datetime
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         demo, secrets = Path(temporary) / "demo", Path(temporary) / "secrets"
         write_demo(demo)
+        _set_epochs(demo / "job.toml")
         place = Place(("broker",))
         provision(Job.load(demo / "job.toml"), place, secrets, frozenset(), datetime.datetime.now(datetime.UTC))
         job = f"{(demo / 'job.toml').read_text()}\n{(secrets / 'security.toml').read_text()}"
@@ -38,6 +40,12 @@ def main() -> None:
             (Path(temporary) / "job.toml").write_text(job)
             _give(role, [*own, Path(temporary) / "job.toml"])
     print(f"prepared {', '.join(sorted(path.name for path in OUT.iterdir()))}")
+
+
+def _set_epochs(job: Path) -> None:
+    """As many as SL_QUEUE_EPOCHS says."""
+    if epochs := os.environ.get("SL_QUEUE_EPOCHS"):
+        job.write_text(re.sub(r"^epochs = .*$", f"epochs = {int(epochs)}", job.read_text(), flags=re.MULTILINE))
 
 
 def _give(role: str, files: list[Path]) -> None:
