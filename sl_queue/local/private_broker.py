@@ -106,6 +106,11 @@ class PrivateBroker:  # mutable: it owns processes
             _kill(self._broker)
             self._broker = None
 
+    def freeze(self) -> None:
+        """SIGSTOP: it goes on only after it was killed and started again, as a machine that is cut off."""
+        if self._broker is not None:
+            os.killpg(self._broker.pid, signal.SIGSTOP)
+
     def stop(self) -> None:
         """Stop in order."""
         if self._broker is not None:
