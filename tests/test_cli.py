@@ -252,7 +252,7 @@ def test_ctrl_c_ends_with_130_and_the_run_can_go_on(job: Path) -> None:
                 run.send_signal(signal.SIGINT)
                 break
         said = run.stderr.read()
-    assert run.returncode == 130
+    assert run.returncode == 130, said
     assert "interrupted; the same command goes on" in said
     assert "Traceback" not in said
     assert not list(job.parent.glob("run/*/final/*"))

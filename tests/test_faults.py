@@ -122,6 +122,21 @@ def test_a_party_twenty_times_slower_than_the_others_is_waited_for(tmp_path: Pat
 # The broker -------------------------------------------------------------------------------------------------------
 
 
+def test_a_broker_that_takes_no_messages_is_named_and_waited_for(crew: Crew, private_broker: Broker) -> None:
+    slow(crew.folder / "bank.py", seconds=0.05)
+    crew.start()
+    crew.await_step("insurer", 6)
+    private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")  # as if its memory were used up
+    try:
+        for party in PARTIES:
+            crew.await_log(party, "the broker takes no messages")
+    finally:
+        private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+    crew.finish()
+    assert crew.weights() == quiet_weights()
+    nobody_repeated_a_step(crew, *PARTIES)
+
+
 def test_a_broker_killed_and_started_again_rolls_nobody_back(crew: Crew, private_broker: Broker) -> None:
     crew.start()
     crew.await_step("insurer", 6)

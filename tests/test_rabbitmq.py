@@ -16,7 +16,8 @@ from pika.adapters.utils.io_services_utils import _AsyncTransportBase
 from sl_queue.chaos.proxy import Proxy
 from sl_queue.errors import BrokerUnreachable, JobError, PartyBusy, SlQueueError, TransportError, Unroutable
 from sl_queue.local.private_broker import binary, free_ports
-from sl_queue.protocol.messages import SCHEDULER, Kind
+from sl_queue.protocol.messages import SCHEDULER, Kind, Stopped
+from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.rabbitmq import RabbitLink
 from sl_queue.transport.rabbitmq_connection import READ_BYTES
 from sl_queue.transport.retry import Limits
@@ -73,6 +74,25 @@ def in_order(bodies: list[bytes]) -> list[bytes]:
 
 
 # Losing the broker ------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_that_waits_for_confirms_says_so_and_gives_up_at_last(
+    private_broker: Broker, url: str, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    for other in (SCHEDULER, "insurer"):
+        connect(other)
+    link = RabbitLink(url, "bank", two_parties(), 0, limits=LIMITS)
+    channel = PartyChannel(link, "bank", ("insurer",), "b1", patience_s=0.2, persistent=False, depth=1)
+    channel.open()
+    private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")  # as if its memory were used up
+    try:
+        channel.report(Stopped("b1", 0))
+        with pytest.raises(BrokerUnreachable, match="party 'bank' waited for the broker to confirm what was sent"):
+            channel.flush()
+    finally:
+        private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+        channel.close()
+    assert "bank: waiting for the broker to confirm what was sent" in caplog.text
 
 
 def test_what_is_published_while_the_broker_is_killed_and_started_again_arrives(

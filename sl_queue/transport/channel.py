@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from sl_queue.errors import (
     AlignmentError,
+    BrokerUnreachable,
     LocalProtocolError,
     PeerSilent,
     RemoteProtocolError,
@@ -111,6 +112,8 @@ class PartyChannel:
         if self._failure is None:
             self._link.flush(timeout_s=5.0)
         self._link.close()
+        if self._pulse.ident is not None:
+            self._pulse.join()
 
     # What the worker calls --------------------------------------------------------------------------------------
 
@@ -145,10 +148,15 @@ class PartyChannel:
         self._meter.count("commits")
 
     def flush(self) -> None:
+        began, name_at = time.monotonic(), self._patience_s
         with self._meter.waiting("broker", "confirm"):
-            while not self._link.flush(timeout_s=1.0):
+            while not self._link.flush(timeout_s=min(1.0, self._patience_s)):
                 with self._changed:
                     self._check()
+                waited = time.monotonic() - began
+                if waited >= name_at:
+                    name_at += self._patience_s
+                    self._name_unconfirmed(waited)
 
     def introduce(self, describe: Callable[[], Joined]) -> None:
         self._describe, self._introduce_again = describe, True
@@ -218,16 +226,24 @@ class PartyChannel:
         """Say whom we wait for, and give up on who has been silent for too long."""
         silent = self._silence(source)
         log.warning("%s: waiting for %s since %.0f s; last heard of it %.0f s ago", self._party, what, waited, silent)
+        if silent <= GIVE_UP * self._patience_s:
+            return  # also if nothing of it could be opened: whoever runs the broker can put in what nobody can open
         if self._seal is not None and self._seal.never_opened(source):
             raise AlignmentError(
                 f"no message of {source!r} can be opened by party {self._party!r}: their jobs do not have the same "
                 "[security]; every party needs the same job file"
             )
-        if silent > GIVE_UP * self._patience_s:
-            raise PeerSilent(
-                f"party {self._party!r} waits for {what}, which has been silent for {silent:.0f} s "
-                f"({GIVE_UP} times patience); start that worker and this one again: the run resumes"
-            )
+        raise PeerSilent(
+            f"party {self._party!r} waits for {what}, which has been silent for {silent:.0f} s "
+            f"({GIVE_UP} times patience); start that worker and this one again: the run resumes"
+        )
+
+    def _name_unconfirmed(self, waited: float) -> None:
+        """Say that the broker takes nothing, and give up on one that has not for too long."""
+        what = f"the broker to confirm what was sent since {waited:.0f} s: an alarm of its, or a receiver's full queue"
+        log.warning("%s: waiting for %s", self._party, what)
+        if waited > GIVE_UP * self._patience_s:
+            raise BrokerUnreachable(f"party {self._party!r} waited for {what}; start this worker again: it resumes")
 
     def _check(self) -> None:
         """Raise what ends or redirects the worker; called with the lock held."""

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from sl_queue.errors import AlignmentError, RemoteProtocolError, SlQueueError
+from sl_queue.errors import RemoteProtocolError, SlQueueError
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import (
     OPERATOR,
@@ -41,7 +41,7 @@ class LinkSchedulerChannel:
         self, link: Link, parties: tuple[str, ...], incarnation: str, *, patience_s: float, seal: Seal | None = None
     ) -> None:
         self._link, self._parties, self._incarnation, self._patience_s = link, parties, incarnation, patience_s
-        self._seal, self._news, self._began = seal, News(), time.monotonic()
+        self._seal, self._news = seal, News()
         self._changed = threading.Condition()
         self._inbox: deque[tuple[str, Report, Tag]] = deque()
         self._taken: list[Tag] = []
@@ -60,6 +60,8 @@ class LinkSchedulerChannel:
         if self._failure is None:
             self._link.flush(timeout_s=5.0)
         self._link.close()
+        if self._pulse.ident is not None:
+            self._pulse.join()
 
     def reports(self, timeout_s: float) -> Sequence[tuple[str, Report]]:
         deadline = time.monotonic() + timeout_s
@@ -71,11 +73,13 @@ class LinkSchedulerChannel:
                 self._changed.wait(left)
             if self._failure is not None:
                 raise self._failure
-            self._require_common_keys()
             taken = list(self._inbox)
             self._inbox.clear()
             self._taken += [tag for _, _, tag in taken]
         return [(sender, report) for sender, report, _ in taken]
+
+    def strangers(self) -> Sequence[str]:
+        return [] if self._seal is None else [party for party in self._parties if self._seal.never_opened(party)]
 
     def command(self, party: str, command: Command | Status) -> None:
         self._publish(party, command, persistent=True, expires_s=None)
@@ -140,17 +144,6 @@ class LinkSchedulerChannel:
             except SlQueueError:
                 pass  # the link has failed or is closed: the scheduler's thread says so
         return True
-
-    def _require_common_keys(self) -> None:
-        """Tell parties that were set up with other keys from parties that are not here."""
-        if self._seal is None or time.monotonic() - self._began < self._patience_s:
-            return
-        strangers = [party for party in self._parties if self._seal.never_opened(party)]
-        if strangers:
-            raise AlignmentError(
-                f"no message of {', '.join(strangers)} can be opened: their job and the scheduler's do not have the "
-                "same [security]; every party needs the same job file"
-            )
 
     def _on_reconnect(self) -> None:
         with self._changed:
