@@ -21,7 +21,7 @@ from tests.test_cli import COMMAND, environment, sl_queue
 
 pytestmark = pytest.mark.timeout(180)
 
-EPOCHS = 60
+EPOCHS = 40
 PACE = "time.sleep(0.01)"  # in every forward of the bank: long enough for something to happen, however fast the machine
 
 
@@ -156,7 +156,7 @@ def test_workers_that_are_killed_are_restarted_and_change_nothing(
     job: Path, broker_url: str, quiet: dict[str, str]
 ) -> None:
     with started(job, broker_url, "run") as run:
-        for epoch, role in ((5, "bank"), (20, "insurer"), (40, "scheduler")):
+        for epoch, role in ((5, "bank"), (15, "insurer"), (28, "scheduler")):
             run.until(f"epoch {epoch}/")
             os.kill(run.workers()[role], signal.SIGKILL)
             run.until(f"{role}: ended by SIGKILL; restarting")
