@@ -166,6 +166,9 @@ class SchedulerChannel(Protocol):
     def acknowledge(self) -> None:
         """What `reports` returned has taken effect on disk."""
 
+    def strangers(self) -> Sequence[str]:
+        """Parties in whose name messages came, of which none could be opened."""
+
 
 @dataclass(frozen=True, slots=True)
 class Saved:

@@ -42,7 +42,7 @@ class FrameProxy(Proxy):  # mutable: armed once, it acts once
                 if greeting and len(buffer) >= GREETING_BYTES:
                     sink.sendall(buffer[:GREETING_BYTES])
                     buffer, greeting = buffer[GREETING_BYTES:], False
-                while not greeting and (size := _frame_size(buffer)) is not None:
+                while not greeting and (size := frame_size(buffer)) is not None:
                     frame, buffer = buffer[:size], buffer[size:]
                     here = self._is_here(frame, from_client)
                     if here and self._before:
@@ -66,7 +66,7 @@ class FrameProxy(Proxy):  # mutable: armed once, it acts once
         return False
 
 
-def _frame_size(buffer: bytes) -> int | None:
+def frame_size(buffer: bytes) -> int | None:
     """Of the first frame, if all of it is here: type, channel, size, payload, end."""
     if len(buffer) < 7:
         return None

@@ -52,6 +52,11 @@ def plain(tmp_path: Path) -> Iterator[Deployment]:
     yield from deployed(tmp_path, patience=2.0, client_certificates=False)
 
 
+@pytest.fixture
+def hasty(tmp_path: Path) -> Iterator[Deployment]:
+    yield from deployed(tmp_path, patience=0.5, client_certificates=False)
+
+
 def write_sealed_job(folder: Path, place: Place, patience: float = 2.0) -> Path:
     """The example's job with its keys, and what belongs to each role in `out`."""
     job, out = write_job(folder, patience=patience), folder / "out"
@@ -107,18 +112,18 @@ def test_a_party_started_with_another_job_is_refused_and_told_which_key_differs(
         assert "epochs = 9 at 'bank', 8 at the scheduler" in plain.crew.log(role)
 
 
-def test_a_party_whose_job_lists_another_key_of_the_scheduler_is_told_so(plain: Deployment) -> None:
-    job = Job.load(plain.crew.job)
+def test_a_party_whose_job_lists_another_key_of_the_scheduler_is_told_so(hasty: Deployment) -> None:
+    job = Job.load(hasty.crew.job)
     ours, theirs = job.security.keys["scheduler"].seal, job.security.keys[OPERATOR].seal
-    other = plain.crew.folder / "other.toml"
-    swapped = plain.crew.job.read_text().replace(ours, "swapped").replace(theirs, ours).replace("swapped", theirs)
+    other = hasty.crew.folder / "other.toml"
+    swapped = hasty.crew.job.read_text().replace(ours, "swapped").replace(theirs, ours).replace("swapped", theirs)
     other.write_text(swapped)
-    plain.start("scheduler", "insurer")
-    plain.start("bank", job=other)
-    assert plain.crew.wait("bank") == AlignmentError.exit_code
-    assert "no message of 'scheduler' can be opened by party 'bank'" in plain.crew.log("bank")
-    assert plain.crew.wait("scheduler") == AlignmentError.exit_code
-    assert "no message of bank can be opened" in plain.crew.log("scheduler")
+    hasty.start("scheduler", "insurer")
+    hasty.start("bank", job=other)
+    assert hasty.crew.wait("bank") == AlignmentError.exit_code
+    assert "no message of 'scheduler' can be opened by party 'bank'" in hasty.crew.log("bank")
+    assert hasty.crew.wait("scheduler") == AlignmentError.exit_code
+    assert "no message of bank can be opened" in hasty.crew.log("scheduler")
 
 
 def test_no_log_and_no_command_line_shows_a_secret(plain: Deployment) -> None:

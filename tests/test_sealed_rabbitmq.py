@@ -1,5 +1,6 @@
 """Sealed over a real broker: the same weights, nothing to be read there, and status and stop for the operator only."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from sl_queue.errors import AlignmentError, JobError, PeerSilent, RemoteProtocol
 from sl_queue.launch.broker import sealing, topology
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.transport.keys import PrivateKey, read_key, write_key
+from tests.broker import Broker
+from tests.tampering import Tampering
 from tests.test_run_local import difference, job, party_files, weights
 
 ROLES = ("bank", "telco", "insurer", SCHEDULER, OPERATOR)
@@ -95,6 +98,25 @@ def test_nothing_that_lies_in_a_queue_can_be_read_there(
     assert len(seen) > 100
     clear = [b"bank", b"telco", b"insurer", b"scheduler", b"float32", b"joined", b"progress", unique.encode()]
     assert not [word for word in clear if any(word in body for body in seen)]
+
+
+def test_a_thousand_messages_edited_replayed_reordered_and_swapped_on_the_way_change_no_weight_and_stop_no_run(
+    keys: Path, tmp_path: Path, unique: str, private_broker: Broker, broker_url: str
+) -> None:
+    agreed = sealed_job(keys, unique, epochs=12, broker={"patience": 0.5})
+    quiet = sl_queue.run_local(job(epochs=12), party_files(tmp_path))
+    with Tampering(private_broker.port, broker_url, seed=1, often=0.5, lose=0.1) as proxy:
+        sealed = sl_queue.run_local(agreed, party_files(tmp_path), proxy.url(broker_url), tmp_path / "out", keys=keys)
+    assert proxy.tried.total() >= 1000 and min(proxy.tried.values()) >= 100, proxy.tried
+    assert difference(weights(quiet), weights(sealed)) == 0.0
+    assert [line["loss"] for line in sealed.history] == [line["loss"] for line in quiet.history]
+    state = json.loads((tmp_path / "out" / SCHEDULER / "run.json").read_text())["state"]
+    assert state["bases"] == [], "somebody was sent back"
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        names, channel = topology(agreed, broker_url), connection.channel()
+        rejected = [channel.queue_declare(names.dead_letters(role), passive=True) for role in ROLES[:-1]]
+        assert sum(queue.method.message_count for queue in rejected) > 300
+    print(f"\n{dict(proxy.tried)}, {proxy.tried.total()} in all")
 
 
 def test_a_worker_without_its_key_or_with_another_is_refused_before_it_begins(

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -143,6 +144,18 @@ def test_the_same_broker_does_change_weights_that_are_not_sealed(quiet: ToyRun) 
             super().publish(receiver, sender, body, persistent=persistent, expires=expires)
 
     assert run(Editor()).run().weights() != quiet.weights()
+
+
+@pytest.mark.parametrize("receiver", ["a", "label", SCHEDULER])
+def test_what_the_brokers_operator_puts_in_before_anybody_has_spoken_stops_no_run(quiet: ToyRun, receiver: str) -> None:
+    """Somebody starts late, later than patience: till then nothing but rubbish came in his name."""
+    broker = MemoryBroker()
+    for sender in ToyRun.topology.senders_to(receiver):
+        broker.publish(receiver, sender, b"rubbish", persistent=True, expires=False)
+    late = ToyRun.topology.senders_to(receiver)[0]
+    sealed = run(broker, seal_of=seal_of, patience_s=0.3, on_start=lambda role, _: role == late and time.sleep(1.0))
+    assert sealed.run(timeout_s=60.0).weights() == quiet.weights()
+    assert len(broker.dead_letters) >= 1
 
 
 @pytest.mark.parametrize("stranger", ["a", SCHEDULER])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sl_queue.errors import PeerSilent, RunStopped, named
+from sl_queue.errors import AlignmentError, PeerSilent, RunStopped, named
 from sl_queue.ports import SchedulerChannel
 from sl_queue.protocol.messages import OPERATOR, Command, Status
 from sl_queue.protocol.progress import (
@@ -102,6 +102,12 @@ class Scheduler:
 
     def _require_signs_of_life(self, state: RunState, began: float, now: float) -> None:
         gone = silent(self.plan, state, began, now)
+        strangers = sorted({*gone}.intersection(self.channel.strangers()))
+        if strangers:  # not before: whoever runs the broker can put in what nobody can open
+            raise AlignmentError(
+                f"no message of {', '.join(strangers)} can be opened: their job and the scheduler's do not have the "
+                "same [security]; every party needs the same job file"
+            )
         if gone:
             named_gone = ", ".join(f"{party!r} for {age:.0f} s" for party, age in sorted(gone.items()))
             raise PeerSilent(
