@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -483,6 +484,16 @@ def test_half_precision_activations_are_taken_by_a_model_made_for_them() -> None
 
 
 # The order of work --------------------------------------------------------------------------------------------------
+
+
+def test_the_own_base_model_is_differentiated_after_the_gradients_that_others_wait_for() -> None:
+    found = stages(bases={"bank": nn.Linear(3, 4), "insurer": nn.Linear(2, 3)})
+    assert found.fuse.own is not None
+    before = deepcopy(found.fuse.own.module)
+    assert found.fuse.forward_backward(FIRST, {"bank": found.bases["bank"].forward(FIRST)})["bank"].data
+    assert all(parameter.grad is None for parameter in found.fuse.own.module.parameters())
+    found.fuse.update()
+    assert not equal_weights(found.fuse.own.module, before)
 
 
 def test_work_out_of_order_is_a_bug_that_says_so() -> None:

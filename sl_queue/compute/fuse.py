@@ -1,6 +1,7 @@
 """The label holder's part: activations -> fuse model -> loss -> gradients, and the same in evaluation mode for metrics.
 
-Its own base model, if it has one, is fused in place: one graph, no message.
+Its own base model, if it has one, is fused in place, without a message. Its backward pass is put off until the
+gradients that others wait for are on their way.
 """
 
 import math
@@ -61,9 +62,11 @@ class TorchFuseStage:
     wire: Wire
     _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
+    _put_off: tuple[Tensor, Tensor] | None = None  # the own activation with its graph, and its gradient
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
         """Loss and gradients of one micro-batch, weighted by its share of the step's rows."""
+        self._own_backward()
         positions = self.batches.rows(micro_batch)
         where = place(self.model.party, micro_batch)
         rows = self.table.rows_digest(positions)
@@ -72,13 +75,17 @@ class TorchFuseStage:
         inputs = {party: arrival.enter() for party, arrival in arrivals.items()}
         if self.own is not None:
             with self.own.model.drawing("forward", micro_batch):
-                inputs[self.model.party] = self.own.activation(positions, where)
+                activation = self.own.activation(positions, where)
+            own = Arrival(activation.detach())
+            inputs[self.model.party] = own.enter()
         with self.model.drawing("forward", micro_batch):
             output = self._fused(inputs, where)
             loss, value = self._loss(output, self._labels(positions), where)
         with blame(f"{where}: the backward pass of {self.model.name} failed"):
             torch.autograd.backward(loss * (len(positions) / self.batches.rows_in_step(micro_batch.step)))
         self._losses.append((len(positions), value))
+        if self.own is not None and activation.requires_grad:
+            self._put_off = (activation, own.gradient)
         gradients = {}
         for party, arrival in arrivals.items():
             what = f"{where}: gradient for party {party!r}"
@@ -91,6 +98,7 @@ class TorchFuseStage:
         """One optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
         if not self._losses:
             raise LocalProtocolError("an update without a micro-batch")
+        self._own_backward()
         self.model.step()
         if self.own is not None:
             self.own.update()
@@ -141,10 +149,18 @@ class TorchFuseStage:
             self.own.load(state)
         self._losses.clear()
         self._evaluated.clear()
+        self._put_off = None
 
     def weights(self) -> Weights:
         """The state_dict of the fuse model, and of the own base model if there is one."""
         return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
+
+    def _own_backward(self) -> None:
+        """The backward pass of the own base model that was put off, if there is one."""
+        if self._put_off is not None:
+            (activation, gradient), self._put_off = self._put_off, None
+            with blame(f"party {self.model.party!r}: the backward pass of its base model failed"):
+                torch.autograd.backward(activation, gradient)
 
     def _received(self, activations: Mapping[str, Payload], rows: bytes, n_rows: int, where: str) -> dict[str, Tensor]:
         """The feature parties' activations in job order, checked, as tensors of their own."""
