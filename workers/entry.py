@@ -28,14 +28,14 @@ def main(role: Role) -> None:
 
 @contextmanager
 def exiting() -> Iterator[None]:
-    """Exit with SL_QUEUE_FINAL_EXIT, if set, where a restart is of no use: a container engine cannot tell codes apart."""
+    """Exit with SL_QUEUE_FINAL_EXIT, if set, where no restart helps: a container engine cannot tell codes apart."""
     try:
         yield
     except SystemExit as end:
         final = os.environ.get(FINAL_EXIT)
         if final is None or end.code not in FINAL_CODES:
             raise
-        print(f"exit code {end.code}, told as {final} ({FINAL_EXIT}): no restart mends this", file=sys.stderr, flush=True)
+        print(f"exit code {end.code}, told as {final} ({FINAL_EXIT}): no restart mends this", file=sys.stderr)
         raise SystemExit(int(final)) from None
 
 
