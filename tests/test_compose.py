@@ -199,7 +199,7 @@ def kill(project: Project, service: str, by: str) -> None:
 
 def in_peace(files: Path, parties: tuple[str, ...], tmp_path: Path) -> Path:
     """Where the weights of `sl-queue local` lie, run on the files of all parties."""
-    words = ["local", "job.toml", *(f"{party}.toml" for party in parties), "--out", "/tmp/out"]
+    words = ["local", "job.toml", *(f"{party}.toml" for party in parties), "--broker", "memory://", "--out", "/tmp/out"]
     options = ["--network", "none", "--entrypoint", "sl-queue", "--env", "OMP_NUM_THREADS=1", "--workdir", "/job"]
     made = sh("docker", "create", *options, IMAGE, *words).stdout.strip()
     try:
@@ -241,7 +241,7 @@ def test_two_organisations_train_with_a_container_each_as_the_page_says(image: N
     here = sh("docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").stdout.strip()
     run(provision.replace("broker.example", f"{here} --port {port}"), tmp_path)
     hub, feature = blocks("sh docker")
-    (look,) = blocks("sh docker look")
+    (look,), (rotate,) = blocks("sh docker look"), blocks("sh docker rotate")
     label = feature.replace("bank", "insurer").replace("feature", "label")
     coordinator = feature.splitlines()[-1].replace("bank", "scheduler").replace("feature", "coordinator")
     with Project() as project:
@@ -251,7 +251,9 @@ def test_two_organisations_train_with_a_container_each_as_the_page_says(image: N
             script = block.replace("docker compose", " ".join(project.command))
             return run(f"export {settings} SL_QUEUE_PORT={port}\n{script}", tmp_path)
 
-        for block in (hub, label, coordinator):
+        organisation(hub)
+        project.await_health("hub")
+        for block in (rotate, label, coordinator):
             organisation(block)
         shutil.copy(tmp_path / "bank" / "seal.key", tmp_path / "its.key")
         shutil.copy(tmp_path / "insurer" / "seal.key", tmp_path / "bank" / "seal.key")

@@ -1,4 +1,4 @@
-"""A container engine restarts whatever does not exit with 0; SL_QUEUE_FINAL_EXIT keeps what no restart mends from it."""
+"""A container engine restarts whatever does not exit with 0: SL_QUEUE_FINAL_EXIT spares it what no restart mends."""
 
 import os
 import subprocess
