@@ -25,6 +25,7 @@ from sl_queue.local.private_broker import (
     find_server,
     free_ports,
 )
+from tests.secured import TLS, TlsBroker
 
 GIVEN = "SL_QUEUE_TEST_BROKER"
 IMAGE = os.environ.get("SL_QUEUE_TEST_IMAGE", "rabbitmq:4-management")
@@ -120,7 +121,7 @@ def _docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[
 def own_broker() -> Broker | None:
     """A private broker, not yet started; None where neither a rabbitmq-server nor Docker is to be had."""
     if "SL_QUEUE_TEST_IMAGE" not in os.environ and find_server() is not None:
-        return PrivateBroker()
+        return TlsBroker() if TLS else PrivateBroker()
     return DockerBroker() if _has_docker() else None
 
 

@@ -23,13 +23,16 @@ from typing import Any
 from sl_queue.chaos.journal import Journal
 from sl_queue.job import Job, PartyFile
 from sl_queue.local.threads import run_local
+from sl_queue.protocol.messages import OPERATOR
 from tests.credit import FILES, edit, write_credit
+from tests.secured import SEALED, write_keys
 
 ROLES = ("bank", "insurer", "scheduler")
 MODULES = {"bank": "feature", "insurer": "label", "scheduler": "scheduler"}
 WAIT_S = 60.0
 CHECKPOINT_EVERY = 4
 STEPS = 40
+KEYS = "keys"
 
 _forked = multiprocessing.get_context("forkserver")
 _forked.set_forkserver_preload(
@@ -50,8 +53,13 @@ def write_job(folder: Path, *, patience: float = 2.0, checkpoint_every: int = CH
     edit(job, "epochs = 5", "epochs = 8")
     edit(job, "batch_size = 128", "batch_size = 32")
     edit(job, "micro_batches = 4", f"micro_batches = 2\ncheckpoint_every = {checkpoint_every}")
-    job.write_text(f"{job.read_text()}\n[broker]\npatience = {patience}\n")
+    security = write_keys(folder / KEYS, (*ROLES, OPERATOR)) if SEALED else ""
+    job.write_text(f"{job.read_text()}\n{security}\n[broker]\npatience = {patience}\n")
     return job
+
+
+def with_heartbeat(url: str, seconds: int) -> str:
+    return f"{url}{'&' if '?' in url else '?'}heartbeat={seconds}"
 
 
 def sums(states: Path) -> dict[str, str]:
@@ -100,6 +108,8 @@ class Crew:
         party = () if role == "scheduler" else ("--party", str(self.folder / f"{role}.toml"))
         arguments = ("--job", str(job or self.job), *party, "--state", str(state or self.states / role))
         environ = {"SL_QUEUE_BROKER": url or self.url, "SL_QUEUE_THREADS": str(threads), "SL_QUEUE_LOG": log_level}
+        if SEALED:
+            environ["SL_QUEUE_KEY"] = str(self.folder / KEYS / role / "seal.key")
         self._starts[role] += 1
         log = self.log_file(role)
         log.touch()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sl_queue.local.private_broker import HOST, PrivateBroker, find_server
-from tests.crew import ROLES, STEPS, Crew, quiet_weights, write_job
+from tests.crew import ROLES, STEPS, Crew, quiet_weights, with_heartbeat, write_job
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -63,7 +63,7 @@ def test_the_node_that_leads_all_queues_and_serves_all_workers_is_lost_and_no_bi
     first, second, _ = nodes
     job = write_job(tmp_path, patience=10.0)
     job.write_text(f'{job.read_text()}queues = "quorum"\n')
-    with Crew(tmp_path, f"{url_of(nodes, unique)}?heartbeat={HEARTBEAT_S}") as crew:
+    with Crew(tmp_path, with_heartbeat(url_of(nodes, unique), HEARTBEAT_S)) as crew:
         crew.start()
         crew.await_step("insurer", STEPS // 4)
         assert second.node not in leaders(first, unique) and first.node in leaders(first, unique)

@@ -12,9 +12,10 @@ import pika
 import pytest
 
 from sl_queue.chaos.proxy import Proxy
+from sl_queue.transport.rabbitmq_connection import Address
 from tests.broker import Broker
 from tests.credit import edit
-from tests.crew import ROLES, Crew, limit_file_size, obey_rights, quiet_weights, write_job
+from tests.crew import ROLES, Crew, limit_file_size, obey_rights, quiet_weights, with_heartbeat, write_job
 
 PARTIES = ("bank", "insurer")
 EXIT_CHECKPOINT = 4
@@ -86,7 +87,7 @@ def test_a_zombie_that_wakes_up_after_its_replacement_took_over_changes_nothing(
     slow(crew.folder / "bank.py", seconds=0.05)
     zombie = crew.folder / "zombie"
     crew.start("scheduler", "insurer")
-    crew.start("bank", url=f"{crew.url}?heartbeat=1", state=zombie)
+    crew.start("bank", url=with_heartbeat(crew.url, 1), state=zombie)
     crew.await_step("bank", 6)
     crew.signal("bank", signal.SIGSTOP)
     shutil.copytree(zombie, crew.states / "bank")
@@ -187,7 +188,7 @@ def test_a_purged_queue_changes_no_weight(crew: Crew, victim: str) -> None:
 
 
 def purge(url: str, *queues: str) -> None:
-    connection = pika.BlockingConnection(pika.URLParameters(url))
+    connection = pika.BlockingConnection([node.parameters("purge") for node in Address.parse(url)])
     for queue in queues:
         if "bank.bank" not in queue and "insurer.insurer" not in queue:
             connection.channel().queue_purge(queue)
@@ -231,7 +232,7 @@ def test_a_connection_cut_in_the_middle_of_a_publish_again_and_again_rolls_nobod
 def test_a_half_open_connection_is_noticed_and_rolls_nobody_back(crew: Crew, private_broker: Broker) -> None:
     with Proxy(private_broker.port) as proxy:
         crew.start("insurer", "scheduler")
-        crew.start("bank", url=proxy.url(f"{crew.url}?heartbeat=1"))
+        crew.start("bank", url=proxy.url(with_heartbeat(crew.url, 1)))
         crew.await_step("bank", 6)
         proxy.stall()
         crew.await_log("bank", "lost the broker")

@@ -1,5 +1,6 @@
 """Split equals joined, on whole runs: real tables, real channels, a plain PyTorch loop as the judge."""
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sl_queue
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
+from tests.secured import write_keys
 
 N_ROWS = 203  # 203 = 6 * 32 + 11: the last batch is short
 BATCH = 32
@@ -145,9 +148,12 @@ def test_three_parties_over_memory_end_with_the_weights_of_one_process(shuffle: 
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_memory_and_rabbitmq_are_bit_equal(shuffle: bool, tmp_path: Path, broker_url: str) -> None:
+@pytest.mark.parametrize("sealed", [False, True])
+def test_memory_and_rabbitmq_are_bit_equal(shuffle: bool, sealed: bool, tmp_path: Path, broker_url: str) -> None:
     over_memory = sl_queue.run_local(job(shuffle=shuffle), party_files(tmp_path))
-    over_rabbitmq = sl_queue.run_local(job(shuffle=shuffle), party_files(tmp_path), broker=broker_url)
+    security = write_keys(tmp_path / "keys", (*PARTY_COLUMNS, SCHEDULER, OPERATOR)) if sealed else ""
+    agreed = job(shuffle=shuffle, **tomllib.loads(security))
+    over_rabbitmq = sl_queue.run_local(agreed, party_files(tmp_path), broker=broker_url, keys=tmp_path / "keys")
     assert difference(weights(over_memory), weights(over_rabbitmq)) == 0.0
 
 

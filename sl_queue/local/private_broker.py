@@ -92,7 +92,7 @@ class PrivateBroker:  # mutable: it owns processes
         self._write_settings()
         self._broker = self._spawn(str(self._server))
         deadline = time.monotonic() + START_S
-        while not answers(self.port):
+        while not self._answers():
             if self._broker.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise BrokerUnreachable(f"the private broker did not start; the end of its log:\n{self._log_end()}")
@@ -169,6 +169,9 @@ class PrivateBroker:  # mutable: it owns processes
         if done.returncode != 0 or done.stdout.startswith("{error"):
             raise BrokerUnreachable(f"the private broker refused {expression!r}: {done.stdout}{done.stderr}")
         return done.stdout.removeprefix("{ok, ").removesuffix("}")
+
+    def _answers(self) -> bool:
+        return answers(self.port)
 
     # Its processes ----------------------------------------------------------------------------------------------
 
