@@ -21,7 +21,7 @@ from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.transport.keys import read_key
 from sl_queue.transport.rabbitmq import RabbitLink
 from sl_queue.transport.retry import Limits
-from tests.links import Inbox
+from tests.links import Inbox, send
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -166,7 +166,12 @@ class Secured:
     """A broker of our own that runs on what was provisioned."""
 
     out: Path
-    port: int
+    place: Place
+    broker: PrivateBroker
+
+    @property
+    def port(self) -> int:
+        return self.place.port
 
     def url(self, role: str) -> str:
         text = (self.out / role / "broker.url").read_text().strip()
@@ -182,12 +187,13 @@ def secured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("a rabbitmq-server on this machine is needed")
     out, (port,) = tmp_path_factory.mktemp("out"), free_ports(1)
     certificates = request.param == "certificates"
-    write(out, place=Place(("localhost", "127.0.0.1"), port, str(out / "broker"), str(out / "broker"), certificates))
+    place = Place(("localhost", "127.0.0.1"), port, str(out / "broker"), str(out / "broker"), certificates)
+    write(out, place=place)
     configuration = (out / "broker" / "rabbitmq.conf").read_text().splitlines()
     settings = tuple(line for line in configuration if not line.startswith(("listeners.tcp", "disk_free_limit")))
     plugins = ("rabbitmq_auth_mechanism_ssl",) if certificates else ()
-    with PrivateBroker(settings=settings, plugins=plugins):
-        yield Secured(out, port)
+    with PrivateBroker(settings=settings, plugins=plugins) as broker:
+        yield Secured(out, place, broker)
 
 
 def test_every_role_logs_in_over_tls_and_finds_what_it_needs(secured: Secured) -> None:
@@ -266,3 +272,22 @@ def test_another_partys_login_or_certificate_opens_nothing_of_this_party(secured
     stolen = secured.url("bank")
     with pytest.raises(BrokerUnreachable, match=r"right"):
         secured.link("insurer", stolen).open(lambda _: None, lambda: None, lambda _: None)
+
+
+def test_certificates_are_renewed_while_the_broker_runs_and_no_connection_is_lost(secured: Secured) -> None:
+    def served() -> str:
+        return ssl.get_server_certificate(("127.0.0.1", secured.port), timeout=10)
+
+    certificate = secured.out / "broker" / "server.crt"
+    assert served() == certificate.read_text()
+    bank, insurer = (Inbox(secured.link(role)).open() for role in ("bank", "insurer"))
+    before = served()
+    write(secured.out, Secret.CERTIFICATES, place=secured.place)
+    secured.broker.evaluate("ssl:clear_pem_cache()")
+    assert served() == certificate.read_text() != before
+    late = Inbox(secured.link(SCHEDULER)).open()
+    send(bank.link, "insurer", b"over the connection that was there before")
+    assert insurer.take(1)
+    for inbox in (bank, insurer, late):
+        assert inbox.reconnects == 0
+        inbox.link.close()
