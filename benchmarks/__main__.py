@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import bytes as fewer_bytes
-from benchmarks import parties, planner, processes, report, training, transport
+from benchmarks import ideal, parties, planner, processes, report, training, transport
 from benchmarks.training import Variant
 from sl_queue.local.private_broker import PrivateBroker
 
@@ -31,7 +31,10 @@ def _compared(
 ) -> list[str]:
     found = [(comparison, training.run(comparison, repeats, broker)) for comparison in comparisons]
     report.plot(plot, found)
-    parts = [report.training(comparison, summaries, yardstick) for comparison, summaries in found]
+    parts = [
+        report.training(comparison, summaries, ideal.bubbles(comparison.workload, comparison.variants), yardstick)
+        for comparison, summaries in found
+    ]
     return [*parts, f"![ms a step]({plot.name})\n"]
 
 
@@ -41,7 +44,7 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "transport": ("The way of a message", lambda broker, quick, _: [transport.compare(broker, quick)]),
     "wire": ("Fewer bytes", lambda broker, quick, _: [fewer_bytes.compare(broker, quick)]),
     "plan": ("Predicted and measured", lambda broker, quick, _: [planner.compare(broker, quick)]),
-    "parties": ("Many parties", lambda broker, quick, _: [parties.compare(broker, quick)]),
+    "parties": ("Many parties", lambda broker, quick, _: parties.compare(broker, quick)),
 }
 
 

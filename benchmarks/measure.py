@@ -20,6 +20,7 @@ class Mark:
     at_s: float
     cpu_s: float  # of this process so far
     waited_s: float  # by this party so far
+    committing_s: float  # by this party so far
     sent_bytes: int  # by this party so far
 
 
@@ -30,11 +31,13 @@ class Trace:
     party: str
     marks: list[Mark] = field(default_factory=list)
     waited_s: float = 0.0
+    committing_s: float = 0.0  # saving checkpoints, without the wait for confirms before
     sent_bytes: int = 0
     holdout: Mapping[str, float | None] | None = None  # of the last epoch, at the label holder
 
     def mark(self, step: int) -> None:
-        self.marks.append(Mark(step, time.monotonic(), time.process_time(), self.waited_s, self.sent_bytes))
+        spent = (time.process_time(), self.waited_s, self.committing_s, self.sent_bytes)
+        self.marks.append(Mark(step, time.monotonic(), *spent))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -54,6 +57,7 @@ class Measurement:
     samples_per_s: float
     cpu: float  # cores in use by the parties
     waiting: Mapping[str, float]  # by party: share of the time
+    committing: float  # share of the time, by the party that spends most on it
     wire_bytes: float  # per step, by all parties together
     holdout: Mapping[str, float | None] | None
 
@@ -78,6 +82,7 @@ def measured(traces: Sequence[Trace], leader: str, rows_per_step: int, one_proce
         samples_per_s=count * rows_per_step / wall_s,
         cpu=sum(b.cpu_s - a.cpu_s for a, b in clocks) / wall_s,
         waiting={trace.party: (b.waited_s - a.waited_s) / wall_s for trace, (a, b) in zip(traces, spans, strict=True)},
+        committing=max((b.committing_s - a.committing_s) / wall_s for a, b in spans),
         wire_bytes=sum(b.sent_bytes - a.sent_bytes for a, b in spans) / count,
         holdout=next((trace.holdout for trace in traces if trace.holdout is not None), None),
     )

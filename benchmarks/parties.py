@@ -1,15 +1,17 @@
-"""Does a label holder slow down with many parties? Each one's model sleeps, so that the cores do not decide it."""
+"""Does a label holder slow down with many parties, does anybody else with a slow one? All models sleep, so that the
+cores do not decide it."""
 
 from statistics import median
 
 from benchmarks.measure import Measurement
 from benchmarks.report import table
-from benchmarks.training import LOCK_STEP, Comparison, Variant, run
+from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD, Comparison, Variant, run
 from benchmarks.workloads import Workload
 from sl_queue.local.private_broker import PrivateBroker
 
 COUNTS = (2, 4, 8, 16)
 SLEEP_S = 0.06
+SHORT_S = 0.01  # beside a party that is five times slower
 BATCH = 64
 
 
@@ -19,7 +21,12 @@ def workload(parties: int, steps: int) -> Workload:
     return Workload(f"{parties} parties", BATCH * steps, columns, (16,), (16,), BATCH, sleep_s=SLEEP_S)
 
 
-def compare(private: PrivateBroker, quick: bool) -> str:
+def compare(private: PrivateBroker, quick: bool) -> list[str]:
+    """Both tables."""
+    return [_many(private, quick), _one_slow(private, quick)]
+
+
+def _many(private: PrivateBroker, quick: bool) -> str:
     """Step times and the label holder's waiting, by the number of parties."""
     variant = Variant("rabbitmq", LOCK_STEP)
     steps = 12 if quick else 40
@@ -35,3 +42,20 @@ def compare(private: PrivateBroker, quick: bool) -> str:
         rows.append((count, f"{step_ms:.1f}", f"{step_ms / first - 1:+.0%}", f"{median(r.cpu for r in runs):.2f}"))
     slept = f"Every feature party sleeps {SLEEP_S * 1e3:.0f} ms forwards and {SLEEP_S * 1e3:.0f} ms backwards.\n\n"
     return slept + table(("feature parties", "ms a step", "to two parties", "cores, all parties"), rows)
+
+
+def _one_slow(private: PrivateBroker, quick: bool) -> str:
+    """How busy the slowest party is: all that a pipeline can do is to let it never wait."""
+    columns = {"slow": 8, "fast": 8}
+    orders = (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD)
+    steps = 12 if quick else 40
+    whole = Workload("one slow", BATCH * steps, columns, (16,), (16,), BATCH, sleep_s=SHORT_S, slow="slow")
+    comparison = Comparison(whole, tuple(Variant("rabbitmq", order) for order in orders), 1)
+    rows = []
+    for variant, summary in run(comparison, 1 if quick else 2, private).items():
+        busy = summary.middle(lambda run: 1 - run.waiting["slow"])
+        rows.append((variant.order.name, f"{summary.middle(lambda run: run.step_ms):.1f}", f"{busy:.1%}"))
+    slept = (
+        f"One party sleeps {5 * SHORT_S * 1e3:.0f} ms forwards and backwards for each micro-batch, another a fifth.\n\n"
+    )
+    return slept + table(("pipeline", "ms a step", "the slow party is busy"), rows)

@@ -28,18 +28,24 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({model}), {system}, {moment}."
 
 
-def training(comparison: Comparison, found: Mapping[Variant, Summary], yardstick: Variant | None) -> str:
-    """One workload: medians, ranges, and the ratio to the yardstick's samples a second."""
+def training(
+    comparison: Comparison,
+    found: Mapping[Variant, Summary],
+    ideal: Mapping[Variant, float],
+    yardstick: Variant | None,
+) -> str:
+    """One workload: medians, ranges, and the ratio to the yardstick's samples a second; `ideal` bubbles."""
     base = None if yardstick is None else found[yardstick].middle(lambda run: run.samples_per_s)
     steps = comparison.workload.steps(1)
-    rows = [(variant, *_cells(variant, summary, base, steps)) for variant, summary in found.items()]
+    rows = [(variant, *_cells(summary, base, steps, ideal.get(variant))) for variant, summary in found.items()]
     head = (
-        "", "ms a step (range)", "samples/s", "to joined-1", "cores", "waiting, s an epoch", "KB a step", "bubble",
+        "", "ms a step (range)", "samples/s", "to joined-1", "cores", "waiting, s an epoch", "in commits", "KB a step",
+        "bubble", "ideal",
     )  # fmt: skip
     return f"### {comparison.workload.name}\n\n{table(head, rows)}"
 
 
-def _cells(variant: Variant, summary: Summary, base: float | None, steps: int) -> list[str]:
+def _cells(summary: Summary, base: float | None, steps: int, ideal: float | None) -> list[str]:
     """A line of the table after the name; waiting is for an epoch of so many steps."""
     low, high = summary.range(lambda run: run.step_ms)
     speed = summary.middle(lambda run: run.samples_per_s)
@@ -49,14 +55,15 @@ def _cells(variant: Variant, summary: Summary, base: float | None, steps: int) -
         "" if base is None else f"{speed / base:.2f}",
         f"{summary.middle(lambda run: run.cpu):.2f}",
     ]
-    if variant.how == "joined":
-        return [*cells, "", "", ""]
+    if ideal is None:
+        return [*cells, "", "", "", "", ""]
     waiting = (
         f"{party} {median(run.waiting[party] * run.step_ms * steps / 1e3 for run in summary.runs):.2f}"
         for party in summary.runs[0].waiting
     )
     sent = summary.middle(lambda run: run.wire_bytes) / 1e3
-    return [*cells, ", ".join(waiting), f"{sent:,.1f}", f"{summary.middle(lambda run: run.bubble):.0%}"]
+    commits, bubble = summary.middle(lambda run: run.committing), summary.middle(lambda run: run.bubble)
+    return [*cells, ", ".join(waiting), f"{commits:.1%}", f"{sent:,.1f}", f"{bubble:.0%}", f"{ideal:.0%}"]
 
 
 def plot(path: Path, found: Sequence[tuple[Comparison, Mapping[Variant, Summary]]]) -> None:

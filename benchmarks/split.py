@@ -1,7 +1,9 @@
 """sl_queue itself: the workers as they are deployed, with a channel that also writes down how long it waited."""
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,6 +62,13 @@ class TimedChannel(PartyChannel):
     def flush(self) -> None:
         with self._trace.waiting():
             super().flush()
+
+    @contextmanager
+    def commit(self, step: int) -> Iterator[None]:
+        with super().commit(step):
+            began = time.monotonic()
+            yield
+            self._trace.committing_s += time.monotonic() - began
 
     def progress(self, report: Any) -> None:
         self._trace.mark(report.step)

@@ -1,4 +1,4 @@
-"""The way of a message alone: raw TCP, pika as it comes, and our link; round trips and rates of 64 KB and 2 MB.
+"""The way of a message alone: raw TCP, librabbitmq, pika as it comes, and our link; round trips and rates.
 
 Everybody does the same: an echo process answers each message with one as long, then takes a row of messages and
 answers the last.
@@ -6,13 +6,17 @@ answers the last.
 
 import socket
 import struct
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import pika
 
@@ -27,8 +31,10 @@ from sl_queue.transport.rabbitmq_names import QueueType
 HOST = "127.0.0.1"
 NAMES = Topology("b", ("a",))
 SIZES = ((64 * 1024, 400, 1000), (2 * 1024 * 1024, 80, 150))  # bytes, round trips, messages in a row
+QUICK = ((64 * 1024, 12, 40), (2 * 1024 * 1024, 8, 12))
 HOW = {
     "tcp": "raw TCP",
+    "c": "librabbitmq (C), classic, no confirms",
     "pika": "pika as it comes, classic, no confirms",
     "link": "our link, classic, confirms",
     "quorum": "our link, quorum, confirms",
@@ -151,6 +157,33 @@ def _tcp_answer(ready: Connection, trips: int, row: int) -> None:
     threading.Event().wait()
 
 
+def compiled(folder: Path) -> Path | None:
+    """The C programs, or None where there is no compiler or no librabbitmq (Debian: gcc, librabbitmq-dev)."""
+    program, source = folder / "rabbitmq_c", Path(__file__).with_name("rabbitmq_c.c")
+    try:
+        subprocess.run(["cc", "-O2", "-o", str(program), str(source), "-lrabbitmq"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return program
+
+
+def measure_c(program: Path, size: int, trips: int, row: int, private: PrivateBroker) -> tuple[float, float]:
+    """As `measure`, by the C programs."""
+    parts = urlsplit(private.url("transport-c"))
+    where = (str(parts.hostname), str(parts.port), str(parts.username), str(parts.password), "transport-c")
+    numbers = (str(size), str(trips), str(row))
+    with subprocess.Popen([str(program), "answer", *where, "b", "a", *numbers]) as answering:
+        try:
+            asking = [str(program), "ask", *where, "a", "b", *numbers]
+            told = subprocess.run(asking, check=True, capture_output=True, text=True, timeout=120).stdout
+            answering.wait(timeout=30)
+        finally:
+            answering.kill()
+    private.delete_vhost("transport-c")
+    seconds, rate = map(float, told.split())
+    return seconds, rate
+
+
 def measure(how: str, size: int, trips: int, row: int, private: PrivateBroker, number: int) -> tuple[float, float]:
     """(seconds of a round trip, bytes a second) of tcp, pika, link (classic) or quorum."""
     timeout_s = 120.0
@@ -172,14 +205,26 @@ def measure(how: str, size: int, trips: int, row: int, private: PrivateBroker, n
 
 def compare(private: PrivateBroker, quick: bool) -> str:
     """All of them, in turns."""
-    rows = []
-    for size, trips, row in ((64 * 1024, 12, 40), (2 * 1024 * 1024, 8, 12)) if quick else SIZES:
-        found: dict[str, list[tuple[float, float]]] = {how: [] for how in HOW}
-        for number, how in enumerate(list(HOW) * (1 if quick else 3)):
+    with TemporaryDirectory(prefix="sl_queue-bench-") as folder:
+        program = compiled(Path(folder))
+        rows = [line for sizes in (QUICK if quick else SIZES) for line in _rows(*sizes, private, program, quick)]
+    left_out = "" if program else "librabbitmq is left out: its headers or a C compiler are not here.\n\n"
+    return left_out + table(("", "message", "ms a round trip", "to TCP", "MB/s one way", "to C"), rows)
+
+
+def _rows(
+    size: int, trips: int, row: int, private: PrivateBroker, program: Path | None, quick: bool
+) -> Iterator[tuple[str, ...]]:
+    """The lines for one size."""
+    found: dict[str, list[tuple[float, float]]] = {how: [] for how in HOW if program or how != "c"}
+    for number, how in enumerate(list(found) * (1 if quick else 3)):
+        if program and how == "c":
+            found[how].append(measure_c(program, size, trips, row, private))
+        else:
             found[how].append(measure(how, size, trips, row, private, number))
-        tcp_s = median(seconds for seconds, _ in found["tcp"])
-        for how, results in found.items():
-            trip_s, rate = median(s for s, _ in results), median(r for _, r in results)
-            cells = (f"{trip_s * 1e3:.2f}", f"{trip_s / tcp_s:.1f}", f"{rate / 1e6:,.0f}")
-            rows.append((HOW[how], f"{size // 1024} KB", *cells))
-    return table(("", "message", "ms a round trip", "to TCP", "MB/s one way"), rows)
+    tcp_s = median(seconds for seconds, _ in found["tcp"])
+    c_rate = median(rate for _, rate in found["c"]) if program else None
+    for how, results in found.items():
+        trip_s, rate = median(s for s, _ in results), median(r for _, r in results)
+        to_c = "" if c_rate is None else f"{rate / c_rate:.2f}"
+        yield HOW[how], f"{size // 1024} KB", f"{trip_s * 1e3:.2f}", f"{trip_s / tcp_s:.1f}", f"{rate / 1e6:,.0f}", to_c

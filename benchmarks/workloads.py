@@ -36,6 +36,7 @@ class Workload:
     micro_batches: int = 4
     real: bool = False  # scikit-learn's breast cancer table instead of random numbers
     sleep_s: float = 0.0  # that a base model sleeps, forwards and backwards, in the place of computing
+    slow: str | None = None  # the party that sleeps five times as long
 
     @property
     def cut(self) -> int:
@@ -154,7 +155,8 @@ def party_file(workload: Workload, party: str, metrics: Sequence[str] = ()) -> P
     own = None
     if party in workload.columns:
         own = features(workload, party)
-        args = {"sizes": workload.base_sizes(party), "relu_at_the_end": True, "sleep_s": workload.sleep_s}
+        sleep_s = workload.sleep_s * (5 if party == workload.slow else 1)
+        args = {"sizes": workload.base_sizes(party), "relu_at_the_end": True, "sleep_s": sleep_s}
         parts["base"] = {"model": perceptron, "args": args, "optimizer": ADAM}
     if party == LABEL:
         fuse = {"model": Fuse, "args": {"sizes": workload.fuse_sizes}, "optimizer": ADAM}

@@ -1,0 +1,32 @@
+"""The bubble that a pipeline has by itself: a core for every party, and messages that cost nothing but their link."""
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.processes import together
+from benchmarks.training import Variant
+from benchmarks.workloads import LABEL, Workload, job_of, party_file
+from sl_queue.commands.plan import Link, costs_of, measure, played
+from sl_queue.data.table import read_table
+from sl_queue.job import JobPipeline
+from sl_queue.protocol.simulation import Affine
+
+
+def bubbles(workload: Workload, variants: Sequence[Variant]) -> Mapping[Variant, float]:
+    """What `protocol/pipeline` comes to with the costs that the workload's stages have here; none for joined."""
+    split = [variant for variant in variants if variant.how != "joined"]
+    return dict(zip(split, together({"ideal": (_played, (workload, split))}, 120.0)["ideal"], strict=True))
+
+
+def _played(workload: Workload, variants: Sequence[Variant]) -> list[float]:
+    import torch
+
+    torch.set_num_threads(1)
+    job = job_of(workload, 1)
+    files = {party: party_file(workload, party) for party in (*workload.feature_parties, LABEL)}
+    measured = measure(job, files, {party: read_table(job, file) for party, file in files.items()})
+    found = []
+    for variant in variants:
+        link = Link() if variant.speed is None else Link(variant.speed.rtt_ms, variant.speed.mbit_s)
+        costs = costs_of(job, measured, job.on_the_wire, link, handling=Affine())
+        found.append(played(job, costs, JobPipeline(**variant.order.table)).bubble)
+    return found
