@@ -33,6 +33,7 @@ WAIT_S = 60.0
 CHECKPOINT_EVERY = 4
 STEPS = 40
 KEYS = "keys"
+QUEUES = os.environ.get("SL_QUEUE_TEST_QUEUES", "classic")  # or quorum
 
 _forked = multiprocessing.get_context("forkserver")
 _forked.set_forkserver_preload(
@@ -54,7 +55,8 @@ def write_job(folder: Path, *, patience: float = 2.0, checkpoint_every: int = CH
     edit(job, "batch_size = 128", "batch_size = 32")
     edit(job, "micro_batches = 4", f"micro_batches = 2\ncheckpoint_every = {checkpoint_every}")
     security = write_keys(folder / KEYS, (*ROLES, OPERATOR)) if SEALED else ""
-    job.write_text(f"{job.read_text()}\n{security}\n[broker]\npatience = {patience}\n")
+    broker = f'[broker]\npatience = {patience}\nqueues = "{QUEUES}"\n'
+    job.write_text(f"{job.read_text()}\n{security}\n{broker}")
     return job
 
 
