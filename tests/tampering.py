@@ -103,6 +103,8 @@ class Tampering(Proxy):  # mutable
 
         Nothing that the scheduler says or hears is lost: who loses what was confirmed stops a run, sealed or not.
         """
+        if message.key.startswith("rejected.dead."):
+            return message.frames(), b""  # what was refused is not sealed again
         other = self._random.choice(self._seen) if self._seen else message
         self._seen.append(message)
         if self._random.random() > self._often:

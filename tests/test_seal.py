@@ -71,13 +71,17 @@ def test_threads_that_seal_together_never_share_a_counter() -> None:
 @given(st.binary(max_size=400), st.data())
 def test_an_altered_cut_or_invented_message_is_rejected_with_a_clear_error(body: bytes, data: st.DataObject) -> None:
     sealed = bytearray(process("scheduler").seal("bank", body))
-    match data.draw(st.sampled_from(["edit", "cut", "add", "invent"])):
+    match data.draw(st.sampled_from(["edit", "cut", "add", "forge", "invent"])):
         case "edit":
             sealed[data.draw(st.integers(0, len(sealed) - 1))] ^= data.draw(st.integers(1, 255))
         case "cut":
             del sealed[data.draw(st.integers(0, len(sealed) - 1)) :]
         case "add":
             sealed += data.draw(st.binary(min_size=1, max_size=20))
+        case "forge":  # in the right form, with any keys and numbers
+            enc, heard = data.draw(st.binary(min_size=32, max_size=32)), data.draw(st.binary(min_size=8, max_size=8))
+            prefix = _PREFIX.pack(_MAGIC, enc, heard, data.draw(st.integers(0, 2**64 - 1)))
+            sealed = bytearray(prefix + data.draw(st.binary(max_size=200)))
         case _:
             sealed = bytearray(data.draw(st.binary(max_size=200)))
     with pytest.raises(RemoteProtocolError, match=r"a message of 'scheduler' cannot be opened"):
