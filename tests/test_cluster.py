@@ -62,7 +62,7 @@ def test_the_node_that_leads_all_queues_and_serves_all_workers_is_lost_and_no_bi
 ) -> None:
     first, second, _ = nodes
     job = write_job(tmp_path, patience=10.0)
-    job.write_text(f'{job.read_text()}queues = "quorum"\n')
+    job.write_text(job.read_text().replace('queues = "classic"', 'queues = "quorum"'))
     with Crew(tmp_path, with_heartbeat(url_of(nodes, unique), HEARTBEAT_S)) as crew:
         crew.start()
         crew.await_step("insurer", STEPS // 4)
