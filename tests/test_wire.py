@@ -12,10 +12,11 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 import sl_queue
+from sl_queue.compute.tensors import cast
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
-from sl_queue.protocol.wire import Compress, Dtype, Wire, asks_for_less, nonzero
+from sl_queue.protocol.wire import Compress, Dtype, Wire, asks_for_less, nonzero, plain_cast
 from tests.split import Concatenated, Parties, equal_weights, parties
 
 WIRES = [Wire(dtype, compress) for dtype, compress in product(get_args(Dtype), get_args(Compress))]
@@ -218,3 +219,15 @@ def test_a_peer_that_sends_narrower_numbers_than_agreed_is_named() -> None:
         RemoteProtocolError, match=r"activation of party 'a': .* travelled as float16, the job says float32"
     ):
         run.stages().fuse.forward_backward(MicroBatch(0, 0), sent)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (7,)])
+def test_torch_rounds_to_float16_and_back_as_numpy_does(shape: tuple[int, ...]) -> None:
+    draw = np.random.default_rng(0)
+    numbers = (draw.standard_normal(shape) * 10.0 ** draw.integers(-9, 5, shape)).astype(np.float32)
+    numbers.setflags(write=False)
+    halves = cast(numbers, np.float16)
+    assert halves.dtype == np.float16 and np.array_equal(halves, plain_cast(numbers, np.float16))
+    assert np.array_equal(cast(halves, np.dtype(np.float32)), plain_cast(halves, np.float32))
+    assert np.array_equal(cast(numbers.T, np.float16), plain_cast(numbers.T, np.float16))
+    assert cast(numbers.astype(np.float64), np.float16).dtype == np.float16

@@ -6,7 +6,7 @@ What cannot be measured on one machine is assumed: the way through the broker, a
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,6 +16,7 @@ from typing import TypeVar
 from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.fuse import TorchFuseStage, fuse_stage
 from sl_queue.compute.models import limit_threads
+from sl_queue.compute.tensors import cast
 from sl_queue.data.table import read_table
 from sl_queue.job import Job, JobPipeline, JobWire, PartyFile
 from sl_queue.local.threads import require_all
@@ -268,7 +269,7 @@ class _Travel:
 
 def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Affine = HANDLING) -> Costs:
     """What the simulation has to know."""
-    there, back = {}, {}
+    wire, there, back = replace(wire, cast=cast), {}, {}
     for place, sample in enumerate(measured.samples):
         for party, activation in sample.activations.items():
             relu = measured.relu[party]

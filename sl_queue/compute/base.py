@@ -7,7 +7,7 @@ forward order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sl_queue.compute.cuts import Promised, place, received, require_cut, require_finite
 from sl_queue.compute.models import Inputs, Model, blame
-from sl_queue.compute.tensors import ends_in_relu, gathered, lent
+from sl_queue.compute.tensors import cast, ends_in_relu, gathered, lent
 from sl_queue.errors import JobError, LocalProtocolError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
@@ -170,4 +170,4 @@ def base_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
     assert isinstance(trial, Tensor)
     output = model.try_out(trial.to(model.device))
     require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
-    return TorchBaseStage(model, features, table, batches, cut, job.label_holder, job.on_the_wire)
+    return TorchBaseStage(model, features, table, batches, cut, job.label_holder, replace(job.on_the_wire, cast=cast))

@@ -6,7 +6,7 @@ gradients that others wait for are on their way.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from sl_queue.compute.cuts import Arrival, Promised, place, received, require_fi
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, task_of
 from sl_queue.compute.models import Inputs, Model, blame
-from sl_queue.compute.tensors import described, lent
+from sl_queue.compute.tensors import cast, described, lent
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
@@ -243,4 +243,4 @@ def fuse_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
         )
     own = base_stage(job, party_file, table, batches) if party in job.fused else None
     objective = objective_of(party_file, table, output, model.dtype, f"party {party!r}")
-    return TorchFuseStage(job, model, own, objective, table, batches, job.on_the_wire)
+    return TorchFuseStage(job, model, own, objective, table, batches, replace(job.on_the_wire, cast=cast))

@@ -10,7 +10,8 @@ The gradient of a ReLU's zeros is never used. Where a base model ends in one, th
 also say which gradients are worth sending, and those come without bits of their own.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Final, Literal
 
@@ -24,6 +25,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 Compress = Literal["none", "bitmap", "zstd"]
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]  # (items,): which values travel
+Cast = Callable[[Array, Any], Array]  # to a NumPy dtype, rounding to nearest, ties to even
 
 _NARROWED: Final = ("float64", "float32")  # what a narrower dtype is taken of; others travel as they are
 _ITEM: Final[dict[str, Any]] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8}
@@ -33,12 +35,18 @@ _FITS: Final = 2.0**15  # the largest float16 is almost twice that
 _ZSTD_LEVEL: Final = 1
 
 
+def plain_cast(array: Array, dtype: Any) -> Array:
+    """NumPy's own, which knows no instructions for float16."""
+    return array.astype(dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Wire:
     """How the tensors of a job travel. float32 means: as the models compute them."""
 
     dtype: Dtype = "float32"
     compress: Compress = "none"
+    cast: Cast = field(default=plain_cast, compare=False, repr=False)  # between float32 and float16
 
     def pack(self, payload: Payload, *, relu: bool = False, wanted: Mask | None = None) -> Payload:
         """The payload as it travels.
@@ -52,7 +60,7 @@ class Wire:
         if wanted is not None:
             exact = np.where(wanted.reshape(exact.shape), exact, exact.dtype.type(0))
         narrow = self.dtype if self.dtype != "float32" and payload.dtype in _NARROWED else ""
-        scales, values = _narrowed(exact, narrow)
+        scales, values = _narrowed(exact, narrow, self.cast)
         packing, body = self._compressed(exact, values, relu, wanted)
         if packing == "none" and not narrow:
             return payload
@@ -91,7 +99,7 @@ class Wire:
         data = memoryview(payload.data)
         scales = np.frombuffer(_taken(data, 4 * n_scales, payload), np.float32)
         values = _values(data[4 * n_scales :], packing, items, item, payload, wanted)
-        wide = _widened(scales, values.reshape(payload.shape), payload.dtype, narrow)
+        wide = _widened(scales, values.reshape(payload.shape), payload.dtype, narrow, self.cast)
         return Payload(payload.dtype, payload.shape, wide.reshape(-1).view(np.uint8).data, payload.rows)
 
     def bytes_of(self, dtype: str, shape: tuple[int, ...], kept: float = 1.0) -> int:
@@ -138,12 +146,12 @@ def _item(dtype: str, narrow: str) -> Any:
 
 
 @np.errstate(under="ignore")
-def _narrowed(exact: Array, narrow: str) -> tuple[bytes, Array]:
+def _narrowed(exact: Array, narrow: str, cast: Cast) -> tuple[bytes, Array]:
     """Scales as bytes, and the values."""
     match narrow:
         case "float16":
             scale = np.float32(2.0) ** np.float32(_exponent(exact))
-            return scale.tobytes(), (exact * (exact.dtype.type(1) / exact.dtype.type(scale))).astype(np.float16)
+            return scale.tobytes(), cast(exact * (exact.dtype.type(1) / exact.dtype.type(scale)), np.float16)
         case "int8":
             rows = exact.reshape(len(exact), -1)
             scales = (np.abs(rows).max(axis=1) / 127).astype(np.float32)
@@ -165,14 +173,14 @@ def _exponent(exact: Array) -> int:
 
 
 @np.errstate(all="ignore")  # what a peer's scales make of it is looked at when it is a tensor
-def _widened(scales: Array, values: Array, dtype: str, narrow: str) -> Array:
+def _widened(scales: Array, values: Array, dtype: str, narrow: str, cast: Cast) -> Array:
     """Numbers of the dtype that was computed with, in C order."""
     if narrow == dtype:
         return np.ascontiguousarray(values)
     wide = np.dtype(dtype)
     match narrow:
         case "float16":
-            wider: Array = values.astype(wide) * wide.type(scales[0])
+            wider: Array = cast(values, wide) * wide.type(scales[0])
             return wider
         case "int8":
             rows = values.reshape(len(values), -1).astype(wide) * scales.astype(wide)[:, None]
