@@ -1,11 +1,12 @@
 """Is `sl-queue plan` right? What it predicts beside what is measured, with all parties on this machine."""
 
 import os
+import time
 from dataclasses import replace
 
 from benchmarks import transport
 from benchmarks.link import Speed
-from benchmarks.processes import together
+from benchmarks.processes import Work, together
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD_2, Comparison, Variant, run
 from benchmarks.workloads import LABEL, SMALL, W1, Workload, job_of, party_file
@@ -21,13 +22,40 @@ SPEEDS = (None, Speed(20.0))
 
 
 def handling(private: PrivateBroker, quick: bool) -> Affine:
-    """What one way through this broker takes, by bytes."""
-    found = {
-        size: transport.measure("link", size, 20 if quick else 100, 10, private, 900 + number)[0] / 2
-        for number, size in enumerate((16 * 1024, 1024 * 1024))
-    }
+    """What one message costs in CPU time, by bytes: both ends' drivers and the broker, which share the cores here."""
+    found = {size: _cpu_s(size, 20 if quick else 200, private) for size in (16 * 1024, 1024 * 1024)}
     (few, little), (many, much) = found.items()
     return Affine.through((few, little), (many, much))
+
+
+def _cpu_s(size: int, trips: int, private: PrivateBroker) -> float:
+    vhost = f"handling{size}"
+    url = private.url(vhost)
+    before = _broker_cpu_s(private)
+    works: dict[str, Work] = {
+        "a": (_converse, (url, "a", size, trips)),
+        "b": (_converse, (url, "b", size, trips)),
+    }
+    ends = sum(together(works, 120.0).values())
+    spent = ends + _broker_cpu_s(private) - before
+    private.delete_vhost(vhost)
+    return float(spent / (2 * trips))
+
+
+def _broker_cpu_s(private: PrivateBroker) -> float:
+    return int(private.evaluate("element(1, erlang:statistics(runtime))")) / 1e3
+
+
+def _converse(url: str, party: str, size: int, trips: int) -> float:
+    """Send and receive in turns; the CPU seconds that it took."""
+    end, body = transport.LinkEnd(url, party, "classic"), bytes(size)
+    end.send(body)
+    end.receive()  # both are connected
+    began = time.process_time()
+    for _ in range(trips):
+        end.send(body)
+        end.receive()
+    return time.process_time() - began
 
 
 def predicted(workload: Workload, way: Affine) -> dict[tuple[str, Speed | None], float]:
