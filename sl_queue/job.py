@@ -14,9 +14,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from sl_queue.declared import Declared, load, redacted, shown
 from sl_queue.errors import JobError
 from sl_queue.party_file import BaseFile, DataFile, FuseFile, PartyFile
+from sl_queue.protocol.agreement import differing_keys
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.pipeline import Pipeline
-from sl_queue.protocol.progress import differing_keys
 from sl_queue.protocol.row_order import Batches
 from sl_queue.protocol.topology import Topology
 from sl_queue.protocol.wire import Compress, Dtype, Wire

@@ -3,7 +3,7 @@
 import pytest
 
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.progress import EarlyStopping
+from sl_queue.protocol.run_state import EarlyStopping
 from tests.toy_run import CrashAt, ToyRun
 
 VARIANTS = {

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sl_queue.protocol.agreement import differing_keys
+from sl_queue.protocol.epochs import best_epoch
 from sl_queue.protocol.messages import (
     OPERATOR,
     Alive,
@@ -32,20 +34,17 @@ from sl_queue.protocol.messages import (
     Waiting,
 )
 from sl_queue.protocol.orders import Orders
-from sl_queue.protocol.progress import (
+from sl_queue.protocol.progress import reduce, standing_orders
+from sl_queue.protocol.run_state import (
     GIVE_UP,
     EarlyStopping,
     Phase,
     Plan,
     RunState,
-    best_epoch,
-    differing_keys,
     durable,
     history_line,
-    reduce,
     restarted,
     silent,
-    standing_orders,
 )
 
 JOB: dict[str, Any] = {"name": "toy", "epochs": 4, "pipeline": {"depth": 2, "staleness": 0}}

@@ -21,7 +21,7 @@ from sl_queue.protocol.messages import (
     Report,
     StopRequest,
 )
-from sl_queue.protocol.progress import EarlyStopping, Phase, RunState
+from sl_queue.protocol.run_state import EarlyStopping, Phase, RunState
 from sl_queue.transport.memory import MemoryBroker
 from tests.toy import ToyStage
 from tests.toy_run import Crash, CrashAt, ToyRun

@@ -11,8 +11,8 @@ from typing import Any
 from sl_queue.errors import SlQueueError
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.pipeline import Pipeline
-from sl_queue.protocol.progress import EarlyStopping, Plan, RunState
 from sl_queue.protocol.row_order import Batches
+from sl_queue.protocol.run_state import EarlyStopping, Plan, RunState
 from sl_queue.protocol.topology import Topology
 from sl_queue.roles.feature_party import FeatureParty
 from sl_queue.roles.label_holder import LabelHolder

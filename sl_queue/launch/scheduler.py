@@ -14,7 +14,7 @@ from sl_queue.job import Job
 from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.party_file import BROKER, read_url
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.progress import EarlyStopping, Plan, RunState
+from sl_queue.protocol.run_state import EarlyStopping, Plan, RunState
 from sl_queue.roles.scheduler import Scheduler
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel

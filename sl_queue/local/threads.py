@@ -19,7 +19,7 @@ from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealin
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import OnStatus, serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.progress import RunState, history_line
+from sl_queue.protocol.run_state import RunState, history_line
 from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")

@@ -8,18 +8,8 @@ from typing import Any, Protocol
 from sl_queue.errors import AlignmentError, PeerSilent, RunStopped, named
 from sl_queue.ports import SchedulerChannel
 from sl_queue.protocol.messages import OPERATOR, Command, Status
-from sl_queue.protocol.progress import (
-    Member,
-    Phase,
-    Plan,
-    RunState,
-    durable,
-    history_line,
-    reduce,
-    restarted,
-    silent,
-    standing_orders,
-)
+from sl_queue.protocol.progress import reduce, standing_orders
+from sl_queue.protocol.run_state import Member, Phase, Plan, RunState, durable, history_line, restarted, silent
 
 STATUS_EVERY_S = 0.25
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sl_queue.errors import CheckpointError, PartyBusy
-from sl_queue.protocol.progress import RunState, history_line
+from sl_queue.protocol.run_state import RunState, history_line
 from sl_queue.storage.durable import write_durably
 
 _states: TypeAdapter[RunState] = TypeAdapter(RunState)

@@ -1,0 +1,181 @@
+"""What the scheduler knows of a run, and what can be read from it. Values only."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from sl_queue.protocol.messages import (
+    BEFORE_FIRST_STEP,
+    Command,
+    EpochResult,
+    Lost,
+    Waiting,
+)
+
+GIVE_UP = 10  # patiences after which a party that has not been heard of ends the scheduler with PeerSilent
+
+
+class Phase(StrEnum):
+    """Where a run is."""
+
+    GATHERING = "gathering"  # not every party has joined
+    RUNNING = "running"
+    STOPPING = "stopping"  # orderly, at the next commit
+    STOPPED = "stopped"
+    FAILED = "failed"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStopping:
+    """End when `metric` on held-out rows has not improved by more than `min_delta` for `patience` epochs."""
+
+    metric: str
+    patience: int
+    min_delta: float
+    lower_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the scheduler knows of the job."""
+
+    job: Mapping[str, Any]  # canonical
+    label_holder: str
+    feature_parties: tuple[str, ...]
+    epochs: int
+    patience_s: float
+    early_stopping: EarlyStopping | None = None
+    steps: Callable[[int], int | None] = lambda _: None  # of the whole run, from the number of rows
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        return (*self.feature_parties, self.label_holder)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One party as the scheduler knows it."""
+
+    incarnation: str | None = None  # of the newest worker that joined
+    here: bool = False  # it joined since the run was last begun or gathered
+    n_rows: int = 0
+    rows_digest: str = ""
+    id_type: str = ""
+    run: str | None = None
+    generation: int = 0
+    finished: Mapping[str, str] | None = None
+    stopped: bool = False
+    # what follows is not written to disk: it describes a moment
+    held: tuple[int, ...] | None = None  # None: it has not told this scheduler process yet
+    step: int = BEFORE_FIRST_STEP
+    loss: float | None = None
+    samples: int = 0
+    heard: float | None = None  # monotonic
+    waiting: Waiting | None = None
+    lost: Lost | None = None
+    epochs: tuple[EpochResult, ...] = ()  # the label holder's own memory of the history, when it joined
+
+    @property
+    def committed(self) -> int:
+        """The newest step on its disk."""
+        return max(self.held or (), default=BEFORE_FIRST_STEP)
+
+    def durable(self) -> "Member":
+        """Without what describes a moment."""
+        return Member(
+            self.incarnation,
+            self.here,
+            self.n_rows,
+            self.rows_digest,
+            self.id_type,
+            self.run,
+            self.generation,
+            self.finished,
+            self.stopped,
+        )
+
+    def back_to(self, step: int) -> "Member":
+        """As everyone goes back to the checkpoint of `step`."""
+        held = tuple(held for held in self.held or () if held <= step)
+        epochs = tuple(epoch for epoch in self.epochs if epoch.step <= step)
+        return replace(self, waiting=None, lost=None, held=held, epochs=epochs)
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Everything the scheduler knows; what `durable` leaves out is learned again."""
+
+    phase: Phase = Phase.GATHERING
+    run: str | None = None
+    bases: tuple[int, ...] = ()  # one per generation after the first: the common checkpoint it began at
+    history: tuple[EpochResult, ...] = ()
+    members: Mapping[str, Member] = field(default_factory=dict)
+    stop_after: int | None = None  # while stopping: the step after which the label holder has stopped
+    reason: str | None = None
+    error: str | None = None  # class name
+    epoch_began: float | None = None  # monotonic; not written to disk
+
+    @property
+    def generation(self) -> int:
+        return len(self.bases)
+
+
+Orders = tuple[tuple[str, Command], ...]
+
+
+def durable(state: RunState) -> RunState:
+    """The part of the state that is written to disk: what no party would tell again."""
+    return replace(state, members={p: m.durable() for p, m in state.members.items()}, epoch_began=None)
+
+
+def restarted(state: RunState, now: float) -> RunState:
+    """The state with which a scheduler that comes back goes on: a run that was stopped or failed gathers again."""
+    state = replace(durable(state), epoch_began=now)
+    if state.phase in (Phase.STOPPED, Phase.FAILED):
+        members = {p: replace(m, here=False, stopped=False) for p, m in state.members.items()}
+        return replace(state, phase=Phase.GATHERING, members=members, reason=None, error=None, stop_after=None)
+    return state
+
+
+def history_line(result: EpochResult) -> dict[str, Any]:
+    """One line of history.jsonl."""
+    line: dict[str, Any] = {"epoch": result.epoch, "step": result.step, "loss": result.loss}
+    if result.holdout is not None:
+        line["holdout"] = dict(result.holdout)
+    return line | {"seconds": result.seconds}
+
+
+def with_member(state: RunState, party: str, member: Member) -> RunState:
+    return replace(state, members={**state.members, party: member})
+
+
+def changed(state: RunState, party: str, **changes: Any) -> RunState:
+    return with_member(state, party, replace(state.members.get(party, Member()), **changes))
+
+
+def incarnations(plan: Plan, state: RunState) -> list[tuple[str, str]]:
+    """The parties that a command can be sent to, with the worker it is for."""
+    members = ((p, state.members.get(p, Member())) for p in plan.parties)
+    return [(p, m.incarnation) for p, m in members if m.incarnation is not None and m.here and m.finished is None]
+
+
+def newest_common(state: RunState) -> int | None:
+    """The newest checkpoint that all parties hold; the initial weights are always there. None: not all have told."""
+    held = [None if member.held is None else set(member.held) for member in state.members.values()]
+    known = [steps for steps in held if steps is not None]
+    return max(set.intersection(*known), default=BEFORE_FIRST_STEP) if len(known) == len(held) else None
+
+
+def gone(state: RunState, member: Member) -> bool:
+    """Whether that party has ended, and rightly so."""
+    return member.finished is not None or (state.phase is Phase.STOPPING and member.stopped)
+
+
+def silent(plan: Plan, state: RunState, since: float, now: float) -> dict[str, float]:
+    """Parties that should be here and have not been heard of for GIVE_UP patiences, with the seconds of silence."""
+    members = {party: state.members.get(party, Member()) for party in plan.parties}
+    awaited = {p: m for p, m in members.items() if not gone(state, m)}
+    ages = {p: now - (since if m.heard is None else m.heard) for p, m in awaited.items()}
+    return {p: age for p, age in ages.items() if age > GIVE_UP * plan.patience_s}
