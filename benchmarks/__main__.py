@@ -1,11 +1,11 @@
 """`python -m benchmarks NAME...`: all of them by default; results go to benchmarks/results."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import bytes as fewer_bytes
-from benchmarks import ideal, parties, planner, processes, report, training, transport
+from benchmarks import goals, ideal, parties, planner, processes, report, training, transport
 from benchmarks.training import Variant
 from sl_queue.local.private_broker import PrivateBroker
 
@@ -15,27 +15,27 @@ Benchmark = Callable[[PrivateBroker, bool, Path], list[str]]
 
 
 def _training(broker: PrivateBroker, quick: bool, folder: Path) -> list[str]:
-    return _compared(broker, training.side_by_side(quick), YARDSTICK, 1 if quick else 3, folder / "training.png")
+    return _compared(broker, training.side_by_side(quick), YARDSTICK, folder / "training.png", goals.training)
 
 
 def _links(broker: PrivateBroker, quick: bool, folder: Path) -> list[str]:
-    return _compared(broker, training.over_links(quick), None, 1, folder / "links.png")
+    return _compared(broker, training.over_links(quick), None, folder / "links.png", goals.links)
 
 
 def _compared(
     broker: PrivateBroker,
     comparisons: list[training.Comparison],
     yardstick: Variant | None,
-    repeats: int,
     plot: Path,
+    wanted: Callable[[goals.Found], Iterator[str]],
 ) -> list[str]:
-    found = [(comparison, training.run(comparison, repeats, broker)) for comparison in comparisons]
+    found = [(comparison, training.run(comparison, broker)) for comparison in comparisons]
     report.plot(plot, found)
     parts = [
         report.training(comparison, summaries, ideal.bubbles(comparison.workload, comparison.variants), yardstick)
         for comparison, summaries in found
     ]
-    return [*parts, f"![ms a step]({plot.name})\n"]
+    return [*parts, f"![ms a step]({plot.name})\n", goals.listed(wanted(found))]
 
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {

@@ -49,9 +49,9 @@ def compare(private: PrivateBroker, quick: bool) -> str:
     """Bytes, time, and the last epoch's AUC and loss on held-out rows."""
     head = ("[wire]", "pipeline", "KB a step", "ms a step", "AUC", "loss")
     w1 = replace(W1, rows=W1.batch * 10) if quick else replace(W1, rows=W1.batch * 40)
-    over_link = run(Comparison(w1, tuple(_variant(wire, GPIPE, LINK) for wire in WIRES), 1), 1, private)
+    over_link = run(Comparison(w1, tuple(_variant(wire, GPIPE, LINK) for wire in WIRES), 1), private)
     orders = [(wire, LOCK_STEP) for wire in WIRES] + [(WIRES[0], RUN_AHEAD_2)]
-    real = run(Comparison(REAL, tuple(_variant(*each) for each in orders), 3 if quick else 30), 1, private)
+    real = run(Comparison(REAL, tuple(_variant(*each) for each in orders), 3 if quick else 30), private)
     parts = (
         f"### W1, {w1.rows} rows, one epoch, {LINK}\n\n{table(head, _rows(over_link))}",
         f"### {REAL.name}, over memory\n\n{table(head, _rows(real))}",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.processes import together
 from benchmarks.training import Variant
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
-from sl_queue.commands.plan import Link, costs_of, measure, played
+from sl_queue.commands.plan import Handling, Link, costs_of, measure, played
 from sl_queue.data.table import read_table
 from sl_queue.job import JobPipeline
 from sl_queue.protocol.simulation import Affine
@@ -27,6 +27,6 @@ def _played(workload: Workload, variants: Sequence[Variant]) -> list[float]:
     found = []
     for variant in variants:
         link = Link() if variant.speed is None else Link(variant.speed.rtt_ms, variant.speed.mbit_s)
-        costs = costs_of(job, measured, job.on_the_wire, link, handling=Affine())
+        costs = costs_of(job, measured, job.on_the_wire, link, handling=Handling(Affine(), Affine()))
         found.append(played(job, costs, JobPipeline(**variant.order.table)).bubble)
     return found

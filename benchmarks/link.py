@@ -1,6 +1,7 @@
 """A link between two organisations: a TCP proxy with delay and bandwidth, in a process of its own."""
 
 import asyncio
+import selectors
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,13 @@ def slowed(url: str, speed: Speed) -> Iterator[str]:
 
 
 def _proxy(ready: Connection, host: str, port: int, speed: Speed) -> None:
-    asyncio.run(_serve(ready, host, port, speed))
+    def loop() -> asyncio.AbstractEventLoop:
+        return asyncio.SelectorEventLoop(
+            selectors.SelectSelector()
+        )  # epoll would round every delay up to a millisecond
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(_serve(ready, host, port, speed))
 
 
 async def _serve(ready: Connection, host: str, port: int, speed: Speed) -> None:

@@ -3,6 +3,7 @@ cores do not decide it."""
 
 from statistics import median
 
+from benchmarks import goals
 from benchmarks.measure import Measurement
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD, Comparison, Variant, run
@@ -29,11 +30,11 @@ def compare(private: PrivateBroker, quick: bool) -> list[str]:
 def _many(private: PrivateBroker, quick: bool) -> str:
     """Step times and the label holder's waiting, by the number of parties."""
     variant = Variant("rabbitmq", LOCK_STEP)
-    steps = 12 if quick else 40
+    steps = 12 if quick else 20
     found: dict[int, list[Measurement]] = {count: [] for count in COUNTS}
     for _ in range(1 if quick else 2):
         for count in COUNTS:
-            summaries = run(Comparison(workload(count, steps), (variant,), 1), 1, private)
+            summaries = run(Comparison(workload(count, steps), (variant,), 1), private)
             found[count] += summaries[variant].runs
     first = median(run.step_ms for run in found[COUNTS[0]])
     rows = []
@@ -41,21 +42,25 @@ def _many(private: PrivateBroker, quick: bool) -> str:
         step_ms = median(run.step_ms for run in runs)
         rows.append((count, f"{step_ms:.1f}", f"{step_ms / first - 1:+.0%}", f"{median(r.cpu for r in runs):.2f}"))
     slept = f"Every feature party sleeps {SLEEP_S * 1e3:.0f} ms forwards and {SLEEP_S * 1e3:.0f} ms backwards.\n\n"
-    return slept + table(("feature parties", "ms a step", "to two parties", "cores, all parties"), rows)
+    goal = goals.line("16 parties to 2, time a step", median(run.step_ms for run in found[COUNTS[-1]]) / first, 1.3)
+    head = ("feature parties", "ms a step", "to two parties", "cores, all parties")
+    return f"{slept}{table(head, rows)}\n{goal}\n"
 
 
 def _one_slow(private: PrivateBroker, quick: bool) -> str:
     """How busy the slowest party is: all that a pipeline can do is to let it never wait."""
     columns = {"slow": 8, "fast": 8}
     orders = (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD)
-    steps = 12 if quick else 40
+    steps = 12 if quick else 20
     whole = Workload("one slow", BATCH * steps, columns, (16,), (16,), BATCH, sleep_s=SHORT_S, slow="slow")
     comparison = Comparison(whole, tuple(Variant("rabbitmq", order) for order in orders), 1)
-    rows = []
-    for variant, summary in run(comparison, 1 if quick else 2, private).items():
+    rows, shares = [], []
+    for variant, summary in run(comparison, private).items():
         busy = summary.middle(lambda run: 1 - run.waiting["slow"])
+        shares.append(busy)
         rows.append((variant.order.name, f"{summary.middle(lambda run: run.step_ms):.1f}", f"{busy:.1%}"))
     slept = (
         f"One party sleeps {5 * SHORT_S * 1e3:.0f} ms forwards and backwards for each micro-batch, another a fifth.\n\n"
     )
-    return slept + table(("pipeline", "ms a step", "the slow party is busy"), rows)
+    goal = goals.line("the slow party is busy, best pipeline", max(shares), 0.95, at_least=True)
+    return f"{slept}{table(('pipeline', 'ms a step', 'the slow party is busy'), rows)}\n{goal}\n"

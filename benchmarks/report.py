@@ -42,7 +42,7 @@ def training(
         "", "ms a step (range)", "samples/s", "to joined-1", "cores", "waiting, s an epoch", "in commits", "KB a step",
         "bubble", "ideal",
     )  # fmt: skip
-    return f"### {comparison.workload.name}\n\n{table(head, rows)}"
+    return f"### {comparison.workload.name}, {comparison.workload.rows:,} rows\n\n{table(head, rows)}"
 
 
 def _cells(summary: Summary, base: float | None, steps: int, ideal: float | None) -> list[str]:

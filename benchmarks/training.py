@@ -73,10 +73,12 @@ class Comparison:
     workload: Workload
     variants: tuple[Variant, ...]
     epochs: int
+    repeats: int = 1
 
 
-def run(comparison: Comparison, repeats: int, private: PrivateBroker) -> dict[Variant, Summary]:
-    """Every variant `repeats` times, in turns."""
+def run(comparison: Comparison, private: PrivateBroker) -> dict[Variant, Summary]:
+    """Every variant so many times, in turns."""
+    repeats = comparison.repeats
     found: dict[Variant, list[Measurement]] = {variant: [] for variant in comparison.variants}
     for repeat in range(repeats):
         for variant in comparison.variants:
@@ -141,14 +143,19 @@ def side_by_side(quick: bool) -> list[Comparison]:
         Variant("joined", threads=2),
         Variant("gloo"),
         Variant("memory", GPIPE),
-        *(Variant("rabbitmq", order) for order in (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD)),
+        *(Variant("rabbitmq", order) for order in (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD, RUN_AHEAD_2)),
+        Variant("rabbitmq", RUN_AHEAD_2, tables={"wire": {"dtype": "float16"}}),
         Variant("rabbitmq", GPIPE, queue_type="quorum"),
     )
-    epochs = {"W1": 2, "W2": 3, "small": 2}
+    w1, w2, small = (WORKLOADS[name] for name in ("W1", "W2", "small"))
+    w2 = replace(w2, rows=w2.rows // 2)  # half an epoch of it takes as long as all of the others
     if quick:
-        short = [(replace(WORKLOADS[name], rows=WORKLOADS[name].batch * 12), 1) for name in epochs]
-        return [Comparison(workload, variants, 1) for workload, _ in short]
-    return [Comparison(WORKLOADS[name], variants, n) for name, n in epochs.items()]
+        return [Comparison(replace(w, rows=w.batch * 12), variants, 1) for w in (w1, w2, small)]
+    return [
+        Comparison(w1, variants, 1, repeats=3),
+        Comparison(w2, variants, 1, repeats=2),
+        Comparison(small, variants, 1, repeats=3),
+    ]
 
 
 def over_links(quick: bool) -> list[Comparison]:
@@ -156,7 +163,7 @@ def over_links(quick: bool) -> list[Comparison]:
     small, w1 = WORKLOADS["small"], WORKLOADS["W1"]
     delays = (20.0,) if quick else (5.0, 20.0, 50.0)
     delayed = tuple(
-        Variant("rabbitmq", order, speed=Speed(rtt_ms), steps=20 if quick else 100)
+        Variant("rabbitmq", order, speed=Speed(rtt_ms), steps=20 if quick else 70)
         for rtt_ms in delays
         for order in (LOCK_STEP, GPIPE, RUN_AHEAD_2)
     )

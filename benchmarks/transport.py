@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import pika
 
+from benchmarks import goals
 from benchmarks.processes import background, together
 from benchmarks.report import table
 from sl_queue.local.private_broker import PrivateBroker
@@ -30,7 +31,7 @@ from sl_queue.transport.rabbitmq_names import QueueType
 
 HOST = "127.0.0.1"
 NAMES = Topology("b", ("a",))
-SIZES = ((64 * 1024, 400, 1000), (2 * 1024 * 1024, 80, 150))  # bytes, round trips, messages in a row
+SIZES = ((64 * 1024, 300, 600), (2 * 1024 * 1024, 60, 80))  # bytes, round trips, messages in a row
 QUICK = ((64 * 1024, 12, 40), (2 * 1024 * 1024, 8, 12))
 HOW = {
     "tcp": "raw TCP",
@@ -209,7 +210,11 @@ def compare(private: PrivateBroker, quick: bool) -> str:
         program = compiled(Path(folder))
         rows = [line for sizes in (QUICK if quick else SIZES) for line in _rows(*sizes, private, program, quick)]
     left_out = "" if program else "librabbitmq is left out: its headers or a C compiler are not here.\n\n"
-    return left_out + table(("", "message", "ms a round trip", "to TCP", "MB/s one way", "to C"), rows)
+    ours = next(row for row in rows if row[0] == HOW["link"] and row[1] == "2048 KB")
+    wanted = [goals.line("2 MB, our round trip to TCP's", float(ours[3]), 2.5)]
+    wanted += [goals.line("2 MB, our rate to C's", float(ours[5]), 0.8, at_least=True)] if program else []
+    found = table(("", "message", "ms a round trip", "to TCP", "MB/s one way", "to C"), rows)
+    return f"{left_out}{found}\n{goals.listed(iter(wanted))}"
 
 
 def _rows(

@@ -31,6 +31,10 @@ class Affine:
     def __add__(self, other: "Affine") -> "Affine":
         return Affine(self.fixed + other.fixed, self.each + other.each)
 
+    def of(self, count: "Affine") -> "Affine":
+        """This cost where the count follows from another one."""
+        return Affine(self(count.fixed), self.each * count.each)
+
     @classmethod
     def through(cls, one: tuple[float, float], other: tuple[float, float]) -> "Affine":
         """The line through two measured (count, seconds), never falling and never below zero."""
