@@ -1,8 +1,6 @@
 """Does a label holder slow down with many parties, does anybody else with a slow one? All models sleep, so that the
 cores do not decide it."""
 
-from statistics import median
-
 from benchmarks import goals
 from benchmarks.measure import Measurement
 from benchmarks.report import table
@@ -31,18 +29,16 @@ def _many(private: PrivateBroker, quick: bool) -> str:
     """Step times and the label holder's waiting, by the number of parties."""
     variant = Variant("rabbitmq", LOCK_STEP)
     steps = 12 if quick else 20
-    found: dict[int, list[Measurement]] = {count: [] for count in COUNTS}
-    for _ in range(1 if quick else 2):
-        for count in COUNTS:
-            summaries = run(Comparison(workload(count, steps), (variant,), 1), private)
-            found[count] += summaries[variant].runs
-    first = median(run.step_ms for run in found[COUNTS[0]])
+    found: dict[int, Measurement] = {}
+    for count in COUNTS:
+        found[count] = run(Comparison(workload(count, steps), (variant,), 1), private)[variant].runs[0]
+    first = found[COUNTS[0]].step_ms
     rows = []
-    for count, runs in found.items():
-        step_ms = median(run.step_ms for run in runs)
-        rows.append((count, f"{step_ms:.1f}", f"{step_ms / first - 1:+.0%}", f"{median(r.cpu for r in runs):.2f}"))
+    for count, measured in found.items():
+        cells = (f"{measured.step_ms:.1f}", f"{measured.step_ms / first - 1:+.0%}", f"{measured.cpu:.2f}")
+        rows.append((count, *cells))
     slept = f"Every feature party sleeps {SLEEP_S * 1e3:.0f} ms forwards and {SLEEP_S * 1e3:.0f} ms backwards.\n\n"
-    goal = goals.line("16 parties to 2, time a step", median(run.step_ms for run in found[COUNTS[-1]]) / first, 1.3)
+    goal = goals.line("16 parties to 2, time a step", found[COUNTS[-1]].step_ms / first, 1.3)
     head = ("feature parties", "ms a step", "to two parties", "cores, all parties")
     return f"{slept}{table(head, rows)}\n{goal}\n"
 
