@@ -1,5 +1,7 @@
 """What every benchmark process imports before it is forked."""
 
+import torch._dynamo  # noqa: F401 - an optimizer's first step would import it, in every process
+
 import sl_queue.launch.party
 import sl_queue.launch.scheduler
 import sl_queue.transport.rabbitmq  # noqa: F401
