@@ -10,18 +10,15 @@ import subprocess
 import time
 from types import TracebackType
 from typing import Protocol, Self
-from urllib.parse import quote
 
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.local.private_broker import (
     HOST,
     START_S,
     USER,
+    Contents,
     PrivateBroker,
-    adding_user,
-    adding_vhost,
     answers,
-    deleting_vhost,
     find_server,
     free_ports,
 )
@@ -50,7 +47,7 @@ class Broker(Protocol):
     def evaluate(self, expression: str) -> str: ...
 
 
-class DockerBroker:  # mutable: it owns a container
+class DockerBroker(Contents):  # mutable: it owns a container
     """A private broker in a container, with the surface of PrivateBroker."""
 
     def __init__(self) -> None:
@@ -81,8 +78,7 @@ class DockerBroker:  # mutable: it owns a container
                 said = _docker("logs", "--tail", "20", self._name)
                 raise BrokerUnreachable(f"{IMAGE} did not start:\n{said.stdout}{said.stderr}")
             time.sleep(0.1)
-        for vhost in self._vhosts[1:]:
-            self.evaluate(adding_vhost(vhost))
+        self._restore_vhosts()
 
     def kill(self) -> None:
         _docker("kill", self._name)
@@ -93,19 +89,6 @@ class DockerBroker:  # mutable: it owns a container
     def restart(self) -> None:
         self.kill()
         self.start()
-
-    def url(self, vhost: str = "/") -> str:
-        if vhost not in self._vhosts:
-            self.evaluate(adding_vhost(vhost))
-            self._vhosts.append(vhost)
-        return f"amqp://{USER}:{self._password}@{HOST}:{self.port}/{quote(vhost, safe='')}"
-
-    def delete_vhost(self, vhost: str) -> None:
-        self._vhosts.remove(vhost)
-        self.evaluate(deleting_vhost(vhost))
-
-    def add_user(self, name: str, password: str, vhost: str, configure: str, write: str, read: str) -> None:
-        self.evaluate(adding_user(name, password, vhost, configure, write, read))
 
     def evaluate(self, expression: str) -> str:
         return _docker("exec", self._name, "rabbitmqctl", "--quiet", "eval", f"{expression}.").stdout

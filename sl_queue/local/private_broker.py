@@ -38,7 +38,40 @@ def find_server() -> Path | None:
     return found[0] if found else None
 
 
-class PrivateBroker:  # mutable: it owns processes
+class Contents:
+    """What a broker of our own holds, changed by Erlang expressions. Mutable: it remembers its virtual hosts."""
+
+    port: int
+    _password: str
+    _vhosts: list[str]
+
+    def url(self, vhost: str = "/") -> str:
+        """Where a client finds that virtual host, which is made if it is not there."""
+        if vhost not in self._vhosts:
+            self.evaluate(adding_vhost(vhost))
+            self._vhosts.append(vhost)
+        return f"amqp://{USER}:{self._password}@{HOST}:{self.port}/{quote(vhost, safe='')}"
+
+    def delete_vhost(self, vhost: str) -> None:
+        """Remove a virtual host with all its queues."""
+        self._vhosts.remove(vhost)
+        self.evaluate(deleting_vhost(vhost))
+
+    def add_user(self, name: str, password: str, vhost: str, configure: str, write: str, read: str) -> None:
+        """A user with these rights (regular expressions of names) on a virtual host."""
+        self.evaluate(adding_user(name, password, vhost, configure, write, read))
+
+    def evaluate(self, expression: str) -> str:
+        """What an Erlang expression gives inside the broker, as text."""
+        raise NotImplementedError
+
+    def _restore_vhosts(self) -> None:
+        """After a start, perhaps without the data of before."""
+        for vhost in self._vhosts[1:]:
+            self.evaluate(adding_vhost(vhost))
+
+
+class PrivateBroker(Contents):  # mutable: it owns processes
     """A broker for tests, benchmarks and `sl-queue chaos`; use it in a `with` statement.
 
     `settings` are further lines of its rabbitmq.conf, `plugins` are enabled; with `joins` it becomes another node of
@@ -97,8 +130,7 @@ class PrivateBroker:  # mutable: it owns processes
                 self.kill()
                 raise BrokerUnreachable(f"the private broker did not start; the end of its log:\n{self._log_end()}")
             time.sleep(0.02)
-        for vhost in self._vhosts[1:]:
-            self.evaluate(adding_vhost(vhost))
+        self._restore_vhosts()
 
     def kill(self) -> None:
         """SIGKILL, as a power cut would; what was on disk stays."""
@@ -139,22 +171,6 @@ class PrivateBroker:  # mutable: it owns processes
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # Its contents -----------------------------------------------------------------------------------------------
-
-    def url(self, vhost: str = "/") -> str:
-        """Where a client finds that virtual host, which is made if it is not there."""
-        if vhost not in self._vhosts:
-            self.evaluate(adding_vhost(vhost))
-            self._vhosts.append(vhost)
-        return f"amqp://{USER}:{self._password}@{HOST}:{self.port}/{quote(vhost, safe='')}"
-
-    def delete_vhost(self, vhost: str) -> None:
-        """Remove a virtual host with all its queues."""
-        self._vhosts.remove(vhost)
-        self.evaluate(deleting_vhost(vhost))
-
-    def add_user(self, name: str, password: str, vhost: str, configure: str, write: str, read: str) -> None:
-        """A user with these rights (regular expressions of names) on a virtual host."""
-        self.evaluate(adding_user(name, password, vhost, configure, write, read))
 
     def evaluate(self, expression: str) -> str:
         """What an Erlang expression gives inside the broker, as text: 15 ms where rabbitmqctl takes 500."""
