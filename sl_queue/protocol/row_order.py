@@ -46,11 +46,15 @@ def row_order(n_rows: int, seed: int, epoch: int) -> Positions:
     return np.argsort(_splitmix64(positions ^ _key(seed, epoch)), kind="stable")
 
 
+def held_out(n_rows: int, holdout: float) -> int:
+    """How many rows are held out."""
+    return round(holdout * n_rows)
+
+
 def split_holdout(n_rows: int, seed: int, holdout: float) -> tuple[Positions, Positions]:
-    """Positions of the training and of the held-out rows, each ascending; round(holdout * n_rows) are held out."""
-    held_out = round(holdout * n_rows)
-    order = row_order(n_rows, seed, _HOLDOUT)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    """Positions of the training and of the held-out rows, each ascending."""
+    order, first = row_order(n_rows, seed, _HOLDOUT), held_out(n_rows, holdout)
+    return np.sort(order[first:]), np.sort(order[:first])
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
-            reason = "drop_last = true drops the only batch" if len(self._split[0]) else "no row is left to train on"
+            reason = "drop_last = true drops the only batch" if self.training_rows else "no row is left to train on"
             raise JobError(
                 f"{self.n_rows} rows with holdout = {self.holdout} and batch_size = {self.batch_size}: {reason}; "
                 "use a smaller batch_size or holdout, or drop_last = false"
@@ -84,11 +88,11 @@ class Batches:
 
     @property
     def training_rows(self) -> int:
-        return len(self._split[0])
+        return self.n_rows - self.holdout_rows
 
     @property
     def holdout_rows(self) -> int:
-        return len(self._split[1])
+        return held_out(self.n_rows, self.holdout)
 
     @cached_property
     def steps_per_epoch(self) -> int:
