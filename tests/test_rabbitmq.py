@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import pika
 import pytest
-from pika.adapters.utils.io_services_utils import _AsyncTransportBase
 
 from sl_queue.chaos.proxy import Proxy
 from sl_queue.errors import BrokerUnreachable, JobError, PartyBusy, SlQueueError, TransportError, Unroutable
@@ -19,7 +18,6 @@ from sl_queue.local.private_broker import binary, free_ports
 from sl_queue.protocol.messages import SCHEDULER, Kind, Stopped
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.rabbitmq import RabbitLink
-from sl_queue.transport.rabbitmq_connection import READ_BYTES
 from sl_queue.transport.retry import Limits
 from tests.broker import Broker
 from tests.links import Inbox, await_that, numbered, send, two_parties
@@ -540,12 +538,6 @@ def test_acknowledging_a_thousand_deliveries_takes_one_frame(connect: Connect, u
     insurer.link.acknowledge(tags)
     insurer.link.close()
     assert proxy.sent_bytes - before < 1000  # each would be 21 bytes
-
-
-def test_pika_still_has_the_constant_that_decides_how_much_is_read_at_once(connect: Connect) -> None:
-    connect("bank")
-    assert READ_BYTES == _AsyncTransportBase._MAX_RECV_BYTES
-    assert "_MAX_RECV_BYTES" in _AsyncTransportBase._consume.__code__.co_names
 
 
 def test_the_io_thread_ends_with_its_link(connect: Connect) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qs, unquote, urlencode, urlsplit
 
 import pika
-from pika.adapters.asyncio_connection import AsyncioConnection
-from pika.adapters.utils.io_services_utils import _AsyncTransportBase
 from pika.exceptions import (
     AMQPError,
     ChannelClosedByBroker,
@@ -24,11 +22,11 @@ from pika.exceptions import (
 )
 
 from sl_queue.errors import JobError
+from sl_queue.transport.rabbitmq_socket import SocketConnection, dial
 
 HEARTBEAT_S = 15  # a half-open connection is noticed after 20 s here, after 30 s at the broker
 CONNECT_S = 10.0
 CLOSE_S = 3.0
-READ_BYTES = 128 * 1024  # pika's own 4 KB halve the throughput, and a thread that holds the GIL makes it far worse
 
 
 class Lost(Exception):
@@ -134,23 +132,25 @@ class Connection:
         logger = logging.getLogger("pika")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)  # what matters of it is said in our own words
-        _AsyncTransportBase._MAX_RECV_BYTES = READ_BYTES
-        loop = asyncio.get_running_loop()
-        self._pika = AsyncioConnection(
-            self._address.parameters(self._name),
+        parameters = self._address.parameters(self._name)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                here = await dial(parameters)
+        except (OSError, TimeoutError) as error:
+            raise why_not(error, self._address) from None
+        self._pika = SocketConnection(
+            here,
+            parameters,
             on_open_callback=lambda _: _resolve(self._opened, None),
             on_open_error_callback=lambda _, error: _resolve(self._opened, why_not(error, self._address)),
             on_close_callback=lambda _, error: _resolve(self.lost, _said(error)),
-            custom_ioloop=loop,
         )
         try:
-            await asyncio.wait([self._opened])
-        except asyncio.CancelledError:
+            await asyncio.wait([self._opened], timeout=CONNECT_S)
+        finally:
             if not self._opened.done():
-                loop.set_exception_handler(lambda _, __: None)  # pika 1.4 ends the attempt, but trips over an assertion
-                self._pika.close()
-                await asyncio.wait([self._opened], timeout=CLOSE_S)
-            raise
+                self._pika._terminate_stream(TimeoutError())
+                await asyncio.wait([self._opened])
         failure = self._opened.result()
         if failure is not None:
             raise failure

@@ -1,0 +1,297 @@
+"""pika's connection on a socket of our own: AMQP is pika's, the bytes are ours.
+
+`pika.connection.Connection` leaves its stream to a subclass. pika's own ones copy a body five times on its way in and
+three times on its way out, and send on the loop's next turn. Here a body is sent from where it is, at once and in one
+system call, and copied once when it comes in. On two cores, 2 MB through a classic queue and back (beside the C client
+with 4.4 ms and 1,300 MB/s): 6.9 ms and 590 MB/s with pika's, NEW with this; `python -m benchmarks transport`.
+"""
+
+import asyncio
+import ssl
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from socket import IPPROTO_TCP, SOCK_STREAM, TCP_NODELAY, socket
+from typing import Any
+
+from pika import frame, spec
+from pika.connection import Connection, Parameters
+from pika.exceptions import InvalidFrameError, StreamLostError
+from pika.tcp_socket_opts import set_sock_opts
+
+READ_BYTES = 64 * 1024  # at once, while no body is on its way
+MOST_BUFFERED = 64 * 1024 * 1024  # the buffer grows to the largest message; of a larger one it holds parts
+MOST_PIECES = 512  # that the kernel takes at once
+READS = 16  # in one turn of the loop; others wait for it too
+
+_HEAD = struct.Struct(">BHI")  # kind of frame, channel, size
+_END = bytes([spec.FRAME_END])
+_AROUND = _HEAD.size + len(_END)
+
+Piece = bytes | memoryview
+
+
+async def dial(parameters: Parameters) -> socket:
+    """A connected socket that does not block, with TLS on it if the parameters say so. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    failed: OSError = OSError("the host has no address")
+    for family, kind, protocol, _, where in await loop.getaddrinfo(parameters.host, parameters.port, type=SOCK_STREAM):
+        plain = socket(family, kind, protocol)
+        try:
+            plain.setblocking(False)
+            plain.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+            set_sock_opts(parameters.tcp_options, plain)
+            await loop.sock_connect(plain, where)
+            return plain if parameters.ssl_options is None else await _secured(plain, parameters.ssl_options)
+        except ssl.SSLError:
+            plain.close()
+            raise
+        except OSError as error:
+            plain.close()
+            failed = error
+        except BaseException:
+            plain.close()
+            raise
+    raise failed
+
+
+async def _secured(plain: socket, options: Any) -> ssl.SSLSocket:
+    """The socket after the handshake."""
+    loop = asyncio.get_running_loop()
+    secured: ssl.SSLSocket = options.context.wrap_socket(
+        plain, server_hostname=options.server_hostname, do_handshake_on_connect=False
+    )
+    try:
+        while True:
+            try:
+                secured.do_handshake()
+                return secured
+            except ssl.SSLWantReadError:
+                await _until(secured, loop.add_reader, loop.remove_reader)
+            except ssl.SSLWantWriteError:
+                await _until(secured, loop.add_writer, loop.remove_writer)
+    except BaseException:
+        secured.close()
+        raise
+
+
+async def _until(here: socket, watch: Callable[..., None], leave: Callable[..., Any]) -> None:
+    ready = asyncio.Event()
+    watch(here, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        leave(here)
+
+
+class Incoming:
+    """Bytes become frames, and a body one frame, copied once. Mutable: it holds what is not complete yet."""
+
+    def __init__(self, most_buffered: int = MOST_BUFFERED) -> None:
+        self._most = most_buffered
+        self._view = memoryview(bytearray(2 * READ_BYTES))
+        self._start = self._end = 0  # what is received and not understood
+        self._wanted = READ_BYTES
+        self._bodies: dict[int, _Body] = {}  # by channel
+
+    def space(self) -> memoryview:
+        """Where to receive: as much as the frames that have begun still lack."""
+        if self._start == self._end and not self._bodies:
+            self._start = self._end = 0
+        if self._end + self._wanted > len(self._view):
+            self._make_room()
+        return self._view[self._end : self._end + self._wanted]
+
+    def received(self, count: int, largest_frame: int) -> Iterator[Any]:
+        """The frames that these bytes complete. Raises InvalidFrameError."""
+        self._end += count
+        self._wanted = READ_BYTES
+        while self._end - self._start >= _HEAD.size:
+            kind, channel, size = _HEAD.unpack_from(self._view, self._start)
+            if size > largest_frame:
+                raise InvalidFrameError(f"a frame of {size} bytes")
+            missing = _AROUND + size - (self._end - self._start)
+            body = self._bodies.get(channel) if kind == spec.FRAME_BODY else None
+            if missing > 0:
+                self._wanted = missing if body is None else self._lacking(body, largest_frame)
+                return
+            whole = self._view[self._start : self._start + _AROUND + size]
+            if whole[-1] != spec.FRAME_END:
+                raise InvalidFrameError("a frame without its end")
+            self._start += len(whole)
+            if body is None:
+                yield from self._begun(channel, frame.decode_frame(bytes(whole))[1])
+            elif body.complete(whole[_HEAD.size : -1]):
+                del self._bodies[channel]
+                yield frame.Body(channel, body.joined())
+            if body is not None and channel in self._bodies:
+                self._wanted = self._lacking(body, largest_frame)
+
+    def _begun(self, channel: int, found: Any) -> Iterator[Any]:
+        if isinstance(found, frame.Header) and found.body_size:
+            self._bodies[channel] = _Body(found.body_size)
+        yield found
+
+    def _lacking(self, body: "_Body", largest_frame: int) -> int:
+        frames = -(-body.missing // (largest_frame - _AROUND))
+        return max(READ_BYTES, body.missing + _AROUND * frames - (self._end - self._start))
+
+    def _make_room(self) -> None:
+        """Move what is there to the front of a buffer that is large enough."""
+        for body in self._bodies.values():
+            body.settle()
+        rest = bytes(self._view[self._start : self._end])
+        if len(rest) + self._wanted > len(self._view):
+            self._view = memoryview(bytearray(min(2 * (len(rest) + self._wanted), self._most)))
+        self._view[: len(rest)] = rest
+        self._start, self._end = 0, len(rest)
+        self._wanted = min(self._wanted, len(self._view) - self._end)
+
+
+class _Body:
+    """A body on its way: parts of the buffer, and what had to leave it. Mutable."""
+
+    def __init__(self, size: int) -> None:
+        self.missing = size
+        self._parts: list[Piece] = []
+
+    def complete(self, part: memoryview) -> bool:
+        self._parts.append(part)
+        self.missing -= len(part)
+        return self.missing <= 0
+
+    def settle(self) -> None:
+        self._parts = [b"".join(self._parts)]
+
+    def joined(self) -> bytes:
+        return b"".join(self._parts)
+
+
+class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
+    """A connection over a socket of `dial`, on the running loop. Mutable as pika's are."""
+
+    def __init__(self, here: socket, parameters: Parameters, **callbacks: Callable[..., None]) -> None:
+        self._socket, self._loop = here, asyncio.get_running_loop()
+        self._secured = isinstance(here, ssl.SSLSocket)
+        self._incoming, self._outgoing = Incoming(), deque[Piece]()
+        self._writing = self._down = False
+        super().__init__(parameters, **callbacks)
+
+    # What pika wants of an adapter ------------------------------------------------------------------------------
+
+    def _adapter_connect_stream(self) -> None:
+        self._loop.add_reader(self._socket, self._read)
+        self._loop.call_soon(self._on_stream_connected)
+
+    def _adapter_disconnect_stream(self) -> None:
+        self._end(None)
+
+    def _adapter_call_later(self, delay: float, callback: Callable[[], Any]) -> asyncio.TimerHandle:
+        return self._loop.call_later(delay, callback)
+
+    def _adapter_remove_timeout(self, timeout_id: Any) -> None:
+        timeout_id.cancel()
+
+    def _adapter_add_callback_threadsafe(self, callback: Callable[..., Any]) -> None:
+        self._loop.call_soon_threadsafe(callback)
+
+    def _adapter_emit_data(self, data: bytes) -> None:
+        self._send([data])
+
+    # Out --------------------------------------------------------------------------------------------------------
+
+    def _send_message(self, channel_number: int, method_frame: Any, content: tuple[Any, bytes]) -> None:
+        properties, body = content
+        method, header = frame.Method(channel_number, method_frame), frame.Header(channel_number, len(body), properties)
+        before = method.marshal() + header.marshal()
+        view, pieces = memoryview(body), list[Piece]()
+        for start in range(0, len(body), self._body_max_length):
+            part = view[start : start + self._body_max_length]
+            pieces += (before + _HEAD.pack(spec.FRAME_BODY, channel_number, len(part)), part)
+            before = _END
+        self._output_marshaled_frames([*pieces, before])
+
+    def _output_marshaled_frames(self, marshaled_frames: Sequence[Piece]) -> None:
+        self.frames_sent += len(marshaled_frames)
+        self.bytes_sent += sum(map(len, marshaled_frames))
+        self._send(marshaled_frames)
+
+    def _send(self, pieces: Sequence[Piece]) -> None:
+        if not self._down:
+            self._outgoing.extend([b"".join(pieces)] if self._secured else pieces)
+            if not self._writing:
+                self._write()
+
+    def _write(self) -> None:
+        """Send what the kernel takes now; the rest when it takes more."""
+        try:
+            while self._outgoing:
+                self._sent(self._socket.send(self._outgoing[0]) if self._secured else self._scattered())
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            self._watch(True)
+            return
+        except ssl.SSLWantReadError:
+            pass  # `_read` comes back here
+        except OSError as error:
+            self._end(error)
+            return
+        self._watch(False)
+
+    def _scattered(self) -> int:
+        return self._socket.sendmsg(list(islice(self._outgoing, MOST_PIECES)))
+
+    def _sent(self, count: int) -> None:
+        while count and count >= len(self._outgoing[0]):
+            count -= len(self._outgoing.popleft())
+        if count:
+            self._outgoing[0] = memoryview(self._outgoing[0])[count:]
+
+    def _watch(self, writing: bool) -> None:
+        if writing != self._writing:
+            self._writing = writing
+            if writing:
+                self._loop.add_writer(self._socket, self._write)
+            else:
+                self._loop.remove_writer(self._socket)
+
+    # In ---------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            for _ in range(0 if self._down else READS):
+                space = self._incoming.space()
+                count = self._socket.recv_into(space)
+                self._received(count)
+                if self._down or (count < len(space) and not self._secured):
+                    return
+            if self._secured and not self._down:  # what it has decrypted already wakes nobody
+                self._loop.call_soon(self._read)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        except ssl.SSLWantWriteError:
+            self._watch(True)
+        except Exception as error:
+            self._end(error)
+        if self._outgoing and not self._writing and not self._down:
+            self._write()
+
+    def _received(self, count: int) -> None:
+        if not count:
+            raise EOFError("the broker closed the connection")
+        self.bytes_received += count
+        for found in self._incoming.received(count, self.params.frame_max):
+            self._process_frame(found)
+            if self._down:
+                return
+
+    def _end(self, error: Exception | None) -> None:
+        """Let go of the socket; None: for the reason that pika knows."""
+        if not self._down:
+            self._down = True
+            self._loop.remove_reader(self._socket)
+            self._watch(False)
+            self._outgoing.clear()
+            self._socket.close()
+            lost = None if error is None else StreamLostError(f"Stream connection lost: {error!r}", error)
+            self._loop.call_soon(self._on_stream_terminated, lost)

@@ -1,0 +1,104 @@
+"""Bytes of a broker become frames, however they are cut; and what our connection relies on in pika."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pika import connection, frame, spec
+from pika.exceptions import InvalidFrameError
+
+from sl_queue.transport.rabbitmq_socket import Incoming, SocketConnection
+
+FRAME_MAX = 4096
+
+messages = st.lists(
+    st.tuples(st.integers(1, 3), st.binary(max_size=64) | st.integers(0, 60_000).map(bytes)), min_size=1, max_size=5
+)
+
+
+def frames_of(channel: int, body: bytes, largest: int) -> list[bytes]:
+    """A delivery as a broker would send it, its body in frames of at most `largest` bytes."""
+    method = spec.Basic.Deliver("consumer", 7, False, "x.bank", "key")
+    parts = [body[at : at + largest - 8] for at in range(0, len(body), largest - 8)]
+    return [
+        frame.Method(channel, method).marshal(),
+        frame.Header(channel, len(body), spec.BasicProperties(message_id="1")).marshal(),
+        *(frame.Body(channel, part).marshal() for part in parts),
+    ]
+
+
+def received(incoming: Incoming, stream: bytes, cuts: list[int]) -> list[object]:
+    """What comes out when the stream arrives in these pieces, and no faster than there is space."""
+    found: list[object] = []
+    edges = sorted({0, len(stream), *(cut % (len(stream) + 1) for cut in cuts)})
+    for start, stop in pairwise(edges):
+        piece = stream[start:stop]
+        while piece:
+            space = incoming.space()
+            count = min(len(space), len(piece))
+            assert count > 0
+            space[:count] = piece[:count]
+            found += incoming.received(count, FRAME_MAX)
+            piece = piece[count:]
+    return found
+
+
+@given(messages, st.lists(st.integers(0, 200_000), max_size=40), st.sampled_from((64, 1000, FRAME_MAX)), st.booleans())
+def test_every_body_arrives_whole_however_the_stream_is_cut(
+    sent: list[tuple[int, bytes]], cuts: list[int], largest: int, small: bool
+) -> None:
+    stream = b"".join(part for channel, body in sent for part in frames_of(channel, body, largest))
+    found = received(Incoming(most_buffered=16 * 1024) if small else Incoming(), stream, cuts)
+    bodies = [(f.channel_number, f.fragment) for f in found if isinstance(f, frame.Body)]
+    assert bodies == [(channel, body) for channel, body in sent if body]
+    assert all(type(body) is bytes for _, body in bodies)  # which pika's own join then does not copy
+    headers = [f.body_size for f in found if isinstance(f, frame.Header)]
+    assert headers == [len(body) for _, body in sent]
+
+
+@given(st.binary(max_size=20_000), st.binary(max_size=20_000), st.randoms(use_true_random=False))
+def test_bodies_of_two_channels_may_come_mixed(one: bytes, other: bytes, random: object) -> None:
+    queues = [frames_of(1, one, 500), frames_of(2, other, 700)]
+    mixed = []
+    while any(queues):
+        queue = random.choice([queue for queue in queues if queue])  # type: ignore[attr-defined]
+        mixed.append(queue.pop(0))
+    stream = b"".join(mixed)
+    found = received(Incoming(), stream, list(range(0, len(stream), 777)))
+    bodies = {f.channel_number: f.fragment for f in found if isinstance(f, frame.Body)}
+    assert bodies == {channel: body for channel, body in ((1, one), (2, other)) if body}
+
+
+def test_a_heartbeat_may_come_in_the_middle_of_a_body() -> None:
+    method, header, *parts = frames_of(1, bytes(1000), 300)
+    stream = b"".join((method, header, parts[0], frame.Heartbeat().marshal(), *parts[1:]))
+    kinds = [type(found).__name__ for found in received(Incoming(), stream, [])]
+    assert kinds == ["Method", "Header", "Heartbeat", "Body"]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        frame.Heartbeat().marshal()[:-1] + b"\x00",
+        frame.Body(1, bytes(FRAME_MAX + 1)).marshal(),
+        b"HTTP/1.1 400 Bad Request\r\n",
+    ],
+    ids=["no end", "longer than agreed", "not AMQP"],
+)
+def test_what_is_no_frame_is_refused(stream: bytes) -> None:
+    with pytest.raises(InvalidFrameError):
+        received(Incoming(), stream, [])
+
+
+def test_a_body_of_a_gigabyte_that_is_only_announced_takes_no_memory() -> None:
+    incoming = Incoming()
+    header = frame.Header(1, 1 << 30, spec.BasicProperties()).marshal()
+    received(incoming, header + frame.Body(1, bytes(FRAME_MAX - 8)).marshal()[:-1], [])
+    assert len(incoming.space()) <= 64 * 1024 * 1024
+
+
+def test_pika_still_calls_what_our_connection_replaces() -> None:
+    assert "_send_message" in connection.Connection._send_method.__code__.co_names
+    assert "_output_marshaled_frames" in connection.Connection._send_frame.__code__.co_names
+    assert not SocketConnection.__abstractmethods__
