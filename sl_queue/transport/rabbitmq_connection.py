@@ -133,27 +133,33 @@ class Connection:
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)  # what matters of it is said in our own words
         parameters = self._address.parameters(self._name)
+        silence = TimeoutError(f"no answer within {CONNECT_S:.0f} s")
         try:
             async with asyncio.timeout(CONNECT_S):
                 here = await dial(parameters)
-        except (OSError, TimeoutError) as error:
-            raise why_not(error, self._address) from None
+        except OSError as error:
+            raise why_not(silence if isinstance(error, TimeoutError) else error, self._address) from None
         self._pika = SocketConnection(
             here,
             parameters,
             on_open_callback=lambda _: _resolve(self._opened, None),
-            on_open_error_callback=lambda _, error: _resolve(self._opened, why_not(error, self._address)),
-            on_close_callback=lambda _, error: _resolve(self.lost, _said(error)),
+            on_open_error_callback=lambda _, error: _resolve(self._opened, why_not(self._caused(error), self._address)),
+            on_close_callback=lambda _, error: _resolve(self.lost, _said(self._caused(error))),
         )
         try:
             await asyncio.wait([self._opened], timeout=CONNECT_S)
         finally:
             if not self._opened.done():
-                self._pika._terminate_stream(TimeoutError())
+                self._pika._terminate_stream(silence)
                 await asyncio.wait([self._opened])
         failure = self._opened.result()
         if failure is not None:
             raise failure
+
+    def _caused(self, error: BaseException) -> BaseException:
+        """pika's error, with what happened to the socket."""
+        error.__cause__ = self._pika.cause
+        return error
 
     async def channel(self) -> "Channel":
         """A new channel. Raises Lost."""
@@ -328,7 +334,7 @@ def _said(error: BaseException) -> str:
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The exception and those that it wraps, outermost first; pika has three ways to wrap one."""
     yield error
-    inner = [*error.args, getattr(error, "exception", None), *getattr(error, "exceptions", ())]
+    inner = [*error.args, getattr(error, "exception", None), *getattr(error, "exceptions", ()), error.__cause__]
     for each in reversed(inner):  # of several attempts the last
         if isinstance(each, BaseException):
             yield from _causes(each)
