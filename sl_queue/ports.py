@@ -65,6 +65,9 @@ Weights = Mapping[str, Mapping[str, Payload]]
 class BaseStage(Protocol):
     """A feature party's part of the model with its optimizer. Not thread-safe; one worker owns it."""
 
+    def prepare(self, micro_batch: MicroBatch) -> None:
+        """Do what the next forward needs and no peer decides; for the time in which messages travel. No effect."""
+
     def forward(self, micro_batch: MicroBatch) -> Payload:
         """The activation of a training micro-batch, shape (rows, *cut), with the digest of its row ids."""
 
@@ -89,6 +92,9 @@ class BaseStage(Protocol):
 
 class FuseStage(Protocol):
     """The label holder's part: its base model if it has one, the fuse model, the loss and the metrics."""
+
+    def prepare(self, micro_batch: MicroBatch) -> None:
+        """As BaseStage.prepare, for the next `forward_backward`: the own base model needs no activation of others."""
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
         """Loss and gradients of one micro-batch; returns each feature party's gradient.

@@ -84,6 +84,9 @@ class Stages:
             match action:
                 case Forward(micro_batch):
                     self.under_way["activation", party, micro_batch] = stage.forward(micro_batch)
+                    following = pipeline.batches.after(micro_batch)
+                    if following is not None:
+                        stage.prepare(following)
                 case Backward(micro_batch):
                     key = ("gradient", party, micro_batch)
                     while key not in self.under_way:
@@ -101,6 +104,7 @@ class Stages:
         for action in pipeline.label_actions(first):
             match action:
                 case Fuse(micro_batch):
+                    self.fuse.prepare(micro_batch)
                     keys = [("activation", party, micro_batch) for party in self.bases]
                     while not all(key in self.under_way for key in keys):
                         yield f"label holder waits for {micro_batch}"

@@ -496,6 +496,20 @@ def test_the_own_base_model_is_differentiated_after_the_gradients_that_others_wa
     assert not equal_weights(found.fuse.own.module, before)
 
 
+def test_what_is_prepared_early_has_the_bits_of_what_is_computed_late() -> None:
+    run = setup(pipeline={"micro_batches": 2})
+    late, early, confused = (run.stages() for _ in range(3))
+    second = MicroBatch(0, 1)
+    for found, prepared in ((early, FIRST), (confused, second)):
+        found.bases["bank"].prepare(prepared)
+        found.fuse.prepare(prepared)
+    for micro_batch in (FIRST, second):
+        sent = [found.bases["bank"].forward(micro_batch) for found in (late, early, confused)]
+        assert [bytes(payload.data) for payload in sent] == [bytes(sent[0].data)] * 3
+        answers = [f.fuse.forward_backward(micro_batch, {"bank": sent[0]})["bank"] for f in (late, early, confused)]
+        assert [bytes(payload.data) for payload in answers] == [bytes(answers[0].data)] * 3
+
+
 def test_work_out_of_order_is_a_bug_that_says_so() -> None:
     found = stages(pipeline={"micro_batches": 2})
     base, fuse = found.bases["bank"], found.fuse
@@ -525,6 +539,7 @@ def test_loading_forgets_what_is_in_flight() -> None:
     for micro_batch in (MicroBatch(3, 0), MicroBatch(4, 0)):
         sent = disturbed.bases["bank"].forward(micro_batch)
         disturbed.fuse.forward_backward(micro_batch, {"bank": sent})
+    disturbed.fuse.prepare(FIRST)  # with weights that are about to be replaced
     disturbed.bases["bank"].load(fresh["bank"])
     disturbed.fuse.load(fresh["insurer"])
     disturbed.losses.clear()

@@ -136,6 +136,8 @@ def test_the_micro_batches_of_a_step_cover_its_rows_exactly_and_in_order(b: Batc
             assert sizes == sorted(sizes, reverse=True)
             assert len(parts) == b.micro_batches or len(parts) == sum(sizes)
             assert (b.epoch_of(step), b.ends_epoch(step)) == (epoch, step == steps[-1])
+    everything = [MicroBatch(step, index) for step in range(b.steps) for index in range(b.parts(step))]
+    assert [b.after(micro_batch) for micro_batch in everything] == [*everything[1:], None]
     trained = sum(b.rows_in_step(step) for step in range(b.steps_per_epoch))
     dropped = len(training) - trained
     assert dropped == (len(training) % b.batch_size if b.drop_last else 0)

@@ -35,6 +35,15 @@ class InFlight:
     wanted: Mask | None = field(repr=False)  # the values of its gradient that were asked for; None: all
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a micro-batch takes of this party's table."""
+
+    micro_batch: MicroBatch
+    inputs: Tensor = field(repr=False)  # (rows, *anything)
+    rows: bytes  # their digest
+
+
 @dataclass(slots=True)
 class TorchBaseStage:
     """ports.BaseStage over torch. Mutable: it holds the model and what is in flight."""
@@ -47,6 +56,7 @@ class TorchBaseStage:
     label_holder: str
     wire: Wire
     _updates: int = 0  # applied since the initial weights
+    _prepared: Own | None = None
     _in_flight: dict[MicroBatch, InFlight] = field(default_factory=dict)
     _copy: Mapping[str, Tensor] | None = None  # of the weights as they are now, if a forward has run ahead
 
@@ -54,15 +64,22 @@ class TorchBaseStage:
     def module(self) -> nn.Module:
         return self.model.module
 
+    def prepare(self, micro_batch: MicroBatch) -> None:
+        """Look up the micro-batch's rows, for `forward`."""
+        positions = self.batches.rows(micro_batch)
+        self._prepared = Own(micro_batch, self.inputs(positions), self.table.rows_digest(positions))
+
     def forward(self, micro_batch: MicroBatch) -> Payload:
         """The activation of a training micro-batch, shape (rows, *cut); random draws are keyed by the micro-batch."""
-        positions = self.batches.rows(micro_batch)
+        if self._prepared is None or self._prepared.micro_batch != micro_batch:
+            self.prepare(micro_batch)
+        own, self._prepared = self._prepared, None
+        assert own is not None
         weights = self._weights_of(micro_batch.step)
         with self.model.drawing("forward", micro_batch):
-            activation = self.activation(positions, place(self.model.party, micro_batch), weights)
-        rows = self.table.rows_digest(positions)
-        payload = self.wire.pack(lent(activation, rows), relu=ends_in_relu(activation))
-        self._in_flight[micro_batch] = InFlight(activation, weights, rows, asks_for_less(payload))
+            activation = self.activation(own.inputs, place(self.model.party, micro_batch), weights)
+        payload = self.wire.pack(lent(activation, own.rows), relu=ends_in_relu(activation))
+        self._in_flight[micro_batch] = InFlight(activation, weights, own.rows, asks_for_less(payload))
         return payload
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
@@ -94,13 +111,17 @@ class TorchBaseStage:
         """As `predict`, for a fuse model in the same process."""
         positions = self.batches.holdout_part(micro_batch.index)
         with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
-            return self.activation(positions, f"{place(self.model.party, micro_batch)} (held-out rows)")
+            return self.activation(self.inputs(positions), f"{place(self.model.party, micro_batch)} (held-out rows)")
 
-    def activation(self, positions: Positions, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The base model's output for these rows, with its graph, checked against the cut layer."""
-        rows = gathered(self.features, positions, self.model.dtype, self.model.device)
-        activation = self.model.run(rows, where, weights)
-        require_cut(activation, len(positions), self.cut, self.model.dtype, where, self.model.name)
+    def inputs(self, positions: Positions) -> Tensor:
+        """These rows of the table, for the model."""
+        return gathered(self.features, positions, self.model.dtype, self.model.device)
+
+    def activation(self, inputs: Tensor, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The base model's output, with its graph, checked against the cut layer."""
+        n_rows = len(inputs)
+        activation = self.model.run(inputs, where, weights)
+        require_cut(activation, n_rows, self.cut, self.model.dtype, where, self.model.name)
         require_finite(activation, f"{where}: activation", f"lower the learning rate, or check {self.model.name}")
         return activation
 
@@ -116,7 +137,7 @@ class TorchBaseStage:
         self.model.load(state)
         self._updates = state.values["updates"]
         self._in_flight.clear()
-        self._copy = None
+        self._copy = self._prepared = None
 
     def weights(self) -> Weights:
         """The base model's own state_dict."""

@@ -49,6 +49,16 @@ class Evaluated:
     labels: Tensor = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a micro-batch takes of the label holder alone."""
+
+    micro_batch: MicroBatch
+    rows: bytes  # their digest
+    labels: Tensor = field(repr=False)  # (rows,) or (rows, *anything)
+    activation: Tensor | None = field(repr=False)  # of its base model, with the graph
+
+
 @dataclass(slots=True)
 class TorchFuseStage:
     """ports.FuseStage over torch. Mutable: it holds the models and the sums of the step and of the evaluation."""
@@ -62,37 +72,50 @@ class TorchFuseStage:
     wire: Wire
     _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
+    _prepared: Own | None = None
     _put_off: tuple[Tensor, Tensor] | None = None  # the own activation with its graph, and its gradient
+
+    def prepare(self, micro_batch: MicroBatch) -> None:
+        """Rows, labels and the own base model's forward pass, for `forward_backward`."""
+        self._own_backward()
+        positions, activation = self.batches.rows(micro_batch), None
+        if self.own is not None:
+            with self.own.model.drawing("forward", micro_batch):
+                inputs = self.own.inputs(positions)
+                activation = self.own.activation(inputs, place(self.model.party, micro_batch))
+        rows = self.table.rows_digest(positions)
+        self._prepared = Own(micro_batch, rows, self._labels(positions), activation)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
         """Loss and gradients of one micro-batch, weighted by its share of the step's rows."""
-        self._own_backward()
-        positions = self.batches.rows(micro_batch)
-        where = place(self.model.party, micro_batch)
-        rows = self.table.rows_digest(positions)
-        tensors = self._received(activations, rows, len(positions), where)
+        if self._prepared is None or self._prepared.micro_batch != micro_batch:
+            self.prepare(micro_batch)
+        mine, self._prepared = self._prepared, None
+        assert mine is not None
+        where, n_rows = place(self.model.party, micro_batch), len(mine.labels)
+        tensors = self._received(activations, mine.rows, n_rows, where)
         arrivals = {party: Arrival(tensor) for party, tensor in tensors.items()}
         inputs = {party: arrival.enter() for party, arrival in arrivals.items()}
-        if self.own is not None:
-            with self.own.model.drawing("forward", micro_batch):
-                activation = self.own.activation(positions, where)
-            own = Arrival(activation.detach())
+        if mine.activation is not None:
+            own = Arrival(mine.activation.detach())
             inputs[self.model.party] = own.enter()
         with self.model.drawing("forward", micro_batch):
             output = self._fused(inputs, where)
-            loss, value = self._loss(output, self._labels(positions), where)
+            loss, value = self._loss(output, mine.labels, where)
         with blame(f"{where}: the backward pass of {self.model.name} failed"):
-            torch.autograd.backward(loss * (len(positions) / self.batches.rows_in_step(micro_batch.step)))
-        self._losses.append((len(positions), value))
-        if self.own is not None and activation.requires_grad:
-            self._put_off = (activation, own.gradient)
-        gradients = {}
-        for party, arrival in arrivals.items():
-            what = f"{where}: gradient for party {party!r}"
-            require_finite(arrival.gradient, what, "lower the learning rate, or check the loss")
-            wanted = asks_for_less(activations[party])
-            gradients[party] = self.wire.pack(lent(arrival.gradient, rows), wanted=wanted)
-        return gradients
+            torch.autograd.backward(loss * (n_rows / self.batches.rows_in_step(micro_batch.step)))
+        self._losses.append((n_rows, value))
+        if mine.activation is not None and mine.activation.requires_grad:
+            self._put_off = (mine.activation, own.gradient)
+        return {
+            party: self._answer(arrival, activations[party], mine.rows, f"{where}: gradient for party {party!r}")
+            for party, arrival in arrivals.items()
+        }
+
+    def _answer(self, arrival: Arrival, activation: Payload, rows: bytes, what: str) -> Payload:
+        """The gradient of an activation, as it travels."""
+        require_finite(arrival.gradient, what, "lower the learning rate, or check the loss")
+        return self.wire.pack(lent(arrival.gradient, rows), wanted=asks_for_less(activation))
 
     def update(self) -> float:
         """One optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
@@ -149,7 +172,7 @@ class TorchFuseStage:
             self.own.load(state)
         self._losses.clear()
         self._evaluated.clear()
-        self._put_off = None
+        self._put_off = self._prepared = None
 
     def weights(self) -> Weights:
         """The state_dict of the fuse model, and of the own base model if there is one."""

@@ -130,6 +130,13 @@ class Batches:
         start, stop = _part(self.rows_in_step(step), self.parts(step), index)
         return self._order(self.epoch_of(step))[first + start : first + stop]
 
+    def after(self, micro_batch: MicroBatch) -> MicroBatch | None:
+        """The next training micro-batch; None after the run's last."""
+        step, index = micro_batch.step, micro_batch.index + 1
+        if index < self.parts(step):
+            return MicroBatch(step, index)
+        return MicroBatch(step + 1, 0) if step + 1 < self.steps else None
+
     @property
     def holdout_parts(self) -> int:
         """How many held-out micro-batches an evaluation has; each as large as a training one, but the last."""

@@ -33,6 +33,9 @@ class FeatureParty:
                         return
                 case Forward(micro_batch):
                     self.channel.send(self.label_holder, Activation(micro_batch, self.stage.forward(micro_batch)))
+                    following = self.pipeline.batches.after(micro_batch)
+                    if following is not None:
+                        self.stage.prepare(following)
                 case Backward(micro_batch):
                     gradient = self.channel.receive(self.label_holder, Kind.GRADIENT, micro_batch)
                     self.stage.backward(micro_batch, gradient)

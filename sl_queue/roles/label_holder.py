@@ -30,6 +30,7 @@ class LabelHolder:
                     if not self.worker.may_begin(epoch):
                         return
                 case Fuse(micro_batch):
+                    self.stage.prepare(micro_batch)
                     activations = self._gather(Kind.ACTIVATION, micro_batch)
                     for party, gradient in self.stage.forward_backward(micro_batch, activations).items():
                         self.channel.send(party, Gradient(micro_batch, gradient))
