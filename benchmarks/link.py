@@ -1,11 +1,16 @@
-"""A link between two organisations: a TCP proxy with delay and bandwidth, in a process of its own."""
+"""A link between two organisations: a TCP proxy with delay and bandwidth, in a process of its own.
 
-import asyncio
-import selectors
+A thread for each end of each direction: an event loop's own work would come on top of the delay, twice a round trip.
+"""
+
+import socket
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from queue import Queue
 from urllib.parse import urlsplit, urlunsplit
 
 from benchmarks.processes import background
@@ -37,52 +42,36 @@ def slowed(url: str, speed: Speed) -> Iterator[str]:
 
 
 def _proxy(ready: Connection, host: str, port: int, speed: Speed) -> None:
-    def loop() -> asyncio.AbstractEventLoop:
-        return asyncio.SelectorEventLoop(
-            selectors.SelectSelector()
-        )  # epoll would round every delay up to a millisecond
-
-    with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(_serve(ready, host, port, speed))
-
-
-async def _serve(ready: Connection, host: str, port: int, speed: Speed) -> None:
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection(host, port)
-        await asyncio.gather(_carry(reader, far_writer, speed), _carry(far_reader, writer, speed))
-
-    server = await asyncio.start_server(accept, HOST, 0)
-    ready.send(server.sockets[0].getsockname()[1])
-    await server.serve_forever()
+    server = socket.create_server((HOST, 0))
+    ready.send(server.getsockname()[1])
+    while True:
+        near, _ = server.accept()
+        far = socket.create_connection((host, port))
+        for one, other in ((near, far), (far, near)):
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            on_its_way: Queue[tuple[float, bytes]] = Queue(BUFFER_CHUNKS)
+            threading.Thread(target=_enter, args=(one, on_its_way, speed), daemon=True).start()
+            threading.Thread(target=_leave, args=(other, on_its_way), daemon=True).start()
 
 
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, speed: Speed) -> None:
+def _enter(connection: socket.socket, on_its_way: "Queue[tuple[float, bytes]]", speed: Speed) -> None:
     """One direction: what comes in leaves half a round trip after the last bit of it is through the link."""
-    loop = asyncio.get_running_loop()
-    on_its_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(BUFFER_CHUNKS)
+    free_at, chunk = 0.0, b"first"  # when the link has passed on all that it was given
+    while chunk:
+        with suppress(ConnectionError):
+            chunk = b""
+            chunk = connection.recv(CHUNK_BYTES)
+        free_at = max(free_at, time.monotonic())
+        if speed.mbit_s is not None:
+            free_at += len(chunk) * 8 / (speed.mbit_s * 1e6)
+        on_its_way.put((free_at + speed.rtt_ms / 2e3, chunk))
 
-    async def leave() -> None:
-        while True:
-            due, chunk = await on_its_way.get()
-            if due > loop.time():
-                await asyncio.sleep(due - loop.time())
-            if not chunk:
-                writer.close()
-                return
-            writer.write(chunk)
-            await writer.drain()
 
-    leaving = asyncio.create_task(leave())
-    free_at = 0.0  # when the link has passed on all that it was given
-    try:
-        chunk = b"first"
-        while chunk:
-            chunk = await reader.read(CHUNK_BYTES)
-            free_at = max(free_at, loop.time())
-            if speed.mbit_s is not None:
-                free_at += len(chunk) * 8 / (speed.mbit_s * 1e6)
-            await on_its_way.put((free_at + speed.rtt_ms / 2e3, chunk))
-        await leaving
-    except ConnectionError:
-        leaving.cancel()
-        writer.close()
+def _leave(connection: socket.socket, on_its_way: "Queue[tuple[float, bytes]]") -> None:
+    """Its other end."""
+    chunk = b"first"
+    while chunk:
+        due, chunk = on_its_way.get()
+        time.sleep(max(0.0, due - time.monotonic()))
+        with suppress(OSError):
+            connection.sendall(chunk) if chunk else connection.shutdown(socket.SHUT_WR)
