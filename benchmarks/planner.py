@@ -2,12 +2,17 @@
 
 import os
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 from benchmarks import goals, transport
-from benchmarks.link import Speed
+from benchmarks.link import Speed, slowed
 from benchmarks.processes import Work, together
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD_2, Comparison, Variant, run
@@ -21,50 +26,56 @@ from sl_queue.protocol.wire import Wire
 
 ORDERS = (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD_2)
 SPEEDS = (None, Speed(20.0))
+_numbers = count()
 
 
-def handling(private: PrivateBroker, quick: bool) -> Handling:
-    """What a message costs in CPU time, by bytes."""
-    found = {size: _cpu_s(size, 20 if quick else 200, private) for size in (16 * 1024, 1024 * 1024)}
-    broker, end = ([(size, spent[part]) for size, spent in found.items()] for part in (0, 1))
-    return Handling(Affine.through(*broker), Affine.through(*end))
+def handling(private: PrivateBroker, quick: bool, speed: Speed | None) -> Handling:
+    """What a message costs, by bytes; with a `speed`, through the emulated link, which computes on the same cores."""
+    found = {size: _spent(size, 20 if quick else 200, private, speed) for size in (16 * 1024, 1024 * 1024)}
+    way, beside = ([(size, spent[part]) for size, spent in found.items()] for part in (0, 1))
+    return Handling(Affine.through(*way), Affine.through(*beside))
 
 
-def _cpu_s(size: int, trips: int, private: PrivateBroker) -> tuple[float, float]:
-    """Of the broker and of one driver, for a message."""
-    vhost = f"handling{size}"
-    url = private.url(vhost)
-    before = _broker_cpu_s(private)
-    works: dict[str, Work] = {
-        "a": (_converse, (url, "a", size, trips)),
-        "b": (_converse, (url, "b", size, trips)),
-    }
-    ends = sum(together(works, 120.0).values())
-    broker = _broker_cpu_s(private) - before
-    private.delete_vhost(vhost)
-    return broker / (2 * trips), float(ends) / (4 * trips)
+def _spent(size: int, trips: int, private: PrivateBroker, speed: Speed | None) -> tuple[float, float]:
+    """Seconds from one worker to the other, and what all processes compute for a message beyond that."""
+    with ExitStack() as stack:
+        vhost = f"handling{next(_numbers)}"
+        url = private.url(vhost)
+        stack.callback(private.delete_vhost, vhost)
+        far = url if speed is None else stack.enter_context(slowed(url, Speed()))
+        works: dict[str, Work] = {"a": (_ask, (url, size, trips)), "b": (_answer, (far, size, trips))}
+        way_s, cpu_s = together(works, 120.0)["a"]
+    return way_s, max(0.0, cpu_s - way_s)
 
 
-def _broker_cpu_s(private: PrivateBroker) -> float:
-    return int(private.evaluate("element(1, erlang:statistics(runtime))")) / 1e3
-
-
-def _converse(url: str, party: str, size: int, trips: int) -> float:
-    """Send and receive in turns, with cold caches as after a step; the CPU seconds that it took."""
-    end, body = transport.LinkEnd(url, party, "classic"), bytes(size)
+def _ask(url: str, size: int, trips: int) -> tuple[float, float]:
+    """With cold caches, as after a step: seconds each way, and CPU seconds of the whole machine for a message."""
+    end, body, other = transport.LinkEnd(url, "a", "classic"), bytes(size), np.ones(CACHES_BYTES, np.uint8)
     end.send(body)
     end.receive()  # both are connected
-    began, other, elsewhere = time.process_time(), np.ones(CACHES_BYTES, np.uint8), 0.0
+    before, elsewhere, ways = _machine_cpu_s(), 0.0, []
     for _ in range(trips):
-        before = time.thread_time()
+        began = time.thread_time()
         other.max()
-        elsewhere += time.thread_time() - before
+        elsewhere += time.thread_time() - began
+        asked = time.perf_counter()
         end.send(body)
         end.receive()
-    return time.process_time() - began - elsewhere
+        ways.append((time.perf_counter() - asked) / 2)
+    return median(ways), (_machine_cpu_s() - before - elsewhere) / (2 * trips)
 
 
-def predicted(workload: Workload, way: Handling) -> dict[tuple[str, Speed | None], float]:
+def _answer(url: str, size: int, trips: int) -> None:
+    transport.answering(transport.LinkEnd(url, "b", "classic"), trips + 1, row=0)
+
+
+def _machine_cpu_s() -> float:
+    """What all cores have computed so far; nothing else should be running."""
+    spent = [int(ticks) for ticks in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    return (sum(spent) - spent[3] - spent[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
+
+
+def predicted(workload: Workload, ways: Mapping[Speed | None, Handling]) -> dict[tuple[str, Speed | None], float]:
     """Milliseconds a step, by pipeline and link."""
     import torch
 
@@ -76,7 +87,7 @@ def predicted(workload: Workload, way: Handling) -> dict[tuple[str, Speed | None
     found = {}
     for speed in SPEEDS:
         link = Link(0.0 if speed is None else speed.rtt_ms, cores=os.cpu_count())
-        costs = costs_of(job, measured, Wire(), link, way)
+        costs = costs_of(job, measured, Wire(), link, ways[speed])
         for order in ORDERS:
             found[order.name, speed] = played(job, costs, JobPipeline(**order.table)).step_s * 1e3
     return found
@@ -84,13 +95,13 @@ def predicted(workload: Workload, way: Handling) -> dict[tuple[str, Speed | None
 
 def compare(private: PrivateBroker, quick: bool) -> str:
     """Predicted and measured step times."""
-    way = handling(private, quick)
+    ways = {speed: handling(private, quick, speed) for speed in SPEEDS}
     rows = []
     for whole, steps in ((SMALL, 100), (W1, 60)):
         workload = replace(whole, rows=whole.batch * (12 if quick else steps))
-        expected = together({"plan": (predicted, (workload, way))}, 120.0)["plan"]
+        expected = together({"plan": (predicted, (workload, ways))}, 120.0)["plan"]
         variants = tuple(Variant("rabbitmq", order, speed=speed) for speed in SPEEDS for order in ORDERS)
-        for variant, summary in run(Comparison(workload, variants, 1), private).items():
+        for variant, summary in run(Comparison(workload, variants, 1, repeats=1 if quick else 3), private).items():
             said, took = expected[variant.order.name, variant.speed], summary.middle(lambda run: run.step_ms)
             link = "loopback" if variant.speed is None else str(variant.speed)
             rows.append(

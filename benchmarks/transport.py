@@ -139,22 +139,23 @@ def _ask(how: str, where: Any, size: int, trips: int, row: int) -> tuple[float, 
 
 
 def _answer(how: str, where: Any, trips: int, row: int) -> None:
-    _answering(_end(how, "b", where), trips, row)
+    answering(_end(how, "b", where), trips, row)
 
 
-def _answering(end: End, trips: int, row: int) -> None:
+def answering(end: End, trips: int, row: int) -> None:
     for _ in range(trips):
         end.send(end.receive())
-    for _ in range(row):
-        last = end.receive()
-    end.send(last)
+    if row:
+        for _ in range(row):
+            last = end.receive()
+        end.send(last)
     time.sleep(0.5)  # the way of the last answer out of this process
 
 
 def _tcp_answer(ready: Connection, trips: int, row: int) -> None:
     server = socket.create_server((HOST, 0))
     ready.send(server.getsockname()[1])
-    _answering(TcpEnd(server.accept()[0]), trips, row)
+    answering(TcpEnd(server.accept()[0]), trips, row)
     threading.Event().wait()
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
-from sl_queue.protocol.simulation import LABEL, Affine, Costs, FeatureCosts, simulate
+from sl_queue.protocol.simulation import COLD_S, LABEL, Affine, Costs, FeatureCosts, simulate
 
 STEPS = 40
 
@@ -20,7 +20,7 @@ def costs(forward_s: float = 1.0, fuse_s: float = 1.0, parties: int = 1, **more:
     """Seconds for a whole step of eight rows; a backward takes as long as a forward, everything else nothing."""
     each = FeatureCosts(Affine(0, forward_s / 8), Affine(0, forward_s / 8), 0.0, Affine(0, 1.0), Affine(0, 1.0))
     features = {f"party{i}": each for i in range(parties)}
-    settings = {"fuse_update_s": 0.0, "commit_s": 0.0, "handling": Affine()} | more
+    settings = {"fuse_update_s": 0.0, "commit_s": 0.0, "fuse_prepare": Affine(), "handling": Affine()} | more
     return Costs(features, Affine(0, fuse_s / 8), **settings)  # type: ignore[arg-type]
 
 
@@ -61,6 +61,23 @@ def test_parties_that_share_a_core_take_turns() -> None:
     assert step_s(pipeline(), costs(1.0, 1.0, parties=3)) == pytest.approx(3.0)
     assert step_s(pipeline(), costs(1.0, 1.0, parties=3, cores=1)) == pytest.approx(3 * 2.0 + 1.0)
     assert step_s(pipeline(), costs(1.0, 1.0, parties=3, cores=2)) == pytest.approx(3 * 2.0 / 2 + 1.0)
+
+
+def test_what_is_prepared_while_messages_travel_costs_no_time() -> None:
+    assert step_s(pipeline(), costs(1.0, 1.0, rtt_s=4.0, fuse_prepare=Affine(1.0))) == pytest.approx(3.0 + 4.0)
+    assert step_s(pipeline(), costs(1.0, 1.0, fuse_prepare=Affine(3.0))) == pytest.approx(1.0 + 3.0)
+
+
+def test_who_has_waited_is_slower_afterwards() -> None:
+    assert step_s(pipeline(), costs(1.0, 1.0, chill=1.5)) == pytest.approx(1.5 * 3.0), "everybody always waits"
+    hardly = costs(COLD_S / 10, COLD_S / 10, chill=2.0)
+    assert 1.0 < step_s(pipeline(), hardly) / (3 * COLD_S / 10) < 1.5, "the shorter it was, the less"
+    assert simulate(pipeline(1, 9, 8), costs(1.0, 4.0, chill=1.5), warm_up=8).step_s == pytest.approx(4.0)
+
+
+def test_what_a_message_costs_beside_its_way_is_felt_where_cores_are_shared() -> None:
+    assert step_s(pipeline(), costs(1.0, 1.0, beside=Affine(1.0))) == pytest.approx(3.0)
+    assert step_s(pipeline(), costs(1.0, 1.0, beside=Affine(1.0), cores=1)) == pytest.approx(3.0 + 2.0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,8 +1,8 @@
 """Which pipeline is fastest: a few steps measured here, every pipeline played with what they cost.
 
-Each action is measured with cold caches, as a worker meets it that has waited for a message: that alone makes it half
-as long again. What cannot be measured on one machine is assumed: the way through the broker, and the link that the
-user describes.
+Each action is measured with other data in the caches, and some after a pause, as a worker meets it that has waited for
+a message: that alone makes it up to twice as long. What cannot be measured on one machine is assumed: the way through
+the broker, and the link that the user describes.
 """
 
 import time
@@ -30,21 +30,21 @@ from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
-from sl_queue.protocol.simulation import LABEL, Affine, Costs, FeatureCosts, Prediction, simulate
+from sl_queue.protocol.simulation import COLD_S, LABEL, Affine, Costs, FeatureCosts, Prediction, simulate
 from sl_queue.protocol.wire import Mask, Wire, asks_for_less
 from sl_queue.storage.checkpoints import Folder
 
 
 @dataclass(frozen=True, slots=True)
 class Handling:
-    """What a message costs in CPU time, by bytes. The driver of a worker computes in the worker's stead."""
+    """What a message costs in seconds, by bytes."""
 
-    broker: Affine
-    end: Affine  # each of the two drivers
+    way: Affine  # from one worker to the other
+    beside: Affine  # CPU time of drivers and broker beyond that: much of it is spent when the message has arrived
 
 
 # RabbitMQ 3.10 on two cores, as `python -m benchmarks plan` measures it.
-HANDLING = Handling(broker=Affine(0.3e-3, 0.1e-9), end=Affine(0.2e-3, 0.5e-9))
+HANDLING = Handling(way=Affine(0.3e-3, 0.1e-9), beside=Affine(0.2e-3, 0.5e-9))
 CACHES_BYTES = 8 * 1024 * 1024  # read before each measurement
 
 T = TypeVar("T")
@@ -143,13 +143,15 @@ def _simplest(candidates: Sequence[Candidate]) -> Candidate:
 
 @dataclass(slots=True)
 class _Clock:  # mutable: it collects
-    """Times of named actions."""
+    """Times of named actions, each after a pause."""
 
+    pause_s: float = 0.0
     seconds: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     other: npt.NDArray[np.uint8] = field(default_factory=lambda: np.ones(CACHES_BYTES, np.uint8), repr=False)
 
     def time(self, party: str, what: str, action: Callable[[], T]) -> T:
         self.other.max()
+        time.sleep(self.pause_s)
         began = time.perf_counter()
         found = action()
         self.seconds[party, what].append(time.perf_counter() - began)
@@ -174,6 +176,7 @@ class Measured:
     """A few steps, with a whole batch at once and in parts."""
 
     samples: tuple[Sample, Sample]
+    chill: float  # how many times as long everything takes after a pause
     relu: Mapping[str, bool]  # whose zeros ask for no gradient
     commit_s: float
 
@@ -187,14 +190,15 @@ def measure(job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table
     """Run a few steps of every stage in this thread."""
     n_rows = tables[job.label_holder].n_rows
     plain = {"wire": JobWire(), "holdout": 0.0, "early_stopping": None, "epochs": 1_000_000}
-    samples = []
+    samples, chills = [], []
     for parts in (1, min(PARTS, job.batch_size)):
         changed = job.model_copy(update={**plain, "pipeline": JobPipeline(micro_batches=parts)})
         stages = _Stages.build(changed, files, tables, changed.batches(n_rows))
         samples.append(stages.sample())
+        chills.append(stages.chill(samples[-1]))
     with TemporaryDirectory(prefix="sl_queue-plan-") as folder:
         commit_s = stages.commit_s(Path(folder))
-    return Measured((samples[0], samples[1]), stages.relu(), commit_s)
+    return Measured((samples[0], samples[1]), chills[0], stages.relu(), commit_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,16 +219,27 @@ class _Stages:
 
     def sample(self) -> Sample:
         """A few steps, after as many to warm up."""
+        self._steps(_Clock(), range(STEPS))
         clock = _Clock()
-        for step in range(2 * STEPS):
-            if step == STEPS:
-                clock.seconds.clear()
-            for index in reversed(range(self.batches.parts(step))):  # the first one last: it is as large as any
+        sent, back = self._steps(clock, range(STEPS, 2 * STEPS))
+        return Sample(len(self.batches.rows(MicroBatch(0, 0))), clock, sent, back)
+
+    def chill(self, sample: Sample) -> float:
+        """How many times as long a step takes whose every action comes after a pause."""
+        clock = _Clock(COLD_S)
+        self._steps(clock, range(2 * STEPS, 3 * STEPS))
+        paused, straight = (sum(c.median(*action) for action in clock.seconds) for c in (clock, sample.clock))
+        return max(1.0, paused / straight)
+
+    def _steps(self, clock: _Clock, steps: range) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
+        """The activations and gradients of the last one's first micro-batch, which is as large as any."""
+        for step in steps:
+            for index in reversed(range(self.batches.parts(step))):
                 sent, back = self._micro_batch(clock, MicroBatch(step, index))
             clock.time(LABEL, "update", self.fuse.update)
             for party, base in self.bases.items():
                 clock.time(party, "update", base.update)
-        return Sample(len(self.batches.rows(MicroBatch(0, 0))), clock, sent, back)
+        return sent, back
 
     def _micro_batch(
         self, clock: _Clock, micro_batch: MicroBatch
@@ -232,7 +247,9 @@ class _Stages:
         """Its activations and gradients."""
         sent = {}
         for party, base in self.bases.items():
+            clock.time(party, "prepare", partial(base.prepare, micro_batch))
             sent[party] = clock.time(party, "forward", partial(base.forward, micro_batch))
+        clock.time(LABEL, "prepare", partial(self.fuse.prepare, micro_batch))
         back = clock.time(LABEL, "fuse", partial(self.fuse.forward_backward, micro_batch, sent))
         for party, base in self.bases.items():
             clock.time(party, "backward", partial(base.backward, micro_batch, back[party]))
@@ -254,7 +271,7 @@ class _Stages:
         found = {}
         for party, base in self.bases.items():
             base.wire = Wire(compress="bitmap")
-            found[party] = asks_for_less(base.forward(MicroBatch(2 * STEPS, 0))) is not None
+            found[party] = asks_for_less(base.forward(MicroBatch(3 * STEPS, 0))) is not None
         return found
 
 
@@ -303,22 +320,30 @@ def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Han
     for party in measured.relu:
         forward = measured.line(lambda sample, p=party: sample.clock.median(p, "forward"))  # type: ignore[misc]
         backward = measured.line(lambda sample, p=party: sample.clock.median(p, "backward"))  # type: ignore[misc]
-        sizes = line(there, party, lambda t: t.size), line(back, party, lambda t: t.size)
-        sending, receiving = (handling.end.of(size) for size in sizes)
         features[party] = FeatureCosts(
-            forward + line(there, party, lambda t: t.pack_s) + sending,
-            backward + line(back, party, lambda t: t.unpack_s) + receiving,
+            forward + line(there, party, lambda t: t.pack_s),
+            backward + line(back, party, lambda t: t.unpack_s),
             clock.median(party, "update"),
-            *sizes,
+            line(there, party, lambda t: t.size),
+            line(back, party, lambda t: t.size),
+            measured.line(lambda sample, p=party: sample.clock.median(p, "prepare")),  # type: ignore[misc]
         )
         fuse = fuse + line(there, party, lambda t: t.unpack_s) + line(back, party, lambda t: t.pack_s)
-        fuse = fuse + sending + receiving  # the other ends
-    bytes_per_s = None if link.mbit_s is None else link.mbit_s * 1e6 / 8
     rtt_s = link.rtt_ms / 1e3
     commits = _between_commits(job.pipeline) / job.pipeline.checkpoint_every  # one that is played stands for these
-    commit_s = (measured.commit_s + rtt_s) * commits
-    update_s = clock.median(LABEL, "update")
-    return Costs(features, fuse, update_s, commit_s, handling.broker, rtt_s, bytes_per_s, link.cores)
+    return Costs(
+        features,
+        fuse,
+        clock.median(LABEL, "update"),
+        commit_s=(measured.commit_s + rtt_s) * commits,
+        fuse_prepare=measured.line(lambda sample: sample.clock.median(LABEL, "prepare")),
+        handling=handling.way,
+        beside=handling.beside,
+        chill=measured.chill,
+        rtt_s=rtt_s,
+        bytes_per_s=None if link.mbit_s is None else link.mbit_s * 1e6 / 8,
+        cores=link.cores,
+    )
 
 
 def _between_commits(order: JobPipeline) -> int:

@@ -1,8 +1,9 @@
 """How long a step would take: the pipeline's own actions, played with measured costs instead of models. Pure.
 
-Each worker does its actions in order; a message is handled (by driver and broker), then carried over its party's link,
+Each worker does its actions in order; a message is handled (by drivers and broker), then carried over its party's link,
 one after the other in each direction. Where all parties share one machine's cores, what is computed or handled at the
-same time is slowed down evenly.
+same time is slowed down evenly; so it is by what a message costs beside its way, such as its confirm. What a worker
+does after it has waited takes longer, the longer it has waited: its caches are cold, and its core asleep.
 """
 
 import heapq
@@ -15,6 +16,7 @@ from typing import assert_never
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.pipeline import Backward, Begin, Commit, Evaluate, Forward, Fuse, Pipeline, Update
 
+COLD_S = 0.005  # a worker that has waited so long is as cold as it becomes
 LABEL = ""  # the label holder's name in here: no party can be called so
 
 
@@ -52,6 +54,7 @@ class FeatureCosts:
     update_s: float
     activation_bytes: Affine  # by rows
     gradient_bytes: Affine
+    prepare: Affine = Affine()  # for the next forward, when the activation is on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,10 @@ class Costs:
     fuse: Affine  # of one micro-batch with all parties' activations, by rows
     fuse_update_s: float
     commit_s: float
-    handling: Affine  # of one message by drivers and broker, by bytes
+    fuse_prepare: Affine  # before it waits for activations, by rows
+    handling: Affine  # of one message, from one worker to the other apart from the link, by bytes
+    beside: Affine = Affine()  # what it costs of shared cores while nobody waits for it, by bytes
+    chill: float = 1.0  # how many times as long everything takes a worker that is cold
     rtt_s: float = 0.0
     bytes_per_s: float | None = None  # of a party's link, each way; None: no limit
     cores: int | None = None  # that all parties and the broker share; None: enough for each
@@ -115,7 +121,8 @@ class _Simulation:
         self._computing: dict[str, float] = {}  # seconds of work left, by worker or line
         self._due: list[tuple[float, int, tuple[str, str, MicroBatch]]] = []  # messages under way
         self._arrived: set[tuple[str, str, MicroBatch]] = set()
-        self._awaited: dict[tuple[str, str, MicroBatch], str] = {}
+        self._awaited: dict[tuple[str, str, MicroBatch], tuple[str, float]] = {}  # by whom, since when
+        self._chill: dict[str, float] = {}
         self._lines: dict[str, deque[_Send]] = {}  # by party and direction: what waits to be handled
         self._link_free: dict[str, float] = {}
         self._busy: dict[str, float] = {}
@@ -144,6 +151,7 @@ class _Simulation:
                     rows = self._rows(micro_batch)
                     yield _Work(costs.forward(rows))
                     yield _Send((party, "activation", micro_batch), costs.activation_bytes(rows))
+                    yield _Work(costs.prepare(rows))
                 case Backward(micro_batch):
                     yield _Await((party, "gradient", micro_batch))
                     yield _Work(costs.backward(self._rows(micro_batch)))
@@ -161,6 +169,7 @@ class _Simulation:
             match action:
                 case Fuse(micro_batch):
                     rows = self._rows(micro_batch)
+                    yield _Work(self._costs.fuse_prepare(rows))
                     for party in self._costs.features:
                         yield _Await((party, "activation", micro_batch))
                     yield _Work(self._costs.fuse(rows))
@@ -188,13 +197,14 @@ class _Simulation:
         for wish in self._scripts[worker]:
             match wish:
                 case _Work(seconds):
-                    self._computing[worker] = seconds
+                    self._computing[worker] = seconds * self._chill.get(worker, 1.0)
                     return
                 case _Await(message):
                     if message in self._arrived:
                         self._arrived.discard(message)
+                        self._chill[worker] = 1.0
                         continue
-                    self._awaited[message] = worker
+                    self._awaited[message] = worker, self._now
                     return
                 case _Send((party, kind, _)):
                     line = f"{kind} of {party}"
@@ -202,6 +212,8 @@ class _Simulation:
                     waiting.append(wish)
                     if len(waiting) == 1:
                         self._computing[line] = self._costs.handling(wish.size)
+                    if self._costs.cores is not None:
+                        self._computing[f"beside {next(self._numbers)}"] = self._costs.beside(wish.size)
 
     def _to_next_event(self) -> None:
         """To the moment at which the next work ends or the next message arrives."""
@@ -219,7 +231,7 @@ class _Simulation:
         del self._computing[first]
         if first in self._scripts:
             self._advance(first)
-        else:
+        elif first in self._lines:
             self._handled(first)
 
     def _pass(self, moment: float, rate: float) -> None:
@@ -242,8 +254,9 @@ class _Simulation:
         heapq.heappush(self._due, (free + self._costs.rtt_s / 2, next(self._numbers), sent.message))
 
     def _deliver(self, message: tuple[str, str, MicroBatch]) -> None:
-        worker = self._awaited.pop(message, None)
-        if worker is None:
+        if message not in self._awaited:
             self._arrived.add(message)
-        else:
-            self._advance(worker)
+            return
+        worker, since = self._awaited.pop(message)
+        self._chill[worker] = 1.0 + (self._costs.chill - 1.0) * min(1.0, (self._now - since) / COLD_S)
+        self._advance(worker)
