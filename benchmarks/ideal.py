@@ -27,6 +27,6 @@ def _played(workload: Workload, variants: Sequence[Variant]) -> list[float]:
     found = []
     for variant in variants:
         link = Link() if variant.speed is None else Link(variant.speed.rtt_ms, variant.speed.mbit_s)
-        costs = costs_of(job, measured, job.on_the_wire, link, handling=Handling(Affine(), Affine()))
+        costs = costs_of(job, measured, job.on_the_wire, link, handling=Handling(Affine(), Affine(), Affine()))
         found.append(played(job, costs, JobPipeline(**variant.order.table)).bubble)
     return found

@@ -32,28 +32,30 @@ _numbers = count()
 def handling(private: PrivateBroker, quick: bool, speed: Speed | None) -> Handling:
     """What a message costs, by bytes; with a `speed`, through the emulated link, which computes on the same cores."""
     found = {size: _spent(size, 20 if quick else 200, private, speed) for size in (16 * 1024, 1024 * 1024)}
-    way, beside = ([(size, spent[part]) for size, spent in found.items()] for part in (0, 1))
-    return Handling(Affine.through(*way), Affine.through(*beside))
+    driver, broker, beside = ([(size, spent[part]) for size, spent in found.items()] for part in range(3))
+    return Handling(Affine.through(*driver), Affine.through(*broker), Affine.through(*beside))
 
 
-def _spent(size: int, trips: int, private: PrivateBroker, speed: Speed | None) -> tuple[float, float]:
-    """Seconds from one worker to the other, and what all processes compute for a message beyond that."""
+def _spent(size: int, trips: int, private: PrivateBroker, speed: Speed | None) -> tuple[float, float, float]:
+    """Seconds in a driver, in the broker, and what all processes compute for a message beyond its way."""
     with ExitStack() as stack:
         vhost = f"handling{next(_numbers)}"
         url = private.url(vhost)
         stack.callback(private.delete_vhost, vhost)
         far = url if speed is None else stack.enter_context(slowed(url, Speed()))
         works: dict[str, Work] = {"a": (_ask, (url, size, trips)), "b": (_answer, (far, size, trips))}
-        way_s, cpu_s = together(works, 120.0)["a"]
-    return way_s, max(0.0, cpu_s - way_s)
+        found = together(works, 120.0)
+    way_s, cpu_s, asking_s = found["a"]
+    driver_s = min((asking_s + found["b"]) / 4, way_s / 2)  # of each message each of the two spends as much
+    return driver_s, way_s - 2 * driver_s, max(0.0, cpu_s - way_s)
 
 
-def _ask(url: str, size: int, trips: int) -> tuple[float, float]:
-    """With cold caches, as after a step: seconds each way, and CPU seconds of the whole machine for a message."""
+def _ask(url: str, size: int, trips: int) -> tuple[float, float, float]:
+    """With cold caches: seconds each way, CPU seconds of the machine a message, and of this process a round trip."""
     end, body, other = transport.LinkEnd(url, "a", "classic"), bytes(size), np.ones(CACHES_BYTES, np.uint8)
     end.send(body)
     end.receive()  # both are connected
-    before, elsewhere, ways = _machine_cpu_s(), 0.0, []
+    before, own, elsewhere, ways = _machine_cpu_s(), time.process_time(), 0.0, []
     for _ in range(trips):
         began = time.thread_time()
         other.max()
@@ -62,11 +64,17 @@ def _ask(url: str, size: int, trips: int) -> tuple[float, float]:
         end.send(body)
         end.receive()
         ways.append((time.perf_counter() - asked) / 2)
-    return median(ways), (_machine_cpu_s() - before - elsewhere) / (2 * trips)
+    own = time.process_time() - own - elsewhere
+    return median(ways), (_machine_cpu_s() - before - elsewhere) / (2 * trips), own / trips
 
 
-def _answer(url: str, size: int, trips: int) -> None:
-    transport.answering(transport.LinkEnd(url, "b", "classic"), trips + 1, row=0)
+def _answer(url: str, size: int, trips: int) -> float:
+    """CPU seconds of this process a round trip."""
+    end = transport.LinkEnd(url, "b", "classic")
+    transport.answering(end, 1, row=0)
+    began = time.process_time()
+    transport.answering(end, trips, row=0)
+    return (time.process_time() - began) / trips
 
 
 def _machine_cpu_s() -> float:

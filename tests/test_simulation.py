@@ -68,6 +68,12 @@ def test_what_is_prepared_while_messages_travel_costs_no_time() -> None:
     assert step_s(pipeline(), costs(1.0, 1.0, fuse_prepare=Affine(3.0))) == pytest.approx(1.0 + 3.0)
 
 
+def test_a_driver_takes_one_message_after_the_other() -> None:
+    one, two = (step_s(pipeline(), costs(1.0, 1.0, parties=n, driver=Affine(0.5))) for n in (1, 2))
+    assert one == pytest.approx(3.0 + 4 * 0.5)
+    assert two == pytest.approx(one + 0.5), "whose gradient leaves first, its activation comes first"
+
+
 def test_who_has_waited_is_slower_afterwards() -> None:
     assert step_s(pipeline(), costs(1.0, 1.0, chill=1.5)) == pytest.approx(1.5 * 3.0), "everybody always waits"
     hardly = costs(COLD_S / 10, COLD_S / 10, chill=2.0)

@@ -39,12 +39,13 @@ from sl_queue.storage.checkpoints import Folder
 class Handling:
     """What a message costs in seconds, by bytes."""
 
-    way: Affine  # from one worker to the other
-    beside: Affine  # CPU time of drivers and broker beyond that: much of it is spent when the message has arrived
+    driver: Affine  # at each end
+    broker: Affine
+    beside: Affine  # CPU time beyond the way of the message: much is spent when it has arrived
 
 
 # RabbitMQ 3.10 on two cores, as `python -m benchmarks plan` measures it.
-HANDLING = Handling(way=Affine(0.3e-3, 0.1e-9), beside=Affine(0.2e-3, 0.5e-9))
+HANDLING = Handling(driver=Affine(0.15e-3, 0.3e-9), broker=Affine(0.3e-3, 0.2e-9), beside=Affine(0.2e-3, 0.3e-9))
 CACHES_BYTES = 8 * 1024 * 1024  # read before each measurement
 
 T = TypeVar("T")
@@ -337,7 +338,8 @@ def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Han
         clock.median(LABEL, "update"),
         commit_s=(measured.commit_s + rtt_s) * commits,
         fuse_prepare=measured.line(lambda sample: sample.clock.median(LABEL, "prepare")),
-        handling=handling.way,
+        handling=handling.broker,
+        driver=handling.driver,
         beside=handling.beside,
         chill=measured.chill,
         rtt_s=rtt_s,

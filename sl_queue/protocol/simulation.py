@@ -1,15 +1,16 @@
 """How long a step would take: the pipeline's own actions, played with measured costs instead of models. Pure.
 
-Each worker does its actions in order; a message is handled (by drivers and broker), then carried over its party's link,
-one after the other in each direction. Where all parties share one machine's cores, what is computed or handled at the
-same time is slowed down evenly; so it is by what a message costs beside its way, such as its confirm. What a worker
-does after it has waited takes longer, the longer it has waited: its caches are cold, and its core asleep.
+Each worker does its actions in order; a message passes its sender's driver, the broker, its party's link and its
+receiver's driver: drivers and links take one after the other, the broker one of each party and direction. Where all
+parties share one machine's cores, what is computed or handled at the same time is slowed down evenly; so it is by what
+a message costs beside its way, such as its confirm. What a worker does after it has waited takes longer, the longer it
+has waited: its caches are cold, and its core asleep.
 """
 
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -66,7 +67,8 @@ class Costs:
     fuse_update_s: float
     commit_s: float
     fuse_prepare: Affine  # before it waits for activations, by rows
-    handling: Affine  # of one message, from one worker to the other apart from the link, by bytes
+    handling: Affine  # of one message by the broker, by bytes
+    driver: Affine = Affine()  # of one message by the driver of a worker, at either end
     beside: Affine = Affine()  # what it costs of shared cores while nobody waits for it, by bytes
     chill: float = 1.0  # how many times as long everything takes a worker that is cold
     rtt_s: float = 0.0
@@ -119,11 +121,11 @@ class _Simulation:
         self._now = 0.0
         self._numbers = itertools.count()
         self._computing: dict[str, float] = {}  # seconds of work left, by worker or line
-        self._due: list[tuple[float, int, tuple[str, str, MicroBatch]]] = []  # messages under way
+        self._due: list[tuple[float, int, _Send]] = []  # messages under way
         self._arrived: set[tuple[str, str, MicroBatch]] = set()
         self._awaited: dict[tuple[str, str, MicroBatch], tuple[str, float]] = {}  # by whom, since when
         self._chill: dict[str, float] = {}
-        self._lines: dict[str, deque[_Send]] = {}  # by party and direction: what waits to be handled
+        self._lines: dict[str, deque[tuple[float, Callable[[], None]]]] = {}  # seconds of work, and what follows it
         self._link_free: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._updates: list[tuple[float, dict[str, float]]] = []
@@ -206,14 +208,26 @@ class _Simulation:
                         continue
                     self._awaited[message] = worker, self._now
                     return
-                case _Send((party, kind, _)):
-                    line = f"{kind} of {party}"
-                    waiting = self._lines.setdefault(line, deque())
-                    waiting.append(wish)
-                    if len(waiting) == 1:
-                        self._computing[line] = self._costs.handling(wish.size)
+                case _Send():
+                    self._leave(worker, wish)
                     if self._costs.cores is not None:
                         self._computing[f"beside {next(self._numbers)}"] = self._costs.beside(wish.size)
+
+    def _leave(self, worker: str, sent: _Send) -> None:
+        """Through the sender's driver, then through the broker, then over the link."""
+        party, kind, _ = sent.message
+
+        def to_broker() -> None:
+            self._queue(f"{kind} of {party}", self._costs.handling(sent.size), lambda: self._carry(sent))
+
+        self._queue(f"driver of {worker}", self._costs.driver(sent.size), to_broker)
+
+    def _queue(self, line: str, seconds: float, then: Callable[[], None]) -> None:
+        """Do work after what waits in that line already."""
+        waiting = self._lines.setdefault(line, deque())
+        waiting.append((seconds, then))
+        if len(waiting) == 1:
+            self._computing[line] = seconds
 
     def _to_next_event(self) -> None:
         """To the moment at which the next work ends or the next message arrives."""
@@ -222,9 +236,11 @@ class _Simulation:
         first = min(self._computing, key=self._computing.__getitem__, default=None)
         ends = self._now + self._computing[first] / rate if first is not None else float("inf")
         if self._due and self._due[0][0] <= ends:
-            moment, _, message = heapq.heappop(self._due)
+            moment, _, sent = heapq.heappop(self._due)
             self._pass(moment, rate)
-            self._deliver(message)
+            party, kind, _ = sent.message
+            receiver = LABEL if kind == "activation" else party
+            self._queue(f"driver of {receiver}", self._costs.driver(sent.size), lambda: self._deliver(sent.message))
             return
         assert first is not None
         self._pass(ends, rate)
@@ -242,16 +258,22 @@ class _Simulation:
                 self._busy[name] += passed
 
     def _handled(self, line: str) -> None:
-        """A message is through driver and broker: on to the link, and the next one after it."""
+        """On with what follows, and with the next in the line."""
         waiting = self._lines[line]
-        sent = waiting.popleft()
+        _, then = waiting.popleft()
         if waiting:
-            self._computing[line] = self._costs.handling(waiting[0].size)
+            self._computing[line] = waiting[0][0]
+        then()
+
+    def _carry(self, sent: _Send) -> None:
+        """Over the link, after what is on it already."""
+        party, kind, _ = sent.message
+        line = f"{kind} of {party}"
         free = max(self._now, self._link_free.get(line, 0.0))
         if self._costs.bytes_per_s is not None:
             free += sent.size / self._costs.bytes_per_s
         self._link_free[line] = free
-        heapq.heappush(self._due, (free + self._costs.rtt_s / 2, next(self._numbers), sent.message))
+        heapq.heappush(self._due, (free + self._costs.rtt_s / 2, next(self._numbers), sent))
 
     def _deliver(self, message: tuple[str, str, MicroBatch]) -> None:
         if message not in self._awaited:
