@@ -167,7 +167,7 @@ def _narrowed(exact: Array, narrow: str, cast: Cast) -> tuple[bytes, Array]:
 
 def _exponent(exact: Array) -> int:
     """Of the power of two by which the largest number is divided to fit float16; within float32's own."""
-    largest = float(np.abs(exact).max())
+    largest = max(float(exact.max()), -float(exact.min()))
     _, exponent = np.frexp(largest / _FITS)
     return int(np.clip(exponent, -126, 126)) if largest else 0
 
