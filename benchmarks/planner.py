@@ -109,7 +109,7 @@ def compare(private: PrivateBroker, quick: bool) -> str:
         workload = replace(whole, rows=whole.batch * (12 if quick else steps))
         expected = together({"plan": (predicted, (workload, ways))}, 120.0)["plan"]
         variants = tuple(Variant("rabbitmq", order, speed=speed) for speed in SPEEDS for order in ORDERS)
-        for variant, summary in run(Comparison(workload, variants, 1, repeats=1 if quick else 3), private).items():
+        for variant, summary in run(Comparison(workload, variants, 1, repeats=1 if quick else 2), private).items():
             said, took = expected[variant.order.name, variant.speed], summary.middle(lambda run: run.step_ms)
             link = "loopback" if variant.speed is None else str(variant.speed)
             rows.append(
