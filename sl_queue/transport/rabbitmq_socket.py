@@ -2,8 +2,9 @@
 
 `pika.connection.Connection` leaves its stream to a subclass. pika's own ones copy a body five times on its way in and
 three times on its way out, and send on the loop's next turn. Here a body is sent from where it is, at once and in one
-system call, and copied once when it comes in. On two cores, 2 MB through a classic queue and back (beside the C client
-with 4.4 ms and 1,300 MB/s): 6.9 ms and 590 MB/s with pika's, NEW with this; `python -m benchmarks transport`.
+system call, and copied once when it comes in. On two cores, 2 MB through a classic queue (the C client: 4.1 ms there and
+back, 1,280 MB/s one way): 6.3 ms and 760 MB/s with pika's own, 3.9 ms and 1,180 MB/s with this; `python -m benchmarks
+transport`.
 """
 
 import asyncio
