@@ -17,7 +17,8 @@ from benchmarks.processes import Work, together
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD_2, Comparison, Variant, run
 from benchmarks.workloads import LABEL, SMALL, W1, Workload, job_of, party_file
-from sl_queue.commands.plan import CACHES_BYTES, Handling, Link, costs_of, measure, played
+from sl_queue.commands.costs import CACHES_BYTES, Handling, Link, costs_of, measure
+from sl_queue.commands.plan import played
 from sl_queue.data.table import read_table
 from sl_queue.job import JobPipeline
 from sl_queue.local.private_broker import PrivateBroker

@@ -2,36 +2,29 @@
 
 `pika.connection.Connection` leaves its stream to a subclass. pika's own ones copy a body five times on its way in and
 three times on its way out, and send on the loop's next turn. Here a body is sent from where it is, at once and in one
-system call, and copied once when it comes in. On two cores, 2 MB through a classic queue (the C client: 4.1 ms there and
-back, 1,280 MB/s one way): 6.3 ms and 760 MB/s with pika's own, 3.9 ms and 1,180 MB/s with this; `python -m benchmarks
-transport`.
+system call, and copied once when it comes in. On two cores, 2 MB through a classic queue (the C client: 4.1 ms there
+and back, 1,280 MB/s one way): 6.3 ms and 760 MB/s with pika's own, 3.9 ms and 1,180 MB/s with this; `python -m
+benchmarks transport`.
 """
 
 import asyncio
 import ssl
-import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from socket import IPPROTO_TCP, SOCK_STREAM, TCP_NODELAY, socket
 from typing import Any
 
 from pika import frame, spec
 from pika.connection import Connection, Parameters
-from pika.exceptions import InvalidFrameError, StreamLostError
+from pika.exceptions import StreamLostError
 from pika.tcp_socket_opts import set_sock_opts
 
-READ_BYTES = 64 * 1024  # at once, while no body is on its way
-MOST_BUFFERED = 64 * 1024 * 1024  # the buffer grows to the largest message; of a larger one it holds parts
+from sl_queue.transport.rabbitmq_frames import END, HEAD, Incoming, Piece
+
 MOST_PIECES = 512  # that the kernel takes at once
 READS = 16  # in one turn of the loop; others wait for it too
-
-_HEAD = struct.Struct(">BHI")  # kind of frame, channel, size
-_END = bytes([spec.FRAME_END])
-_AROUND = _HEAD.size + len(_END)
-
-Piece = bytes | memoryview
 
 
 async def dial(parameters: Parameters) -> socket:
@@ -87,89 +80,6 @@ async def _until(here: socket, watch: Callable[..., None], leave: Callable[..., 
         leave(here)
 
 
-class Incoming:
-    """Bytes become frames, and a body one frame, copied once. Mutable: it holds what is not complete yet."""
-
-    def __init__(self, most_buffered: int = MOST_BUFFERED) -> None:
-        self._most = most_buffered
-        self._view = memoryview(bytearray(2 * READ_BYTES))
-        self._start = self._end = 0  # what is received and not understood
-        self._wanted = READ_BYTES
-        self._bodies: dict[int, _Body] = {}  # by channel
-
-    def space(self) -> memoryview:
-        """Where to receive: as much as the frames that have begun still lack."""
-        if self._start == self._end and not self._bodies:
-            self._start = self._end = 0
-        if self._end + self._wanted > len(self._view):
-            self._make_room()
-        return self._view[self._end : self._end + self._wanted]
-
-    def received(self, count: int, largest_frame: int) -> Iterator[Any]:
-        """The frames that these bytes complete. Raises InvalidFrameError."""
-        self._end += count
-        self._wanted = READ_BYTES
-        while self._end - self._start >= _HEAD.size:
-            kind, channel, size = _HEAD.unpack_from(self._view, self._start)
-            if size > largest_frame:
-                raise InvalidFrameError(f"what answers does not speak AMQP: a frame of {size} bytes")
-            missing = _AROUND + size - (self._end - self._start)
-            body = self._bodies.get(channel) if kind == spec.FRAME_BODY else None
-            if missing > 0:
-                self._wanted = missing if body is None else self._lacking(body, largest_frame)
-                return
-            whole = self._view[self._start : self._start + _AROUND + size]
-            if whole[-1] != spec.FRAME_END:
-                raise InvalidFrameError("a frame without its end")
-            self._start += len(whole)
-            if body is None:
-                yield from self._begun(channel, frame.decode_frame(bytes(whole))[1])
-            elif body.complete(whole[_HEAD.size : -1]):
-                del self._bodies[channel]
-                yield frame.Body(channel, body.joined())
-            if body is not None and channel in self._bodies:
-                self._wanted = self._lacking(body, largest_frame)
-
-    def _begun(self, channel: int, found: Any) -> Iterator[Any]:
-        if isinstance(found, frame.Header) and found.body_size:
-            self._bodies[channel] = _Body(found.body_size)
-        yield found
-
-    def _lacking(self, body: "_Body", largest_frame: int) -> int:
-        frames = -(-body.missing // (largest_frame - _AROUND))
-        return max(READ_BYTES, body.missing + _AROUND * frames - (self._end - self._start))
-
-    def _make_room(self) -> None:
-        """Move what is there to the front of a buffer that is large enough."""
-        for body in self._bodies.values():
-            body.settle()
-        rest = bytes(self._view[self._start : self._end])
-        if len(rest) + self._wanted > len(self._view):
-            self._view = memoryview(bytearray(min(2 * (len(rest) + self._wanted), self._most)))
-        self._view[: len(rest)] = rest
-        self._start, self._end = 0, len(rest)
-        self._wanted = min(self._wanted, len(self._view) - self._end)
-
-
-class _Body:
-    """A body on its way: parts of the buffer, and what had to leave it. Mutable."""
-
-    def __init__(self, size: int) -> None:
-        self.missing = size
-        self._parts: list[Piece] = []
-
-    def complete(self, part: memoryview) -> bool:
-        self._parts.append(part)
-        self.missing -= len(part)
-        return self.missing <= 0
-
-    def settle(self) -> None:
-        self._parts = [b"".join(self._parts)]
-
-    def joined(self) -> bytes:
-        return b"".join(self._parts)
-
-
 class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
     """A connection over a socket of `dial`, on the running loop. Mutable as pika's are.
 
@@ -215,8 +125,8 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
         view, pieces = memoryview(body), list[Piece]()
         for start in range(0, len(body), self._body_max_length):
             part = view[start : start + self._body_max_length]
-            pieces += (before + _HEAD.pack(spec.FRAME_BODY, channel_number, len(part)), part)
-            before = _END
+            pieces += (before + HEAD.pack(spec.FRAME_BODY, channel_number, len(part)), part)
+            before = END
         self._output_marshaled_frames([*pieces, before])
 
     def _output_marshaled_frames(self, marshaled_frames: Sequence[Piece]) -> None:
