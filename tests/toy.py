@@ -32,10 +32,15 @@ class ToyStage:
     weights_: bytes = b""
     gradients: bytes = b""
     evaluated: bytes = b""
+    prepared: MicroBatch | None = None
     in_flight: list[MicroBatch] = field(default_factory=list)
     applied: list[tuple[str, MicroBatch]] = field(default_factory=list)  # a log, not a part of the state
 
+    def prepare(self, micro_batch: MicroBatch) -> None:
+        self.prepared = micro_batch
+
     def forward(self, micro_batch: MicroBatch) -> Payload:
+        assert self.prepared in (None, micro_batch), "what was prepared comes next"
         self.in_flight.append(micro_batch)
         self.applied.append(("forward", micro_batch))
         return payload(self.party, self.weights_, micro_batch)
@@ -48,6 +53,7 @@ class ToyStage:
         return payload(self.party, self.weights_, "holdout", micro_batch)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
+        assert self.prepared == micro_batch, "while it waited"
         self.applied.append(("fuse", micro_batch))
         joined = digest(self.weights_, *(p + bytes(a.data).hex() for p, a in sorted(activations.items())))
         self.gradients = digest(self.gradients, joined, micro_batch)
@@ -71,6 +77,7 @@ class ToyStage:
     def load(self, state: State) -> None:
         self.weights_, self.gradients, self.evaluated = bytes.fromhex(state.values["weights"]), b"", b""
         self.in_flight.clear()
+        self.prepared = None
 
     def weights(self) -> Weights:
         return {"base": {"weights": Payload("int8", (len(self.weights_),), self.weights_)}}
