@@ -454,7 +454,8 @@ def test_a_broker_without_memory_holds_publishers_back_and_says_so(
     private_broker: Broker, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     insurer, bank, impatient = connect("insurer"), connect("bank"), connect(SCHEDULER, limits=Limits(lost_s=1.0))
-    private_broker.evaluate("rabbit_alarm:set_alarm({{resource_limit, memory, node()}, []})")
+    alarm = "rabbit_alarm:set_alarm({{resource_limit, memory, node()}, []})"
+    private_broker.evaluate(f"{alarm}, rabbit_alarm:get_alarms()")  # answered when all connections have been told
     try:
         send(bank.link, "insurer", b"held back")
         send(impatient.link, "insurer", b"never")
