@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sl_queue.errors import RunStopped
+from sl_queue.errors import ComputeError, PeerSilent, RunStopped, SlQueueError
 from sl_queue.protocol.codec import encode
 from sl_queue.protocol.messages import (
     OPERATOR,
@@ -155,3 +155,46 @@ def test_a_worker_that_fails_ends_every_other_with_its_reason() -> None:
     with pytest.raises(BaseException, match="ZeroDivisionError: in the user's optimizer"):
         run.run()
     assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "ComputeError", "RunStopped", "RunStopped"]
+
+
+def fail_while_the_label_holder_is_gone(until_it_may_come_back: Callable[[ToyRun], bool]) -> ToyRun:
+    """The label holder dies at its first commit, and "b" fails in that step before it is there again."""
+    run = ToyRun(patience_s=0.3)
+    lives: list[str] = []
+
+    class Failing(ToyStage):
+        def update(self) -> float:
+            if not self.weights_:
+                return super().update()
+            until(lambda: len(lives) == 2)
+            raise ZeroDivisionError("in the user's optimizer")
+
+    class CrashAtCommit(CrashAt):
+        def __call__(self, name: str) -> None:
+            if name == "after save" and len(lives) == 1:
+                raise Crash(name)
+
+    def stay_dead(role: str, link: Any) -> None:
+        if role == "label":
+            lives.append(role)
+            until(lambda: len(lives) == 1 or until_it_may_come_back(run))
+
+    run.stage = lambda party: Failing(party) if party == "b" else ToyStage(party)
+    run.crashes = {"label": CrashAtCommit()}
+    run.on_start = stay_dead
+    with pytest.raises(SlQueueError):
+        run.run()
+    return run
+
+
+def test_who_is_started_again_just_as_the_run_fails_is_told_as_well() -> None:
+    run = fail_while_the_label_holder_is_gone(
+        lambda run: run.ledger.state is not None and run.ledger.state.phase is Phase.FAILED
+    )
+    assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "ComputeError", "RunStopped", "RunStopped"]
+
+
+def test_a_scheduler_of_a_run_that_failed_waits_for_nobody_longer_than_a_patience() -> None:
+    run = fail_while_the_label_holder_is_gone(lambda run: len(run.errors) == 3)
+    assert isinstance(run.errors[3], PeerSilent), "it came when the scheduler had gone"
+    assert isinstance(run.errors[2], ComputeError), "and the scheduler was the last of the others"

@@ -71,6 +71,7 @@ def reduce(
         case Lost():
             return _lost(plan, state, sender, report)
         case Failed(_, error, message):
+            state = changed(state, sender, stopped=True)
             return _fail(plan, state, error, f"party {sender!r}: {message}", unless=sender)
         case Stopped(_, step):
             return _stopped(plan, state, sender, step)

@@ -173,6 +173,15 @@ def gone(state: RunState, member: Member) -> bool:
     return member.finished is not None or (state.phase is Phase.STOPPING and member.stopped)
 
 
+def untold(plan: Plan, state: RunState) -> tuple[str, ...]:
+    """Parties that may not know that the run has ended. Of one that failed also who has yet to come."""
+    if state.phase not in (Phase.FAILED, Phase.STOPPED):
+        return ()
+    members = ((party, state.members.get(party, Member())) for party in plan.parties)
+    awaited = ((p, m) for p, m in members if m.here or state.phase is Phase.FAILED)
+    return tuple(p for p, m in awaited if m.finished is None and not m.stopped)
+
+
 def silent(plan: Plan, state: RunState, since: float, now: float) -> dict[str, float]:
     """Parties that should be here and have not been heard of for GIVE_UP patiences, with the seconds of silence."""
     members = {party: state.members.get(party, Member()) for party in plan.parties}

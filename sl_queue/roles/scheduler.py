@@ -9,7 +9,7 @@ from sl_queue.errors import AlignmentError, PeerSilent, RunStopped, named
 from sl_queue.ports import SchedulerChannel
 from sl_queue.protocol.messages import OPERATOR, Command, Status
 from sl_queue.protocol.progress import reduce, standing_orders
-from sl_queue.protocol.run_state import Member, Phase, Plan, RunState, durable, history_line, restarted, silent
+from sl_queue.protocol.run_state import Member, Phase, Plan, RunState, durable, history_line, restarted, silent, untold
 
 STATUS_EVERY_S = 0.25
 
@@ -38,8 +38,13 @@ class Scheduler:
     on_status: Callable[[Mapping[str, Any]], None]
 
     def serve(self) -> RunState:
-        """Run until every party has finished. Raises the error that ended the run, RunStopped, or PeerSilent."""
+        """Run until every party has finished. Raises the error that ended the run, RunStopped, or PeerSilent.
+
+        It waits until everybody knows of an error, one patience at most: a worker that is just being started would
+        find no scheduler.
+        """
         began = told_at = self.clock()
+        ended_at: float | None = None
         state = restarted(self.ledger.load() or RunState(), began)
         saved = RunState()
         for party, command in standing_orders(self.plan, state):
@@ -63,9 +68,12 @@ class Scheduler:
             if ended or commands or now - told_at >= STATUS_EVERY_S:
                 told_at = now
                 self._tell(state, now)
-            if ended:
+            if not ended:
+                self._require_signs_of_life(state, began, now)
+                continue
+            ended_at = ended_at or now
+            if not untold(self.plan, state) or now - ended_at >= self.plan.patience_s:
                 return self._end(state)
-            self._require_signs_of_life(state, began, now)
 
     def _tell(self, state: RunState, now: float) -> None:
         text = describe(self.plan, state, now)
