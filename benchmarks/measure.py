@@ -31,7 +31,7 @@ class Trace:
     party: str
     marks: list[Mark] = field(default_factory=list)
     waited_s: float = 0.0
-    committing_s: float = 0.0  # saving checkpoints, without the wait for confirms before
+    committing_s: float = 0.0  # held up by a checkpoint that is being written
     sent_bytes: int = 0
     holdout: Mapping[str, float | None] | None = None  # of the last epoch, at the label holder
 
@@ -47,6 +47,15 @@ class Trace:
             yield
         finally:
             self.waited_s += time.monotonic() - began
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """Count the time that the body takes as held up by a checkpoint."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.committing_s += time.monotonic() - began
 
 
 @dataclass(frozen=True, slots=True)

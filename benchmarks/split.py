@@ -1,9 +1,7 @@
 """sl_queue itself: the workers as they are deployed, with a channel that also writes down how long it waited."""
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,16 +57,13 @@ class TimedChannel(PartyChannel):
         with self._trace.waiting():
             return super().until(decision)
 
-    def flush(self) -> None:
-        with self._trace.waiting():
-            super().flush()
+    def commit(self, step: int, save: Callable[[], None]) -> None:
+        with self._trace.committing():
+            super().commit(step, save)
 
-    @contextmanager
-    def commit(self, step: int) -> Iterator[None]:
-        with super().commit(step):
-            began = time.monotonic()
-            yield
-            self._trace.committing_s += time.monotonic() - began
+    def settle(self) -> None:
+        with self._trace.committing():
+            super().settle()
 
     def progress(self, report: Any) -> None:
         self._trace.mark(report.step)

@@ -5,7 +5,6 @@ everything unacknowledged comes back, and everything already seen is dropped by 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Protocol, TypeVar
@@ -135,8 +134,15 @@ class Channel(Protocol):
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         """Block until that message is here. Raises PeerSilent, RunStopped, Restarted, TransportError."""
 
-    def commit(self, step: int) -> AbstractContextManager[None]:
-        """Confirm sends, run the body (which saves the checkpoint of `step`), acknowledge receives; in this order."""
+    def commit(self, step: int, save: Callable[[], None]) -> None:
+        """Confirm sends, `save` the checkpoint of `step`, acknowledge receives; in this order, beside what comes next.
+
+        What comes next may be sent meanwhile. Nothing is received before the commit has ended, so nothing is learned;
+        `receive` raises what ended it.
+        """
+
+    def settle(self) -> None:
+        """Block until the last commit has ended. Raises what `save` did, and like `receive`."""
 
     def introduce(self, describe: Callable[[], Joined]) -> None:
         """Tell the scheduler who is here; told again after a reconnect and to a new scheduler."""
@@ -199,7 +205,11 @@ class Final:
 
 
 class Checkpoints(Protocol):
-    """A party's checkpoints on disk; the only thing resumed from."""
+    """A party's checkpoints on disk; the only thing resumed from. Used by one thread at a time."""
+
+    @property
+    def kept(self) -> int | None:
+        """The step that `keep` named last, also in an earlier process."""
 
     def save(self, step: int, state: State, *, run: str, generation: int, values: Mapping[str, Any]) -> None:
         """Write durably and atomically; then drop old ones, keeping the last three and the kept step."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sl_queue.errors import AlignmentError, LocalProtocolError, PeerSilent, RunStopped
+from sl_queue.errors import AlignmentError, CheckpointError, LocalProtocolError, PeerSilent, RunStopped
 from sl_queue.ports import Restarted
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import (
@@ -117,6 +117,10 @@ def post() -> Iterator[Post]:
         channel.close()
 
 
+def nothing() -> None:
+    """Save no checkpoint."""
+
+
 def until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
     """Block until that is so."""
     deadline = time.monotonic() + timeout_s
@@ -148,12 +152,53 @@ def test_receives_are_acknowledged_after_the_checkpoint_and_not_at_all_if_it_fai
     for step in range(3):
         post.publish("label", "a", body(activation(step), "a", "label"))
         label.receive("a", Kind.ACTIVATION, MicroBatch(step, 0))
-    with pytest.raises(OSError, match="disk full"), label.commit(1):
+
+    def no_room() -> None:
         raise OSError("disk full")
-    assert post.left("label", "a") == 3
-    with label.commit(1):
-        assert post.left("label", "a") == 3
+
+    label.commit(1, no_room)
+    with pytest.raises(OSError, match="disk full"):
+        label.settle()
+    left: list[int] = []
+    label.commit(1, lambda: left.append(post.left("label", "a")))
+    label.settle()
+    assert left == [3], "while it was saved"
     assert post.left("label", "a") == 1, "of step 2, which is not committed"
+
+
+def test_while_a_commit_is_under_way_messages_are_sent_and_none_is_given_out(post: Post) -> None:
+    label, bank = post.channel("label"), post.channel("a")
+    post.publish("a", "label", body(Gradient(MicroBatch(2, 0), tensor(2)), "label", "a"))
+    on_disk, received = threading.Event(), threading.Event()
+    bank.commit(1, lambda: until(on_disk.is_set))
+    bank.send("label", activation(2))
+    assert label.receive("a", Kind.ACTIVATION, MicroBatch(2, 0)) == tensor(2, 0)
+
+    def receive() -> None:
+        bank.receive("label", Kind.GRADIENT, MicroBatch(2, 0))
+        received.set()
+
+    receiver = threading.Thread(target=receive)
+    receiver.start()
+    until(lambda: bank.counts["applied"] == 1)
+    assert not received.wait(0.1)
+    on_disk.set()
+    assert received.wait(10.0)
+    receiver.join()
+
+
+def test_who_waits_for_a_message_hears_at_once_that_the_commit_failed(post: Post) -> None:
+    bank = post.channel("a")
+    waits = threading.Event()
+
+    def no_room() -> None:
+        until(waits.is_set)
+        raise CheckpointError("no room")
+
+    bank.commit(1, no_room)
+    threading.Timer(0.05, waits.set).start()
+    with pytest.raises(CheckpointError, match="no room"):
+        bank.receive("label", Kind.GRADIENT, MicroBatch(2, 0))
 
 
 @pytest.mark.parametrize(
@@ -284,8 +329,8 @@ def test_after_a_reconnect_the_newest_messages_are_sent_again_and_nothing_is_app
         assert label.receive("a", Kind.ACTIVATION, MicroBatch(step, 0)) == tensor(step, 0)
     assert label.counts["applied"] == 4
     assert label.counts["duplicates"] == 2
-    with label.commit(3):
-        pass
+    label.commit(3, nothing)
+    label.settle()
     assert post.left("label", "a") == 0
 
 
@@ -310,14 +355,13 @@ def test_a_stop_ends_a_worker_after_its_step_and_one_without_a_step_after_the_ne
     for step in (1, 3):
         post.publish("a", "label", body(Gradient(MicroBatch(step, 0), tensor(step)), "label", "a"))
         bank.receive("label", Kind.GRADIENT, MicroBatch(step, 0))
-        with bank.commit(step):
-            pass
+        bank.commit(step, nothing)
+        bank.settle()
     with pytest.raises(RunStopped, match="enough"):
         bank.receive("label", Kind.GRADIENT, MicroBatch(4, 0))
     post.publish("label", "a", body(activation(0), "a", "label"))
     label.receive("a", Kind.ACTIVATION, MicroBatch(0, 0))
-    with label.commit(1):
-        pass
+    label.commit(1, nothing)
     with pytest.raises(RunStopped, match="enough"):
         label.until(lambda orders: orders.finish)
 

@@ -1,10 +1,12 @@
 """Killed equals undisturbed, at every single operation: each role crashes before and after each thing it does."""
 
+from concurrent.futures import Executor
+
 import pytest
 
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.run_state import EarlyStopping
-from tests.toy_run import CrashAt, ToyRun
+from tests.toy_run import AtLast, AtOnce, CrashAt, ToyRun
 
 VARIANTS = {
     "lock-step": {"micro_batches": 1, "depth": 1},
@@ -15,17 +17,20 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("victim", ["a", "label", SCHEDULER])
+@pytest.mark.parametrize(
+    ("victim", "committer"), [("a", AtOnce), ("a", AtLast), ("label", AtOnce), ("label", AtLast), (SCHEDULER, AtOnce)]
+)
 def test_a_crash_at_any_operation_of_any_role_changes_no_weight_and_nobody_else_repeats_a_step(
-    victim: str, variant: str
+    victim: str, committer: type[Executor], variant: str
 ) -> None:
-    quiet = ToyRun(**VARIANTS[variant], crashes={victim: CrashAt()}).run()
+    settings = VARIANTS[variant] | {"committer": committer}
+    quiet = ToyRun(**settings, crashes={victim: CrashAt()}).run()
     operations = quiet.crashes[victim].count
     assert operations > 20
     crashed = 0
     for operation in range(operations):
         crash = CrashAt(operation)
-        run = ToyRun(**VARIANTS[variant], crashes={victim: crash}).run()
+        run = ToyRun(**settings, crashes={victim: crash}).run()
         crashed += crash.count > operation  # how many reports the scheduler takes at once differs from run to run
         where = f"{victim} at operation {operation}, {crash.seen[operation:][:1]}"
         assert run.weights() == quiet.weights(), where
@@ -39,9 +44,10 @@ def test_a_crash_at_any_operation_of_any_role_changes_no_weight_and_nobody_else_
     assert crashed > 0.8 * operations
 
 
-def test_three_roles_that_crash_in_one_run_change_no_weight() -> None:
+@pytest.mark.parametrize("committer", [AtOnce, AtLast])
+def test_three_roles_that_crash_in_one_run_change_no_weight(committer: type[Executor]) -> None:
     quiet = ToyRun().run()
     for first in range(0, 100, 7):
         operations = {"a": first, "b": first // 2 + 3, "label": first + 11, SCHEDULER: first // 3}
         crashes = {role: CrashAt(operation) for role, operation in operations.items()}
-        assert ToyRun(crashes=crashes).run().weights() == quiet.weights(), crashes
+        assert ToyRun(crashes=crashes, committer=committer).run().weights() == quiet.weights(), crashes

@@ -11,9 +11,9 @@ from sl_queue.protocol.simulation import COLD_S, LABEL, Affine, Costs, FeatureCo
 STEPS = 40
 
 
-def pipeline(micro_batches: int = 1, depth: int = 1, staleness: int = 0) -> Pipeline:
+def pipeline(micro_batches: int = 1, depth: int = 1, staleness: int = 0, checkpoint_every: int = STEPS) -> Pipeline:
     batches = Batches(8 * STEPS, 7, 1, 8, micro_batches)
-    return Pipeline(batches, depth, staleness, checkpoint_every=STEPS)
+    return Pipeline(batches, depth, staleness, checkpoint_every)
 
 
 def costs(forward_s: float = 1.0, fuse_s: float = 1.0, parties: int = 1, **more: object) -> Costs:
@@ -66,6 +66,12 @@ def test_parties_that_share_a_core_take_turns() -> None:
 def test_what_is_prepared_while_messages_travel_costs_no_time() -> None:
     assert step_s(pipeline(), costs(1.0, 1.0, rtt_s=4.0, fuse_prepare=Affine(1.0))) == pytest.approx(3.0 + 4.0)
     assert step_s(pipeline(), costs(1.0, 1.0, fuse_prepare=Affine(3.0))) == pytest.approx(1.0 + 3.0)
+
+
+def test_a_commit_takes_no_time_while_the_pipeline_fills_again() -> None:
+    each = pipeline(checkpoint_every=1)
+    assert step_s(each, costs(1.0, 1.0, commit_s=2.0)) == pytest.approx(3.0), "a forward and a fuse"
+    assert step_s(each, costs(1.0, 1.0, commit_s=5.0)) == pytest.approx(5.0 + 1.0), "nothing is learned meanwhile"
 
 
 def test_a_driver_takes_one_message_after_the_other() -> None:

@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,39 @@ class CrashAt:
                 self.act()
             if not self.survives:
                 raise Crash(name)
+
+
+class AtOnce(Executor):
+    """Runs what it is given before anything else: a commit that nothing overlaps, on the worker's own thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+class AtLast(Executor):
+    """Runs what it is given when its result is awaited, or a little later: a commit that overlaps all it may."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        awaited = threading.Event()
+
+        class Late(Future[Any]):
+            def result(self, timeout: float | None = None) -> Any:
+                awaited.set()
+                return super().result(timeout)
+
+        late = Late()
+
+        def run() -> None:
+            awaited.wait(0.02)  # who waits for the scheduler does not wait for this
+            try:
+                late.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                late.set_exception(error)
+
+        threading.Thread(target=run, name=threading.current_thread().name, daemon=True).start()
+        return late
 
 
 class FaultyLink:
@@ -140,6 +174,7 @@ class ToyRun:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     on_start: Callable[[str, Any], None] = lambda role, link: None
     seal_of: Callable[[str], Seal | None] = lambda role: None
+    committer: Callable[[], Executor | None] = AtOnce  # so that a crash comes at the same operation every time
 
     topology = Topology("label", ("a", "b"))
     _numbers = itertools.count()
@@ -232,6 +267,7 @@ class ToyRun:
                 persistent=False,
                 depth=self.depth,
                 seal=self.seal_of(party),
+                committer=self.committer(),
             )
             channel.open()
             identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer")

@@ -12,6 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import assert_never
 
 from sl_queue.protocol.messages import MicroBatch
@@ -65,7 +66,7 @@ class Costs:
     features: Mapping[str, FeatureCosts]
     fuse: Affine  # of one micro-batch with all parties' activations, by rows
     fuse_update_s: float
-    commit_s: float
+    commit_s: float  # beside what comes next, until the next message is received
     fuse_prepare: Affine  # before it waits for activations, by rows
     handling: Affine  # of one message by the broker, by bytes
     driver: Affine = Affine()  # of one message by the driver of a worker, at either end
@@ -105,7 +106,12 @@ class _Send:
     size: float  # bytes
 
 
-_Script = Generator["_Work | _Await | _Send", None, None]
+@dataclass(frozen=True, slots=True)
+class _Save:
+    done: tuple[str, str, MicroBatch]  # awaited as a message is
+
+
+_Script = Generator["_Work | _Await | _Send | _Save", None, None]
 
 
 def simulate(pipeline: Pipeline, costs: Costs, warm_up: int = 0) -> Prediction:
@@ -147,6 +153,7 @@ class _Simulation:
 
     def _feature(self, party: str) -> _Script:
         costs = self._costs.features[party]
+        saving: _Save | None = None
         for action in self._pipeline.feature_actions(0):
             match action:
                 case Forward(micro_batch):
@@ -156,17 +163,22 @@ class _Simulation:
                     yield _Work(costs.prepare(rows))
                 case Backward(micro_batch):
                     yield _Await((party, "gradient", micro_batch))
+                    if saving is not None:
+                        yield _Await(saving.done)
+                        saving = None
                     yield _Work(costs.backward(self._rows(micro_batch)))
                 case Update():
                     yield _Work(costs.update_s)
-                case Commit():
-                    yield _Work(self._costs.commit_s)
+                case Commit(step):
+                    saving = _Save((party, "commit", MicroBatch(step, 0)))
+                    yield saving
                 case Begin() | Evaluate() | Fuse():
                     pass  # what happens once an epoch is not looked at
                 case _:
                     assert_never(action)
 
     def _label(self) -> _Script:
+        saving: _Save | None = None
         for action in self._pipeline.label_actions(0):
             match action:
                 case Fuse(micro_batch):
@@ -174,14 +186,18 @@ class _Simulation:
                     yield _Work(self._costs.fuse_prepare(rows))
                     for party in self._costs.features:
                         yield _Await((party, "activation", micro_batch))
+                        if saving is not None:
+                            yield _Await(saving.done)
+                            saving = None
                     yield _Work(self._costs.fuse(rows))
                     for party, costs in self._costs.features.items():
                         yield _Send((party, "gradient", micro_batch), costs.gradient_bytes(rows))
                 case Update():
                     yield _Work(self._costs.fuse_update_s)
                     self._updates.append((self._now, dict(self._busy)))
-                case Commit():
-                    yield _Work(self._costs.commit_s)
+                case Commit(step):
+                    saving = _Save((LABEL, "commit", MicroBatch(step, 0)))
+                    yield saving
                 case Begin() | Evaluate() | Forward() | Backward():
                     pass
                 case _:
@@ -208,6 +224,8 @@ class _Simulation:
                         continue
                     self._awaited[message] = worker, self._now
                     return
+                case _Save(done):
+                    self._queue(f"disk of {worker}", self._costs.commit_s, partial(self._deliver, done))
                 case _Send():
                     self._leave(worker, wish)
                     if self._costs.cores is not None:

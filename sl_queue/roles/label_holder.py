@@ -6,7 +6,7 @@ from typing import assert_never
 
 from sl_queue.errors import LocalProtocolError
 from sl_queue.ports import Channel, FuseStage
-from sl_queue.protocol.messages import EpochDone, EpochResult, Gradient, Kind, MicroBatch, Payload
+from sl_queue.protocol.messages import EpochResult, Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.pipeline import Backward, Begin, Commit, Evaluate, Forward, Fuse, Pipeline, Update
 from sl_queue.roles.worker import Worker
 
@@ -68,7 +68,4 @@ class LabelHolder:
         sums = self.worker.running
         result = EpochResult(self.pipeline.batches.epoch_of(step), step, sums["loss"] / sums["rows"], holdout)
         self.worker.running = {}
-        self.worker.epochs = (*self.worker.epochs, result)
-        self.worker.commit(step)
-        identity = self.worker.identity
-        self.channel.report(EpochDone(identity.incarnation, self.worker.generation, result))
+        self.worker.commit(step, result)

@@ -5,6 +5,7 @@ Killed at any moment, a worker that starts again runs through the same lines; no
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,13 @@ from sl_queue.errors import CheckpointError, ComputeError, RunStopped, SlQueueEr
 from sl_queue.ports import BaseStage, Channel, Checkpoints, Final, FuseStage, Restarted, Saved
 from sl_queue.protocol.messages import (
     BEFORE_FIRST_STEP,
+    EpochDone,
     EpochResult,
     Failed,
+    Finish,
     Finished,
     Joined,
+    Open,
     Progress,
     Start,
     Stopped,
@@ -50,7 +54,7 @@ class Worker:
     generation: int = 0
     committed: int = BEFORE_FIRST_STEP
     held: tuple[int, ...] = ()
-    epochs: tuple[EpochResult, ...] = ()  # the label holder's history; empty elsewhere
+    epochs: tuple[EpochResult, ...] = ()  # the label holder's history on its disk; empty elsewhere
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
     samples: int = 0
     step: int = BEFORE_FIRST_STEP  # the newest trained
@@ -67,6 +71,8 @@ class Worker:
             self.checkpoints.mark_told()
             return final
         except RunStopped:
+            with suppress(SlQueueError, Restarted):
+                self.channel.settle()
             self.channel.report(Stopped(self.identity.incarnation, self.committed))
             raise
         except TransportError:
@@ -93,32 +99,42 @@ class Worker:
                 return self._finish(finish.step)
             except Restarted as restarted:
                 start = restarted.start
+                with suppress(Restarted):
+                    self.channel.settle()
 
     def may_begin(self, epoch: int) -> bool:
         """Block until the scheduler opens the epoch; False if the run ends before it."""
 
-        def decision(orders: Orders) -> bool | None:
-            if orders.open is not None:
-                self.checkpoints.keep(orders.open.keep)
+        def decision(orders: Orders) -> Open | Finish | None:
             if orders.finish is not None:
-                return False
-            return True if orders.open is not None and orders.open.through >= epoch else None
+                return orders.finish
+            return orders.open if orders.open is not None and orders.open.through >= epoch else None
 
-        return self.channel.until(decision)
+        order = self.channel.until(decision)
+        if isinstance(order, Open) and order.keep != self.checkpoints.kept:
+            self.channel.settle()  # not while another is being written
+            self.checkpoints.keep(order.keep)
+        return isinstance(order, Open)
 
-    def commit(self, step: int) -> None:
-        """The law: sends are confirmed, then the checkpoint is on disk, then receives are acknowledged.
+    def commit(self, step: int, ended: EpochResult | None = None) -> None:
+        """Have what is here and now become the checkpoint of `step`, with the result of an epoch that `ended` in it.
 
-        Not behind the next steps, though the disk would allow it: a worker killed meanwhile would have to repeat more
-        than the steps between two commits. The other parties need not wait for it, and in an epoch's last commit the
-        held-out rows are still being evaluated. `python -m benchmarks training` shows what share of the time it takes.
+        The scheduler is told when it is on disk.
         """
         assert self.run is not None
-        with self.channel.commit(step):
-            values = {"epochs": [_as_json(e) for e in self.epochs], "running": dict(self.running)}
-            self.checkpoints.save(step, self.stage.state(), run=self.run, generation=self.generation, values=values)
-        self.committed, self.held = step, self.checkpoints.steps()
-        self.channel.report(self._progress(step, None))
+        self.channel.settle()
+        epochs = self.epochs if ended is None else (*self.epochs, ended)
+        values = {"epochs": [_as_json(e) for e in epochs], "running": dict(self.running)}
+        state, run, generation = self.stage.state(), self.run, self.generation
+
+        def save() -> None:
+            self.checkpoints.save(step, state, run=run, generation=generation, values=values)
+            self.committed, self.held, self.epochs = step, self.checkpoints.steps(), epochs
+            self.channel.report(self._progress(step, None))
+            if ended is not None:
+                self.channel.report(EpochDone(self.identity.incarnation, generation, ended))
+
+        self.channel.commit(step, save)
 
     def advance(self, step: int, rows: int, loss: float | None = None) -> None:
         """An optimizer step is done: tell the scheduler some time soon."""
@@ -166,6 +182,7 @@ class Worker:
     def _finish(self, step: int) -> Final:
         """Write the final weights: those after `step`, which early stopping may have chosen."""
         assert self.run is not None
+        self.channel.settle()
         if step != self.committed:
             self.stage.load(self.checkpoints.load(step).state)
         self.checkpoints.write_final(

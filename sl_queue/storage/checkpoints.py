@@ -96,6 +96,11 @@ class Folder:
         """The newest intact checkpoint, or None."""
         return self.load(max(self._held)) if self._held else None
 
+    @property
+    def kept(self) -> int | None:
+        """The step that is kept, or None."""
+        return self._kept
+
     def keep(self, step: int | None) -> None:
         """Keep the checkpoint of `step` until told otherwise, also by a worker that starts again."""
         if step == self._kept:

@@ -1,15 +1,17 @@
 """A party's channel: the recovery law over a link that may lose the broker at any time.
 
-Two threads meet here under one lock: the worker (send, receive, commit) and the link (deliveries, reconnects). A third,
-the pulse, tells peers and scheduler a few times a second that this worker is alive and where it is. What is decided
-under the lock (protocol/mailbox) is done outside of it.
+Two threads meet here under one lock: the worker (send, receive) and the link (deliveries, reconnects). A third, the
+pulse, tells peers and scheduler a few times a second that this worker is alive and where it is. A fourth commits: the
+broker's confirms and the disk take their time while the pipeline fills again, and the first message of the next step
+is not given out before. So a worker that is killed meanwhile repeats no more than the steps between two commits, and
+prefetch stays what it is. What is decided under the lock (protocol/mailbox) is done outside of it.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -65,7 +67,7 @@ log = logging.getLogger("sl_queue")
 class PartyChannel:
     """ports.Channel over a link. `patience_s`: seconds of waiting after which it says for whom.
 
-    `seal` keeps messages from the broker.
+    `seal` keeps messages from the broker; `committer` runs one commit at a time, by default in a thread of its own.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class PartyChannel:
         persistent: bool,
         depth: int,
         seal: Seal | None = None,
+        committer: Executor | None = None,
     ) -> None:
         self._link, self._party, self._peers, self._incarnation = link, party, peers, incarnation
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
@@ -96,6 +99,8 @@ class PartyChannel:
         self._introduce_again = False
         self._scheduler_incarnation: str | None = None
         self._progress: Progress | None = None
+        self._committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
+        self._commit_under_way: Future[None] | None = None
         self._closed = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name=f"{party}-pulse", daemon=True)
 
@@ -112,6 +117,7 @@ class PartyChannel:
         if self._failure is None:
             self._link.flush(timeout_s=5.0)
         self._link.close()
+        self._committer.shutdown()
         if self._pulse.ident is not None:
             self._pulse.join()
 
@@ -132,12 +138,25 @@ class PartyChannel:
 
         what = f"{kind} {micro_batch} of party {sender!r}"
         with self._meter.waiting(sender, kind):
-            return self._wait(lambda: self._mailbox.take(sender, kind, micro_batch), sender, what, ask)
+            payload = self._wait(lambda: self._mailbox.take(sender, kind, micro_batch), sender, what, ask)
+        self.settle()
+        return payload
 
-    @contextmanager
-    def commit(self, step: int) -> Iterator[None]:
-        self.flush()
-        yield
+    def commit(self, step: int, save: Callable[[], None]) -> None:
+        self.settle()
+        self._commit_under_way = self._committer.submit(self._commit, step, save)
+        self._commit_under_way.add_done_callback(lambda _: self._notify())
+
+    def settle(self) -> None:
+        commit, self._commit_under_way = self._commit_under_way, None
+        if commit is not None:
+            with self._meter.waiting("disk", "commit"):
+                commit.result()
+
+    def _commit(self, step: int, save: Callable[[], None]) -> None:
+        """The law: sends are confirmed, then the checkpoint is on disk, then receives are acknowledged."""
+        self._await_confirms()
+        save()
         with self._changed:
             tags = self._mailbox.commit(step)
             self._committed = step
@@ -148,15 +167,18 @@ class PartyChannel:
         self._meter.count("commits")
 
     def flush(self) -> None:
-        began, name_at = time.monotonic(), self._patience_s
         with self._meter.waiting("broker", "confirm"):
-            while not self._link.flush(timeout_s=min(1.0, self._patience_s)):
-                with self._changed:
-                    self._check()
-                waited = time.monotonic() - began
-                if waited >= name_at:
-                    name_at += self._patience_s
-                    self._name_unconfirmed(waited)
+            self._await_confirms()
+
+    def _await_confirms(self) -> None:
+        began, name_at = time.monotonic(), self._patience_s
+        while not self._link.flush(timeout_s=min(1.0, self._patience_s)):
+            with self._changed:
+                self._check()
+            waited = time.monotonic() - began
+            if waited >= name_at:
+                name_at += self._patience_s
+                self._name_unconfirmed(waited)
 
     def introduce(self, describe: Callable[[], Joined]) -> None:
         self._describe, self._introduce_again = describe, True
@@ -249,6 +271,8 @@ class PartyChannel:
         """Raise what ends or redirects the worker; called with the lock held."""
         if self._failure is not None:
             raise self._failure
+        if self._commit_under_way is not None and self._commit_under_way.done():
+            self.settle()
         orders = self._orders
         if orders.stop is not None and orders.stop.error is not None:
             raise named(orders.stop.error)(orders.stop.reason)
@@ -370,6 +394,10 @@ class PartyChannel:
             self._changed.notify_all()
         for (receiver, kind, _), body in again:
             self._publish(receiver, kind, body)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _on_failure(self, error: SlQueueError) -> None:
         with self._changed:
