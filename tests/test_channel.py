@@ -334,6 +334,18 @@ def test_after_a_reconnect_the_newest_messages_are_sent_again_and_nothing_is_app
     assert post.left("label", "a") == 0
 
 
+def test_what_a_commit_has_told_is_not_followed_by_what_was_true_before_it(post: Post) -> None:
+    bank = post.channel("a")
+    post.listen()
+    true: list[Progress] = []
+    for step in range(20):
+        true += [Progress("a1", 1, step, (step - 1,), loss=0.5), Progress("a1", 1, step, (step,))]
+        bank.progress(true[-2])
+        bank.report(true[-1])
+    until(lambda: len(post.reported(Progress)) == len(true))
+    assert post.reported(Progress)[-1] == true[-1]
+
+
 # Orders -------------------------------------------------------------------------------------------------------
 
 

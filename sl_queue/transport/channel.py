@@ -185,6 +185,7 @@ class PartyChannel:
         self._introduce_if_needed()
 
     def report(self, report: Report) -> None:
+        self._tell_progress()  # what is told last is the newest
         self._publish(SCHEDULER, Kind.REPORT, self._encode(SCHEDULER, report), persistent=True)
 
     def progress(self, report: Progress) -> None:
@@ -414,19 +415,22 @@ class PartyChannel:
         alive_at = 0.0
         while not self._closed.wait(min(PULSE_S, alive_every_s)):
             self._meter.beat()
-            with self._changed:
-                progress, self._progress = self._progress, None
-                if self._failure is not None:
-                    return
+            if self._failure is not None:
+                return
             try:
-                if progress is not None:
-                    self._tell(SCHEDULER, progress)
+                self._tell_progress()
                 if time.monotonic() >= alive_at:
                     alive_at = time.monotonic() + alive_every_s
                     for peer in (SCHEDULER, *self._peers):
                         self._tell(peer, Alive(self._incarnation))
             except SlQueueError:
                 return  # the link has failed or is closed: the worker's thread says so
+
+    def _tell_progress(self) -> None:
+        with self._changed:
+            progress, self._progress = self._progress, None
+        if progress is not None:
+            self._tell(SCHEDULER, progress)
 
     def _tell(self, receiver: str, report: Report) -> None:
         """A report that is worth nothing later: not stored by the broker, and forgotten when it is old."""
