@@ -17,12 +17,13 @@ from benchmarks.processes import Work, together
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD_2, Comparison, Variant, run
 from benchmarks.workloads import LABEL, SMALL, W1, Workload, job_of, party_file
-from sl_queue.commands.costs import CACHES_BYTES, Handling, Link, costs_of, measure
+from sl_queue.commands.measuring import Handling, Link, costs_of, measure
 from sl_queue.commands.plan import played
+from sl_queue.commands.stopwatch import CACHES_BYTES
 from sl_queue.data.table import read_table
 from sl_queue.job import JobPipeline
 from sl_queue.local.private_broker import PrivateBroker
-from sl_queue.protocol.simulation import Affine
+from sl_queue.protocol.costs import Affine
 from sl_queue.protocol.wire import Wire
 
 ORDERS = (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD_2)
@@ -110,7 +111,7 @@ def compare(private: PrivateBroker, quick: bool) -> str:
         workload = replace(whole, rows=whole.batch * (12 if quick else steps))
         expected = together({"plan": (predicted, (workload, ways))}, 120.0)["plan"]
         variants = tuple(Variant("rabbitmq", order, speed=speed) for speed in SPEEDS for order in ORDERS)
-        for variant, summary in run(Comparison(workload, variants, 1, repeats=1 if quick else 2), private).items():
+        for variant, summary in run(Comparison(workload, variants, 1, repeats=1 if quick else 3), private).items():
             said, took = expected[variant.order.name, variant.speed], summary.middle(lambda run: run.step_ms)
             link = "loopback" if variant.speed is None else str(variant.speed)
             rows.append(

@@ -89,7 +89,7 @@ def plan(
     cores: Annotated[int | None, typer.Option(min=1, help="Cores that all parties share, if on one machine.")] = None,
 ) -> None:
     """Measure a few steps here, and rank the pipelines: which [pipeline] and [wire] are fastest over that link."""
-    from sl_queue.commands.costs import Link
+    from sl_queue.commands.measuring import Link
     from sl_queue.commands.plan import lines, plan_job
     from sl_queue.job import Job, PartyFile
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from sl_queue.commands.costs import Link
+from sl_queue.commands.measuring import Link
 from sl_queue.commands.plan import Plan, lines, plan_job
 from sl_queue.job import Job
 from tests.split import Concatenated, parties

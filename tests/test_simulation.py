@@ -1,12 +1,15 @@
 """Predicted times are those that can be worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sl_queue.protocol.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
-from sl_queue.protocol.simulation import COLD_S, LABEL, Affine, Costs, FeatureCosts, simulate
+from sl_queue.protocol.simulation import simulate
 
 STEPS = 40
 
@@ -85,6 +88,14 @@ def test_who_has_waited_is_slower_afterwards() -> None:
     hardly = costs(COLD_S / 10, COLD_S / 10, chill=2.0)
     assert 1.0 < step_s(pipeline(), hardly) / (3 * COLD_S / 10) < 1.5, "the shorter it was, the less"
     assert simulate(pipeline(1, 9, 8), costs(1.0, 4.0, chill=1.5), warm_up=8).step_s == pytest.approx(4.0)
+
+
+def test_who_computes_beside_others_is_slower() -> None:
+    assert step_s(pipeline(), costs(1.0, 1.0, crowd=1.5)) == pytest.approx(3.0), "each has a machine of its own"
+    assert step_s(pipeline(), costs(1.0, 1.0, crowd=1.5, cores=4)) == pytest.approx(3.0), "one after the other"
+    two = costs(1.0, 1.0, parties=2, cores=4)
+    assert step_s(pipeline(), replace(two, crowd=1.5)) == pytest.approx(1.5 * 2.0 + 1.0)
+    assert step_s(pipeline(), replace(two, crowd=1.5, cores=1)) == pytest.approx(2 * 2.0 + 1.0)
 
 
 def test_what_a_message_costs_beside_its_way_is_felt_where_cores_are_shared() -> None:

@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sl_queue.commands.costs import HANDLING, Handling, Link, between_commits, costs_of, measure
+from sl_queue.commands.measuring import HANDLING, Handling, Link, between_commits, costs_of, measure
 from sl_queue.compute.models import limit_threads
 from sl_queue.data.table import read_table
 from sl_queue.job import Job, JobPipeline, PartyFile
 from sl_queue.local.threads import require_all
+from sl_queue.protocol.costs import Costs
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
-from sl_queue.protocol.simulation import Costs, Prediction, simulate
+from sl_queue.protocol.simulation import Prediction, simulate
 from sl_queue.protocol.wire import Wire
 
 WARM_UP = 6

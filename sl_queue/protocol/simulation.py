@@ -2,9 +2,9 @@
 
 Each worker does its actions in order; a message passes its sender's driver, the broker, its party's link and its
 receiver's driver: drivers and links take one after the other, the broker one of each party and direction. Where all
-parties share one machine's cores, what is computed or handled at the same time is slowed down evenly; so it is by what
-a message costs beside its way, such as its confirm. What a worker does after it has waited takes longer, the longer it
-has waited: its caches are cold, and its core asleep.
+parties share one machine's cores, what is computed or handled at the same time is slowed down evenly, also by what
+a message costs beside its way, such as its confirm, and a little by who computes on other cores. What a worker does after
+it has waited takes longer, the longer it has waited: its caches are cold, and its core asleep.
 """
 
 import heapq
@@ -15,66 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import assert_never
 
+from sl_queue.protocol.costs import COLD_S, LABEL, Costs
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.pipeline import Backward, Begin, Commit, Evaluate, Forward, Fuse, Pipeline, Update
-
-COLD_S = 0.005  # a worker that has waited so long is as cold as it becomes
-LABEL = ""  # the label holder's name in here: no party can be called so
-
-
-@dataclass(frozen=True, slots=True)
-class Affine:
-    """A cost with a fixed part and one for each row or byte, in seconds."""
-
-    fixed: float = 0.0
-    each: float = 0.0
-
-    def __call__(self, count: float) -> float:
-        return self.fixed + self.each * count
-
-    def __add__(self, other: "Affine") -> "Affine":
-        return Affine(self.fixed + other.fixed, self.each + other.each)
-
-    def of(self, count: "Affine") -> "Affine":
-        """This cost where the count follows from another one."""
-        return Affine(self(count.fixed), self.each * count.each)
-
-    @classmethod
-    def through(cls, one: tuple[float, float], other: tuple[float, float]) -> "Affine":
-        """The line through two measured (count, seconds), never falling and never below zero."""
-        (few, little), (many, much) = sorted((one, other))
-        each = max(0.0, (much - little) / (many - few)) if many > few else 0.0
-        return cls(max(0.0, little - each * few), each)
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureCosts:
-    """What a feature party's micro-batch costs, by its rows, and its messages' sizes."""
-
-    forward: Affine
-    backward: Affine
-    update_s: float
-    activation_bytes: Affine  # by rows
-    gradient_bytes: Affine
-    prepare: Affine = Affine()  # for the next forward, when the activation is on its way
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """All that a run's speed depends on, apart from its pipeline."""
-
-    features: Mapping[str, FeatureCosts]
-    fuse: Affine  # of one micro-batch with all parties' activations, by rows
-    fuse_update_s: float
-    commit_s: float  # beside what comes next, until the next message is received
-    fuse_prepare: Affine  # before it waits for activations, by rows
-    handling: Affine  # of one message by the broker, by bytes
-    driver: Affine = Affine()  # of one message by the driver of a worker, at either end
-    beside: Affine = Affine()  # what it costs of shared cores while nobody waits for it, by bytes
-    chill: float = 1.0  # how many times as long everything takes a worker that is cold
-    rtt_s: float = 0.0
-    bytes_per_s: float | None = None  # of a party's link, each way; None: no limit
-    cores: int | None = None  # that all parties and the broker share; None: enough for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +192,7 @@ class _Simulation:
 
     def _to_next_event(self) -> None:
         """To the moment at which the next work ends or the next message arrives."""
-        cores = self._costs.cores
-        rate = 1.0 if cores is None or not self._computing else min(1.0, cores / len(self._computing))
+        rate = self._rate()
         first = min(self._computing, key=self._computing.__getitem__, default=None)
         ends = self._now + self._computing[first] / rate if first is not None else float("inf")
         if self._due and self._due[0][0] <= ends:
@@ -267,6 +209,14 @@ class _Simulation:
             self._advance(first)
         elif first in self._lines:
             self._handled(first)
+
+    def _rate(self) -> float:
+        """How fast everyone who computes now gets on, as a share of how fast one alone does."""
+        cores, computing = self._costs.cores, len(self._computing)
+        if cores is None or computing <= 1:
+            return 1.0
+        others = min(computing, cores) - 1
+        return min(1.0, cores / computing) / (1.0 + (self._costs.crowd - 1.0) * others)
 
     def _pass(self, moment: float, rate: float) -> None:
         passed, self._now = moment - self._now, moment

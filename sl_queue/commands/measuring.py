@@ -1,32 +1,30 @@
 """What a step is made of: a few steps of all parties measured here, in this thread.
 
-Each action is measured with other data in the caches, and some after a pause, as a worker meets it that has waited for
-a message: that alone makes it up to twice as long. What cannot be measured on one machine is assumed: the way through
-the broker, and the link that the user describes.
+Each action is measured with other data in the caches; some after a pause, as a worker meets it that has waited for a
+message, which alone makes it up to twice as long; and some beside another core that is as busy, as workers of one
+machine are to each other. What cannot be measured on one machine is assumed: the way through the broker, and the link
+that the user describes.
 """
 
+import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from sl_queue.commands.stopwatch import Stopwatch, copying
 from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.fuse import TorchFuseStage, fuse_stage
 from sl_queue.compute.tensors import cast
 from sl_queue.job import Job, JobPipeline, JobWire, PartyFile
 from sl_queue.ports import Table
 from sl_queue.protocol.codec import decode, encode
+from sl_queue.protocol.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts
 from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.row_order import Batches
-from sl_queue.protocol.simulation import COLD_S, LABEL, Affine, Costs, FeatureCosts
 from sl_queue.protocol.wire import Mask, Wire, asks_for_less
 from sl_queue.storage.checkpoints import Folder
 
@@ -44,7 +42,6 @@ class Handling:
 
 # RabbitMQ 3.10 on two cores, as `python -m benchmarks plan` measures it.
 HANDLING = Handling(driver=Affine(0.17e-3, 0.3e-9), broker=Affine(0.1e-3, 0.3e-9), beside=Affine(0.1e-3, 0.5e-9))
-CACHES_BYTES = 8 * 1024 * 1024  # read before each measurement
 
 STEPS = 8  # measured, after as many to warm up
 PARTS = 8  # of a batch, for the cost of small micro-batches
@@ -60,32 +57,12 @@ class Link:
     cores: int | None = None
 
 
-@dataclass(slots=True)
-class _Clock:  # mutable: it collects
-    """Times of named actions, each after a pause."""
-
-    pause_s: float = 0.0
-    seconds: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
-    other: npt.NDArray[np.uint8] = field(default_factory=lambda: np.ones(CACHES_BYTES, np.uint8), repr=False)
-
-    def time(self, party: str, what: str, action: Callable[[], T]) -> T:
-        self.other.max()
-        time.sleep(self.pause_s)
-        began = time.perf_counter()
-        found = action()
-        self.seconds[party, what].append(time.perf_counter() - began)
-        return found
-
-    def median(self, party: str, what: str) -> float:
-        return median(self.seconds[party, what])
-
-
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What was measured with micro-batches of one size."""
 
     rows: int
-    clock: _Clock = field(repr=False)
+    clock: Stopwatch = field(repr=False)
     activations: Mapping[str, Payload] = field(repr=False)  # of one micro-batch, as they were computed
     gradients: Mapping[str, Payload] = field(repr=False)
 
@@ -96,6 +73,7 @@ class Measured:
 
     samples: tuple[Sample, Sample]
     chill: float  # how many times as long everything takes after a pause
+    crowd: float  # and beside one other that computes on this machine
     relu: Mapping[str, bool]  # whose zeros ask for no gradient
     commit_s: float
 
@@ -109,15 +87,16 @@ def measure(job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table
     """Run a few steps of every stage in this thread."""
     n_rows = tables[job.label_holder].n_rows
     plain = {"wire": JobWire(), "holdout": 0.0, "early_stopping": None, "epochs": 1_000_000}
-    samples, chills = [], []
+    samples, chills, crowds = [], [], []
     for parts in (1, min(PARTS, job.batch_size)):
         changed = job.model_copy(update={**plain, "pipeline": JobPipeline(micro_batches=parts)})
         stages = _Stages.build(changed, files, tables, changed.batches(n_rows))
         samples.append(stages.sample())
         chills.append(stages.chill(samples[-1]))
+        crowds.append(stages.crowd(samples[-1]))
     with TemporaryDirectory(prefix="sl_queue-plan-") as folder:
         commit_s = stages.commit_s(Path(folder))
-    return Measured((samples[0], samples[1]), chills[0], stages.relu(), commit_s)
+    return Measured((samples[0], samples[1]), chills[0], crowds[0], stages.relu(), commit_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +117,27 @@ class _Stages:
 
     def sample(self) -> Sample:
         """A few steps, after as many to warm up."""
-        self._steps(_Clock(), range(STEPS))
-        clock = _Clock()
+        self._steps(Stopwatch(), range(STEPS))
+        clock = Stopwatch()
         sent, back = self._steps(clock, range(STEPS, 2 * STEPS))
         return Sample(len(self.batches.rows(MicroBatch(0, 0))), clock, sent, back)
 
     def chill(self, sample: Sample) -> float:
         """How many times as long a step takes whose every action comes after a pause."""
-        clock = _Clock(COLD_S)
+        clock = Stopwatch(COLD_S)
         self._steps(clock, range(2 * STEPS, 3 * STEPS))
-        paused, straight = (sum(c.median(*action) for action in clock.seconds) for c in (clock, sample.clock))
-        return max(1.0, paused / straight)
+        return clock.times_as_long_as(sample.clock)
 
-    def _steps(self, clock: _Clock, steps: range) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
+    def crowd(self, sample: Sample) -> float:
+        """How many times as long a step takes while another core does nothing but copy."""
+        if os.cpu_count() == 1:
+            return 1.0
+        clock = Stopwatch()
+        with copying():
+            self._steps(clock, range(3 * STEPS, 4 * STEPS))
+        return clock.times_as_long_as(sample.clock)
+
+    def _steps(self, clock: Stopwatch, steps: range) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
         """The activations and gradients of the last one's first micro-batch, which is as large as any."""
         for step in steps:
             for index in reversed(range(self.batches.parts(step))):
@@ -161,7 +148,7 @@ class _Stages:
         return sent, back
 
     def _micro_batch(
-        self, clock: _Clock, micro_batch: MicroBatch
+        self, clock: Stopwatch, micro_batch: MicroBatch
     ) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
         """Its activations and gradients."""
         sent = {}
@@ -190,7 +177,7 @@ class _Stages:
         found = {}
         for party, base in self.bases.items():
             base.wire = Wire(compress="bitmap")
-            found[party] = asks_for_less(base.forward(MicroBatch(3 * STEPS, 0))) is not None
+            found[party] = asks_for_less(base.forward(MicroBatch(4 * STEPS, 0))) is not None
         return found
 
 
@@ -208,7 +195,7 @@ class _Travel:
     @classmethod
     def of(cls, wire: Wire, payload: Payload, relu: bool, wanted: Mask | None) -> "_Travel":
         header = Header("a" * 12, 0, Kind.ACTIVATION, "party", "party", MicroBatch(0, 0))
-        clock = _Clock()
+        clock = Stopwatch()
         body = b""
         for _ in range(STEPS):
             packed = clock.time("", "pack", lambda: wire.pack(payload, relu=relu, wanted=wanted))
@@ -260,6 +247,7 @@ def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Han
         driver=handling.driver,
         beside=handling.beside,
         chill=measured.chill,
+        crowd=measured.crowd,
         rtt_s=rtt_s,
         bytes_per_s=None if link.mbit_s is None else link.mbit_s * 1e6 / 8,
         cores=link.cores,

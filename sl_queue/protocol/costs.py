@@ -1,0 +1,63 @@
+"""What a run's speed depends on, apart from its pipeline: seconds by rows and bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+COLD_S = 0.005  # a worker that has waited so long is as cold as it becomes
+LABEL = ""  # the label holder's name in here: no party can be called so
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A cost with a fixed part and one for each row or byte, in seconds."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+
+    def __call__(self, count: float) -> float:
+        return self.fixed + self.each * count
+
+    def __add__(self, other: "Affine") -> "Affine":
+        return Affine(self.fixed + other.fixed, self.each + other.each)
+
+    def of(self, count: "Affine") -> "Affine":
+        """This cost where the count follows from another one."""
+        return Affine(self(count.fixed), self.each * count.each)
+
+    @classmethod
+    def through(cls, one: tuple[float, float], other: tuple[float, float]) -> "Affine":
+        """The line through two measured (count, seconds), never falling and never below zero."""
+        (few, little), (many, much) = sorted((one, other))
+        each = max(0.0, (much - little) / (many - few)) if many > few else 0.0
+        return cls(max(0.0, little - each * few), each)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureCosts:
+    """What a feature party's micro-batch costs, by its rows, and its messages' sizes."""
+
+    forward: Affine
+    backward: Affine
+    update_s: float
+    activation_bytes: Affine  # by rows
+    gradient_bytes: Affine
+    prepare: Affine = Affine()  # for the next forward, when the activation is on its way
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """All that a run's speed depends on, apart from its pipeline."""
+
+    features: Mapping[str, FeatureCosts]
+    fuse: Affine  # of one micro-batch with all parties' activations, by rows
+    fuse_update_s: float
+    commit_s: float  # beside what comes next, until the next message is received
+    fuse_prepare: Affine  # before it waits for activations, by rows
+    handling: Affine  # of one message by the broker, by bytes
+    driver: Affine = Affine()  # of one message by the driver of a worker, at either end
+    beside: Affine = Affine()  # what it costs of shared cores while nobody waits for it, by bytes
+    chill: float = 1.0  # how many times as long everything takes a worker that is cold
+    crowd: float = 1.0  # and who shares cores with one other that computes; with each further one as much again
+    rtt_s: float = 0.0
+    bytes_per_s: float | None = None  # of a party's link, each way; None: no limit
+    cores: int | None = None  # that all parties and the broker share; None: enough for each
