@@ -2,9 +2,9 @@
 
 Each worker does its actions in order; a message passes its sender's driver, the broker, its party's link and its
 receiver's driver: drivers and links take one after the other, the broker one of each party and direction. Where all
-parties share one machine's cores, what is computed or handled at the same time is slowed down evenly, also by what
-a message costs beside its way, such as its confirm, and a little by who computes on other cores. What a worker does after
-it has waited takes longer, the longer it has waited: its caches are cold, and its core asleep.
+parties share one machine's cores, what is computed or handled at the same time is slowed down evenly, also by what a
+message costs beside its way, such as its confirm, and a little by who computes on another core. What a worker does
+after it has waited takes longer, the longer it has waited: its caches are cold, and its core asleep.
 """
 
 import heapq

@@ -150,7 +150,7 @@ class RabbitLink:
         self.close()
 
     def _closing(self) -> TransportError:
-        return TransportError(f"the link of party {self._place.party!r} is closed")
+        return TransportError(f"the link of {self._place.who} is closed")
 
     def _wake(self, *, may_send: bool = False) -> None:
         """Have it done: soon by the I/O thread, or here and now."""
@@ -201,7 +201,7 @@ class RabbitLink:
         except SlQueueError as error:
             self._fail(error)
         except Exception as error:
-            log.exception("party %r: the link failed", self._place.party)
+            log.exception("%s: the link failed", self._place.who)
             self._fail(SlQueueError(f"{type(error).__name__}: {error}"))
         finally:
             if self._session is not None:
@@ -221,13 +221,13 @@ class RabbitLink:
             if ended.error is not None:
                 raise ended.error
             fruitless = 0 if session.fruitful else fruitless + 1
-            log.warning("party %r: lost the broker (%s); connecting again", self._place.party, ended.reason)
+            log.warning("%s: lost the broker (%s); connecting again", self._place.who, ended.reason)
             await self._pause(ended, fruitless, brief=time.monotonic() - began < BRIEF_S)
             busy_s = limits.busy_s + 2 * HEARTBEAT_S  # until the broker has noticed that our last connection is lost
             session = await self._connect(
                 limits.lost_s, busy_s, on=(Lost, Denied), before_deliveries=self._on_reconnect
             )
-            log.info("party %r: connected again", self._place.party)
+            log.info("%s: connected again", self._place.who)
 
     async def _pause(self, ended: Ended, fruitless: int, *, brief: bool) -> None:
         """Between two sessions; longer and longer while they confirm and deliver nothing."""
@@ -258,15 +258,15 @@ class RabbitLink:
                 raise
             return session
 
-        party = self._place.party
-        say = f"party {party!r}: no connection to the broker at {self._where}"
+        who = self._place.who
+        say = f"{who}: no connection to the broker at {self._where}"
         try:
             return await persist(attempt, on=on, limit_s=limit_s, pauses=CONNECTING, say=say)
         except Denied as denied:
-            raise BrokerUnreachable(f"the broker at {self._place.address} refuses party {party!r}: {denied}") from None
+            raise BrokerUnreachable(f"the broker at {self._place.address} refuses {who}: {denied}") from None
         except Lost as lost:
             raise BrokerUnreachable(
-                f"party {party!r} cannot use the broker at {self._where}: {lost}; tried for {limit_s:.0f} s, "
+                f"{who} cannot use the broker at {self._where}: {lost}; tried for {limit_s:.0f} s, "
                 "start the broker or correct its URL"
             ) from None
 

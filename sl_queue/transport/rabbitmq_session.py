@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from sl_queue.errors import BrokerUnreachable, JobError, PartyBusy, SlQueueError, TransportError, Unroutable
-from sl_queue.protocol.messages import OPERATOR
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery, Tag
 from sl_queue.transport.rabbitmq_connection import Address, Channel, Connection, Denied, Lost, Refused
@@ -39,6 +39,11 @@ class Place:
     prefetch: int  # unacknowledged messages of one sender, 0 for any number
     queue_type: QueueType
     limits: Limits
+
+    @property
+    def who(self) -> str:
+        """As messages for people name it."""
+        return f"the {self.party}" if self.party in (SCHEDULER, OPERATOR) else f"party {self.party!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +117,18 @@ class Session:
 
     async def _take(self, queue: int, busy_s: float) -> None:
         """Become the one consumer of a queue; the first queue is the lock of the party."""
-        party = self._place.party
+        who = self._place.who
         try:
             await persist(
                 lambda: self._consume(queue),
                 on=_Busy,
                 limit_s=busy_s,
                 pauses=LOCKING,
-                say=f"party {party!r}: another worker serves it",
+                say=f"{who}: another worker serves it",
             )
         except _Busy:
             raise PartyBusy(
-                f"another worker already serves party {party!r} at {self._place.address}, and did not end within "
+                f"another worker already serves {who} at {self._place.address}, and did not end within "
                 f"{busy_s:.0f} s; stop one of the two"
             ) from None
 
@@ -165,7 +170,7 @@ class Session:
         try:
             self._on_delivery(Delivery(self._senders[queue], body, Tag((self._number, queue, tag)), redelivered))
         except Exception as error:
-            log.exception("party %r: a delivery could not be taken", self._place.party)
+            log.exception("%s: a delivery could not be taken", self._place.who)
             self._end("a delivery could not be taken", SlQueueError(f"{type(error).__name__}: {error}"))
 
     def acknowledge(self, tags: Sequence[Tag]) -> None:
@@ -280,7 +285,7 @@ class Session:
         if self._mending is None:
             wait_s = pause_s(message.troubles, PUBLISHING)
             why = "no queue is bound; declaring it again" if unroutable else "the queue is full"
-            log.warning("party %r: %s: %s; publishing again in %.1f s", self._place.party, where, why, wait_s)
+            log.warning("%s: %s: %s; publishing again in %.1f s", self._place.who, where, why, wait_s)
             self._mending = asyncio.create_task(self._mend(wait_s))
 
     async def _mend(self, wait_s: float) -> None:
@@ -319,13 +324,13 @@ class Session:
 
     def _on_blocked(self, reason: str) -> None:
         limit_s = self._place.limits.lost_s
-        log.warning("party %r: the broker takes no messages (%s); waiting %.0f s", self._place.party, reason, limit_s)
+        log.warning("%s: the broker takes no messages (%s); waiting %.0f s", self._place.who, reason, limit_s)
         text = f"the broker at {self._place.address} took no messages for {limit_s:.0f} s ({reason})"
         error = TransportError(f"{text}; free memory or disk there")
         self._blocked = asyncio.get_running_loop().call_later(limit_s, lambda: self._end("blocked", error))
 
     def _on_unblocked(self) -> None:
-        log.info("party %r: the broker takes messages again", self._place.party)
+        log.info("%s: the broker takes messages again", self._place.who)
         if self._blocked is not None:
             self._blocked.cancel()
             self._blocked = None
