@@ -282,6 +282,11 @@ def test_a_failure_stops_the_others_with_its_reason_and_the_first_one_counts() -
     assert (mind.state.error, mind.state.reason, mind.orders) == (before.error, before.reason, ())
 
 
+def test_a_reason_names_its_party_once() -> None:
+    said = "party 'a', micro-batch 3.1: base failed"
+    assert Mind().everyone_joins().hear("a", Failed("a1", "ComputeError", said)).state.reason == said
+
+
 @pytest.mark.parametrize("told", [True, False], ids=["told", "killed before it told"])
 def test_a_run_that_failed_at_its_end_finishes_later_without_those_who_have_finished(told: bool) -> None:
     mind = Mind(plan(epochs=1)).everyone_joins().hear("label", EpochDone("label1", 0, epoch(0)))

@@ -128,7 +128,7 @@ def _read(check: _Check, job: Job, file: PartyFile) -> _Party | None:
     table = check.attempt(lambda: read_table(job, file))
     if table is None:
         return None
-    features = "no features" if table.features is None else f"features {table.features.shape[1:]}"
+    features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
     check.ok(f"{file.party}: {table.n_rows} rows, ids are {table.id_type}, {features}{labels}")
     return _Party(file, table)

@@ -72,7 +72,8 @@ def reduce(
             return _lost(plan, state, sender, report)
         case Failed(_, error, message):
             state = changed(state, sender, stopped=True)
-            return _fail(plan, state, error, f"party {sender!r}: {message}", unless=sender)
+            who = f"party {sender!r}"
+            return _fail(plan, state, error, message if message.startswith(who) else f"{who}: {message}", unless=sender)
         case Stopped(_, step):
             return _stopped(plan, state, sender, step)
         case Finished(_, digests):
