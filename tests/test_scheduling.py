@@ -157,9 +157,9 @@ def test_a_worker_that_fails_ends_every_other_with_its_reason() -> None:
     assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "ComputeError", "RunStopped", "RunStopped"]
 
 
-def fail_while_the_label_holder_is_gone(until_it_may_come_back: Callable[[ToyRun], bool]) -> ToyRun:
+def fail_while_the_label_holder_is_gone(patience_s: float, until_it_may_come_back: Callable[[ToyRun], bool]) -> ToyRun:
     """The label holder dies at its first commit, and "b" fails in that step before it is there again."""
-    run = ToyRun(patience_s=0.3)
+    run = ToyRun(patience_s=patience_s)
     lives: list[str] = []
 
     class Failing(ToyStage):
@@ -189,12 +189,12 @@ def fail_while_the_label_holder_is_gone(until_it_may_come_back: Callable[[ToyRun
 
 def test_who_is_started_again_just_as_the_run_fails_is_told_as_well() -> None:
     run = fail_while_the_label_holder_is_gone(
-        lambda run: run.ledger.state is not None and run.ledger.state.phase is Phase.FAILED
+        10.0, lambda run: run.ledger.state is not None and run.ledger.state.phase is Phase.FAILED
     )
     assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "ComputeError", "RunStopped", "RunStopped"]
 
 
 def test_a_scheduler_of_a_run_that_failed_waits_for_nobody_longer_than_a_patience() -> None:
-    run = fail_while_the_label_holder_is_gone(lambda run: len(run.errors) == 3)
+    run = fail_while_the_label_holder_is_gone(0.3, lambda run: len(run.errors) == 3)
     assert isinstance(run.errors[3], PeerSilent), "it came when the scheduler had gone"
     assert isinstance(run.errors[2], ComputeError), "and the scheduler was the last of the others"
