@@ -17,7 +17,7 @@ from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery, Tag
-from sl_queue.transport.rabbitmq import RabbitLink
+from sl_queue.transport.rabbitmq.link import RabbitLink
 
 TOPOLOGY = Topology("label", ("feature",))
 CHECKPOINT_EVERY, MICRO_BATCHES, DEPTH = 50, 4, 4

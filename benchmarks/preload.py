@@ -4,4 +4,4 @@ import torch._dynamo  # noqa: F401 - an optimizer's first step would import it, 
 
 import sl_queue.launch.party
 import sl_queue.launch.scheduler
-import sl_queue.transport.rabbitmq  # noqa: F401
+import sl_queue.transport.rabbitmq.link  # noqa: F401

@@ -17,7 +17,7 @@ from sl_queue.protocol.topology import Topology
 from sl_queue.transport.hpke import Cipher
 from sl_queue.transport.keys import PrivateKey
 from sl_queue.transport.link import Delivery
-from sl_queue.transport.rabbitmq import RabbitLink
+from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.seal import Seal
 
 SENDER, RECEIVER = "bank", "insurer"

@@ -20,8 +20,8 @@ from sl_queue.protocol.orders import Orders
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
-from sl_queue.transport.rabbitmq import RabbitLink
-from sl_queue.transport.rabbitmq_names import QueueType
+from sl_queue.transport.rabbitmq.link import RabbitLink
+from sl_queue.transport.rabbitmq.names import QueueType
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from benchmarks.processes import together
 from benchmarks.workloads import LABEL, WORKLOADS, Workload
 from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.transport.rabbitmq_names import QueueType
+from sl_queue.transport.rabbitmq.names import QueueType
 
 TIMEOUT_S = 240.0
 _numbers = count()

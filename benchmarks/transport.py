@@ -26,8 +26,8 @@ from benchmarks.report import table
 from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.rabbitmq import RabbitLink
-from sl_queue.transport.rabbitmq_names import QueueType
+from sl_queue.transport.rabbitmq.link import RabbitLink
+from sl_queue.transport.rabbitmq.names import QueueType
 
 HOST = "127.0.0.1"
 NAMES = Topology("b", ("a",))

@@ -40,7 +40,7 @@ _forked.set_forkserver_preload(
     [
         "sl_queue.launch.party",
         "sl_queue.launch.scheduler",
-        "sl_queue.transport.rabbitmq",
+        "sl_queue.transport.rabbitmq.link",
         "torch._dynamo",
         "torchmetrics",
         "tests.crew",

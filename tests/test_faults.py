@@ -12,7 +12,7 @@ import pika
 import pytest
 
 from sl_queue.chaos.proxy import Proxy
-from sl_queue.transport.rabbitmq_connection import Address
+from sl_queue.transport.rabbitmq.address import Address
 from tests.broker import Broker, own_broker
 from tests.credit import edit
 from tests.crew import QUEUES, ROLES, Crew, limit_file_size, obey_rights, quiet_weights, with_heartbeat, write_job

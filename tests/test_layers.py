@@ -136,7 +136,7 @@ def test_importing_the_protocol_and_the_roles_loads_neither_torch_nor_pika() -> 
 
 def test_the_scheduler_and_the_operator_need_no_torch() -> None:
     program = (
-        "import sys, sl_queue.launch.scheduler, sl_queue.transport.rabbitmq, sl_queue.commands.operate\n"
+        "import sys, sl_queue.launch.scheduler, sl_queue.transport.rabbitmq.link, sl_queue.commands.operate\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

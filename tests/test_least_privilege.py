@@ -21,7 +21,7 @@ from sl_queue.deployment.definitions import QUEUE_BYTES, definitions, hashed, ki
 from sl_queue.job import Job
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.rabbitmq import RabbitLink
+from sl_queue.transport.rabbitmq.link import RabbitLink
 from tests.broker import HOST, Broker
 from tests.links import Inbox
 

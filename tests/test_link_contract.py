@@ -12,7 +12,7 @@ from sl_queue.errors import PartyBusy, TransportError
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.memory import MemoryBroker
-from sl_queue.transport.rabbitmq import RabbitLink
+from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.retry import Limits
 from tests.links import Inbox, numbered, send, two_parties
 

@@ -19,7 +19,7 @@ from sl_queue.launch.broker import sealing
 from sl_queue.local.private_broker import PrivateBroker, find_server, free_ports
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.transport.keys import read_key
-from sl_queue.transport.rabbitmq import RabbitLink
+from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.retry import Limits
 from tests.links import Inbox, send
 

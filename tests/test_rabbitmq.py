@@ -17,7 +17,7 @@ from sl_queue.errors import BrokerUnreachable, JobError, PartyBusy, SlQueueError
 from sl_queue.local.private_broker import binary, free_ports
 from sl_queue.protocol.messages import SCHEDULER, Kind, Stopped
 from sl_queue.transport.channel import PartyChannel
-from sl_queue.transport.rabbitmq import RabbitLink
+from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.retry import Limits
 from tests.broker import Broker
 from tests.links import Inbox, await_that, numbered, send, two_parties

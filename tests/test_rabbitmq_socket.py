@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pika import connection, frame, spec
 from pika.exceptions import InvalidFrameError
 
-from sl_queue.transport.rabbitmq_frames import Incoming
-from sl_queue.transport.rabbitmq_socket import SocketConnection
+from sl_queue.transport.rabbitmq.frames import Incoming
+from sl_queue.transport.rabbitmq.socket import SocketConnection
 
 FRAME_MAX = 4096
 

@@ -8,8 +8,8 @@ from sl_queue.commands.check import Finding, Level, check_job
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.rabbitmq import RabbitLink
-from sl_queue.transport.rabbitmq_rights import try_rights
+from sl_queue.transport.rabbitmq.link import RabbitLink
+from sl_queue.transport.rabbitmq.rights import try_rights
 from tests.broker import Broker
 from tests.credit import write_credit
 from tests.links import Inbox, numbered, send

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import TransportError
-from sl_queue.transport.unconfirmed import Outgoing, Unconfirmed
+from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 
 
 def outgoing(body: bytes, expires_at: float | None = None) -> Outgoing:

@@ -48,7 +48,7 @@ def _run(role: Role) -> None:
     log.setLevel(getattr(logging, os.environ.get(LOG, "info").upper(), logging.INFO))
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
     with leaving(on_interrupt="interrupted; a restart resumes from the last checkpoint"):
-        import sl_queue.transport.rabbitmq  # noqa: F401 - with the others, before anything is awaited
+        import sl_queue.transport.rabbitmq.link  # noqa: F401 - with the others, before anything is awaited
         from sl_queue.job import Job, PartyFile  # inside, so that a mistake in a file is one line and not a traceback
 
         options = (arguments.broker, arguments.state, arguments.key, arguments.metrics_port)

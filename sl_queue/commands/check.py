@@ -349,7 +349,7 @@ def _role(job: Job, broker: str, files: Sequence[PartyFile]) -> str:
 
 
 def _rights(check: _Check, job: Job, url: str, role: str) -> None:
-    from sl_queue.transport.rabbitmq_rights import try_rights  # a check without a broker loads no pika
+    from sl_queue.transport.rabbitmq.rights import try_rights  # a check without a broker loads no pika
 
     rights = try_rights(url, role, topology(job, url))
     check.ok(f"broker {redacted(url)}: reached, login accepted, tried as {role}")

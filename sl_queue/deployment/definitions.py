@@ -16,7 +16,7 @@ from typing import Any
 from sl_queue.job import Job
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.rabbitmq_names import dead_letter_arguments, inbox_arguments
+from sl_queue.transport.rabbitmq.names import dead_letter_arguments, inbox_arguments
 
 NOTHING = "^$"  # a pattern that no name matches
 QUEUE_BYTES = 512 * 1024 * 1024  # ready in one queue; then its sender has to wait

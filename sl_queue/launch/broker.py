@@ -35,7 +35,7 @@ def connector(job: Job, broker: str, limits: Limits = Limits()) -> Connect:
     if broker == MEMORY:
         memory = MemoryBroker()
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
-    from sl_queue.transport.rabbitmq import RabbitLink  # a run over memory loads no pika
+    from sl_queue.transport.rabbitmq.link import RabbitLink  # a run over memory loads no pika
 
     return lambda party, prefetch: RabbitLink(
         broker, party, topology(job, broker), prefetch, queue_type=job.broker.queues, limits=limits

@@ -15,8 +15,9 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker, UnroutableError
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.rabbitmq_connection import Address, why_not
-from sl_queue.transport.rabbitmq_names import ACCESS_REFUSED
+from sl_queue.transport.rabbitmq.address import Address
+from sl_queue.transport.rabbitmq.failures import why_not
+from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED
 
 NOT_FOUND = 404
 NOBODY = "check.check.nobody"  # a routing key that no queue is bound with

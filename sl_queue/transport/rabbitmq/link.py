@@ -21,11 +21,13 @@ from sl_queue.errors import BrokerUnreachable, SlQueueError, TransportError
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery, Tag
-from sl_queue.transport.rabbitmq_connection import HEARTBEAT_S, Address, Denied, Lost
-from sl_queue.transport.rabbitmq_names import QueueType
-from sl_queue.transport.rabbitmq_session import Ended, Place, Session
+from sl_queue.transport.rabbitmq.address import HEARTBEAT_S, Address
+from sl_queue.transport.rabbitmq.failures import Denied, Lost
+from sl_queue.transport.rabbitmq.names import QueueType
+from sl_queue.transport.rabbitmq.place import Ended, Place
+from sl_queue.transport.rabbitmq.session import Session
+from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import CONNECTING, Limits, pause_s, persist
-from sl_queue.transport.unconfirmed import Outgoing, Unconfirmed
 
 BRIEF_S = 5.0  # a session that ends sooner is followed by a pause
 SMALL_BYTES = 64 * 1024  # a message that its publisher sends itself

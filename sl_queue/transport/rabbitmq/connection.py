@@ -5,116 +5,17 @@ pika is used by one thread only, the one that runs the loop.
 
 import asyncio
 import logging
-import ssl
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import SplitResult, parse_qs, unquote, urlencode, urlsplit
 
 import pika
-from pika.exceptions import (
-    AMQPError,
-    ChannelClosedByBroker,
-    ConnectionClosedByBroker,
-    ProbableAccessDeniedError,
-    ProbableAuthenticationError,
-)
+from pika.exceptions import AMQPError, ChannelClosedByBroker
 
-from sl_queue.errors import JobError
-from sl_queue.transport.rabbitmq_socket import SocketConnection, dial
+from sl_queue.transport.rabbitmq.address import CONNECT_S, Address
+from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused, said, why_not
+from sl_queue.transport.rabbitmq.socket import SocketConnection, dial
 
-HEARTBEAT_S = 15  # a half-open connection is noticed after 20 s here, after 30 s at the broker
-CONNECT_S = 10.0
 CLOSE_S = 3.0
-
-
-class Lost(Exception):
-    """There is no connection, or no longer: trying again may help."""
-
-
-class Denied(Exception):
-    """The broker will not have us: wrong password, missing virtual host, missing rights. Says what to do."""
-
-
-class Refused(Exception):
-    """The broker closed a channel because of what was asked there."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code, self.text = code, text
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a node of a broker is and who asks; its text never shows a password."""
-
-    url: str = field(repr=False)
-    host: str
-    port: int
-    vhost: str
-    user: str
-
-    @classmethod
-    def parse(cls, url: str) -> "tuple[Address, ...]":
-        """The nodes of a broker: `amqp://USER:PASSWORD@HOST:PORT,HOST:PORT/VHOST`. Raises JobError for another text."""
-        try:
-            parts = urlsplit(url)
-            login, at, hosts = parts.netloc.rpartition("@")
-            return tuple(cls._of(parts._replace(netloc=f"{login}{at}{host}")) for host in hosts.split(","))
-        except (ValueError, TypeError, SyntaxError, OSError) as error:
-            raise JobError(f"the broker's URL cannot be used: {error}") from None
-
-    @classmethod
-    def _of(cls, parts: SplitResult) -> "Address":
-        host, port = parts.hostname, parts.port or (5671 if parts.scheme == "amqps" else 5672)
-        if parts.scheme not in ("amqp", "amqps") or not host:
-            raise ValueError("amqp://USER:PASSWORD@HOST:PORT/VHOST expected, or amqps://")
-        if parts.username is not None and parts.password is None:  # pika wants one
-            parts = parts._replace(netloc=f"{parts.username}:@{parts.netloc.rpartition('@')[2]}")
-        vhost, user = unquote(parts.path[1:]) or "/", unquote(parts.username or "guest")
-        address = cls(parts.geturl(), host, port, vhost, user)
-        address.parameters("")
-        return address
-
-    def parameters(self, name: str) -> pika.URLParameters:
-        """What pika is told; options in the URL's query are the user's own."""
-        parts = urlsplit(self.url)
-        own = parse_qs(parts.query)
-        tls = {name: own.pop(name)[-1] for name in _TLS_OPTIONS if name in own}  # pika does not know them
-        parameters = pika.URLParameters(parts._replace(query=urlencode(own, doseq=True)).geturl())
-        if tls:
-            _secure(parameters, self.host, tls)
-        if "heartbeat" not in own:
-            parameters.heartbeat = HEARTBEAT_S
-        if parameters.ssl_options is not None and parameters.ssl_options.server_hostname is None:
-            parameters.ssl_options.server_hostname = self.host
-        parameters.socket_timeout = parameters.stack_timeout = CONNECT_S
-        parameters.connection_attempts = 1
-        parameters.client_properties = {"connection_name": name}
-        return parameters
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}, virtual host {self.vhost!r}"
-
-
-_TLS_OPTIONS = ("cacertfile", "certfile", "keyfile", "auth_mechanism")  # as in RabbitMQ's own URIs
-
-
-def _secure(parameters: pika.URLParameters, host: str, options: Mapping[str, str]) -> None:
-    """Whom to trust, and how to log in with a certificate. Raises ValueError, OSError."""
-    for name in ("cacertfile", "certfile", "keyfile"):
-        if name in options and not Path(options[name]).is_file():
-            raise ValueError(f"{name} = {options[name]!r}: there is no such file")
-    mechanism = options.get("auth_mechanism", "plain")
-    if mechanism not in ("plain", "external"):
-        raise ValueError(f"auth_mechanism = {mechanism!r}: it is plain or external")
-    context = ssl.create_default_context(cafile=options.get("cacertfile"))
-    if "certfile" in options:
-        context.load_cert_chain(options["certfile"], options.get("keyfile"))
-    if mechanism == "external":
-        parameters.credentials = pika.credentials.ExternalCredentials()
-    parameters.ssl_options = pika.SSLOptions(context, host)
 
 
 class Connection:
@@ -144,7 +45,7 @@ class Connection:
             parameters,
             on_open_callback=lambda _: _resolve(self._opened, None),
             on_open_error_callback=lambda _, error: _resolve(self._opened, why_not(self._caused(error), self._address)),
-            on_close_callback=lambda _, error: _resolve(self.lost, _said(self._caused(error))),
+            on_close_callback=lambda _, error: _resolve(self.lost, said(self._caused(error))),
         )
         try:
             await asyncio.wait([self._opened], timeout=CONNECT_S)
@@ -266,14 +167,14 @@ class Channel:
         try:
             self._pika.basic_publish(exchange, routing_key, body, properties, mandatory=True)
         except AMQPError as error:
-            raise Lost(_said(error)) from None
+            raise Lost(said(error)) from None
 
     def acknowledge(self, tag: int, *, and_before: bool) -> None:
         """Raises Lost."""
         try:
             self._pika.basic_ack(tag, multiple=and_before)
         except AMQPError as error:
-            raise Lost(_said(error)) from None
+            raise Lost(said(error)) from None
 
     async def close(self) -> None:
         closed = asyncio.get_running_loop().create_future()
@@ -295,7 +196,7 @@ class Channel:
                 raise Lost(lost.result())
             return waiting.result()
         except AMQPError as error:
-            raise Lost(_said(error)) from None
+            raise Lost(said(error)) from None
         finally:
             self._answer = None
 
@@ -303,7 +204,7 @@ class Channel:
         error = (
             Refused(reason.reply_code, reason.reply_text)
             if isinstance(reason, ChannelClosedByBroker)
-            else Lost(_said(reason))
+            else Lost(said(reason))
         )
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
@@ -314,47 +215,3 @@ class Channel:
 def _resolve(future: asyncio.Future[Any], value: Any) -> None:
     if not future.done():
         future.set_result(value)
-
-
-def _said(error: BaseException) -> str:
-    """A driver's exception in words."""
-    if isinstance(error, ConnectionClosedByBroker | ChannelClosedByBroker):
-        return str(error.reply_text)
-    causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, ssl.SSLError):
-            return f"TLS failed: {cause.reason or cause}"
-        if isinstance(cause, ConnectionRefusedError):
-            return "connection refused: nothing listens there"
-        if isinstance(cause, OSError):
-            return cause.strerror or str(cause)
-    return str(causes[-1]) or type(causes[-1]).__name__
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and those that it wraps, outermost first; pika has three ways to wrap one."""
-    yield error
-    inner = [*error.args, getattr(error, "exception", None), *getattr(error, "exceptions", ()), error.__cause__]
-    for each in reversed(inner):  # of several attempts the last
-        if isinstance(each, BaseException):
-            yield from _causes(each)
-            return
-
-
-def why_not(error: BaseException, address: Address) -> Lost | Denied:
-    """Why a connection could not be opened, and whether another attempt may help."""
-    causes = list(_causes(error))
-    text = " ".join(str(cause) for cause in causes)
-    if any(isinstance(cause, ProbableAuthenticationError) for cause in causes) and "ACCESS_REFUSED" in text:
-        return Denied(f"user {address.user!r} was refused: wrong user name or password in the broker's URL")
-    if any(isinstance(cause, ProbableAccessDeniedError) for cause in causes) and "is down" not in text:
-        if "not found" in text:
-            return Denied(f"there is no virtual host {address.vhost!r}: rabbitmqctl add_vhost {address.vhost}")
-        if "refused for user" in text:
-            return Denied(
-                f"user {address.user!r} has no rights on virtual host {address.vhost!r}: "
-                f"rabbitmqctl set_permissions -p {address.vhost} {address.user} CONFIGURE WRITE READ"
-            )
-    if any(isinstance(cause, ssl.SSLError) for cause in causes):
-        return Denied(f"{_said(error)}; check the port, the certificates, and amqp:// or amqps:// in the broker's URL")
-    return Lost(_said(error))

@@ -21,7 +21,7 @@ from pika.connection import Connection, Parameters
 from pika.exceptions import StreamLostError
 from pika.tcp_socket_opts import set_sock_opts
 
-from sl_queue.transport.rabbitmq_frames import END, HEAD, Incoming, Piece
+from sl_queue.transport.rabbitmq.frames import END, HEAD, Incoming, Piece
 
 MOST_PIECES = 512  # that the kernel takes at once
 READS = 16  # in one turn of the loop; others wait for it too
@@ -148,7 +148,7 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
         except OSError as error:
             if threading.get_ident() == self._thread:
                 self._cannot_write(error)
-            else:  # it has the turn (see rabbitmq.py), but the loop is its own thread's
+            else:  # it has the turn (see link.py), but the loop is its own thread's
                 self._loop.call_soon_threadsafe(self._write)
         else:
             self._watch(False)

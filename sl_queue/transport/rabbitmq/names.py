@@ -6,7 +6,8 @@ from typing import Literal
 
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.rabbitmq_connection import Channel, Connection, Lost, Refused
+from sl_queue.transport.rabbitmq.connection import Channel, Connection
+from sl_queue.transport.rabbitmq.failures import Lost, Refused
 
 QueueType = Literal["classic", "quorum"]
 Arguments = Mapping[str, str | int]

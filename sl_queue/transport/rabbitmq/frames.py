@@ -1,4 +1,4 @@
-"""The bytes that a broker sends become AMQP frames; the way out is in rabbitmq_socket.py.
+"""The bytes that a broker sends become AMQP frames; the way out is in socket.py.
 
 What is received stays where it was received until it is understood. The buffer grows to the largest message, so a body
 is copied once, out of it, however many frames it came in.

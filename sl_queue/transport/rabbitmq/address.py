@@ -1,0 +1,86 @@
+"""Where a broker's nodes are, who asks, and how: a user's URL becomes what pika wants."""
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import SplitResult, parse_qs, unquote, urlencode, urlsplit
+
+import pika
+
+from sl_queue.errors import JobError
+
+HEARTBEAT_S = 15  # a half-open connection is noticed after 20 s here, after 30 s at the broker
+CONNECT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a node of a broker is and who asks; its text never shows a password."""
+
+    url: str = field(repr=False)
+    host: str
+    port: int
+    vhost: str
+    user: str
+
+    @classmethod
+    def parse(cls, url: str) -> "tuple[Address, ...]":
+        """The nodes of a broker: `amqp://USER:PASSWORD@HOST:PORT,HOST:PORT/VHOST`. Raises JobError for another text."""
+        try:
+            parts = urlsplit(url)
+            login, at, hosts = parts.netloc.rpartition("@")
+            return tuple(cls._of(parts._replace(netloc=f"{login}{at}{host}")) for host in hosts.split(","))
+        except (ValueError, TypeError, SyntaxError, OSError) as error:
+            raise JobError(f"the broker's URL cannot be used: {error}") from None
+
+    @classmethod
+    def _of(cls, parts: SplitResult) -> "Address":
+        host, port = parts.hostname, parts.port or (5671 if parts.scheme == "amqps" else 5672)
+        if parts.scheme not in ("amqp", "amqps") or not host:
+            raise ValueError("amqp://USER:PASSWORD@HOST:PORT/VHOST expected, or amqps://")
+        if parts.username is not None and parts.password is None:  # pika wants one
+            parts = parts._replace(netloc=f"{parts.username}:@{parts.netloc.rpartition('@')[2]}")
+        vhost, user = unquote(parts.path[1:]) or "/", unquote(parts.username or "guest")
+        address = cls(parts.geturl(), host, port, vhost, user)
+        address.parameters("")
+        return address
+
+    def parameters(self, name: str) -> pika.URLParameters:
+        """What pika is told; options in the URL's query are the user's own."""
+        parts = urlsplit(self.url)
+        own = parse_qs(parts.query)
+        tls = {name: own.pop(name)[-1] for name in _TLS_OPTIONS if name in own}  # pika does not know them
+        parameters = pika.URLParameters(parts._replace(query=urlencode(own, doseq=True)).geturl())
+        if tls:
+            _secure(parameters, self.host, tls)
+        if "heartbeat" not in own:
+            parameters.heartbeat = HEARTBEAT_S
+        if parameters.ssl_options is not None and parameters.ssl_options.server_hostname is None:
+            parameters.ssl_options.server_hostname = self.host
+        parameters.socket_timeout = parameters.stack_timeout = CONNECT_S
+        parameters.connection_attempts = 1
+        parameters.client_properties = {"connection_name": name}
+        return parameters
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}, virtual host {self.vhost!r}"
+
+
+_TLS_OPTIONS = ("cacertfile", "certfile", "keyfile", "auth_mechanism")  # as in RabbitMQ's own URIs
+
+
+def _secure(parameters: pika.URLParameters, host: str, options: Mapping[str, str]) -> None:
+    """Whom to trust, and how to log in with a certificate. Raises ValueError, OSError."""
+    for name in ("cacertfile", "certfile", "keyfile"):
+        if name in options and not Path(options[name]).is_file():
+            raise ValueError(f"{name} = {options[name]!r}: there is no such file")
+    mechanism = options.get("auth_mechanism", "plain")
+    if mechanism not in ("plain", "external"):
+        raise ValueError(f"auth_mechanism = {mechanism!r}: it is plain or external")
+    context = ssl.create_default_context(cafile=options.get("cacertfile"))
+    if "certfile" in options:
+        context.load_cert_chain(options["certfile"], options.get("keyfile"))
+    if mechanism == "external":
+        parameters.credentials = pika.credentials.ExternalCredentials()
+    parameters.ssl_options = pika.SSLOptions(context, host)

@@ -1,0 +1,165 @@
+"""What goes out on one connection: published within a window, confirmed, returned, and tried again."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+
+from sl_queue.errors import BrokerUnreachable, JobError, SlQueueError, TransportError, Unroutable
+from sl_queue.transport.link import Tag
+from sl_queue.transport.rabbitmq.connection import Channel, Connection
+from sl_queue.transport.rabbitmq.failures import Lost, Refused
+from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED, declare
+from sl_queue.transport.rabbitmq.place import End, Place
+from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
+from sl_queue.transport.retry import PUBLISHING, pause_s
+
+IN_FLIGHT_BYTES = 64 * 1024 * 1024  # given to pika and not confirmed: pika copies what it is given
+
+log = logging.getLogger("sl_queue")
+
+
+class Outlet:
+    """The way out. Mutable: it knows what is sent and not confirmed on its channel.
+
+    `acknowledge`: what is done with the deliveries that a confirmed message answers.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        connection: Connection,
+        unconfirmed: Unconfirmed,
+        acknowledge: Callable[[Sequence[Tag]], None],
+        end: End,
+    ) -> None:
+        self._place, self._connection, self._unconfirmed = place, connection, unconfirmed
+        self._acknowledge, self._end = acknowledge, end
+        self._out: Channel | None = None
+        self._open = False  # whether publishing may begin
+        self._tag = 0
+        self._sent: dict[int, tuple[int, Outgoing]] = {}
+        self._returned: set[int] = set()
+        self._in_flight = 0
+        self._mending: asyncio.Task[None] | None = None
+        self.confirmed = False  # whether anything was
+
+    async def begin(self) -> None:
+        """Have a channel; nothing is published on it yet. Raises Lost."""
+        self._out = await self._publishing()
+
+    def open(self) -> None:
+        """Publish what waits, from now on."""
+        self._open = True
+        self.pump()
+
+    def close(self) -> None:
+        """Publish nothing more: what an ended session takes is taken from the next one."""
+        self._open = False
+        if self._mending is not None:
+            self._mending.cancel()
+
+    async def _publishing(self) -> Channel:
+        """A channel to publish on. Raises Lost."""
+        out = await self._connection.channel()
+        out.on_closed = self._on_publishing_refused
+        await out.confirms(self._on_confirm, self._on_return)
+        return out
+
+    def pump(self) -> None:
+        """Publish what waits, as far as the window allows."""
+        out = self._out
+        while out is not None and self._open and not self._mending and self._in_flight < IN_FLIGHT_BYTES:
+            taken = self._unconfirmed.take()
+            if taken is None:
+                return
+            number, message = taken
+            try:
+                out.publish(
+                    number,
+                    message.exchange,
+                    message.routing_key,
+                    message.body,
+                    persistent=message.persistent,
+                    expires_in_s=message.expires_in_s(),
+                    headers=message.headers,
+                )
+            except Lost:
+                self._unconfirmed.again([number])  # the session is ending: it waits for the next one
+                return
+            self._tag += 1
+            self._sent[self._tag] = taken
+            self._in_flight += len(message.body)
+
+    def _on_return(self, number: int) -> None:
+        self._returned.add(number)
+
+    def _on_confirm(self, tag: int, and_before: bool, accepted: bool) -> None:
+        self.confirmed = True
+        tags = list(takewhile(lambda sent: sent <= tag, self._sent)) if and_before else [tag]
+        answered = [self._sent.pop(each) for each in tags if each in self._sent]
+        self._in_flight -= sum(len(message.body) for _, message in answered)
+        here = [number for number, _ in answered if accepted and number not in self._returned]
+        self._acknowledge([message.answers for message in self._unconfirmed.confirm(here) if message.answers])
+        for number, message in answered:
+            if not accepted or number in self._returned:
+                self._publish_later(number, message)
+        self.pump()
+
+    def _publish_later(self, number: int, message: Outgoing) -> None:
+        """The broker has no queue for a message, or its queue is full: try again after a pause."""
+        unroutable = number in self._returned
+        self._returned.discard(number)
+        limits = self._place.limits
+        now = time.monotonic()
+        message.troubles += 1
+        message.troubled_since = message.troubled_since or now
+        since_s = now - message.troubled_since
+        where = f"exchange {message.exchange!r} with the key {message.routing_key!r}"
+        if unroutable and since_s > limits.unroutable_s:
+            error = Unroutable(f"no queue is bound to {where}, also after declaring it again for {since_s:.0f} s")
+            self._end("unroutable", error)
+        elif not unroutable and since_s > limits.lost_s:
+            full = TransportError(f"the broker refused a message to {where} for {since_s:.0f} s: its queue is full")
+            self._end("full", full)
+        self._unconfirmed.again([number])
+        if self._mending is None and self._open:
+            wait_s = pause_s(message.troubles, PUBLISHING)
+            why = "no queue is bound; declaring it again" if unroutable else "the queue is full"
+            log.warning("%s: %s: %s; publishing again in %.1f s", self._place.who, where, why, wait_s)
+            self._mending = asyncio.create_task(self._mend(wait_s))
+
+    async def _mend(self, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+        place = self._place
+        try:
+            await declare(self._connection, place.topology, place.party, place.queue_type)
+            if place.queue_type == "quorum":
+                await self._publish_anew()
+        except Lost as lost:
+            self._end(str(lost))
+        self._mending = None
+        self.pump()
+
+    async def _publish_anew(self) -> None:
+        """A channel that met a quorum queue while its leader was lost may refuse for ever; a new one does not."""
+        if self._out is not None:
+            await self._out.close()
+        self._unconfirmed.again([number for number, _ in self._sent.values()])
+        self._sent.clear()
+        self._tag, self._in_flight = 0, 0
+        self._out = await self._publishing()
+
+    def _on_publishing_refused(self, why: Refused | Lost) -> None:
+        error: SlQueueError | None = None
+        if isinstance(why, Refused) and "larger than" in why.text:
+            error = JobError(
+                f"a message is larger than the broker accepts ({why.text}); raise micro_batches in the job, or "
+                "max_message_size at the broker"
+            )
+        elif isinstance(why, Refused) and why.code == ACCESS_REFUSED:
+            exchange = self._place.topology.exchange(self._place.party)
+            user = self._place.address.user
+            error = BrokerUnreachable(f"user {user!r} needs the write right on {exchange!r} ({why.text})")
+        self._end(str(why), error)

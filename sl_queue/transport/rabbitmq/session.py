@@ -1,0 +1,94 @@
+"""One connection's life: take the lock of the party, consume, publish, until it ends.
+
+A session is never mended: when anything of it is lost, cancelled or refused, it ends with a reason and the link makes
+the next one. Only missing queues are declared again in place. All but `reject` runs on the link's I/O thread.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from sl_queue.errors import SlQueueError, TransportError
+from sl_queue.transport.link import Delivery, Tag
+from sl_queue.transport.rabbitmq.connection import Connection
+from sl_queue.transport.rabbitmq.consuming import Inboxes
+from sl_queue.transport.rabbitmq.names import declare
+from sl_queue.transport.rabbitmq.place import Ended, Place
+from sl_queue.transport.rabbitmq.publishing import Outlet
+from sl_queue.transport.rabbitmq.unconfirmed import Unconfirmed
+
+log = logging.getLogger("sl_queue")
+
+
+class Session:
+    """Mutable: what is delivered and what is sent on its connection is void afterwards."""
+
+    def __init__(
+        self, number: int, place: Place, unconfirmed: Unconfirmed, on_delivery: Callable[[Delivery], None]
+    ) -> None:
+        self._place = place
+        self._connection = Connection(place.address, f"sl_queue {place.party}")
+        self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._inboxes = Inboxes(number, place, self._connection, unconfirmed, on_delivery, self._end)
+        self._outlet = Outlet(place, self._connection, unconfirmed, self.acknowledge, self._end)
+        self._blocked: asyncio.TimerHandle | None = None
+
+    async def begin(self, before_deliveries: Callable[[], None], busy_s: float) -> None:
+        """Connect, declare, consume. Raises Lost, Denied, PartyBusy."""
+        place = self._place
+        await self._connection.open()
+        self._connection.lost.add_done_callback(lambda lost: self._end(lost.result()))
+        self._connection.on_blocked(self._on_blocked, self._on_unblocked)
+        await declare(self._connection, place.topology, place.party, place.queue_type)
+        await self._outlet.begin()
+        before_deliveries()
+        await self._inboxes.take(busy_s)
+        if not self.ended.done():
+            self._outlet.open()
+
+    @property
+    def fruitful(self) -> bool:
+        """Whether anything was delivered or confirmed."""
+        return self._inboxes.delivered or self._outlet.confirmed
+
+    def pump(self) -> None:
+        """Publish what waits."""
+        self._outlet.pump()
+
+    def acknowledge(self, tags: Sequence[Tag]) -> None:
+        """Acknowledge those of this session."""
+        self._inboxes.acknowledge(tags)
+
+    def reject(self, tag: Tag, reason: str) -> None:
+        """To the dead letters; acknowledged when the broker has it there. May be called by any thread."""
+        self._inboxes.reject(tag, reason)
+
+    async def close(self) -> None:
+        """Leave in order; what was published and acknowledged before is processed by the broker."""
+        self._end("closed")
+        await self._connection.close()
+
+    async def abort(self) -> None:
+        """Cut the connection, if there still is one."""
+        self._end("cut")
+        await self._connection.abort("cut")
+
+    def _end(self, reason: str, error: SlQueueError | None = None) -> None:
+        if self._blocked is not None:
+            self._blocked.cancel()
+        self._outlet.close()
+        if not self.ended.done():
+            self.ended.set_result(Ended(reason, error))
+
+    def _on_blocked(self, reason: str) -> None:
+        limit_s = self._place.limits.lost_s
+        log.warning("%s: the broker takes no messages (%s); waiting %.0f s", self._place.who, reason, limit_s)
+        text = f"the broker at {self._place.address} took no messages for {limit_s:.0f} s ({reason})"
+        error = TransportError(f"{text}; free memory or disk there")
+        self._blocked = asyncio.get_running_loop().call_later(limit_s, lambda: self._end("blocked", error))
+
+    def _on_unblocked(self) -> None:
+        log.info("%s: the broker takes messages again", self._place.who)
+        if self._blocked is not None:
+            self._blocked.cancel()
+            self._blocked = None
