@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from sl_queue.commands.check import Finding, Level, check_job
+from sl_queue.commands.check import check_job
+from sl_queue.commands.findings import Finding, Level
 from tests.credit import FILES, bank_columns, edit, write_bank, write_credit
 
 torch.set_num_threads(1)
@@ -138,6 +139,13 @@ def test_a_message_that_rabbitmq_4_refuses_is_a_warning_that_says_what_fits(job:
     assert not texts(check(job)[1], Level.WARNING)
     edit(job, f"micro_batches = {fitting[1]}", f"micro_batches = {int(fitting[1]) - 1}")
     assert texts(check(job)[1], Level.WARNING)
+
+
+@pytest.mark.parametrize(("dtype", "row_bytes"), [("float32", 128), ("float16", 64), ("int8", 32 + 4)])
+def test_the_largest_message_is_as_large_as_it_travels(job: Path, dtype: str, row_bytes: int) -> None:
+    edit(job, "[pipeline]", f'[wire]\ndtype = "{dtype}"\ncompress = "bitmap"\n\n[pipeline]')
+    _, findings = check(job)
+    assert f"(32 rows of {row_bytes} bytes and a header)" in told(findings)
 
 
 def test_too_much_computing_between_two_commits_is_a_warning(tmp_path: Path) -> None:

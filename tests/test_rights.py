@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sl_queue.commands.check import Finding, Level, check_job
+from sl_queue.commands.check import check_job
+from sl_queue.commands.findings import Finding, Level
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.topology import Topology

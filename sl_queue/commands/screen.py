@@ -7,15 +7,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:  # it would bring torch
-    from sl_queue.commands.check import Finding
+from sl_queue.commands.findings import Finding
 
 Status = Mapping[str, Any]
 
@@ -179,7 +178,7 @@ def status_view(status: Status) -> Group:
 COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
 
 
-def show_finding(console: Console, finding: "Finding") -> None:
+def show_finding(console: Console, finding: Finding) -> None:
     """One line of `sl-queue check`."""
     colour = COLOURS[finding.level]
     console.print(Text.assemble((f"{finding.level:8}", colour), finding.text), soft_wrap=True)
