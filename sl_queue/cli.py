@@ -171,7 +171,7 @@ def _run_processes(
 
     places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
     seal = sealing(job, OPERATOR, key_in(keys, OPERATOR), broker)
-    with Screen() as screen:
+    with Screen(epochs=False) as screen:
         failure = run_processes(job, job_file, places, broker, screen, seal)
     if failure is not None:
         print(f"error: {failure.worker}: {failure.reason}", file=sys.stderr)

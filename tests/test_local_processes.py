@@ -146,6 +146,8 @@ def test_over_rabbitmq_the_weights_are_those_of_memory(job: Path, broker_url: st
         assert not any(password in word for words in command_lines for word in words)
         assert run.wait() == 0, run.text
         assert password not in run.text
+    told = re.findall(r"scheduler: epoch (\d+)/\d+  loss \d\.\d{4}  held-out loss .* s$", run.text, re.MULTILINE)
+    assert told == [str(epoch + 1) for epoch in range(EPOCHS)] and run.text.count(f"epoch 2/{EPOCHS}") == 1
     assert weights(run.out) == quiet
     history = (run.out / "scheduler" / "history.jsonl").read_text().splitlines()
     assert len(history) == EPOCHS

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sl_queue.commands.findings import Finding
+from sl_queue.protocol.run_state import epoch_text, number_text
 
 Status = Mapping[str, Any]
 
@@ -58,9 +59,12 @@ class _Bar(Progress):
 
 
 class Screen:
-    """Follows a run's status on stderr until it is left; mutable: it draws over what it drew before."""
+    """Follows a run's status on stderr until it is left; mutable: it draws over what it drew before.
 
-    def __init__(self, log_level: int = logging.INFO) -> None:
+    `epochs`: with a line for each epoch where nobody looks; a scheduler in a process of its own tells them itself.
+    """
+
+    def __init__(self, log_level: int = logging.INFO, *, epochs: bool = True) -> None:
         self.console = stderr()
         self._level = log_level
         self._bar = _Bar(
@@ -72,6 +76,7 @@ class Screen:
         )
         self._task = self._bar.add_task("waiting for the scheduler", total=1, numbers="")
         self._samples: deque[tuple[float, int]] = deque()
+        self._tells_epochs = epochs and not self.console.is_terminal
         self._epochs: int | None = None  # shown so far; what a resumed run brings is not shown again
         self._log = _LogLines(self.console)
 
@@ -97,12 +102,12 @@ class Screen:
     def status(self, status: Status) -> None:
         """The newest status of the run."""
         rate = self._samples_per_s(status["samples"])
-        known = len(status["history"]) if self._epochs is None or self.console.is_terminal else self._epochs
+        known = len(status["history"]) if self._epochs is None or not self._tells_epochs else self._epochs
         for done in status["history"][known:]:
             self.console.print(f"{_where_and_numbers(status, done)}  samples/s {_rate(rate)}", soft_wrap=True)
         self._epochs = len(status["history"])
         self._bar.below = _where_and_numbers(status, status["history"][-1]) if status["history"] else ""
-        loss = "" if status["loss"] is None else f"loss {_number(status['loss'])}  samples/s {_rate(rate)}"
+        loss = "" if status["loss"] is None else f"loss {number_text(status['loss'])}  samples/s {_rate(rate)}"
         self._bar.update(
             self._task,
             description=_where(status),
@@ -131,17 +136,12 @@ def _where(status: Status) -> str:
     return f"{status['job']}:{running} epoch {epoch}/{status['epochs']}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _rate(samples_per_s: float | None) -> str:
     return "-" if samples_per_s is None else f"{samples_per_s:,.0f}"
 
 
 def _where_and_numbers(status: Status, epoch: Mapping[str, Any]) -> str:
-    held_out = "".join(f"  held-out {name} {_number(value)}" for name, value in (epoch["holdout"] or {}).items())
-    return f"{status['job']}: epoch {epoch['epoch'] + 1}/{status['epochs']}  loss {_number(epoch['loss'])}{held_out}"
+    return f"{status['job']}: {epoch_text(epoch, status['epochs'])}"
 
 
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
@@ -149,9 +149,9 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
     metrics = list((history[0]["holdout"] or {}) if history else ())
     table = Table("epoch", "step", "loss", *(f"held-out {name}" for name in metrics), "seconds", box=None)
     for epoch in history:
-        held_out = [_number(epoch["holdout"][name]) for name in metrics]
+        held_out = [number_text(epoch["holdout"][name]) for name in metrics]
         seconds = f"{epoch['seconds']:.1f}"
-        table.add_row(str(epoch["epoch"]), str(epoch["step"]), _number(epoch["loss"]), *held_out, seconds)
+        table.add_row(str(epoch["epoch"]), str(epoch["step"]), number_text(epoch["loss"]), *held_out, seconds)
     return table
 
 
@@ -164,7 +164,7 @@ def status_view(status: Status) -> Group:
         f"{status['phase']}: {done}",
     ]
     if status["loss"] is not None:
-        head.append(f"loss {_number(status['loss'])}")
+        head.append(f"loss {number_text(status['loss'])}")
     if status["reason"]:
         head.append(f"reason: {status['reason']}")
     table = Table("party", "state", "steps done", "committed", "silent", "waits for", box=None)

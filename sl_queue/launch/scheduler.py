@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sl_queue.job import Job
 from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.party_file import BROKER, read_url
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.run_state import EarlyStopping, Plan, RunState
+from sl_queue.protocol.run_state import EarlyStopping, Plan, RunState, epoch_text
 from sl_queue.roles.scheduler import Scheduler
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
@@ -40,8 +41,29 @@ def run_scheduler(
     url = read_url(given)
     require_network(url)
     seal = sealing(job, SCHEDULER, key_file(key), url)
-    on_status = (lambda _: None) if metrics is None else _show(metrics)
+    epochs = _Epochs()
+    show = None if metrics is None else _show(metrics)
+
+    def on_status(status: Mapping[str, Any]) -> None:
+        epochs.tell(status)
+        if show is not None:
+            show(status)
+
     serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), on_status, Channels(), seal)
+
+
+@dataclass(slots=True)
+class _Epochs:  # mutable: it remembers what it told
+    """A log line for each epoch that ends; what a resumed run brings is not told again."""
+
+    told: int | None = None
+
+    def tell(self, status: Mapping[str, Any]) -> None:
+        history = status["history"]
+        for epoch in history[len(history) if self.told is None else self.told :]:
+            text = epoch_text(epoch, status["epochs"])
+            log.info("scheduler: %s  after step %d, %.1f s", text, epoch["step"], epoch["seconds"])
+        self.told = len(history)
 
 
 def serve_scheduler(

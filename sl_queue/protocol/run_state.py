@@ -147,6 +147,17 @@ def history_line(result: EpochResult) -> dict[str, Any]:
     return line | {"seconds": result.seconds}
 
 
+def epoch_text(line: Mapping[str, Any], epochs: int) -> str:
+    """The same as people read it."""
+    held_out = "".join(f"  held-out {name} {number_text(value)}" for name, value in (line["holdout"] or {}).items())
+    return f"epoch {line['epoch'] + 1}/{epochs}  loss {number_text(line['loss'])}{held_out}"
+
+
+def number_text(value: float | None) -> str:
+    """A loss or a metric, four digits; a metric may have no value."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def with_member(state: RunState, party: str, member: Member) -> RunState:
     return replace(state, members={**state.members, party: member})
 

@@ -1,0 +1,55 @@
+"""What `sl-queue check` looked at, and what it saw."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from sl_queue.errors import SlQueueError
+
+T = TypeVar("T")
+
+
+class Level(StrEnum):
+    """How a finding is meant."""
+
+    OK = "ok"
+    NOTE = "note"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that the check looked at, and what it saw."""
+
+    level: Level
+    text: str
+    exit_code: int = 0
+
+
+@dataclass(slots=True)
+class Check:  # mutable: it remembers the first error
+    say: Callable[[Finding], None]
+    exit_code: int = 0
+
+    def ok(self, text: str) -> None:
+        self.say(Finding(Level.OK, text))
+
+    def note(self, text: str) -> None:
+        self.say(Finding(Level.NOTE, text))
+
+    def warn(self, text: str) -> None:
+        self.say(Finding(Level.WARNING, text))
+
+    def error(self, error: SlQueueError) -> None:
+        self.say(Finding(Level.ERROR, str(error), error.exit_code))
+        self.exit_code = self.exit_code or error.exit_code
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """What the action returns, or None after its error has become a finding."""
+        try:
+            return action()
+        except SlQueueError as error:
+            self.error(error)
+            return None
