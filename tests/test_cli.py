@@ -58,6 +58,17 @@ def test_local_trains_to_final_weights_and_says_where_they_are(job: Path) -> Non
     assert "epoch 5/5" in run.stderr and "samples/s" in run.stderr
 
 
+def test_without_held_out_rows_the_history_has_only_the_loss(job: Path) -> None:
+    edit(job, "holdout = 0.2", "# no holdout")
+    run = local(job, "--out", job.parent / "run")
+    assert run.returncode == 0, run.stderr
+    assert re.match(r" epoch +step +loss +seconds *\n", run.stdout)
+    assert len(re.findall(r"^ \d ", run.stdout, re.MULTILINE)) == 5
+    assert re.search(r"epoch 5/5  loss \d\.\d{4}  samples/s", run.stderr)
+    history = (job.parent / "run" / "scheduler" / "history.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["holdout"] is None for line in history)
+
+
 def test_a_finished_run_says_so_and_exits_0(job: Path) -> None:
     first = local(job, "--out", job.parent / "run")
     again = local(job, "--out", job.parent / "run")

@@ -213,7 +213,7 @@ def test_only_the_label_holder_measures_epochs_and_only_once_and_in_order() -> N
 
 def test_a_line_of_history_has_the_holdout_only_if_there_is_one() -> None:
     assert history_line(epoch(0)) == {"epoch": 0, "step": 1, "loss": 0.1, "holdout": {"loss": 0.5}, "seconds": 0.0}
-    assert "holdout" not in history_line(EpochResult(0, 1, 0.1, None))
+    assert history_line(EpochResult(0, 1, 0.1, None))["holdout"] is None
 
 
 # Early stopping -----------------------------------------------------------------------------------------------

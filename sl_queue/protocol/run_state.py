@@ -140,11 +140,15 @@ def restarted(state: RunState, now: float) -> RunState:
 
 
 def history_line(result: EpochResult) -> dict[str, Any]:
-    """One line of history.jsonl."""
-    line: dict[str, Any] = {"epoch": result.epoch, "step": result.step, "loss": result.loss}
-    if result.holdout is not None:
-        line["holdout"] = dict(result.holdout)
-    return line | {"seconds": result.seconds}
+    """One line of history.jsonl; `holdout` is None where no rows are held out."""
+    holdout = None if result.holdout is None else dict(result.holdout)
+    return {
+        "epoch": result.epoch,
+        "step": result.step,
+        "loss": result.loss,
+        "holdout": holdout,
+        "seconds": result.seconds,
+    }
 
 
 def epoch_text(line: Mapping[str, Any], epochs: int) -> str:
