@@ -36,8 +36,9 @@ from sl_queue.protocol.messages import (
     Waiting,
     kind_of,
 )
+from sl_queue.protocol.run_state import GIVE_UP
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.channel import GIVE_UP, PartyChannel
+from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.link import Delivery
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel

@@ -13,7 +13,7 @@ from sl_queue.protocol.messages import (
     Waiting,
 )
 
-GIVE_UP = 10  # patiences after which a party that has not been heard of ends the scheduler with PeerSilent
+GIVE_UP = 10  # patiences after which whoever waits for one that is silent ends with PeerSilent
 
 
 class Phase(StrEnum):

@@ -4,7 +4,7 @@ Two threads meet here under one lock: the worker (send, receive) and the link (d
 pulse, tells peers and scheduler a few times a second that this worker is alive and where it is. A fourth commits: the
 broker's confirms and the disk take their time while the pipeline fills again, and the first message of the next step
 is not given out before. So a worker that is killed meanwhile repeats no more than the steps between two commits, and
-prefetch stays what it is. What is decided under the lock (protocol/mailbox) is done outside of it.
+prefetch stays what it is. What is decided under the lock (protocol/timeline) is done outside of it.
 """
 
 import logging
@@ -16,10 +16,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from sl_queue.errors import (
-    AlignmentError,
-    BrokerUnreachable,
-    LocalProtocolError,
-    PeerSilent,
     RemoteProtocolError,
     RunStopped,
     SlQueueError,
@@ -27,9 +23,8 @@ from sl_queue.errors import (
 )
 from sl_queue.ports import Measures, Restarted
 from sl_queue.protocol.codec import decode, encode
-from sl_queue.protocol.mailbox import Acknowledge, Mailbox, Outbox, Reject, Verdict
+from sl_queue.protocol.mailbox import Acknowledge, Reject, Verdict
 from sl_queue.protocol.messages import (
-    BEFORE_FIRST_STEP,
     SCHEDULER,
     Activation,
     Alive,
@@ -38,7 +33,6 @@ from sl_queue.protocol.messages import (
     Header,
     Joined,
     Kind,
-    Lost,
     Message,
     MicroBatch,
     Open,
@@ -48,17 +42,17 @@ from sl_queue.protocol.messages import (
     Start,
     Stop,
     Waiting,
-    kind_of,
 )
 from sl_queue.protocol.orders import Orders
+from sl_queue.protocol.timeline import Timeline
 from sl_queue.transport.link import Delivery, Link, Tag
 from sl_queue.transport.meter import Meter
+from sl_queue.transport.patience import Patience
 from sl_queue.transport.seal import News, Opened, Seal
 
 T = TypeVar("T")
 
 PULSE_S = 0.25  # how often progress is told
-GIVE_UP = 10  # patiences of silence after which a waiting worker ends with PeerSilent
 OUTBOX_BYTES = 256 * 1024 * 1024  # sent and not yet committed by the receiver; what is older is lost with the broker
 
 log = logging.getLogger("sl_queue")
@@ -83,21 +77,14 @@ class PartyChannel:
         seal: Seal | None = None,
         committer: Executor | None = None,
     ) -> None:
-        self._link, self._party, self._peers, self._incarnation = link, party, peers, incarnation
+        self._link, self._party, self._sources, self._incarnation = link, party, (SCHEDULER, *peers), incarnation
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
         self._seal, self._news, self._meter = seal, News(), Meter()
         self._changed = threading.Condition()
-        self._mailbox: Mailbox[Tag] = Mailbox(party)
-        self._outbox = Outbox(OUTBOX_BYTES)
-        self._orders = Orders()
-        self._start: Start | None = None  # the one adopted
-        self._committed = BEFORE_FIRST_STEP
-        self._peer_committed: dict[str, int] = {}
-        self._heard = dict.fromkeys((SCHEDULER, *peers), time.monotonic())
+        self._timeline: Timeline[Tag] = Timeline(party, peers, incarnation, OUTBOX_BYTES)
+        self._patience = Patience(party, patience_s, lambda source: seal is not None and seal.never_opened(source))
         self._failure: SlQueueError | None = None
         self._describe: Callable[[], Joined] | None = None
-        self._introduce_again = False
-        self._scheduler_incarnation: str | None = None
         self._progress: Progress | None = None
         self._committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
         self._commit_under_way: Future[None] | None = None
@@ -106,9 +93,9 @@ class PartyChannel:
 
     def open(self) -> None:
         """Connect and consume. Raises BrokerUnreachable, PartyBusy."""
+        self._patience.hear(self._sources)
         self._link.open(self._on_delivery, self._on_reconnect, self._on_failure)
-        with self._changed:
-            self._heard = dict.fromkeys(self._heard, time.monotonic())
+        self._patience.hear(self._sources)
         self._pulse.start()
 
     def close(self) -> None:
@@ -126,19 +113,18 @@ class PartyChannel:
     def send(self, receiver: str, message: Activation | Gradient) -> None:
         body = self._encode(receiver, message)
         with self._changed:
-            self._outbox.keep(receiver, message.kind, message.micro_batch, body)
+            self._timeline.outbox.keep(receiver, message.kind, message.micro_batch, body)
         self._publish(receiver, message.kind, body)
 
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         def ask(seconds: float) -> None:
-            where = (self._incarnation, self._generation, sender, kind, micro_batch.step, micro_batch.index)
-            waiting = Waiting(*where, round(seconds, 3), round(self._silence(sender), 1))
+            waiting = self._timeline.waiting(sender, kind, micro_batch, seconds, self._patience.silence_s(sender))
             self._tell(sender, waiting)
             self._tell(SCHEDULER, waiting)
 
         what = f"{kind} {micro_batch} of party {sender!r}"
         with self._meter.waiting(sender, kind):
-            payload = self._wait(lambda: self._mailbox.take(sender, kind, micro_batch), sender, what, ask)
+            payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
         self.settle()
         return payload
 
@@ -158,11 +144,7 @@ class PartyChannel:
         self._await_confirms()
         save()
         with self._changed:
-            tags = self._mailbox.commit(step)
-            self._committed = step
-            stop = self._orders.stop
-            if stop is not None and stop.after_step is None:
-                self._orders = replace(self._orders, stop=replace(stop, after_step=step))  # this was the next commit
+            tags = self._timeline.commit(step)
         self._link.acknowledge(tags)
         self._meter.count("commits")
 
@@ -178,10 +160,10 @@ class PartyChannel:
             waited = time.monotonic() - began
             if waited >= name_at:
                 name_at += self._patience_s
-                self._name_unconfirmed(waited)
+                self._patience.name_broker(waited)
 
     def introduce(self, describe: Callable[[], Joined]) -> None:
-        self._describe, self._introduce_again = describe, True
+        self._describe, self._timeline.introduce = describe, True
         self._introduce_if_needed()
 
     def report(self, report: Report) -> None:
@@ -191,34 +173,31 @@ class PartyChannel:
     def progress(self, report: Progress) -> None:
         with self._changed:
             self._progress = report
-            counts = dict(self._mailbox.counts)
+            counts = dict(self._timeline.mailbox.counts)
         log.debug("%s: step %d is done; messages of this process so far: %s", self._party, report.step, counts)
 
     def until(self, decision: Callable[[Orders], T | None]) -> T:
         def ask(_: float) -> None:
-            self._introduce_again = True
+            self._timeline.introduce = True
 
         with self._meter.waiting(SCHEDULER, "order"):
-            return self._wait(lambda: decision(self._orders), SCHEDULER, "the scheduler's word", ask)
+            return self._wait(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)
 
     def adopt(self, start: Start, resume_step: int) -> None:
         with self._changed:
-            self._start, self._committed = start, resume_step
-            self._peer_committed.clear()
-            self._outbox.adopt(resume_step)
-            verdicts = self._mailbox.adopt(start.run, start.generation, resume_step)
+            verdicts = self._timeline.adopt(start, resume_step)
         self._carry_out(verdicts)
 
     @property
     def counts(self) -> dict[str, int]:
         """Messages applied, redelivered, dropped as duplicates and rejected since this process started."""
         with self._changed:
-            return dict(self._mailbox.counts)
+            return dict(self._timeline.mailbox.counts)
 
     @property
     def measures(self) -> Measures:
         """What there is to observe."""
-        return self._meter.read(self.counts, {peer: self._silence(peer) for peer in (SCHEDULER, *self._peers)})
+        return self._meter.read(self.counts, {peer: self._patience.silence_s(peer) for peer in self._sources})
 
     # Waiting ----------------------------------------------------------------------------------------------------
 
@@ -233,7 +212,7 @@ class PartyChannel:
                 taken = take()
                 if taken is not None:
                     return taken
-                if not self._introduce_again:
+                if not self._timeline.introduce:
                     self._changed.wait(min(0.5, pause_s))
             self._introduce_if_needed()
             waited = time.monotonic() - began
@@ -243,30 +222,7 @@ class PartyChannel:
                 ask_at = waited + pause_s
             if waited >= name_at:
                 name_at += self._patience_s
-                self._name(source, what, waited)
-
-    def _name(self, source: str, what: str, waited: float) -> None:
-        """Say whom we wait for, and give up on who has been silent for too long."""
-        silent = self._silence(source)
-        log.warning("%s: waiting for %s since %.0f s; last heard of it %.0f s ago", self._party, what, waited, silent)
-        if silent <= GIVE_UP * self._patience_s:
-            return  # also if nothing of it could be opened: whoever runs the broker can put in what nobody can open
-        if self._seal is not None and self._seal.never_opened(source):
-            raise AlignmentError(
-                f"no message of {source!r} can be opened by party {self._party!r}: their jobs do not have the same "
-                "[security]; every party needs the same job file"
-            )
-        raise PeerSilent(
-            f"party {self._party!r} waits for {what}, which has been silent for {silent:.0f} s "
-            f"({GIVE_UP} times patience); start that worker and this one again: the run resumes"
-        )
-
-    def _name_unconfirmed(self, waited: float) -> None:
-        """Say that the broker takes nothing, and give up on one that has not for too long."""
-        what = f"the broker to confirm what was sent since {waited:.0f} s: an alarm of its, or a receiver's full queue"
-        log.warning("%s: waiting for %s", self._party, what)
-        if waited > GIVE_UP * self._patience_s:
-            raise BrokerUnreachable(f"party {self._party!r} waited for {what}; start this worker again: it resumes")
+                self._patience.name(source, what, waited)
 
     def _check(self) -> None:
         """Raise what ends or redirects the worker; called with the lock held."""
@@ -274,23 +230,18 @@ class PartyChannel:
             raise self._failure
         if self._commit_under_way is not None and self._commit_under_way.done():
             self.settle()
-        orders = self._orders
-        if orders.stop is not None and orders.stop.error is not None:
-            raise named(orders.stop.error)(orders.stop.reason)
-        if orders.stop is not None and orders.stop.after_step is not None and self._committed >= orders.stop.after_step:
-            raise RunStopped(orders.stop.reason)
-        if self._start is not None and orders.start is not None and orders.start.generation > self._start.generation:
-            raise Restarted(orders.start)
-
-    def _silence(self, source: str) -> float:
-        """Seconds since anything was heard of `source`."""
-        with self._changed:
-            return time.monotonic() - self._heard[source]
+        stop = self._timeline.orders.stop
+        if stop is not None and stop.error is not None:
+            raise named(stop.error)(stop.reason)
+        if stop is not None and stop.after_step is not None and self._timeline.committed >= stop.after_step:
+            raise RunStopped(stop.reason)
+        if self._timeline.newer is not None:
+            raise Restarted(self._timeline.newer)
 
     def _introduce_if_needed(self) -> None:
         with self._changed:
-            again, self._introduce_again = self._introduce_again, False
-            scheduler = self._scheduler_incarnation or ""
+            again, self._timeline.introduce = self._timeline.introduce, False
+            scheduler = self._timeline.scheduler_incarnation or ""
         if again and self._describe is not None:
             self.report(replace(self._describe(), to=scheduler))
 
@@ -302,78 +253,41 @@ class PartyChannel:
             opened = None if self._seal is None else self._seal.open(delivery.sender, delivery.body)
             header, message = decode(delivery.body if opened is None else opened.body)
         except RemoteProtocolError as error:
-            self._carry_out([self._refuse(delivery, str(error))])
+            with self._changed:
+                verdict: Verdict[Tag] = self._timeline.refuse(delivery.tag, str(error))
+            self._carry_out([verdict])
             return
+        self._patience.hear((delivery.sender,))
         with self._changed:
-            self._heard[delivery.sender] = time.monotonic()
             late = opened is not None and self._is_late(delivery.sender, message, opened)
-            verdict = Acknowledge((delivery.tag,)) if late else self._decide(delivery, header, message)
+            verdict = Acknowledge((delivery.tag,)) if late else self._file(delivery, header, message)
+            answers = isinstance(message, Waiting) and not isinstance(verdict, Reject)
+            answers = answers and self._timeline.is_present(header)
             self._changed.notify_all()
         self._carry_out([verdict])
-        if isinstance(message, Waiting) and not isinstance(verdict, Reject) and self._is_present(header):
+        if isinstance(message, Waiting) and answers:
             self._send_again(delivery.sender, message)
 
-    def _decide(self, delivery: Delivery, header: Header, message: Message) -> Verdict[Tag]:
-        if header.sender != delivery.sender:
-            return self._refuse(delivery, f"says it is from {header.sender!r}, but came from {delivery.sender!r}")
-        if isinstance(message, Activation | Gradient):
-            if delivery.sender not in self._peers:
-                return self._refuse(delivery, f"{header.kind} from {delivery.sender!r}, who sends none")
-            self._note_committed(header)
-            self._mailbox.counts["redelivered"] += delivery.redelivered
-            return self._mailbox.file(delivery.sender, header, message, delivery.tag)
-        match message:
-            case Start() | Open() | Finish() | Stop():
-                if delivery.sender != SCHEDULER:
-                    return self._refuse(delivery, f"a command from {delivery.sender!r}; only the scheduler commands")
-                if message.incarnation == self._incarnation:
-                    self._orders = self._orders.after(message)
-            case Alive(incarnation):
-                self._note_committed(header)
-                if delivery.sender == SCHEDULER and incarnation != self._scheduler_incarnation:
-                    self._introduce_again = True
-                    self._scheduler_incarnation = incarnation
-            case Waiting():
-                pass  # answered in _on_delivery, outside of the lock
-            case _:
-                return self._refuse(delivery, f"{type(message).__name__} is not meant for a party")
-        return Acknowledge((delivery.tag,))
+    def _file(self, delivery: Delivery, header: Header, message: Message) -> Verdict[Tag]:
+        return self._timeline.file(delivery.sender, header, message, delivery.tag, delivery.redelivered)
 
     def _is_late(self, sender: str, message: Message, opened: Opened) -> bool:
         """Whether a command was given before; a scheduler that we had not heard of is told who is here."""
         if sender == SCHEDULER and opened.met:
-            self._introduce_again = True
+            self._timeline.introduce = True
         return isinstance(message, Start | Open | Finish | Stop) and not self._news.is_news(opened, "command")
-
-    def _refuse(self, delivery: Delivery, reason: str) -> Reject[Tag]:
-        self._mailbox.counts["rejected"] += 1
-        return Reject(delivery.tag, reason)
-
-    def _note_committed(self, header: Header) -> None:
-        """What a peer has on disk need not be kept for it any more."""
-        known = self._peer_committed.get(header.sender, BEFORE_FIRST_STEP)
-        if self._is_present(header) and header.committed > known:
-            self._peer_committed[header.sender] = header.committed
-            self._outbox.committed(header.sender, header.committed)
-
-    def _is_present(self, header: Header) -> bool:
-        """Whether it is of the run and generation that this worker is in."""
-        return self._start is not None and (header.run, header.generation) == (self._run, self._generation)
 
     def _send_again(self, receiver: str, waiting: Waiting) -> None:
         """A peer waits for something that we may have sent: send it and all after it again, or say that it is lost."""
-        micro_batch = MicroBatch(waiting.step, waiting.index)
         with self._changed:
-            again = self._outbox.since(receiver, waiting.kind, micro_batch)
-            lost = not again and self._outbox.is_past(receiver, waiting.kind, micro_batch)
+            again, lost = self._timeline.answer(receiver, waiting)
         for (_, kind, _), body in again:
             self._publish(receiver, kind, body)
         if again:
-            first = f"{waiting.kind} {micro_batch}"
+            first = f"{waiting.kind} {MicroBatch(waiting.step, waiting.index)}"
             log.info("%s: sent %d messages again to party %r, from %s on", self._party, len(again), receiver, first)
-        if lost:
-            where = (receiver, waiting.kind, micro_batch.step, micro_batch.index)
-            self.report(Lost(self._incarnation, self._generation, *where, waiting.seconds))
+        if lost is not None:
+            self.report(lost)
 
     def _carry_out(self, verdicts: list[Verdict[Tag]]) -> None:
         for verdict in verdicts:
@@ -389,9 +303,7 @@ class PartyChannel:
     def _on_reconnect(self) -> None:
         self._meter.count("reconnects")
         with self._changed:
-            self._mailbox.disconnect()
-            again = list(self._outbox.newest(self._depth))
-            self._introduce_again = True
+            again = self._timeline.disconnect(self._depth)
             self._changed.notify_all()
         for (receiver, kind, _), body in again:
             self._publish(receiver, kind, body)
@@ -421,7 +333,7 @@ class PartyChannel:
                 self._tell_progress()
                 if time.monotonic() >= alive_at:
                     alive_at = time.monotonic() + alive_every_s
-                    for peer in (SCHEDULER, *self._peers):
+                    for peer in self._sources:
                         self._tell(peer, Alive(self._incarnation))
             except SlQueueError:
                 return  # the link has failed or is closed: the worker's thread says so
@@ -436,29 +348,16 @@ class PartyChannel:
         """A report that is worth nothing later: not stored by the broker, and forgotten when it is old."""
         body = self._encode(receiver, report)
         self._meter.count("sent_bytes", len(body))
-        self._link.publish(receiver, Kind.REPORT, self._run, body, persistent=False, expires_s=self._patience_s)
+        self._link.publish(
+            receiver, Kind.REPORT, self._timeline.run, body, persistent=False, expires_s=self._patience_s
+        )
 
     def _publish(self, receiver: str, kind: Kind, body: bytes, *, persistent: bool | None = None) -> None:
         self._meter.count("sent_bytes", len(body))
         self._link.publish(
-            receiver, kind, self._run, body, persistent=self._persistent if persistent is None else persistent
+            receiver, kind, self._timeline.run, body, persistent=self._persistent if persistent is None else persistent
         )
 
     def _encode(self, receiver: str, message: Message) -> bytes:
-        body = encode(self._header(receiver, message), message)
+        body = encode(self._timeline.header(receiver, message), message)
         return body if self._seal is None else self._seal.seal(receiver, body)
-
-    def _header(self, receiver: str, message: Message) -> Header:
-        kind = kind_of(message)
-        if kind in (Kind.ACTIVATION, Kind.HOLDOUT, Kind.GRADIENT) and self._start is None:
-            raise LocalProtocolError(f"party {self._party!r} sends a {kind} before it adopted a run")
-        where = message.micro_batch if isinstance(message, Activation | Gradient) else MicroBatch(0, 0)
-        return Header(self._run, self._generation, kind, self._party, receiver, where, self._committed)
-
-    @property
-    def _run(self) -> str:
-        return self._start.run if self._start is not None else ""
-
-    @property
-    def _generation(self) -> int:
-        return self._start.generation if self._start is not None else 0
