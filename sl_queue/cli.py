@@ -33,6 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # [pipeline] is a table of the job, not a colour
     help="Split learning over RabbitMQ: train one model with layers at several parties, without moving a column.",
 )
 
@@ -166,9 +167,12 @@ def _run_processes(
     from sl_queue.commands.screen import Screen
     from sl_queue.launch.broker import sealing
     from sl_queue.local.processes import read_history, run_processes
-    from sl_queue.local.threads import key_in
+    from sl_queue.local.threads import have_finished, key_in
     from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 
+    if have_finished(job, {role: place.state for role, place in places.items()}):
+        print("already finished: every party holds its final weights", file=sys.stderr)
+        return read_history(places[SCHEDULER].state)
     places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
     seal = sealing(job, OPERATOR, key_in(keys, OPERATOR), broker)
     with Screen(epochs=False) as screen:
@@ -220,8 +224,7 @@ def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:
     from sl_queue.launch.broker import sealing
     from sl_queue.protocol.messages import OPERATOR
 
-    request_stop(agreed, url, sealing(agreed, OPERATOR, key, url))
-    print("asked to stop at the next commit; start the workers again to resume")
+    print(request_stop(agreed, url, sealing(agreed, OPERATOR, key, url)))
 
 
 @app.command()
@@ -330,3 +333,7 @@ def main() -> None:
     """The entry point of the command."""
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word != "--debug")  # wherever it stands, it is meant for all
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ Its digest is compared when they join, so paths, secrets and whatever else is on
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -14,7 +14,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from sl_queue.declared import Declared, load, redacted, shown
 from sl_queue.errors import JobError
 from sl_queue.party_file import BaseFile, DataFile, FuseFile, PartyFile
-from sl_queue.protocol.agreement import differing_keys
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
@@ -217,15 +216,6 @@ class Job(Declared):
     def digest(self) -> str:
         """SHA-256 of the canonical job, hexadecimal."""
         return sha256(json.dumps(self.canonical(), sort_keys=True).encode()).hexdigest()
-
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """The keys in which another canonical job differs, each with both values."""
-        differing = sorted(differing_keys(self.canonical(), other).items())
-        return [f"{key}: {_told(ours)} here, {_told(theirs)} there" for key, (ours, theirs) in differing]
-
-
-def _told(value: Any) -> str:
-    return "nothing" if value is None else json.dumps(value)
 
 
 # What only several keys together show ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from sl_queue.compute.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
 from sl_queue.ports import Final, Saved, State
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, Payload
-from sl_queue.storage.checkpoints import Folder
+from sl_queue.protocol.run_state import RunState
+from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.run_file import RunFile
 from sl_queue.storage.tensor_file import TornFileError, sealed, unsealed
 
 FINGERPRINT = {"base.model": "bank:Base", "threads": 1, "base.optimizer.betas": [0.9, 0.999]}
@@ -171,7 +173,9 @@ import sys
 from pathlib import Path
 from sl_queue.ports import State
 from sl_queue.protocol.messages import Payload
-from sl_queue.storage.checkpoints import Folder
+from sl_queue.protocol.run_state import RunState
+from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.run_file import RunFile
 checkpoints = Folder(Path(sys.argv[1]), job_digest="a" * 64, party="bank", fingerprint={})
 first = (checkpoints.steps() or (-1,))[-1] + 1
 print(first, flush=True)
@@ -211,7 +215,9 @@ def environment() -> dict[str, str]:
 LOCK_IT = """
 import sys
 from pathlib import Path
-from sl_queue.storage.checkpoints import Folder
+from sl_queue.protocol.run_state import RunState
+from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.run_file import RunFile
 Folder(Path(sys.argv[1]), job_digest="a" * 64, party="bank", fingerprint={})
 """
 
@@ -247,6 +253,20 @@ def test_a_folder_of_another_job_or_party_is_refused(tmp_path: Path, finished: b
     with pytest.raises(CheckpointError, match=r"belongs to party 'bank', not 'insurer'.*--state"):
         folder(tmp_path, party="insurer")
     folder(tmp_path).close()
+
+
+def test_what_differs_from_the_job_of_a_folder_is_named(tmp_path: Path) -> None:
+    with folder(tmp_path, job={"seed": 7, "epochs": 5}) as checkpoints:
+        save(checkpoints, 4)
+    with pytest.raises(CheckpointError, match=r"another job \(epochs: 6 here, 5 there\)"):
+        folder(tmp_path, job_digest="b" * 64, job={"seed": 7, "epochs": 6})
+    first, other = {"seed": 7, "wire": {"dtype": "int8"}}, {"seed": 8, "wire": {"dtype": "float32"}}
+    with closing(RunFile(tmp_path, first, "a")) as ledger:
+        ledger.save(RunState())
+        assert ledger.load() == RunState()
+    differing = r'another job \(seed: 8 here, 7 there; wire.dtype: "float32" here, "int8" there\)'
+    with closing(RunFile(tmp_path, other, "b")) as ledger, pytest.raises(CheckpointError, match=differing):
+        ledger.load()
 
 
 def test_a_folder_written_with_other_settings_is_refused_naming_each(tmp_path: Path) -> None:
@@ -378,4 +398,17 @@ def test_an_unreadable_note_of_finishing_is_as_none(tmp_path: Path, caplog: pyte
         assert json.loads((tmp_path / "final" / "run.json").read_text())["step"] == 49
         (tmp_path / "final" / "run.json").write_text("{")
         assert checkpoints.finished() is None
-    assert "run.json cannot be read" in caplog.text
+    assert "run.json cannot be used" in caplog.text
+
+
+def test_final_weights_that_were_altered_are_as_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = {"base": {"weight": Payload("int8", (2,), b"ab")}}
+    with folder(tmp_path) as checkpoints:
+        checkpoints.write_final(weights, run="run", step=49, incarnation="i")
+        assert not holds_final(tmp_path, "a" * 64), "the scheduler does not know"
+        checkpoints.mark_told()
+        assert holds_final(tmp_path, "a" * 64) and not holds_final(tmp_path, "b" * 64)
+        file = tmp_path / "final" / "base.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"c")
+        assert checkpoints.finished() is None and not holds_final(tmp_path, "a" * 64)
+    assert "base.safetensors is torn or altered" in caplog.text

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,39 @@ def test_a_finished_run_says_so_and_exits_0(job: Path) -> None:
     assert again.returncode == 0
     assert again.stdout == first.stdout
     assert "already finished" in again.stderr
+
+
+def test_final_weights_that_were_altered_are_written_again(job: Path) -> None:
+    assert local(job, "--out", job.parent / "run").returncode == 0
+    final = job.parent / "run" / "bank" / "final" / "base.safetensors"
+    whole = final.read_bytes()
+    final.write_bytes(b"junk")
+    (job.parent / "run" / "scheduler" / "history.jsonl").unlink()
+    again = local(job, "--out", job.parent / "run")
+    assert again.returncode == 0, again.stderr
+    assert final.read_bytes() == whole
+    assert (job.parent / "run" / "scheduler" / "history.jsonl").exists()
+
+
+def test_a_state_that_is_lost_after_the_end_ends_with_what_to_do(job: Path) -> None:
+    assert local(job, "--out", job.parent / "run").returncode == 0
+    shutil.rmtree(job.parent / "run" / "bank")
+    again = local(job, "--out", job.parent / "run")
+    assert again.returncode == 4
+    assert "they are lost; to train anew" in again.stderr
+
+
+def test_another_job_on_the_same_folders_is_told_what_differs(job: Path) -> None:
+    assert local(job, "--out", job.parent / "run").returncode == 0
+    edit(job, "epochs = 5", "epochs = 7")
+    again = local(job, "--out", job.parent / "run")
+    assert again.returncode == 4
+    assert "epochs: 7 here, 5 there" in again.stderr and "--out" in again.stderr
+
+
+def test_help_shows_the_names_of_tables(job: Path) -> None:
+    told = re.sub(r"\s+", " ", sl_queue("plan", "--help").stdout)
+    assert "which [pipeline] and [wire] are fastest" in told
 
 
 def test_without_out_the_state_lies_where_the_party_files_say(job: Path) -> None:

@@ -17,6 +17,7 @@ from sl_queue.data.rows import Rows
 from sl_queue.errors import JobError
 from sl_queue.job import BaseFile, DataFile, Job, JobParty, PartyFile, imported, redacted
 from sl_queue.party_file import LOSSES
+from sl_queue.protocol.agreement import told_difference
 from sl_queue.protocol.row_order import Batches
 from sl_queue.protocol.topology import Topology
 
@@ -154,7 +155,7 @@ def test_a_job_of_defaults_is_the_job_that_spells_them_out(tmp_path: Path) -> No
     brief = job(holdout=0.2, pipeline={"micro_batches": 4})
     assert brief == spelled_out
     assert brief.digest == spelled_out.digest
-    assert brief.differences(spelled_out.canonical()) == []
+    assert told_difference(brief.canonical(), spelled_out.canonical()) == ""
 
 
 def test_depth_defaults_to_micro_batches() -> None:
@@ -209,7 +210,7 @@ KEYS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("key", "changes"), KEYS)
 def test_a_change_of_any_key_changes_the_digest_and_is_named(key: str, changes: dict[str, Any]) -> None:
     assert job(**changes).digest != job().digest
-    assert any(line.startswith(f"{key}: ") for line in job().differences(job(**changes).canonical()))
+    assert f"{key}: " in told_difference(job().canonical(), job(**changes).canonical())
 
 
 def test_every_key_of_the_job_is_among_those_whose_change_is_named() -> None:
@@ -226,7 +227,9 @@ def test_every_key_of_the_job_is_among_those_whose_change_is_named() -> None:
 
 def test_differences_tell_both_values() -> None:
     other = job(epochs=30, broker={"patience": 5}).canonical()
-    assert job().differences(other) == ["broker.patience: 60.0 here, 5.0 there", "epochs: 20 here, 30 there"]
+    assert (
+        told_difference(job().canonical(), other) == "broker.patience: 60.0 here, 5.0 there; epochs: 20 here, 30 there"
+    )
 
 
 def test_a_digest_does_not_depend_on_the_order_in_which_keys_are_written(tmp_path: Path) -> None:
@@ -240,7 +243,7 @@ def test_a_digest_does_not_depend_on_the_order_in_which_keys_are_written(tmp_pat
 def test_the_place_of_a_party_without_a_base_model_does_not_matter() -> None:
     first, last = (job(parties=p) for p in ({"b": LABEL, "a": FEATURE}, {"a": FEATURE, "b": LABEL}))
     assert first.digest == last.digest
-    assert first.differences(last.canonical()) == []
+    assert told_difference(first.canonical(), last.canonical()) == ""
 
 
 # Mistakes in a job file -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,18 +176,46 @@ def test_an_orderly_stop_exits_0_and_the_same_command_resumes(
         os.kill(bank, signal.SIGSTOP)  # so that the run does not end before it is asked to
         asked = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
         assert asked.returncode == 0, asked.stderr
-        deadline = time.monotonic() + 30
-        while _phase(job, broker_url) != "stopping":
-            assert time.monotonic() < deadline
+        assert _phase(job, broker_url) == "stopping", "it has been taken when the command returns"
+        assert sl_queue("stop", job, SL_QUEUE_BROKER=broker_url).stdout == asked.stdout
         os.kill(bank, signal.SIGCONT)
         assert run.wait() == 0, run.text
         assert "stopped" in run.text
     assert not list(run.out.glob("*/final/*"))
     assert _phase(job, broker_url) == "stopped"
+    told = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
+    assert told.returncode == 0 and "has ended already: stopped by the operator" in told.stdout
     with started(job, broker_url, "run") as again:
         assert again.wait() == 0, again.text
         assert "epoch 10/" not in again.text
     assert weights(run.out) == quiet
+
+
+def test_a_stop_that_came_too_late_stops_no_later_run(job: Path, broker_url: str, quiet: dict[str, str]) -> None:
+    nobody = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
+    assert nobody.returncode == 75 and "nothing to stop" in nobody.stderr
+    with started(job, broker_url, "run") as run:
+        assert run.wait() == 0, run.text
+    late = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
+    assert late.returncode == 0 and "is finished: there is nothing to stop" in late.stdout
+    with started(job, broker_url, "anew") as anew:
+        assert anew.wait() == 0, anew.text
+    assert weights(anew.out) == quiet
+    with started(job, broker_url, "anew") as again:
+        assert again.wait() == 0 and "already finished" in again.text
+
+
+def test_final_weights_that_are_lost_after_the_end_come_back(job: Path, broker_url: str, quiet: dict[str, str]) -> None:
+    with started(job, broker_url, "run") as run:
+        assert run.wait() == 0, run.text
+    shutil.rmtree(run.out / "bank" / "final")
+    with started(job, broker_url, "run") as again:
+        assert again.wait() == 0, again.text
+    assert weights(run.out) == quiet
+    shutil.rmtree(run.out / "bank")
+    with started(job, broker_url, "run") as lost:
+        assert lost.wait() == 4, lost.text
+    assert "they are lost; to train anew" in lost.text
 
 
 def _phase(job: Path, broker_url: str) -> str:

@@ -7,7 +7,7 @@ from math import inf, nan
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sl_queue.protocol.agreement import differing_keys
@@ -43,8 +43,10 @@ from sl_queue.protocol.run_state import (
     RunState,
     durable,
     history_line,
+    missing,
     restarted,
     silent,
+    untold,
 )
 
 JOB: dict[str, Any] = {"name": "toy", "epochs": 4, "pipeline": {"depth": 2, "staleness": 0}}
@@ -325,6 +327,44 @@ def test_a_stop_before_the_start_ends_those_who_are_here() -> None:
     assert mind.state.phase is Phase.STOPPED
 
 
+def finished() -> Mind:
+    """A run of one epoch, whose scheduler was started again after all had finished."""
+    mind = Mind(plan(epochs=1)).everyone_joins()
+    mind.hear("label", EpochDone("label1", 0, epoch(0)))
+    for party in PARTIES:
+        mind.hear(party, Progress(f"{party}1", 0, 1, (1,)), Finished(f"{party}1", {}))
+    assert mind.state.phase is Phase.FINISHED and not untold(mind.plan, mind.state)
+    return mind.restart()
+
+
+def test_who_has_lost_its_final_weights_after_the_end_writes_them_again_from_their_checkpoint() -> None:
+    mind = finished().hear("a", joined("a2", held=(1,)))
+    assert mind.orders == (("a", Start("a2", "r")), ("a", Finish("a2", 1)))
+    assert untold(mind.plan, mind.state) == ("a",)
+    mind.hear("a", Finished("a2", {}))
+    assert mind.state.phase is Phase.FINISHED and not untold(mind.plan, mind.state)
+
+
+def test_who_has_lost_their_checkpoint_too_is_told_so_and_does_not_wait() -> None:
+    mind = finished().hear("a", joined("a2"))
+    order = mind.ordered(Stop)["a"]
+    assert order.error == "CheckpointError" and "new state folder" in order.reason
+    mind.hear("a", Failed("a2", "CheckpointError", order.reason))
+    assert mind.state.phase is Phase.FINISHED and not untold(mind.plan, mind.state)
+
+
+def test_who_comes_with_another_run_after_the_end_is_told_so() -> None:
+    order = finished().hear("a", joined("a2", held=(1,), run="another")).ordered(Stop)["a"]
+    assert order.error == "AlignmentError" and "different runs" in order.reason
+
+
+def test_who_has_not_come_before_a_stop_is_awaited_to_be_told() -> None:
+    mind = Mind().hear("a", joined("a1")).hear(OPERATOR, StopRequest()).hear("a", Stopped("a1", -1))
+    assert missing(mind.plan, mind.state) == untold(mind.plan, mind.state) == ("b", "label")
+    mind.hear("b", joined("b1"))
+    assert mind.ordered(Stop)["b"].error == "RunStopped"
+
+
 def test_a_worker_that_was_interrupted_stops_nobody_else() -> None:
     mind = Mind().everyone_joins().hear("a", joined("a2"))
     assert mind.hear("label", Stopped("label1", 1)).orders == ()
@@ -474,11 +514,11 @@ class Party:
         if not self.ended:
             self.life, self.orders, self.introduce = self.life + 1, Orders(), True
 
-    def act(self, losses: Sequence[float]) -> None:
+    def act(self, losses: Sequence[float], label: "Party") -> None:
         """One thing that a worker of this party would do next."""
         if self.ended:
             return
-        stop, start, opened, finish = self.orders.stop, self.orders.start, self.orders.open, self.orders.finish
+        stop, start, finish = self.orders.stop, self.orders.start, self.orders.finish
         if self.introduce:
             self.introduce = False
             run = "r" if self.held else None
@@ -490,8 +530,15 @@ class Party:
             assert finish.step in self.held
             self.final, self.ended = finish.step, True
             self.out.append(Finished(self.me, {}))
-        elif start is not None and opened is not None and opened.through >= len(self.held):
+        elif self._may_train() and (len(self.held) < len(label.held) or label._may_train()):
             self._commit(losses)
+
+    def _may_train(self) -> bool:
+        """Whether its next epoch is open to it. A feature party gets gradients only of what the label holder trains."""
+        stop, start, opened = self.orders.stop, self.orders.start, self.orders.open
+        if self.ended or self.introduce or start is None or opened is None:
+            return False
+        return opened.through >= len(self.held) and not (stop is not None and self._reached(stop))
 
     def _reached(self, stop: Stop) -> bool:
         return stop.after_step is not None and max(self.held, default=-1) >= stop.after_step
@@ -547,7 +594,7 @@ class World:
         for _ in range(200):
             before = (self.mind.state, {p.name: replace(p, out=deque(p.out)) for p in self.parties.values()})
             for party in self.parties.values():
-                party.act(self.losses)
+                party.act(self.losses, self.parties["label"])
                 for _ in range(len(party.out)):
                     self.hear(party)
             if before == (self.mind.state, self.parties):
@@ -562,6 +609,7 @@ moves = st.tuples(
 
 @given(st.lists(moves, max_size=60), st.sampled_from([None, 1, 2]), st.lists(st.floats(0, 1), min_size=5, max_size=5))
 @settings(max_examples=300, deadline=None)
+@example([(party, move) for party in PARTIES for move in ("act", "hear")] + [("a", "stop")], None, [0.0] * 5)
 def test_any_interleaving_kills_and_stops_end_with_the_same_final_step(
     story: list[tuple[str, str]], patience: int | None, losses: list[float]
 ) -> None:
@@ -571,7 +619,7 @@ def test_any_interleaving_kills_and_stops_end_with_the_same_final_step(
         party = world.parties[name]
         match move:
             case "act":
-                party.act(losses)
+                party.act(losses, world.parties["label"])
             case "hear":
                 world.hear(party)
             case "kill":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sl_queue.errors import ComputeError, PeerSilent, RunStopped, SlQueueError
+from sl_queue.errors import CheckpointError, ComputeError, PeerSilent, RunStopped, SlQueueError
 from sl_queue.protocol.codec import encode
 from sl_queue.protocol.messages import (
     OPERATOR,
@@ -24,7 +24,7 @@ from sl_queue.protocol.messages import (
 from sl_queue.protocol.run_state import EarlyStopping, Phase, RunState
 from sl_queue.transport.memory import MemoryBroker
 from tests.toy import ToyStage
-from tests.toy_run import Crash, CrashAt, ToyRun
+from tests.toy_run import AtLast, AtOnce, Crash, CrashAt, ToyRun
 
 
 def until(true: Callable[[], bool], timeout_s: float = 15.0) -> None:
@@ -70,6 +70,44 @@ def test_early_stopping_leaves_every_party_with_the_weights_of_a_run_of_just_the
 def again(run: ToyRun, **changes: Any) -> ToyRun:
     """The same state folders and broker, with every worker started anew."""
     return replace(run, errors=[], crashes={}, stages={}, counts={}, **changes)
+
+
+@pytest.mark.parametrize("operation", range(8, 100, 7))
+@pytest.mark.parametrize("committer", [AtOnce, AtLast])
+def test_a_stop_while_a_checkpoint_is_written_means_that_checkpoint(committer: Any, operation: int) -> None:
+    run = ToyRun(epochs=6, micro_batches=1, depth=1, checkpoint_every=1, committer=committer)
+
+    def stop_it() -> None:
+        report(run.broker, OPERATOR, StopRequest())
+        until(lambda: run.ledger.state is not None and run.ledger.state.phase in (Phase.STOPPING, Phase.STOPPED))
+
+    run.crashes = {"label": CrashAt(operation, act=stop_it, survives=True)}
+    with pytest.raises(RunStopped):
+        run.run()
+    assert len({run.newest(party) for party in run.stores}) == 1, "after the same step"
+
+
+def test_final_weights_that_are_lost_after_the_end_are_written_again() -> None:
+    run = ToyRun().run()
+    weights = run.weights()
+    for party in ("a", "label"):
+        run.stores[party].final = run.stores[party].final_weights = None
+    assert again(run, late_s=5.0).run().weights() == weights
+
+
+def test_a_state_that_is_lost_after_the_end_is_said_to_be_and_nobody_waits() -> None:
+    run = ToyRun().run()
+    del run.stores["a"]
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="they are lost; to train anew"):
+        again(run, late_s=2.0, patience_s=60.0).run()
+    assert time.monotonic() - began < 15
+
+
+def test_a_stop_that_was_meant_for_an_earlier_scheduler_stops_nobody() -> None:
+    run = ToyRun()
+    report(run.broker, OPERATOR, StopRequest("another"))
+    assert run.run().weights() == ToyRun().run().weights()
 
 
 @pytest.mark.parametrize("killed", [None, "a", "label", SCHEDULER])

@@ -162,6 +162,7 @@ class ToyRun:
     checkpoint_every: int = 2
     holdout: float = 0.2
     patience_s: float = 1.0
+    late_s: float = 0.0
     early_stopping: EarlyStopping | None = None
     stage: Callable[[str], ToyStage] = ToyStage
     broker: MemoryBroker = field(default_factory=MemoryBroker)
@@ -233,7 +234,7 @@ class ToyRun:
         early = self.early_stopping
         plan = Plan({"name": "toy"}, "label", ("a", "b"), self.epochs, self.patience_s, early)
         self.ledger.crash = self.crashes.get(SCHEDULER, CrashAt())
-        if self.ledger.state is not None and self.ledger.state.phase == "finished":
+        if self.ledger.state is not None and self.ledger.state.phase == "finished" and not self.late_s:
             self.state = self.ledger.state
             return
         with self._link(SCHEDULER, 0) as link:
@@ -241,7 +242,8 @@ class ToyRun:
             seal = self.seal_of(SCHEDULER)
             channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s, seal=seal)
             channel.open()
-            scheduler = Scheduler(plan, channel, self.ledger, f"run{number}", time.monotonic, lambda _: None)
+            run = f"run{number}"
+            scheduler = Scheduler(plan, channel, self.ledger, run, time.monotonic, lambda _: None, self.late_s)
             try:
                 self.state = scheduler.serve()
             finally:

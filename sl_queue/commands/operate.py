@@ -1,6 +1,8 @@
 """What the operator does from outside: read where a run is, and ask it to stop."""
 
 import queue
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from sl_queue.errors import BrokerUnreachable, PeerSilent
@@ -8,11 +10,13 @@ from sl_queue.job import Job
 from sl_queue.launch.broker import connector, require_network
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, Status, StopRequest
-from sl_queue.transport.link import Delivery, Link
+from sl_queue.protocol.run_state import Phase
+from sl_queue.transport.link import Delivery
 from sl_queue.transport.retry import Limits
 from sl_queue.transport.seal import Seal
 
 TIMEOUT_S = 3.0  # the scheduler tells where the run is several times a second
+ANSWER_S = 20.0  # within which a scheduler that runs has taken a request
 PATIENCE = Limits(first_s=5.0, busy_s=10.0)  # somebody waits for the answer; another operator may be asking
 
 
@@ -35,34 +39,78 @@ def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal 
         link.close()  # unacknowledged, so it goes back
 
 
-def request_stop(job: Job, broker: str, seal: Seal | None = None) -> None:
-    """Ask the scheduler for an orderly stop at the next commit. Raises BrokerUnreachable, PeerSilent."""
-    require_network(broker)
-    arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-    link = connector(job, broker, PATIENCE)(OPERATOR, 1)
-    link.open(arrived.put, lambda: None, lambda _: None)
-    try:
-        if seal is not None:
-            _meet_scheduler(link, arrived, seal)
-        body = encode(Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0)), StopRequest())
-        if seal is not None:
-            body = seal.seal(SCHEDULER, body)
-        link.publish(SCHEDULER, Kind.REPORT, "", body, persistent=True)
-        if not link.flush(timeout_s=10.0):
-            raise BrokerUnreachable("the broker did not confirm the request within 10 s; ask again")
-    finally:
-        link.close()
+def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
+    """Ask the scheduler for an orderly stop at the next commit; what came of it, in words.
 
-
-def _meet_scheduler(link: Link, arrived: "queue.SimpleQueue[Delivery]", seal: Seal) -> None:
-    """Hear of the scheduler that runs now: it takes a sealed request only from who knows of it.
-
-    The first status may be what an earlier one left behind; the second is not.
+    The request is for the scheduler that runs now, and it has taken it when this returns: nothing is left behind that
+    would stop a later start. Raises BrokerUnreachable, PeerSilent.
     """
+    require_network(broker)
+    statuses = _Statuses(job, broker, seal)
     try:
-        for _ in range(2):
-            delivery = arrived.get(timeout=TIMEOUT_S)
-            seal.open(SCHEDULER, delivery.body)
-            link.acknowledge([delivery.tag])
-    except queue.Empty:
-        raise PeerSilent("no scheduler of this job is running at that broker, so there is nothing to stop") from None
+        left_behind = statuses.next()
+        if left_behind is None:
+            return _nothing_to_stop(None, "")
+        asked, deadline = "", time.monotonic() + ANSWER_S
+        while time.monotonic() < deadline:
+            status = statuses.next()
+            if status is None:
+                return _nothing_to_stop(left_behind.run, asked)
+            phase = status.run["phase"]
+            if phase in (Phase.STOPPING, Phase.STOPPED):
+                return "asked to stop at the next commit; start the workers again to resume"
+            if phase in (Phase.FINISHED, Phase.FAILED):
+                return _nothing_to_stop(status.run, "")
+            if status.incarnation != asked:
+                asked = status.incarnation
+                statuses.answer(StopRequest(asked))
+        raise PeerSilent(f"the scheduler did not answer within {ANSWER_S:.0f} s; ask again")
+    finally:
+        statuses.close()
+
+
+def _nothing_to_stop(run: Mapping[str, Any] | None, asked: str) -> str:
+    """What is said where no scheduler runs. Raises PeerSilent where one should."""
+    if asked:
+        raise PeerSilent("the scheduler ended before it answered; ask again")
+    phase = None if run is None else run["phase"]
+    if run is None or phase in (Phase.GATHERING, Phase.RUNNING, Phase.STOPPING):
+        raise PeerSilent("no scheduler of this job is running at that broker, so there is nothing to stop")
+    if phase == Phase.FINISHED:
+        return f"run {run['run']} is finished: there is nothing to stop"
+    return f"the run has ended already: {run['reason']}"
+
+
+class _Statuses:
+    """What the scheduler tells, one status after the other. The newest stays in its queue for the next who asks."""
+
+    def __init__(self, job: Job, broker: str, seal: Seal | None) -> None:
+        self._seal = seal
+        self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._newest: Delivery | None = None
+        self._link = connector(job, broker, PATIENCE)(OPERATOR, 2)
+        self._link.open(self._arrived.put, lambda: None, lambda _: None)
+
+    def next(self) -> Status | None:
+        """The next one; None if none comes. The first may be what an earlier scheduler left behind."""
+        try:
+            delivery = self._arrived.get(timeout=TIMEOUT_S)
+        except queue.Empty:
+            return None
+        if self._newest is not None:
+            self._link.acknowledge([self._newest.tag])
+        self._newest = delivery
+        _, status = decode(delivery.body if self._seal is None else self._seal.open(SCHEDULER, delivery.body).body)
+        return status if isinstance(status, Status) else None
+
+    def answer(self, request: StopRequest) -> None:
+        """Raises BrokerUnreachable."""
+        body = encode(Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0)), request)
+        if self._seal is not None:
+            body = self._seal.seal(SCHEDULER, body)
+        self._link.publish(SCHEDULER, Kind.REPORT, "", body, persistent=False, expires_s=ANSWER_S)
+        if not self._link.flush(timeout_s=10.0):
+            raise BrokerUnreachable("the broker did not confirm the request within 10 s; ask again")
+
+    def close(self) -> None:
+        self._link.close()  # the newest is unacknowledged, so it goes back

@@ -68,7 +68,8 @@ def serve_party(
     """One data party from its table to its final weights; says so and returns if it has finished before."""
     party, incarnation = party_file.party, secrets.token_hex(8)
     with ExitStack() as stack:
-        folder = Folder(state, job_digest=job.digest, party=party, fingerprint=fingerprint(job, party_file))
+        about = fingerprint(job, party_file)
+        folder = Folder(state, job_digest=job.digest, party=party, fingerprint=about, job=job.canonical())
         stack.callback(folder.close)
         done = folder.finished()
         if done is not None and done.told:

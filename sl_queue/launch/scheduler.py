@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sl_queue.errors import JobError
+from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.job import Job
 from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.party_file import BROKER, read_url
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.run_state import EarlyStopping, Plan, RunState, epoch_text
+from sl_queue.protocol.run_state import EarlyStopping, Phase, Plan, RunState, epoch_text
 from sl_queue.roles.scheduler import Scheduler
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
@@ -23,6 +23,7 @@ from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
 
+LATE_S = 10.0  # a worker with its libraries has started after that
 LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
 
 OnStatus = Callable[[Mapping[str, Any]], None]
@@ -67,25 +68,42 @@ class _Epochs:  # mutable: it remembers what it told
 
 
 def serve_scheduler(
-    job: Job, connect: Connect, state: Path, on_status: OnStatus, open_channels: Channels, seal: Seal | None = None
+    job: Job,
+    connect: Connect,
+    state: Path,
+    on_status: OnStatus,
+    open_channels: Channels,
+    seal: Seal | None = None,
+    late_s: float = LATE_S,
 ) -> RunState:
-    """The scheduler until every party has finished."""
+    """The scheduler until every party has finished.
+
+    `late_s`: how long a run that had finished before waits for parties that have lost what it left.
+    """
     with ExitStack() as stack:
-        ledger = RunFile(state, job.digest)
+        ledger = RunFile(state, job.canonical(), job.digest)
         stack.callback(ledger.close)
         saved = ledger.load()
-        if saved is not None and saved.phase == "finished":
+        if saved is not None and saved.phase is Phase.FINISHED:
             log.info("scheduler: run %s is already finished", saved.run)
-            return saved
+            ledger.save(saved)  # the history may have been lost
+            if not late_s:
+                return saved
         plan = plan_of(job)
         incarnation = secrets.token_hex(8)
         link = connect(SCHEDULER, 0)
         channel = LinkSchedulerChannel(link, plan.parties, incarnation, patience_s=plan.patience_s, seal=seal)
         stack.callback(channel.close)
-        channel.open()
+        try:
+            channel.open()
+        except BrokerUnreachable:
+            if saved is not None and saved.phase is Phase.FINISHED:
+                return saved
+            raise
         open_channels.add(channel)
         fresh_run = secrets.token_hex(6)
-        return Scheduler(plan, channel, ledger, fresh_run, time.monotonic, on_status).serve()
+        late_s = min(late_s, plan.patience_s)
+        return Scheduler(plan, channel, ledger, fresh_run, time.monotonic, on_status, late_s).serve()
 
 
 def plan_of(job: Job) -> Plan:

@@ -17,9 +17,10 @@ from sl_queue.errors import JobError, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.party import serve_party
-from sl_queue.launch.scheduler import OnStatus, serve_scheduler
+from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.run_state import RunState, history_line
+from sl_queue.storage.checkpoints import holds_final
 from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
@@ -147,7 +148,10 @@ class _Threads:
     def _run_scheduler(self) -> None:
         def serve() -> None:
             folder, seal = self._states[SCHEDULER], self._sealing(SCHEDULER)
-            self._state = serve_scheduler(self._job, self._connect, folder, self._on_status, self._channels, seal)
+            late_s = 0.0 if have_finished(self._job, self._states) else LATE_S
+            self._state = serve_scheduler(
+                self._job, self._connect, folder, self._on_status, self._channels, seal, late_s
+            )
 
         self._guard(serve)
 
@@ -167,6 +171,11 @@ class _Threads:
             log.exception("a bug in sl_queue")
             self._errors.append(SlQueueError(f"{type(error).__name__}: {error}"))
             self._channels.fail(RunStopped("another role of this process failed"))
+
+
+def have_finished(job: Job, states: Mapping[str, Path]) -> bool:
+    """Whether every party's folder holds its final weights, so that nobody waits for the scheduler."""
+    return all(holds_final(states[party], job.digest) for party in job.parties)
 
 
 def key_in(keys: Path | None, role: str) -> Path | None:

@@ -1,5 +1,6 @@
 """Whether a party that joins can train with the others: the same job, the same rows, the same run."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,16 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
         held = ", ".join(f"{p} holds {r}" for p, r in sorted(runs.items()))
         return f"the state folders belong to different runs: {held}; use the folders of one run, or new ones everywhere"
     return None
+
+
+def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """The keys in which another canonical job differs from ours, each with both values."""
+    differing = sorted(differing_keys(here, there).items())
+    return "; ".join(f"{key}: {_told(ours)} here, {_told(theirs)} there" for key, (ours, theirs) in differing)
+
+
+def _told(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value)
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -214,6 +214,7 @@ class Finished:
 class StopRequest:
     """The operator asks for an orderly stop at the next commit."""
 
+    to: str = ""  # the incarnation of the scheduler that it was told of; none other stops. Empty: whichever reads it
     type: Literal["stop_request"] = "stop_request"
 
 
@@ -279,6 +280,7 @@ class Status:
     """Where the run is, as the scheduler last saw it; published for the operator."""
 
     run: Mapping[str, Any]
+    incarnation: str = ""  # of the scheduler
     type: Literal["status"] = "status"
 
 

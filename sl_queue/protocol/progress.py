@@ -38,6 +38,7 @@ from sl_queue.protocol.run_state import (
     changed,
     gone,
     incarnations,
+    missing,
     newest_common,
     with_member,
 )
@@ -112,17 +113,31 @@ def _join(
     if state.phase in (Phase.FAILED, Phase.STOPPED):
         return state, ((sender, _at_once(state, joined.incarnation)),)
     problem = disagreement(plan, state, sender, joined)
+    if state.phase is Phase.FINISHED:
+        return changed(state, sender, finished=None), _too_late(plan, state, sender, joined, problem)
     if problem is not None:
         return _fail(plan, state, "AlignmentError", problem)
     if state.phase is Phase.GATHERING:
-        members = [state.members.get(p, Member()) for p in plan.parties]
-        if not all(m.here or m.finished is not None for m in members):
+        if missing(plan, state):
             return state, ()
         state = replace(_begin(state, fresh_run), epoch_began=now)
         state, _ = _remembered(plan, state, now)
         return state, standing_orders(plan, state)
     state, orders = _remembered(plan, state, now)
     return state, (*_all_orders(plan, state, sender), *orders, *_finish(plan, state))
+
+
+def _too_late(plan: Plan, state: RunState, sender: str, joined: Joined, problem: str | None) -> Orders:
+    """Of a run that has finished: who holds the checkpoint of the final weights writes them again."""
+    step = final_step(plan, state)
+    if problem is not None:
+        return ((sender, Stop(joined.incarnation, problem, error="AlignmentError")),)
+    if state.run is not None and step is not None and step in joined.held:
+        begin = Start(joined.incarnation, state.run, state.bases)
+        return ((sender, begin), (sender, Finish(joined.incarnation, step)))
+    lost = f"run {state.run!r} has finished, and party {sender!r} holds neither its final weights nor their checkpoint"
+    anew = "to train anew, give every party and the scheduler a new state folder"
+    return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {anew}", error="CheckpointError")),)
 
 
 def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Orders]:

@@ -188,13 +188,18 @@ def gone(state: RunState, member: Member) -> bool:
     return member.finished is not None or (state.phase is Phase.STOPPING and member.stopped)
 
 
+def missing(plan: Plan, state: RunState) -> tuple[str, ...]:
+    """Parties that the run waits for before it begins."""
+    members = ((party, state.members.get(party, Member())) for party in plan.parties)
+    return tuple(party for party, m in members if not m.here and m.finished is None)
+
+
 def untold(plan: Plan, state: RunState) -> tuple[str, ...]:
-    """Parties that may not know that the run has ended. Of one that failed also who has yet to come."""
-    if state.phase not in (Phase.FAILED, Phase.STOPPED):
+    """Parties that may not know that the run has ended; of one that stopped or failed also who has yet to come."""
+    if state.phase not in (Phase.FAILED, Phase.STOPPED, Phase.FINISHED):
         return ()
     members = ((party, state.members.get(party, Member())) for party in plan.parties)
-    awaited = ((p, m) for p, m in members if m.here or state.phase is Phase.FAILED)
-    return tuple(p for p, m in awaited if m.finished is None and not m.stopped)
+    return tuple(p for p, m in members if m.finished is None and not m.stopped)
 
 
 def silent(plan: Plan, state: RunState, since: float, now: float) -> dict[str, float]:

@@ -1,15 +1,26 @@
 """The scheduler: a thin loop around the reducer in protocol/progress. It sees reports, never a tensor."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sl_queue.errors import AlignmentError, PeerSilent, RunStopped, named
 from sl_queue.ports import SchedulerChannel
-from sl_queue.protocol.messages import OPERATOR, Command, Status
+from sl_queue.protocol.messages import OPERATOR, Command, Report, Status
 from sl_queue.protocol.progress import reduce, standing_orders
-from sl_queue.protocol.run_state import Member, Phase, Plan, RunState, durable, history_line, restarted, silent, untold
+from sl_queue.protocol.run_state import (
+    Member,
+    Phase,
+    Plan,
+    RunState,
+    durable,
+    history_line,
+    missing,
+    restarted,
+    silent,
+    untold,
+)
 
 STATUS_EVERY_S = 0.25
 
@@ -36,6 +47,7 @@ class Scheduler:
     fresh_run: str
     clock: Callable[[], float]  # monotonic, seconds
     on_status: Callable[[Mapping[str, Any]], None]
+    late_s: float = 0.0  # how long a run that had finished before waits for parties that have lost what it left
 
     def serve(self) -> RunState:
         """Run until every party has finished. Raises the error that ended the run, RunStopped, or PeerSilent.
@@ -46,24 +58,22 @@ class Scheduler:
         began = told_at = self.clock()
         ended_at: float | None = None
         state = restarted(self.ledger.load() or RunState(), began)
+        ends_at = began + self.late_s if state.phase is Phase.FINISHED else began
+        self._name_missing(state)
         saved = RunState()
         for party, command in standing_orders(self.plan, state):
             self.channel.command(party, command)
         while True:
             reports = self.channel.reports(timeout_s=STATUS_EVERY_S)
-            now = self.clock()
-            commands: list[tuple[str, Command]] = []
-            phase, generation = state.phase, state.generation
-            for sender, report in reports:
-                state, orders = reduce(self.plan, state, sender, report, now, self.fresh_run)
-                commands += orders
+            now, before = self.clock(), state
+            state, commands = self._reduce(state, reports, now)
             if durable(state) != saved:
                 saved = durable(state)
                 self.ledger.save(saved)
             for party, command in commands:
                 self.channel.command(party, command)
             self.channel.acknowledge()
-            self._log(phase, generation, state)
+            self._log(before, state)
             ended = state.phase in (Phase.FINISHED, Phase.FAILED, Phase.STOPPED)
             if ended or commands or now - told_at >= STATUS_EVERY_S:
                 told_at = now
@@ -72,23 +82,40 @@ class Scheduler:
                 self._require_signs_of_life(state, began, now)
                 continue
             ended_at = ended_at or now
-            if not untold(self.plan, state) or now - ended_at >= self.plan.patience_s:
+            all_know = not untold(self.plan, state) or now - ended_at >= self.plan.patience_s
+            if all_know and now >= ends_at:
                 return self._end(state)
+
+    def _reduce(
+        self, state: RunState, reports: Sequence[tuple[str, Report]], now: float
+    ) -> tuple[RunState, list[tuple[str, Command]]]:
+        commands: list[tuple[str, Command]] = []
+        for sender, report in reports:
+            state, orders = reduce(self.plan, state, sender, report, now, self.fresh_run)
+            commands += orders
+        return state, commands
 
     def _tell(self, state: RunState, now: float) -> None:
         text = describe(self.plan, state, now)
         self.channel.command(OPERATOR, Status(text))
         self.on_status(text)
 
-    def _log(self, phase: Phase, generation: int, state: RunState) -> None:
-        if state.phase is not phase:
-            log.info("scheduler: run %s is %s%s", state.run, state.phase, f": {state.reason}" if state.reason else "")
-        if state.generation > generation:
+    def _log(self, before: RunState, state: RunState) -> None:
+        if state.phase is not before.phase:
+            which = f"job {self.plan.job['name']}" if state.run is None else f"run {state.run}"
+            log.info("scheduler: %s is %s%s", which, state.phase, f": {state.reason}" if state.reason else "")
+        if missing(self.plan, state) != missing(self.plan, before):
+            self._name_missing(state)
+        if state.generation > before.generation:
             log.warning(
                 "scheduler: messages were lost for good; generation %d begins after step %d, which all parties hold",
                 state.generation,
                 state.bases[-1],
             )
+
+    def _name_missing(self, state: RunState) -> None:
+        if state.phase is Phase.GATHERING:
+            log.info("scheduler: waiting for %s", ", ".join(missing(self.plan, state)))
 
     @staticmethod
     def _end(state: RunState) -> RunState:

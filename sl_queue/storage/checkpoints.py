@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
 from sl_queue.ports import Final, Saved, State, Weights
+from sl_queue.protocol.agreement import told_difference
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.storage.durable import write_durably
 from sl_queue.storage.tensor_file import Stored, TornFileError, packed, sealed, unsealed
@@ -31,14 +32,24 @@ _PREFIX, _SUFFIX = "step-", ".safetensors"
 class Folder:
     """ports.Checkpoints in a folder that only one worker may use at a time; locked until `close`.
 
-    `fingerprint` is what must not change between two starts for the same bits to follow; flat, JSON values. Raises
-    PartyBusy if another worker has the folder, CheckpointError if it belongs to another job, party or fingerprint.
+    `fingerprint` is what must not change between two starts for the same bits to follow; flat, JSON values. `job` is
+    what the digest is of, to say what differs from another. Raises PartyBusy if another worker has the folder,
+    CheckpointError if it belongs to another job, party or fingerprint.
     Mutable: it remembers which checkpoints are intact.
     """
 
-    def __init__(self, path: Path, *, job_digest: str, party: str, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        job_digest: str,
+        party: str,
+        fingerprint: Mapping[str, Any],
+        job: Mapping[str, Any] | None = None,
+    ) -> None:
         self._path, self._checkpoints, self._final = path, path / "checkpoints", path / "final"
-        self._owner = {"format": VERSION, "job": job_digest, "party": party}
+        self._job = dict(job or {})
+        self._owner = {"format": VERSION, "job": job_digest, "party": party, "says": self._job}
         self._fingerprint = json.loads(json.dumps(fingerprint))
         with self._writing():
             for folder in (path, self._checkpoints, self._final):
@@ -136,11 +147,10 @@ class Folder:
         if not path.exists():
             return None
         try:
-            found = json.loads(path.read_bytes())
-            final = Final(found["run"], found["step"], found["incarnation"], found["digests"], found["told"])
+            final, found = _read_final(self._final)
             self._require_owner(found, path)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read (%s); the final weights will be written again", path, error)
+            log.warning("%s cannot be used (%s); the final weights will be written again", path, error)
             return None
         return final
 
@@ -213,8 +223,10 @@ class Folder:
         if found.get("party") != self._owner["party"]:
             raise CheckpointError(f"{path} belongs to party {found.get('party')!r}, not {self._owner['party']!r}{anew}")
         if found.get("job") != self._owner["job"]:
+            says = found.get("says")
             digests = f"digest {str(found.get('job'))[:12]}, and this one is {str(self._owner['job'])[:12]}"
-            raise CheckpointError(f"{path} belongs to another job ({digests}){anew}; or restore the job file")
+            differing = told_difference(self._job, says) if says else digests
+            raise CheckpointError(f"{path} belongs to another job ({differing}){anew}; or restore the job file")
 
     def _require_fingerprint(self, found: Mapping[str, Any], path: Path) -> None:
         own = self._fingerprint
@@ -255,3 +267,22 @@ class Folder:
                 f"the state folder {self._path} cannot be used: {error.strerror or error}; what was saved before is "
                 "intact: make room or mend the rights, then start the worker again"
             ) from error
+
+
+def holds_final(path: Path, job_digest: str) -> bool:
+    """Whether a state folder holds the final weights of that job, whole, and the scheduler knows."""
+    try:
+        final, found = _read_final(path / "final")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return final.told and found.get("job") == job_digest
+
+
+def _read_final(folder: Path) -> tuple[Final, Mapping[str, Any]]:
+    """What `write_final` left, and whose it is. Raises OSError, ValueError, KeyError, TypeError."""
+    found = json.loads((folder / "run.json").read_bytes())
+    final = Final(found["run"], found["step"], found["incarnation"], found["digests"], found["told"])
+    for name, digest in final.digests.items():
+        if sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{name} is torn or altered")
+    return final, found

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sl_queue.errors import CheckpointError, PartyBusy
+from sl_queue.protocol.agreement import told_difference
 from sl_queue.protocol.run_state import RunState, history_line
 from sl_queue.storage.durable import write_durably
 
@@ -19,8 +21,8 @@ _states: TypeAdapter[RunState] = TypeAdapter(RunState)
 class RunFile:
     """One scheduler's state folder; locked while this object lives."""
 
-    def __init__(self, folder: Path, job_digest: str) -> None:
-        self._folder, self._job_digest = folder, job_digest
+    def __init__(self, folder: Path, job: Mapping[str, Any], job_digest: str) -> None:
+        self._folder, self._job, self._job_digest = folder, job, job_digest
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = (folder / "lock").open("w")
@@ -48,12 +50,17 @@ class RunFile:
                 f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run"
             ) from None
         if digest != self._job_digest:
-            raise CheckpointError(f"{self._folder} belongs to another job; give the scheduler another --state")
+            says = saved.get("says")
+            differing = told_difference(self._job, says) if says else f"digest {str(digest)[:12]}"
+            raise CheckpointError(
+                f"{self._folder} belongs to another job ({differing}); give the scheduler another folder "
+                "(--state, or --out of sl-queue local), or restore the job file"
+            )
         return state
 
     def save(self, state: RunState) -> None:
         lines = "".join(json.dumps(history_line(result)) + "\n" for result in state.history)
-        body = json.dumps({"job": self._job_digest, "state": asdict(state)}, indent=1)
+        body = json.dumps({"job": self._job_digest, "says": self._job, "state": asdict(state)}, indent=1)
         try:
             write_durably(self._folder / "run.json", body.encode())
             write_durably(self._folder / "history.jsonl", lines.encode())

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
 from sl_queue.protocol.codec import decode, encode
@@ -82,6 +83,8 @@ class LinkSchedulerChannel:
         return [] if self._seal is None else [party for party in self._parties if self._seal.never_opened(party)]
 
     def command(self, party: str, command: Command | Status) -> None:
+        if isinstance(command, Status):
+            command = replace(command, incarnation=self._incarnation)
         self._publish(party, command, persistent=True, expires_s=None)
 
     def acknowledge(self) -> None:
@@ -136,7 +139,7 @@ class LinkSchedulerChannel:
             return False
         if opened is not None and opened.fresh and not self._news.is_news(opened, message.type):
             return True
-        if (opened is None or opened.fresh) and (not isinstance(message, Joined) or message.to == self._incarnation):
+        if (opened is None or opened.fresh) and self._is_for_me(message):
             return False
         if sender in self._parties:
             try:
@@ -144,6 +147,12 @@ class LinkSchedulerChannel:
             except SlQueueError:
                 pass  # the link has failed or is closed: the scheduler's thread says so
         return True
+
+    def _is_for_me(self, message: Message) -> bool:
+        """Who joins, or asks for a stop, says which scheduler it has heard of."""
+        if isinstance(message, StopRequest) and not message.to:
+            return True
+        return not isinstance(message, Joined | StopRequest) or message.to == self._incarnation
 
     def _on_reconnect(self) -> None:
         with self._changed:
