@@ -44,7 +44,7 @@ class Rows:
     """
 
     ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
-    features: npt.ArrayLike | None = field(repr=False)  # (rows, *anything): floating ones are cast to the model's dtype
+    features: npt.ArrayLike | None = field(default=None, repr=False)  # (rows, *anything): cast to the model's dtype
     labels: npt.ArrayLike | None = field(default=None, repr=False)  # (rows,) or (rows, *anything)
 
 

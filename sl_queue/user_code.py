@@ -57,15 +57,20 @@ def _import(name: str, module_name: str, folder: Path | None) -> ModuleType:
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise JobError(f"{name!r}: importing {module_name!r} fails: {error}") from error
+            raise JobError(f"{name!r}: importing {module_name!r}{_from(folder)} fails: {error}") from error
         where = "" if folder is None else f"in {folder}, nor "
         raise JobError(f"{name!r}: there is no module {error.name!r} {where}among the installed packages") from None
-    except Exception as error:
-        raise JobError(f"{name!r}: importing {module_name!r} fails: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise JobError(f"{name!r}: importing {module_name!r}{_from(folder)} fails: {told}") from error
     if folder is not None and _would_import(folder, top) and not _is_from(folder, top, sys.modules[top]):
         known = _place(sys.modules[top])
         raise JobError(f"{name!r}: Python already knows another module {top!r}, {known}; rename the one in {folder}")
     return module
+
+
+def _from(folder: Path | None) -> str:
+    return "" if folder is None else f" from {folder}"
 
 
 @contextmanager

@@ -141,6 +141,21 @@ def test_a_message_that_rabbitmq_4_refuses_is_a_warning_that_says_what_fits(job:
     assert texts(check(job)[1], Level.WARNING)
 
 
+def test_what_is_not_joined_training_is_said(job: Path) -> None:
+    assert "joined training" not in told(check(job)[1])
+    edit(job, "[pipeline]", '[wire]\ndtype = "float16"\n\n[pipeline]\nstaleness = 2')
+    notes = texts(check(job)[1], Level.NOTE)
+    assert any(note.startswith("staleness = 2: ") and "not those of joined training" in note for note in notes)
+    assert any(note.startswith("[wire] dtype = 'float16': ") and "not equal" in note for note in notes)
+
+
+def test_a_module_that_ends_the_process_is_an_error_of_its_file(job: Path) -> None:
+    edit(job.parent / "bank.py", "import torch\n", "import sys\n\nimport torch\n\nsys.exit(3)\n")
+    code, findings = check(job, "bank.toml")
+    assert code == 2
+    assert f"importing 'bank' from {job.parent} fails: SystemExit: 3" in told(findings)
+
+
 @pytest.mark.parametrize(("dtype", "row_bytes"), [("float32", 128), ("float16", 64), ("int8", 32 + 4)])
 def test_the_largest_message_is_as_large_as_it_travels(job: Path, dtype: str, row_bytes: int) -> None:
     edit(job, "[pipeline]", f'[wire]\ndtype = "{dtype}"\ncompress = "bitmap"\n\n[pipeline]')

@@ -14,8 +14,8 @@ README = (ROOT / "README.md").read_text()
 BROKER = "amqp://guest:guest@localhost:5672/%2F"  # as the README writes it
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -55,6 +55,12 @@ def test_its_python_runs(folder: Path) -> None:
     done = run([sys.executable, "-c", block], folder)
     assert done.returncode == 0, done.stderr
     assert "'auroc':" in done.stdout and "BaseModel(" in done.stdout
+
+
+def test_the_joined_training_of_the_documents_gives_the_bits_of_the_split_one(tmp_path: Path) -> None:
+    (program,) = blocks("python", (ROOT / "docs/joined.md").read_text())
+    done = run([sys.executable, "-c", program], tmp_path)
+    assert done.stdout == "equal bit for bit: True\n", done.stderr
 
 
 def test_its_files_are_those_of_the_example() -> None:

@@ -44,6 +44,7 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
     missing = [party for party in job.parties if party not in parties]
     if missing:
         check.note(f"not looked at: {', '.join(missing)} (no readable party file was given)")
+    _say_what_is_not_joined(check, job)
     _spell_out(check, job, batches)
     brokers(check, job, files, broker)
 
@@ -74,6 +75,20 @@ def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
         AlignmentError(f"the parties' ids differ; rows: {held}. Keep the rows that all hold, with ids of one type")
     )
     return False
+
+
+def _say_what_is_not_joined(check: Check, job: Job) -> None:
+    """What makes a run another training than the joined one; it is repeated and resumed exactly all the same."""
+    if job.pipeline.staleness:
+        check.note(
+            f"staleness = {job.pipeline.staleness}: activations are computed with weights of up to so many steps "
+            "before; the final weights are not those of joined training"
+        )
+    if job.wire.dtype != "float32":
+        check.note(
+            f"[wire] dtype = {job.wire.dtype!r}: activations and gradients are rounded on their way; the final "
+            "weights are near those of joined training, not equal"
+        )
 
 
 def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:

@@ -231,8 +231,11 @@ def objective_of(party_file: PartyFile, table: Table, output: Tensor, dtype: tor
     assert table.labels is not None
     labels = label_tensor(table.labels, dtype)
     two = labels[torch.arange(len(output)) % len(labels)].to(output.device)
-    with blame(f"{where}: the loss failed on output and labels of {len(two)} rows"):
-        tried = loss(output, two)
+    try:
+        with blame(f"{where}: the loss failed on output and labels of {len(two)} rows"):
+            tried = loss(output, two)
+    except ShapeError as error:
+        raise ShapeError(f"{where}: {error}") from None
     if not isinstance(tried, Tensor) or tried.numel() != 1:
         got = described(tried) if isinstance(tried, Tensor) else type(tried).__name__
         raise ComputeError(f"{where}: the loss returns {got}; it must return the mean over the rows, one number")

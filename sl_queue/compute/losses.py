@@ -57,7 +57,10 @@ def loss_of(party_file: PartyFile, device: torch.device) -> Loss:
 def as_output(labels: Tensor, output: Tensor) -> Tensor:
     """Labels in the dtype and shape of the output; only axes of length one may differ."""
     if _long_axes(labels) != _long_axes(output) or len(labels) != len(output):
-        raise ShapeError(f"the fuse model's output is {described(output)}, the labels are {described(labels)}")
+        raise ShapeError(
+            f"the fuse model's output is {described(output)}, the labels are {described(labels)}; this loss needs a "
+            "number of the output for each of the labels: check the last layer, or take another loss"
+        )
     return labels.to(output.dtype).reshape(output.shape)
 
 
