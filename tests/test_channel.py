@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from sl_queue.errors import AlignmentError, CheckpointError, LocalProtocolError, PeerSilent, RunStopped
+from sl_queue.errors import (
+    AlignmentError,
+    CheckpointError,
+    LocalProtocolError,
+    PeerSilent,
+    RunStopped,
+    TransportError,
+)
 from sl_queue.ports import Restarted
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import (
@@ -40,7 +47,7 @@ from sl_queue.protocol.run_state import GIVE_UP
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.link import Delivery
-from sl_queue.transport.memory import MemoryBroker
+from sl_queue.transport.memory import MemoryBroker, MemoryLink
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 from tests.toy import ToyStage
 from tests.toy_run import ToyRun
@@ -186,6 +193,33 @@ def test_while_a_commit_is_under_way_messages_are_sent_and_none_is_given_out(pos
     on_disk.set()
     assert received.wait(10.0)
     receiver.join()
+
+
+def test_a_link_that_fails_while_a_channel_closes_leaves_no_commit_behind(post: Post) -> None:
+    class Failing(MemoryLink):
+        def flush(self, timeout_s: float | None = None, mark: int | None = None) -> bool:
+            if mark is None:  # as the channel closes
+                raise TransportError("the connection is gone")
+            return True
+
+    link = Failing(post.broker, "a", TOPOLOGY.senders_to("a"), 100)
+    bank = PartyChannel(link, "a", ("label",), "a1", patience_s=PATIENCE_S, persistent=False, depth=2)
+    bank.open()
+    bank.adopt(Start("a1", "r", (-1,)), -1)
+    saved = threading.Event()
+    began = threading.Event()
+
+    def save() -> None:
+        began.set()
+        time.sleep(0.2)  # a slow disk
+        saved.set()
+
+    bank.commit(1, save)
+    assert began.wait(10.0)
+    bank.close()
+    assert saved.is_set(), "the state folder may be another worker's from now on"
+    with pytest.raises(TransportError):
+        link.publish("label", Kind.REPORT, "r", b"", persistent=False)
 
 
 def test_who_waits_for_a_message_hears_at_once_that_the_commit_failed(post: Post) -> None:

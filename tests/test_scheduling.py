@@ -1,7 +1,9 @@
 """Beginning, opening, stopping and ending a run: with real roles and channels, and a scheduler that may be gone."""
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +26,7 @@ from sl_queue.protocol.messages import (
 from sl_queue.protocol.run_state import EarlyStopping, Phase, RunState
 from sl_queue.transport.memory import MemoryBroker
 from tests.toy import ToyStage
-from tests.toy_run import AtLast, AtOnce, Crash, CrashAt, ToyRun
+from tests.toy_run import AtLast, AtOnce, Crash, CrashAt, FaultyCheckpoints, ToyRun
 
 
 def until(true: Callable[[], bool], timeout_s: float = 15.0) -> None:
@@ -70,6 +72,47 @@ def test_early_stopping_leaves_every_party_with_the_weights_of_a_run_of_just_the
 def again(run: ToyRun, **changes: Any) -> ToyRun:
     """The same state folders and broker, with every worker started anew."""
     return replace(run, errors=[], crashes={}, stages={}, counts={}, **changes)
+
+
+@pytest.mark.parametrize("what", [CheckpointError("no room"), MemoryError("no room")], ids=["disk", "bug"])
+def test_a_checkpoint_that_fails_while_a_stop_comes_is_told_and_no_stop(what: Exception) -> None:
+    """A party that stops with its last checkpoint unwritten would end with exit code 0, and nobody would know."""
+    under_way = threading.Event()
+
+    def committer() -> Executor | None:
+        """b commits in line, so that a waits for a gradient while it commits: b's next activation never comes."""
+        return AtOnce() if threading.current_thread().name == "b-main" else None
+
+    run = ToyRun(epochs=6, checkpoint_every=1, committer=committer)
+
+    def has_failed() -> bool:
+        return run.ledger.state is not None and run.ledger.state.phase is Phase.FAILED
+
+    class Disk(FaultyCheckpoints):
+        def __init__(self, fail: Callable[[], None]) -> None:
+            super().__init__()
+            self.fail = fail
+
+        def save(self, *args: Any, **kwargs: Any) -> None:
+            if len(self.steps()) == 2:
+                self.fail()
+            super().save(*args, **kwargs)
+
+    def after_the_stop() -> None:
+        under_way.set()
+        until(has_failed)
+        time.sleep(0.1)  # if the order comes later, the test only proves less
+        raise what
+
+    def before_it() -> None:
+        assert under_way.wait(10.0)
+        raise CheckpointError("boom")
+
+    run.stores |= {"a": Disk(after_the_stop), "b": Disk(before_it)}
+    with pytest.raises(SlQueueError):
+        run.run()
+    told = [error for error in run.errors if not isinstance(error, RunStopped)]
+    assert {text for text in ("boom", "no room") if any(text in str(error) for error in told)} == {"boom", "no room"}
 
 
 @pytest.mark.parametrize("operation", range(8, 100, 7))

@@ -48,6 +48,17 @@ def test_whatever_happens_what_is_not_confirmed_is_published_again_in_order(
     assert unconfirmed.flush(0.0) == (not left)
 
 
+def test_who_waits_up_to_a_mark_does_not_wait_for_what_came_later() -> None:
+    unconfirmed = Unconfirmed()
+    unconfirmed.add(outgoing(b"before"))
+    mark = unconfirmed.last
+    unconfirmed.add(outgoing(b"after"))
+    take_all(unconfirmed)
+    assert not unconfirmed.flush(0.0, mark)
+    unconfirmed.confirm([1])
+    assert unconfirmed.flush(0.0, mark) and not unconfirmed.flush(0.0)
+
+
 def test_what_has_expired_is_not_published_and_not_waited_for() -> None:
     unconfirmed = Unconfirmed()
     unconfirmed.add(outgoing(b"alive", expires_at=0.0))

@@ -100,8 +100,11 @@ class FaultyLink:
         if lasting:
             self._crash("after publish")
 
-    def flush(self, timeout_s: float | None = None) -> bool:
-        return self._link.flush(timeout_s)
+    def mark(self) -> int:
+        return self._link.mark()
+
+    def flush(self, timeout_s: float | None = None, mark: int | None = None) -> bool:
+        return self._link.flush(timeout_s, mark)
 
     def acknowledge(self, tags: Any) -> None:
         if threading.current_thread().name != self._thread:

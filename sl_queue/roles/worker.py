@@ -71,8 +71,6 @@ class Worker:
             self.checkpoints.mark_told()
             return final
         except RunStopped:
-            with suppress(SlQueueError, Restarted):
-                self.channel.settle()
             self.channel.report(Stopped(self.identity.incarnation, self.committed))
             raise
         except TransportError:
@@ -87,6 +85,14 @@ class Worker:
             raise ComputeError(told) from error
 
     def _train(self, train: Callable[[int], None]) -> Final:
+        try:
+            return self._trained(train)
+        except RunStopped:
+            with suppress(RunStopped, Restarted, TransportError):  # but a disk that is full is told
+                self.channel.settle()
+            raise
+
+    def _trained(self, train: Callable[[int], None]) -> Final:
         fresh = self.stage.state()
         self._remember(self.checkpoints.newest())
         self.channel.introduce(self._describe)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -86,6 +87,7 @@ class PartyChannel:
         self._failure: SlQueueError | None = None
         self._describe: Callable[[], Joined] | None = None
         self._progress: Progress | None = None
+        self._telling = threading.RLock()  # memory delivers while it publishes; nothing but the scheduler answers
         self._committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
         self._commit_under_way: Future[None] | None = None
         self._closed = threading.Event()
@@ -101,12 +103,15 @@ class PartyChannel:
     def close(self) -> None:
         """Flush what was published, then leave; unacknowledged messages stay at the broker."""
         self._closed.set()
-        if self._failure is None:
-            self._link.flush(timeout_s=5.0)
-        self._link.close()
-        self._committer.shutdown()
-        if self._pulse.ident is not None:
-            self._pulse.join()
+        try:
+            if self._failure is None:
+                with suppress(SlQueueError):  # the link has failed a moment ago
+                    self._link.flush(timeout_s=5.0)
+        finally:
+            self._link.close()
+            self._committer.shutdown()  # not before the state folder may be another's
+            if self._pulse.ident is not None:
+                self._pulse.join()
 
     # What the worker calls --------------------------------------------------------------------------------------
 
@@ -130,7 +135,7 @@ class PartyChannel:
 
     def commit(self, step: int, save: Callable[[], None]) -> None:
         self.settle()
-        self._commit_under_way = self._committer.submit(self._commit, step, save)
+        self._commit_under_way = self._committer.submit(self._commit, step, save, self._link.mark())
         self._commit_under_way.add_done_callback(lambda _: self._notify())
 
     def settle(self) -> None:
@@ -139,9 +144,9 @@ class PartyChannel:
             with self._meter.waiting("disk", "commit"):
                 commit.result()
 
-    def _commit(self, step: int, save: Callable[[], None]) -> None:
+    def _commit(self, step: int, save: Callable[[], None], mark: int) -> None:
         """The law: sends are confirmed, then the checkpoint is on disk, then receives are acknowledged."""
-        self._await_confirms()
+        self._await_confirms(mark)
         save()
         with self._changed:
             tags = self._timeline.commit(step)
@@ -150,11 +155,12 @@ class PartyChannel:
 
     def flush(self) -> None:
         with self._meter.waiting("broker", "confirm"):
-            self._await_confirms()
+            self._await_confirms(self._link.mark())
 
-    def _await_confirms(self) -> None:
+    def _await_confirms(self, mark: int) -> None:
+        """Of what was sent up to the mark: there is always more, and it would never end."""
         began, name_at = time.monotonic(), self._patience_s
-        while not self._link.flush(timeout_s=min(1.0, self._patience_s)):
+        while not self._link.flush(min(1.0, self._patience_s), mark):
             with self._changed:
                 self._check()
             waited = time.monotonic() - began
@@ -339,10 +345,12 @@ class PartyChannel:
                 return  # the link has failed or is closed: the worker's thread says so
 
     def _tell_progress(self) -> None:
-        with self._changed:
-            progress, self._progress = self._progress, None
-        if progress is not None:
-            self._tell(SCHEDULER, progress)
+        """Taken and told as one, so that no other thread tells something newer in between."""
+        with self._telling:
+            with self._changed:
+                progress, self._progress = self._progress, None
+            if progress is not None:
+                self._tell(SCHEDULER, progress)
 
     def _tell(self, receiver: str, report: Report) -> None:
         """A report that is worth nothing later: not stored by the broker, and forgotten when it is old."""

@@ -44,8 +44,11 @@ class Link(Protocol):
     ) -> None:
         """Queue for publishing and return; mandatory, confirmed in the background. Raises what on_failure was given."""
 
-    def flush(self, timeout_s: float | None = None) -> bool:
-        """Block until everything published so far is confirmed; False if that took longer than `timeout_s`."""
+    def mark(self) -> int:
+        """How far publishing has come, for `flush`."""
+
+    def flush(self, timeout_s: float | None = None, mark: int | None = None) -> bool:
+        """Block until everything published so far, or up to `mark`, is confirmed; False if it took `timeout_s`."""
 
     def acknowledge(self, tags: Sequence[Tag]) -> None:
         """Acknowledge; tags of an earlier connection are ignored (those messages come again)."""

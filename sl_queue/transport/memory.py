@@ -173,7 +173,10 @@ class MemoryLink:
         self._require_open()
         self._broker.publish(receiver, self.party, body, persistent=persistent, expires=expires_s is not None)
 
-    def flush(self, timeout_s: float | None = None) -> bool:
+    def mark(self) -> int:
+        return 0
+
+    def flush(self, timeout_s: float | None = None, mark: int | None = None) -> bool:
         self._require_open()
         return True
 

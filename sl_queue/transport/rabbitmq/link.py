@@ -120,8 +120,11 @@ class RabbitLink:
         self._unconfirmed.add(message)
         self._wake(may_send=len(body) <= SMALL_BYTES)
 
-    def flush(self, timeout_s: float | None = None) -> bool:
-        return self._unconfirmed.flush(timeout_s)
+    def mark(self) -> int:
+        return self._unconfirmed.last
+
+    def flush(self, timeout_s: float | None = None, mark: int | None = None) -> bool:
+        return self._unconfirmed.flush(timeout_s, mark)
 
     def acknowledge(self, tags: Sequence[Tag]) -> None:
         with self._lock:

@@ -80,10 +80,19 @@ class Unconfirmed:
         with self._changed:
             self._waiting = deque(self._messages)
 
-    def flush(self, timeout_s: float | None) -> bool:
-        """Block until everything added so far is confirmed; False after `timeout_s`. Raises what `fail` was given."""
+    @property
+    def last(self) -> int:
+        """The number of the newest message."""
         with self._changed:
-            last = self._last
+            return self._last
+
+    def flush(self, timeout_s: float | None, through: int | None = None) -> bool:
+        """Block until everything added so far, or `through` that number, is confirmed; False after `timeout_s`.
+
+        Raises what `fail` was given.
+        """
+        with self._changed:
+            last = self._last if through is None else through
             flushed = self._changed.wait_for(lambda: self._failure or self._first > last, timeout_s)
             if self._failure is not None:
                 raise self._failure
