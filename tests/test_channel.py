@@ -517,7 +517,7 @@ def test_reports_are_acknowledged_when_they_have_taken_effect_and_come_again_oth
     [
         pytest.param("a", b"garbage", id="garbage"),
         pytest.param("a", body(Alive("b1"), "b", SCHEDULER), id="forged"),
-        pytest.param("a", body(StopRequest(), "a", SCHEDULER), id="a stop that is not the operator's"),
+        pytest.param("a", body(StopRequest("s"), "a", SCHEDULER), id="a stop that is not the operator's"),
         pytest.param("operator", body(Alive("a1"), OPERATOR, SCHEDULER), id="a report of the operator"),
         pytest.param("a", body(activation(0), "a", SCHEDULER), id="a tensor"),
         pytest.param("a", body(Start("a1", "r"), "a", SCHEDULER), id="a command"),

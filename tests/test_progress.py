@@ -309,7 +309,7 @@ def test_a_run_that_failed_at_its_end_finishes_later_without_those_who_have_fini
 
 
 def test_a_stop_ends_the_label_holder_first_and_then_everyone_after_the_same_step() -> None:
-    mind = Mind().everyone_joins().hear(OPERATOR, StopRequest())
+    mind = Mind().everyone_joins().hear(OPERATOR, StopRequest("s"))
     assert list(mind.ordered(Stop)) == ["label"]
     assert mind.ordered(Stop)["label"].after_step is None
     mind.hear("label", Stopped("label1", 3))
@@ -322,7 +322,7 @@ def test_a_stop_ends_the_label_holder_first_and_then_everyone_after_the_same_ste
 
 
 def test_a_stop_before_the_start_ends_those_who_are_here() -> None:
-    mind = Mind().hear("a", joined("a1")).hear(OPERATOR, StopRequest())
+    mind = Mind().hear("a", joined("a1")).hear(OPERATOR, StopRequest("s"))
     assert {p: o.error for p, o in mind.ordered(Stop).items()} == {"a": "RunStopped"}
     assert mind.state.phase is Phase.STOPPED
 
@@ -359,7 +359,7 @@ def test_who_comes_with_another_run_after_the_end_is_told_so() -> None:
 
 
 def test_who_has_not_come_before_a_stop_is_awaited_to_be_told() -> None:
-    mind = Mind().hear("a", joined("a1")).hear(OPERATOR, StopRequest()).hear("a", Stopped("a1", -1))
+    mind = Mind().hear("a", joined("a1")).hear(OPERATOR, StopRequest("s")).hear("a", Stopped("a1", -1))
     assert missing(mind.plan, mind.state) == untold(mind.plan, mind.state) == ("b", "label")
     mind.hear("b", joined("b1"))
     assert mind.ordered(Stop)["b"].error == "RunStopped"
@@ -372,7 +372,7 @@ def test_a_worker_that_was_interrupted_stops_nobody_else() -> None:
 
 
 def test_a_scheduler_that_is_restarted_while_the_run_stops_goes_on_stopping_it() -> None:
-    mind = Mind().everyone_joins().hear(OPERATOR, StopRequest()).restart()
+    mind = Mind().everyone_joins().hear(OPERATOR, StopRequest("s")).restart()
     assert mind.ordered(Stop)["label"].after_step is None, "it may have been killed before it told"
     mind.hear("label", Stopped("label1", 3)).restart()
     assert mind.ordered(Stop)["a"].after_step == 3
@@ -385,7 +385,7 @@ def test_who_has_been_silent_for_too_long_is_named_and_who_has_ended_is_not() ->
     mind = Mind().everyone_joins()
     mind.hear("a", Alive("a1"), now=GIVE_UP)
     assert silent(mind.plan, mind.state, 0.0, GIVE_UP + 1.0) == {"b": GIVE_UP + 1.0, "label": GIVE_UP + 1.0}
-    mind.hear("b", Finished("b1", {})).hear(OPERATOR, StopRequest()).hear("label", Stopped("label1", 1))
+    mind.hear("b", Finished("b1", {})).hear(OPERATOR, StopRequest("s")).hear("label", Stopped("label1", 1))
     assert silent(mind.plan, mind.state, 0.0, 2 * GIVE_UP + 1.0) == {"a": GIVE_UP + 1.0}
 
 
@@ -629,7 +629,7 @@ def test_any_interleaving_kills_and_stops_end_with_the_same_final_step(
             case "die late":
                 world.hear(party, "before the acknowledgement")
             case "stop":
-                world.mind.hear(OPERATOR, StopRequest())
+                world.mind.hear(OPERATOR, StopRequest("s"))
                 world.deliver()
     world.settle()
     if world.mind.state.phase is Phase.STOPPED:

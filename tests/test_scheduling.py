@@ -43,6 +43,16 @@ def report(broker: MemoryBroker, sender: str, report: Report) -> None:
     broker.publish(SCHEDULER, sender, encode(header, report), persistent=True, expires=False)
 
 
+def ask_to_stop(run: ToyRun) -> None:
+    """Ask for a stop as the operator does: the scheduler that runs now, and again the next one, until it is taken."""
+
+    def is_taken() -> bool:
+        report(run.broker, OPERATOR, StopRequest(run.scheduler))
+        return run.ledger.state is not None and run.ledger.state.phase in (Phase.STOPPING, Phase.STOPPED)
+
+    until(is_taken)
+
+
 def test_what_workers_of_another_job_or_run_left_in_the_queues_misleads_no_scheduler() -> None:
     run = ToyRun()
     for party in run.topology.parties:
@@ -121,8 +131,7 @@ def test_a_stop_while_a_checkpoint_is_written_means_that_checkpoint(committer: A
     run = ToyRun(epochs=6, micro_batches=1, depth=1, checkpoint_every=1, committer=committer)
 
     def stop_it() -> None:
-        report(run.broker, OPERATOR, StopRequest())
-        until(lambda: run.ledger.state is not None and run.ledger.state.phase in (Phase.STOPPING, Phase.STOPPED))
+        ask_to_stop(run)
 
     run.crashes = {"label": CrashAt(operation, act=stop_it, survives=True)}
     with pytest.raises(RunStopped):
@@ -163,8 +172,7 @@ def test_a_run_that_is_stopped_ends_everywhere_after_one_step_and_resumes_to_equ
 
     def stop_it() -> None:
         committed.append(run.newest("label"))
-        report(run.broker, OPERATOR, StopRequest())
-        until(lambda: run.ledger.state is not None and run.ledger.state.phase in (Phase.STOPPING, Phase.STOPPED))
+        ask_to_stop(run)
 
     stop = CrashAt(operation, act=stop_it, survives=True)
     run.crashes = {"label": stop} if killed != "label" else {"b": stop}

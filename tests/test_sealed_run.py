@@ -125,7 +125,7 @@ def test_nothing_that_was_said_in_an_earlier_run_with_the_same_keys_counts_in_th
 
 def test_the_brokers_operator_cannot_stop_a_run(quiet: ToyRun) -> None:
     broker = Operator(0, often=0.0)
-    request = encode(Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0)), StopRequest())
+    request = encode(Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0)), StopRequest("s"))
     stolen = Seal(OPERATOR, (key := PrivateKey.generate(signs=False)), {**PUBLIC, OPERATOR: key.public}, CIPHER)
     for body in (request, stolen.seal(SCHEDULER, request)):
         broker.publish(SCHEDULER, OPERATOR, body, persistent=True, expires=False)

@@ -166,6 +166,7 @@ class ToyRun:
     holdout: float = 0.2
     patience_s: float = 1.0
     late_s: float = 0.0
+    scheduler: str = ""  # the incarnation of the one that runs
     early_stopping: EarlyStopping | None = None
     stage: Callable[[str], ToyStage] = ToyStage
     broker: MemoryBroker = field(default_factory=MemoryBroker)
@@ -245,7 +246,7 @@ class ToyRun:
             seal = self.seal_of(SCHEDULER)
             channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s, seal=seal)
             channel.open()
-            run = f"run{number}"
+            run, self.scheduler = f"run{number}", number
             scheduler = Scheduler(plan, channel, self.ledger, run, time.monotonic, lambda _: None, self.late_s)
             try:
                 self.state = scheduler.serve()

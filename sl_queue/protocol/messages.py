@@ -214,7 +214,7 @@ class Finished:
 class StopRequest:
     """The operator asks for an orderly stop at the next commit."""
 
-    to: str = ""  # the incarnation of the scheduler that it was told of; none other stops. Empty: whichever reads it
+    to: str  # the incarnation of the scheduler that the operator has heard of; none other believes it
     type: Literal["stop_request"] = "stop_request"
 
 

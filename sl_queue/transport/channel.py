@@ -87,7 +87,7 @@ class PartyChannel:
         self._failure: SlQueueError | None = None
         self._describe: Callable[[], Joined] | None = None
         self._progress: Progress | None = None
-        self._telling = threading.RLock()  # memory delivers while it publishes; nothing but the scheduler answers
+        self._telling = threading.RLock()  # entered again where memory:// delivers on the publisher's thread
         self._committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
         self._commit_under_way: Future[None] | None = None
         self._closed = threading.Event()
@@ -109,7 +109,7 @@ class PartyChannel:
                     self._link.flush(timeout_s=5.0)
         finally:
             self._link.close()
-            self._committer.shutdown()  # not before the state folder may be another's
+            self._committer.shutdown()  # once this returns, the state folder may become another worker's
             if self._pulse.ident is not None:
                 self._pulse.join()
 

@@ -150,8 +150,6 @@ class LinkSchedulerChannel:
 
     def _is_for_me(self, message: Message) -> bool:
         """Who joins, or asks for a stop, says which scheduler it has heard of."""
-        if isinstance(message, StopRequest) and not message.to:
-            return True
         return not isinstance(message, Joined | StopRequest) or message.to == self._incarnation
 
     def _on_reconnect(self) -> None:
