@@ -1,13 +1,12 @@
 """One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -16,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from sl_queue.compute.cuts import CROSSING
+from sl_queue.compute.fingerprint import named
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.tensors import described, from_payload, to_payload
@@ -41,6 +41,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype  # of its parameters: what floating inputs are cast to
     seed: int
+    secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
     @classmethod
     def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample) -> "Model":
@@ -51,11 +52,12 @@ class Model:
         where = f"party {party_file.party!r}: [{part}]"
         optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
         module.train()
-        return cls(party_file.party, part, _name(table.model), module, optimizer, device, _dtype(module), job.seed)
+        about = (party_file.party, part, named(table.model), module, optimizer, device, _dtype(module))
+        return cls(*about, job.seed, party_file.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
-        """A scope in which random numbers depend on the job's seed, party, part, purpose and micro-batch only."""
-        return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch), self.device)
+        """A scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
+        return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch, self.secret), self.device)
 
     def accepted(self) -> tuple[torch.dtype, ...]:
         """The dtypes of activations that the module may be given: its own, or narrower ones if it is made for them."""
@@ -155,7 +157,7 @@ def blame(what: str) -> Iterator[None]:
 def _module(job: Job, party_file: PartyFile, part: Part, sample: Sample | None) -> nn.Module:
     """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
     table = _table(party_file, part)
-    where = f"party {party_file.party!r}: [{part}] model = {_name(table.model)!r}"
+    where = f"party {party_file.party!r}: [{part}] model = {named(table.model)!r}"
     model = imported(table.model, party_file.folder) if isinstance(table.model, str) else table.model
     with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
         try:
@@ -200,46 +202,11 @@ def limit_threads(n: int | None) -> None:
         torch.set_num_threads(n)
 
 
-def fingerprint(job: Job, party_file: PartyFile) -> dict[str, Any]:
-    """What must not change until a checkpoint is resumed, for the same bits to follow; flat, JSON values.
-
-    The number of threads is the calling thread's: sums are split among them.
-    """
-    found: dict[str, Any] = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    found["device"] = str(party_file.device)
-    if party_file.fuse is not None:
-        found["fuse.loss"] = _name(party_file.fuse.loss)
-    parts: tuple[Part, Part] = ("base", "fuse")
-    for part in parts:
-        if getattr(party_file, part) is None:
-            continue
-        table = _table(party_file, part)
-        found[f"{part}.model"] = _name(table.model)
-        for group in ("args", "optimizer"):
-            found |= {f"{part}.{group}.{k}": _plain(v) for k, v in dict(getattr(table, group) or {}).items()}
-    return found
-
-
 def _table(party_file: PartyFile, part: Part) -> BaseFile | FuseFile:
     table = party_file.base if part == "base" else party_file.fuse
     if table is None:
         raise JobError(f"party {party_file.party!r}: [{part}] is missing")
     return table
-
-
-def _name(thing: Any) -> str:
-    """How a model or loss is named in errors and fingerprints."""
-    if isinstance(thing, str):
-        return thing
-    kind = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _plain(value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError):
-        return _name(value)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -119,6 +119,7 @@ class Joined:
     held: tuple[int, ...]  # the steps whose checkpoints are on disk, ascending
     epochs: tuple[EpochResult, ...] = ()  # the label holder's history so far
     to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
+    rules: int = 1  # how it computes what it chooses, such as held-out rows; what the first version does not say is 1
     type: Literal["joined"] = "joined"
 
 

@@ -102,6 +102,7 @@ def _join(
         n_rows=joined.n_rows,
         rows_digest=joined.rows_digest,
         id_type=joined.id_type,
+        rules=joined.rules,
         run=joined.run,
         generation=joined.generation,
         held=joined.held,
