@@ -49,8 +49,8 @@ def _other_rules(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
         return (
             f"the rules by which a run chooses its held-out rows differ: {older[1]!r} goes by rules {older[0]}, as an "
             f"earlier version of sl_queue or a run that one began does, and {newer[1]!r} by rules {newer[0]}. To go on "
-            f"with the run, write rules = {older[0]} at the top of {newer[1]!r}'s job file (it changes no digest); to "
-            f"train anew, use this version of sl_queue and a new state folder everywhere"
+            f"with the run, write rules = {older[0]} at the top of the job file of {newer[1]!r} (no digest changes); "
+            "to train anew, use this version of sl_queue and a new state folder everywhere"
         )
     return None
 
