@@ -238,8 +238,8 @@ def seeded(module: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize(
     ("before", "after", "told"),
     [
-        (seeded(Scaled), seeded(Scaled, 1), "the weights that tests.test_fingerprint:Scaled was given with in code"),
-        (with_buffer(0.0), with_buffer(1.0), "the weights that tests.test_fingerprint:Scaled was given with in code"),
+        (seeded(Scaled), seeded(Scaled, 1), "the initial weights of tests.test_fingerprint:Scaled, given in code"),
+        (with_buffer(0.0), with_buffer(1.0), "the initial weights of tests.test_fingerprint:Scaled, given in code"),
         (seeded(Scaled), seeded(lambda: Scaled(2.0)), "the attributes of tests.test_fingerprint:Scaled, given in code"),
         (
             nn.Sequential(seeded(Scaled), nn.Dropout(0.1)),
@@ -274,6 +274,13 @@ def penalty(output: torch.Tensor, labels: torch.Tensor, power: int) -> torch.Ten
 def test_another_loss_given_in_code_is_told(before: Any, after: Any) -> None:
     assert differences(of(Scaled, loss=before), of(Scaled, loss=after))
     assert differences(of(Scaled, loss=before), of(Scaled, loss=before)) == []
+
+
+def test_arguments_of_a_model_are_told_by_their_names_whatever_these_are() -> None:
+    before = of(Scaled) | {"base.args.weights": "IMAGENET1K_V1"}
+    assert differences(before, before | {"base.args.weights": "DEFAULT"}) == [
+        "base.args.weights was 'IMAGENET1K_V1', now 'DEFAULT'"
+    ]
 
 
 def test_autocast_and_other_settings_of_torch_are_told() -> None:

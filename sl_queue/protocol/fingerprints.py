@@ -40,16 +40,15 @@ def differences(found: Mapping[str, Any], own: Mapping[str, Any], *, finished: b
 
 
 def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    part, _, what = key.rpartition(".")
-    named = own.get("fuse.loss") if part == "fuse.loss" else own.get(f"{part}.model")
-    match what:
-        case "code":
-            return f"the source code of {named} has changed"
-        case "weights":
-            return f"the weights that {named} was given with in code are others"
-        case "settings":
-            return f"the attributes of {named}, given in code, are others"
-        case "secret":
+    named = {"base": own.get("base.model"), "fuse": own.get("fuse.model"), "fuse.loss": own.get("fuse.loss")}
+    match key.rpartition("."):
+        case (part, _, "code") if part in named:
+            return f"the source code of {named[part]} has changed"
+        case (part, _, "weights") if part in named:
+            return f"the initial weights of {named[part]}, given in code, are others"
+        case (part, _, "settings") if part in named:
+            return f"the attributes of {named[part]}, given in code, are others"
+        case ("", _, "secret"):
             return _about_secret(found.get(key), own.get(key))
         case _:
             return f"{key} was {found.get(key, 'not there')!r}, now {own.get(key, 'not there')!r}"
