@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from sl_queue.compute.cuts import Promised, place, received_gradient, require_cut, require_finite
 from sl_queue.compute.graph import ends_in_relu, hooks_made
 from sl_queue.compute.models import Inputs, Model, blame
-from sl_queue.compute.tensors import cast, gathered, lent
+from sl_queue.compute.tensors import cast, dtype_name, gathered, lent
 from sl_queue.errors import JobError, LocalProtocolError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.row_order import Batches, Positions
 from sl_queue.protocol.wire import Mask, Wire, asks_for_less
@@ -203,4 +204,18 @@ def base_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
     assert isinstance(trial, Tensor)
     output = model.try_out(trial.to(model.device))
     require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
+    if party in job.feature_parties:
+        _require_fitting(job, party, dtype_name(output.dtype), batches)
     return TorchBaseStage(model, features, table, batches, cut, job.label_holder, replace(job.on_the_wire, cast=cast))
+
+
+def _require_fitting(job: Job, party: str, dtype: str, batches: Batches) -> None:
+    """Raise JobError if the activations of the largest micro-batch are more than a message carries."""
+    held_out = len(batches.holdout_part(0)) if batches.holdout_rows else 0
+    rows = max(held_out, -(-batches.rows_in_step(0) // batches.parts(0)))
+    largest = job.on_the_wire.bytes_of(dtype, (rows, *(job.cut(party) or ())))
+    if largest > MAX_TENSOR_BYTES:
+        raise JobError(
+            f"party {party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a message "
+            f"carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {job.pipeline.micro_batches}"
+        )
