@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from sl_queue.compute.cuts import ENTRANCE
@@ -57,9 +57,9 @@ def runs_only_torch(root: Tensor, hooks_before: int) -> bool:
 
 def steps_only_torch(optimizer: Optimizer) -> bool:
     """Return True if a step of the optimizer runs nothing but torch's own code."""
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    global_hooks = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
-    return type(optimizer).__module__.startswith("torch.optim.") and not (hooks or global_hooks)
+    own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    hooks = own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    return type(optimizer).__module__.startswith("torch.optim.") and not hooks
 
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
