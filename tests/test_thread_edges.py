@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,19 @@ except KeyboardInterrupt:
 def test_ctrl_c_ends_every_thread_of_a_run() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.stdout == "interrupted []\n", done.stderr
+
+
+VARIABLE: ContextVar[float] = ContextVar("VARIABLE", default=1.0)
+
+
+def test_parties_see_the_callers_context_variables() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(VARIABLE.get())
+            return super().forward(x)
+
+    seen: set[float] = set()
+    token = VARIABLE.set(3.0)
+    sl_queue.run_local(job(epochs=1), files(Scaled(6, 4)))
+    VARIABLE.reset(token)
+    assert seen == {3.0}

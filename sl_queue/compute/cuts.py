@@ -123,7 +123,7 @@ class _Entrance(torch.autograd.Function):
         return None, None
 
 
-ENTRANCE: type = _Entrance._backward_cls  # type: ignore[attr-defined]  # its node in a graph
+ENTRANCE: type = _Entrance._backward_cls  # its node in a graph
 
 
 def _with_rows(cut: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sl_queue.compute.cuts import ENTRANCE
 
+_ACCUMULATE: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # adds to a leaf's gradient
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may run Python for any operator
 _SHOWS_HOOKS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")  # torch before 2.6 does not
 
@@ -34,7 +35,8 @@ def runs_only_torch(root: Tensor, hooks_before: int) -> bool:
     """
     if hooks_made() != hooks_before or type(root) is not Tensor:
         return False
-    waiting, seen = [root.grad_fn], set()
+    waiting: list[Any] = [root.grad_fn]
+    seen: set[Any] = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -62,9 +64,6 @@ def steps_only_torch(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim.") and not hooks
 
 
-_ACCUMULATE = torch._C._functions.AccumulateGrad
-
-
 @cache
 def _saved_by(kind: type) -> tuple[str, ...] | None:
     """Return the attributes with the saved tensors of a kind of node; None for one that is not torch's own."""
@@ -83,6 +82,7 @@ def _unpacked_by_python(saved: Any) -> bool:
 
 
 def _is_plain_leaf(leaf: Tensor) -> bool:
+    """Tell whether a leaf has no hooks; those put on its AccumulateGrad node before the forward pass are not seen."""
     return type(leaf) in _PLAIN and not leaf._backward_hooks and not leaf._post_accumulate_grad_hooks
 
 

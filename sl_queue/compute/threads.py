@@ -42,12 +42,13 @@ def _lost(devices: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     if device.type != "cpu":
         instead = f"write device = '{device}' into the party files, and call run_local within torch.device('cpu')"
         yield f"the default device {str(device)!r}", instead
-    modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
+    functions: list[object] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    modes = [mode for mode in functions if not isinstance(mode, DeviceContext)]
     for mode in (*modes, *_get_current_dispatch_mode_stack()):
         yield f"the mode {type(mode).__name__}", inside
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         yield "a saved_tensors_hooks context", inside
-    if "cuda" in devices and torch.cuda.is_initialized() and torch.cuda.current_device() != 0:
+    if "cuda" in devices and torch.cuda._initialized and torch.cuda.current_device() != 0:
         current = torch.cuda.current_device()
         yield f"the current CUDA device {current}", f"write device = 'cuda:{current}' into the party files"
 

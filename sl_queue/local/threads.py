@@ -5,7 +5,9 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,9 +67,9 @@ def run_local(
     forward pass. They are the whole process's: code of your own that draws from them in another thread meanwhile, or in
     `on_status`, changes what the models draw. Give it a generator of its own.
 
-    Settings of the calling thread alone do not reach the parties. autocast, a default device, modes and
-    saved-tensor hooks around this call are refused; no_grad and inference_mode change nothing. The caller's number of
-    torch threads is given back at the end.
+    Of the calling thread the parties see its context variables, but not what torch keeps for each thread: autocast, a
+    default device, modes and saved-tensor hooks around this call are refused, and no_grad and inference_mode change
+    nothing. The caller's number of torch threads is given back at the end.
 
     Raises the error of the party that failed, RunStopped if the run was stopped, and whatever `on_status` raises, which
     ends the run everywhere. Run again on the same `out`, it resumes.
@@ -135,8 +137,8 @@ class _Threads:
         self._state = RunState()
 
     def run(self) -> RunState:
-        threads = [threading.Thread(target=self._run_one, args=(p,), name=p.party) for p in self._parties]
-        scheduler = threading.Thread(target=self._run_scheduler, name=SCHEDULER)
+        threads = [_thread(p.party, partial(self._run_one, p)) for p in self._parties]
+        scheduler = _thread(SCHEDULER, self._run_scheduler)
         try:
             for thread in (scheduler, *threads):
                 thread.start()
@@ -201,6 +203,11 @@ class _Threads:
             else:  # sys.exit and its like, which would end this thread without a word
                 self._errors.append(ComputeError(f"{told}; code that a party runs must not end its thread"))
             self._channels.fail(RunStopped(f"another role of this process failed: {told}"))
+
+
+def _thread(name: str, run: Callable[[], None]) -> threading.Thread:
+    """Make a thread that sees the caller's context variables (NumPy's errstate, decimal's context)."""
+    return threading.Thread(target=copy_context().run, args=(run,), name=name)
 
 
 def have_finished(job: Job, states: Mapping[str, Path]) -> bool:
