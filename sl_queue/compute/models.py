@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from sl_queue.compute.cuts import CROSSING
+from sl_queue.compute.graph import runs_only_torch, steps_only_torch
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.tensors import described, from_payload, to_payload
@@ -57,6 +58,14 @@ class Model:
         """A scope in which random numbers depend on the job's seed, party, part, purpose and micro-batch only."""
         return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch), self.device)
 
+    def differentiating(self, root: Tensor, hooks_before: int, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        """Open the scope of a backward pass from `root`: a keyed one if anything in it may draw random numbers.
+
+        `hooks_before`: `hooks_made()` before the forward pass. torch's own code draws nothing; with no lock around it,
+        parties that are threads of one process compute at the same time.
+        """
+        return nullcontext() if runs_only_torch(root, hooks_before) else self.drawing("backward", micro_batch)
+
     def accepted(self) -> tuple[torch.dtype, ...]:
         """The dtypes of activations that the module may be given: its own, or narrower ones if it is made for them."""
         if not any(True for _ in self.module.parameters()):
@@ -97,10 +106,12 @@ class Model:
         finally:
             self.module.train()
 
-    def step(self) -> None:
-        """Apply and forget the gradients of the parameters."""
+    def step(self, number: int) -> None:
+        """Apply and forget the gradients of the parameters; `number` counts the optimizer steps from 0."""
         if self.optimizer is not None:
-            with blame(f"party {self.party!r}: the optimizer of {self.name} failed"):
+            quiet = steps_only_torch(self.optimizer)
+            scope = nullcontext() if quiet else self.drawing("update", MicroBatch(number, 0))
+            with blame(f"party {self.party!r}: the optimizer of {self.name} failed"), scope:
                 self.optimizer.step()
             for group in self.optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
                 for parameter in group["params"]:
@@ -140,12 +151,16 @@ class Model:
 
 @contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Whatever a user's module, loss or optimizer raises in here becomes a ComputeError that begins with `what`."""
+    """Turn whatever a user's module, loss or optimizer raises in here into a ComputeError that begins with `what`.
+
+    `sys.exit` too: it would end this worker with a code of the model's own, and nobody would tell the others. Not
+    Ctrl-C, which is for the whole process.
+    """
     try:
         yield
-    except SlQueueError:
+    except (SlQueueError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
 
 
@@ -156,11 +171,14 @@ def _module(job: Job, party_file: PartyFile, part: Part, sample: Sample | None) 
     """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
     table = _table(party_file, part)
     where = f"party {party_file.party!r}: [{part}] model = {_name(table.model)!r}"
-    model = imported(table.model, party_file.folder) if isinstance(table.model, str) else table.model
+    model = table.model
+    if isinstance(model, str):
+        with seeded(key(job.seed, "", "import"), torch.device("cpu")):  # its file may draw, or call torch.manual_seed
+            model = imported(model, party_file.folder)
     with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
         try:
             module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(**table.args)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise JobError(f"{where} with args = {dict(table.args)} fails: {type(error).__name__}: {error}") from error
         if not isinstance(module, nn.Module):
             raise JobError(f"{where} returns {type(module).__name__}; it must return a torch.nn.Module")

@@ -8,6 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from sl_queue.compute import seeds
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.models import fingerprint, limit_threads
@@ -75,7 +78,7 @@ def serve_party(
         if done is not None and done.told:
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
-        table = read_table(job, party_file)
+        table = _table(job, party_file)
         identity = Identity(incarnation, job.canonical(), table.n_rows, table.digest, table.id_type)
         batches = job.batches(table.n_rows)
         pipeline = job.pipeline_of(batches)
@@ -97,6 +100,14 @@ def serve_party(
         open_channels.add(channel)
         worker.serve(train)
         log.info("%s: finished; final weights in %s", party, state / "final")
+
+
+def _table(job: Job, party_file: PartyFile) -> Table:
+    """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
+    if getattr(party_file.data, "source", None) is None:
+        return read_table(job, party_file)
+    with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
+        return read_table(job, party_file)
 
 
 def _role(
