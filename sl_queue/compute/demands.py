@@ -1,6 +1,6 @@
 """Demands on a module that are looked into before anything is trained: what cannot be trained or saved is named."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from sl_queue.compute.handover import modules_in
-from sl_queue.compute.module_state import attributes
+from sl_queue.compute.module_state import Built, Contents
 from sl_queue.compute.remembered import is_iterator
 from sl_queue.compute.tensors import described, dtype_name, to_payload
 from sl_queue.errors import JobError
@@ -25,7 +25,7 @@ def require_savable(module: nn.Module, where: str) -> None:
                     "dense in one of float64, float32, float16, bfloat16, complex64, integers or bool, or a constant "
                     "as a plain attribute"
                 )
-    for path, value in attributes(module).items():
+    for path, value in Contents.of(module).attributes().items():
         if is_iterator(value):
             raise JobError(
                 f"{where}: the attribute {path!r} is a {type(value).__name__}, and nothing can save where it stands; "
@@ -71,16 +71,20 @@ def leaves_of(output: Tensor) -> list[Tensor]:
 def require_known(
     module: nn.Module,
     optimizer: Optimizer | None,
-    built: Collection[str],
+    built: Built,
     reached: Iterable[Tensor],
     where: str,
 ) -> None:
     """Raise JobError for a parameter that the optimizer was not given: one that came later, or is none of the module's.
 
-    `built` are the names of the parameters that it was given, `reached` what the module's output comes of.
+    Also for a submodule with buffers that came later. `reached` is what the module's output comes of.
     """
     known = set() if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-    late = {name: name in built for name, p in module.named_parameters() if id(p) not in known}
+    now = Contents.of(module)
+    late = {name: name in built.learning for name, p in now.parameters.items() if id(p) not in known}
+    for name, each in now.modules.items():
+        if name not in built.modes and any(buffer is not None for buffer in each._buffers.values()) and not late:
+            raise JobError(f"{where} makes the submodule {name!r} in its forward, with buffers; make it in __init__")
     if late:
         names = ", ".join(map(repr, late))
         remedy = (
@@ -93,14 +97,14 @@ def require_known(
     if strangers:
         raise JobError(
             f"{where}: {_place(module, strangers[0])} requires a gradient and is none of the module's parameters, so "
-            "no optimizer trains it; make it an nn.Parameter (nn.ParameterList, nn.ModuleList) of the module, or let it "
-            "require no gradient"
+            "no optimizer trains it; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), or let it require "
+            "no gradient"
         )
 
 
 def _place(module: nn.Module, tensor: Tensor) -> str:
     """Where a module holds a tensor that is not registered."""
-    for path, value in attributes(module).items():
+    for path, value in Contents.of(module).attributes().items():
         inside = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
         if any(each is tensor for each in inside):
             return f"the tensor in its attribute {path!r}"

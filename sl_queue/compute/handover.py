@@ -6,14 +6,16 @@ stages are built of one module, as `sl-queue check` does, each trains a copy.
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, Protocol, Self, TypeVar
 
 from torch import Tensor, nn
 
-from sl_queue.compute.module_state import LENT, Snapshot
+from sl_queue.compute.module_state import LENT, OWN
+from sl_queue.compute.remembered import HOOKS
+from sl_queue.compute.snapshots import Snapshot
 from sl_queue.errors import ComputeError, JobError
 
 T = TypeVar("T")
@@ -53,30 +55,79 @@ class Copies:
             ) from error
 
 
-def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
-    """A deep copy, with the hooks on parameters too; tensors that were computed are copied without their graph."""
+def copied(thing: T, memo: dict[int, Any] | None = None, anyhow: bool = False) -> T:
+    """A deep copy, with the hooks on parameters too; functions that refer to the original refer to the copy.
+
+    Tensors that were computed are copied without their graph. `anyhow`: what cannot be copied, a lock, is shared.
+    """
     memo = {} if memo is None else memo
     modules = [each for root in modules_in(thing) for each in root.modules()]
     for each in modules:
         for value in vars(each).values():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+    if anyhow:
+        memo |= {id(value): value for each in modules for value in _uncopyable(each, memo)}
     found = copy.deepcopy(thing, memo)
     for each in modules:
+        _rebind_functions(memo.get(id(each), each), each, memo)
         for parameter in each.parameters(recurse=False):
             twin = memo.get(id(parameter))
             if isinstance(twin, Tensor) and twin is not parameter:
-                _copy_hooks(parameter, twin)
+                _copy_hooks(parameter, twin, memo)
     return found
 
 
-def _copy_hooks(parameter: Tensor, twin: Tensor) -> None:
+def _uncopyable(module: nn.Module, memo: Mapping[int, Any]) -> Iterator[Any]:
+    """The plain attributes of a module that have no copy."""
+    for name, value in vars(module).items():
+        if name not in OWN and not isinstance(value, nn.Module):
+            try:
+                copy.deepcopy(value, dict(memo) | {id(each): each for each in module.modules()})
+            except Exception:
+                yield value
+
+
+def _rebind_functions(twin: nn.Module, module: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Let hooks and other functions of a copy refer to it: deepcopy leaves functions as they are."""
+    if twin is module:
+        return
+    for table in (vars(twin), *(vars(twin)[name] for name in HOOKS & vars(twin).keys())):
+        if isinstance(table, dict):
+            for name, value in list(table.items()):
+                if isinstance(value, FunctionType):
+                    table[name] = _rebound(value, memo)
+
+
+def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
+    """The function with copies of modules and tensors in the place of what it refers to."""
+
+    def twin(value: Any) -> Any:
+        return memo.get(id(value), value) if isinstance(value, nn.Module | Tensor) else value
+
+    cells = function.__closure__ or ()
+    closure = tuple(CellType(twin(cell.cell_contents)) if _is_full(cell) else cell for cell in cells)
+    there = function.__globals__
+    others = {n: twin(there[n]) for n in function.__code__.co_names if n in there and twin(there[n]) is not there[n]}
+    moved = any(_is_full(c) and new.cell_contents is not c.cell_contents for c, new in zip(cells, closure, strict=True))
+    if not moved and not others:
+        return function
+    names = {**there, **others} if others else there
+    found = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    found.__kwdefaults__ = function.__kwdefaults__
+    return found
+
+
+def _copy_hooks(parameter: Tensor, twin: Tensor, memo: Mapping[int, Any]) -> None:
+    def bound(hook: Any) -> Any:
+        return _rebound(hook, memo) if isinstance(hook, FunctionType) else hook
+
     if not twin._backward_hooks:
         for hook in (parameter._backward_hooks or {}).values():
-            twin.register_hook(hook)
+            twin.register_hook(bound(hook))  # type: ignore[no-untyped-call]
     if not getattr(twin, "_post_accumulate_grad_hooks", None):
         for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-            twin.register_post_accumulate_grad_hook(hook)
+            twin.register_post_accumulate_grad_hook(bound(hook))  # type: ignore[no-untyped-call]
 
 
 def modules_in(thing: Any, depth: int = _DEPTH) -> list[nn.Module]:
@@ -182,7 +233,7 @@ class Loan:
             vars(module).pop(LENT, None)
             return module
         try:
-            found = copied(module)
+            found = copied(module, anyhow=True)
         except Exception as error:
             raise ComputeError(
                 f"party {party!r}: the trained {part} model, a {_kind(module)}, cannot be copied "

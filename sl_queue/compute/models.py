@@ -3,13 +3,12 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,11 +16,13 @@ from torch.optim import Optimizer
 
 from sl_queue.compute.cuts import CROSSING
 from sl_queue.compute.demands import leaves_of, require_known, require_savable, require_within_reach
-from sl_queue.compute.handover import Copies, Loan, Take
-from sl_queue.compute.module_state import Built, Snapshot, begin_training, in_evaluation, set_buffer
+from sl_queue.compute.final_weights import settled
+from sl_queue.compute.handover import Copies, Take
+from sl_queue.compute.module_state import Built, begin_training, in_evaluation
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
-from sl_queue.compute.remembered import NotCarriedError
+from sl_queue.compute.saved_values import NotCarriedError
 from sl_queue.compute.seeds import key, seeded
+from sl_queue.compute.snapshots import Snapshot
 from sl_queue.compute.tensors import described, from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError, SlQueueError
 from sl_queue.job import BaseFile, FuseFile, Job, PartyFile, imported
@@ -52,18 +53,17 @@ class Model:
     known: bool = False  # whether all parameters were the optimizer's in the first step
 
     @classmethod
-    def build(
-        cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None
-    ) -> "Model":
+    def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None) -> "Model":
         """The model with its initial weights, the same wherever and however often it is built.
 
         `take` says how to come by a module that is given in code; without it, as a copy.
         """
         table = _table(party_file, part)
         device = device_of(party_file)
-        module = _module(job, party_file, part, sample, take).to(device)
+        module = build_module(job, party_file, part, sample, take)
         where, name = f"party {party_file.party!r}: [{part}]", _name(table.model)
         require_savable(module, f"{where} model = {name!r}")
+        module.to(device)
         optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
         if optimizer is not None and not module.training:
             log.warning(
@@ -143,7 +143,7 @@ class Model:
         """Raise JobError if the module has parameters that the optimizer was not given, or its output comes of them."""
         where = f"party {self.party!r}: [{self.part}] model = {self.name!r}"
         reached = () if output is None else leaves_of(output)
-        require_known(self.module, self.optimizer, self.built.learning, reached, where)
+        require_known(self.module, self.optimizer, self.built, reached, where)
 
     def _tell(self, lost: Iterable[NotCarriedError]) -> None:
         """Say once of each attribute that changes and cannot be carried that it is in no checkpoint."""
@@ -236,7 +236,7 @@ def blame(what: str) -> Iterator[None]:
 # From party file to module --------------------------------------------------------------------------------------
 
 
-def _module(
+def build_module(
     job: Job, party_file: PartyFile, part: Part, sample: Sample | None, take: Take | None = None
 ) -> nn.Module:
     """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
@@ -260,66 +260,13 @@ def _module(
     return module
 
 
-def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
+def finalbuild_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
     """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
-    return _settled(_module(job, party_file, _part_of(path), None), party_file, path)
+    return settled(build_module(job, party_file, part_of(path), None), party_file, path)
 
 
-def trained_module(job: Job, party_file: PartyFile, path: Path, loan: Loan) -> nn.Module:
-    """As `final_module`, from the module that was trained in this process, if it was: with all that it has become."""
-    part = _part_of(path)
-    given = given_module(party_file, part)
-    make = None if given is not None else lambda: _module(job, party_file, part, None)
-    module = loan.trained(party_file.party, part, make)
-    return final_module(job, party_file, path) if module is None else _settled(module, party_file, path)
-
-
-def given_module(party_file: PartyFile, part: Part) -> nn.Module | None:
-    """The module that a party file brings or names, None if it names what makes one, or nothing that is there."""
-    table = party_file.base if part == "base" else party_file.fuse
-    model = None if table is None else table.model
-    if isinstance(model, str):
-        with suppress(JobError):
-            model = imported(model, party_file.folder)
-    return model if isinstance(model, nn.Module) else None
-
-
-def lend_given(parties: Iterable[PartyFile], loan: Loan) -> None:
-    """Lend the modules that are given in code. Raises JobError for any that two models share."""
-    parts: tuple[Part, Part] = ("base", "fuse")
-    for party_file in parties:
-        for part in parts:
-            module = given_module(party_file, part)
-            if module is not None:
-                loan(party_file.party, part, module, made=False)
-
-
-def _part_of(path: Path) -> Part:
+def part_of(path: Path) -> Part:
     return "fuse" if path.stem == "fuse" else "base"
-
-
-def _settled(module: nn.Module, party_file: PartyFile, path: Path) -> nn.Module:
-    """The module with the weights of a file, whose buffers may have other shapes than a new module's."""
-    weights = safetensors.torch.load_file(path)
-    own = {} if _is_lazy(module) else module.state_dict()
-    if own.keys() != weights.keys() or not all(_equal(own[name], weights[name]) for name in weights):
-        for name, buffer in () if _is_lazy(module) else list(module.named_buffers(remove_duplicate=False)):
-            if name in weights and (buffer.shape, buffer.dtype) != (weights[name].shape, weights[name].dtype):
-                set_buffer(module, name, weights[name].clone(), None)
-        for name in weights.keys() - own.keys():
-            with suppress(AttributeError, KeyError):  # what is no buffer is the module's own to load
-                set_buffer(module, name, weights[name].clone(), True)
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"party {party_file.party!r}: the weights in {path} do not fit the model as it is built now: {error}"
-            ) from error
-    return module.to("cpu").eval()
-
-
-def _equal(one: Any, other: Tensor) -> bool:
-    return isinstance(one, Tensor) and one.dtype == other.dtype and torch.equal(one.cpu(), other)
 
 
 def device_of(party_file: PartyFile) -> torch.device:

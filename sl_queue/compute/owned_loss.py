@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sl_queue.compute.demands import leaves_of, require_savable
 from sl_queue.compute.handover import Holder, modules_in
-from sl_queue.compute.module_state import Built, Snapshot, in_evaluation
+from sl_queue.compute.module_state import Built, in_evaluation
+from sl_queue.compute.snapshots import Snapshot
 from sl_queue.compute.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.ports import State
@@ -102,7 +103,9 @@ def require_no_parameters(tried: Tensor, output: Tensor, models: Iterable[nn.Mod
     """Raise JobError if the loss of `output` comes of parameters that are in none of the models."""
     known = {id(output)} | {id(parameter) for model in models for parameter in model.parameters()}
     if any(id(leaf) not in known for leaf in leaves_of(tried)):
-        raise JobError(f"{where}: the loss comes of a tensor that requires a gradient, and nothing trains it; {_ADVICE}")
+        raise JobError(
+            f"{where}: the loss comes of a tensor that requires a gradient, and nothing trains it; {_ADVICE}"
+        )
 
 
 def _tensors(holder: nn.Module) -> list[tuple[str, Tensor]]:

@@ -8,11 +8,12 @@ import enum
 import io
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -21,19 +22,11 @@ from torch import Tensor, nn
 MOST_ITEMS = 1000  # of a container that a checkpoint carries
 _LARGE_BYTES = 16 * 2**20  # a tensor that is compared by its version instead of its numbers
 _SCALARS = (type(None), bool, int, float, str)
-_CONTAINERS: Mapping[str, type] = {
+CONTAINERS: Mapping[str, type] = {
     c.__name__: c for c in (list, tuple, torch.Size, deque, set, frozenset, dict, OrderedDict)
 }
 _HARMLESS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum, torch.dtype, torch.device)
 _NOT_OURS = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "builtins"}
-
-
-class NotCarriedError(Exception):
-    """A value at `path` that no checkpoint can carry."""
-
-    def __init__(self, path: str, value: object) -> None:
-        super().__init__(path)
-        self.path, self.value = path, value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +58,7 @@ class Numbers:
 class Items:
     """A container; the items of a dict are its keys and values in turn."""
 
-    kind: str  # a name in _CONTAINERS
+    kind: str  # a name in CONTAINERS
     items: "tuple[Remembered, ...]"
     held: Any = field(repr=False, default=None)
     longest: int | None = None  # of a deque
@@ -105,9 +98,9 @@ class Memory:
             return _tensor(value)
         if isinstance(value, np.ndarray | np.generic):
             return _array(value)
-        if type(value).__name__ in _CONTAINERS and type(value) is _CONTAINERS[type(value).__name__]:
+        if type(value).__name__ in CONTAINERS and type(value) is CONTAINERS[type(value).__name__]:
             return self._container(value)
-        if (generator := _generator_state(value)) is not None:
+        if (generator := generator_state(value)) is not None:
             return Instance({"state": self.remember(generator)}, value)
         names = _own_names(value)
         return Fixed(value) if names is None else self._instance(value, names)
@@ -176,7 +169,7 @@ def is_iterator(value: Any) -> bool:
 # Generators of random numbers -----------------------------------------------------------------------------------
 
 
-def _generator_state(value: Any) -> Any:
+def generator_state(value: Any) -> Any:
     """The state of a generator of random numbers in plain values; None of anything else."""
     if isinstance(value, torch.Generator):
         return value.get_state()
@@ -187,7 +180,7 @@ def _generator_state(value: Any) -> Any:
     return value.get_state(legacy=False) if isinstance(value, np.random.RandomState) else None
 
 
-def _set_generator_state(value: Any, state: Any) -> None:
+def set_generator_state(value: Any, state: Any) -> None:
     if isinstance(value, torch.Generator | np.random.RandomState):
         value.set_state(state)
     elif isinstance(value, Random):
@@ -203,9 +196,9 @@ def same(one: Remembered, other: Remembered) -> bool:
     """Whether two memories are of equal values, bit for bit."""
     match one, other:
         case Scalar(a), Scalar(b):
-            return type(a) is type(b) and repr(a) == repr(b)
+            return type(a) is type(b) and (repr(a) == repr(b) if type(a) is float else bool(a == b))
         case Fixed(a, n), Fixed(b, m):
-            return (a is b or (isinstance(a, _HARMLESS) and a == b)) and n == m
+            return (a is b or _alike(a, b)) and n == m
         case Numbers(), Numbers():
             return one.kind == other.kind and _same_numbers(one, other)
         case Items(), Items():
@@ -214,6 +207,13 @@ def same(one: Remembered, other: Remembered) -> bool:
         case Instance(a), Instance(b):
             return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
     return False
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether values that are no state are the same: two references to one object, two names of a device."""
+    if isinstance(one, ReferenceType) and isinstance(other, ReferenceType):
+        return True
+    return isinstance(one, _HARMLESS) and type(one) is type(other) and bool(one == other)
 
 
 def _same_numbers(one: Numbers, other: Numbers) -> bool:
@@ -236,7 +236,7 @@ def put_back(memory: Remembered, current: Any = None) -> Any:
         case Numbers():
             return _numbers_back(memory, current if memory.held is None else memory.held)
         case Items():
-            return _items_back(memory, current if memory.held is None else memory.held)
+            return items_back(memory, current if memory.held is None else memory.held)
         case Instance():
             return _instance_back(memory, current if memory.held is None else memory.held)
 
@@ -246,7 +246,11 @@ def _numbers_back(memory: Numbers, target: Any) -> Any:
     if memory.kind == "number":
         return copy.numpy()[()]
     if memory.kind == "array":
-        if not isinstance(target, np.ndarray) or target.shape != tuple(copy.shape) or target.dtype != copy.numpy().dtype:
+        if (
+            not isinstance(target, np.ndarray)
+            or target.shape != tuple(copy.shape)
+            or target.dtype != copy.numpy().dtype
+        ):
             return copy.numpy().copy()
         if target.flags.writeable:
             target[...] = copy.numpy()
@@ -262,25 +266,33 @@ def overwrite(tensor: Tensor, numbers: Tensor) -> None:
     with torch.no_grad():
         if tensor.dtype != numbers.dtype or tensor.shape != numbers.shape or tensor.layout != torch.strided:
             tensor.data = numbers.detach().clone().to(tensor.device)
-        elif not torch.equal(tensor, numbers.to(tensor.device)):
+        elif not _holds(tensor, numbers):
             tensor.copy_(numbers)
 
 
-def _items_back(memory: Items, target: Any) -> Any:
-    fits = type(target) is _CONTAINERS[memory.kind] and getattr(target, "maxlen", None) == memory.longest
+def _holds(tensor: Tensor, numbers: Tensor) -> bool:
+    """Whether a tensor need not be written to; then who else refers to it sees no change of its version."""
+    try:
+        return torch.equal(tensor, numbers.to(tensor.device))
+    except (RuntimeError, NotImplementedError):  # of a dtype or device that cannot be compared
+        return False
+
+
+def items_back(memory: Items, target: Any) -> Any:
+    fits = type(target) is CONTAINERS[memory.kind] and getattr(target, "maxlen", None) == memory.longest
     if memory.kind in ("dict", "OrderedDict"):
         keys = [put_back(key) for key in memory.items[::2]]
         before = target if fits else {}
         values = [put_back(value, before.get(k)) for k, value in zip(keys, memory.items[1::2], strict=True)]
-        return _refilled(target if fits else _CONTAINERS[memory.kind](), dict(zip(keys, values, strict=True)))
+        return _refilled(target if fits else CONTAINERS[memory.kind](), dict(zip(keys, values, strict=True)))
     there = list(target) if fits and len(target) == len(memory.items) else [None] * len(memory.items)
     items = list(map(put_back, memory.items, there))
     if memory.kind == "tuple" and fits and len(items) == len(target) and all(map(_is, items, target)):
         return target
     if memory.kind in ("tuple", "Size", "frozenset"):
-        return _CONTAINERS[memory.kind](items)
+        return CONTAINERS[memory.kind](items)
     if not fits:
-        target = deque((), memory.longest) if memory.kind == "deque" else _CONTAINERS[memory.kind]()
+        target = deque(maxlen=memory.longest) if memory.kind == "deque" else CONTAINERS[memory.kind]()
     target.clear()
     target.update(items) if memory.kind == "set" else target.extend(items)
     return target
@@ -297,73 +309,14 @@ def _refilled(target: Any, items: Mapping[Any, Any]) -> Any:
 
 
 def _instance_back(memory: Instance, target: Any) -> Any:
-    if _generator_state(target) is not None:
-        _set_generator_state(target, put_back(memory.attributes["state"]))
+    if generator_state(target) is not None:
+        set_generator_state(target, put_back(memory.attributes["state"]))
         return target
     if target is None:
-        raise NotCarriedError("", target)
+        raise TypeError("an object that is not there")
     there = vars(target)
     values = {name: put_back(value, there.get(name)) for name, value in memory.attributes.items()}
     for name in [name for name in there if name not in values and name not in HOOKS]:
         del there[name]
     there.update(values)
     return target
-
-
-# As JSON values and tensors -------------------------------------------------------------------------------------
-
-
-def saved(memory: Remembered, path: str, keep: Callable[[str, Tensor], None]) -> Any:
-    """JSON values for a memory; its tensors are handed to `keep` by their paths. Raises NotCarriedError."""
-    match memory:
-        case Scalar(value):
-            return value
-        case Numbers():
-            keep(path, memory.copy)
-            return {memory.kind: path}
-        case Items():
-            items = [saved(item, f"{path}[{i}]", keep) for i, item in enumerate(memory.items)]
-            return {memory.kind: items} | ({"longest": memory.longest} if memory.kind == "deque" else {})
-        case Instance():
-            return {"object": {n: saved(a, f"{path}.{n}", keep) for n, a in _carried(memory).items()}}
-        case Fixed(held):
-            raise NotCarriedError(path, held)
-
-
-def _carried(memory: Instance) -> Mapping[str, Remembered]:
-    """Of an object, without its functions, classes and submodules, which its code or its module brings."""
-    return {name: value for name, value in memory.attributes.items() if not isinstance(value, Fixed)}
-
-
-def read(value: Any, tensor_of: Callable[[str], Tensor], current: Any = None) -> Any:
-    """What `saved` was called for, put into `current` where that is of the same kind."""
-    if not isinstance(value, dict):
-        return value
-    kind, content = next((k, v) for k, v in value.items() if k != "longest")
-    if kind in ("tensor", "array", "number"):
-        return put_back(Numbers(tensor_of(content), kind), current)
-    if kind != "object":
-        return _read_items(kind, content, value.get("longest"), tensor_of, current)
-    if _generator_state(current) is not None:
-        _set_generator_state(current, read(content["state"], tensor_of))
-        return current
-    if current is None:
-        raise NotCarriedError("", None)
-    for name, attribute in content.items():
-        vars(current)[name] = read(attribute, tensor_of, vars(current).get(name))
-    return current
-
-
-def _read_items(kind: str, content: Any, longest: int | None, tensor_of: Callable[[str], Tensor], current: Any) -> Any:
-    fits = type(current) is _CONTAINERS[kind]
-    if kind in ("dict", "OrderedDict"):
-        keys = [read(key, tensor_of) for key in content[::2]]
-        there: list[Any] = [current.get(key) if fits else None for key in keys]
-        content = content[1::2]
-    else:
-        there = list(current) if fits and len(current) == len(content) else [None] * len(content)
-    items = [read(item, tensor_of, before) for item, before in zip(content, there, strict=True)]
-    if kind in ("dict", "OrderedDict"):
-        items = [each for pair in zip(keys, items, strict=True) for each in pair]
-    memory = Items(kind, tuple(map(Fixed, items)), None, longest)
-    return _items_back(memory, current)

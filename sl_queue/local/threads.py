@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from sl_queue.compute.handover import Loan, Take
-from sl_queue.compute.models import lend_given, limit_threads, trained_module
+from sl_queue.compute.models import limit_threads
+from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.errors import JobError, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
