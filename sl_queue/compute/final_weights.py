@@ -13,7 +13,7 @@ from sl_queue.compute.module_state import set_buffer
 from sl_queue.errors import CheckpointError
 
 
-def settled(module: nn.Module, party_file: PartyFile, path: Path) -> nn.Module:
+def settled(module: nn.Module, party: str, path: Path) -> nn.Module:
     """The module with the weights of a file, whose buffers may have other shapes than a new module's."""
     weights = safetensors.torch.load_file(path)
     lazy = any(map(is_lazy, (*module.parameters(), *module.buffers())))
@@ -29,7 +29,7 @@ def settled(module: nn.Module, party_file: PartyFile, path: Path) -> nn.Module:
             module.load_state_dict(weights)
         except RuntimeError as error:
             raise CheckpointError(
-                f"party {party_file.party!r}: the weights in {path} do not fit the model as it is built now: {error}"
+                f"party {party!r}: the weights in {path} do not fit the model as it is built now: {error}"
             ) from error
     return module.to("cpu").eval()
 

@@ -69,6 +69,8 @@ def copied(thing: T, memo: dict[int, Any] | None = None, anyhow: bool = False) -
     if anyhow:
         memo |= {id(value): value for each in modules for value in _uncopyable(each, memo)}
     found = copy.deepcopy(thing, memo)
+    for parameter in (p for root in modules_in(found) for p in root.parameters() if not p.is_leaf):
+        parameter.detach_().requires_grad_()  # a script is copied by operations that autograd follows
     for each in modules:
         _rebind_functions(memo.get(id(each), each), each, memo)
         for parameter in each.parameters(recurse=False):

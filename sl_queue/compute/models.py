@@ -260,9 +260,9 @@ def build_module(
     return module
 
 
-def finalbuild_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
+def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
     """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
-    return settled(build_module(job, party_file, part_of(path), None), party_file, path)
+    return settled(build_module(job, party_file, part_of(path), None), party_file.party, path)
 
 
 def part_of(path: Path) -> Part:

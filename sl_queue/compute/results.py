@@ -19,7 +19,7 @@ def trained_module(job: Job, party_file: PartyFile, path: Path, loan: Loan) -> n
     given = given_module(party_file, part)
     make = None if given is not None else lambda: build_module(job, party_file, part, None)
     module = loan.trained(party_file.party, part, make)
-    return final_module(job, party_file, path) if module is None else settled(module, party_file, path)
+    return final_module(job, party_file, path) if module is None else settled(module, party_file.party, path)
 
 
 def given_module(party_file: PartyFile, part: Part) -> nn.Module | None:
