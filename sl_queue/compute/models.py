@@ -74,11 +74,11 @@ class Model:
             raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
         return output
 
-    def try_out(self, inputs: Inputs) -> Tensor:
-        """The output in evaluation mode, leaving no trace in the module; ShapeError if it fails."""
+    def try_out(self, inputs: Inputs, *, graph: bool = False) -> Tensor:
+        """The output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails."""
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:
-            with self.evaluating(), self.drawing("trial", MicroBatch(0, 0)):
+            with self.evaluating(), self.drawing("trial", MicroBatch(0, 0)), torch.set_grad_enabled(graph):
                 return self.run(inputs, f"party {self.party!r}")
         except ComputeError as error:
             raise ShapeError(f"{error}; check {self.name} and its args") from error
