@@ -20,9 +20,9 @@ from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, targets, task_of, undefined
 from sl_queue.compute.models import Inputs, Model, blame
 from sl_queue.compute.outputs import Outputs, doubled, outputs_of
-from sl_queue.compute.seeds import key
+from sl_queue.compute.stand_ins import drawn
 from sl_queue.compute.tensors import cast, described, lent
-from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
+from sl_queue.errors import LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -310,12 +310,9 @@ def fuse_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
         rows: int = _TRIAL_ROWS,
         scale: float | None = None,
     ) -> Inputs:
-        """Activations from a generator of their own: positive as after a ReLU, or of both signs at a `scale`."""
-        draw = torch.Generator().manual_seed(key(job.seed, party, "fuse trial"))
-        normal = [torch.randn(rows, *(job.cut(p) or ()), generator=draw, dtype=torch.float32) for p in job.fused]
-        wanted = [x.abs() if scale is None else x * scale for x in normal]
+        numbers = [drawn(job.seed, p, (rows, *(job.cut(p) or ())), scale) for p in job.fused]
         # In the graph, and no leaves of it, as in a step.
-        inputs = [x.to(device, dtype).requires_grad_().clone() for x in wanted]
+        inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]
         return aggregated(inputs, job.fuse.aggregation)
 
     model = Model.build(job, party_file, "fuse", sample)

@@ -187,8 +187,9 @@ def _check_soft(labels: npt.NDArray[Any], where: str) -> None:
     wrong = (labels < 0).any(axis=1) | (np.abs(sums - 1) > _ONE)
     bad = int(wrong.reshape(len(labels), -1).any(axis=1).sum())
     if bad:
+        axes = ", ".join(map(str, labels.shape[1:]))
         raise JobError(
-            f"{where}: labels are {labels.dtype} (rows, {', '.join(map(str, labels.shape[1:]))}), a probability for each class, but in "
+            f"{where}: labels are {labels.dtype} (rows, {axes}), a probability for each class, but in "
             f"{bad} of {len(labels)} rows they are negative or do not add up to 1; with several classes true at once "
             "take bce_with_logits"
         )

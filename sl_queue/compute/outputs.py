@@ -119,7 +119,7 @@ def outputs_of(
             return Outputs.PROBABILITIES
         case "unit":
             raise JobError(
-                f'{key} is missing: {", ".join(asked)} of probabilities and of logits differ, and the fuse model\'s '
+                f"{key} is missing: {', '.join(asked)} of probabilities and of logits differ, and the fuse model's "
                 f'output, which stays between 0 and 1, may be either; write outputs = "probabilities" or "logits"'
             )
         case _:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+from sl_queue.compute.advice import advice
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.models import fingerprint, limit_threads
@@ -111,6 +112,8 @@ def _role(
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
         fuse = fuse_stage(job, party_file, table, pipeline.batches)
+        for found in advice(job, fuse):
+            log.warning("%s: %s", party_file.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
     base = base_stage(job, party_file, table, pipeline.batches)
