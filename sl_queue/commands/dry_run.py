@@ -257,9 +257,9 @@ def _blamed(job: Job, files: Sequence[PartyFile], tables: Mapping[str, Table], b
         lock_step = job.model_copy(update={"pipeline": job.pipeline.model_copy(update={"depth": 1})})
         if first_step_difference(lock_step, files, tables, batches, steps) <= SAME_WITHIN:
             return (
-                f"with depth = 1 they are equal, with depth = {job.pipeline.depth} they are not: a forward pass changes "
-                "what an earlier one's backward pass still needs, such as a buffer changed in place behind autograd's "
-                "back (.data, .numpy()); assign it instead, or set depth = 1"
+                f"with depth = 1 they are equal, with depth = {job.pipeline.depth} they are not: a forward pass "
+                "changes what an earlier one's backward pass still needs, such as a buffer changed in place behind "
+                "autograd's back (.data, .numpy()); assign it instead, or set depth = 1"
             )
     return (
         "a model or loss whose result depends on more than its inputs, its weights and keyed random numbers cannot be "

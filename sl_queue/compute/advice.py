@@ -1,4 +1,4 @@
-"""Whatever of a label holder's loss and metrics is allowed, and was probably not meant: said by `check` and at a start."""
+"""Advice on a label holder's loss and metrics: what is allowed, and was probably not meant."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

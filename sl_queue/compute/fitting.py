@@ -144,10 +144,11 @@ def _form_of(loss: Loss, output: Tensor, labels: Tensor) -> tuple[Form, list[str
             return (Form.SHAPE if shape.pairs else Form.TABLE), []
         if abs(shape.value - table.value) <= _SAME * abs(shape.value):
             return Form.SHAPE, []
-        return Form.TABLE, [
+        warning = (
             f"the loss gives another value for labels of shape {_rows(labels)} than for {_rows(output)}, that of the "
             f"output; it is given {_rows(labels)}, as in the table. If it compares them row by row, reshape them in it"
-        ]
+        )
+        return Form.TABLE, [warning]
     return Form.SHAPE, []
 
 
