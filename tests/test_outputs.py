@@ -117,6 +117,15 @@ def test_the_meaning_of_the_output_is_found(
 # Measured -----------------------------------------------------------------------------------------------------------
 
 
+def held_out(run: Parties) -> tuple[Any, Any]:
+    """The held-out rows, and the logits that the models give for them."""
+    batches = run.job.batches(ROWS)
+    rows = np.concatenate([batches.holdout_part(index) for index in range(batches.holdout_parts)])
+    features = run.tables["bank"].features
+    assert features is not None
+    return rows, run.given["fuse"].linear(run.given["bank"](torch.from_numpy(features[rows]))).detach().numpy()
+
+
 @pytest.mark.parametrize("end", [lambda x: x, torch.sigmoid, F.logsigmoid], ids=["logits", "sigmoid", "logsigmoid"])
 def test_binary_metrics_are_the_same_of_logits_probabilities_and_their_logarithms(end: Any) -> None:
     def own(output: Tensor, labels: Tensor) -> Tensor:
@@ -124,9 +133,8 @@ def test_binary_metrics_are_the_same_of_logits_probabilities_and_their_logarithm
 
     run = run_of(Ending(1, end), own, optimizer={"name": "sgd", "lr": 0.0})
     found = run.stages().train(run.pipeline)
-    base, fuse = run.given["bank"], run.given["fuse"]
-    rows = np.concatenate([run.job.batches(ROWS).holdout_part(i) for i in range(run.job.batches(ROWS).holdout_parts)])
-    scores = fuse.linear(base(torch.from_numpy(run.tables["bank"].features[rows]))).detach().numpy()[:, 0]  # type: ignore[index]
+    rows, scores = held_out(run)
+    scores = scores[:, 0]
     assert 0 < (scores > 0).mean() < 1
     assert found.evaluations[0] == pytest.approx(
         {
@@ -144,29 +152,44 @@ def test_multiclass_metrics_are_the_same_of_logits_probabilities_and_their_logar
     def own(output: Tensor, labels: Tensor) -> Tensor:
         return output.gather(1, labels[:, None]).mean()
 
-    run = run_of(
-        Ending(3, end), own, THREE, optimizer={"name": "sgd", "lr": 0.0}, metrics=["auroc", "average_precision"]
-    )
+    run = run_of(Ending(3, end), own, THREE, optimizer={"name": "sgd", "lr": 0.0}, metrics=["auroc"])
     found = run.stages().train(run.pipeline)
-    run = run_of(Ending(3, lambda x: x), "cross_entropy", THREE, optimizer={"name": "sgd", "lr": 0.0}, **{
-        "metrics": ["auroc", "average_precision"],
-    })  # fmt: skip
-    named = run_of(Ending(3, lambda x: x), "cross_entropy", THREE, metrics=["auroc", "average_precision"])
-    assert named.stages().fuse.objective.outputs is LOGITS
-    want = run.stages().train(run.pipeline).evaluations[0]
-    assert found.evaluations[0]["auroc"] is not None
+    rows, scores = held_out(run)
+    shares = torch.from_numpy(scores).double().softmax(1).numpy()
+    want = reference.roc_auc_score(THREE[rows], shares, multi_class="ovr")
+    assert found.evaluations[0]["auroc"] == pytest.approx(want, rel=1e-5)
 
 
 # Asked for ----------------------------------------------------------------------------------------------------------
 
+BOUNDED = [lambda x: 1 - torch.sigmoid(x), lambda x: (torch.tanh(x) + 1) / 2, lambda x: x.clamp(0, 1)]
 
-@pytest.mark.parametrize(
-    "end", [lambda x: 1 - torch.sigmoid(x), lambda x: (torch.tanh(x) + 1) / 2, lambda x: x.clamp(0, 1)]
-)
+
+@pytest.mark.parametrize("end", BOUNDED)
 def test_outputs_that_may_be_either_are_asked_for_and_may_be_given(end: Any) -> None:
     with pytest.raises(
         JobError, match=r'\[fuse\] outputs is missing: accuracy, f1 of .* outputs = "probabilities" or "l'
     ):
+        outputs_of(Ending(1, end), one_for_all)
+    assert outputs_of(Ending(1, end), one_for_all, outputs="probabilities") is PROBABILITIES
+    assert outputs_of(Ending(1, end), one_for_all, outputs="logits") is LOGITS
+    assert outputs_of(Ending(1, end), one_for_all, metrics=["auroc"]) is LOGITS, "a rank asks nothing"
+    assert outputs_of(Ending(1, end), one_for_all, metrics=[]) is LOGITS
+
+
+@pytest.mark.parametrize(
+    ("fuse", "loss", "outputs", "metrics", "complaint"),
+    [
+        (Ending(1, torch.sigmoid), "bce_with_logits", "probabilities", ["f1"], "but the loss takes logits; leave the key"),
+        (Ending(1, lambda x: x + 5), one_for_all, "probabilities", ["f1"], "but the fuse model puts out numbers beyond"),
+        (Ending(1, lambda x: x + 5), one_for_all, "log_probabilities", ["f1"], "puts out numbers above 0"),
+        (Ending(1, lambda x: x), "mse", "logits", ["mae"], "has no use: this loss and these metrics are of numbers"),
+    ],
+)  # fmt: skip
+def test_outputs_that_cannot_be_are_refused(
+    fuse: nn.Module, loss: Any, outputs: str, metrics: list[str], complaint: str
+) -> None:
+    with pytest.raises(JobError, match=r'\[fuse\] outputs is missing: accuracy, f1 of .* "probabilities" or "logits"'):
         outputs_of(Ending(1, end), one_for_all)
     assert outputs_of(Ending(1, end), one_for_all, outputs="probabilities") is PROBABILITIES
     assert outputs_of(Ending(1, end), one_for_all, outputs="logits") is LOGITS
