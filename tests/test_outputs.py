@@ -101,7 +101,7 @@ def test_a_backward_hook_on_the_model_hides_nothing() -> None:
         (Ending(1, torch.sigmoid), "torch.nn:BCELoss", CLASSES * 1.0, PROBABILITIES),
         (Ending(1, lambda x: x.clamp(0, 1)), "torch.nn:BCELoss", CLASSES, PROBABILITIES),
         (Ending(3, lambda x: x.softmax(1)), log_loss, THREE, PROBABILITIES),
-        (Ending(3, lambda x: x.exp() / x.exp().sum(1, keepdim=True)), log_loss, THREE, LOGITS),  # infinite at the trial
+        (Ending(3, lambda x: x.exp() / x.exp().sum(1, keepdim=True)), log_loss, THREE, PROBABILITIES),
         (Ending(3, lambda x: x.abs() / x.abs().sum(1, keepdim=True)), log_loss, THREE, PROBABILITIES),
         (Ending(1, lambda x: x), one_for_all, CLASSES, LOGITS),
         (Ending(1, lambda x: x * 0), one_for_all, CLASSES, LOGITS),

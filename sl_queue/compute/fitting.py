@@ -92,7 +92,8 @@ def fitted(loss: Loss, name: Any, output: Tensor, labels: npt.NDArray[Any], wher
 
     Raises JobError or ComputeError for a loss that cannot be trained with.
     """
-    form, warnings, kind = Form.NAMED, [], kind_of(loss)
+    form, kind = Form.NAMED, kind_of(loss)
+    warnings: list[str] = []
     tensor = label_tensor(labels)
     trial = _copy(loss)
     if kind in _ELEMENTWISE:

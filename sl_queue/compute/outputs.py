@@ -166,7 +166,8 @@ def _range(task: Task, scaled: Callable[[float], Tensor]) -> str:
         found = torch.cat([scaled(scale).detach().double() for scale in _SCALES])
     except Exception:  # a model that takes no such numbers says nothing about its range
         return ""
-    if not bool(((found >= 0) & (found <= 1)).all()) or bool((found == found.flatten()[0]).all()):
+    found = found[found.flatten(1).isfinite().all(1)] if found.dim() > 1 else found[found.isfinite()]
+    if not len(found) or not bool(((found >= 0) & (found <= 1)).all()) or bool((found == found.flatten()[0]).all()):
         return ""
     sums = found.sum(1) if task is Task.MULTICLASS else found.new_zeros(1)
     return "distribution" if bool(((sums - 1).abs() <= _ONE).all()) else "unit"
