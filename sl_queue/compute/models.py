@@ -106,8 +106,8 @@ class Model:
             raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
         return output
 
-    def try_out(self, inputs: Inputs, ahead: bool = False) -> Tensor:
-        """The output in evaluation mode, leaving no trace in the module; ShapeError if it fails.
+    def try_out(self, inputs: Inputs, *, ahead: bool = False, graph: bool = False) -> Tensor:
+        """The output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails.
 
         Raises JobError for what a run could not train or save; with `ahead` also for a module that does not run on
         other weights than its own.
@@ -123,7 +123,7 @@ class Model:
             before.put_back()
         if ahead:
             self._require_within_reach(inputs)
-        return output.detach()
+        return output if graph else output.detach()
 
     def _trial(self, inputs: Inputs, weights: Mapping[str, Tensor] | None) -> Tensor:
         """The output in evaluation mode, with its graph."""
