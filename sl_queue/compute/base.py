@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.cuts import Promised, place, received, require_cut, require_finite
+from sl_queue.compute.handover import Take
 from sl_queue.compute.models import Inputs, Model, blame
 from sl_queue.compute.tensors import cast, ends_in_relu, gathered, lent
 from sl_queue.errors import JobError, LocalProtocolError
@@ -175,8 +176,13 @@ class TorchBaseStage:
         return ", ".join(map(str, self._in_flight)) or "nothing"
 
 
-def base_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) -> TorchBaseStage:
-    """A party's base stage with initial weights. Raises JobError, and ShapeError if the output is not the cut."""
+def base_stage(
+    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
+) -> TorchBaseStage:
+    """A party's base stage with initial weights. Raises JobError, and ShapeError if the output is not the cut.
+
+    `take` says how to come by a module that is given in code; without it, as a copy.
+    """
     party, features = party_file.party, table.features
     cut = job.cut(party)
     if cut is None or features is None:
@@ -186,9 +192,9 @@ def base_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
     def sample(dtype: torch.dtype) -> Inputs:
         return gathered(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
-    model = Model.build(job, party_file, "base", sample)
+    model = Model.build(job, party_file, "base", sample, take)
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)
-    output = model.try_out(trial.to(model.device))
+    output = model.try_out(trial.to(model.device), ahead=job.pipeline.staleness > 0 and party != job.label_holder)
     require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
     return TorchBaseStage(model, features, table, batches, cut, job.label_holder, replace(job.on_the_wire, cast=cast))

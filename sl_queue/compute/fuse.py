@@ -10,14 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.cuts import Arrival, Promised, place, received, require_finite
+from sl_queue.compute.handover import Copies, Take
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, task_of
 from sl_queue.compute.models import Inputs, Model, blame
+from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
 from sl_queue.compute.tensors import cast, described, lent
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.job import Job, PartyFile
@@ -34,6 +36,7 @@ class Objective:
     """What is learned and measured: the loss against these labels, and the metrics."""
 
     loss: Loss
+    owned: OwnedLoss  # what the loss keeps
     labels: Tensor = field(repr=False)  # all rows, on the CPU
     task: Task
     metrics: Mapping[str, Metric]
@@ -136,7 +139,8 @@ class TorchFuseStage:
         inputs = self._received(activations, self.table.rows_digest(positions), len(positions), where)
         if self.own is not None:
             inputs[self.model.party] = self.own.prediction(micro_batch)
-        with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
+        loss = self.objective.owned
+        with self.model.evaluating(), loss.evaluating(), self.model.drawing("evaluate", micro_batch):
             output = self._fused(inputs, where)
             labels = self._labels(positions)
             _, value = self._loss(output, labels, where)
@@ -156,10 +160,10 @@ class TorchFuseStage:
         return found
 
     def state(self) -> State:
-        """A copy of everything that a step changes: fuse, own base, both optimizers."""
+        """A copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
         if self._losses:
             raise LocalProtocolError("a checkpoint in the middle of a step")
-        states = [self.model.state()] + ([] if self.own is None else [self.own.state()])
+        states = [self.model.state(), self.objective.owned.state()] + ([] if self.own is None else [self.own.state()])
         return State(
             {name: tensor for state in states for name, tensor in state.tensors.items()},
             {name: value for state in states for name, value in state.values.items()},
@@ -168,6 +172,7 @@ class TorchFuseStage:
     def load(self, state: State) -> None:
         """Become what `state` described."""
         self.model.load(state)
+        self.objective.owned.load(state)
         if self.own is not None:
             self.own.load(state)
         self._losses.clear()
@@ -222,36 +227,54 @@ def measured(objective: Objective, output: Tensor, labels: Tensor) -> dict[str, 
     return {name: metric(scores, targets) for name, metric in objective.metrics.items()}
 
 
-def objective_of(party_file: PartyFile, table: Table, output: Tensor, dtype: torch.dtype, where: str) -> Objective:
-    """Loss, labels and metrics, tried out on the fuse model's `output` for two rows. Raises JobError."""
+def objective_of(
+    party_file: PartyFile,
+    table: Table,
+    output: Tensor,
+    dtype: torch.dtype,
+    where: str,
+    models: Sequence[nn.Module] = (),
+    take: Take | None = None,
+) -> Objective:
+    """Loss, labels and metrics, tried out on the fuse model's `output` for two rows. Raises JobError.
+
+    What the loss shares with one of `models` is theirs; `take` says how to come by a loss that is given in code.
+    """
     assert party_file.fuse is not None
-    loss = loss_of(party_file, output.device)
+    loss = loss_of(party_file, output.device, take)
+    owned = OwnedLoss.of(loss, models, party_file.party, where)
     name: Any = party_file.fuse.loss
     check_labels(table.labels, output, name, where)
     assert table.labels is not None
     labels = label_tensor(table.labels, dtype)
     two = labels[torch.arange(len(output)) % len(labels)].to(output.device)
     try:
-        with blame(f"{where}: the loss failed on output and labels of {len(two)} rows"):
+        with blame(f"{where}: the loss failed on output and labels of {len(two)} rows"), owned.trial():
+            output = output.detach().requires_grad_()
             tried = loss(output, two)
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
     if not isinstance(tried, Tensor) or tried.numel() != 1:
         got = described(tried) if isinstance(tried, Tensor) else type(tried).__name__
         raise ComputeError(f"{where}: the loss returns {got}; it must return the mean over the rows, one number")
+    require_no_parameters(tried, output, models, where)
+    output = output.detach()
     task = task_of(name, output, table.labels, party_file.fuse.metrics)
     metrics = metrics_of(party_file.fuse.metrics, task, where)
     check_targets(task, output, table.labels, metrics, where)
-    return Objective(loss, labels, task, metrics)
+    return Objective(loss, owned, labels, task, metrics)
 
 
 def _mean(losses: Sequence[tuple[int, float]]) -> float:
     return sum(rows * loss for rows, loss in losses) / sum(rows for rows, _ in losses)
 
 
-def fuse_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) -> TorchFuseStage:
+def fuse_stage(
+    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
+) -> TorchFuseStage:
     """The label holder's stage with initial weights.
 
+    `take` says how to come by modules and a loss that are given in code; without it, as copies.
     Raises JobError for labels, a loss or metrics that do not suit the model, ShapeError if it fails on the cuts.
     """
     party = party_file.party
@@ -260,13 +283,15 @@ def fuse_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
         zeros = [torch.zeros(_TRIAL_ROWS, *(job.cut(p) or ()), dtype=dtype, device=device) for p in job.fused]
         return aggregated(zeros, job.fuse.aggregation)
 
-    model = Model.build(job, party_file, "fuse", sample)
+    take = take or Copies()  # of fuse model and loss together: one may hold the other
+    model = Model.build(job, party_file, "fuse", sample, take)
     output = model.try_out(sample(model.dtype, model.device))
     if output.shape[:1] != (_TRIAL_ROWS,):
         raise ShapeError(
             f"party {party!r}: {model.name} returns {described(output)} for {_TRIAL_ROWS} rows; "
             "its first axis must be the rows"
         )
-    own = base_stage(job, party_file, table, batches) if party in job.fused else None
-    objective = objective_of(party_file, table, output, model.dtype, f"party {party!r}")
+    own = base_stage(job, party_file, table, batches, take) if party in job.fused else None
+    modules = [model.module] + ([] if own is None else [own.module])
+    objective = objective_of(party_file, table, output, model.dtype, f"party {party!r}", modules, take)
     return TorchFuseStage(job, model, own, objective, table, batches, replace(job.on_the_wire, cast=cast))

@@ -5,6 +5,7 @@ shared: how they are built, aggregated, seeded and measured.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,13 +115,12 @@ class _Whole:
         """Loss and metrics of the held-out rows, None if there are none."""
         if not self.batches.holdout_rows:
             return None
-        for model in self.models:
-            model.module.eval()
         parts = [self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)]
-        found = [self.loss(rows, "evaluate", MicroBatch(step, index)) for index, rows in enumerate(parts)]
+        with ExitStack() as modes:
+            for scope in (*(model.evaluating() for model in self.models), self.objective.owned.evaluating()):
+                modes.enter_context(scope)
+            found = [self.loss(rows, "evaluate", MicroBatch(step, index)) for index, rows in enumerate(parts)]
         summed = sum(len(rows) * loss.item() for rows, (loss, _) in zip(parts, found, strict=True))
-        for model in self.models:
-            model.module.train()
         outputs = torch.cat([output for _, output in found]).cpu()
         labels = self.objective.labels[torch.from_numpy(np.concatenate(parts))]
         return {"loss": summed / self.batches.holdout_rows, **measured(self.objective, outputs, labels)}

@@ -10,6 +10,7 @@ from typing import Literal
 
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
+from sl_queue.compute.handover import Take, itself
 from sl_queue.compute.models import fingerprint, limit_threads
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
@@ -64,8 +65,12 @@ def serve_party(
     open_channels: Channels,
     seal: Seal | None = None,
     metrics: str | None = None,
+    take: Take = itself,
 ) -> None:
-    """One data party from its table to its final weights; says so and returns if it has finished before."""
+    """One data party from its table to its final weights; says so and returns if it has finished before.
+
+    `take` says how to come by a model that is given in code.
+    """
     party, incarnation = party_file.party, secrets.token_hex(8)
     with ExitStack() as stack:
         about = fingerprint(job, party_file)
@@ -89,7 +94,7 @@ def serve_party(
             depth=pipeline.depth,
             seal=seal,
         )
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, identity)
+        worker, train = _role(job, party_file, table, pipeline, channel, folder, identity, take)
         if metrics is not None:
             _show(metrics, job, party, channel, worker)
         stack.callback(channel.close)
@@ -107,13 +112,14 @@ def _role(
     channel: PartyChannel,
     folder: Folder,
     identity: Identity,
+    take: Take,
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches)
+        fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
         worker = Worker(identity, channel, fuse, folder, pipeline)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
-    base = base_stage(job, party_file, table, pipeline.batches)
+    base = base_stage(job, party_file, table, pipeline.batches, take)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from sl_queue.compute.models import final_module, limit_threads
+from sl_queue.compute.handover import Loan, Take
+from sl_queue.compute.models import limit_threads
+from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.errors import JobError, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
@@ -31,17 +33,26 @@ class Result:
     """What a run left: the history, one dict an epoch as in history.jsonl, and the trained modules."""
 
     history: list[dict[str, Any]]
-    modules: Mapping[tuple[str, str], nn.Module] = field(repr=False)
+    modules: Mapping[tuple[str, str], nn.Module | SlQueueError] = field(repr=False)  # or why there is none
     label_holder: str
 
     def base(self, party: str) -> nn.Module:
-        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none."""
-        return self.modules[party, "base"]
+        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none.
+
+        Raises ComputeError for a module that was given in code and cannot be copied.
+        """
+        return _there(self.modules[party, "base"])
 
     @property
     def fuse(self) -> nn.Module:
-        """The trained fuse model, in evaluation mode on the CPU."""
-        return self.modules[self.label_holder, "fuse"]
+        """The trained fuse model, in evaluation mode on the CPU; raises as `base` does."""
+        return _there(self.modules[self.label_holder, "fuse"])
+
+
+def _there(found: nn.Module | SlQueueError) -> nn.Module:
+    if isinstance(found, SlQueueError):
+        raise found
+    return found
 
 
 def run_local(
@@ -54,6 +65,7 @@ def run_local(
 ) -> Result:
     """Train with every role as a thread of this process, and return the history and the trained modules.
 
+    A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
     (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
@@ -77,14 +89,18 @@ def run_threads(
 ) -> Result:
     """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
     require_all(job, parties)
-    run_state = _Threads(job, parties, broker, states, on_status, keys).run()
-    history = [history_line(result) for result in run_state.history]
-    modules = {
-        (party.party, path.stem): final_module(job, party, path)
-        for party in parties
-        for path in sorted((states[party.party] / "final").glob("*.safetensors"))
-    }
-    return Result(history, modules, job.label_holder)
+    with Loan() as loan:
+        lend_given(parties, loan)
+        run_state = _Threads(job, parties, broker, states, on_status, keys, loan).run()
+        history = [history_line(result) for result in run_state.history]
+        modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
+        for party in parties:
+            for path in sorted((states[party.party] / "final").glob("*.safetensors")):
+                try:
+                    modules[party.party, path.stem] = trained_module(job, party, path, loan)
+                except SlQueueError as error:  # told to who asks for that module; the others are here
+                    modules[party.party, path.stem] = error
+        return Result(history, modules, job.label_holder)
 
 
 def require_all(job: Job, parties: Sequence[PartyFile]) -> None:
@@ -110,9 +126,10 @@ class _Threads:
         states: Mapping[str, Path],
         on_status: OnStatus,
         keys: Path | None,
+        take: Take,
     ) -> None:
         self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
-        self._broker, self._keys = broker, keys
+        self._broker, self._keys, self._take = broker, keys, take
         self._connect = connector(job, broker)
         self._channels = Channels()
         self._errors: list[SlQueueError] = []
@@ -141,7 +158,7 @@ class _Threads:
 
         def serve() -> None:
             seal = self._sealing(party_file.party, party_file)
-            serve_party(self._job, party_file, self._connect, state, self._channels, seal)
+            serve_party(self._job, party_file, self._connect, state, self._channels, seal, take=self._take)
 
         self._guard(serve)
 
