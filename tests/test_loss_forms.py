@@ -141,7 +141,7 @@ BY_ROW: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("output", [torch.full((2, 1), 0.1), torch.tensor([[0.3], [0.7]])], ids=["equal", "different"])
 def test_each_output_meets_its_own_label(name: str, labels: Any, output: Tensor) -> None:
     """The mean over rows is the mean of what each row gives alone."""
-    loss, warnings = fitted(BY_ROW[name], BY_ROW[name], output, labels, "")
+    loss, warnings, _ = fitted(BY_ROW[name], BY_ROW[name], output, labels, "")
     outputs, tensor = torch.randn(ROWS, 1), torch.from_numpy(labels)
     found = loss(outputs, tensor)
     each = torch.stack([loss(outputs[[i, i]], tensor[[i, i]]) for i in range(ROWS)])
@@ -153,7 +153,7 @@ def test_each_output_meets_its_own_label(name: str, labels: Any, output: Tensor)
 @pytest.mark.parametrize(("output", "labels"), [((2,), (ROWS, 1)), ((2, 1, 3), (ROWS, 3)), ((2, 3), (ROWS, 1, 3))])
 def test_labels_of_several_numbers_come_in_the_outputs_shape(output: tuple[int, ...], labels: tuple[int, ...]) -> None:
     values = np.random.default_rng(1).normal(size=labels)
-    loss, _ = fitted(BY_ROW["squares"], None, torch.rand(output), values, "")
+    loss, _, _ = fitted(BY_ROW["squares"], None, torch.rand(output), values, "")
     outputs = torch.randn(ROWS, *output[1:])
     expected = ((outputs.reshape(ROWS, -1) - torch.from_numpy(values).reshape(ROWS, -1)) ** 2).mean()
     assert loss(outputs, torch.from_numpy(values)) == pytest.approx(expected.item(), rel=1e-5)
@@ -165,7 +165,7 @@ def test_a_loss_over_all_rows_keeps_the_tables_shape() -> None:
         return (torch.logcumsumexp(risk, 0) - risk).mean()
 
     outputs, times = torch.randn(ROWS, 1), torch.from_numpy(FRACTIONS)
-    loss, _ = fitted(cox, cox, outputs[:2], FRACTIONS, "")
+    loss, _, _ = fitted(cox, cox, outputs[:2], FRACTIONS, "")
     assert loss(outputs, times) == cox(outputs, times)
 
 
@@ -174,7 +174,7 @@ def test_a_loss_that_takes_both_shapes_differently_is_warned_of() -> None:
         margins = output[:, 0][:, None] - output[:, 0]
         return (margins.sigmoid() * (labels[:, None] < labels)).mean()
 
-    _, (warning,) = fitted(ranked, ranked, torch.rand(2, 1), FRACTIONS, "")
+    _, (warning,), _ = fitted(ranked, ranked, torch.rand(2, 1), FRACTIONS, "")
     assert "it is given (rows,), as in the table" in warning
 
 
