@@ -15,7 +15,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -222,8 +222,15 @@ def _of_object(thing: Any, folder: Path | None) -> Iterator[str]:
     else:
         yield from _of_module(module, folder)
     if isinstance(function, FunctionType):  # what a factory gave it
-        held = [*inspect.getclosurevars(function).nonlocals.values(), *(function.__defaults__ or ())]
+        held = [*map(_content, function.__closure__ or ()), *(function.__defaults__ or ())]
         yield _hash(repr([value for value in held if _is_plain(value)]).encode())
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty until the function around it goes on
+        return None
 
 
 def _of_module(module: ModuleType, folder: Path | None) -> Iterator[str]:

@@ -8,9 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from sl_queue.compute import seeds
+from sl_queue.compute.advice import advice
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse import fuse_stage
+from sl_queue.compute.handover import Take, itself
 from sl_queue.compute.models import limit_threads
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
@@ -69,12 +74,14 @@ def serve_party(
     open_channels: Channels,
     seal: Seal | None = None,
     metrics: str | None = None,
+    take: Take = itself,
     *,
     private: bool = False,
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
-    `private`: what its models draw is keyed by a secret of its own, unless its file or the run in `state` says no.
+    `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
+    its own, unless its file or the run in `state` says no.
     """
     party, incarnation = party_file.party, secrets.token_hex(8)
     with ExitStack() as stack:
@@ -85,7 +92,7 @@ def serve_party(
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
         rules = rules_to_keep(job, party, folder.begun_with)
-        table = read_table(job, party_file)
+        table = _table(job, party_file)
         secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
         folder.require(fingerprint(job, party_file, table, rules, secret))
         party_file = party_file.with_secret(secret)
@@ -102,7 +109,7 @@ def serve_party(
             depth=pipeline.depth,
             seal=seal,
         )
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, identity)
+        worker, train = _role(job, party_file, table, pipeline, channel, folder, identity, take)
         if metrics is not None:
             _show(metrics, job, party, channel, worker)
         stack.callback(channel.close)
@@ -110,6 +117,14 @@ def serve_party(
         open_channels.add(channel)
         worker.serve(train)
         log.info("%s: finished; final weights in %s", party, state / "final")
+
+
+def _table(job: Job, party_file: PartyFile) -> Table:
+    """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
+    if getattr(party_file.data, "source", None) is None:
+        return read_table(job, party_file)
+    with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
+        return read_table(job, party_file)
 
 
 def _role(
@@ -120,13 +135,16 @@ def _role(
     channel: PartyChannel,
     folder: Folder,
     identity: Identity,
+    take: Take,
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches)
+        fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
+        for found in advice(job, fuse):
+            log.warning("%s: %s", party_file.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
-    base = base_stage(job, party_file, table, pipeline.batches)
+    base = base_stage(job, party_file, table, pipeline.batches, take)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
@@ -138,7 +156,7 @@ def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
     """
     try:
         rules = rules_to_keep(job, party_file.party, folder.begun_with)
-        folder.require(fingerprint(job, party_file, read_table(job, party_file), rules))
+        folder.require(fingerprint(job, party_file, _table(job, party_file), rules))
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
 

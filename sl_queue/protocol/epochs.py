@@ -1,26 +1,36 @@
-"""Which epoch may begin, which one was the best, and when a run is at its end."""
+"""Which epoch may begin, which one was the best, and when a run is at its end.
+
+The law of early stopping: an undefined metric (None, NaN) is not a worse one. Only epochs that define the metric can be
+the best, and only they count against patience. If no epoch defines it, the run trains to its last epoch, whose weights
+are final.
+"""
 
 from sl_queue.protocol.messages import EpochResult, Open
 from sl_queue.protocol.run_state import EarlyStopping, Plan, RunState
 
 
 def best_epoch(plan: Plan, history: tuple[EpochResult, ...]) -> int | None:
-    """The epoch whose weights early stopping restores; None without early stopping."""
-    if plan.early_stopping is None or not history:
-        return None
-    best = 0
-    for result in history[1:]:
-        if _improves(plan.early_stopping, result, history[best]):
-            best = result.epoch
-    return best
+    """Return the epoch whose weights early stopping restores; None without early stopping, or if none is defined."""
+    return _best_and_patience(plan, history)[0]
 
 
-def _improves(rule: EarlyStopping, result: EpochResult, best: EpochResult) -> bool:
-    new, old = (_measured(rule, r) for r in (result, best))
-    if new is None or old is None:
-        return new is not None
-    gain = old - new if rule.lower_is_better else new - old
-    return gain > rule.min_delta
+def _best_and_patience(plan: Plan, history: tuple[EpochResult, ...]) -> tuple[int | None, int]:
+    """Return the best epoch, and the number of epochs since then that define the metric."""
+    rule = plan.early_stopping
+    if rule is None:
+        return None, 0
+    best: int | None = None
+    best_value, since = 0.0, 0
+    for result in history:
+        value = _measured(rule, result)
+        if value is None:
+            continue
+        gain = best_value - value if rule.lower_is_better else value - best_value
+        if best is None or gain > rule.min_delta:
+            best, best_value, since = result.epoch, value, 0
+        else:
+            since += 1
+    return best, since
 
 
 def _measured(rule: EarlyStopping, result: EpochResult) -> float | None:
@@ -29,11 +39,10 @@ def _measured(rule: EarlyStopping, result: EpochResult) -> float | None:
 
 
 def last_epoch(plan: Plan, history: tuple[EpochResult, ...]) -> int | None:
-    """The epoch after which the run ends, once that is known."""
-    best = best_epoch(plan, history)
-    if best is not None and plan.early_stopping is not None and len(history) - 1 - best >= plan.early_stopping.patience:
-        return len(history) - 1
-    return len(history) - 1 if len(history) >= plan.epochs else None
+    """Return the epoch after which the run ends, once that is known."""
+    _, since = _best_and_patience(plan, history)
+    stops = plan.early_stopping is not None and since >= plan.early_stopping.patience
+    return len(history) - 1 if stops or len(history) >= plan.epochs else None
 
 
 def opening(plan: Plan, state: RunState, incarnation: str) -> Open:
