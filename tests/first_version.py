@@ -88,5 +88,5 @@ def write(folder: Path) -> None:
     sl_queue.run_local(job(), files(), out=folder / "finished")
     try:
         sl_queue.run_local(job(), files(), out=folder / "stopped", on_status=stop_after(2))
-    except sl_queue.SlQueueError as error:
+    except (Enough, sl_queue.SlQueueError) as error:
         print("stopped:", error)
