@@ -21,6 +21,7 @@ from sl_queue.roles.feature_party import FeatureParty
 from sl_queue.roles.label_holder import LabelHolder
 from sl_queue.roles.worker import Identity, Worker
 from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.history_file import HistoryFile
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.seal import Seal
 
@@ -89,7 +90,8 @@ def serve_party(
             depth=pipeline.depth,
             seal=seal,
         )
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, identity)
+        journal = HistoryFile(state / "history.jsonl")
+        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity)
         if metrics is not None:
             _show(metrics, job, party, channel, worker)
         stack.callback(channel.close)
@@ -106,12 +108,13 @@ def _role(
     pipeline: Pipeline,
     channel: PartyChannel,
     folder: Folder,
+    journal: HistoryFile,
     identity: Identity,
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
         fuse = fuse_stage(job, party_file, table, pipeline.batches)
-        worker = Worker(identity, channel, fuse, folder, pipeline)
+        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
     base = base_stage(job, party_file, table, pipeline.batches)
     worker = Worker(identity, channel, base, folder, pipeline)
