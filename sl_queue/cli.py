@@ -197,7 +197,10 @@ def status(
     key: OperatorKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
-    """Where the run is, who is late and why. Exits 0 if that is known, 6 if the run failed, 75 if the scheduler is silent."""
+    """Tell where the run is, who is late and why.
+
+    Exits 0 if the scheduler tells it now or the run has ended, 6 if the run failed, 75 if the scheduler is silent.
+    """
     from sl_queue.commands.screen import status_view, stdout
     from sl_queue.job import Job
 

@@ -156,7 +156,7 @@ def test_one_more_epoch_writes_one_line_and_a_run_file_of_the_same_size(tmp_path
 def test_a_run_file_of_the_version_before_that_holds_the_history_is_read(tmp_path: Path) -> None:
     history, path = History.of(map(epoch, range(3))), tmp_path / "run.json"
     with opened(tmp_path) as ledger:
-        ledger.save(RunState(run="r", phase=Phase.FINISHED, members={"a": Member("a1", True, 9, "d")}))
+        ledger.save(RunState(run="r", phase=Phase.RUNNING, members={"a": Member("a1", True, 9, "d")}))
     saved = json.loads(path.read_text())
     saved["state"]["history"] = [history_line(result) for result in history]
     for new in ("agreed", "failed"):

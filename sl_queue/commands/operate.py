@@ -46,7 +46,7 @@ class Telling:
 
     @property
     def exit_code(self) -> int:
-        """0: where the run is is known, and it has not failed; as in `errors` for a failed run and a silent scheduler."""
+        """Code of the command: as in `errors` for a run that failed and a scheduler that is silent, else 0."""
         if self.silent:
             return PeerSilent.exit_code
         return PeerFailed.exit_code if self.run["phase"] == Phase.FAILED else 0

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from sl_queue.compute.models import final_module, limit_threads
-from sl_queue.errors import JobError, RunStopped, SlQueueError
+from sl_queue.errors import JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.party import serve_party
@@ -132,7 +132,7 @@ class _Threads:
                 thread.join()
             raise
         if self._errors:
-            raise next((e for e in self._errors if not isinstance(e, RunStopped)), self._errors[0])
+            raise min(self._errors, key=_told_by_another)
         return self._state
 
     def _run_one(self, party_file: PartyFile) -> None:
@@ -171,6 +171,11 @@ class _Threads:
             log.exception("a bug in sl_queue")
             self._errors.append(SlQueueError(f"{type(error).__name__}: {error}"))
             self._channels.fail(RunStopped("another role of this process failed"))
+
+
+def _told_by_another(error: SlQueueError) -> int:
+    """Order errors: first what a role met itself, then that another failed, then that the run was stopped."""
+    return 2 if isinstance(error, RunStopped) else int(isinstance(error, PeerFailed))
 
 
 def have_finished(job: Job, states: Mapping[str, Path]) -> bool:

@@ -137,7 +137,7 @@ class Worker:
         return isinstance(order, Open)
 
     def _until(self, decision: Callable[[Orders], T | None]) -> T:
-        """Wait for the scheduler's word, and meanwhile tell it the epochs that it lacks, a page for each time it asks."""
+        """Wait for the scheduler's word; meanwhile answer with the epochs that it lacks, a page a question."""
         while True:
             order = self.channel.until(lambda orders: decision(orders) or self._lack(orders))
             if not isinstance(order, _Lack):
@@ -162,9 +162,9 @@ class Worker:
         page = self.history.page(known)
         if not page:
             raise CheckpointError(
-                f"the scheduler has lost its history, and that of the label holder begins with epoch "
-                f"{self.history[0].epoch + 1}: nobody knows those before; restore history.jsonl in one of the two state "
-                "folders, or give every party and the scheduler a new one to train anew"
+                "the scheduler has lost its history, and that of the label holder begins with epoch "
+                f"{self.history[0].epoch + 1}: nobody knows those before; restore history.jsonl in one of the two "
+                "state folders, or give every party and the scheduler a new one to train anew"
             )
         return page
 

@@ -18,7 +18,7 @@ from sl_queue.errors import CheckpointError, PartyBusy
 from sl_queue.protocol.agreement import told_difference
 from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import EpochResult
-from sl_queue.protocol.run_state import RunState
+from sl_queue.protocol.run_state import Phase, RunState, history_line
 from sl_queue.storage.durable import write_durably
 from sl_queue.storage.history_file import HistoryFile
 
@@ -55,7 +55,7 @@ class RunFile:
         try:
             saved: dict[str, Any] = json.loads(path.read_text())
             digest, kept = saved["job"], dict(saved["state"])
-            told = kept.pop("history", None)  # where earlier versions kept it
+            told = kept.pop("history", None)  # of a finished run; earlier versions kept it here all along
             state, history = _states.validate_python(kept), self._history.load()
             if told is not None:
                 history = History.of(_histories.validate_python(told))
@@ -78,6 +78,8 @@ class RunFile:
         kept = asdict(replace(state, history=History()))
         for name in _ELSEWHERE:
             del kept[name]
+        if state.phase is Phase.FINISHED:  # once: whoever still holds the lines may be gone by the time they are missed
+            kept["history"] = [history_line(result) for result in state.history]
         body = json.dumps({"job": self._job_digest, "says": self._job, "state": kept}, indent=1)
         try:
             self._history.write(state.history)
