@@ -184,6 +184,10 @@ def status_view(telling: Telling, wall: float) -> Group:
         done, committed = str(party["step"] + 1), str(party["committed"] + 1)
         table.add_row(*map(_plain, (name, phase, done, committed, silent, party["waiting_for"] or "")))
     ago = "before that" if telling.silent else "ago"
+    versions = {party.get("version") for party in status["parties"].values() if party.get("version")}
+    if len(versions) > 1:
+        each = ", ".join(f"{name} {party['version']}" for name, party in status["parties"].items() if party["version"])
+        head.append(f"versions of sl_queue differ: {each}")
     refused = [_refusal(name, party, ago) for name, party in status["parties"].items() if party.get("refused")]
     return Group(*map(_plain, head), "", table, *map(_plain, refused))
 

@@ -142,6 +142,7 @@ def _entered(state: RunState, sender: str, joined: Joined, heard: float | None) 
         generation=joined.generation,
         held=joined.held,
         epochs=joined.epochs,
+        version=printable(joined.version, LONGEST_NAME),
         stopped=False,
         waiting=None,
         lost=None,

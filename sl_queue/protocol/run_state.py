@@ -96,6 +96,7 @@ class Member:
     lost: Lost | None = None
     epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's own history, when it joined
     refused_at: float | None = None  # monotonic
+    version: str = ""  # of sl_queue; empty of those that do not say it
 
     @property
     def committed(self) -> int:

@@ -194,6 +194,7 @@ def _party(plan: Plan, state: RunState, party: str, now: float) -> dict[str, Any
         "step": member.step,
         "committed": member.committed,
         "silent_s": None if age is None else round(age, 1),
+        "version": member.version,
         "refused": member.refused,
         "refused_s": None if member.refused_at is None else round(now - member.refused_at, 1),
         "waiting_for": None
