@@ -6,6 +6,7 @@ Its digest is compared when they join, so paths, secrets and whatever else is on
 import json
 from collections.abc import Iterator
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -14,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from sl_queue.declared import Declared, load, redacted, shown
 from sl_queue.errors import JobError
 from sl_queue.party_file import BaseFile, DataFile, FuseFile, PartyFile
+from sl_queue.protocol.codec import ITEM_BYTES, MAX_RANK, MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
@@ -39,6 +41,7 @@ __all__ = [
     "redacted",
 ]
 
+MAX_PARTIES = 10_000  # more do not fit into one status
 RESERVED = (SCHEDULER, OPERATOR, "dead")  # names of other queues and routing keys
 
 _LIMIT = 2**63  # integers travel as 64 bits
@@ -146,7 +149,8 @@ class Job(Declared):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = [*_about_name(self), *_about_parties(self), *_about_aggregation(self), *_about_numbers(self)]
+        problems = [*_about_name(self), *_about_parties(self), *_about_cuts(self), *_about_aggregation(self)]
+        problems += _about_numbers(self)
         problems += self.security.problems(self.parties)
         if problems:
             raise ValueError("\n".join(problems))
@@ -240,6 +244,27 @@ def _about_parties(job: Job) -> Iterator[str]:
         yield f'parties: {told} role = "label"; exactly one party holds the labels'
     if len(holders) == len(job.parties):
         yield 'parties: no party has role = "feature"; at least one must'
+    if len(job.parties) > MAX_PARTIES:
+        yield f"parties: there are {len(job.parties)}; a job has at most {MAX_PARTIES}"
+
+
+def _about_cuts(job: Job) -> Iterator[str]:
+    """What a message cannot carry; the label holder's own activations are not sent."""
+    narrowest = ITEM_BYTES[job.wire.dtype] if job.wire.dtype != "float32" else ITEM_BYTES["float16"]  # of any model
+    for name, party in job.parties.items():
+        if party.role != "feature" or party.cut is None:
+            continue
+        axes, row_bytes = len(party.cut), prod(party.cut) * narrowest
+        if axes >= MAX_RANK:
+            yield (
+                f"parties.{name}.cut has {axes} numbers; it must have at most {MAX_RANK - 1}, since a message carries "
+                f"tensors of {MAX_RANK} axes and the first is the rows: flatten some of them in the base model"
+            )
+        elif row_bytes > MAX_TENSOR_BYTES:
+            yield (
+                f"parties.{name}.cut = {list(party.cut)}: one row takes at least {row_bytes} bytes, and a message "
+                f"carries at most {MAX_TENSOR_BYTES}; use a smaller cut"
+            )
 
 
 def _is_word(name: str) -> bool:

@@ -31,6 +31,28 @@ from sl_queue.protocol.row_order import Positions
 
 T = TypeVar("T")
 
+SAVABLE = (  # dtypes of tensors that Checkpoints can keep, and a file in `final/` can hold
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "complex64",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint64",
+    "uint32",
+    "uint16",
+    "uint8",
+    "bool",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class State:

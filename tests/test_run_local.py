@@ -197,7 +197,7 @@ def test_a_run_that_is_interrupted_and_run_again_ends_equal(tmp_path: Path) -> N
         if status["epoch"] >= 1:
             raise Enough
 
-    with pytest.raises(sl_queue.SlQueueError):
+    with pytest.raises(Enough):
         sl_queue.run_local(job(), party_files(tmp_path), out=tmp_path / "out", on_status=interrupt)
     resumed = sl_queue.run_local(job(), party_files(tmp_path), out=tmp_path / "out")
     assert difference(weights(quiet), weights(resumed)) == 0.0

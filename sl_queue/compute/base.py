@@ -14,12 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.cuts import Promised, place, received, require_cut, require_finite
+from sl_queue.compute.cuts import Promised, place, received_gradient, require_cut, require_finite
+from sl_queue.compute.graph import ends_in_relu, hooks_made
+from sl_queue.compute.handover import Take
 from sl_queue.compute.models import Inputs, Model, blame
-from sl_queue.compute.tensors import cast, ends_in_relu, gathered, lent
+from sl_queue.compute.tensors import cast, dtype_name, gathered, lent
 from sl_queue.errors import JobError, LocalProtocolError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.row_order import Batches, Positions
 from sl_queue.protocol.wire import Mask, Wire, asks_for_less
@@ -27,12 +30,13 @@ from sl_queue.protocol.wire import Mask, Wire, asks_for_less
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """An activation that was sent and whose gradient has not come yet."""
+    """An activation with its graph, whose gradient has not come yet."""
 
-    activation: Tensor = field(repr=False)  # with its graph
+    activation: Tensor = field(repr=False)
+    hooks: int  # `hooks_made()` before the forward pass
     weights: Mapping[str, Tensor] | None = field(repr=False)  # the copy it was computed with; None: the live ones
     rows: bytes  # the digest of its rows
-    wanted: Mask | None = field(repr=False)  # the values of its gradient that were asked for; None: all
+    wanted: Mask | None = field(default=None, repr=False)  # the values of its gradient that were asked for; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,30 +79,42 @@ class TorchBaseStage:
             self.prepare(micro_batch)
         own, self._prepared = self._prepared, None
         assert own is not None
-        weights = self._weights_of(micro_batch.step)
+        weights, hooks = self._weights_of(micro_batch.step), hooks_made()
         with self.model.drawing("forward", micro_batch):
             activation = self.activation(own.inputs, place(self.model.party, micro_batch), weights)
         payload = self.wire.pack(lent(activation, own.rows), relu=ends_in_relu(activation))
-        self._in_flight[micro_batch] = InFlight(activation, weights, own.rows, asks_for_less(payload))
+        self._in_flight[micro_batch] = InFlight(activation, hooks, weights, own.rows, asks_for_less(payload))
         return payload
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
-        """Add a micro-batch's gradient to those of the parameters; in the order of the forwards."""
+        """Add a micro-batch's gradient to those of the parameters; in the order of the forwards.
+
+        An activation that the loss does not depend on adds nothing: parameters without any gradient in a step are not
+        updated, as when the layers are trained as one module.
+        """
         if next(iter(self._in_flight), None) != micro_batch or micro_batch.step != self._updates:
             raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
-        flight = self._in_flight.pop(micro_batch)
-        where = place(self.model.party, micro_batch)
+        flight, where = self._in_flight.pop(micro_batch), place(self.model.party, micro_batch)
         shape, dtypes = tuple(flight.activation.shape), (flight.activation.dtype,)
         promised = Promised("gradient", self.label_holder, dtypes, shape, flight.rows, self.wire, flight.wanted)
-        tensor = received(gradient, promised, self.model.device, where)
-        with blame(f"{where}: the backward pass of {self.model.name} failed"):
-            self._backpropagate(flight, tensor)
+        tensor = received_gradient(gradient, promised, self.model.device, where)
+        if tensor is not None:
+            self.differentiate(micro_batch, flight, tensor)
+
+    def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> None:
+        """Do the backward pass of an activation; random draws in it are keyed by the micro-batch."""
+        if not flight.activation.requires_grad:  # no parameter to learn
+            return
+        where = place(self.model.party, micro_batch)
+        scope = self.model.differentiating(flight.activation, flight.hooks, micro_batch)
+        with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
+            self._backpropagate(flight, gradient)
 
     def update(self) -> None:
         """One optimizer step with the gradients since the last one."""
         if any(micro_batch.step == self._updates for micro_batch in self._in_flight):
             raise LocalProtocolError(f"update {self._updates} with {self._flying()} in flight")
-        self.model.step()
+        self.model.step(self._updates)
         self._updates += 1
         self._copy = None
 
@@ -157,8 +173,6 @@ class TorchBaseStage:
         return self._copy
 
     def _backpropagate(self, flight: InFlight, gradient: Tensor) -> None:
-        if not flight.activation.requires_grad:  # no parameter to learn
-            return
         if flight.weights is None:
             torch.autograd.backward(flight.activation, gradient)
             return
@@ -175,8 +189,13 @@ class TorchBaseStage:
         return ", ".join(map(str, self._in_flight)) or "nothing"
 
 
-def base_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) -> TorchBaseStage:
-    """A party's base stage with initial weights. Raises JobError, and ShapeError if the output is not the cut."""
+def base_stage(
+    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
+) -> TorchBaseStage:
+    """A party's base stage with initial weights. Raises JobError, and ShapeError if the output is not the cut.
+
+    `take` says how to come by a module that is given in code; without it, as a copy.
+    """
     party, features = party_file.party, table.features
     cut = job.cut(party)
     if cut is None or features is None:
@@ -186,9 +205,23 @@ def base_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
     def sample(dtype: torch.dtype) -> Inputs:
         return gathered(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
-    model = Model.build(job, party_file, "base", sample)
+    model = Model.build(job, party_file, "base", sample, take)
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)
-    output = model.try_out(trial.to(model.device))
+    output = model.try_out(trial.to(model.device), ahead=job.pipeline.staleness > 0 and party != job.label_holder)
     require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
+    if party in job.feature_parties:
+        _require_fitting(job, party, dtype_name(output.dtype), batches)
     return TorchBaseStage(model, features, table, batches, cut, job.label_holder, replace(job.on_the_wire, cast=cast))
+
+
+def _require_fitting(job: Job, party: str, dtype: str, batches: Batches) -> None:
+    """Raise JobError if the activations of the largest micro-batch are more than a message carries."""
+    held_out = len(batches.holdout_part(0)) if batches.holdout_rows else 0
+    rows = max(held_out, -(-batches.rows_in_step(0) // batches.parts(0)))
+    largest = job.on_the_wire.bytes_of(dtype, (rows, *(job.cut(party) or ())))
+    if largest > MAX_TENSOR_BYTES:
+        raise JobError(
+            f"party {party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a message "
+            f"carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {job.pipeline.micro_batches}"
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 from sl_queue.compute.tensors import described, dtype_name, from_payload, is_finite
 from sl_queue.errors import NonFiniteError, RemoteProtocolError, ShapeError
 from sl_queue.protocol.messages import Payload
-from sl_queue.protocol.wire import AS_IT_IS, Mask, Wire
+from sl_queue.protocol.wire import AS_IT_IS, Mask, Wire, is_unused
 
 CROSSING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,7 +52,30 @@ class Promised:
 
 
 def received(payload: Payload, promised: Promised, device: torch.device, where: str) -> Tensor:
-    """A peer's tensor, after all that it declares was compared; RemoteProtocolError names the peer."""
+    """Check all that a peer's tensor declares, and return it. Raises RemoteProtocolError, which names the peer."""
+    blame = _compared(payload, promised, where)
+    try:
+        tensor = from_payload(promised.wire.unpack(payload, promised.wanted), device)
+    except (RemoteProtocolError, ValueError) as error:
+        raise RemoteProtocolError(f"{blame}: {error}") from None
+    if not is_finite(tensor):
+        raise RemoteProtocolError(f"{blame} holds NaN or infinity; look at the model and learning rate there")
+    return tensor
+
+
+def received_gradient(payload: Payload, promised: Promised, device: torch.device, where: str) -> Tensor | None:
+    """As `received`, for a gradient; None if the loss does not depend on the activation."""
+    blame = _compared(payload, promised, where)
+    try:
+        if is_unused(payload):
+            return None
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{blame}: {error}") from None
+    return received(payload, promised, device, where)
+
+
+def _compared(payload: Payload, promised: Promised, where: str) -> str:
+    """Compare dtype, shape and rows with what was promised, and return how every error about this tensor begins."""
     blame = f"{where}: {promised.what} of party {promised.sender!r}"
     dtypes = [dtype_name(dtype) for dtype in promised.dtypes]
     if payload.dtype not in dtypes or payload.shape != promised.shape:
@@ -64,27 +87,22 @@ def received(payload: Payload, promised: Promised, device: torch.device, where: 
             f"{blame} belongs to other rows ({digests}): a table has changed since the run began; "
             "start anew from the same rows"
         )
-    try:
-        tensor = from_payload(promised.wire.unpack(payload, promised.wanted), device)
-    except (RemoteProtocolError, ValueError) as error:
-        raise RemoteProtocolError(f"{blame}: {error}") from None
-    if not is_finite(tensor):
-        raise RemoteProtocolError(f"{blame} holds NaN or infinity; look at the model and learning rate there")
-    return tensor
+    return blame
 
 
 class Arrival:
     """An activation on its way into the fuse model's graph, and its gradient once the backward pass has been there.
 
-    Mutable for that. Not a leaf of the graph, since models may change their inputs in place, as they may when joined.
+    The gradient stays None if the loss does not depend on the activation. Mutable for that. Not a leaf of the graph,
+    since models may change their inputs in place, as they may when joined.
     """
 
     def __init__(self, activation: Tensor) -> None:
         self._waiting = [activation]
-        self.gradient = torch.zeros((), dtype=activation.dtype, device=activation.device).expand(activation.shape)
+        self.gradient: Tensor | None = None
 
     def enter(self) -> Tensor:
-        """The activation as a tensor whose gradient will be kept here; once."""
+        """Return the activation as a tensor whose gradient will be kept here; once."""
         anchor = torch.empty(0, requires_grad=True)
         entered: Tensor = _Entrance.apply(anchor, self)  # type: ignore[no-untyped-call]
         return entered
@@ -96,12 +114,16 @@ class _Entrance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, arrival: Arrival) -> Tensor:
         ctx.arrival = arrival
+        ctx.set_materialize_grads(False)  # an operator of the fuse model may return None for it
         return arrival._waiting.pop()  # not kept: the graph would hold itself
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:
         ctx.arrival.gradient = gradient
         return None, None
+
+
+ENTRANCE: type = _Entrance._backward_cls  # its node in a graph
 
 
 def _with_rows(cut: tuple[int, ...]) -> str:

@@ -10,21 +10,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
-from sl_queue.compute.base import TorchBaseStage, base_stage
+from sl_queue.compute.base import InFlight, TorchBaseStage, base_stage
 from sl_queue.compute.cuts import Arrival, Promised, place, received, require_finite
+from sl_queue.compute.graph import hooks_made
+from sl_queue.compute.handover import Copies, Take
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, task_of
 from sl_queue.compute.models import Inputs, Model, blame
+from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
 from sl_queue.compute.tensors import cast, described, lent
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.row_order import Batches, Positions
-from sl_queue.protocol.wire import Wire, asks_for_less
+from sl_queue.protocol.wire import Wire, asks_for_less, unused
 
 _TRIAL_ROWS = 2
 
@@ -34,6 +37,7 @@ class Objective:
     """What is learned and measured: the loss against these labels, and the metrics."""
 
     loss: Loss
+    owned: OwnedLoss  # what the loss keeps
     labels: Tensor = field(repr=False)  # all rows, on the CPU
     task: Task
     metrics: Mapping[str, Metric]
@@ -56,7 +60,7 @@ class Own:
     micro_batch: MicroBatch
     rows: bytes  # their digest
     labels: Tensor = field(repr=False)  # (rows,) or (rows, *anything)
-    activation: Tensor | None = field(repr=False)  # of its base model, with the graph
+    flight: InFlight | None = field(repr=False)  # of its base model
 
 
 @dataclass(slots=True)
@@ -73,21 +77,27 @@ class TorchFuseStage:
     _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
     _prepared: Own | None = None
-    _put_off: tuple[Tensor, Tensor] | None = None  # the own activation with its graph, and its gradient
+    _put_off: tuple[MicroBatch, InFlight, Tensor] | None = None  # the own base model's backward pass: its gradient
+    _step: int = 0  # of the last micro-batch
 
     def prepare(self, micro_batch: MicroBatch) -> None:
         """Rows, labels and the own base model's forward pass, for `forward_backward`."""
         self._own_backward()
-        positions, activation = self.batches.rows(micro_batch), None
+        positions, flight = self.batches.rows(micro_batch), None
+        rows = self.table.rows_digest(positions)
         if self.own is not None:
+            hooks = hooks_made()
             with self.own.model.drawing("forward", micro_batch):
                 inputs = self.own.inputs(positions)
                 activation = self.own.activation(inputs, place(self.model.party, micro_batch))
-        rows = self.table.rows_digest(positions)
-        self._prepared = Own(micro_batch, rows, self._labels(positions), activation)
+            flight = InFlight(activation, hooks, None, rows)
+        self._prepared = Own(micro_batch, rows, self._labels(positions), flight)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
-        """Loss and gradients of one micro-batch, weighted by its share of the step's rows."""
+        """Loss and gradients of one micro-batch, weighted by its share of the step's rows.
+
+        A party on whose activation the loss does not depend gets a gradient of no bytes, which is not one of zeros.
+        """
         if self._prepared is None or self._prepared.micro_batch != micro_batch:
             self.prepare(micro_batch)
         mine, self._prepared = self._prepared, None
@@ -95,25 +105,38 @@ class TorchFuseStage:
         where, n_rows = place(self.model.party, micro_batch), len(mine.labels)
         tensors = self._received(activations, mine.rows, n_rows, where)
         arrivals = {party: Arrival(tensor) for party, tensor in tensors.items()}
-        inputs = {party: arrival.enter() for party, arrival in arrivals.items()}
-        if mine.activation is not None:
-            own = Arrival(mine.activation.detach())
-            inputs[self.model.party] = own.enter()
+        own = None if mine.flight is None else Arrival(mine.flight.activation.detach())
+        hooks, entering = hooks_made(), arrivals if own is None else {**arrivals, self.model.party: own}
+        inputs = {party: arrival.enter() for party, arrival in entering.items()}
         with self.model.drawing("forward", micro_batch):
             output = self._fused(inputs, where)
             loss, value = self._loss(output, mine.labels, where)
-        with blame(f"{where}: the backward pass of {self.model.name} failed"):
-            torch.autograd.backward(loss * (n_rows / self.batches.rows_in_step(micro_batch.step)))
+        self._differentiate(loss * (n_rows / self.batches.rows_in_step(micro_batch.step)), hooks, micro_batch)
         self._losses.append((n_rows, value))
-        if mine.activation is not None and mine.activation.requires_grad:
-            self._put_off = (mine.activation, own.gradient)
+        self._step = micro_batch.step
+        if mine.flight is not None and own is not None and own.gradient is not None:
+            self._put_off = (micro_batch, mine.flight, own.gradient)
         return {
             party: self._answer(arrival, activations[party], mine.rows, f"{where}: gradient for party {party!r}")
             for party, arrival in arrivals.items()
         }
 
+    def _differentiate(self, loss: Tensor, hooks: int, micro_batch: MicroBatch) -> None:
+        """Do the backward pass from the loss to the activations; random draws in it are keyed by the micro-batch."""
+        where = place(self.model.party, micro_batch)
+        if not loss.requires_grad:
+            raise ComputeError(
+                f"{where}: the loss of {self.model.name} depends on no activation and on no parameter that is trained, "
+                "so nothing can be learnt; check for detach(), no_grad() and argmax() in model and loss"
+            )
+        scope = self.model.differentiating(loss, hooks, micro_batch)
+        with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
+            torch.autograd.backward(loss)
+
     def _answer(self, arrival: Arrival, activation: Payload, rows: bytes, what: str) -> Payload:
         """The gradient of an activation, as it travels."""
+        if arrival.gradient is None:
+            return unused(activation.dtype, activation.shape, rows)
         require_finite(arrival.gradient, what, "lower the learning rate, or check the loss")
         return self.wire.pack(lent(arrival.gradient, rows), wanted=asks_for_less(activation))
 
@@ -122,7 +145,7 @@ class TorchFuseStage:
         if not self._losses:
             raise LocalProtocolError("an update without a micro-batch")
         self._own_backward()
-        self.model.step()
+        self.model.step(self._step)
         if self.own is not None:
             self.own.update()
         loss = _mean(self._losses)
@@ -136,7 +159,8 @@ class TorchFuseStage:
         inputs = self._received(activations, self.table.rows_digest(positions), len(positions), where)
         if self.own is not None:
             inputs[self.model.party] = self.own.prediction(micro_batch)
-        with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
+        loss = self.objective.owned
+        with self.model.evaluating(), loss.evaluating(), self.model.drawing("evaluate", micro_batch):
             output = self._fused(inputs, where)
             labels = self._labels(positions)
             _, value = self._loss(output, labels, where)
@@ -156,10 +180,10 @@ class TorchFuseStage:
         return found
 
     def state(self) -> State:
-        """A copy of everything that a step changes: fuse, own base, both optimizers."""
+        """A copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
         if self._losses:
             raise LocalProtocolError("a checkpoint in the middle of a step")
-        states = [self.model.state()] + ([] if self.own is None else [self.own.state()])
+        states = [self.model.state(), self.objective.owned.state()] + ([] if self.own is None else [self.own.state()])
         return State(
             {name: tensor for state in states for name, tensor in state.tensors.items()},
             {name: value for state in states for name, value in state.values.items()},
@@ -168,6 +192,7 @@ class TorchFuseStage:
     def load(self, state: State) -> None:
         """Become what `state` described."""
         self.model.load(state)
+        self.objective.owned.load(state)
         if self.own is not None:
             self.own.load(state)
         self._losses.clear()
@@ -179,11 +204,10 @@ class TorchFuseStage:
         return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
 
     def _own_backward(self) -> None:
-        """The backward pass of the own base model that was put off, if there is one."""
-        if self._put_off is not None:
-            (activation, gradient), self._put_off = self._put_off, None
-            with blame(f"party {self.model.party!r}: the backward pass of its base model failed"):
-                torch.autograd.backward(activation, gradient)
+        """Do the backward pass of the own base model that was put off, if there is one."""
+        if self._put_off is not None and self.own is not None:
+            put_off, self._put_off = self._put_off, None
+            self.own.differentiate(*put_off)
 
     def _received(self, activations: Mapping[str, Payload], rows: bytes, n_rows: int, where: str) -> dict[str, Tensor]:
         """The feature parties' activations in job order, checked, as tensors of their own."""
@@ -222,36 +246,54 @@ def measured(objective: Objective, output: Tensor, labels: Tensor) -> dict[str, 
     return {name: metric(scores, targets) for name, metric in objective.metrics.items()}
 
 
-def objective_of(party_file: PartyFile, table: Table, output: Tensor, dtype: torch.dtype, where: str) -> Objective:
-    """Loss, labels and metrics, tried out on the fuse model's `output` for two rows. Raises JobError."""
+def objective_of(
+    party_file: PartyFile,
+    table: Table,
+    output: Tensor,
+    dtype: torch.dtype,
+    where: str,
+    models: Sequence[nn.Module] = (),
+    take: Take | None = None,
+) -> Objective:
+    """Loss, labels and metrics, tried out on the fuse model's `output` for two rows. Raises JobError.
+
+    What the loss shares with one of `models` is theirs; `take` says how to come by a loss that is given in code.
+    """
     assert party_file.fuse is not None
-    loss = loss_of(party_file, output.device)
+    loss = loss_of(party_file, output.device, take)
+    owned = OwnedLoss.of(loss, models, party_file.party, where)
     name: Any = party_file.fuse.loss
     check_labels(table.labels, output, name, where)
     assert table.labels is not None
     labels = label_tensor(table.labels, dtype)
     two = labels[torch.arange(len(output)) % len(labels)].to(output.device)
     try:
-        with blame(f"{where}: the loss failed on output and labels of {len(two)} rows"):
+        with blame(f"{where}: the loss failed on output and labels of {len(two)} rows"), owned.trial():
+            output = output.detach().requires_grad_()
             tried = loss(output, two)
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
     if not isinstance(tried, Tensor) or tried.numel() != 1:
         got = described(tried) if isinstance(tried, Tensor) else type(tried).__name__
         raise ComputeError(f"{where}: the loss returns {got}; it must return the mean over the rows, one number")
+    require_no_parameters(tried, output, models, where)
+    output = output.detach()
     task = task_of(name, output, table.labels, party_file.fuse.metrics)
     metrics = metrics_of(party_file.fuse.metrics, task, where)
     check_targets(task, output, table.labels, metrics, where)
-    return Objective(loss, labels, task, metrics)
+    return Objective(loss, owned, labels, task, metrics)
 
 
 def _mean(losses: Sequence[tuple[int, float]]) -> float:
     return sum(rows * loss for rows, loss in losses) / sum(rows for rows, _ in losses)
 
 
-def fuse_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) -> TorchFuseStage:
+def fuse_stage(
+    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
+) -> TorchFuseStage:
     """The label holder's stage with initial weights.
 
+    `take` says how to come by modules and a loss that are given in code; without it, as copies.
     Raises JobError for labels, a loss or metrics that do not suit the model, ShapeError if it fails on the cuts.
     """
     party = party_file.party
@@ -260,13 +302,16 @@ def fuse_stage(job: Job, party_file: PartyFile, table: Table, batches: Batches) 
         zeros = [torch.zeros(_TRIAL_ROWS, *(job.cut(p) or ()), dtype=dtype, device=device) for p in job.fused]
         return aggregated(zeros, job.fuse.aggregation)
 
-    model = Model.build(job, party_file, "fuse", sample)
+    take = take or Copies()  # of fuse model and loss together: one may hold the other
+    model = Model.build(job, party_file, "fuse", sample, take)
     output = model.try_out(sample(model.dtype, model.device))
     if output.shape[:1] != (_TRIAL_ROWS,):
         raise ShapeError(
             f"party {party!r}: {model.name} returns {described(output)} for {_TRIAL_ROWS} rows; "
             "its first axis must be the rows"
         )
-    own = base_stage(job, party_file, table, batches) if party in job.fused else None
-    objective = objective_of(party_file, table, output, model.dtype, f"party {party!r}")
+    own = base_stage(job, party_file, table, batches, take) if party in job.fused else None
+    modules = [model.module] + ([] if own is None else [own.module])
+    with model.drawing("trial", MicroBatch(0, 0)):
+        objective = objective_of(party_file, table, output, model.dtype, f"party {party!r}", modules, take)
     return TorchFuseStage(job, model, own, objective, table, batches, replace(job.on_the_wire, cast=cast))

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
+from sl_queue.compute.handover import Copies, Take
 from sl_queue.compute.tensors import described
 from sl_queue.errors import JobError, ShapeError
 from sl_queue.job import PartyFile, imported
@@ -35,8 +37,8 @@ def mse(output: Tensor, labels: Tensor) -> Tensor:
 LOSSES: Mapping[str, Loss] = {"bce_with_logits": bce_with_logits, "cross_entropy": cross_entropy, "mse": mse}
 
 
-def loss_of(party_file: PartyFile, device: torch.device) -> Loss:
-    """The loss that a party file names or brings."""
+def loss_of(party_file: PartyFile, device: torch.device, take: Take | None = None) -> Loss:
+    """The loss that a party file names or brings; `take` says how to come by one that is given in code."""
     assert party_file.fuse is not None
     loss: Any = party_file.fuse.loss
     where = f"party {party_file.party!r}: [fuse] loss = {loss!r}"
@@ -51,6 +53,8 @@ def loss_of(party_file: PartyFile, device: torch.device) -> Loss:
             loss = loss()
         except TypeError as error:
             raise JobError(f"{where} cannot be built without arguments: {error}") from None
+    elif not isinstance(loss, FunctionType):
+        loss = (take or Copies())(party_file.party, "loss", loss, made=False)
     return loss.to(device) if isinstance(loss, nn.Module) else loss
 
 

@@ -1,28 +1,36 @@
 """One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
 
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from sl_queue.compute.cuts import CROSSING
+from sl_queue.compute.demands import leaves_of, require_known, require_savable, require_within_reach
+from sl_queue.compute.final_weights import settled
+from sl_queue.compute.graph import runs_only_torch, steps_only_torch
+from sl_queue.compute.handover import Copies, Take
+from sl_queue.compute.module_state import Built, begin_training, in_evaluation
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from sl_queue.compute.saved_values import NotCarriedError
 from sl_queue.compute.seeds import key, seeded
+from sl_queue.compute.snapshots import Snapshot
 from sl_queue.compute.tensors import described, from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError, SlQueueError
 from sl_queue.job import BaseFile, FuseFile, Job, PartyFile, imported
 from sl_queue.ports import State
 from sl_queue.protocol.messages import MicroBatch, Payload
+
+log = logging.getLogger("sl_queue")
 
 Part = Literal["base", "fuse"]
 Inputs = Tensor | list[Tensor]
@@ -41,21 +49,45 @@ class Model:
     device: torch.device
     dtype: torch.dtype  # of its parameters: what floating inputs are cast to
     seed: int
+    built: Built = field(repr=False)
+    warned: set[str] = field(default_factory=set)  # attributes of which it was said that no checkpoint carries them
+    known: bool = False  # whether all parameters were the optimizer's in the first step
 
     @classmethod
-    def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample) -> "Model":
-        """The model with its initial weights, the same wherever and however often it is built."""
+    def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None) -> "Model":
+        """The model with its initial weights, the same wherever and however often it is built.
+
+        `take` says how to come by a module that is given in code; without it, as a copy.
+        """
         table = _table(party_file, part)
         device = device_of(party_file)
-        module = _module(job, party_file, part, sample).to(device)
-        where = f"party {party_file.party!r}: [{part}]"
+        module = build_module(job, party_file, part, sample, take)
+        where, name = f"party {party_file.party!r}: [{part}]", _name(table.model)
+        require_savable(module, f"{where} model = {name!r}")
+        module.to(device)
         optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
-        module.train()
-        return cls(party_file.party, part, _name(table.model), module, optimizer, device, _dtype(module), job.seed)
+        if optimizer is not None and not module.training:
+            log.warning(
+                "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics "
+                "as they are; call .train() on it before, unless that is meant",
+                where,
+                name,
+            )
+        begin_training(module)
+        built = Built.of(module)
+        return cls(party_file.party, part, name, module, optimizer, device, _dtype(module), job.seed, built)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """A scope in which random numbers depend on the job's seed, party, part, purpose and micro-batch only."""
         return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch), self.device)
+
+    def differentiating(self, root: Tensor, hooks_before: int, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        """Open the scope of a backward pass from `root`: a keyed one if anything in it may draw random numbers.
+
+        `hooks_before`: `hooks_made()` before the forward pass. torch's own code draws nothing; with no lock around it,
+        parties that are threads of one process compute at the same time.
+        """
+        return nullcontext() if runs_only_torch(root, hooks_before) else self.drawing("backward", micro_batch)
 
     def accepted(self) -> tuple[torch.dtype, ...]:
         """The dtypes of activations that the module may be given: its own, or narrower ones if it is made for them."""
@@ -74,60 +106,114 @@ class Model:
             raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
         return output
 
-    def try_out(self, inputs: Inputs) -> Tensor:
-        """The output in evaluation mode, leaving no trace in the module; ShapeError if it fails."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+    def try_out(self, inputs: Inputs, ahead: bool = False) -> Tensor:
+        """The output in evaluation mode, leaving no trace in the module; ShapeError if it fails.
+
+        Raises JobError for what a run could not train or save; with `ahead` also for a module that does not run on
+        other weights than its own.
+        """
+        before = Snapshot.of(self.module)
         try:
-            with self.evaluating(), self.drawing("trial", MicroBatch(0, 0)):
-                return self.run(inputs, f"party {self.party!r}")
+            output = self._trial(inputs, None)
+            self._require_known(output)
+            self._tell(self.built.changes(self.module, f"{self.part}/")[1])
         except ComputeError as error:
             raise ShapeError(f"{error}; check {self.name} and its args") from error
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            before.put_back()
+        if ahead:
+            self._require_within_reach(inputs)
+        return output.detach()
+
+    def _trial(self, inputs: Inputs, weights: Mapping[str, Tensor] | None) -> Tensor:
+        """The output in evaluation mode, with its graph."""
+        with in_evaluation(self.module), torch.enable_grad(), self.drawing("trial", MicroBatch(0, 0)):
+            return self.run(inputs, f"party {self.party!r}", weights)
+
+    def _require_within_reach(self, inputs: Inputs) -> None:
+        where = f"party {self.party!r}: [{self.part}] model = {self.name!r}"
+        weights = {name: p.detach().clone().requires_grad_() for name, p in self.module.named_parameters()}
+        before = Snapshot.of(self.module)
+        try:
+            reached = leaves_of(self._trial(inputs, weights))
+        except ComputeError as error:
+            raise JobError(f"{where} does not run on other weights, as staleness needs: {error}") from error
+        finally:
+            before.put_back()
+        require_within_reach(self.module, reached, where)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, without gradients."""
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.module.train()
+        """Evaluation mode, without gradients; afterwards every submodule is in the mode in which it was."""
+        with in_evaluation(self.module):
+            yield
 
-    def step(self) -> None:
-        """Apply and forget the gradients of the parameters."""
+    def _require_known(self, output: Tensor | None = None) -> None:
+        """Raise JobError if the module has parameters that the optimizer was not given, or its output comes of them."""
+        where = f"party {self.party!r}: [{self.part}] model = {self.name!r}"
+        reached = () if output is None else leaves_of(output)
+        require_known(self.module, self.optimizer, self.built, reached, where)
+
+    def _tell(self, lost: Iterable[NotCarriedError]) -> None:
+        """Say once of each attribute that changes and cannot be carried that it is in no checkpoint."""
+        for error in lost:
+            if error.path not in self.warned:
+                self.warned.add(error.path)
+                log.warning(
+                    "party %r: %s changes its attribute %r, a %s, which no checkpoint carries; if what it learns "
+                    "depends on that, a run that is interrupted ends with other weights: keep it in numbers, tensors, "
+                    "or short lists of them",
+                    self.party,
+                    self.name,
+                    error.path,
+                    type(error.value).__name__,
+                )
+
+    def step(self, number: int) -> None:
+        """Apply and forget the gradients of the parameters; `number` counts the optimizer steps from 0."""
+        if not self.known:
+            self._require_known()
+            self.known = True
         if self.optimizer is not None:
-            with blame(f"party {self.party!r}: the optimizer of {self.name} failed"):
+            quiet = steps_only_torch(self.optimizer)
+            scope = nullcontext() if quiet else self.drawing("update", MicroBatch(number, 0))
+            with blame(f"party {self.party!r}: the optimizer of {self.name} failed"), scope:
                 self.optimizer.step()
             for group in self.optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
                 for parameter in group["params"]:
                     parameter.grad = None
 
     def state(self) -> State:
-        """A copy of parameters, of all buffers, the ones that a state_dict leaves out too, and of the optimizer."""
-        tensors = {f"{self.part}/module/{name}": to_payload(tensor) for name, tensor in _tensors(self.module)}
+        """A copy of parameters, of all buffers, the ones that a state_dict leaves out too, and of the optimizer.
+
+        And of what else differs from the module as it was built: modes, what is frozen, plain attributes.
+        """
+        self._require_known()
+        changes, lost = self.built.changes(self.module, f"{self.part}/")
+        self._tell(lost)
+        tensors = {f"{self.part}/module/{name}": self._payload(name, t) for name, t in _tensors(self.module)}
         if self.optimizer is None:
-            return State(tensors, {})
+            return State({**tensors, **changes.tensors}, changes.values)
         state = optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/")
-        return State({**tensors, **state.tensors}, state.values)
+        return State({**tensors, **changes.tensors, **state.tensors}, {**changes.values, **state.values})
 
     def load(self, state: State) -> None:
         """Become what `state` returned. Raises CheckpointError if the model is another one."""
         prefix = f"{self.part}/module/"
         saved = {name.removeprefix(prefix): p for name, p in state.tensors.items() if name.startswith(prefix)}
-        own = dict(_tensors(self.module))
-        altered = {n for n in saved.keys() & own.keys() if str(saved[n]) != described(own[n])}
-        differing = ", ".join(sorted(altered | (saved.keys() ^ own.keys())))
+        changed = state.values.get(f"{self.part}/buffers", {})  # since the module was built: in any shape
+        expected = {name: described(p) for name, p in self.module.named_parameters()} | dict(self.built.buffers)
+        there = {name: str(payload) for name, payload in saved.items()}
+        names = (expected.keys() | there.keys()) - changed.keys()
+        differing = ", ".join(sorted(name for name in names if expected.get(name) != there.get(name)))
         if differing:
             raise CheckpointError(
                 f"party {self.party!r}: the checkpoint is of another model than {self.name}: {differing} differ; "
                 "restore the model, or start anew with another state folder"
             )
+        self.built.load(self.module, state, f"{self.part}/", self.party)
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in _tensors(self.module):
                 tensor.copy_(from_payload(saved[name]))
         if self.optimizer is not None:
             load_optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/", state)
@@ -135,38 +221,57 @@ class Model:
 
     def weights(self) -> dict[str, Payload]:
         """The module's own state_dict."""
-        return {name: to_payload(tensor) for name, tensor in self.module.state_dict().items()}
+        return {name: self._payload(name, tensor) for name, tensor in self.module.state_dict().items()}
+
+    def _payload(self, name: str, tensor: Tensor) -> Payload:
+        try:
+            return to_payload(tensor)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise ComputeError(
+                f"party {self.party!r}: {self.name} has made its {name!r} {described(tensor)} "
+                f"({tensor.layout}), which cannot be saved: {error}"
+            ) from error
 
 
 @contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Whatever a user's module, loss or optimizer raises in here becomes a ComputeError that begins with `what`."""
+    """Turn whatever a user's module, loss or optimizer raises in here into a ComputeError that begins with `what`.
+
+    `sys.exit` too: it would end this worker with a code of the model's own, and nobody would tell the others. Not
+    Ctrl-C, which is for the whole process.
+    """
     try:
         yield
-    except SlQueueError:
+    except (SlQueueError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 # From party file to module --------------------------------------------------------------------------------------
 
 
-def _module(job: Job, party_file: PartyFile, part: Part, sample: Sample | None) -> nn.Module:
+def build_module(
+    job: Job, party_file: PartyFile, part: Part, sample: Sample | None, take: Take | None = None
+) -> nn.Module:
     """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
     table = _table(party_file, part)
     where = f"party {party_file.party!r}: [{part}] model = {_name(table.model)!r}"
-    model = imported(table.model, party_file.folder) if isinstance(table.model, str) else table.model
+    model = table.model
+    if isinstance(model, str):
+        with seeded(key(job.seed, "", "import"), torch.device("cpu")):  # its file may draw, or call torch.manual_seed
+            model = imported(model, party_file.folder)
     with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
         try:
-            module = copy.deepcopy(model) if isinstance(model, nn.Module) else model(**table.args)
-        except Exception as error:
+            module = model if isinstance(model, nn.Module) else model(**table.args)
+        except (Exception, SystemExit) as error:
             raise JobError(f"{where} with args = {dict(table.args)} fails: {type(error).__name__}: {error}") from error
         if not isinstance(module, nn.Module):
             raise JobError(f"{where} returns {type(module).__name__}; it must return a torch.nn.Module")
+        module = (take or Copies())(party_file.party, part, module, made=module is not model)
         if sample is not None and _is_lazy(module):
-            with blame(f"{where} fails on its input"), torch.no_grad():
-                module.eval()(sample(_dtype(module)))
+            with blame(f"{where} fails on its input"), in_evaluation(module):
+                module(sample(_dtype(module)))
     for name, value in () if _is_lazy(module) else module.state_dict().items():
         if not isinstance(value, Tensor):
             raise JobError(f"{where}: its state_dict holds {name!r}, a {type(value).__name__}; only tensors are saved")
@@ -175,9 +280,11 @@ def _module(job: Job, party_file: PartyFile, part: Part, sample: Sample | None) 
 
 def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
     """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
-    module = _module(job, party_file, "fuse" if path.stem == "fuse" else "base", None)
-    module.load_state_dict(safetensors.torch.load_file(path))
-    return module.eval()
+    return settled(build_module(job, party_file, part_of(path), None), party_file.party, path)
+
+
+def part_of(path: Path) -> Part:
+    return "fuse" if path.stem == "fuse" else "base"
 
 
 def device_of(party_file: PartyFile) -> torch.device:

@@ -1,9 +1,16 @@
 """Randomness is a function of what is computed, never of when: every draw is keyed, so there is no state to save.
 
-Dropout and initialisation draw from the process's global generators, which know no keys. So each forward runs inside
-`seeded`, which sets those generators from its key and gives them back as they were. Parties may be threads of one
-process: a process-wide lock keeps their scopes apart. It costs about 30 microseconds a forward, half of it for
-Python's own `random`, which augmentation inside models does use. Backward passes draw nothing and take no lock.
+Dropout and initialisation draw from the process's global generators, which know no keys. So whatever may draw runs
+inside `seeded`, which sets those generators from its key and gives them back as they were: building a model and
+importing its file, a `source` of rows, every forward pass with its loss, and those backward passes and optimizer steps
+in which code that is not torch's own may run (compute/graph): hooks that add noise, checkpointed blocks, optimizers
+that sample.
+
+Parties may be threads of one process: a process-wide lock keeps their scopes apart. That holds only as long as nothing
+in this process draws outside of a scope; nothing of sl_queue does. A scope costs about 30 microseconds, half of it for
+Python's own `random`, which augmentation inside models does use. torch's own backward passes need none, so parties in
+threads compute them at the same time. On CUDA autograd runs hooks in a thread of its own, while the thread that called
+it holds the lock and waits.
 """
 
 import random

@@ -86,17 +86,6 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-_SAME_NUMBERS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0"}
-
-
-def ends_in_relu(tensor: Tensor) -> bool:
-    """Whether a ReLU gave these numbers, apart from their shape: what their zeros' gradients are has no effect."""
-    node = tensor.grad_fn
-    while node is not None and node.name() in _SAME_NUMBERS:
-        node = node.next_functions[0][0]
-    return node is not None and node.name() == "ReluBackward0"
-
-
 def gathered(array: npt.NDArray[Any], positions: Positions, dtype: torch.dtype, device: torch.device) -> Tensor:
     """These rows of an array; floating ones are cast to `dtype`, integers stay what they are (for embeddings)."""
     rows = torch.from_numpy(np.take(array, positions, axis=0))

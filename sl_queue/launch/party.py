@@ -8,8 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from sl_queue.compute import seeds
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
+from sl_queue.compute.handover import Take, itself
 from sl_queue.compute.models import fingerprint, limit_threads
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
@@ -65,8 +69,12 @@ def serve_party(
     open_channels: Channels,
     seal: Seal | None = None,
     metrics: str | None = None,
+    take: Take = itself,
 ) -> None:
-    """One data party from its table to its final weights; says so and returns if it has finished before."""
+    """One data party from its table to its final weights; says so and returns if it has finished before.
+
+    `take` says how to come by a model that is given in code.
+    """
     party, incarnation = party_file.party, secrets.token_hex(8)
     with ExitStack() as stack:
         about = fingerprint(job, party_file)
@@ -76,7 +84,7 @@ def serve_party(
         if done is not None and done.told:
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
-        table = read_table(job, party_file)
+        table = _table(job, party_file)
         identity = Identity(incarnation, job.canonical(), table.n_rows, table.digest, table.id_type)
         batches = job.batches(table.n_rows)
         pipeline = job.pipeline_of(batches)
@@ -91,7 +99,7 @@ def serve_party(
             seal=seal,
         )
         journal = HistoryFile(state / "history.jsonl")
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity)
+        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take)
         if metrics is not None:
             _show(metrics, job, party, channel, worker)
         stack.callback(channel.close)
@@ -99,6 +107,14 @@ def serve_party(
         open_channels.add(channel)
         worker.serve(train)
         log.info("%s: finished; final weights in %s", party, state / "final")
+
+
+def _table(job: Job, party_file: PartyFile) -> Table:
+    """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
+    if getattr(party_file.data, "source", None) is None:
+        return read_table(job, party_file)
+    with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
+        return read_table(job, party_file)
 
 
 def _role(
@@ -110,13 +126,14 @@ def _role(
     folder: Folder,
     journal: HistoryFile,
     identity: Identity,
+    take: Take,
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches)
+        fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
         worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
-    base = base_stage(job, party_file, table, pipeline.batches)
+    base = base_stage(job, party_file, table, pipeline.batches, take)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 

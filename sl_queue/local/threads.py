@@ -5,15 +5,21 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
-from sl_queue.compute.models import final_module, limit_threads
-from sl_queue.errors import JobError, PeerFailed, RunStopped, SlQueueError
+from sl_queue.compute.handover import Loan, Take
+from sl_queue.compute.models import limit_threads
+from sl_queue.compute.results import lend_given, trained_module
+from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
+from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.party import serve_party
@@ -31,17 +37,26 @@ class Result:
     """What a run left: the history, one dict an epoch as in history.jsonl, and the trained modules."""
 
     history: list[dict[str, Any]]
-    modules: Mapping[tuple[str, str], nn.Module] = field(repr=False)
+    modules: Mapping[tuple[str, str], nn.Module | SlQueueError] = field(repr=False)  # or why there is none
     label_holder: str
 
     def base(self, party: str) -> nn.Module:
-        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none."""
-        return self.modules[party, "base"]
+        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none.
+
+        Raises ComputeError for a module that was given in code and cannot be copied.
+        """
+        return _there(self.modules[party, "base"])
 
     @property
     def fuse(self) -> nn.Module:
-        """The trained fuse model, in evaluation mode on the CPU."""
-        return self.modules[self.label_holder, "fuse"]
+        """The trained fuse model, in evaluation mode on the CPU; raises as `base` does."""
+        return _there(self.modules[self.label_holder, "fuse"])
+
+
+def _there(found: nn.Module | SlQueueError) -> nn.Module:
+    if isinstance(found, SlQueueError):
+        raise found
+    return found
 
 
 def run_local(
@@ -54,11 +69,22 @@ def run_local(
 ) -> Result:
     """Train with every role as a thread of this process, and return the history and the trained modules.
 
+    A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
     (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
-    Raises the error of the party that failed, RunStopped if the run was stopped.
+
+    Models draw random numbers from Python's, NumPy's and torch's global generators, which are set from a key for each
+    forward pass. They are the whole process's: code of your own that draws from them in another thread meanwhile, or in
+    `on_status`, changes what the models draw. Give it a generator of its own.
+
+    Of the calling thread the parties see its context variables, but not what torch keeps for each thread: autocast, a
+    default device, modes and saved-tensor hooks around this call are refused, and no_grad and inference_mode change
+    nothing. The caller's number of torch threads is given back at the end.
+
+    Raises the error of the party that failed, RunStopped if the run was stopped, and whatever `on_status` raises, which
+    ends the run everywhere. Run again on the same `out`, it resumes.
     """
     with ExitStack() as stack:
         root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
@@ -77,14 +103,21 @@ def run_threads(
 ) -> Result:
     """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
     require_all(job, parties)
-    run_state = _Threads(job, parties, broker, states, on_status, keys).run()
-    history = [history_line(result) for result in run_state.history]
-    modules = {
-        (party.party, path.stem): final_module(job, party, path)
-        for party in parties
-        for path in sorted((states[party.party] / "final").glob("*.safetensors"))
-    }
-    return Result(history, modules, job.label_holder)
+    require_nothing_lost(party.device for party in parties)
+    with Loan() as loan:
+        lend_given(parties, loan)
+        with thread_counts_kept():
+            run_state = _Threads(job, parties, broker, states, on_status, keys, loan).run()
+        history = [history_line(result) for result in run_state.history]
+        modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
+        with torch.inference_mode(False):  # modules made in it could not be trained any further
+            for party in parties:
+                for path in sorted((states[party.party] / "final").glob("*.safetensors")):
+                    try:
+                        modules[party.party, path.stem] = trained_module(job, party, path, loan)
+                    except SlQueueError as error:  # told to who asks for that module; the others are here
+                        modules[party.party, path.stem] = error
+        return Result(history, modules, job.label_holder)
 
 
 def require_all(job: Job, parties: Sequence[PartyFile]) -> None:
@@ -110,67 +143,88 @@ class _Threads:
         states: Mapping[str, Path],
         on_status: OnStatus,
         keys: Path | None,
+        take: Take,
     ) -> None:
         self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
-        self._broker, self._keys = broker, keys
+        self._broker, self._keys, self._take = broker, keys, take
         self._connect = connector(job, broker)
         self._channels = Channels()
         self._errors: list[SlQueueError] = []
+        self._raised: BaseException | None = None  # by the caller's on_status
         self._state = RunState()
 
     def run(self) -> RunState:
-        threads = [threading.Thread(target=self._run_one, args=(p,), name=p.party) for p in self._parties]
-        scheduler = threading.Thread(target=self._run_scheduler, name=SCHEDULER)
-        for thread in (scheduler, *threads):
-            thread.start()
+        threads = [_thread(p.party, partial(self._run_one, p)) for p in self._parties]
+        scheduler = _thread(SCHEDULER, self._run_scheduler)
         try:
+            for thread in (scheduler, *threads):
+                thread.start()
             for thread in (*threads, scheduler):
                 thread.join()
         except BaseException:  # KeyboardInterrupt: let nobody wait for who is gone
             self._channels.fail(RunStopped("interrupted; run again on the same folder to resume"))
             for thread in (*threads, scheduler):
-                thread.join()
+                if thread.ident is not None:  # there may be too many threads to start one more
+                    thread.join()
             raise
+        if self._raised is not None:
+            raise self._raised
         if self._errors:
             raise min(self._errors, key=_told_by_another)
         return self._state
 
     def _run_one(self, party_file: PartyFile) -> None:
-        limit_threads(party_file.threads or shared_threads(len(self._parties)))
         state = self._states[party_file.party]
 
         def serve() -> None:
+            limit_threads(party_file.threads or shared_threads(len(self._parties)))
             seal = self._sealing(party_file.party, party_file)
-            serve_party(self._job, party_file, self._connect, state, self._channels, seal)
+            serve_party(self._job, party_file, self._connect, state, self._channels, seal, take=self._take)
 
-        self._guard(serve)
+        self._guard(f"party {party_file.party!r}", serve)
 
     def _run_scheduler(self) -> None:
         def serve() -> None:
             folder, seal = self._states[SCHEDULER], self._sealing(SCHEDULER)
             late_s = 0.0 if have_finished(self._job, self._states) else LATE_S
-            self._state = serve_scheduler(
-                self._job, self._connect, folder, self._on_status, self._channels, seal, late_s
-            )
+            self._state = serve_scheduler(self._job, self._connect, folder, self._tell, self._channels, seal, late_s)
 
-        self._guard(serve)
+        self._guard("the scheduler", serve)
+
+    def _tell(self, status: Mapping[str, Any]) -> None:
+        """Hand a status to the caller; what on_status raises goes back to it as it is."""
+        try:
+            self._on_status(status)
+        except BaseException as error:
+            self._raised = error
+            told = f"on_status raised {type(error).__name__}; run again on the same folder to resume"
+            raise RunStopped(told) from error
 
     def _sealing(self, role: str, party_file: PartyFile | None = None) -> Seal | None:
         key = key_file(key_in(self._keys, role), party_file)
         return sealing(self._job, role, key, self._broker)
 
-    def _guard(self, serve: Callable[[], None]) -> None:
+    def _guard(self, role: str, serve: Callable[[], None]) -> None:
         """Keep a thread's error; one that the scheduler cannot tell the others about ends them here."""
         try:
             serve()
         except SlQueueError as error:
             self._errors.append(error)
-            if not isinstance(error, RunStopped):
+            if not isinstance(error, RunStopped) or self._raised is not None:
                 self._channels.fail(RunStopped(f"another role of this process failed: {error}"))
-        except Exception as error:
-            log.exception("a bug in sl_queue")
-            self._errors.append(SlQueueError(f"{type(error).__name__}: {error}"))
-            self._channels.fail(RunStopped("another role of this process failed"))
+        except BaseException as error:
+            told = f"{role}: {type(error).__name__}: {error}"
+            if isinstance(error, Exception):
+                log.exception("%s: a bug in sl_queue", role)
+                self._errors.append(SlQueueError(told))
+            else:  # sys.exit and its like, which would end this thread without a word
+                self._errors.append(ComputeError(f"{told}; code that a party runs must not end its thread"))
+            self._channels.fail(RunStopped(f"another role of this process failed: {told}"))
+
+
+def _thread(name: str, run: Callable[[], None]) -> threading.Thread:
+    """Make a thread that sees the caller's context variables (NumPy's errstate, decimal's context)."""
+    return threading.Thread(target=copy_context().run, args=(run,), name=name)
 
 
 def _told_by_another(error: SlQueueError) -> int:

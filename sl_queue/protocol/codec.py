@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final
 import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
-from sl_queue.errors import RemoteProtocolError
+from sl_queue.errors import LocalProtocolError, RemoteProtocolError
 from sl_queue.protocol.messages import (
     Activation,
     Command,
@@ -35,7 +35,8 @@ from sl_queue.protocol.messages import (
 VERSION: Final = 1
 ITEM_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 SCALE_BYTES: Final = 4  # of a row of narrower numbers
-MAX_RANK: Final = 16
+MAX_RANK: Final = 16  # of a tensor: rows and the axes of the cut
+MAX_TENSOR_BYTES: Final = 2**32 - 1  # of a bin 32
 MAX_HEADER_BYTES: Final = 4096
 MAX_CONTROL_BYTES: Final = 8 * 1024 * 1024  # earlier versions told all epochs when they joined
 MAX_CONTROL_ITEMS: Final = 50_000  # in one list: epochs of a history; what does not fit is refused in milliseconds
@@ -47,7 +48,7 @@ _commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Statu
 
 
 def encode(header: Header, message: Message) -> bytes:
-    """The bytes of a message."""
+    """The bytes of a message. Raises LocalProtocolError if it is too large to be one."""
     description: tuple[Any, ...] | None
     match message:
         case Activation(_, payload) | Gradient(_, payload):
@@ -71,6 +72,8 @@ def encode(header: Header, message: Message) -> bytes:
         ]
     )
     size = data.nbytes if isinstance(data, memoryview) else len(data)
+    if size > MAX_TENSOR_BYTES:
+        raise LocalProtocolError(f"a {header.kind} of {size} bytes; a message carries at most {MAX_TENSOR_BYTES}")
     return b"".join((head[:-2], struct.pack(">BI", 0xC6, size), data))  # the empty bin gives way to a bin 32
 
 

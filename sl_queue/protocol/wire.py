@@ -8,6 +8,9 @@ vanishing; int8 has one a row. Without a narrower dtype nothing is lost.
 
 The gradient of a ReLU's zeros is never used. Where a base model ends in one, the bits that came with its activation
 also say which gradients are worth sending, and those come without bits of their own.
+
+An activation that the loss does not depend on has no gradient, which is not the same as a gradient of zeros: optimizers
+skip a parameter without one, but Adam, momentum and weight decay move it for zeros. Its message has no bytes.
 """
 
 from collections.abc import Callable
@@ -113,6 +116,19 @@ class Wire:
 
 
 AS_IT_IS: Final = Wire()
+
+
+def unused(dtype: str, shape: tuple[int, ...], rows: bytes) -> Payload:
+    """The gradient of an activation that the loss does not depend on: no bytes, however the job's tensors travel."""
+    return Payload(dtype, shape, b"", rows, f"{dtype}/unused")
+
+
+def is_unused(payload: Payload) -> bool:
+    """Return True for such a gradient. Raises RemoteProtocolError if it has bytes all the same."""
+    if payload.packing != f"{payload.dtype}/unused":
+        return False
+    _all(memoryview(payload.data), 0, payload)
+    return True
 
 
 def asks_for_less(payload: Payload) -> Mask | None:

@@ -1,6 +1,9 @@
 """Retries: bounded, exponential, jittered, and each one logged with what happens next.
 
 Only what another attempt may mend is tried again: connections. Computation and protocol errors never are.
+
+Jitter comes from the operating system. Python's global generator, which tenacity's own waits draw from, may at that
+moment be the one that a model's forward pass draws from in another thread.
 """
 
 import logging
@@ -14,8 +17,6 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_before_delay,
-    wait_exponential,
-    wait_random,
 )
 
 T = TypeVar("T")
@@ -65,10 +66,13 @@ async def persist(
         why = state.outcome.exception() if state.outcome is not None else None
         log.warning("%s (%s); trying again in %.1f s, for at most %.0f s more", say, why, pause_s, left_s)
 
+    def wait(state: RetryCallState) -> float:
+        return _doubled(state.attempt_number, pauses) + random.SystemRandom().uniform(0, pauses.first_s)
+
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(on),
         stop=stop_before_delay(limit_s),
-        wait=wait_exponential(pauses.first_s, pauses.longest_s) + wait_random(0, pauses.first_s),
+        wait=wait,
         before_sleep=before_sleep,
         reraise=True,
     )
@@ -81,4 +85,8 @@ async def persist(
 
 def pause_s(attempt: int, pauses: Pauses) -> float:
     """How long to wait after the attempt of that number (from 1), for who cannot sit in a loop."""
-    return random.uniform(0.5, 1.5) * min(pauses.longest_s, pauses.first_s * 2.0 ** (attempt - 1))
+    return random.SystemRandom().uniform(0.5, 1.5) * _doubled(attempt, pauses)
+
+
+def _doubled(attempt: int, pauses: Pauses) -> float:
+    return min(pauses.longest_s, pauses.first_s * 2.0 ** min(attempt - 1, 64))

@@ -1,0 +1,80 @@
+"""torch's settings of a thread, for whoever trains in threads of its own in a caller's process.
+
+Process-wide in torch, so parties see them: default dtype, deterministic algorithms, precision of matrix products,
+anomaly detection. A thread's own, so they do not: autocast, default device, modes, saved-tensor hooks, the current CUDA
+device. no_grad and inference_mode are a thread's own, too: parties train under them as without.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from sl_queue.errors import JobError
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "maia", "ipu", "privateuseone")
+
+
+def require_nothing_lost(devices: Iterable[str]) -> None:
+    """Raise JobError if the calling thread has set what threads that it starts would silently do without.
+
+    `devices` are those of the parties, as their files name them.
+    """
+    for what, instead in _lost(tuple(devices)):
+        raise JobError(
+            f"{what} is set in the thread that calls run_local, but each party trains in a thread of its own, where it "
+            f"has no effect; {instead}"
+        )
+
+
+def _lost(devices: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield what is set, and what to do instead."""
+    inside = "enter it inside the forward method of the models, and call run_local outside of it"
+    for kind in _AUTOCAST_DEVICES:
+        with suppress(RuntimeError):  # torch does not know the kind
+            if torch.is_autocast_enabled(kind):
+                yield f"torch.autocast({kind!r})", inside
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        instead = f"write device = '{device}' into the party files, and call run_local within torch.device('cpu')"
+        yield f"the default device {str(device)!r}", instead
+    functions: list[object] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    modes = [mode for mode in functions if not isinstance(mode, DeviceContext)]
+    for mode in (*modes, *_get_current_dispatch_mode_stack()):
+        yield f"the mode {type(mode).__name__}", inside
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        yield "a saved_tensors_hooks context", inside
+    if "cuda" in devices and torch.cuda._initialized and torch.cuda.current_device() != 0:
+        current = torch.cuda.current_device()
+        yield f"the current CUDA device {current}", f"write device = 'cuda:{current}' into the party files"
+
+
+@contextmanager
+def thread_counts_kept() -> Iterator[None]:
+    """Give back what `torch.set_num_threads` in other threads changes: what the next new threads begin with."""
+    mine, of_new_threads = torch.get_num_threads(), _in_a_new_thread(None)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(mine)
+        if of_new_threads != mine:
+            _in_a_new_thread(of_new_threads)
+
+
+def _in_a_new_thread(count: int | None) -> int:
+    """Set the number of threads in a new thread, unless None, and return what it had begun with."""
+    found: list[int] = []
+
+    def look() -> None:
+        found.append(torch.get_num_threads())
+        if count is not None:
+            torch.set_num_threads(count)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0]
