@@ -129,7 +129,7 @@ def named(name: str) -> type[SlQueueError]:
 
 
 def failure(name: str) -> str:
-    """The name of the error that ended a party, as it may be repeated: SlQueueError for what is no failure of its own.
+    """Return the name of a party's error as it may be repeated: SlQueueError for what is no failure of its own.
 
     A stop, a connection to try again and the failure of yet another party are none.
     """

@@ -60,7 +60,7 @@ def _logins(check: Check, files: Sequence[PartyFile]) -> list[tuple[str, str]]:
 
 
 def _given(job: Job, broker: str, files: Sequence[PartyFile]) -> tuple[str, str]:
-    """The broker's URL and whose login it is. Raises JobError."""
+    """Read the broker's URL, and tell whose login it is. Raises JobError."""
     url = read_url(broker)
     return url, OPERATOR if url.startswith(MEMORY) else _role(job, url, files)
 

@@ -81,7 +81,7 @@ def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal 
 
 
 def watch_status(job: Job, broker: str, seal: Seal | None = None) -> Telling | None:
-    """The status that the scheduler tells now, or else the last that it told; None if none was ever told.
+    """Return the status that the scheduler tells now, else the last that it told; None if it never told any.
 
     What lies in the queue may be of a scheduler that is gone: only what comes while we listen is of one that runs.
     Raises as `read_status`.

@@ -218,7 +218,7 @@ def _refusal(name: str, party: Mapping[str, Any], ago: str) -> str:
 
 
 def _plain(text: object) -> Text:
-    """Text of a peer, or of the scheduler: characters, never markup."""
+    """Take text of a peer, or of the scheduler, as characters and never as markup."""
     return Text(printable(str(text), LONGEST_LINE))
 
 

@@ -10,7 +10,7 @@ from typing import assert_never
 
 from sl_queue.errors import failure
 from sl_queue.protocol.agreement import disagreement
-from sl_queue.protocol.epochs import all_committed, final_step, opening, standing_after, standing_of
+from sl_queue.protocol.epochs import all_committed, final_step, finishing, opening, recorded, standing_of
 from sl_queue.protocol.messages import (
     OPERATOR,
     Alive,
@@ -46,8 +46,6 @@ from sl_queue.protocol.run_state import (
     with_member,
 )
 from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
-
-MAX_METRICS = 100  # of one epoch
 
 
 def reduce(
@@ -124,11 +122,11 @@ def _join(
         state, _ = _remembered(plan, state, now)
         return state, standing_orders(plan, state)
     state, orders = _remembered(plan, state, now)
-    return state, (*_all_orders(plan, state, sender), *orders, *_finish(plan, state))
+    return state, (*_all_orders(plan, state, sender), *orders, *finishing(plan, state))
 
 
 def _entered(state: RunState, sender: str, joined: Joined, heard: float | None) -> RunState:
-    """The state with what a worker says of itself."""
+    """Note what a worker says of itself."""
     return changed(
         state,
         sender,
@@ -183,7 +181,7 @@ def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Orde
     label_holder = state.members.get(plan.label_holder, Member())
     timeline = Start("", "", state.bases)
     epochs = (e for e in label_holder.epochs if timeline.admits(label_holder.generation, e.step))
-    return _epochs(plan, state, tuple(epochs), now)
+    return recorded(plan, state, tuple(epochs), now)
 
 
 def _begin(state: RunState, fresh_run: str) -> RunState:
@@ -221,44 +219,7 @@ def _measured(
     """Take what the label holder measured in the present generation."""
     if generation != state.generation or sender != plan.label_holder:
         return state, ()
-    return _epochs(plan, state, results, now)
-
-
-def _epochs(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now: float) -> tuple[RunState, Orders]:
-    """Append what is new to the history, and open what may follow.
-
-    Where epochs are missing in between, the label holder is told again how many are known, and answers with those.
-    """
-    known = len(state.history)
-    new = [r for r in results if r.epoch >= known]
-    if new and new[0].epoch > known:
-        return state, tuple(
-            (p, opening(plan, state, i)) for p, i in incarnations(plan, state) if p == plan.label_holder
-        )
-    if not new or [r.epoch for r in new] != list(range(known, known + len(new))):
-        return state, ()
-    passed = 0.0 if state.epoch_began is None or len(new) > 1 else round(now - state.epoch_began, 3)
-    history, standing = state.history, state.standing
-    for result in new:
-        history = history.after(replace(result, seconds=result.seconds or passed, holdout=_named(result)))
-        standing = standing_after(plan.early_stopping, standing, history[-1])
-    state = replace(state, history=history, standing=standing, epoch_began=now)
-    opened = tuple((p, opening(plan, state, i)) for p, i in incarnations(plan, state))
-    return state, (*opened, *_finish(plan, state))
-
-
-def _named(result: EpochResult) -> dict[str, float | None] | None:
-    """The metrics under names that a log and a terminal can show."""
-    if result.holdout is None:
-        return None
-    return {printable(name, LONGEST_NAME): value for name, value in list(result.holdout.items())[:MAX_METRICS]}
-
-
-def _finish(plan: Plan, state: RunState) -> Orders:
-    step = final_step(plan, state)
-    if step is None or not all_committed(plan, state):
-        return ()
-    return tuple((p, Finish(i, step)) for p, i in incarnations(plan, state))
+    return recorded(plan, state, results, now)
 
 
 def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tuple[RunState, Orders]:
@@ -270,7 +231,7 @@ def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tup
         state, sender, step=report.step, held=report.held, generation=report.generation,
         run=state.run, loss=loss, samples=report.samples, waiting=None, lost=None,
     )  # fmt: skip
-    return state, _finish(plan, state) if state.members[sender].committed > committed else ()
+    return state, finishing(plan, state) if state.members[sender].committed > committed else ()
 
 
 # The last line of recovery ------------------------------------------------------------------------------------

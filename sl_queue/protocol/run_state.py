@@ -166,7 +166,7 @@ def restarted(state: RunState, now: float) -> RunState:
 
 
 def excused(state: RunState, seconds: float) -> RunState:
-    """The state after the scheduler could hear nobody for a while: nobody was silent for those seconds."""
+    """Count seconds in which the scheduler could hear nobody as nobody's silence."""
     heard = {p: m for p, m in state.members.items() if m.heard is not None}
     members = {p: replace(m, heard=m.heard + seconds) for p, m in heard.items() if m.heard is not None}
     return replace(state, members={**state.members, **members}) if seconds else state

@@ -140,14 +140,18 @@ class Worker:
 
     def _until(self, decision: Callable[[Orders], T | None]) -> T:
         """Wait for the scheduler's word; meanwhile answer with the epochs that it lacks, a page a question."""
+
+        def next_order(orders: Orders) -> T | _Lack | None:
+            return decision(orders) or self._lack(orders)
+
         while True:
-            order = self.channel.until(lambda orders: decision(orders) or self._lack(orders))
+            order: T | _Lack = self.channel.until(next_order)
             if not isinstance(order, _Lack):
                 return order
             self.channel.report(Epochs(self.identity.incarnation, self.generation, self._page(order.known)))
 
     def _lack(self, orders: Orders) -> "_Lack | None":
-        """What the scheduler lacks of the history, for each time it says so."""
+        """Return how much the scheduler lacks, once for each time it says so."""
         asked = orders.asked
         if asked is None or asked is self.answered or asked.known is None or asked.known >= self.done:
             return None
@@ -156,11 +160,11 @@ class Worker:
 
     @property
     def done(self) -> int:
-        """Epochs that the label holder has on disk; 0 elsewhere."""
+        """Number of epochs that the label holder has on disk; 0 elsewhere."""
         return self.history[-1].epoch + 1 if self.history else 0
 
     def _page(self, known: int) -> tuple[EpochResult, ...]:
-        """The next epochs after the `known` ones. Raises CheckpointError if they are lost."""
+        """Return the epochs that come after the `known` ones. Raises CheckpointError if they are lost."""
         page = self.history.page(known)
         if not page:
             raise CheckpointError(
@@ -227,7 +231,7 @@ class Worker:
             self.run, self.generation = saved.run, saved.generation
 
     def _history_at(self, saved: Saved) -> History:
-        """The history that belongs to a checkpoint; without the file no more than its last epoch is known."""
+        """Return the history that belongs to a checkpoint; without the file no more than its last epoch."""
         if "epochs" in saved.values:  # a checkpoint of an earlier version holds all of them
             return History.of(EpochResult(**e) for e in saved.values["epochs"])
         last = History.of(EpochResult(**e) for e in saved.values["last_epoch"])
