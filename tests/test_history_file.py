@@ -25,7 +25,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30), st.booleans()), max_size=8))
-@settings(deadline=None, max_examples=40)  # it waits for the disk
+@settings(max_examples=40)  # it waits for the disk
 def test_a_file_holds_what_was_written_last_however_it_was_torn_before(story: list[tuple[int, int, bool]]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "history.jsonl"
