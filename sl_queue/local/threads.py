@@ -71,7 +71,8 @@ def run_local(
 
     A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
-    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
+    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second,
+    with the newest 20 epochs.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
 
