@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -196,22 +197,26 @@ def status(
     key: OperatorKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
-    """Where the run is, who is late and why."""
+    """Tell where the run is, who is late and why.
+
+    Exits 0 if the scheduler tells it now or the run has ended, 6 if the run failed, 75 if the scheduler is silent.
+    """
     from sl_queue.commands.screen import status_view, stdout
     from sl_queue.job import Job
 
     agreed, url = Job.load(job), _network(broker)
-    from sl_queue.commands.operate import read_status
+    from sl_queue.commands.operate import watch_status
     from sl_queue.launch.broker import sealing
     from sl_queue.protocol.messages import OPERATOR
 
-    newest = read_status(agreed, url, seal=sealing(agreed, OPERATOR, key, url))
-    if newest is None:
+    telling = watch_status(agreed, url, sealing(agreed, OPERATOR, key, url))
+    if telling is None:
         raise PeerSilent(f"{job}: no scheduler has told anything of this job at that broker; start workers.scheduler")
     if as_json:
-        print(json.dumps(newest))
+        print(json.dumps(telling.as_json(time.time())))
     else:
-        stdout().print(status_view(newest))
+        stdout().print(status_view(telling, time.time()), soft_wrap=True)
+    raise typer.Exit(telling.exit_code)
 
 
 @app.command()

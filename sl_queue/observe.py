@@ -66,7 +66,7 @@ class SchedulerCollector(Collector):
         about = {"job": status["job"], "run": status["run"] or "", "phase": status["phase"], "role": "scheduler"}
         yield InfoMetricFamily("sl_queue_worker", "Who this is", value=about)
         yield GaugeMetricFamily("sl_queue_generation", "Restarts from a common checkpoint", value=status["generation"])
-        yield GaugeMetricFamily("sl_queue_epochs_done", "Epochs in the history", value=len(status["history"]))
+        yield GaugeMetricFamily("sl_queue_epochs_done", "Epochs in the history", value=status["epoch"])
         silent = GaugeMetricFamily("sl_queue_silent_seconds", "Since the peer was heard of", labels=["peer"])
         committed = GaugeMetricFamily("sl_queue_party_committed_step", "Newest step on disk", labels=["party"])
         for name, party in status["parties"].items():

@@ -1,13 +1,11 @@
 """A party's own file: its table, its models, its broker; private to the party, and never sent."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import numpy.typing as npt
 from pydantic import (
@@ -22,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from sl_queue.broker_url import fault
 from sl_queue.declared import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.errors import JobError
 from sl_queue.user_code import NAME
@@ -235,16 +234,9 @@ def read_url(url: str, folder: Path | None = None) -> str:
 
 def _url_problem(url: str) -> str | None:
     """What is wrong with a broker's URL, without its password, or None."""
-    try:
-        parts = urlsplit(url)
-        rest = parts.path + parts.query + parts.fragment  # an @ in there: the password was not escaped
-        nodes = [urlsplit(f"//{node}") for node in parts.netloc.rpartition("@")[2].split(",")]
-        good = "@" not in rest and all(node.hostname is not None and node.port != 0 for node in nodes)
-    except ValueError:
-        good = False
-    if url == "memory://" or url.startswith(_IN_FILE) or (good and re.match(r"amqps?://", url)):
+    if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
         return None
-    return f"{redacted(url)!r}; it must be {_URL} (in a password, write @ as %40, / as %2F, : as %3A)"
+    return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"
 
 
 def _about_base(party: PartyFile, job: "Job") -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import (
     Activation,
     Command,
@@ -191,8 +192,11 @@ class Channel(Protocol):
 class SchedulerChannel(Protocol):
     """The scheduler's side: reports from anyone, in each sender's order."""
 
-    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report]]:
-        """The reports that came since the last call, as (party, report); waits at most `timeout_s` for the first."""
+    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report, bool]]:
+        """The reports that came since the last call, as (party, report, delivered again).
+
+        Waits at most `timeout_s` for the first.
+        """
 
     def command(self, party: str, command: Command | Status) -> None:
         """Publish a command to a party; the broker keeps it even when it restarts."""
@@ -200,8 +204,21 @@ class SchedulerChannel(Protocol):
     def acknowledge(self) -> None:
         """What `reports` returned has taken effect on disk."""
 
+    def outage_s(self) -> float:
+        """Seconds, all in all, in which the own connection could not carry anything."""
+
     def strangers(self) -> Sequence[str]:
         """Parties in whose name messages came, of which none could be opened."""
+
+
+class HistoryLog(Protocol):
+    """The label holder's own history on disk; used by one thread at a time."""
+
+    def load(self) -> History:
+        """The epochs that were written, whole ones only."""
+
+    def write(self, history: History) -> None:
+        """Have these epochs on disk and no others; costs as much as what is new. Raises OSError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +229,7 @@ class Saved:
     generation: int
     step: int
     state: State
-    values: Mapping[str, Any]  # what the role added: the label holder's history
+    values: Mapping[str, Any]  # what the role added: the label holder's newest epoch
 
 
 @dataclass(frozen=True, slots=True)

@@ -445,7 +445,7 @@ def test_who_joined_an_earlier_scheduler_is_asked_again_before_it_is_believed(po
     bank.introduce(lambda: replace(here, incarnation="a1"))
     threading.Timer(0.1, lambda: post.command("a", Start("a1", "r"))).start()
     bank.until(lambda orders: orders.start)
-    assert channel.reports(timeout_s=1.0) == [("a", replace(here, incarnation="a1", to="s1"))]
+    assert channel.reports(timeout_s=1.0) == [("a", replace(here, incarnation="a1", to="s1"), False)]
 
 
 # Silence ------------------------------------------------------------------------------------------------------
@@ -501,12 +501,12 @@ def test_reports_are_acknowledged_when_they_have_taken_effect_and_come_again_oth
     channel = scheduler(post)
     alive = [Alive("a1"), Alive("a2")]
     post.publish(SCHEDULER, "a", *(body(report, "a", SCHEDULER) for report in alive))
-    assert channel.reports(timeout_s=1.0) == [("a", report) for report in alive]
+    assert channel.reports(timeout_s=1.0) == [("a", report, False) for report in alive]
     assert post.left(SCHEDULER, "a") == 2
     channel.close()
     post.channels.remove(channel)
     again = scheduler(post)
-    assert again.reports(timeout_s=1.0) == [("a", report) for report in alive]
+    assert again.reports(timeout_s=1.0) == [("a", report, True) for report in alive], "delivered again"
     again.acknowledge()
     assert post.left(SCHEDULER, "a") == 0
     assert again.reports(timeout_s=0.0) == []

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sl_queue.errors import SlQueueError
+from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
@@ -139,6 +140,24 @@ class FaultyCheckpoints(MemoryCheckpoints):
 
 
 @dataclass(slots=True)
+class FaultyJournal:
+    """ports.HistoryLog that survives a worker's crash, but not the test."""
+
+    history: History = field(default_factory=History)
+    crash: CrashAt = field(default_factory=CrashAt)
+
+    def load(self) -> History:
+        return self.history
+
+    def write(self, history: History) -> None:
+        if history == self.history:
+            return
+        self.crash("before history")
+        self.history = history
+        self.crash("after history")
+
+
+@dataclass(slots=True)
 class MemoryLedger:
     state: RunState | None = None
     crash: CrashAt = field(default_factory=CrashAt)
@@ -172,6 +191,7 @@ class ToyRun:
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     stores: dict[str, Any] = field(default_factory=dict)
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
+    journal: FaultyJournal = field(default_factory=FaultyJournal)
     stages: dict[str, list[ToyStage]] = field(default_factory=dict)
     crashes: dict[str, CrashAt] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
@@ -277,7 +297,9 @@ class ToyRun:
             )
             channel.open()
             identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer")
-            worker = Worker(identity, channel, stage, store, pipeline)
+            journal = self.journal if party == label else None
+            self.journal.crash = self.crashes.get(label, CrashAt())
+            worker = Worker(identity, channel, stage, store, pipeline, journal=journal)
             role = (
                 LabelHolder(peers, channel, stage, pipeline, worker)
                 if party == label

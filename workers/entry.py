@@ -17,7 +17,7 @@ Role = Literal["scheduler", "feature", "label"]
 METRICS = "SL_QUEUE_METRICS_PORT"  # environment variable
 LOG = "SL_QUEUE_LOG"  # environment variable: debug has a line for every step, info, warning, error
 FINAL_EXIT = "SL_QUEUE_FINAL_EXIT"  # environment variable: exit code instead of those that no restart mends
-FINAL_CODES = frozenset({2, 3, 4, 5, 70})
+FINAL_CODES = frozenset({2, 3, 4, 5, 6, 70})
 
 
 def main(role: Role) -> None:

@@ -1,8 +1,9 @@
 """Whether a job's messages fit the broker, and each login may do what it must and no more."""
 
 from collections.abc import Mapping, Sequence
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
+from sl_queue.broker_url import split
 from sl_queue.commands.findings import Check
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.job import Job, PartyFile, redacted
@@ -42,7 +43,8 @@ def _names(check: Check, job: Job, broker: str) -> None:
 
 def brokers(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None) -> None:
     """Whether every broker that is named can be reached, and whether each login may do what it must and no more."""
-    logins = [(read_url(broker), _role(job, broker, files))] if broker else _logins(check, files)
+    given = check.attempt(lambda: _given(job, broker, files)) if broker else None
+    logins = [given] if given is not None else [] if broker else _logins(check, files)
     network = [(url, role) for url, role in logins if not url.startswith(MEMORY)]
     for url, role in network:
         check.attempt(lambda url=url, role=role: _rights(check, job, url, role))  # type: ignore[misc]
@@ -57,9 +59,15 @@ def _logins(check: Check, files: Sequence[PartyFile]) -> list[tuple[str, str]]:
     return [(url, party) for url, party in urls if url is not None]
 
 
-def _role(job: Job, broker: str, files: Sequence[PartyFile]) -> str:
+def _given(job: Job, broker: str, files: Sequence[PartyFile]) -> tuple[str, str]:
+    """Read the broker's URL, and tell whose login it is. Raises JobError."""
+    url = read_url(broker)
+    return url, OPERATOR if url.startswith(MEMORY) else _role(job, url, files)
+
+
+def _role(job: Job, url: str, files: Sequence[PartyFile]) -> str:
     """Whose login it is: users are named after job and role, or it is that of the one party at hand."""
-    user = unquote(urlsplit(read_url(broker)).username or "")
+    user = unquote(split(url).username or "")
     role = user.removeprefix(f"{job.name}.")
     if role != user and role in (*job.parties, SCHEDULER):
         return role

@@ -4,8 +4,9 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
+from sl_queue.broker_url import split
 from sl_queue.errors import JobError, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.protocol.topology import Topology
@@ -26,8 +27,8 @@ Connect = Callable[[str, int], Link]  # (party, prefetch) -> its link
 
 def topology(job: Job, broker: str) -> Topology:
     """The names at that broker: the default virtual host is shared, so the job's name stands before every name."""
-    vhost = unquote(urlsplit(broker).path[1:]) or "/"
-    return job.topology(prefix=f"{job.name}." if vhost == "/" and broker != MEMORY else "")
+    vhost = "" if broker == MEMORY else unquote(split(broker).path[1:]) or "/"
+    return job.topology(prefix=f"{job.name}." if vhost == "/" else "")
 
 
 def connector(job: Job, broker: str, limits: Limits = Limits()) -> Connect:

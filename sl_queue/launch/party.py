@@ -26,6 +26,7 @@ from sl_queue.roles.feature_party import FeatureParty
 from sl_queue.roles.label_holder import LabelHolder
 from sl_queue.roles.worker import Identity, Worker
 from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.history_file import HistoryFile
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.seal import Seal
 
@@ -98,7 +99,8 @@ def serve_party(
             depth=pipeline.depth,
             seal=seal,
         )
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, identity, take)
+        journal = HistoryFile(state / "history.jsonl")
+        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take)
         if metrics is not None:
             _show(metrics, job, party, channel, worker)
         stack.callback(channel.close)
@@ -123,6 +125,7 @@ def _role(
     pipeline: Pipeline,
     channel: PartyChannel,
     folder: Folder,
+    journal: HistoryFile,
     identity: Identity,
     take: Take,
 ) -> tuple[Worker, Callable[[int], None]]:
@@ -131,7 +134,7 @@ def _role(
         fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
         for found in advice(job, fuse):
             log.warning("%s: %s", party_file.party, found.text)
-        worker = Worker(identity, channel, fuse, folder, pipeline)
+        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
     base = base_stage(job, party_file, table, pipeline.batches, take)
     worker = Worker(identity, channel, base, folder, pipeline)

@@ -60,11 +60,12 @@ class _Epochs:  # mutable: it remembers what it told
     told: int | None = None
 
     def tell(self, status: Mapping[str, Any]) -> None:
-        history = status["history"]
-        for epoch in history[len(history) if self.told is None else self.told :]:
-            text = epoch_text(epoch, status["epochs"])
-            log.info("scheduler: %s  after step %d, %.1f s", text, epoch["step"], epoch["seconds"])
-        self.told = len(history)
+        told = status["epoch"] if self.told is None else self.told
+        for epoch in status["history"]:
+            if epoch["epoch"] >= told:
+                text = epoch_text(epoch, status["epochs"])
+                log.info("scheduler: %s  after step %d, %.1f s", text, epoch["step"], epoch["seconds"])
+        self.told = status["epoch"]
 
 
 def serve_scheduler(

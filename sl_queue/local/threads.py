@@ -19,7 +19,7 @@ from sl_queue.compute.handover import Loan, Take
 from sl_queue.compute.models import limit_threads
 from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
-from sl_queue.errors import ComputeError, JobError, RunStopped, SlQueueError
+from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.party import serve_party
@@ -71,7 +71,8 @@ def run_local(
 
     A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
-    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
+    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second,
+    with the newest 20 epochs.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
 
@@ -170,7 +171,7 @@ class _Threads:
         if self._raised is not None:
             raise self._raised
         if self._errors:
-            raise next((e for e in self._errors if not isinstance(e, RunStopped)), self._errors[0])
+            raise min(self._errors, key=_told_by_another)
         return self._state
 
     def _run_one(self, party_file: PartyFile) -> None:
@@ -225,6 +226,11 @@ class _Threads:
 def _thread(name: str, run: Callable[[], None]) -> threading.Thread:
     """Make a thread that sees the caller's context variables (NumPy's errstate, decimal's context)."""
     return threading.Thread(target=copy_context().run, args=(run,), name=name)
+
+
+def _told_by_another(error: SlQueueError) -> int:
+    """Order errors: first what a role met itself, then that another failed, then that the run was stopped."""
+    return 2 if isinstance(error, RunStopped) else int(isinstance(error, PeerFailed))
 
 
 def have_finished(job: Job, states: Mapping[str, Path]) -> bool:

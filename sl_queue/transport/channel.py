@@ -45,6 +45,7 @@ from sl_queue.protocol.messages import (
     Waiting,
 )
 from sl_queue.protocol.orders import Orders
+from sl_queue.protocol.text import printable
 from sl_queue.protocol.timeline import Timeline
 from sl_queue.transport.link import Delivery, Link, Tag
 from sl_queue.transport.meter import Meter
@@ -83,7 +84,9 @@ class PartyChannel:
         self._seal, self._news, self._meter = seal, News(), Meter()
         self._changed = threading.Condition()
         self._timeline: Timeline[Tag] = Timeline(party, peers, incarnation, OUTBOX_BYTES)
-        self._patience = Patience(party, patience_s, lambda source: seal is not None and seal.never_opened(source))
+        self._patience = Patience(
+            party, patience_s, lambda source: seal is not None and seal.never_opened(source), link.outage
+        )
         self._failure: SlQueueError | None = None
         self._describe: Callable[[], Joined] | None = None
         self._progress: Progress | None = None
@@ -238,9 +241,9 @@ class PartyChannel:
             self.settle()
         stop = self._timeline.orders.stop
         if stop is not None and stop.error is not None:
-            raise named(stop.error)(stop.reason)
+            raise named(stop.error)(printable(stop.reason))
         if stop is not None and stop.after_step is not None and self._timeline.committed >= stop.after_step:
-            raise RunStopped(stop.reason)
+            raise RunStopped(printable(stop.reason))
         if self._timeline.newer is not None:
             raise Restarted(self._timeline.newer)
 
@@ -263,7 +266,8 @@ class PartyChannel:
                 verdict: Verdict[Tag] = self._timeline.refuse(delivery.tag, str(error))
             self._carry_out([verdict])
             return
-        self._patience.hear((delivery.sender,))
+        if not delivery.redelivered:  # what came before says nothing of now
+            self._patience.hear((delivery.sender,))
         with self._changed:
             late = opened is not None and self._is_late(delivery.sender, message, opened)
             verdict = Acknowledge((delivery.tag,)) if late else self._file(delivery, header, message)

@@ -24,6 +24,15 @@ class Delivery:
     redelivered: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """How long a link could carry nothing since it was opened, all in all, and why it cannot now."""
+
+    total_s: float = 0.0
+    now_s: float = 0.0  # of that, since it was of use last
+    reason: str = ""
+
+
 class Link(Protocol):
     """Thread-safe. Everything published and not yet confirmed is published again after a reconnect, in order."""
 
@@ -55,6 +64,9 @@ class Link(Protocol):
 
     def reject(self, tag: Tag, reason: str) -> None:
         """Refuse for good: to the dead-letter queue `q.<party>.dead`, with the reason in the header `x-reason`."""
+
+    def outage(self) -> Outage:
+        """The time without a connection, or with a broker that takes no messages."""
 
     def close(self) -> None:
         """Close in order, without waiting for confirms; unacknowledged messages go back to their queues. Idempotent."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from sl_queue.errors import PartyBusy, SlQueueError, TransportError
 from sl_queue.protocol.messages import OPERATOR, Kind
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.link import Delivery, Tag
+from sl_queue.transport.link import Delivery, Outage, Tag
 
 
 @dataclass(slots=True)
@@ -172,6 +172,9 @@ class MemoryLink:
     ) -> None:
         self._require_open()
         self._broker.publish(receiver, self.party, body, persistent=persistent, expires=expires_s is not None)
+
+    def outage(self) -> Outage:
+        return Outage()
 
     def mark(self) -> int:
         return 0

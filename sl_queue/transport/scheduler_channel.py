@@ -44,7 +44,7 @@ class LinkSchedulerChannel:
         self._link, self._parties, self._incarnation, self._patience_s = link, parties, incarnation, patience_s
         self._seal, self._news = seal, News()
         self._changed = threading.Condition()
-        self._inbox: deque[tuple[str, Report, Tag]] = deque()
+        self._inbox: deque[tuple[str, Report, bool, Tag]] = deque()
         self._taken: list[Tag] = []
         self._failure: SlQueueError | None = None
         self._closed = threading.Event()
@@ -64,7 +64,7 @@ class LinkSchedulerChannel:
         if self._pulse.ident is not None:
             self._pulse.join()
 
-    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report]]:
+    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report, bool]]:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while not self._inbox and self._failure is None:
@@ -76,8 +76,11 @@ class LinkSchedulerChannel:
                 raise self._failure
             taken = list(self._inbox)
             self._inbox.clear()
-            self._taken += [tag for _, _, tag in taken]
-        return [(sender, report) for sender, report, _ in taken]
+            self._taken += [tag for *_, tag in taken]
+        return [(sender, report, redelivered) for sender, report, redelivered, _ in taken]
+
+    def outage_s(self) -> float:
+        return self._link.outage().total_s
 
     def strangers(self) -> Sequence[str]:
         return [] if self._seal is None else [party for party in self._parties if self._seal.never_opened(party)]
@@ -130,7 +133,8 @@ class LinkSchedulerChannel:
             self._link.acknowledge([delivery.tag])
             return
         with self._changed:
-            self._inbox.append((delivery.sender, message, delivery.tag))  # type: ignore[arg-type]  # a Report by its kind
+            reported = (delivery.sender, message, delivery.redelivered, delivery.tag)
+            self._inbox.append(reported)  # type: ignore[arg-type]  # a Report by its kind
             self._changed.notify_all()
 
     def _is_late(self, sender: str, message: Message, opened: Opened | None) -> bool:

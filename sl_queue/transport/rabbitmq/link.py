@@ -20,7 +20,8 @@ from typing import Any
 from sl_queue.errors import BrokerUnreachable, SlQueueError, TransportError
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.link import Delivery, Tag
+from sl_queue.transport.link import Delivery, Outage, Tag
+from sl_queue.transport.outages import Outages
 from sl_queue.transport.rabbitmq.address import HEARTBEAT_S, Address
 from sl_queue.transport.rabbitmq.failures import Denied, Lost
 from sl_queue.transport.rabbitmq.names import QueueType
@@ -74,7 +75,7 @@ class RabbitLink:
         nodes = [Place(address, party, topology, prefetch, queue_type, limits) for address in Address.parse(url)]
         self._place = nodes[0]  # where it is, or was last
         self._nodes, self._where = itertools.cycle(nodes), " or ".join(str(node.address) for node in nodes)
-        self._unconfirmed = Unconfirmed()
+        self._unconfirmed, self._outages = Unconfirmed(), Outages()
         self._lock = threading.Lock()
         self._acknowledged: list[Tag] = []
         self._woken = False
@@ -119,6 +120,9 @@ class RabbitLink:
         )
         self._unconfirmed.add(message)
         self._wake(may_send=len(body) <= SMALL_BYTES)
+
+    def outage(self) -> Outage:
+        return self._outages.read()
 
     def mark(self) -> int:
         return self._unconfirmed.last
@@ -221,6 +225,7 @@ class RabbitLink:
         while True:
             began = time.monotonic()
             ended = await asyncio.shield(session.ended)
+            self._outages.begin(ended.reason)
             await session.abort()
             self._unconfirmed.restart()
             if ended.error is not None:
@@ -254,11 +259,13 @@ class RabbitLink:
     ) -> Session:
         async def attempt() -> Session:
             self._place = next(self._nodes)
-            session = Session(next(self._numbers), self._place, self._unconfirmed, self._on_delivery)
+            number = next(self._numbers)
+            session = Session(number, self._place, self._unconfirmed, self._on_delivery, self._outages)
             self._session = session
             try:
                 await session.begin(before_deliveries, busy_s)
-            except Exception:
+            except Exception as error:
+                self._outages.begin(str(error))
                 await session.abort()
                 raise
             return session

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sl_queue.errors import SlQueueError, TransportError
 from sl_queue.transport.link import Delivery, Tag
+from sl_queue.transport.outages import Outages
 from sl_queue.transport.rabbitmq.connection import Connection
 from sl_queue.transport.rabbitmq.consuming import Inboxes
 from sl_queue.transport.rabbitmq.names import declare
@@ -24,9 +25,14 @@ class Session:
     """Mutable: what is delivered and what is sent on its connection is void afterwards."""
 
     def __init__(
-        self, number: int, place: Place, unconfirmed: Unconfirmed, on_delivery: Callable[[Delivery], None]
+        self,
+        number: int,
+        place: Place,
+        unconfirmed: Unconfirmed,
+        on_delivery: Callable[[Delivery], None],
+        outages: Outages,
     ) -> None:
-        self._place = place
+        self._place, self._outages = place, outages
         self._connection = Connection(place.address, f"sl_queue {place.party}")
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._inboxes = Inboxes(number, place, self._connection, unconfirmed, on_delivery, self._end)
@@ -41,6 +47,7 @@ class Session:
         self._connection.on_blocked(self._on_blocked, self._on_unblocked)
         await declare(self._connection, place.topology, place.party, place.queue_type)
         await self._outlet.begin()
+        self._outages.end()
         before_deliveries()
         await self._inboxes.take(busy_s)
         if not self.ended.done():
@@ -83,12 +90,14 @@ class Session:
     def _on_blocked(self, reason: str) -> None:
         limit_s = self._place.limits.lost_s
         log.warning("%s: the broker takes no messages (%s); waiting %.0f s", self._place.who, reason, limit_s)
+        self._outages.begin(f"the broker takes no messages ({reason})")
         text = f"the broker at {self._place.address} took no messages for {limit_s:.0f} s ({reason})"
         error = TransportError(f"{text}; free memory or disk there")
         self._blocked = asyncio.get_running_loop().call_later(limit_s, lambda: self._end("blocked", error))
 
     def _on_unblocked(self) -> None:
         log.info("%s: the broker takes messages again", self._place.who)
+        self._outages.end()
         if self._blocked is not None:
             self._blocked.cancel()
             self._blocked = None
