@@ -123,6 +123,11 @@ class Batches:
         """How many micro-batches the step has."""
         return min(self.micro_batches, self.rows_in_step(step))
 
+    def size(self, micro_batch: MicroBatch) -> int:
+        """Count the rows of a training micro-batch without looking them up."""
+        start, stop = _part(self.rows_in_step(micro_batch.step), self.parts(micro_batch.step), micro_batch.index)
+        return stop - start
+
     def rows(self, micro_batch: MicroBatch) -> Positions:
         """The rows of a training micro-batch, in training order."""
         step, index = micro_batch.step, micro_batch.index
@@ -146,6 +151,15 @@ class Batches:
         """The rows of held-out micro-batch `index`, in canonical order."""
         size = self._holdout_size
         return self._split[1][index * size : (index + 1) * size]
+
+    def holdout_rows_in(self, index: int) -> int:
+        """Count the rows of held-out micro-batch `index`."""
+        return min(self._holdout_size, self.holdout_rows - index * self._holdout_size)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest message of this job, of training or of held-out rows."""
+        return max(self.size(MicroBatch(0, 0)), min(self._holdout_size, self.holdout_rows))
 
     @property
     def _holdout_size(self) -> int:
