@@ -48,8 +48,8 @@ OVERHEAD_BYTES: Final = MAX_HEADER_BYTES  # how much larger than its tensor a me
 class AnotherVersion(RemoteProtocolError):
     """A message in another version of this format; `speaks` is that version."""
 
-    def __init__(self, speaks: object, own: object = VERSION, what: str = "protocol") -> None:
-        super().__init__(f"{what} version {speaks!r:.20}; this program speaks {own}")
+    def __init__(self, speaks: object, own: object = VERSION, what: str = "protocol", where: str = "") -> None:
+        super().__init__(f"{where}{what} version {speaks!r:.20}; this program speaks {own}")
         self.speaks = f"{what} {speaks!r:.20}, this program speaks {own}"
 
 

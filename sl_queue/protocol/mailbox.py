@@ -18,7 +18,7 @@ honest peer sends is refused, unless this party has lost a checkpoint that was o
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import Generic, TypeVar
 
@@ -42,10 +42,11 @@ class Acknowledge(Generic[Tag]):
 
 @dataclass(frozen=True, slots=True)
 class Reject(Generic[Tag]):
-    """The delivery is not ours: to the dead letters, with the reason."""
+    """The delivery is not ours, for this reason; a copy may go to the dead letters."""
 
     tag: Tag
     reason: str
+    sender: str = field(default="", compare=False)  # empty: whose queue it came from
 
 
 Verdict = Acknowledge[Tag] | Reject[Tag] | None  # None: filed, and to be acknowledged by the commit
@@ -176,7 +177,8 @@ class Mailbox(Generic[Tag]):
         here = (header.receiver, header.run, header.generation) == (self._party, self._run, self._generation)
         if here and key == self._awaited and len(self._unusable) < UNUSABLE:
             self._unusable.append(problem)
-        return self._reject(tag, f"{header.kind} {header.micro_batch} of {header.sender!r:.100}: {problem}")
+        reason = f"{header.kind} {header.micro_batch} of {header.sender!r:.100}: {problem}"
+        return self._reject(tag, reason, header.sender)
 
     def take(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload | None:
         """The payload if it is here; it is applied from now on and never given out again.
@@ -215,9 +217,9 @@ class Mailbox(Generic[Tag]):
             held.tag = None
         self._early.clear()
 
-    def _reject(self, tag: Tag, reason: str) -> Reject[Tag]:
+    def _reject(self, tag: Tag, reason: str, sender: str = "") -> Reject[Tag]:
         self.counts["rejected"] += 1
-        return Reject(tag, reason)
+        return Reject(tag, reason, sender)
 
 
 class Outbox:

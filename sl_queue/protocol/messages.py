@@ -119,6 +119,7 @@ class Joined:
     held: tuple[int, ...]  # the steps whose checkpoints are on disk, ascending
     epochs: tuple[EpochResult, ...] = ()  # the label holder's history so far
     to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
+    version: str = ""  # of sl_queue, for people; empty before there was such a field
     type: Literal["joined"] = "joined"
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from sl_queue.errors import AlignmentError, PeerSilent, RunStopped, named
 from sl_queue.ports import SchedulerChannel
 from sl_queue.protocol.messages import OPERATOR, Command, Report, Status
-from sl_queue.protocol.progress import reduce, standing_orders
+from sl_queue.protocol.progress import disagree, reduce, standing_orders
 from sl_queue.protocol.run_state import (
     Member,
     Phase,
@@ -67,6 +67,9 @@ class Scheduler:
             reports = self.channel.reports(timeout_s=STATUS_EVERY_S)
             now, before = self.clock(), state
             state, commands = self._reduce(state, reports, now)
+            for reason in self.channel.foreign().values():
+                state, orders = disagree(self.plan, state, reason)
+                commands += orders
             if durable(state) != saved:
                 saved = durable(state)
                 self.ledger.save(saved)

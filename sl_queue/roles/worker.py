@@ -39,6 +39,7 @@ class Identity:
     n_rows: int
     rows_digest: str
     id_type: str
+    version: str = ""  # of sl_queue
 
 
 @dataclass(slots=True)
@@ -154,7 +155,7 @@ class Worker:
     def _describe(self) -> Joined:
         me = self.identity
         about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
-        return Joined(*about, self.run, self.generation, self.held, self.epochs)
+        return Joined(*about, self.run, self.generation, self.held, self.epochs, version=me.version)
 
     def _remember(self, saved: Saved | None) -> None:
         """Become what a checkpoint says, or what nobody has trained yet."""
