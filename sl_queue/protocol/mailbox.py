@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import Generic, TypeVar
 
-from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.bounds import Bounds, out_of_reach
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.pipeline import Reach
@@ -30,7 +29,7 @@ from sl_queue.protocol.pipeline import Reach
 Tag = TypeVar("Tag")
 Key = tuple[str, Kind, MicroBatch]  # the sender (or receiver, for what went out), what it is, and which
 
-UNUSABLE = 3  # refusals of the very message that is awaited: it was sent again on request, and is no better
+UNUSABLE = 3  # times that the awaited message was asked for and refused: it is sent again and will be no better
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +81,9 @@ class Mailbox(Generic[Tag]):
         self._held: dict[Key, _Held[Tag]] = {}
         # by sender; before a run is adopted of any, afterwards of one newer generation only
         self._early: defaultdict[str, dict[tuple[str, int, Kind, MicroBatch], _Early[Tag]]] = defaultdict(dict)
-        self._awaited: Key | None = None
-        self._unusable: list[str] = []  # why the awaited message was refused, each time
+        self._asked: Key | None = None  # what was asked for last
+        self._unusable: list[str] = []  # why it was refused; at most once each time it was asked for
+        self._answered = True
         self.counts: Counter[str] = Counter()
 
     def adopt(self, run: str, generation: int, committed: int) -> list[Verdict[Tag]]:
@@ -92,7 +92,7 @@ class Mailbox(Generic[Tag]):
         early = [message for waiting in self._early.values() for message in waiting.values()]
         self._early.clear()
         self._held.clear()
-        self._awaited = None
+        self._asked = None
         self._run, self._generation = run, generation
         self._move(committed)
         verdicts: list[Verdict[Tag]] = [Acknowledge(dropped)] if dropped else []
@@ -172,37 +172,30 @@ class Mailbox(Generic[Tag]):
         return Acknowledge((tag,))
 
     def refuse(self, header: Header, tag: Tag, problem: str) -> Reject[Tag]:
-        """Refuse a tensor for what it is; remembered if it should be the one that is awaited."""
+        """Refuse a tensor for what it is; remembered if it should be the one that was asked for."""
         key = (header.sender, header.kind, header.micro_batch)
         here = (header.receiver, header.run, header.generation) == (self._party, self._run, self._generation)
-        if here and key == self._awaited and len(self._unusable) < UNUSABLE:
+        if here and key == self._asked and not self._answered:
             self._unusable.append(problem)
+            self._answered = True
         reason = f"{header.kind} {header.micro_batch} of {header.sender!r:.100}: {problem}"
         return self._reject(tag, reason, header.sender)
 
-    def take(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload | None:
-        """The payload if it is here; it is applied from now on and never given out again.
+    def ask(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> str | None:
+        """Note that a message is asked for; say why it was refused if that was the answer time and again."""
+        if self._asked != (sender, kind, micro_batch):
+            self._asked, self._unusable = (sender, kind, micro_batch), []
+        self._answered = False
+        return self._unusable[-1] if len(self._unusable) >= UNUSABLE else None
 
-        Raises RemoteProtocolError if the message has come again and again, and each was refused.
-        """
-        key = (sender, kind, micro_batch)
-        held = self._held.get(key)
+    def take(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload | None:
+        """The payload if it is here; it is applied from now on and never given out again."""
+        held = self._held.get((sender, kind, micro_batch))
         if held is None or held.payload is None:
-            self._await(key)
             return None
         payload, held.payload = held.payload, None
         self.counts["applied"] += 1
         return payload
-
-    def _await(self, key: Key) -> None:
-        if key != self._awaited:
-            self._awaited, self._unusable = key, []
-        if len(self._unusable) == UNUSABLE:
-            sender, kind, micro_batch = key
-            raise RemoteProtocolError(
-                f"{kind} {micro_batch} of party {sender!r} came {UNUSABLE} times and was refused each time "
-                f"({self._unusable[-1]}); compare the job, the models and the versions of both parties"
-            )
 
     def commit(self, step: int) -> tuple[Tag, ...]:
         """Everything up to `step` is on disk: the tags that may now be acknowledged."""

@@ -135,12 +135,20 @@ class PartyChannel:
         self._publish(receiver, message.kind, body)
 
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
+        what = f"{kind} {micro_batch} of party {sender!r}"
+
         def ask(seconds: float) -> None:
+            with self._changed:
+                unusable = self._timeline.mailbox.ask(sender, kind, micro_batch)
+            if unusable is not None and seconds >= self._patience_s:
+                raise RemoteProtocolError(
+                    f"party {self._party!r} waits for {what}; whatever comes of it is refused: {unusable}; "
+                    "compare job, models and versions of both parties"
+                )
             waiting = self._timeline.waiting(sender, kind, micro_batch, seconds, self._patience.silence_s(sender))
             self._tell(sender, waiting)
             self._tell(SCHEDULER, waiting)
 
-        what = f"{kind} {micro_batch} of party {sender!r}"
         with self._meter.waiting(sender, kind):
             payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
         self.settle()
