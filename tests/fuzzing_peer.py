@@ -355,9 +355,10 @@ def main() -> int:
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds from the end of the flood to that of the run"
     )
+    parser.add_argument("--out", type=Path, help="an empty folder to keep: logs and state folders of the workers")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="sl_queue-fuzz-") as folder, PrivateBroker() as broker:
-        return play(Path(folder), broker.url("fuzz"), options)
+        return play(options.out or Path(folder), broker.url("fuzz"), options)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from sl_queue.transport.meter import Meter
 from sl_queue.transport.patience import Patience
 from sl_queue.transport.refusals import Refusals
 from sl_queue.transport.seal import OVERHEAD_BYTES, News, Opened, Seal
+from sl_queue.transport.sparing import Sparing
 from sl_queue.transport.versions import Versions
 
 T = TypeVar("T")
@@ -93,6 +94,7 @@ class PartyChannel:
         self._refusals, self._versions = Refusals(party, patience_s), Versions(patience_s)
         self._largest = {} if bounds is None else {s: bounds.largest_bytes(s) + OVERHEAD_BYTES for s in self._sources}
         self._answered: dict[str, float] = {}  # when each peer's last question was, monotonic
+        self._resent = Sparing(patience_s)
         self._changed = threading.Condition()
         self._timeline: Timeline[Tag] = Timeline(party, peers, incarnation, OUTBOX_BYTES, bounds)
         self._patience = Patience(party, patience_s, lambda source: seal is not None and seal.never_opened(source))
@@ -121,7 +123,7 @@ class PartyChannel:
                     self._link.flush(timeout_s=5.0)
         finally:
             self._link.close()
-            self._refusals.close(time.monotonic())
+            self._tell_counts(all_of_it=True)
             self._committer.shutdown()  # once this returns, the state folder may become another worker's
             if self._pulse.ident is not None:
                 self._pulse.join()
@@ -341,11 +343,18 @@ class PartyChannel:
             again, lost = self._timeline.answer(receiver, waiting)
         for (_, kind, _), body in again:
             self._publish(receiver, kind, body)
-        if again:
+        if again and self._resent.note(receiver, len(again), now):
             first = f"{waiting.kind} {MicroBatch(waiting.step, waiting.index)}"
             log.info("%s: sent %d messages again to party %r, from %s on", self._party, len(again), receiver, first)
         if lost is not None:
             self.report(lost)
+
+    def _tell_counts(self, *, all_of_it: bool = False) -> None:
+        """Log what has happened too often to be logged each time."""
+        now = time.monotonic()
+        self._refusals.tell(now, all_of_it=all_of_it)
+        for receiver, count, seconds in self._resent.due(now, all_of_it=all_of_it):
+            log.info("%s: sent %d messages again to party %r in %.0f s", self._party, count, receiver, seconds)
 
     def _carry_out(self, verdicts: list[Verdict[Tag]], sender: str) -> None:
         for verdict in verdicts:
@@ -387,7 +396,7 @@ class PartyChannel:
         alive_at = 0.0
         while not self._closed.wait(min(PULSE_S, alive_every_s)):
             self._meter.beat()
-            self._refusals.tell(time.monotonic())
+            self._tell_counts()
             if self._failure is not None:
                 return
             try:

@@ -73,7 +73,7 @@ class LinkSchedulerChannel:
         if self._failure is None:
             self._link.flush(timeout_s=5.0)
         self._link.close()
-        self._refusals.close(time.monotonic())
+        self._refusals.tell(time.monotonic(), all_of_it=True)
         if self._pulse.ident is not None:
             self._pulse.join()
 
