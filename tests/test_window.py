@@ -65,12 +65,11 @@ def test_what_may_come_is_exactly_what_a_peer_can_have_sent_and_never_more_than_
 @settings(max_examples=50, deadline=None)
 def test_a_micro_batch_is_counted_as_it_is_cut(pipeline: Pipeline) -> None:
     batches = pipeline.batches
-    for step in range(batches.steps_per_epoch):
-        for index in range(batches.parts(step)):
-            assert batches.size(MicroBatch(step, index)) == len(batches.rows(MicroBatch(step, index)))
-            assert batches.size(MicroBatch(step, index)) <= batches.most_rows
-    for index in range(batches.holdout_parts):
-        assert batches.holdout_rows_in(index) == len(batches.holdout_part(index)) <= batches.most_rows
+    for step in range(batches.steps):
+        rows = [len(batches.rows(MicroBatch(step, index))) for index in range(batches.parts(step))]
+        assert list(batches.sizes(step)) == rows and max(rows) <= batches.most_rows
+    held_out = [len(batches.holdout_part(index)) for index in range(batches.holdout_parts)]
+    assert list(batches.holdout_sizes) == held_out and max(held_out, default=0) <= batches.most_rows
 
 
 # Any peer ---------------------------------------------------------------------------------------------------------

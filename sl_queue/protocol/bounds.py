@@ -67,21 +67,18 @@ class Bounds:
 
     def objection(self, sender: str, kind: Kind, micro_batch: MicroBatch, payload: Payload) -> str | None:
         """Say why a tensor cannot be of this run, at whatever step this party is; None if it can."""
-        batches, step, index = self.pipeline.batches, micro_batch.step, micro_batch.index
-        held_out = kind is Kind.HOLDOUT
         if kind not in self.kinds:
             return f"a party of this role is sent {' and '.join(sorted(self.kinds))} only"
+        batches, step, index = self.pipeline.batches, micro_batch.step, micro_batch.index
         if step >= batches.steps:
             return f"the run has {batches.steps} steps"
-        parts = batches.holdout_parts if held_out else batches.parts(step)
-        if index >= parts:
-            return f"there are {parts} parts"
+        sizes = batches.holdout_sizes if kind is Kind.HOLDOUT else batches.sizes(step)
+        if index >= len(sizes):
+            return f"there are {len(sizes)} parts"
         cut = self.cuts.get(sender)
-        if cut is None:
-            return None
-        rows = batches.holdout_rows_in(index) if held_out else batches.size(micro_batch)
-        if payload.dtype not in CROSSING or payload.shape != (rows, *cut):
-            return f"is {payload.dtype} {payload.shape!s:.100}, the cut layer is {(rows, *cut)} of a floating dtype"
+        if cut is not None and (payload.shape != (sizes[index], *cut) or payload.dtype not in CROSSING):
+            shape = (sizes[index], *cut)
+            return f"is {payload.dtype} {payload.shape!s:.100}, the cut layer is {shape} of a floating dtype"
         return None
 
 
