@@ -210,6 +210,9 @@ class SchedulerChannel(Protocol):
     def strangers(self) -> Sequence[str]:
         """Parties in whose name messages came, of which none could be opened."""
 
+    def foreign(self) -> Mapping[str, str]:
+        """Name parties that have spoken nothing but another version for a patience, with what to do about it."""
+
 
 class HistoryLog(Protocol):
     """The label holder's own history on disk; used by one thread at a time."""
@@ -286,7 +289,7 @@ class Measures:
     pulse_age_s: float  # since its own thread was last alive
     waited_s: Mapping[tuple[str, str], float]  # by (source, what for)
     silent_s: Mapping[str, float]  # since anything was heard, by peer
-    messages: Mapping[str, int]  # data messages applied, redelivered, duplicates, rejected
+    messages: Mapping[str, int]  # data messages applied, redelivered, duplicates, stale, rejected
     sent_bytes: int
     received_bytes: int
     commits: int

@@ -6,13 +6,13 @@ It goes on after a finding as far as what was found allows, and starts no worker
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sl_queue.commands.broker_check import brokers, message_sizes
+from sl_queue.commands.broker_check import MIB, brokers, message_sizes
 from sl_queue.commands.dry_run import Readable, compare_with_joined, dry_run
 from sl_queue.commands.findings import Check, Finding
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.job import Job, PartyFile
-from sl_queue.launch.party import PREFETCH_MARGIN
+from sl_queue.launch.party import bounds_of
 from sl_queue.protocol.pipeline import Action, Commit, Update, notation
 from sl_queue.protocol.row_order import Batches
 
@@ -115,7 +115,11 @@ def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
     )
     check.note(f"order of work, a feature party: {notation(_first_steps(pipeline.feature_actions(0)))} ...")
     check.note(f"order of work, the label holder: {notation(_first_steps(pipeline.label_actions(0)))} ...")
-    check.note(f"prefetch: at most {pipeline.prefetch + PREFETCH_MARGIN} unacknowledged messages of each sender")
+    bounds = {party: bounds_of(job, party, pipeline) for party in job.parties}
+    prefetch = max(bound.prefetch for bound in bounds.values())
+    check.note(f"prefetch: at most {prefetch} unacknowledged messages of each sender")
+    memory = ", ".join(f"{party} {bound.memory_bytes / MIB:.0f} MiB" for party, bound in bounds.items())
+    check.note(f"memory for what peers send, at most, if a peer sends as much as it can: {memory}")
 
 
 def _first_steps(actions: Iterable[Action]) -> Iterator[Action]:

@@ -5,6 +5,7 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,8 @@ from sl_queue.errors import JobError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.ports import Table
+from sl_queue.protocol.bounds import Bounds
+from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.roles.feature_party import FeatureParty
 from sl_queue.roles.label_holder import LabelHolder
@@ -31,8 +34,6 @@ from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
-
-PREFETCH_MARGIN = 8  # signs of life and questions of a peer, which are acknowledged as soon as they are read
 
 
 def run_party(
@@ -86,11 +87,13 @@ def serve_party(
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
         table = _table(job, party_file)
-        identity = Identity(incarnation, job.canonical(), table.n_rows, table.digest, table.id_type)
+        rows = (table.n_rows, table.digest, table.id_type)
+        identity = Identity(incarnation, job.canonical(), *rows, version=own_version())
         batches = job.batches(table.n_rows)
         pipeline = job.pipeline_of(batches)
+        bounds = bounds_of(job, party, pipeline)
         channel = PartyChannel(
-            connect(party, pipeline.prefetch + PREFETCH_MARGIN),
+            connect(party, bounds.prefetch),
             party,
             job.feature_parties if party == job.label_holder else (job.label_holder,),
             incarnation,
@@ -98,6 +101,7 @@ def serve_party(
             persistent=job.broker.persistent,
             depth=pipeline.depth,
             seal=seal,
+            bounds=bounds,
         )
         journal = HistoryFile(state / "history.jsonl")
         worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take)
@@ -116,6 +120,22 @@ def _table(job: Job, party_file: PartyFile) -> Table:
         return read_table(job, party_file)
     with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
         return read_table(job, party_file)
+
+
+def own_version() -> str:
+    """Look up the installed version of sl_queue; empty where it runs without being installed."""
+    try:
+        return version("sl_queue")
+    except PackageNotFoundError:
+        return ""
+
+
+def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
+    """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
+    if party == job.label_holder:
+        cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
+        return Bounds(pipeline, frozenset({Kind.ACTIVATION, Kind.HOLDOUT}), cuts)
+    return Bounds(pipeline, frozenset({Kind.GRADIENT}), {job.label_holder: job.cut(party) or ()})
 
 
 def _role(

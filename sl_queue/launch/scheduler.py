@@ -18,7 +18,7 @@ from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.run_state import EarlyStopping, Phase, Plan, RunState, epoch_text
 from sl_queue.roles.scheduler import Scheduler
 from sl_queue.storage.run_file import RunFile
-from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
@@ -92,7 +92,7 @@ def serve_scheduler(
                 return saved
         plan = plan_of(job)
         incarnation = secrets.token_hex(8)
-        link = connect(SCHEDULER, 0)
+        link = connect(SCHEDULER, PREFETCH)
         channel = LinkSchedulerChannel(link, plan.parties, incarnation, patience_s=plan.patience_s, seal=seal)
         stack.callback(channel.close)
         try:
