@@ -128,7 +128,7 @@ def local(
     if url.startswith(MEMORY):
         history = _run_threads(agreed, list(files.values()), places)
     else:
-        history = _run_processes(agreed, job, places, url, keys)
+        history = _run_processes(agreed, job, list(files.values()), places, url, keys)
     console = stdout()
     console.print(history_table(history))
     for role, place in places.items():
@@ -161,17 +161,19 @@ def _run_threads(job: "Job", files: "list[PartyFile]", places: "dict[str, Place]
 
 
 def _run_processes(
-    job: "Job", job_file: Path, places: "dict[str, Place]", broker: str, keys: Path | None
+    job: "Job", job_file: Path, files: "list[PartyFile]", places: "dict[str, Place]", broker: str, keys: Path | None
 ) -> list[dict[str, Any]]:
     from dataclasses import replace
 
     from sl_queue.commands.screen import Screen
     from sl_queue.launch.broker import sealing
     from sl_queue.local.processes import read_history, run_processes
-    from sl_queue.local.threads import have_finished, key_in
+    from sl_queue.local.threads import compare_with_finished, have_finished, key_in
     from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 
-    if have_finished(job, {role: place.state for role, place in places.items()}):
+    states = {role: place.state for role, place in places.items()}
+    if have_finished(job, states):
+        compare_with_finished(job, files, states)
         print("already finished: every party holds its final weights", file=sys.stderr)
         return read_history(places[SCHEDULER].state)
     places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
@@ -234,10 +236,33 @@ def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:
 
 @app.command()
 def key(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A party of the job, scheduler or operator.")],
     out: Annotated[Path, typer.Option(help="The file for the private key; it must not be there yet.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A party of the job, scheduler or operator.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a secret for a party's random draws instead; it has no NAME.")
+    ] = False,
 ) -> None:
     """Make a key for sealing messages; prints the public part, for the job."""
+    if private == (name is not None):
+        told = "a secret has no NAME: leave it out" if private else "whose key? give the NAME of a party, or --private"
+        raise JobError(told)
+    if private:
+        _make_secret(out)
+    else:
+        _make_key(str(name), out)
+
+
+def _make_secret(out: Path) -> None:
+    from sl_queue.storage.secret_file import write_secret
+
+    write_secret(out)
+    print(f"# {out} stays with its party, beside its file; a run that was begun with it goes on only with it")
+    print(f"[privacy]\nsecret = {json.dumps(str(out))}")
+
+
+def _make_key(name: str, out: Path) -> None:
     from sl_queue.protocol.messages import SCHEDULER
     from sl_queue.transport.keys import PrivateKey, write_key
 

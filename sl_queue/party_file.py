@@ -23,6 +23,7 @@ from pydantic import (
 from sl_queue.broker_url import fault
 from sl_queue.declared import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.errors import JobError
+from sl_queue.protocol.fingerprints import SEED
 from sl_queue.user_code import NAME
 
 if TYPE_CHECKING:
@@ -146,6 +147,25 @@ class SecurityFile(Declared):
     key: _Path = Field(description="the name of the file with this party's private key")
 
 
+class PrivacyFile(Declared):
+    """What keeps this party's own numbers from the other parties."""
+
+    secret: Any = Field(
+        default=None,
+        repr=False,
+        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
+    )
+
+    @field_validator("secret")
+    @classmethod
+    def _is_a_place(cls, value: Any, info: ValidationInfo) -> Path | str | None:
+        if value is None or value == SEED:
+            return None if value is None else SEED
+        if isinstance(value, str | Path) and str(value):
+            return _from_folder(Path(value), info)
+        raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
+
+
 class PartyFile(Declared):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
@@ -161,8 +181,10 @@ class PartyFile(Declared):
     device: str = Field(default="cpu", min_length=1, description='a torch device, for instance "cpu" or "cuda"')
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
+    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")
 
     _folder: Path | None = PrivateAttr(None)
+    _secret: bytes = PrivateAttr(b"")
 
     if TYPE_CHECKING:  # tables may be given as dicts
 
@@ -192,6 +214,17 @@ class PartyFile(Declared):
     def folder(self) -> Path | None:
         """The folder of the file, where `module:callable` is looked for first; None if built in code."""
         return self._folder
+
+    @property
+    def secret(self) -> bytes:
+        """What keys this party's random draws besides the job's seed; empty: nothing does."""
+        return self._secret
+
+    def with_secret(self, secret: bytes) -> Self:
+        """Return the same file with a secret for its draws."""
+        copied = self.model_copy()
+        copied._secret = secret
+        return copied
 
     def broker_url(self, option: str | None = None) -> str:
         """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none."""

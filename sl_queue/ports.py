@@ -71,6 +71,8 @@ class Table:
     row_keys: npt.NDArray[np.uint64] = field(repr=False)  # a secret keyed hash of each id, the same at every party
     digest: str  # of all ids; what parties compare when they join, hexadecimal
     id_type: str  # "integer" or "text"
+    columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
+    hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
 
     @property
     def n_rows(self) -> int:

@@ -13,8 +13,10 @@ from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.party import bounds_of
+from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.pipeline import Action, Commit, Update, notation
 from sl_queue.protocol.row_order import Batches
+from sl_queue.storage.secret_file import read_secret
 
 SPELLED_OUT_STEPS = 3
 
@@ -35,8 +37,8 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
     readable = [file for file in files if check.attempt(lambda file=file: _belongs(job, file))]  # type: ignore[misc]
     parties = {file.party: party for file in readable if (party := _read(check, job, file))}
     aligned = _compare_rows(check, parties)
-    n_rows = next(iter(parties.values())).table.n_rows if parties else None
-    batches = None if n_rows is None else check.attempt(lambda: job.batches(n_rows))
+    table = next(iter(parties.values())).table if parties else None
+    batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.hashes))
     if batches is not None:
         tried = dry_run(check, job, parties, batches)
         if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
@@ -68,13 +70,20 @@ def _belongs(job: Job, file: PartyFile) -> bool:
 
 
 def _read(check: Check, job: Job, file: PartyFile) -> Readable | None:
+    file_with_secret = check.attempt(lambda: _with_secret(job, file))
     table = check.attempt(lambda: read_table(job, file))
-    if table is None:
+    if table is None or file_with_secret is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
     check.ok(f"{file.party}: {table.n_rows} rows, ids are {table.id_type}, {features}{labels}")
-    return Readable(file, table)
+    return Readable(file_with_secret, table)
+
+
+def _with_secret(job: Job, file: PartyFile) -> PartyFile:
+    """Return the file with the secret that it names, if it names one."""
+    path = file.privacy.secret
+    return file.with_secret(read_secret(path)) if isinstance(path, Path) and job.rules != BY_POSITION else file
 
 
 def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:

@@ -33,6 +33,7 @@ class Arrays:
     ids_are_csv: bool  # text of which nobody said whether it means numbers
     features: Array | None = field(repr=False)  # (rows, *anything)
     labels: Array | None = field(repr=False)  # (rows,) or (rows, *anything)
+    names: tuple[str, ...] | None = None  # of the feature columns, where they have any
 
 
 def read_rows(party_file: PartyFile, *, features: bool, labels: bool) -> Arrays:
@@ -47,6 +48,11 @@ def read_rows(party_file: PartyFile, *, features: bool, labels: bool) -> Arrays:
     return _read(data, f"{where}, {data.path}", features=features, labels=labels)
 
 
+def read_ids(ids: Any, where: str) -> Arrays:
+    """Ids given in code, without rows. Raises JobError."""
+    return Arrays(where, _ids(ids, where), ids_are_csv=False, features=None, labels=None)
+
+
 def _read(data: DataFile, where: str, *, features: bool, labels: bool) -> Arrays:
     """From a file."""
     columns = read_columns(data, where, features=features, labels=labels)
@@ -57,14 +63,15 @@ def _read(data: DataFile, where: str, *, features: bool, labels: bool) -> Arrays
         if found:
             raise JobError(f"{where}: NaN or infinity in column {listed(found)} of {len(columns.ids)}; {_REMEDY}")
     found_labels = _labels(columns.labels, f"{where}, label column {data.label!r}")
-    return Arrays(where, columns.ids, columns.ids_are_csv, columns.features, found_labels)
+    names = None if columns.features is None else columns.names
+    return Arrays(where, columns.ids, columns.ids_are_csv, columns.features, found_labels, names)
 
 
 def _given(rows: Rows, where: str, *, features: bool, labels: bool) -> Arrays:
     """From Rows, built in code or returned by a source."""
     ids = _ids(rows.ids, where)
     _require_rows(len(ids), where)
-    arrays = {
+    arrays: dict[str, Any] = {
         "features": _features(_array(rows.features, f"{where}, features"), where) if features else None,
         "labels": _labels(_array(rows.labels, f"{where}, labels"), f"{where}, labels") if labels else None,
     }

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sl_queue.data.rows import Arrays, read_rows
+from sl_queue.data.rows import Arrays, read_ids, read_rows
 from sl_queue.errors import JobError
 from sl_queue.job import Job
 from sl_queue.party_file import DataFile, PartyFile
 from sl_queue.ports import Table
+from sl_queue.protocol.row_order import id_hashes, split_by_id
 
 _CANONICAL_INTEGER = r"^(0|-?[1-9][0-9]*)$"
 
@@ -33,8 +34,24 @@ def read_table(job: Job, party_file: PartyFile) -> Table:
         raise JobError(f"{arrays.where}: there are no labels, and {party!r} is the label holder")
     ids, id_type = _typed(arrays)
     order, ordered = _canonical(ids, arrays.where)
-    row_keys, digest = _fingerprints(ordered, id_type)
-    return Table(_ordered(arrays.features, order), _ordered(arrays.labels, order), row_keys, digest, id_type)
+    texts = _texts(ordered)
+    row_keys, digest = _fingerprints(texts, pc.binary_length(ordered), id_type)
+    hashes = id_hashes(texts, job.seed_of_holdout) if job.holdout else None
+    features, labels = _ordered(arrays.features, order), _ordered(arrays.labels, order)
+    return Table(features, labels, row_keys, digest, id_type, arrays.names, hashes)
+
+
+def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
+    """Say which rows a job holds out, in the order of `ids`: shape (rows,), True for held out.
+
+    `seed` is the job's `holdout_seed`, or its `seed` if it has none. Raises JobError for ids that no table may have.
+    """
+    arrays = read_ids(ids, "holdout_rows")
+    found, _ = _typed(arrays)
+    order, ordered = _canonical(found, arrays.where)
+    mask = np.zeros(len(order), np.bool_)
+    mask[order[split_by_id(id_hashes(_texts(ordered), seed), holdout)[1]]] = True
+    return mask
 
 
 def _typed(arrays: Arrays) -> tuple[Any, str]:
@@ -77,11 +94,16 @@ def _canonical(ids: Any, where: str) -> tuple[Positions, Any]:
     return order.to_numpy().astype(np.int64), ordered.cast(pa.large_string())
 
 
-def _fingerprints(ids: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
-    """The key of every row and the digest of all, from canonical ids as text."""
-    texts: list[bytes] = ids.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
+def _texts(ids: Any) -> list[bytes]:
+    """Ids as text, in UTF-8."""
+    found: list[bytes] = ids.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
+    return found
+
+
+def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
+    """The key of every row and the digest of all, from canonical ids as text and their lengths."""
     everything = blake2b(f"{id_type} {len(texts)} ".encode())
-    everything.update(pc.binary_length(ids).to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
+    everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
     everything.update(b"".join(texts))
     secret = everything.digest()
     key = blake2b(secret, person=b"sl_queue row key").digest()

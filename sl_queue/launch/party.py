@@ -14,15 +14,18 @@ import torch
 from sl_queue.compute import seeds
 from sl_queue.compute.advice import advice
 from sl_queue.compute.base import base_stage
+from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.handover import Take, itself
-from sl_queue.compute.models import fingerprint, limit_threads
+from sl_queue.compute.models import limit_threads
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
+from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.ports import Table
 from sl_queue.protocol.bounds import Bounds
+from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.roles.feature_party import FeatureParty
@@ -34,6 +37,8 @@ from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
+
+LOCAL = "SL_QUEUE_LOCAL"  # environment variable: all parties are on this machine, and one person holds all their files
 
 
 def run_party(
@@ -60,7 +65,8 @@ def run_party(
     limit_threads(party_file.threads or int(os.environ.get("SL_QUEUE_THREADS", 0)) or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
     folder = _state_folder(party_file, state)
-    serve_party(job, party_file, connector(job, url), folder, Channels(), seal, metrics)
+    private = not os.environ.get(LOCAL)
+    serve_party(job, party_file, connector(job, url), folder, Channels(), seal, metrics, private=private)
 
 
 def serve_party(
@@ -72,24 +78,30 @@ def serve_party(
     seal: Seal | None = None,
     metrics: str | None = None,
     take: Take = itself,
+    *,
+    private: bool = False,
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
-    `take` says how to come by a model that is given in code.
+    `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
+    its own, unless its file or the run in `state` says no.
     """
     party, incarnation = party_file.party, secrets.token_hex(8)
     with ExitStack() as stack:
-        about = fingerprint(job, party_file)
-        folder = Folder(state, job_digest=job.digest, party=party, fingerprint=about, job=job.canonical())
+        folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
         stack.callback(folder.close)
-        done = folder.finished()
-        if done is not None and done.told:
+        if (done := folder.finished()) is not None and done.told:
+            compare_finished(job, party_file, folder)
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
+        rules = rules_to_keep(job, party, folder.begun_with)
         table = _table(job, party_file)
+        secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
+        folder.require(fingerprint(job, party_file, table, rules, secret))
+        party_file = party_file.with_secret(secret)
         rows = (table.n_rows, table.digest, table.id_type)
-        identity = Identity(incarnation, job.canonical(), *rows, version=own_version())
-        batches = job.batches(table.n_rows)
+        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version())
+        batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
         pipeline = job.pipeline_of(batches)
         bounds = bounds_of(job, party, pipeline)
         channel = PartyChannel(
@@ -159,6 +171,18 @@ def _role(
     base = base_stage(job, party_file, table, pipeline.batches, take)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
+
+
+def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
+    """Raise CheckpointError if a run that has finished was trained on another table, or with other models.
+
+    What is no longer there to compare, in a container whose data has gone for instance, is a line in the log.
+    """
+    try:
+        rules = rules_to_keep(job, party_file.party, folder.begun_with)
+        folder.require(fingerprint(job, party_file, _table(job, party_file), rules))
+    except JobError as error:
+        log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
 
 
 def _state_folder(party_file: PartyFile, state: Path | None) -> Path:

@@ -15,6 +15,7 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
     """Why this party cannot train with the others, or None; `state` is from before it joined."""
     return (
         _other_job(plan, sender, joined)
+        or _other_rules(plan, state, sender, joined)
         or _other_rows(plan, state, sender, joined)
         or _other_run(state, sender, joined)
     )
@@ -71,6 +72,22 @@ def _other_run(state: RunState, sender: str, joined: Joined) -> str | None:
     if len(set(runs.values())) > 1:
         held = ", ".join(f"{p} holds {r}" for p, r in sorted(runs.items()))
         return f"the state folders belong to different runs: {held}; use the folders of one run, or new ones everywhere"
+    return None
+
+
+def _other_rules(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+    """Parties that choose held-out rows differently would not agree on a single micro-batch."""
+    others = {p: m.rules for p, m in state.members.items() if p in plan.parties and p != sender and m.here}
+    for other, rules in others.items():
+        if rules is None or rules == joined.rules:
+            continue
+        older, newer = sorted(((joined.rules, sender), (rules, other)))
+        return (
+            f"the rules by which a run chooses its held-out rows differ: {older[1]!r} goes by rules {older[0]}, as an "
+            f"earlier version of sl_queue or a run that one began does, and {newer[1]!r} by rules {newer[0]}. To go on "
+            f"with the run, write rules = {older[0]} at the top of the job file of {newer[1]!r} (no digest changes); "
+            "to train anew, use this version of sl_queue and a new state folder everywhere"
+        )
     return None
 
 

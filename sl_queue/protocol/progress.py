@@ -143,6 +143,7 @@ def _entered(state: RunState, sender: str, joined: Joined, heard: float | None) 
         n_rows=joined.n_rows,
         rows_digest=joined.rows_digest,
         id_type=joined.id_type,
+        rules=joined.rules,
         run=joined.run,
         generation=joined.generation,
         held=joined.held,

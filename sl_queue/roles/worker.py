@@ -44,6 +44,7 @@ class Identity:
     n_rows: int
     rows_digest: str
     id_type: str
+    rules: int = 1  # how it computes what it chooses, see protocol/fingerprints
     version: str = ""  # of sl_queue
 
 
@@ -219,7 +220,7 @@ class Worker:
         me = self.identity
         about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
         newest = self.history.newest()
-        return Joined(*about, self.run, self.generation, self.held, newest, version=me.version)
+        return Joined(*about, self.run, self.generation, self.held, newest, version=me.version, rules=me.rules)
 
     def _remember(self, saved: Saved | None) -> None:
         """Become what a checkpoint says, or what nobody has trained yet."""

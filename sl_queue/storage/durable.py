@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 
 
-def write_durably(path: Path, body: bytes) -> None:
-    """Temp file, fsync, rename, fsync of the folder. Raises OSError; then the old file is untouched."""
+def write_durably(path: Path, body: bytes, mode: int = 0o666) -> None:
+    """Temp file, fsync, rename, fsync of the folder. Raises OSError; then the old file is untouched.
+
+    `mode` is that of a new file, less the process's umask.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(body)
             file.flush()
             os.fsync(file.fileno())
