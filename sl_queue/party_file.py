@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import numpy.typing as npt
@@ -77,6 +77,9 @@ class DataFile(Declared):
         description='a list of column names, for instance ["age", "income"]; without it, all but id and label',
     )
     label: str | None = Field(default=None, description="the name of the column with the labels")
+    id_type: Literal["text", "integer"] | None = Field(
+        default=None, description='"text" or "integer": what ids are taken as, the same at every party'
+    )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
         default=None, description="module:callable, returning sl_queue.Rows"
     )

@@ -48,6 +48,8 @@ class Table:
     row_keys: npt.NDArray[np.uint64] = field(repr=False)  # a secret keyed hash of each id, the same at every party
     digest: str  # of all ids; what parties compare when they join, hexadecimal
     id_type: str  # "integer" or "text"
+    columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
+    notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
 
     @property
     def n_rows(self) -> int:
