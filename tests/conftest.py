@@ -5,8 +5,12 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.broker import GIVEN, Broker, own_broker
+
+settings.register_profile("sl_queue", deadline=None)  # how long an example takes tells how busy the machine is
+settings.load_profile("sl_queue")
 
 
 @pytest.fixture(scope="session")

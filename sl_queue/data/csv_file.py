@@ -172,4 +172,4 @@ def rounded_when_read(path: Path, columns: Mapping[str, Any]) -> dict[str, int]:
 def _is_large(column: Any) -> bool:
     extremes = pc.min_max(column).as_py()
     found = [abs(value) for value in extremes.values() if value is not None]
-    return bool(found) and max(found) > 2 ** BITS["float64"]
+    return bool(found) and max(found) >= 2 ** BITS["float64"]

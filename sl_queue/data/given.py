@@ -88,7 +88,7 @@ def _numbers(values: Any, what: str) -> Numbers:
         missing = f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}"
         if column.null_count:
             return _refused(what, missing)
-        values = column.to_numpy() if isinstance(column, pa.ChunkedArray) else column.to_numpy(zero_copy_only=False)
+        values = column.to_numpy(zero_copy_only=False)
     if masked := _masked_rows(values):
         return _refused(what, f"values are masked in {masked} of {len(values)} rows; {_FILL}")
     try:
@@ -112,9 +112,7 @@ def _of_array(array: Array, what: str) -> Numbers:
     if array.dtype.kind in "biuf":
         return Numbers(array)
     kind = _NOT_NUMBERS.get(array.dtype.kind, "text")
-    return Numbers(
-        None, faults=(f"{what} are of dtype {array.dtype}; they must be numbers: encode {kind} as numbers",)
-    )
+    return Numbers(None, faults=(f"{what} are of dtype {array.dtype}; they must be numbers: encode {kind} as numbers",))
 
 
 def _of_objects(array: Array, what: str) -> Numbers:

@@ -86,7 +86,10 @@ def _typed(ids: Any, *, are_csv: bool, id_type: IdType | None) -> tuple[Any | No
         numbers = _integers(ids, _CANONICAL_INTEGER if id_type is None else _INTEGER)
         if id_type is None:
             return (ids if numbers is None or not are_csv else numbers), ""
-        return numbers, f'{_others(ids)} of {len(ids)} ids are not whole numbers of 64 bits, as data.id_type = "integer" says'
+        return (
+            numbers,
+            f'{_others(ids)} of {len(ids)} ids are not whole numbers of 64 bits, as data.id_type = "integer" says',
+        )
     if types.is_integer(ids.type):
         return ids.cast(pa.large_string()) if id_type == "text" else ids, ""
     if types.is_floating(ids.type) and _all_whole(ids):

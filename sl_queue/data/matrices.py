@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sl_queue.data.csv_file import text_kind
 from sl_queue.data.faults import listed
@@ -69,7 +68,7 @@ def matrix(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> N
     if full and (not wrong):
         array = np.empty((len(next(iter(full.values()))), len(full)), dtype)
         for position, column in enumerate(full.values()):
-            array[:, position] = column.to_numpy()
+            array[:, position] = _values(column)
         faults += not_finite(array, tuple(full))
     if len(full) < len(columns):
         array = None
@@ -81,7 +80,7 @@ def label_array(column: Any, where: str) -> tuple[Array | None, list[str]]:
     if not _is_number(column.type):
         kind = _kind(column)
         return None, [f"{where} holds {kind}; write labels as numbers, classes as 0, 1, 2, ..."]
-    return (None, []) if column.null_count else (column.to_numpy(), [])
+    return (None, []) if column.null_count else (_values(column), [])
 
 
 def gaps(columns: Mapping[str, Any]) -> list[str]:
@@ -127,13 +126,13 @@ def _shared_dtype(columns: Mapping[str, Any], *, keep: bool) -> tuple[Any, list[
 
 
 def _rounded(columns: Mapping[str, Any], dtype: str) -> dict[str, int]:
-    counts = {name: int(rounded(column.to_numpy(), dtype).sum()) for name, column in columns.items()}
+    counts = {name: int(rounded(_values(column), dtype).sum()) for name, column in columns.items()}
     return {name: count for name, count in counts.items() if count}
 
 
 def _too_large(columns: Mapping[str, Any]) -> list[str]:
     limit = np.iinfo(np.int64).max
-    large = {n: c.to_numpy() > limit for n, c in columns.items() if pa.types.is_uint64(c.type)}
+    large = {n: _values(c) > limit for n, c in columns.items() if pa.types.is_uint64(c.type)}
     found = [f"{name!r} in {is_large.sum()} rows" for name, is_large in large.items() if is_large.any()]
     return [f"whole numbers above 2**63 - 1 in column {listed(found)}; {_AS_CODES}"] if found else []
 
@@ -143,14 +142,19 @@ def _counting(columns: Mapping[str, Any]) -> Iterator[str]:
     found = []
     for name, column in columns.items():
         if len(column) >= _COUNTING_ROWS and pa.types.is_integer(column.type) and column[0].as_py() in (0, 1):
-            first, n = column[0].as_py(), len(column)
-            if column[-1].as_py() == first + n - 1 and np.array_equal(column.to_numpy(), np.arange(first, first + n)):
+            count = np.arange(column[0].as_py(), column[0].as_py() + len(column))
+            if column[-1].as_py() == count[-1] and np.array_equal(_values(column), count):
                 found.append(repr(name))
     if found:
         yield (
             f"column {listed(found)} counts the rows in their order; if it is a row number, leave it out, since the "
             "order may tell the outcome"
         )
+
+
+def _values(column: Any) -> Array:
+    found: Array = column.to_numpy(zero_copy_only=False)
+    return found
 
 
 def _is_number(kind: Any) -> bool:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from sl_queue.compute.base import base_stage
+from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.models import fingerprint, limit_threads
 from sl_queue.data.table import read_table
@@ -76,6 +76,8 @@ def serve_party(
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
         table = read_table(job, party_file)
+        for note in table.notes:
+            log.info("%s: %s", party, note)
         identity = Identity(incarnation, job.canonical(), table.n_rows, table.digest, table.id_type)
         batches = job.batches(table.n_rows)
         pipeline = job.pipeline_of(batches)
@@ -111,11 +113,18 @@ def _role(
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
         fuse = fuse_stage(job, party_file, table, pipeline.batches)
+        _remark(fuse.own)
         worker = Worker(identity, channel, fuse, folder, pipeline)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
     base = base_stage(job, party_file, table, pipeline.batches)
+    _remark(base)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
+
+
+def _remark(stage: TorchBaseStage | None) -> None:
+    if stage is not None and stage.remark is not None:
+        log.warning("%s", stage.remark)
 
 
 def _state_folder(party_file: PartyFile, state: Path | None) -> Path:

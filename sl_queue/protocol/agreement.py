@@ -1,7 +1,7 @@
 """Whether a party that joins can train with the others: the same job, the same rows, the same run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sl_queue.protocol.messages import Joined
@@ -20,10 +20,7 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
         if other == sender or not member.here or member.rows_digest == joined.rows_digest:
             continue
         if member.id_type != joined.id_type:
-            return (
-                f"the ids of {sender!r} are {joined.id_type} and those of {other!r} {member.id_type}: "
-                "write them as the same type in both tables"
-            )
+            return differing_id_types({sender: joined.id_type, other: member.id_type or "not told"})
         return (
             f"the rows differ: {sender!r} has {joined.n_rows} rows, {other!r} has {member.n_rows}, and their ids are "
             "not the same; align the tables (private set intersection) so that both hold exactly the same ids"
@@ -35,6 +32,23 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
         held = ", ".join(f"{p} holds {r}" for p, r in sorted(runs.items()))
         return f"the state folders belong to different runs: {held}; use the folders of one run, or new ones everywhere"
     return None
+
+
+def differing_id_types(types: Mapping[str, str]) -> str:
+    """Say whose ids are of which type, which party file to change, and how."""
+    integers = listed_parties([party for party, kind in types.items() if kind == "integer"])
+    texts = listed_parties([party for party, kind in types.items() if kind != "integer"])
+    return (
+        f'the ids of {integers} are of type integer and those of {texts} of type text, and 7 is not the id "7": write '
+        f'id_type = "text" under [data] in the party file of {integers}; or, if the text is whole numbers with leading '
+        f'zeros, id_type = "integer" in that of {texts}'
+    )
+
+
+def listed_parties(parties: Sequence[str]) -> str:
+    """Join the names of parties as a sentence does: 'a', 'b' and 'c'."""
+    *others, last = map(repr, parties)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
