@@ -115,7 +115,7 @@ def test_whatever_a_csv_writer_writes_has_no_fault(
     path = tmp_path_factory.mktemp("csv") / "rows.csv"
     pa.csv.write_csv(pa.table({"note": values, "x": list(range(len(values)))}), path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(csv_file, "_BLOCK_BYTES", block)  # so that quotes stand at the edges of blocks
+        patch.setattr(csv_file, "_SCANNED_BYTES", block)  # so that quotes stand at the edges of blocks
         assert csv_file.quote_fault(path) is None
 
 

@@ -148,6 +148,7 @@ def test_columns_keep_their_names() -> None:
         (Frame(x=[0.5, 1, 2], city=["a", "b", "c"]), ["these columns are not: 'city' (text)", "leave them out"]),
         (Frame(day=pa.array([1, 2, 3], pa.timestamp("ns"))), ["'day' (timestamp[ns])"]),
         (Frame(x=[0.5, 1, 2], key=pa.array([2**53 + 1, 1, 2])), ["beyond 2**53", "'key' in 1 rows"]),
+        (Frame(), ["there are no columns"]),
         (pa.table([[1, 2, 3], [1, 2, 3]], names=["x", "x"]), ["2 columns are called 'x'"]),
         (NULLS, ["values are missing in 1 of 3 rows"]),
         (np.array([[1.5], [None], [3]], object), ["values are missing in 1 of 3 rows"]),
@@ -178,6 +179,16 @@ def test_faults_of_ids_features_and_labels_are_told_at_once() -> None:
         assert words in said
 
 
+@pytest.mark.parametrize("ids", [Series([1, "a", 3]), [1, "a", 3], np.array([1, "a", 3], object)])
+def test_ids_of_several_types_are_refused(ids: Any) -> None:
+    assert "ids must be whole numbers of 64 bits, or all be text" in complaint(GOOD, ids=ids)
+
+
+@pytest.mark.parametrize("ids", [None, 5])
+def test_ids_that_are_no_list_are_refused(ids: Any) -> None:
+    assert "they must be a list or an array" in complaint(GOOD, ids=ids)
+
+
 def test_masked_labels_and_labels_with_gaps_are_refused() -> None:
     assert "labels: values are masked in 1 of 3 rows" in complaint(GOOD, masked([0, 9, 1], int))
     assert "labels: values are missing in 1 of 3 rows" in complaint(GOOD, Series(NULLS))
@@ -194,6 +205,7 @@ def test_frames_of_pandas_are_taken() -> None:
         assert features(given).tolist() == expected
     sparse = pd.get_dummies(pd.Series(["u", "v", "u"]), sparse=True)
     assert features(sparse).tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert "'p' (extension" in complaint(pd.DataFrame({"p": pd.period_range("2024-01", periods=3, freq="M")}))
     gap = pd.DataFrame({"n": pd.array([1, None, 3], "Int64"), "c": pd.Categorical(["u", "v", "u"])})
     assert "'n' in 1 of 3 rows" in complaint(gap) and "'c' (text)" in complaint(gap)
     assert (
@@ -207,6 +219,7 @@ def test_frames_of_polars_are_taken() -> None:
     pl = pytest.importorskip("polars")
     frame = pl.DataFrame({"age": [1.5, 2, 3], "a": [True, False, True]})
     assert features(frame).tolist() == [[1.5, 1], [2, 0], [3, 1]]
+    assert "give .collect()" in complaint(frame.lazy())
     assert "'x' in 1 of 3 rows" in complaint(pl.DataFrame({"x": [1, None, 3]}))
     assert table(GOOD, pl.Series([1, 0, 1]), pl.Series([3, 1, 2])).digest == table(GOOD).digest
 

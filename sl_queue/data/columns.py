@@ -104,7 +104,8 @@ def _parquet(path: Path, selected: list[str]) -> Any:
 
 def _selected(data: DataFile, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
     assert data.id is not None
-    wanted, notes = (), ()
+    wanted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if features and data.features is not None:
         wanted = tuple(data.features)
     elif features:

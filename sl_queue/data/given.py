@@ -5,6 +5,7 @@ never taken as data.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -19,14 +20,21 @@ _FLOATS = {"f2": np.float32, "f16": np.float64}  # too narrow to compute with, a
 _WHOLE = {"u2": np.int64, "u4": np.int64, "u8": np.int64}
 _NOT_NUMBERS = {"M": "dates", "m": "durations", "c": "complex numbers", "V": "records with fields"}
 _GAPS = ("NAType", "NaTType", "NoneType", "MaskedConstant")
+_MIXED_IDS = "ids must be whole numbers of 64 bits, or all be text"
+_NO_COLUMN = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError)
 _FILL = "fill them, or leave out those rows at every party"
 
 
 def ids_of(ids: Any) -> tuple[Any, list[str]]:
     """Make ids an Arrow array, missing ones null; or None and what is wrong with them."""
     if _is_series(ids):
-        return _column(ids), []
+        try:
+            return _arrow(ids), []
+        except _NO_COLUMN:
+            return None, [_MIXED_IDS]
     if not hasattr(ids, "__array__"):
+        if not isinstance(ids, Iterable):
+            return None, [f"ids are of type {type(ids).__name__}; they must be a list or an array"]
         ids = list(ids)
         array = np.ma.array(ids) if any(map(np.ma.isMaskedArray, ids)) else np.array(ids, dtype=object)
     else:
@@ -39,8 +47,8 @@ def ids_of(ids: Any) -> tuple[Any, list[str]]:
         array = array.astype(object)
     try:
         return pa.array(array, mask=mask, from_pandas=True), []  # NaN is a missing id
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-        return None, ["ids must be whole numbers of 64 bits, or all be text"]
+    except _NO_COLUMN:
+        return None, [_MIXED_IDS]
 
 
 def features_of(values: Any) -> Numbers:
@@ -81,6 +89,8 @@ def _numbers(values: Any, what: str) -> Numbers:
         return Numbers(None)
     if hasattr(values, "detach"):
         values = _of_tensor(values)
+    if hasattr(values, "collect"):
+        return _refused(what, f"a {type(values).__name__} is not computed yet; give .collect()")
     if _is_frame(values):
         return _of_frame(values, what)
     if _is_series(values):
@@ -181,6 +191,8 @@ def _of_frame(frame: Any, what: str) -> Numbers:
     else:
         names = [str(name) for name in frame.columns]
         columns = [frame.iloc[:, i] if hasattr(frame, "iloc") else frame[name] for i, name in enumerate(frame.columns)]
+    if not names:
+        return _refused(what, "there are no columns")
     repeated = [f"{count} columns are called {name!r}" for name, count in Counter(names).items() if count > 1]
     if repeated:
         return _refused(what, f"{listed(repeated)}; rename them")
@@ -191,15 +203,20 @@ def _of_frame(frame: Any, what: str) -> Numbers:
     return Numbers(array, numbers.names, numbers.notes, tuple(f"{what}: {fault}" for fault in faults))
 
 
-def _column(series: Any) -> Any:
-    """A column as Arrow, missing values null, whole and other numbers as they are, anything else text."""
+def _arrow(series: Any) -> Any:
+    """A column of one type as Arrow, missing values null."""
     if isinstance(series, pa.Array | pa.ChunkedArray):
         return series
     if hasattr(series, "to_arrow"):
         return series.to_arrow()
+    return pa.array(series, from_pandas=True)
+
+
+def _column(series: Any) -> Any:
+    """As `_arrow`; numbers of several types as numbers, and objects of other types as text."""
     try:
-        return _flat(pa.array(series, from_pandas=True))
-    except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError):
+        return _arrow(series)
+    except _NO_COLUMN:
         array = np.asarray(series)
     missing = np.array([_is_gap(value) for value in array.tolist()], np.bool_)
     filled = np.where(missing, 0, array)
@@ -207,7 +224,3 @@ def _column(series: Any) -> Any:
     if found is not None and found.dtype.kind in "biuf":
         return pa.array(found, mask=missing)
     return pa.array([None if gap else type(v).__name__ for v, gap in zip(array.tolist(), missing, strict=True)])
-
-
-def _flat(column: Any) -> Any:
-    return column.storage if isinstance(column, pa.ExtensionArray) else column

@@ -58,9 +58,7 @@ def matrix(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> N
     others = [f"{name!r} ({_kind(column)})" for name, column in columns.items() if name not in numbers]
     faults = []
     if others:
-        faults.append(
-            f"features must be numbers, these columns are not: {listed(others)}; encode them as numbers, or {instead}"
-        )
+        faults.append(f"columns must be numbers, these are not: {listed(others)}; encode them as numbers, or {instead}")
     full = {name: column for name, column in numbers.items() if not column.null_count and len(column)}
     dtype, wrong = _shared_dtype(full, keep=keep)
     faults += wrong
