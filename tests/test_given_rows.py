@@ -145,7 +145,7 @@ def test_columns_keep_their_names() -> None:
         (Frame(x=[0.5, 1, 2], n=NULLS), ["values are missing in column 'n' in 1 of 3 rows"]),
         (Frame(a=pa.array([True, None, None]), x=NULLS), ["'a' in 2 of 3 rows, 'x' in 1 of 3 rows"]),
         (Frame(x=[0.5, float("inf"), 2], a=[True] * 3), ["infinity in column 'x' in 1 rows"]),
-        (Frame(x=[0.5, 1, 2], city=["a", "b", "c"]), ["these columns are not: 'city' (text)", "leave them out"]),
+        (Frame(x=[0.5, 1, 2], city=["a", "b", "c"]), ["these are not: 'city' (text)", "leave them out"]),
         (Frame(day=pa.array([1, 2, 3], pa.timestamp("ns"))), ["'day' (timestamp[ns])"]),
         (Frame(x=[0.5, 1, 2], key=pa.array([2**53 + 1, 1, 2])), ["beyond 2**53", "'key' in 1 rows"]),
         (Frame(), ["there are no columns"]),
