@@ -198,6 +198,13 @@ def test_numbers_that_are_infinite_in_the_models_dtype_are_refused(
     stage(parquet(tmp_path, x=[value, 1.5, 2.5], z=[0.5, 0.5, 0.5]), nn.Linear(2, 2).double())
 
 
+def test_narrow_features_are_exact_in_a_wider_model() -> None:
+    rows = sl_queue.Rows([1, 2], np.array([[2.0**25], [3.4e38]], np.float32))
+    assert stage(rows, nn.Linear(1, 2).double()).remark is None
+    assert stage(rows, nn.Linear(1, 2)).remark is None
+    assert "infinite in float16" in complaint(rows, nn.Linear(1, 2).half())
+
+
 def test_whole_numbers_that_are_infinite_in_the_models_dtype_are_refused_too(tmp_path: Path) -> None:
     assert "column 'm' in 1 of 3 rows" in complaint(parquet(tmp_path, m=[70_000, 1, 2]), nn.Linear(1, 2).half())
     assert stage(parquet(tmp_path, m=[70_000, 1, 2]), Codes().half()).features.dtype == np.int64

@@ -56,7 +56,8 @@ def _looked_at(
 ) -> tuple[str | None, str | None]:
     """Say which whole numbers are rounded in the model's dtype, and which numbers are infinite there."""
     bits, limit = BITS.get(dtype, 53), torch.finfo(getattr(torch, dtype)).max
-    if features.dtype.kind == "f" and np.finfo(features.dtype).nmant < bits and np.finfo(features.dtype).max <= limit:
+    own = np.finfo(features.dtype) if features.dtype.kind == "f" else None
+    if own is not None and own.nmant < bits and float(own.max) <= limit:  # at least as wide: nothing to look for
         return None, None
     largest = _largest(features)
     remark = fault = None

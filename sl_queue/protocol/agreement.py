@@ -20,7 +20,7 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
         if other == sender or not member.here or member.rows_digest == joined.rows_digest:
             continue
         if member.id_type != joined.id_type:
-            return differing_id_types({sender: joined.id_type, other: member.id_type or "not told"})
+            return differing_id_types({sender: joined.id_type, other: member.id_type or ""})
         return (
             f"the rows differ: {sender!r} has {joined.n_rows} rows, {other!r} has {member.n_rows}, and their ids are "
             "not the same; align the tables (private set intersection) so that both hold exactly the same ids"
@@ -36,8 +36,10 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
 
 def differing_id_types(types: Mapping[str, str]) -> str:
     """Say whose ids are of which type, which party file to change, and how."""
-    integers = listed_parties([party for party, kind in types.items() if kind == "integer"])
-    texts = listed_parties([party for party, kind in types.items() if kind != "integer"])
+    integers = _listed([party for party, kind in types.items() if kind == "integer"])
+    texts = _listed([party for party, kind in types.items() if kind == "text"])
+    if not integers or not texts:  # a peer may say anything
+        return f"the ids of {_listed(list(types))} are of different types"
     return (
         f'the ids of {integers} are of type integer and those of {texts} of type text, and 7 is not the id "7": write '
         f'id_type = "text" under [data] in the party file of {integers}; or, if the text is whole numbers with leading '
@@ -45,10 +47,8 @@ def differing_id_types(types: Mapping[str, str]) -> str:
     )
 
 
-def listed_parties(parties: Sequence[str]) -> str:
-    """Join the names of parties as a sentence does: 'a', 'b' and 'c'."""
-    *others, last = map(repr, parties)
-    return f"{', '.join(others)} and {last}" if others else last
+def _listed(parties: Sequence[str]) -> str:
+    return " and ".join(map(repr, parties))
 
 
 def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
