@@ -94,6 +94,7 @@ def test_a_process_that_refuses_a_table_ends_with_the_same_code_every_time(tmp_p
 def test_a_quote_that_swallows_rows_is_told_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
     said = complaint(tmp_path, text)
     assert f"line {line}: a quote" in said and words in said and "close the quote" in said
+    assert "1,2" not in said
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,14 @@ def test_a_column_with_a_few_values_that_are_not_numbers_is_told_from_text(tmp_p
 def test_another_separator_is_recognised(tmp_path: Path, separator: str, name: str) -> None:
     said = complaint(tmp_path, f"id{separator}x\n1{separator}0,5\n")
     assert "there is no column 'id'" in said and f"separated by {name}" in said
+
+
+@pytest.mark.parametrize("text", ["31337,0.5\n31338,1.5\n", '"id,x\n31337,0.5\n"\n', "31337,Ada\n31338,Bo\n"])
+def test_a_file_without_a_header_is_explained_without_a_number_of_its_rows(tmp_path: Path, text: str) -> None:
+    said = complaint(tmp_path, text)
+    assert "there is no column 'id'" in said
+    assert "31337" not in said and "0.5" not in said
+    assert "is its first line a header?" in said or "'id,x'" in said
 
 
 def test_names_that_occur_twice_are_all_told(tmp_path: Path) -> None:

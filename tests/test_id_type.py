@@ -76,7 +76,7 @@ def test_leading_zeros_that_make_two_ids_one_are_refused(tmp_path: Path) -> None
 
 
 def test_text_that_is_no_number_is_counted(tmp_path: Path) -> None:
-    said = complaint(csv(tmp_path, ["7", "x31337", "8.0"], id_type="integer"))
+    said = complaint(csv(tmp_path, ["7", "x31337", "8.5"], id_type="integer"))
     assert "2 of 3 ids are not whole numbers" in said and "31337" not in said
 
 
@@ -89,6 +89,13 @@ def test_whole_floating_ids_are_explained_and_may_be_declared_whole(tmp_path: Pa
     assert "ids are of type double" in complaint(parquet(tmp_path, pa.array([1.0, 2.5]), id_type="integer"))
     missing = complaint(parquet(tmp_path, pa.array([1.0, float("nan"), None])))
     assert "2 of 3 rows have no id" in missing and "pandas makes" in missing
+
+
+def test_digits_with_a_point_are_noted_and_may_be_declared_whole(tmp_path: Path) -> None:
+    (note,) = table(csv(tmp_path, ["1.0", "2.0"])).notes
+    assert "text like 7.0" in note and 'data.id_type = "integer"' in note
+    numbers = table(parquet(tmp_path, [1, 2]))
+    assert table(csv(tmp_path, ["1.0", "02"], id_type="integer")).digest == numbers.digest
 
 
 def test_decimal_and_binary_ids_of_databases_are_read(tmp_path: Path) -> None:

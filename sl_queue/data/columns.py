@@ -18,6 +18,7 @@ from sl_queue.declared import nearest
 from sl_queue.errors import JobError
 from sl_queue.party_file import DataFile
 
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
 
 
@@ -68,13 +69,13 @@ def read_columns(data: DataFile, where: str, *, features: bool, labels: bool) ->
 
 
 def _read(data: DataFile, path: Path, where: str, *, is_csv: bool, features: bool, labels: bool) -> Columns:
+    if is_csv and (fault := csv_file.quote_fault(path)):  # before names are read: an open quote makes rows a name
+        refuse(where, [fault])
     known = csv_file.names_in(path) if is_csv else list(pa.parquet.read_schema(path).names)
     selection = _selected(data, known, features=features, labels=labels)
     faults = list(_about_names(selection.names, known))
     if features and not selection.features and data.id in known:
         faults.append("there are no features: no column besides those of id and label")
-    if is_csv and (fault := csv_file.quote_fault(path)):
-        refuse(where, [*faults, fault])
     readable = [name for name in selection.names if known.count(name) == 1]
     if not readable:
         refuse(where, faults)
@@ -133,8 +134,18 @@ def _about_names(selected: Sequence[str], known: list[str]) -> Iterator[str]:
         if counts[name] > 1:
             yield f"{counts[name]} columns are called {name!r}; rename them"
         elif counts[name] == 0:
-            there = listed(map(repr, known)) or "none"
-            yield f"there is no column {name!r}; {nearest(name, known)}its columns are {there}{_separator(known)}"
+            there = f"its columns are {_told(known)}{_separator(known)}"
+            yield f"there is no column {name!r}; {nearest(name, known)}{there}"
+
+
+def _told(known: list[str]) -> str:
+    """List the names of columns, without numbers and further lines: a file without a header has rows there."""
+    names = [name.partition("\n")[0] for name in known if not _NUMBER.fullmatch(name)]
+    numbers = len(known) - len(names)
+    if not numbers:
+        return listed(map(repr, names)) or "none"
+    told = [*map(repr, names), f"{numbers} whose names are numbers"]
+    return f"{listed(told)}; is its first line a header?"
 
 
 def _separator(known: list[str]) -> str:

@@ -4,6 +4,7 @@ Ids of different types are different ids, so that a number never passes for its 
 which of the two they are where the files of the parties do not agree.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ IdType = Literal["integer", "text"]
 Positions = npt.NDArray[np.int64]
 
 _CANONICAL_INTEGER = r"^(0|-?[1-9][0-9]*)$"  # "7", but not "007"
-_INTEGER = r"^\s*-?[0-9]+\s*$"
+_INTEGER = r"^\s*-?[0-9]+(\.0*)?\s*$"
+_WITH_POINT = r"^-?[0-9]+\.0$"  # as pandas writes whole numbers of a column where one was missing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +28,7 @@ class Ids:
     texts: Any = field(repr=False)  # an Arrow array of large strings
     type: IdType
     order: Positions = field(repr=False)  # the rows of the table by ascending id
+    notes: tuple[str, ...] = ()  # what a person should know of them
 
 
 def canonical_ids(ids: Any, *, are_csv: bool, id_type: IdType | None) -> tuple[Ids | None, list[str]]:
@@ -50,7 +53,16 @@ def canonical_ids(ids: Any, *, are_csv: bool, id_type: IdType | None) -> tuple[I
     if faults:
         return None, faults
     kind: IdType = "integer" if pa.types.is_integer(typed.type) else "text"
-    return Ids(ordered.cast(pa.large_string()), kind, order.to_numpy().astype(np.int64)), []
+    texts = ordered.cast(pa.large_string())
+    return Ids(texts, kind, order.to_numpy().astype(np.int64), tuple(_notes(texts, id_type))), []
+
+
+def _notes(texts: Any, id_type: IdType | None) -> Iterator[str]:
+    if id_type is None and len(texts) and pc.all(pc.match_substring_regex(texts, _WITH_POINT)).as_py():
+        yield (
+            "all ids are text like 7.0, as pandas writes whole numbers where one was missing; if they are whole "
+            'numbers at the other parties, say so: data.id_type = "integer"'
+        )
 
 
 def _decoded(ids: Any) -> Any:
@@ -114,7 +126,8 @@ def _integers(texts: Any, pattern: str) -> Any | None:
     """Text as integers, if every one is written as the pattern says."""
     if not pc.all(pc.match_substring_regex(texts, pattern)).as_py():
         return None
-    return _first_cast(pc.utf8_trim_whitespace(texts), pa.int64(), pa.uint64())
+    whole = pc.replace_substring_regex(pc.utf8_trim_whitespace(texts), r"\.0*$", "")
+    return _first_cast(whole, pa.int64(), pa.uint64())
 
 
 def _others(texts: Any) -> int:

@@ -37,7 +37,7 @@ def read_table(job: Job, party_file: PartyFile) -> Table:
     assert ids is not None
     row_keys, digest = _fingerprints(ids.texts, ids.type)
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
-    return Table(features, labels, row_keys, digest, ids.type, columns=arrays.names, notes=arrays.notes)
+    return Table(features, labels, row_keys, digest, ids.type, columns=arrays.names, notes=(*arrays.notes, *ids.notes))
 
 
 def _fingerprints(ids: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:

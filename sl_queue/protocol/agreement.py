@@ -42,8 +42,8 @@ def differing_id_types(types: Mapping[str, str]) -> str:
         return f"the ids of {_listed(list(types))} are of different types"
     return (
         f'the ids of {integers} are of type integer and those of {texts} of type text, and 7 is not the id "7": write '
-        f'id_type = "text" under [data] in the party file of {integers}; or, if the text is whole numbers with leading '
-        f'zeros, id_type = "integer" in that of {texts}'
+        f'id_type = "text" under [data] in the party file of {integers}; or, if the text is whole numbers like 007 or '
+        f'7.0, id_type = "integer" in that of {texts}'
     )
 
 
