@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import numpy.typing as npt
 from pydantic import (
     AfterValidator,
     Discriminator,
@@ -40,12 +39,13 @@ _IN_FILE = "file:"
 class Rows:
     """A party's rows in any order, given in code or returned by the `source` of a party file.
 
-    `features` may have any shape after the first axis; None for a label holder without a base model.
+    Arrays of NumPy, torch or Arrow, lists, and data frames of pandas or polars, without gaps. `features` may have any
+    shape after the first axis; None for a label holder without a base model.
     """
 
     ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
-    features: npt.ArrayLike | None = field(default=None, repr=False)  # (rows, *anything): cast to the model's dtype
-    labels: npt.ArrayLike | None = field(default=None, repr=False)  # (rows,) or (rows, *anything)
+    features: Any = field(default=None, repr=False)  # (rows, *anything); floating ones are cast to the model's dtype
+    labels: Any = field(default=None, repr=False)  # (rows,) or (rows, *anything)
 
 
 def _from_folder(path: Path, info: ValidationInfo) -> Path:
@@ -77,6 +77,9 @@ class DataFile(Declared):
         description='a list of column names, for instance ["age", "income"]; without it, all but id and label',
     )
     label: str | None = Field(default=None, description="the name of the column with the labels")
+    id_type: Literal["text", "integer"] | None = Field(
+        default=None, description='"text" or "integer": what ids are taken as, the same at every party'
+    )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
         default=None, description="module:callable, returning sl_queue.Rows"
     )

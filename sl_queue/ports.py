@@ -73,6 +73,7 @@ class Table:
     id_type: str  # "integer" or "text"
     columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
     hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
+    notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
 
     @property
     def n_rows(self) -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. Blocks of one layer never import each other, unless they are joined by a comma here.
 LAYERS = (
     (("errors",),),
-    (("protocol", "job", "ports", "broker_url", "declared", "party_file", "security", "user_code"),),
+    (("protocol", "job", "ports", "broker_url", "declared", "exactness", "party_file", "security", "user_code"),),
     (("roles",), ("transport",), ("compute",), ("storage",), ("data",), ("observe",)),
     (("launch",),),
 )

@@ -149,7 +149,9 @@ def test_rows_that_differ_are_told_by_their_counts_and_never_by_an_id_or_digest(
 
 def test_ids_of_different_types_are_told_as_such() -> None:
     mind = Mind().hear("a", joined("a1")).hear("b", joined("b1", id_type="text", rows_digest="e"))
-    assert "the ids of 'b' are text and those of 'a' integer" in (mind.state.reason or "")
+    assert "the ids of 'a' are of type integer and those of 'b' of type text" in (mind.state.reason or "")
+    strange = Mind().hear("a", joined("a1")).hear("b", joined("b1", id_type="a lie", rows_digest="e"))
+    assert "the ids of 'b' and 'a' are of different types" in (strange.state.reason or "")
 
 
 def test_state_folders_of_different_runs_are_told_with_who_holds_which() -> None:

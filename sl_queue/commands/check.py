@@ -13,6 +13,7 @@ from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.party import bounds_of
+from sl_queue.protocol.agreement import differing_id_types
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.pipeline import Action, Commit, Update, notation
 from sl_queue.protocol.row_order import Batches
@@ -77,6 +78,8 @@ def _read(check: Check, job: Job, file: PartyFile) -> Readable | None:
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
     check.ok(f"{file.party}: {table.n_rows} rows, ids are {table.id_type}, {features}{labels}")
+    for note in table.notes:
+        check.note(f"{file.party}: {note}")
     return Readable(file_with_secret, table)
 
 
@@ -93,9 +96,9 @@ def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
             check.ok(f"rows: {', '.join(parties)} hold the same ids")
         return True
     held = ", ".join(f"{name} {p.table.n_rows} ({p.table.id_type} ids)" for name, p in parties.items())
-    check.error(
-        AlignmentError(f"the parties' ids differ; rows: {held}. Keep the rows that all hold, with ids of one type")
-    )
+    types = {name: party.table.id_type for name, party in parties.items()}
+    remedy = differing_id_types(types) if len(set(types.values())) > 1 else "keep the rows that all hold"
+    check.error(AlignmentError(f"the parties' ids differ; rows: {held}; {remedy}"))
     return False
 
 

@@ -13,7 +13,7 @@ import torch
 
 from sl_queue.compute import seeds
 from sl_queue.compute.advice import advice
-from sl_queue.compute.base import base_stage
+from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.handover import Take, itself
@@ -96,6 +96,8 @@ def serve_party(
             return
         rules = rules_to_keep(job, party, folder.begun_with)
         table = _table(job, party_file)
+        for note in table.notes:
+            log.info("%s: %s", party, note)
         secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
         folder.require(fingerprint(job, party_file, table, rules, secret))
         party_file = party_file.with_secret(secret)
@@ -164,11 +166,13 @@ def _role(
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
         fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
+        _remark(fuse.own)
         for found in advice(job, fuse):
             log.warning("%s: %s", party_file.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
     base = base_stage(job, party_file, table, pipeline.batches, take)
+    _remark(base)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
@@ -183,6 +187,11 @@ def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
         folder.require(fingerprint(job, party_file, _table(job, party_file), rules))
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
+
+
+def _remark(stage: TorchBaseStage | None) -> None:
+    if stage is not None and stage.remark is not None:
+        log.warning("%s", stage.remark)
 
 
 def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
