@@ -11,9 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sl_queue.errors import JobError
 from sl_queue.local.private_broker import free_ports
-from sl_queue.observe import SchedulerCollector, serve
+from sl_queue.observe import SchedulerCollector, Vitals, serve
+from sl_queue.ports import IN_PROCESS
 from tests.crew import CHECKPOINT_EVERY, ROLES, Crew, write_job
-from workers.health import is_alive
+from workers.health import complaint
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -45,7 +46,7 @@ def test_a_run_can_be_followed_in_numbers(crew: tuple[Crew, dict[str, int]]) -> 
     workers, ports = crew
     workers.await_step("bank", 2 * CHECKPOINT_EVERY)
     for role in ROLES:
-        assert is_alive(str(ports[role]))
+        assert complaint(str(ports[role])) is None
     bank, scheduler = scrape(ports["bank"]), scrape(ports["scheduler"])
     again = scrape(ports["bank"])
     assert all(again[name] >= value for name, value in bank.items() if name.partition(" ")[0].endswith("_total"))
@@ -63,10 +64,14 @@ def test_a_run_can_be_followed_in_numbers(crew: tuple[Crew, dict[str, int]]) -> 
     assert scheduler["sl_queue_party_committed_step bank"] >= -1
     assert scheduler["sl_queue_silent_seconds insurer"] < 60
     workers.finish()
-    assert not is_alive(str(ports["bank"]))
+    assert "does not answer" in str(complaint(str(ports["bank"])))
+
+
+def vitals() -> Vitals:
+    return Vitals(0.0, IN_PROCESS)
 
 
 def test_an_address_that_cannot_be_used_is_a_clear_error() -> None:
     for address in ("http", "127.0.0.1:99999", "192.0.2.1:9108"):
         with pytest.raises(JobError, match=rf"--metrics-port {address}"):
-            serve(address, SchedulerCollector(dict))
+            serve(address, SchedulerCollector(dict, vitals), vitals)

@@ -1,17 +1,17 @@
 """A data party, put together: its table, its stage over torch, its checkpoints, its channel and its role."""
 
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.models import fingerprint, limit_threads
 from sl_queue.data.table import read_table
+from sl_queue.environment import THREADS
 from sl_queue.errors import JobError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
@@ -23,6 +23,9 @@ from sl_queue.roles.worker import Identity, Worker
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.seal import Seal
+
+if TYPE_CHECKING:
+    from sl_queue.http_server import HttpServer
 
 log = logging.getLogger("sl_queue")
 
@@ -50,10 +53,11 @@ def run_party(
         )
     url = party_file.broker_url(broker)
     require_network(url)
-    limit_threads(party_file.threads or int(os.environ.get("SL_QUEUE_THREADS", 0)) or None)
+    limit_threads(party_file.threads or THREADS.read() or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
     folder = _state_folder(party_file, state)
-    serve_party(job, party_file, connector(job, url), folder, Channels(), seal, metrics)
+    connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
+    serve_party(job, party_file, connect, folder, Channels(), seal, metrics)
 
 
 def serve_party(
@@ -91,7 +95,7 @@ def serve_party(
         )
         worker, train = _role(job, party_file, table, pipeline, channel, folder, identity)
         if metrics is not None:
-            _show(metrics, job, party, channel, worker)
+            stack.callback(_show(metrics, job, party, channel, worker).close)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
@@ -125,10 +129,14 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> None:
-    from sl_queue.observe import PartyCollector, Training, serve  # only who is observed loads the library
+def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> "HttpServer":
+    from sl_queue.observe import PartyCollector, Training, Vitals, serve  # only who is observed loads the library
 
     def training() -> Training:
         return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)
 
-    serve(address, PartyCollector(job.name, party, lambda: channel.measures, training))
+    def vitals() -> Vitals:
+        measures = channel.measures
+        return Vitals(measures.pulse_age_s, measures.broker)
+
+    return serve(address, PartyCollector(job.name, party, lambda: channel.measures, training), vitals)

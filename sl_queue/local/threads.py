@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sl_queue.compute.models import final_module, limit_threads
+from sl_queue.environment import THREADS
 from sl_queue.errors import JobError, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
@@ -185,4 +186,4 @@ def key_in(keys: Path | None, role: str) -> Path | None:
 
 def shared_threads(workers: int) -> int:
     """Torch threads for each of several workers on this machine: more than its cores together are slower."""
-    return int(os.environ.get("SL_QUEUE_THREADS", 0)) or max(1, (os.cpu_count() or 1) // workers)
+    return int(THREADS.read()) or max(1, (os.cpu_count() or 1) // workers)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from sl_queue.errors import CheckpointError, PartyBusy
 from sl_queue.protocol.agreement import told_difference
 from sl_queue.protocol.run_state import RunState, history_line
-from sl_queue.storage.durable import write_durably
+from sl_queue.storage.durable import PRIVATE, is_passing, unusable, warn_of_readers, write_durably
 
 _states: TypeAdapter[RunState] = TypeAdapter(RunState)
 
@@ -25,9 +25,10 @@ class RunFile:
         self._folder, self._job, self._job_digest = folder, job, job_digest
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = (folder / "lock").open("w")
+            warn_of_readers(folder)
+            self._lock = os.fdopen(os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, PRIVATE), "w")
         except OSError as error:
-            raise CheckpointError(f"the scheduler's state folder {folder} cannot be used: {error.strerror}") from None
+            raise unusable(folder, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -46,6 +47,8 @@ class RunFile:
             saved: dict[str, Any] = json.loads(path.read_text())
             digest, state = saved["job"], _states.validate_python(saved["state"])
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._folder, error) from None
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run"
             ) from None
@@ -65,7 +68,4 @@ class RunFile:
             write_durably(self._folder / "run.json", body.encode())
             write_durably(self._folder / "history.jsonl", lines.encode())
         except OSError as error:
-            raise CheckpointError(
-                f"the scheduler cannot write to {self._folder}: {error.strerror}; what was saved before is intact: "
-                f"make room or mend the rights, then start it again ({os.fspath(self._folder / 'run.json')})"
-            ) from None
+            raise unusable(self._folder, error) from None

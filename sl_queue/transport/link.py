@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NewType, Protocol
 
 from sl_queue.errors import SlQueueError
+from sl_queue.ports import Connectivity
 from sl_queue.protocol.messages import Kind
 
 Tag = NewType("Tag", tuple[int, int, int])  # (connection, channel or queue, delivery): void after a reconnect
@@ -55,6 +56,10 @@ class Link(Protocol):
 
     def reject(self, tag: Tag, reason: str) -> None:
         """Refuse for good: to the dead-letter queue `q.<party>.dead`, with the reason in the header `x-reason`."""
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """The connection to the broker, now."""
 
     def close(self) -> None:
         """Close in order, without waiting for confirms; unacknowledged messages go back to their queues. Idempotent."""

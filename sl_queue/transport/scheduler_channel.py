@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
+from sl_queue.ports import Connectivity
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import (
     OPERATOR,
@@ -47,6 +48,7 @@ class LinkSchedulerChannel:
         self._inbox: deque[tuple[str, Report, Tag]] = deque()
         self._taken: list[Tag] = []
         self._failure: SlQueueError | None = None
+        self._asked_at = time.monotonic()
         self._closed = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name="scheduler-pulse", daemon=True)
 
@@ -64,8 +66,19 @@ class LinkSchedulerChannel:
         if self._pulse.ident is not None:
             self._pulse.join()
 
+    @property
+    def pulse_age_s(self) -> float:
+        """Seconds since the scheduler's loop last asked for reports; it does so several times a second."""
+        return time.monotonic() - self._asked_at
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """The connection to the broker, now."""
+        return self._link.connectivity
+
     def reports(self, timeout_s: float) -> Sequence[tuple[str, Report]]:
-        deadline = time.monotonic() + timeout_s
+        self._asked_at = time.monotonic()
+        deadline = self._asked_at + timeout_s
         with self._changed:
             while not self._inbox and self._failure is None:
                 left = deadline - time.monotonic()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
-from sl_queue.errors import BrokerUnreachable, JobError, SlQueueError, TransportError, Unroutable
+from sl_queue.errors import JobError, SlQueueError, TransportError, Unroutable
 from sl_queue.transport.link import Tag
 from sl_queue.transport.rabbitmq.connection import Channel, Connection
 from sl_queue.transport.rabbitmq.failures import Lost, Refused
@@ -161,5 +161,5 @@ class Outlet:
         elif isinstance(why, Refused) and why.code == ACCESS_REFUSED:
             exchange = self._place.topology.exchange(self._place.party)
             user = self._place.address.user
-            error = BrokerUnreachable(f"user {user!r} needs the write right on {exchange!r} ({why.text})")
+            self._end(f"user {user!r} needs the write right on {exchange!r} ({why.text})", denied=True)
         self._end(str(why), error)
