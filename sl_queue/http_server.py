@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 MOST = 8  # connections at once
+BACKLOG = 128  # at the kernel, without a descriptor of ours
 PATIENCE_S = 5.0  # for one connection: its request and our answer
 MOST_PORT = 65_535
 REQUEST_BYTES = 8 * 1024
@@ -58,7 +59,7 @@ class HttpServer:
             raise OSError(f"a port is a number up to {MOST_PORT}")
         self._pages, self._clock = pages, clock
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self._listener = socket.create_server(where[:2], family=family, backlog=MOST)
+        self._listener = socket.create_server(where[:2], family=family, backlog=BACKLOG)
         self._listener.setblocking(False)
         self.port = int(self._listener.getsockname()[1])
         self._selector = selectors.DefaultSelector()
