@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from sl_queue.errors import BrokerUnreachable
 from sl_queue.transport.rabbitmq.address import CONNECT_S, Address
 
 BROKER, OWN, AUTHORITY = "broker", "own", "authority"
@@ -30,8 +31,22 @@ def expiry(secured: socket.socket, address: Address) -> Mapping[str, float]:
     return ends if own is None else {**ends, **_of_file(OWN, own)}
 
 
-def try_expiry(address: Address) -> Mapping[str, float]:
-    """As `expiry`, of a connection that is made for it and closed, and of the authority. Raises OSError, ValueError."""
+def try_expiry(url: str) -> Mapping[str, float]:
+    """As `expiry`, of a connection that is made for it and closed, and of the authority.
+
+    Of several nodes the first that answers. Raises BrokerUnreachable, JobError for a bad URL.
+    """
+    *others, last = Address.parse(url)
+    for node in others:
+        with suppress(OSError):
+            return _served(node)
+    try:
+        return _served(last)
+    except OSError as error:
+        raise BrokerUnreachable(f"the broker at {last} cannot be used: {error}") from None
+
+
+def _served(address: Address) -> Mapping[str, float]:
     options = address.parameters("").ssl_options
     if options is None:
         return {}

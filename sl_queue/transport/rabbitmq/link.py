@@ -243,9 +243,9 @@ class RabbitLink:
             if ended.error is not None:
                 raise ended.error
             fruitless = 0 if session.fruitful else fruitless + 1
+            denied.note(ended, began, self._changed_at, published=session.published)
             what = "lost the broker (%s); connecting again"
             if ended.denied:
-                denied.note(ended.reason, began, self._changed_at, published=session.published)
                 what = f"the broker refuses a message (%s); publishing again for {limits.lost_s:.0f} s at most"
             log.warning(f"%s: {what}", self._place.who, ended.reason)
             times = denied.count if ended.denied else fruitless

@@ -58,13 +58,18 @@ class Denials:
         self._since = 0.0
         self.count = 0
 
-    def note(self, reason: str, began: float, ended: float, *, published: bool) -> None:
-        """Count one more; `published`: whether the broker confirmed anything. Raises BrokerUnreachable to give up."""
+    def note(self, ended: Ended, began: float, now: float, *, published: bool) -> None:
+        """Note that a session has ended; `published`: whether the broker confirmed anything in it.
+
+        Raises BrokerUnreachable to give up.
+        """
         self._ever_published = self._ever_published or published
-        if not self.count or ended - began >= BRIEF_S:
-            self._since, self.count = ended, 0
+        if not ended.denied:
+            return
+        if not self.count or now - began >= BRIEF_S:
+            self._since, self.count = now, 0
         self.count += 1
         if not self._ever_published:
-            raise BrokerUnreachable(reason)
-        if ended - self._since > self._limit_s:
-            raise BrokerUnreachable(f"{reason}; tried for {self._limit_s:.0f} s")
+            raise BrokerUnreachable(ended.reason)
+        if now - self._since > self._limit_s:
+            raise BrokerUnreachable(f"{ended.reason}; tried for {self._limit_s:.0f} s")
