@@ -239,7 +239,7 @@ def dead(
     purge: Annotated[bool, typer.Option("--purge", help="Remove them.")] = False,
     yes: Yes = False,
 ) -> None:
-    """Messages that workers refused: how many, from whom and why; put them back, or remove them."""
+    """Show the messages that workers refused, from whom and why; put them back, or remove them."""
     import time
 
     from sl_queue.job import Job

@@ -26,7 +26,7 @@ class Variable:
     parse: Callable[[str], Any]
 
     def read(self, environ: Mapping[str, str] = os.environ) -> Any:
-        """Its value; the default where it is not set, or empty. Raises JobError."""
+        """Parse its value; the default where it is not set, or empty. Raises JobError."""
         text = environ.get(self.name, "").strip()
         if not text:
             return self.default

@@ -125,7 +125,7 @@ class HttpServer:
         self._go_on(connection)  # a watcher's request is often here already
 
     def _wait_for_descriptors(self) -> None:
-        """The connection stays in the backlog, so the listener would be ready for ever: look away for a moment."""
+        """Stop accepting for a moment: the connection stays in the backlog, so the listener would be ready for ever."""
         self._selector.unregister(self._listener)
         self._listen_at = self._clock() + SHORTAGE_S
         for connection in [each for each in self._connections if each.answer is None]:
@@ -172,7 +172,7 @@ class HttpServer:
     # Requests ---------------------------------------------------------------------------------------------------
 
     def _answer(self, request: bytes) -> Answer:
-        """The page that is asked for; whatever fails is an answer too."""
+        """Make the page that is asked for; whatever fails is an answer too."""
         head, complete, _ = request.partition(b"\r\n\r\n")
         line, *lines = head.decode("latin-1").split("\r\n")
         method, _, rest = line.partition(" ")

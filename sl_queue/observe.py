@@ -94,7 +94,7 @@ class SchedulerCollector(Collector):
         self._status, self._vitals = status, vitals
 
     def collect(self) -> Iterable[Metric]:
-        """Everything there is, now; before the first status only signs of life."""
+        """Yield all metrics as they are now; before the first status only signs of life."""
         yield from _of_vitals(self._vitals())
         status = self._status()
         if not status:

@@ -21,7 +21,7 @@ _WHAT = "a public key in base64, as `sl-queue key` prints it"
 
 
 def read_secret(path: Path, what: str, *, again: bool = False) -> bytes:
-    """The contents of a file with a secret. Raises JobError if others on this machine may read it; OSError.
+    """Read a file with a secret. Raises JobError if others on this machine may read it; OSError.
 
     A pipe (`/dev/fd/63` of a shell) has no other readers; it gives its contents once, so `again` is a JobError there.
     """

@@ -146,7 +146,7 @@ def test_check_tells_the_days_that_are_left_and_warns_below_thirty(authority: Ce
         url = url_of(port, written(tmp_path, "ca", authority), certfile=own)
         assert {BROKER, OWN, AUTHORITY} == set(try_expiry(url))
         _certificates(Check(found.append), url)
-    told = {finding.text.split(" is good for ")[0]: finding for finding in found}
+    told = {finding.text.split(" is valid for ")[0]: finding for finding in found}
     assert "386 days" in told["the broker's certificate"].text
     assert told["the broker's certificate"].level is told["the authority's certificate (cacertfile)"].level is Level.OK
     ending = told["the certificate of this login (certfile)"]

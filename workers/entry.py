@@ -42,7 +42,7 @@ def exiting() -> Iterator[None]:
 
 
 def _final_exit() -> int | None:
-    """None also for one that is wrong: that is why the worker ends."""
+    """Read the variable; None also for a wrong value, which is why the worker ends then."""
     with suppress(JobError):
         code: int | None = FINAL_EXIT.read()
         return code

@@ -104,12 +104,12 @@ def _rights(check: Check, job: Job, url: str, role: str) -> None:
 
 
 def _certificates(check: Check, url: str) -> None:
-    """For how long the certificates are good."""
+    """Say for how many days each certificate is valid, and warn of those that end soon."""
     from sl_queue.transport.rabbitmq.certificates import try_expiry
 
     for whose, ends in try_expiry(url).items():
         days = int((ends - time.time()) // DAY_S)
-        text = f"{CERTIFICATES[whose]} is good for {days} days"
+        text = f"{CERTIFICATES[whose]} is valid for {days} days"
         if days >= SOON_DAYS:
             check.ok(text)
         else:

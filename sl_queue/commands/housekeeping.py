@@ -25,7 +25,7 @@ Letters = Mapping[str, list[DeadLetter] | NotAllowed]  # by role, or why its que
 
 
 def parties_of(job: Job, chosen: Sequence[str]) -> tuple[str, ...]:
-    """The roles that were asked for, all of them if none was. Raises JobError for a name that is none."""
+    """Return the roles that were asked for, or all of them. Raises JobError for an unknown name."""
     known = (*job.parties, *(role for role in roles(job.topology()) if role not in job.parties))
     for name in chosen:
         if name not in known:
@@ -35,7 +35,7 @@ def parties_of(job: Job, chosen: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_dead(job: Job, broker: str, parties: Sequence[str]) -> Letters:
-    """The dead letters of each party, which stay where they are. Raises NotAllowed if this login can read none."""
+    """Read the dead letters of each party; they stay where they are. Raises NotAllowed if this login can read none."""
     found: dict[str, list[DeadLetter] | NotAllowed] = {}
     with _at(job, broker) as house:
         for party in parties:
@@ -50,7 +50,7 @@ def read_dead(job: Job, broker: str, parties: Sequence[str]) -> Letters:
 
 
 def describe_dead(job: Job, broker: str, found: Letters, now: float) -> Iterator[str]:
-    """A line for each party, and one for each reason and sender."""
+    """Yield a line for each party, and one for each sender and reason."""
     names = topology(job, broker)
     for party, letters in found.items():
         if isinstance(letters, NotAllowed):
@@ -78,13 +78,13 @@ def _reasons(names: Topology, party: str, letters: Sequence[DeadLetter], now: fl
 
 
 def plain(text: str) -> str:
-    """A peer's text on one line of printable characters, cut to a length that a person reads."""
+    """Make a peer's text one line of printable characters, cut to a length that a person reads."""
     shown = "".join(character if character.isprintable() else "?" for character in text)
     return shown if len(shown) <= REASON_LENGTH else f"{shown[:REASON_LENGTH]}..."
 
 
 def put_back(job: Job, broker: str, parties: Sequence[str]) -> Iterator[str]:
-    """Put dead letters back to where they came from; a line for each party."""
+    """Put dead letters back to where they came from; yields a line for each party."""
     with _at(job, broker) as house:
         for party in parties:
             back = house.put_back(party)
@@ -98,14 +98,14 @@ def _left(back: Back) -> Iterator[str]:
 
 
 def purge_dead(job: Job, broker: str, parties: Sequence[str]) -> Iterator[str]:
-    """Remove dead letters; a line for each party."""
+    """Remove dead letters; yields a line for each party."""
     with _at(job, broker) as house:
         for party in parties:
             yield f"{party}: {_count(house.purge(party), 'dead letter')} removed"
 
 
 def find_remains(job: Job, broker: str, *, force: bool) -> Remains:
-    """What there is of the job at the broker. Raises PartyBusy while somebody reads its queues, unless `force`."""
+    """List what the broker has of the job. Raises PartyBusy while somebody reads its queues, unless `force`."""
     with _at(job, broker) as house:
         remains = house.remains()
     connected = readers(topology(job, broker), remains.queues)
@@ -118,7 +118,7 @@ def find_remains(job: Job, broker: str, *, force: bool) -> Remains:
 
 
 def describe_remains(job: Job, broker: str, remains: Remains) -> Iterator[str]:
-    """What would be removed."""
+    """Yield a line for each queue and exchange that would be removed."""
     if not (remains.queues or remains.exchanges):
         yield f"nothing of job {job.name!r} is at that broker"
         return
@@ -131,7 +131,7 @@ def describe_remains(job: Job, broker: str, remains: Remains) -> Iterator[str]:
 
 
 def remove_remains(job: Job, broker: str, remains: Remains, *, force: bool) -> str:
-    """Remove it; returns what was removed, in words. Raises PartyBusy if a worker has come meanwhile."""
+    """Remove it and say what was removed. Raises PartyBusy if a worker has come meanwhile."""
     with _at(job, broker) as house:
         house.remove(remains, in_use=force)
     messages = _count(sum(queue.messages for queue in remains.queues), "message")

@@ -31,7 +31,7 @@ def topology(job: Job, broker: str) -> Topology:
 
 
 def connector(job: Job, broker: str, limits: Limits = Limits(), again: Callable[[], str] | None = None) -> Connect:
-    """How parties reach the broker at that URL, and for how long they try; `again` gives the URL as it is then."""
+    """Return what connects parties to the broker at that URL; `limits`: for how long, `again`: reads the URL again."""
     if broker == MEMORY:
         memory = MemoryBroker()
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)

@@ -36,12 +36,12 @@ def write_durably(path: Path, body: bytes) -> None:
 
 
 def is_passing(error: BaseException) -> bool:
-    """True for a shortage of the whole machine or process (descriptors, memory), which says nothing of the file."""
+    """Return True for a shortage of descriptors or memory, which says nothing of the file."""
     return isinstance(error, OSError) and error.errno in _PASSING
 
 
 def unusable(folder: Path, error: OSError) -> SlQueueError:
-    """The error of a state folder that cannot be used: a shortage is worth a restart, all else needs a person."""
+    """Make the error of a state folder that cannot be used: a shortage is worth a restart, all else needs a person."""
     what = f"the state folder {folder} cannot be used: {error.strerror or error}; what was saved before is intact: "
     if is_passing(error):
         return ResourceShortage(

@@ -19,7 +19,7 @@ _OTHER_NAME = (62, 64)
 
 
 def expiry(secured: socket.socket, address: Address) -> Mapping[str, float]:
-    """Unix times at which the broker's certificate and the own one end; empty without TLS."""
+    """Return the Unix times at which the broker's certificate and the own one end; empty without TLS."""
     if not isinstance(secured, ssl.SSLSocket):
         return {}
     ends = {}
@@ -32,7 +32,7 @@ def expiry(secured: socket.socket, address: Address) -> Mapping[str, float]:
 
 
 def try_expiry(url: str) -> Mapping[str, float]:
-    """As `expiry`, of a connection that is made for it and closed, and of the authority.
+    """Connect, and return what `expiry` does, with the authority's end.
 
     Of several nodes the first that answers. Raises BrokerUnreachable, JobError for a bad URL.
     """
@@ -88,7 +88,7 @@ def refused(error: ssl.SSLError, address: Address) -> str:
 
 
 def _about_theirs(error: ssl.SSLCertVerificationError, address: Address) -> str:
-    """What is wrong with the certificate that the broker shows."""
+    """Say what is wrong with the certificate that the broker shows."""
     code = error.verify_code
     if code == _EXPIRED:
         return (

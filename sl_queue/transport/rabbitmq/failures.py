@@ -76,6 +76,6 @@ def why_not(error: BaseException, address: Address) -> Lost | Denied:
 
 
 def unusable(error: ValueError | OSError) -> Denied:
-    """What is wrong with the files that the broker's URL names, which were good when it was read."""
+    """Describe files that the broker's URL names and that cannot be read any more: a certificate is being replaced."""
     what = (error.strerror if isinstance(error, OSError) else None) or error
     return Denied(f"the certificates that the broker's URL names cannot be used now: {what}")

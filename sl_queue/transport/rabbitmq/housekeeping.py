@@ -41,7 +41,7 @@ class DeadLetter:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing of it was cut off."""
+        """True if nothing of it was cut off."""
         return self.kept >= self.size
 
 
@@ -71,7 +71,7 @@ class Remains:
 
 
 def roles(names: Topology) -> tuple[str, ...]:
-    """Everybody who has queues."""
+    """List everybody who has queues."""
     return (*names.parties, SCHEDULER, OPERATOR)
 
 
@@ -99,7 +99,7 @@ class Housekeeping:
     # Dead letters -----------------------------------------------------------------------------------------------
 
     def dead_letters(self, party: str) -> list[DeadLetter]:
-        """What `party` refused, the oldest first; it stays where it is."""
+        """Read what `party` refused, the oldest first; it stays where it is."""
         name = self._names.dead_letters(party)
         with self._channel(f"the read right on {name!r}") as channel:
             return [_letter(properties, body) for _, properties, body in _all_of(channel, name)]
@@ -132,7 +132,7 @@ class Housekeeping:
     # What is left -----------------------------------------------------------------------------------------------
 
     def remains(self) -> Remains:
-        """Everything of the job that is there."""
+        """List everything of the job that is there."""
         everybody = roles(self._names)
         inboxes = [self._names.queue(role, sender) for role in everybody for sender in self._names.senders_to(role)]
         found = [self._found(name) for name in (*inboxes, *map(self._names.dead_letters, everybody))]
@@ -163,7 +163,7 @@ class Housekeeping:
 
     @contextmanager
     def _channel(self, right: str) -> Iterator[BlockingChannel]:
-        """A channel; what was read and not acknowledged goes back when it closes. `right`: needed in the body."""
+        """Open a channel; what was read and not acknowledged goes back when it closes. `right`: needed in the body."""
         try:
             channel = self._connection.channel()
             yield channel
@@ -196,7 +196,7 @@ def _look_up(channel: BlockingChannel, name: str) -> Queue | None:
 
 
 def _all_of(channel: BlockingChannel, name: str) -> Iterator[tuple[Any, Any, bytes]]:
-    """The messages that are ready in a queue now; what comes meanwhile is not waited for."""
+    """Yield the messages that are ready in a queue now; what comes meanwhile is not waited for."""
     queue = _look_up(channel, name)
     for _ in range(0 if queue is None else queue.messages):
         method, properties, body = channel.basic_get(name)
@@ -218,7 +218,7 @@ def _letter(properties: Any, body: bytes) -> DeadLetter:
 
 
 def _unfit(letter: DeadLetter, own: frozenset[str]) -> str | None:
-    """Why a letter cannot go back, or None."""
+    """Say why a letter cannot go back, or return None."""
     if letter.queue not in own:
         return "do not say from which queue of this party they came"
     if not letter.is_whole:
@@ -240,11 +240,11 @@ def _publish(out: BlockingChannel, properties: Any, body: bytes) -> str | None:
 
 
 def senders(names: Topology, party: str) -> Mapping[str, str]:
-    """Whose messages come through which queue of a party."""
+    """Map each queue of a party to the sender of its messages."""
     return {names.queue(party, sender): sender for sender in names.senders_to(party)}
 
 
 def readers(names: Topology, queues: Sequence[Queue]) -> list[str]:
-    """Roles of which a worker is connected, or a command of the operator."""
+    """List the roles of which a worker, or a command of the operator, is connected."""
     read = {queue.name for queue in queues if queue.consumers}
     return [role for role in roles(names) if read.intersection(senders(names, role))]

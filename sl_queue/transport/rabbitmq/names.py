@@ -35,7 +35,7 @@ def dead_letter_arguments(queue_type: QueueType) -> Arguments:
 
 
 def channels_needed(topology: Topology, party: str) -> int:
-    """How many channels a party has open at once: one a sender, one to publish, one to declare what is missing."""
+    """Count the channels that a party has open at once: one a sender, one to publish, one to declare queues."""
     return len(topology.senders_to(party)) + 2
 
 

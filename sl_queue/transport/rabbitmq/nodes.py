@@ -26,7 +26,7 @@ class Nodes:
         return self._nodes[0]
 
     def next(self) -> Address:
-        """The node of the next attempt; blocks to read a file."""
+        """Return the node of the next attempt; blocks to read a file."""
         if self._again is not None and self._turn:
             self._refresh(self._again)
         self._turn += 1

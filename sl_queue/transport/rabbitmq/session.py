@@ -61,7 +61,7 @@ class Session:
 
     @property
     def is_open(self) -> bool:
-        """Whether messages go to and fro."""
+        """True while messages go to and fro."""
         return self._begun and not self.ended.done()
 
     @property
@@ -71,7 +71,7 @@ class Session:
 
     @property
     def published(self) -> bool:
-        """Whether the broker confirmed anything."""
+        """True if the broker confirmed anything."""
         return self._outlet.confirmed
 
     @property

@@ -163,7 +163,7 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
                 self._end(self._alert() or error)
 
     def _alert(self) -> Exception | None:
-        """Why the broker's TLS let go, if it said so: who writes first meets only a connection that is closed."""
+        """Read why the broker's TLS let go, if it said so: who writes first meets only a closed connection."""
         try:
             while self._secured and self._socket.recv(1024):
                 pass

@@ -59,7 +59,7 @@ class Unconfirmed:
             return len(self._waiting) == 1
 
     def take(self, paused: Collection[str] = ()) -> tuple[int, Outgoing] | None:
-        """The next message to publish that is not for a `paused` queue; it stays here until it is confirmed.
+        """Return the next message to publish that is not for a `paused` queue; it stays here until it is confirmed.
 
         None if none is waiting. The order of what is for one queue is kept.
         """
