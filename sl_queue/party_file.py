@@ -23,6 +23,7 @@ from sl_queue.broker_url import fault
 from sl_queue.declared import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.errors import JobError
 from sl_queue.protocol.fingerprints import SEED
+from sl_queue.security import read_secret
 from sl_queue.user_code import NAME
 
 if TYPE_CHECKING:
@@ -229,11 +230,14 @@ class PartyFile(Declared):
         copied._secret = secret
         return copied
 
-    def broker_url(self, option: str | None = None) -> str:
-        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none."""
+    def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
+        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
+
+        `again`: it was read before, and may have changed.
+        """
         for where, url in (("--broker", option), (BROKER, os.environ.get(BROKER)), ("broker", self.broker)):
             if url:
-                url = read_url(url, self._folder if where == "broker" else None)
+                url = read_url(url, self._folder if where == "broker" else None, again=again)
                 problem = _url_problem(url)
                 if problem is not None:
                     raise JobError(f"{where} = {problem}")
@@ -257,12 +261,16 @@ class PartyFile(Declared):
             raise JobError("\n  ".join(f"party {self.party!r}: {problem}" for problem in problems))
 
 
-def read_url(url: str, folder: Path | None = None) -> str:
-    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else."""
+def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
+    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
+
+    Raises JobError for a file that cannot be read, or that others may read, as a private key.
+    """
     if not url.startswith(_IN_FILE):
         return url
+    path = (Path() if folder is None else folder) / url.removeprefix(_IN_FILE)
     try:
-        return (Path() if folder is None else folder).joinpath(url.removeprefix(_IN_FILE)).read_text().strip()
+        return read_secret(path, "URL with its password", again=again).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise JobError(f"{url}: the broker's URL cannot be read: {reason}") from None

@@ -1,13 +1,12 @@
 """A data party, put together: its table, its stage over torch, its checkpoints, its channel and its role."""
 
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -19,6 +18,7 @@ from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.handover import Take, itself
 from sl_queue.compute.models import limit_threads
 from sl_queue.data.table import read_table
+from sl_queue.environment import LOCAL, THREADS
 from sl_queue.errors import JobError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
@@ -36,9 +36,10 @@ from sl_queue.storage.history_file import HistoryFile
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.seal import Seal
 
-log = logging.getLogger("sl_queue")
+if TYPE_CHECKING:
+    from sl_queue.http_server import HttpServer
 
-LOCAL = "SL_QUEUE_LOCAL"  # environment variable: all parties are on this machine, and one person holds all their files
+log = logging.getLogger("sl_queue")
 
 
 def run_party(
@@ -62,11 +63,12 @@ def run_party(
         )
     url = party_file.broker_url(broker)
     require_network(url)
-    limit_threads(party_file.threads or int(os.environ.get("SL_QUEUE_THREADS", 0)) or None)
+    limit_threads(party_file.threads or THREADS.read() or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
     folder = _state_folder(party_file, state)
-    private = not os.environ.get(LOCAL)
-    serve_party(job, party_file, connector(job, url), folder, Channels(), seal, metrics, private=private)
+    private = not LOCAL.read()
+    connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
+    serve_party(job, party_file, connect, folder, Channels(), seal, metrics, private=private)
 
 
 def serve_party(
@@ -120,7 +122,7 @@ def serve_party(
         journal = HistoryFile(state / "history.jsonl")
         worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take)
         if metrics is not None:
-            _show(metrics, job, party, channel, worker)
+            stack.callback(_show(metrics, job, party, channel, worker).close)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
@@ -201,10 +203,14 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> None:
-    from sl_queue.observe import PartyCollector, Training, serve  # only who is observed loads the library
+def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> "HttpServer":
+    from sl_queue.observe import PartyCollector, Training, Vitals, serve  # only who is observed loads the library
 
     def training() -> Training:
         return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)
 
-    serve(address, PartyCollector(job.name, party, lambda: channel.measures, training))
+    def vitals() -> Vitals:
+        measures = channel.measures
+        return Vitals(measures.pulse_age_s, measures.broker)
+
+    return serve(address, PartyCollector(job.name, party, lambda: channel.measures, training), vitals)

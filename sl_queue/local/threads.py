@@ -19,6 +19,7 @@ from sl_queue.compute.handover import Loan, Take
 from sl_queue.compute.models import limit_threads
 from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
+from sl_queue.environment import THREADS
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
@@ -253,4 +254,4 @@ def key_in(keys: Path | None, role: str) -> Path | None:
 
 def shared_threads(workers: int) -> int:
     """Torch threads for each of several workers on this machine: more than its cores together are slower."""
-    return int(os.environ.get("SL_QUEUE_THREADS", 0)) or max(1, (os.cpu_count() or 1) // workers)
+    return int(THREADS.read()) or max(1, (os.cpu_count() or 1) // workers)

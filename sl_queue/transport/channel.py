@@ -101,6 +101,7 @@ class PartyChannel:
         self._patience = Patience(
             party, patience_s, lambda source: seal is not None and seal.never_opened(source), link.outage
         )
+        self._patience.hear(self._sources)  # so that whoever observes may ask before it is open
         self._failure: SlQueueError | None = None
         self._describe: Callable[[], Joined] | None = None
         self._progress: Progress | None = None
@@ -229,7 +230,8 @@ class PartyChannel:
     @property
     def measures(self) -> Measures:
         """What there is to observe."""
-        return self._meter.read(self.counts, {peer: self._patience.silence_s(peer) for peer in self._sources})
+        silent_s = {peer: self._patience.silence_s(peer) for peer in self._sources}
+        return self._meter.read(self.counts, silent_s, self._link.connectivity)
 
     # Waiting ----------------------------------------------------------------------------------------------------
 

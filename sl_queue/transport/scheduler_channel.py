@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
+from sl_queue.ports import Connectivity
 from sl_queue.protocol.codec import MAX_CONTROL_BYTES, AnotherVersion, decode, encode
 from sl_queue.protocol.messages import (
     OPERATOR,
@@ -59,6 +60,7 @@ class LinkSchedulerChannel:
         self._waiting_bytes: Counter[str] = Counter()  # in the inbox, by sender
         self._taken: list[Tag] = []
         self._failure: SlQueueError | None = None
+        self._asked_at = time.monotonic()
         self._closed = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name="scheduler-pulse", daemon=True)
 
@@ -77,8 +79,19 @@ class LinkSchedulerChannel:
         if self._pulse.ident is not None:
             self._pulse.join()
 
+    @property
+    def pulse_age_s(self) -> float:
+        """Seconds since the scheduler's loop last asked for reports; it does so several times a second."""
+        return time.monotonic() - self._asked_at
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """The connection to the broker, now."""
+        return self._link.connectivity
+
     def reports(self, timeout_s: float) -> Sequence[tuple[str, Report, bool]]:
-        deadline = time.monotonic() + timeout_s
+        self._asked_at = time.monotonic()
+        deadline = self._asked_at + timeout_s
         with self._changed:
             while not self._inbox and self._failure is None:
                 left = deadline - time.monotonic()
