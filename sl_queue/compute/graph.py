@@ -42,11 +42,12 @@ def runs_only_torch(root: Tensor, hooks_before: int) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node) is _ACCUMULATE:
+        kind: Any = type(node)
+        if kind is _ACCUMULATE:
             if not _is_plain_leaf(node.variable):
                 return False
             continue
-        names = _saved_by(type(node))
+        names = _saved_by(kind)
         if names is None:
             return False
         for name in names:
