@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
 from sl_queue.compute.handover import Loan, Take
@@ -89,7 +90,7 @@ def run_threads(
 ) -> Result:
     """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
     require_all(job, parties)
-    with Loan() as loan:
+    with torch.inference_mode(False), Loan() as loan:  # what is made in that mode cannot be trained
         lend_given(parties, loan)
         run_state = _Threads(job, parties, broker, states, on_status, keys, loan).run()
         history = [history_line(result) for result in run_state.history]
