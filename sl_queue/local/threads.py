@@ -106,19 +106,18 @@ def run_threads(
     """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
     require_all(job, parties)
     require_nothing_lost(party.device for party in parties)
-    with Loan() as loan:
+    with torch.inference_mode(False), Loan() as loan:  # what is made in that mode could not be trained any further
         lend_given(parties, loan)
         with thread_counts_kept():
             run_state = _Threads(job, parties, broker, states, on_status, keys, loan).run()
         history = [history_line(result) for result in run_state.history]
         modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
-        with torch.inference_mode(False):  # modules made in it could not be trained any further
-            for party in parties:
-                for path in sorted((states[party.party] / "final").glob("*.safetensors")):
-                    try:
-                        modules[party.party, path.stem] = trained_module(job, party, path, loan)
-                    except SlQueueError as error:  # told to who asks for that module; the others are here
-                        modules[party.party, path.stem] = error
+        for party in parties:
+            for path in sorted((states[party.party] / "final").glob("*.safetensors")):
+                try:
+                    modules[party.party, path.stem] = trained_module(job, party, path, loan)
+                except SlQueueError as error:  # told to who asks for that module; the others are here
+                    modules[party.party, path.stem] = error
         return Result(history, modules, job.label_holder)
 
 
