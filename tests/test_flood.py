@@ -206,7 +206,7 @@ def test_a_scheduler_that_is_flooded_logs_a_line_and_hears_the_others(
     for _ in range(5000):
         broker.publish(SCHEDULER, "a", b"garbage", persistent=False, expires=False)
     broker.publish(SCHEDULER, "b", body(Alive("b1"), "b", SCHEDULER), persistent=False, expires=False)
-    assert channel.reports(0.0) == [("b", Alive("b1"))]
+    assert channel.reports(0.0) == [("b", Alive("b1"), False)]
     assert len(caplog.records) == 1
     assert len(broker.dead_letters) == COPIES
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pytest
 import torch
@@ -194,11 +196,10 @@ def test_masked_labels_and_labels_with_gaps_are_refused() -> None:
     assert "labels: values are missing in 1 of 3 rows" in complaint(GOOD, Series(NULLS))
 
 
-# Libraries, where they are installed ----------------------------------------------------------------------------
+# Libraries ----------------------------------------------------------------------------------------------------
 
 
 def test_frames_of_pandas_are_taken() -> None:
-    pd = pytest.importorskip("pandas")
     frame = pd.DataFrame({"age": [1.5, 2, 3], "n": [1, 2, 3], "a": [True, False, True]}, index=[7, 8, 9])
     expected = [[1.5, 1, 1], [2, 2, 0], [3, 3, 1]]
     for given in (frame, frame.convert_dtypes(), frame.convert_dtypes(dtype_backend="pyarrow"), frame.astype(object)):
@@ -216,7 +217,6 @@ def test_frames_of_pandas_are_taken() -> None:
 
 
 def test_frames_of_polars_are_taken() -> None:
-    pl = pytest.importorskip("polars")
     frame = pl.DataFrame({"age": [1.5, 2, 3], "a": [True, False, True]})
     assert features(frame).tolist() == [[1.5, 1], [2, 0], [3, 1]]
     assert "give .collect()" in complaint(frame.lazy())

@@ -19,7 +19,7 @@ from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER, MicroBatch
 from sl_queue.storage.secret_file import read_secret, write_secret
-from tests.first_version import SGD, files, job, stop_after
+from tests.first_version import SGD, Enough, files, job, stop_after
 from tests.split import equal_weights
 
 CPU = torch.device("cpu")
@@ -218,7 +218,7 @@ def test_a_run_that_one_person_began_with_the_seed_keeps_it_and_a_worker_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     agreed = job(broker={"patience": 5.0})
-    with pytest.raises(SlQueueError):
+    with pytest.raises(Enough):
         sl_queue.run_local(agreed, files(), out=tmp_path / "run", on_status=stop_after(2))
     with caplog.at_level(logging.WARNING, "sl_queue"):
         deployed(tmp_path / "run")

@@ -10,11 +10,11 @@ import pytest
 
 import sl_queue
 from sl_queue.data.rows import Rows
-from sl_queue.errors import CheckpointError, SlQueueError
+from sl_queue.errors import CheckpointError
 from sl_queue.launch.broker import Channels
 from sl_queue.launch.party import serve_party
 from tests.credit import FILES, bank_columns, edit, write_bank, write_credit
-from tests.first_version import stop_after
+from tests.first_version import Enough, stop_after
 
 
 def load(folder: Path) -> tuple[sl_queue.Job, list[sl_queue.PartyFile]]:
@@ -31,7 +31,7 @@ def begun(tmp_path: Path) -> Path:
     """The example in a folder of its own, trained for some of its epochs."""
     write_credit(tmp_path)
     edit(tmp_path / "job.toml", "micro_batches = 4", "micro_batches = 4\ncheckpoint_every = 1")
-    with pytest.raises(SlQueueError):
+    with pytest.raises(Enough):
         train(tmp_path, on_status=stop_after(2))
     return tmp_path
 
@@ -122,7 +122,7 @@ def test_rows_given_in_code_are_compared_as_a_table_is(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     features = random.normal(size=(200, 3)).astype(np.float32)
     given = bank.model_copy(update={"data": Rows(np.arange(200), features)})
-    with pytest.raises(SlQueueError):
+    with pytest.raises(Enough):
         sl_queue.run_local(job, [given, insurer], out=tmp_path / "out", on_status=stop_after(2))
     other = bank.model_copy(update={"data": Rows(np.arange(200), features * 100)})
     with pytest.raises(CheckpointError, match="the values of the features differ"):
