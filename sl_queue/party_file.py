@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy.typing as npt
 from pydantic import (
@@ -123,6 +123,11 @@ class FuseFile(BaseFile):
 
     loss: Any = Field(description=f"{', '.join(LOSSES)} or module:callable")
     metrics: list[str] = Field(default=[], description='a list of names, for instance ["auroc", "accuracy"]')
+    outputs: Literal["logits", "probabilities", "log_probabilities"] | None = Field(
+        default=None,
+        description='"logits", "probabilities" or "log_probabilities": what the fuse model puts out, for a loss of '
+        "your own and metrics of classes; mostly found without it",
+    )
 
     @field_validator("loss")
     @classmethod

@@ -667,8 +667,8 @@ def test_a_fuse_that_fails_on_the_cuts_is_named_before_training() -> None:
     [
         (lambda output, labels: output**2, "the loss returns float32 (2, 1); it must return the mean over the rows"),
         (lambda output, labels: 5, "the loss returns int; it must return"),
-        (lambda output, labels: output[5, 5], "the loss failed on output and labels of 2 rows: IndexError"),
-        (nn.MarginRankingLoss, "the loss failed on output and labels of 2 rows: TypeError"),
+        (lambda output, labels: output[5, 5], "failed on output float32 (2, 1) and labels int64 (2,): IndexError"),
+        (nn.MarginRankingLoss, "failed on output float32 (2, 1) and labels int64 (2,): TypeError"),
     ],
 )
 def test_a_loss_of_the_users_own_that_cannot_be_used_is_named(loss: Any, complaint: str) -> None:
@@ -685,13 +685,14 @@ def test_a_loss_may_be_a_class_of_torch() -> None:
 
 def test_a_loss_that_becomes_nan_is_named_with_its_step() -> None:
     def diverging(output: Tensor, labels: Tensor) -> Tensor:
-        calls.append(1)
-        return output.mean() * (torch.nan if len(calls) > 3 else 1.0)
+        calls.append(len(output))
+        return output.mean() * (torch.nan if calls.count(8) > 2 else 1.0)
 
     calls: list[int] = []
-    run = setup(loss=diverging)
+    run = setup(loss=diverging)  # steps of 8, 8 and 4 rows; trials are of fewer
     message = raised(NonFiniteError, lambda: run.stages().train(run.pipeline))
-    assert message.startswith("party 'insurer', micro-batch 2.0: the loss is nan; lower the learning rate")
+    assert message.startswith("party 'insurer', micro-batch 3.0: the loss is nan; the output of ")
+    assert "is finite, so the loss makes it" in message
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_named_with_the_party_it_is_for() -> None:

@@ -189,11 +189,11 @@ def watched(how: str, **job: Any) -> Parties:
     return parties(bases, Concatenated(16, 1), features, draw.integers(0, 2, 30), cuts=cuts, **job)
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(
+    ("how", "staleness"),  # what is retained in a step is not there yet when the next forward runs ahead of it
+    [(how, staleness) for how in HOWS for staleness in (0, 1) if not (staleness and "retained" in how)],
+)
 def test_where_something_looks_at_a_relus_gradient_all_of_it_is_sent(how: str, staleness: int) -> None:
-    if staleness and "retained" in how:
-        pytest.skip("the gradient of the micro-batch before has not come yet")
     pipeline = {"micro_batches": 2, "depth": 2 if staleness else 1, "staleness": staleness}
     plain, shorter = watched(how, pipeline=pipeline), watched(how, pipeline=pipeline, wire={"compress": "bitmap"})
     expected, found = plain.stages().train(plain.pipeline).modules(), shorter.stages().train(shorter.pipeline).modules()

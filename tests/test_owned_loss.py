@@ -97,7 +97,7 @@ def test_two_runs_with_one_loss_are_equal_and_give_it_back(kind: str) -> None:
 def test_held_out_rows_go_through_a_loss_in_evaluation_mode() -> None:
     run = setup(Ema())
     found = run.stages()
-    loss: Any = found.fuse.objective.loss
+    loss: Any = found.fuse.objective.loss.loss
     loss.modes.clear()
     found.train(run.pipeline)
     assert loss.modes == {True, False}

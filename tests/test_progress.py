@@ -11,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sl_queue.protocol.agreement import differing_keys
-from sl_queue.protocol.epochs import best_epoch
 from sl_queue.protocol.messages import (
     OPERATOR,
     Alive,
@@ -222,18 +221,19 @@ def test_a_line_of_history_has_the_holdout_only_if_there_is_one() -> None:
 
 
 def decide(rule: EarlyStopping, values: Sequence[float | None]) -> tuple[int, int]:
-    """Written down anew: (epochs trained, best epoch) of a run that measures `values`."""
-    defined = [(number, value) for number, value in enumerate(values) if value is not None and value == value]
-    best, without_gain = len(values) - 1, 0
-    best_value: float | None = None
-    for number, value in defined:
-        gain = inf if best_value is None else (best_value - value if rule.lower_is_better else value - best_value)
-        without_gain = 0 if gain > rule.min_delta or best_value is None else without_gain + 1
-        if not without_gain:
-            best, best_value = number, value
-        if without_gain >= rule.patience:
-            return number + 1, best
-    return len(values), best
+    """Written down again: (epochs trained, the epoch whose weights are final) of a run that measures `values`."""
+    best: int | None = None
+    without_gain = 0
+    for number, value in enumerate(values):
+        if value is None or value != value:  # undefined: neither a gain nor an epoch without one
+            continue
+        old = inf if best is None else values[best]
+        assert old is not None
+        gain = inf if best is None else (old - value if rule.lower_is_better else value - old)
+        best, without_gain = (number, 0) if gain > rule.min_delta else (best, without_gain + 1)
+        if without_gain == rule.patience:
+            return number + 1, best if best is not None else number
+    return len(values), len(values) - 1 if best is None else best
 
 
 metrics = st.none() | st.just(nan) | st.sampled_from([-inf, inf, 0.0, 0.1, 0.2, 0.5, 0.51, 1.0])
@@ -246,7 +246,7 @@ def test_early_stopping_ends_after_patience_epochs_without_a_gain_and_restores_t
 ) -> None:
     rule = EarlyStopping("loss", patience, min_delta, lower_is_better=lower)
     mind = Mind(plan(len(values), rule)).everyone_joins()
-    trained, best = decide(rule, values)
+    trained, final = decide(rule, values)
     for number in range(trained):
         assert not mind.ordered(Finish)
         mind.hear("label", EpochDone("label1", 0, epoch(number, values[number])))
@@ -256,9 +256,17 @@ def test_early_stopping_ends_after_patience_epochs_without_a_gain_and_restores_t
     for party in PARTIES:
         assert not mind.ordered(Finish)
         mind.hear(party, Progress(f"{party}1", 0, last, (last,)))
-    found = best_epoch(mind.plan, mind.state)
-    assert (trained - 1 if found is None else found.epoch) == best
-    assert {order.step for order in mind.ordered(Finish).values()} == {STEPS * (best + 1) - 1}
+    assert {order.step for order in mind.ordered(Finish).values()} == {STEPS * (final + 1) - 1}
+
+
+@pytest.mark.parametrize("undefined", [None, nan])
+def test_a_metric_that_no_epoch_defines_neither_ends_the_run_nor_chooses_its_weights(undefined: float | None) -> None:
+    mind = Mind(plan(epochs=6, early=EarlyStopping("loss", 1, 0.0, lower_is_better=False))).everyone_joins()
+    for number in range(6):
+        mind.hear("label", EpochDone("label1", 0, epoch(number, undefined)))
+    for party in PARTIES:
+        mind.hear(party, Progress(f"{party}1", 0, STEPS * 6 - 1, (STEPS * 6 - 1,)))
+    assert {order.step for order in mind.ordered(Finish).values()} == {STEPS * 6 - 1}
 
 
 # Endings ------------------------------------------------------------------------------------------------------

@@ -46,7 +46,12 @@ def dotted(node: ast.AST) -> str:
 
 def global_draws(source: str) -> Iterator[str]:
     """What in a program draws from a global generator, or may: by its dotted name."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    own = {id(call.func) for call in calls if any(keyword.arg == "generator" for keyword in call.keywords)}
+    for node in ast.walk(tree):
+        if id(node) in own:
+            continue
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             names = {alias.name for alias in node.names}
             if node.module in ("random", "numpy.random"):
@@ -79,6 +84,7 @@ def global_draws(source: str) -> Iterator[str]:
 def test_a_draw_from_a_global_generator_would_be_found(line: str) -> None:
     assert list(global_draws(line))
     assert not list(global_draws("random.Random(3).random(), np.random.default_rng(0).normal(), torch.zeros(3)"))
+    assert not list(global_draws("torch.randn(3, generator=own)"))
 
 
 def test_nothing_of_ours_draws_from_a_global_generator() -> None:

@@ -26,27 +26,40 @@ def check_job(job_file: Path, party_files: Sequence[Path], broker: str | None, s
     files = [file for path in party_files if (file := check.attempt(lambda path=path: PartyFile.load(path)))]  # type: ignore[misc]
     if job is not None:
         check.ok(f"{job_file}: job {job.name!r}, parties {', '.join(job.parties)}, digest {job.digest[:12]}")
-        _check_with_job(check, job, files, broker)
+        _check_with_job(check, job, files, broker, len(party_files) - len(files))
     return check.exit_code
 
 
-def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None) -> None:
+def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
+    """Check everything that takes a job; `unread` party files could not be read."""
     readable = [file for file in files if check.attempt(lambda file=file: _belongs(job, file))]  # type: ignore[misc]
     parties = {file.party: party for file in readable if (party := _read(check, job, file))}
     aligned = _compare_rows(check, parties)
     n_rows = next(iter(parties.values())).table.n_rows if parties else None
     batches = None if n_rows is None else check.attempt(lambda: job.batches(n_rows))
     if batches is not None:
-        payloads = dry_run(check, job, parties, batches)
+        tried = dry_run(check, job, parties, batches)
         if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
-            check.attempt(lambda: compare_with_joined(check, job, parties, batches))
-        message_sizes(check, job, payloads, batches)
-    missing = [party for party in job.parties if party not in parties]
-    if missing:
-        check.note(f"not looked at: {', '.join(missing)} (no readable party file was given)")
+            check.attempt(lambda: compare_with_joined(check, job, parties, batches, tried.seconds))
+        message_sizes(check, job, tried.payloads, batches)
+    _say_who_is_missing(check, job, parties, files, unread)
     _say_what_is_not_joined(check, job)
     _spell_out(check, job, batches)
     brokers(check, job, files, broker)
+
+
+def _say_who_is_missing(
+    check: Check, job: Job, parties: Mapping[str, Readable], files: Sequence[PartyFile], unread: int
+) -> None:
+    """Tell parties whose file or table has errors from parties of whom no file was given."""
+    given = {file.party for file in files}
+    faulty = [party for party in job.parties if party in given and party not in parties]
+    if faulty:
+        check.note(f"models not looked at: {', '.join(faulty)} (see the errors above)")
+    missing = [party for party in job.parties if party not in given]
+    if missing:
+        why = "no party file was given" if not unread else "no party file, or only one with the errors above"
+        check.note(f"not looked at: {', '.join(missing)} ({why})")
 
 
 def _belongs(job: Job, file: PartyFile) -> bool:

@@ -68,6 +68,12 @@ def leaves_of(output: Tensor) -> list[Tensor]:
     return found
 
 
+def leaves_beyond(output: Tensor, inputs: Tensor | list[Tensor]) -> list[Tensor]:
+    """The leaves that a module's output comes of, apart from those of its inputs."""
+    given = [leaf for each in (inputs if isinstance(inputs, list) else [inputs]) for leaf in leaves_of(each)]
+    return [leaf for leaf in leaves_of(output) if not any(leaf is each for each in given)]
+
+
 def require_known(
     module: nn.Module,
     optimizer: Optimizer | None,

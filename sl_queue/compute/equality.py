@@ -1,6 +1,11 @@
-"""Split equals joined, shown on a job's own models and tables: the first optimizer step done both ways, compared."""
+"""Split equals joined, shown on a job's own models and tables: its first steps done both ways, compared.
 
-from collections.abc import Mapping, Sequence
+The split steps are those of the run: the pipeline's actions in their order, with its depth and staleness, and every
+tensor packed, encoded, decoded and unpacked on its way. Only the broker is left out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -8,26 +13,28 @@ from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.fuse import TorchFuseStage, fuse_stage
 from sl_queue.compute.joined import Joined, train_joined
 from sl_queue.compute.tensors import from_payload
-from sl_queue.job import Job, JobWire, PartyFile
+from sl_queue.job import Job, PartyFile
 from sl_queue.ports import Table
-from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.codec import decode, encode
+from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
+from sl_queue.protocol.pipeline import Action, Backward, Evaluate, Forward, Fuse, Pipeline, Update
 from sl_queue.protocol.row_order import Batches
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # of each module, "fuse" or "base of <party>", its state_dict
 
+STEPS = 3  # so that momentum and running statistics have something to carry on
+MAX_ROWS = 1 << 16  # of a step: enough of a job that trains on a huge table at once
+
 
 def first_step_difference(
-    job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches
+    job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int = STEPS
 ) -> float:
-    """The largest difference of any weight after the first step, split and joined; 0.0 means equal bit for bit.
+    """Return the largest difference of any weight after the first steps, split as the job says and joined.
 
-    What [wire] rounds away is left out of it.
+    0.0 means equal bit for bit. `staleness` and a narrower dtype on the wire make a difference on purpose.
     """
-    job = job.model_copy(update={"wire": JobWire()})
-    return largest_difference(
-        _split_weights(job, {file.party: file for file in party_files}, tables, batches),
-        joined_weights(train_joined(job, party_files, tables, batches, steps=1)),
-    )
+    split = split_weights(job, party_files, tables, batches, steps)
+    return largest_difference(split, first_joined_weights(job, party_files, tables, batches, steps))
 
 
 def largest_difference(one: Weights, other: Weights) -> float:
@@ -46,11 +53,23 @@ def _of(party: str) -> str:
     return f"base of {party}"
 
 
-def _split_weights(job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table], batches: Batches) -> Weights:
-    holder = job.label_holder
+def first_joined_weights(
+    job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int = STEPS
+) -> Weights:
+    """Return copies of the weights after the first steps, joined."""
+    batches = bounded(batches)
+    weights = joined_weights(train_joined(job, party_files, tables, batches, steps=min(steps, batches.steps)))
+    return {module: {name: tensor.clone() for name, tensor in found.items()} for module, found in weights.items()}
+
+
+def split_weights(
+    job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int = STEPS
+) -> Weights:
+    """Return copies of the weights after the first steps, split as the job says."""
+    files, holder, batches = {file.party: file for file in party_files}, job.label_holder, bounded(batches)
     fuse = fuse_stage(job, files[holder], tables[holder], batches)
     bases = {party: base_stage(job, files[party], tables[party], batches) for party in job.feature_parties}
-    _step(fuse, bases, batches.parts(0))
+    _Rehearsal(fuse, bases, job.pipeline_of(batches), min(steps, batches.steps)).play()
     stages: dict[str, TorchBaseStage | TorchFuseStage] = {**bases, holder: fuse}
     return {
         _of(party) if part == "base" else part: {name: from_payload(payload) for name, payload in weights.items()}
@@ -59,12 +78,88 @@ def _split_weights(job: Job, files: Mapping[str, PartyFile], tables: Mapping[str
     }
 
 
-def _step(fuse: TorchFuseStage, bases: Mapping[str, TorchBaseStage], parts: int) -> None:
-    """What the parties do in the first step, without anything between them."""
-    for micro_batch in (MicroBatch(0, index) for index in range(parts)):
-        activations = {party: base.forward(micro_batch) for party, base in bases.items()}
-        for party, gradient in fuse.forward_backward(micro_batch, activations).items():
-            bases[party].backward(micro_batch, gradient)
-    fuse.update()
-    for base in bases.values():
-        base.update()
+def bounded(batches: Batches) -> Batches:
+    """Return the same batches with so few rows that a huge table does not take minutes."""
+    return batches if batches.batch_size <= MAX_ROWS else replace(batches, batch_size=MAX_ROWS)
+
+
+@dataclass(slots=True)
+class _Rehearsal:
+    """All parties of a run in this thread. Mutable: messages are on their way between them."""
+
+    fuse: TorchFuseStage
+    bases: Mapping[str, TorchBaseStage]
+    pipeline: Pipeline
+    steps: int
+    on_their_way: dict[tuple[Kind, str, MicroBatch], bytes] = field(default_factory=dict)  # of and to feature parties
+
+    def play(self) -> None:
+        """Take turns: each party works until it waits for a message."""
+        roles = [self._feature_party(party) for party in self.bases]
+        roles.append(self._label_holder())
+        while roles:
+            roles = [role for role in roles if next(role, None) is not None]
+
+    def _feature_party(self, party: str) -> Iterator[str]:
+        """The loop of roles/feature_party.py; yields while it waits."""
+        stage = self.bases[party]
+        for action in self._first_steps(self.pipeline.feature_actions):
+            match action:
+                case Forward(micro_batch):
+                    self._send(party, Activation(micro_batch, stage.forward(micro_batch)))
+                    following = self.pipeline.batches.after(micro_batch)
+                    if following is not None:
+                        stage.prepare(following)
+                case Backward(micro_batch):
+                    while (Kind.GRADIENT, party, micro_batch) not in self.on_their_way:
+                        yield party
+                    stage.backward(micro_batch, self._receive(Kind.GRADIENT, party, micro_batch))
+                case Update():
+                    stage.update()
+                case Evaluate():
+                    for micro_batch in action.micro_batches():
+                        self._send(party, Activation(micro_batch, stage.predict(micro_batch), holdout=True))
+
+    def _label_holder(self) -> Iterator[str]:
+        """The loop of roles/label_holder.py; yields while it waits."""
+        for action in self._first_steps(self.pipeline.label_actions):
+            match action:
+                case Fuse(micro_batch):
+                    self.fuse.prepare(micro_batch)
+                    yield from self._until_all(Kind.ACTIVATION, micro_batch)
+                    activations = self._gather(Kind.ACTIVATION, micro_batch)
+                    for party, gradient in self.fuse.forward_backward(micro_batch, activations).items():
+                        self._send(party, Gradient(micro_batch, gradient))
+                case Update():
+                    self.fuse.update()
+                case Evaluate():
+                    for micro_batch in action.micro_batches():
+                        yield from self._until_all(Kind.HOLDOUT, micro_batch)
+                        self.fuse.evaluate(micro_batch, self._gather(Kind.HOLDOUT, micro_batch))
+                    self.fuse.metrics()
+
+    def _first_steps(self, actions: Callable[[int], Iterator[Action]]) -> Iterator[Action]:
+        """The actions up to the last update, and the evaluation that may follow it."""
+        trained = False
+        for action in actions(0):
+            if trained and not isinstance(action, Evaluate):
+                return
+            yield action
+            trained = trained or action == Update(self.steps - 1)
+
+    def _until_all(self, kind: Kind, micro_batch: MicroBatch) -> Iterator[str]:
+        while not all((kind, party, micro_batch) in self.on_their_way for party in self.bases):
+            yield "label holder"
+
+    def _gather(self, kind: Kind, micro_batch: MicroBatch) -> dict[str, Payload]:
+        return {party: self._receive(kind, party, micro_batch) for party in self.bases}
+
+    def _send(self, party: str, message: Activation | Gradient) -> None:
+        """Encode at once, as a channel does: the tensor behind the payload may change."""
+        header = Header("rehearsal", 0, message.kind, party, party, message.micro_batch)
+        self.on_their_way[message.kind, party, message.micro_batch] = encode(header, message)
+
+    def _receive(self, kind: Kind, party: str, micro_batch: MicroBatch) -> Payload:
+        _, message = decode(self.on_their_way.pop((kind, party, micro_batch)))
+        assert isinstance(message, Activation | Gradient)
+        return message.payload

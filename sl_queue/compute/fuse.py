@@ -5,7 +5,7 @@ gradients that others wait for are on their way.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base import InFlight, TorchBaseStage, base_stage
 from sl_queue.compute.cuts import Arrival, Promised, place, received, require_finite
+from sl_queue.compute.fitting import fitted, kind_of
 from sl_queue.compute.graph import hooks_made
 from sl_queue.compute.handover import Copies, Take
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
-from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, task_of
+from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, targets, task_of, undefined
 from sl_queue.compute.models import Inputs, Model, blame
+from sl_queue.compute.outputs import Outputs, doubled, outputs_of
 from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
+from sl_queue.compute.stand_ins import drawn
 from sl_queue.compute.tensors import cast, described, lent
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.job import Job, PartyFile
@@ -30,6 +33,8 @@ from sl_queue.protocol.row_order import Batches, Positions
 from sl_queue.protocol.wire import Wire, asks_for_less, unused
 
 _TRIAL_ROWS = 2
+_RANGE_ROWS = 64  # on which the range of the output is looked at
+_LARGE = 1e9  # an output that has left every reasonable scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +43,12 @@ class Objective:
 
     loss: Loss
     owned: OwnedLoss  # what the loss keeps
-    labels: Tensor = field(repr=False)  # all rows, on the CPU
+    labels: Tensor = field(repr=False)  # all rows as the table has them, on the CPU
     task: Task
     metrics: Mapping[str, Metric]
+    outputs: Outputs
+    shape: tuple[int, ...]  # of one row's output
+    warnings: Sequence[str] = ()  # of what is allowed and was probably not meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,52 +244,87 @@ class TorchFuseStage:
             loss = self.objective.loss(output, labels)
             value = loss.item()
         if not math.isfinite(value):
-            raise NonFiniteError(f"{where}: the loss is {value}; lower the learning rate, or check features and loss")
+            raise NonFiniteError(f"{where}: the loss is {value}; {why_not_finite(output, self.model.name)}")
         return loss, value
+
+
+def why_not_finite(output: Tensor, model: str) -> str:
+    """Return where a loss that is not finite comes from, as far as the output shows it, and what to do."""
+    finite = output.detach().isfinite()
+    if not finite.all():
+        bad = int((~finite.reshape(len(output), -1).all(1)).sum())
+        return (
+            f"the output of {model} holds NaN or infinity in {bad} of {len(output)} rows, of finite activations: look "
+            "in it for a division by zero, a logarithm or root of zero or less, or weights that a learning rate too "
+            "high has driven away"
+        )
+    largest = float(output.detach().abs().max())
+    if largest > _LARGE:
+        return (
+            f"the output of {model} has grown to {largest:.0e}: lower the learning rate, or bring features and labels "
+            "to a scale near 1"
+        )
+    return (
+        f"the output of {model} is finite, so the loss makes it: look in it for a division by zero, a logarithm or "
+        "root of zero or less, and for labels that it is not made for"
+    )
 
 
 def measured(objective: Objective, output: Tensor, labels: Tensor) -> dict[str, float | None]:
     """The metrics of the model's output for these rows, both on the CPU."""
-    scores, targets = predictions(objective.task, output, labels)
-    return {name: metric(scores, targets) for name, metric in objective.metrics.items()}
+    scores, classes = predictions(objective.task, objective.outputs, output, labels)
+    return {name: metric(scores, classes) for name, metric in objective.metrics.items()}
+
+
+def undefined_metrics(stage: TorchFuseStage) -> dict[str, str]:
+    """Return which metrics the held-out rows do not define, and why; their labels alone decide it."""
+    objective, batches = stage.objective, stage.batches
+    if not objective.metrics or not batches.holdout_rows:
+        return {}
+    parts = [torch.from_numpy(batches.holdout_part(index)) for index in range(batches.holdout_parts)]
+    labels = objective.labels[torch.cat(parts)]
+    output = torch.empty(len(labels), *objective.shape, device="meta")  # whose shape alone is looked at
+    return undefined(objective.metrics, objective.task, targets(objective.task, output, labels))
 
 
 def objective_of(
     party_file: PartyFile,
     table: Table,
     output: Tensor,
-    dtype: torch.dtype,
+    scaled: Callable[[float], Tensor],
     where: str,
     models: Sequence[nn.Module] = (),
     take: Take | None = None,
 ) -> Objective:
-    """Loss, labels and metrics, tried out on the fuse model's `output` for two rows. Raises JobError.
+    """Loss, labels and metrics, tried out on the fuse model's `output` for a few rows, with its graph.
 
-    What the loss shares with one of `models` is theirs; `take` says how to come by a loss that is given in code.
+    `scaled(s)` is the output for activations s times as large. What the loss shares with one of `models` is theirs;
+    `take` says how to come by a loss that is given in code. Raises JobError, or ComputeError for a loss that fails.
     """
     assert party_file.fuse is not None
+    fuse, tried = party_file.fuse, output.detach()
     loss = loss_of(party_file, output.device, take)
     owned = OwnedLoss.of(loss, models, party_file.party, where)
-    name: Any = party_file.fuse.loss
-    check_labels(table.labels, output, name, where)
+    name: Any = fuse.loss
+    check_labels(table.labels, tried, name, where)
     assert table.labels is not None
-    labels = label_tensor(table.labels, dtype)
-    two = labels[torch.arange(len(output)) % len(labels)].to(output.device)
+    kind = name if isinstance(name, str) and ":" not in name else kind_of(loss)
     try:
-        with blame(f"{where}: the loss failed on output and labels of {len(two)} rows"), owned.trial():
-            output = output.detach().requires_grad_()
-            tried = loss(output, two)
+        with owned.trial():
+            fit, warnings, (value, of) = fitted(loss, name, tried, table.labels, where)
+        require_no_parameters(value, of, models, where)
+        task = task_of(kind, tried, table.labels, fuse.metrics, fuse.outputs)
+        metrics = metrics_of(fuse.metrics, task, where)
+        check_targets(task, tried, table.labels, metrics, where)
+        labels = label_tensor(table.labels)
+        if metrics:
+            targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
-    if not isinstance(tried, Tensor) or tried.numel() != 1:
-        got = described(tried) if isinstance(tried, Tensor) else type(tried).__name__
-        raise ComputeError(f"{where}: the loss returns {got}; it must return the mean over the rows, one number")
-    require_no_parameters(tried, output, models, where)
-    output = output.detach()
-    task = task_of(name, output, table.labels, party_file.fuse.metrics)
-    metrics = metrics_of(party_file.fuse.metrics, task, where)
-    check_targets(task, output, table.labels, metrics, where)
-    return Objective(loss, owned, labels, task, metrics)
+    outputs = outputs_of(fuse.outputs, kind, task, list(metrics), output, scaled, where)
+    twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
+    warnings += [twice] if twice else []
+    return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings)
 
 
 def _mean(losses: Sequence[tuple[int, float]]) -> float:
@@ -298,20 +341,31 @@ def fuse_stage(
     """
     party = party_file.party
 
-    def sample(dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> Inputs:  # noqa: B008 - a constant
-        zeros = [torch.zeros(_TRIAL_ROWS, *(job.cut(p) or ()), dtype=dtype, device=device) for p in job.fused]
-        return aggregated(zeros, job.fuse.aggregation)
+    def sample(
+        dtype: torch.dtype,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+        rows: int = _TRIAL_ROWS,
+        scale: float | None = None,
+    ) -> Inputs:
+        numbers = [drawn(job.seed, p, (rows, *(job.cut(p) or ())), scale) for p in job.fused]
+        # In the graph, and no leaves of it, as in a step.
+        inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]
+        return aggregated(inputs, job.fuse.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
     model = Model.build(job, party_file, "fuse", sample, take)
-    output = model.try_out(sample(model.dtype, model.device))
+    output = model.try_out(sample(model.dtype, model.device), graph=True)
     if output.shape[:1] != (_TRIAL_ROWS,):
         raise ShapeError(
             f"party {party!r}: {model.name} returns {described(output)} for {_TRIAL_ROWS} rows; "
             "its first axis must be the rows"
         )
+
+    def scaled(scale: float) -> Tensor:
+        return model.try_out(sample(model.dtype, model.device, _RANGE_ROWS, scale))
+
     own = base_stage(job, party_file, table, batches, take) if party in job.fused else None
     modules = [model.module] + ([] if own is None else [own.module])
-    with model.drawing("trial", MicroBatch(0, 0)):
-        objective = objective_of(party_file, table, output, model.dtype, f"party {party!r}", modules, take)
+    with model.drawing("loss trial", MicroBatch(0, 0)):
+        objective = objective_of(party_file, table, output, scaled, f"party {party!r}", modules, take)
     return TorchFuseStage(job, model, own, objective, table, batches, replace(job.on_the_wire, cast=cast))

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sl_queue.compute.cuts import ENTRANCE
 
-_ACCUMULATE: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # adds to a leaf's gradient
+_ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # adds to a leaf's gradient
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may run Python for any operator
 _SHOWS_HOOKS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")  # torch before 2.6 does not
 
@@ -42,18 +42,18 @@ def runs_only_torch(root: Tensor, hooks_before: int) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node) is _ACCUMULATE:
+        kind: Any = type(node)
+        if kind is _ACCUMULATE:
             if not _is_plain_leaf(node.variable):
                 return False
             continue
-        names = _saved_by(type(node))
+        names = _saved_by(kind)
         if names is None:
             return False
         for name in names:
             if _unpacked_by_python(getattr(node, name)):
                 return False
-        for following, _ in node.next_functions:
-            waiting.append(following)
+        waiting.extend(following for following, _ in node.next_functions)
     return True
 
 

@@ -1,5 +1,7 @@
 """Metrics over all held-out rows, computed once from all outputs, so that no micro-batch or order shows in them.
 
+Labels and outputs are compared in float64, whatever the loss computes in.
+
 A metric that the held-out rows do not define (AUROC of a single class) is None. Of several classes, precision, recall,
 F1, AUROC and average precision are means over the classes; AUROC and average precision leave out a class that no
 held-out row has, or every one.
@@ -13,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
+from torch import Tensor, nn
 
-from sl_queue.compute.losses import as_output, check_classes, class_numbers
-from sl_queue.errors import JobError
+from sl_queue.compute.losses import are_soft, check_classes, class_numbers, shaped
+from sl_queue.errors import ComputeError, JobError
 
 Metric = Callable[[Tensor, Tensor], float | None]  # (predictions, targets), both on the CPU
 _OF_NUMBERS = {"mse", "mae", "r2"}
+_OF_DIFFERENCES = {"auroc", "average_precision", "r2"}  # undefined where all targets are the same
+_ROUNDING = 1e-3  # by which probabilities of a model in bfloat16 may miss 0 and 1
 _Function = Callable[..., Tensor]  # of torchmetrics
 
 
@@ -31,18 +36,29 @@ class Task(StrEnum):
     REGRESSION = "regression"
 
 
-def task_of(loss: object, output: Tensor, labels: npt.NDArray[Any], metrics: Sequence[str]) -> Task:
-    """The task that a loss implies; with a loss of the user's own, what labels, output and wanted metrics imply."""
-    match loss:
-        case "bce_with_logits":
-            return Task.BINARY
-        case "cross_entropy":
-            return Task.MULTICLASS
-        case "mse":
-            return Task.REGRESSION
-    if _OF_NUMBERS.intersection(metrics) or (labels.dtype.kind == "f" and (labels != np.floor(labels)).any()):
+_TASKS: Mapping[Any, Task] = {
+    **dict.fromkeys(("bce_with_logits", nn.BCEWithLogitsLoss, nn.BCELoss), Task.BINARY),
+    **dict.fromkeys((F.binary_cross_entropy_with_logits, F.binary_cross_entropy), Task.BINARY),
+    **dict.fromkeys(("cross_entropy", nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss), Task.MULTICLASS),
+    "mse": Task.REGRESSION,
+}
+
+
+def task_of(
+    loss: Any, output: Tensor, labels: npt.NDArray[Any], metrics: Sequence[str], outputs: str | None = None
+) -> Task:
+    """Return the task of a known loss; of one of the user's own, what labels, output and wanted metrics imply.
+
+    `loss` is a name, or the class or function by which a loss is known; `outputs` is what [fuse] says of the output.
+    """
+    if (isinstance(loss, str) or callable(loss)) and loss in _TASKS:
+        return _TASKS[loss]
+    fractions = labels.dtype.kind == "f" and (labels != np.floor(labels)).any()
+    if _OF_NUMBERS.intersection(metrics) or (fractions and outputs is None):
         return Task.REGRESSION
-    return Task.MULTICLASS if output.dim() > 1 and output.shape[1] > 1 and labels.ndim < output.dim() else Task.BINARY
+    soft = fractions and are_soft(labels, output)
+    classes = output.dim() > 1 and output.shape[1] > 1 and labels.ndim < output.dim()
+    return Task.MULTICLASS if classes or soft else Task.BINARY
 
 
 def metrics_of(names: Sequence[str], task: Task, where: str) -> dict[str, Metric]:
@@ -67,20 +83,62 @@ def check_targets(task: Task, output: Tensor, labels: npt.NDArray[Any], metrics:
         raise JobError(f"{where}: labels go from {labels.min()} to {labels.max()}; {told} needs 0 and 1, or -1 and 1")
 
 
-def predictions(task: Task, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def predictions(task: Task, outputs: str, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Output and labels as the task's metrics take them: probabilities and class numbers, or numbers; flat rows.
 
-    A label between 0 and 1 counts as the class that is nearer.
+    `outputs` says whether the output is logits, probabilities or log_probabilities. A label between 0 and 1 counts as
+    the class that is nearer, soft labels as their largest class.
     """
+    output = output.double()
     match task:
         case Task.BINARY:
-            return output.double().sigmoid().flatten(), (as_output(labels, output) > 0.5).long().flatten()
+            return _chances(outputs, output).flatten(), targets(task, output, labels)
         case Task.MULTICLASS:
             classes = output.shape[1]
-            flat = output.double().softmax(1).movedim(1, -1).reshape(-1, classes)
-            return flat, class_numbers(labels, output).flatten()
+            chances = _chances(outputs, output) if outputs == "probabilities" else output.softmax(1)
+            return chances.movedim(1, -1).reshape(-1, classes), targets(task, output, labels)
         case Task.REGRESSION:
-            return output.double().flatten(), as_output(labels, output).double().flatten()
+            return output.flatten(), targets(task, output, labels)
+
+
+def targets(task: Task, output: Tensor, labels: Tensor) -> Tensor:
+    """Return labels as the task's metrics take them, of as many rows as `output`."""
+    match task:
+        case Task.BINARY:
+            return (shaped(labels, output) > 0.5).long().flatten()
+        case Task.MULTICLASS:
+            return class_numbers(labels, output).flatten()
+        case Task.REGRESSION:
+            return shaped(labels, output).double().flatten()
+
+
+def _chances(outputs: str, output: Tensor) -> Tensor:
+    """Return probabilities, each of its own logit; rounding may not put them beyond 0 or 1."""
+    match outputs:
+        case "logits":
+            return output.sigmoid()
+        case "log_probabilities":
+            output = output.exp()
+    if bool(((output < -_ROUNDING) | (output > 1 + _ROUNDING)).any()):
+        raise ComputeError(
+            f'[fuse] outputs = "{outputs}", but the fuse model puts out others for held-out rows; write "logits", or '
+            "check the model's last layer"
+        )
+    return output.clamp(0, 1)
+
+
+def undefined(names: Iterable[str], task: Task, found: Tensor) -> dict[str, str]:
+    """Return which of these metrics the `found` targets of the held-out rows do not define, and why."""
+    if len(found) == 0 or not bool((found == found[0]).all()):
+        return {}
+    match task:
+        case Task.BINARY:
+            why = "no held-out row has label 1" if found[0] == 0 else "every held-out row has label 1"
+        case Task.MULTICLASS:
+            why = "all held-out rows are of one class"
+        case Task.REGRESSION:
+            why = "all held-out rows have the same label"
+    return {name: why for name in names if name in _OF_DIFFERENCES}
 
 
 def _known(task: Task) -> Mapping[str, Metric]:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from sl_queue.compute.cuts import CROSSING
-from sl_queue.compute.demands import leaves_of, require_known, require_savable, require_within_reach
+from sl_queue.compute.demands import leaves_beyond, leaves_of, require_known, require_savable, require_within_reach
 from sl_queue.compute.final_weights import settled
 from sl_queue.compute.graph import runs_only_torch, steps_only_torch
 from sl_queue.compute.handover import Copies, Take
@@ -106,8 +106,8 @@ class Model:
             raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
         return output
 
-    def try_out(self, inputs: Inputs, ahead: bool = False) -> Tensor:
-        """The output in evaluation mode, leaving no trace in the module; ShapeError if it fails.
+    def try_out(self, inputs: Inputs, *, ahead: bool = False, graph: bool = False) -> Tensor:
+        """The output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails.
 
         Raises JobError for what a run could not train or save; with `ahead` also for a module that does not run on
         other weights than its own.
@@ -115,7 +115,7 @@ class Model:
         before = Snapshot.of(self.module)
         try:
             output = self._trial(inputs, None)
-            self._require_known(output)
+            self._require_known(leaves_beyond(output, inputs))
             self._tell(self.built.changes(self.module, f"{self.part}/")[1])
         except ComputeError as error:
             raise ShapeError(f"{error}; check {self.name} and its args") from error
@@ -123,7 +123,7 @@ class Model:
             before.put_back()
         if ahead:
             self._require_within_reach(inputs)
-        return output.detach()
+        return output if graph else output.detach()
 
     def _trial(self, inputs: Inputs, weights: Mapping[str, Tensor] | None) -> Tensor:
         """The output in evaluation mode, with its graph."""
@@ -148,10 +148,9 @@ class Model:
         with in_evaluation(self.module):
             yield
 
-    def _require_known(self, output: Tensor | None = None) -> None:
-        """Raise JobError if the module has parameters that the optimizer was not given, or its output comes of them."""
+    def _require_known(self, reached: Iterable[Tensor] = ()) -> None:
+        """Raise JobError if the module has parameters that the optimizer was not given, or `reached` others."""
         where = f"party {self.party!r}: [{self.part}] model = {self.name!r}"
-        reached = () if output is None else leaves_of(output)
         require_known(self.module, self.optimizer, self.built, reached, where)
 
     def _tell(self, lost: Iterable[NotCarriedError]) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from sl_queue.compute import seeds
+from sl_queue.compute.advice import advice
 from sl_queue.compute.base import base_stage
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.handover import Take, itself
@@ -131,6 +132,8 @@ def _role(
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
         fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
+        for found in advice(job, fuse):
+            log.warning("%s: %s", party_file.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
     base = base_stage(job, party_file, table, pipeline.batches, take)

@@ -92,9 +92,7 @@ class Worker:
         except SlQueueError as error:
             self.channel.report(Failed(self.identity.incarnation, type(error).__name__, str(error)))
             raise
-        except KeyboardInterrupt:  # ends this process alone: started again, it resumes
-            raise
-        except BaseException as error:  # sys.exit too, or nobody would tell the others
+        except (Exception, SystemExit) as error:  # sys.exit too, or nobody would tell the others
             told = f"{type(error).__name__}: {error}"
             log.exception("an error in the model, loss or optimizer, or a bug")
             self.channel.report(Failed(self.identity.incarnation, "ComputeError", told))

@@ -1,0 +1,41 @@
+"""Advice on a label holder's loss and metrics: what is allowed, and was probably not meant."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sl_queue.compute.fuse import TorchFuseStage, undefined_metrics
+from sl_queue.job import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A piece of advice; one that `decides` concerns what the job stops on."""
+
+    text: str
+    decides: bool = False
+
+
+def advice(job: Job, stage: TorchFuseStage) -> Iterator[Advice]:
+    """Yield what a person should know before the run: of the model's end, the loss, and what is measured."""
+    yield from map(Advice, stage.objective.warnings)
+    metrics = list(stage.objective.metrics)
+    if metrics and not stage.batches.holdout_rows:
+        held = f"holdout = {job.holdout:g} of {stage.batches.n_rows} rows is none" if job.holdout else "holdout = 0"
+        yield Advice(
+            f"metrics = {metrics} measure nothing, because no row is held out ({held}): set holdout in the job, for "
+            "instance to 0.2, or take the metrics out"
+        )
+    rule = job.early_stopping
+    reasons: dict[str, list[str]] = {}
+    for name, why in undefined_metrics(stage).items():
+        if rule is not None and rule.metric == name:
+            yield Advice(
+                f"early_stopping.metric = {name!r}: {why}, so {name} is undefined and never stops the run; take a "
+                'larger holdout, another holdout_seed, or metric = "loss"',
+                decides=True,
+            )
+        else:
+            reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        are = "is" if len(names) == 1 else "are"
+        yield Advice(f"{why}, so {', '.join(names)} {are} undefined; take a larger holdout or another holdout_seed")

@@ -1,0 +1,210 @@
+"""A loss with the dtype and the shape in which it takes output and labels.
+
+The named losses and those of torch are known. A loss of the user's own may be written for labels in the shape of the
+output, `(output - labels).abs().mean()`, or for labels as they stand in the table, `output[:, 0] * labels`; the wrong
+one of the two broadcasts (rows,) against (rows, 1), and every output meets every label. So both are tried: a loss that
+does not change when the labels change places does not know which label is whose.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
+from torch import Tensor, nn
+
+from sl_queue.compute.losses import (
+    LOSSES,
+    Loss,
+    are_soft,
+    as_classes,
+    as_output,
+    floor_of,
+    label_tensor,
+    same_numbers,
+    widened,
+)
+from sl_queue.compute.models import blame
+from sl_queue.compute.tensors import described
+from sl_queue.errors import ComputeError, JobError
+
+_ELEMENTWISE = {
+    *(nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),
+    *(nn.SoftMarginLoss, F.l1_loss, F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
+    *(F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.soft_margin_loss),
+}
+_OF_CLASSES = {nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, F.cross_entropy, F.nll_loss, F.multi_margin_loss}
+
+_TRIED = 4  # rows on which both forms are compared
+_SAME = 1e-12  # relative, in float64: what changes by less does not change
+_MORE_ROWS = 64  # for a loss that is a constant of two rows
+_ANYWHERE = ((0.1, 0.02), (0.2, 0.16), (0.3, 0.06), (0.4, 0.32))  # o -> (1 - a) o + b tells equal outputs apart
+
+
+class Form(Enum):
+    """The form in which a loss takes its labels."""
+
+    NAMED = auto()  # one of ours, which sees to it
+    OUTPUT = auto()  # in shape and dtype of the output: torch's elementwise losses
+    CLASSES = auto()  # class numbers (rows,), or a probability for each class
+    SHAPE = auto()  # in the shape of the output; whole numbers stay whole
+    TABLE = auto()  # as they stand in the table; whole numbers stay whole
+
+
+@dataclass(frozen=True, slots=True)
+class FittedLoss:
+    """A loss that may be called with output and labels as they come."""
+
+    loss: Loss
+    form: Form
+    floor: torch.dtype  # the narrowest dtype to compute in
+
+    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+        output = widened(output, self.floor)
+        match self.form:
+            case Form.NAMED:
+                return self.loss(output, labels)
+            case Form.OUTPUT:
+                return self.loss(output, as_output(labels, output))
+            case Form.CLASSES:
+                return self.loss(output, as_classes(labels, output))
+            case Form.SHAPE if same_numbers(labels, output):
+                return self.loss(output, _wide(labels, output).reshape(output.shape))
+            case _:
+                return self.loss(output, _wide(labels, output))
+
+
+def kind_of(loss: Any) -> Any:
+    """Return the class or function by which a loss is known: that of an instance, and inside a partial."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    return type(loss) if isinstance(loss, nn.Module) else loss
+
+
+def fitted(
+    loss: Loss, name: Any, output: Tensor, labels: npt.NDArray[Any], where: str
+) -> tuple[FittedLoss, list[str], tuple[Tensor, Tensor]]:
+    """Return the loss with its form, found on the fuse model's `output` for a few rows, and warnings about it.
+
+    Last comes a loss with its graph, and the output that it is of. Raises JobError or ComputeError for a loss that
+    cannot be trained with.
+    """
+    form, kind = Form.NAMED, kind_of(loss)
+    warnings: list[str] = []
+    tensor = label_tensor(labels)
+    if kind in _ELEMENTWISE:
+        form = Form.OUTPUT
+    elif kind in _OF_CLASSES:
+        form = Form.CLASSES
+        _check_whole(labels, output, where)
+    elif kind not in LOSSES.values():
+        form, warnings = _form_of(loss, output, tensor)
+    floor = torch.float32 if form is Form.CLASSES or name == "cross_entropy" else floor_of(labels)
+    fit = FittedLoss(loss, form, floor)
+    return fit, warnings, _mean_of(fit, output, tensor, where)
+
+
+def _check_whole(labels: npt.NDArray[Any], output: Tensor, where: str) -> None:
+    if labels.dtype.kind == "f" and not are_soft(labels, output) and not (labels == np.floor(labels)).all():
+        raise JobError(f"{where}: labels are not whole numbers; this loss takes class numbers 0, 1, 2, ...")
+
+
+def _wide(labels: Tensor, output: Tensor) -> Tensor:
+    return labels.to(output.dtype) if labels.is_floating_point() else labels
+
+
+# In the shape of the output, or as in the table -----------------------------------------------------------------
+
+
+def _form_of(loss: Loss, output: Tensor, labels: Tensor) -> tuple[Form, list[str]]:
+    """Find the form by trying both where they differ, and where only axes of length one make the difference."""
+    if not same_numbers(labels[:1], output[:1]):
+        return Form.TABLE, []
+    if labels.shape[1:] == output.shape[1:]:
+        return Form.SHAPE, []
+    for outputs, few in _trials(output, labels):
+        found = {form: _tried(loss, form, outputs, few) for form in (Form.SHAPE, Form.TABLE)}
+        shape, table = found[Form.SHAPE], found[Form.TABLE]
+        if shape is None and table is None:
+            continue
+        if shape is None or table is None:
+            return (Form.TABLE if shape is None else Form.SHAPE), []
+        if shape.pairs != table.pairs:
+            return (Form.SHAPE if shape.pairs else Form.TABLE), []
+        if abs(shape.value - table.value) <= _SAME * abs(shape.value):
+            return Form.SHAPE, []
+        warning = (
+            f"the loss gives another value for labels of shape {_rows(labels)} than for {_rows(output)}, that of the "
+            f"output; it is given {_rows(labels)}, as in the table. If it compares them row by row, reshape them in it"
+        )
+        return Form.TABLE, [warning]
+    return Form.SHAPE, []
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    value: float
+    pairs: bool  # the value depends on which label is whose
+
+
+def _tried(loss: Loss, form: Form, output: Tensor, labels: Tensor) -> _Tried | None:
+    """Return what the loss makes of labels in this form; None if it fails on them."""
+    fit = FittedLoss(loss, form, output.dtype)
+    try:
+        with torch.enable_grad():  # a loss may ask for gradients of its own
+            value, other = (fit(output.requires_grad_().clone(), rows).item() for rows in (labels, labels.roll(1, 0)))
+    except Exception:  # of the user's code; when no form works, it is told by the trial that follows
+        return None
+    return _Tried(value, abs(value - other) > _SAME * abs(value)) if np.isfinite([value, other]).all() else None
+
+
+def _trials(output: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs that differ from row to row with labels that differ, if any do: near the labels, and near the model's."""
+    first = labels.reshape(len(labels), -1)[:, 0]
+    picked = torch.stack([first.argmin(), first.argmax(), torch.tensor(0), torch.tensor(len(labels) // 2)])
+    few = labels[picked].to(output.device)
+    rows = torch.nan_to_num(output[torch.arange(_TRIED) % len(output)].double(), 0.5, 0.5, 0.5)
+    change = torch.tensor(_ANYWHERE, dtype=torch.float64, device=output.device)
+    a, b = (change[:, i].reshape(-1, *[1] * (output.dim() - 1)) for i in (0, 1))
+    rows = (1 - a) * rows + b
+    wide = few.double() if few.is_floating_point() else few
+    if few.abs().max() > 1:  # no probabilities
+        yield rows + few.double().mean(), wide
+    yield rows, wide
+    yield rows.to(output.dtype), few
+
+
+def _rows(tensor: Tensor) -> str:
+    return f"(rows, {', '.join(map(str, tensor.shape[1:]))})" if tensor.dim() > 1 else "(rows,)"
+
+
+# One number with a gradient -------------------------------------------------------------------------------------
+
+
+def _mean_of(loss: FittedLoss, output: Tensor, labels: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Return a loss with its graph and the output that it is of.
+
+    Tried on as many rows as no other axis has, so that labels do not fit by chance. Raises ComputeError unless it is
+    one number that depends on the output.
+    """
+    n_rows = next(n for n in range(2, 9) if n not in output.shape[1:])
+    for rows in (n_rows, _MORE_ROWS):
+        outputs = output[torch.arange(rows) % len(output)].requires_grad_()
+        few = labels[torch.arange(rows) % len(labels)].to(output.device)
+        what = f"the loss failed on output {described(outputs)} and labels {described(few)}"
+        with blame(f"{where}: {what}"), torch.enable_grad():
+            value = loss(outputs.clone(), few)  # a clone may be changed in place
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = described(value) if isinstance(value, Tensor) else type(value).__name__
+            raise ComputeError(f"{where}: the loss returns {got}; it must return the mean over the rows, one number")
+        if value.requires_grad:
+            return value, outputs
+    raise ComputeError(
+        f"{where}: the loss does not depend on the fuse model's output, or was cut off from it (detach, item, numpy, "
+        "no_grad, argmax, a comparison); nothing could be learned"
+    )
