@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sl_queue.data.rows import Rows
+    from sl_queue.data.table import holdout_rows
     from sl_queue.errors import (
         AlignmentError,
         BrokerUnreachable,
@@ -50,6 +51,7 @@ __all__ = [
     "SlQueueError",
     "TransportError",
     "Unroutable",
+    "holdout_rows",
     "row_order",
     "run_local",
 ]
@@ -59,6 +61,7 @@ _HOMES = {
     "PartyFile": "job",
     "Result": "local.threads",
     "Rows": "data.rows",
+    "holdout_rows": "data.table",
     "row_order": "protocol.row_order",
     "run_local": "local.threads",
 }

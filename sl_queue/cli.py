@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,7 +128,7 @@ def local(
     if url.startswith(MEMORY):
         history = _run_threads(agreed, list(files.values()), places)
     else:
-        history = _run_processes(agreed, job, places, url, keys)
+        history = _run_processes(agreed, job, list(files.values()), places, url, keys)
     console = stdout()
     console.print(history_table(history))
     for role, place in places.items():
@@ -161,17 +161,19 @@ def _run_threads(job: "Job", files: "list[PartyFile]", places: "dict[str, Place]
 
 
 def _run_processes(
-    job: "Job", job_file: Path, places: "dict[str, Place]", broker: str, keys: Path | None
+    job: "Job", job_file: Path, files: "list[PartyFile]", places: "dict[str, Place]", broker: str, keys: Path | None
 ) -> list[dict[str, Any]]:
     from dataclasses import replace
 
     from sl_queue.commands.screen import Screen
     from sl_queue.launch.broker import sealing
     from sl_queue.local.processes import read_history, run_processes
-    from sl_queue.local.threads import have_finished, key_in
+    from sl_queue.local.threads import compare_with_finished, have_finished, key_in
     from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 
-    if have_finished(job, {role: place.state for role, place in places.items()}):
+    states = {role: place.state for role, place in places.items()}
+    if have_finished(job, states):
+        compare_with_finished(job, files, states)
         print("already finished: every party holds its final weights", file=sys.stderr)
         return read_history(places[SCHEDULER].state)
     places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
@@ -232,12 +234,102 @@ def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:
     print(request_stop(agreed, url, sealing(agreed, OPERATOR, key, url)))
 
 
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where nobody can be asked.")]
+
+
+@app.command()
+def dead(
+    job: JobPath,
+    parties: Annotated[list[str] | None, typer.Argument(metavar="[PARTY...]", help="Names; default: all.")] = None,
+    broker: Broker = None,
+    requeue: Annotated[bool, typer.Option("--requeue", help="Put them back into the queues they came from.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="Remove them.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Show the messages that workers refused, from whom and why; put them back, or remove them."""
+    from sl_queue.job import Job
+
+    if requeue and purge:
+        raise JobError("--requeue and --purge: give one of them")
+    agreed, url = Job.load(job), _network(broker)
+    from sl_queue.commands.housekeeping import describe_dead, parties_of, purge_dead, put_back, read_dead
+
+    chosen = parties_of(agreed, parties or [])
+    found = read_dead(agreed, url, chosen)
+    _print_lines(describe_dead(agreed, url, found, time.time()))
+    filled = [party for party, letters in found.items() if isinstance(letters, list) and letters]
+    if filled and requeue:
+        _require_consent(f"put back the dead letters of {', '.join(filled)}", yes)
+        _print_lines(put_back(agreed, url, filled))
+    if filled and purge:
+        _require_consent(f"remove the dead letters of {', '.join(filled)} for good", yes)
+        _print_lines(purge_dead(agreed, url, filled))
+
+
+@app.command()
+def cleanup(
+    job: JobPath,
+    broker: Broker = None,
+    force: Annotated[bool, typer.Option("--force", help="Also while workers are connected.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Remove what a finished or abandoned job left at the broker: its queues with all messages, and its exchanges."""
+    from sl_queue.job import Job
+
+    agreed, url = Job.load(job), _network(broker)
+    from sl_queue.commands.housekeeping import describe_remains, find_remains, remove_remains
+
+    remains = find_remains(agreed, url, force=force)
+    _print_lines(describe_remains(agreed, url, remains))
+    if remains.queues or remains.exchanges:
+        _require_consent("remove all of it for good", yes)
+        print(remove_remains(agreed, url, remains, force=force))
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def _require_consent(what: str, yes: bool) -> None:
+    """Ask whoever sits there. Raises JobError where nobody does."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise JobError(f"nobody can be asked whether to {what}: add --yes")
+    if not typer.confirm(f"{what[0].upper()}{what[1:]}?"):
+        raise typer.Exit(1)
+
+
 @app.command()
 def key(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A party of the job, scheduler or operator.")],
     out: Annotated[Path, typer.Option(help="The file for the private key; it must not be there yet.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A party of the job, scheduler or operator.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a secret for a party's random draws instead; it has no NAME.")
+    ] = False,
 ) -> None:
     """Make a key for sealing messages; prints the public part, for the job."""
+    if private == (name is not None):
+        told = "a secret has no NAME: leave it out" if private else "whose key? give the NAME of a party, or --private"
+        raise JobError(told)
+    if private:
+        _make_secret(out)
+    else:
+        _make_key(str(name), out)
+
+
+def _make_secret(out: Path) -> None:
+    from sl_queue.storage.secret_file import write_secret
+
+    write_secret(out)
+    print(f"# {out} stays with its party, beside its file; a run that was begun with it goes on only with it")
+    print(f"[privacy]\nsecret = {json.dumps(str(out))}")
+
+
+def _make_key(name: str, out: Path) -> None:
     from sl_queue.protocol.messages import SCHEDULER
     from sl_queue.transport.keys import PrivateKey, write_key
 

@@ -10,7 +10,8 @@
     │   ├── BrokerUnreachable      no connection, a refused login, a missing vhost
     │   ├── Unroutable             the broker has no queue for a message
     │   ├── PartyBusy              another worker already serves this party
-    │   └── PeerSilent             a party has not been heard of for too long
+    │   ├── PeerSilent             a party has not been heard of for too long
+    │   └── ResourceShortage       this machine or process has no descriptors or memory left
     ├── CheckpointError        4   the state folder cannot be used or written
     ├── ComputeError           5   the model failed on its own data
     │   ├── ShapeError             a tensor does not have the shape of the cut layer
@@ -82,6 +83,10 @@ class PartyBusy(TransportError):
 
 class PeerSilent(TransportError):
     """A party that this worker waits for has not been heard of for too long."""
+
+
+class ResourceShortage(TransportError):
+    """The machine or this process has run out of file descriptors or memory: a restart frees them."""
 
 
 class CheckpointError(SlQueueError):

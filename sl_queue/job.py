@@ -5,6 +5,7 @@ Its digest is compared when they join, so paths, secrets and whatever else is on
 
 import json
 from collections.abc import Iterator
+from functools import reduce
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -16,9 +17,10 @@ from sl_queue.declared import Declared, load, redacted, shown
 from sl_queue.errors import JobError
 from sl_queue.party_file import BaseFile, DataFile, FuseFile, PartyFile
 from sl_queue.protocol.codec import ITEM_BYTES, MAX_RANK, MAX_TENSOR_BYTES
+from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.pipeline import Pipeline
-from sl_queue.protocol.row_order import Batches
+from sl_queue.protocol.row_order import Batches, Hashes
 from sl_queue.protocol.topology import Topology
 from sl_queue.protocol.wire import Compress, Dtype, Wire
 from sl_queue.security import JobSecurity
@@ -40,6 +42,10 @@ __all__ = [
     "imported",
     "redacted",
 ]
+
+# Keys that came after the first version: left out of the canonical job while they have this value, their default, so
+# that the digest of a job that does not use them stays what it was. Dotted, as JSON holds them.
+LATER: dict[str, Any] = {"holdout_seed": None}
 
 MAX_PARTIES = 10_000  # more do not fit into one status
 RESERVED = (SCHEDULER, OPERATOR, "dead")  # names of other queues and routing keys
@@ -128,6 +134,9 @@ class Job(Declared):
     holdout: float = Field(
         default=0.0, ge=0, lt=1, description="a number from 0 to below 1: the share of rows for evaluation"
     )
+    holdout_seed: Annotated[int, Field(ge=-_LIMIT, lt=_LIMIT)] | None = Field(
+        default=None, description="a whole number of 64 bits that chooses the held-out rows; without it, seed"
+    )
     shuffle: bool = Field(default=True, description="true or false")
     drop_last: bool = Field(default=False, description="true or false")
     parties: dict[str, JobParty] = Field(description="a table [parties.NAME] for each party")
@@ -137,6 +146,10 @@ class Job(Declared):
     wire: JobWire = Field(default=JobWire(), description="a table [wire]")
     early_stopping: JobEarlyStopping | None = Field(default=None, description="a table [early_stopping]")
     security: JobSecurity = Field(default=JobSecurity(), description="a table [security]")
+    rules: Literal[1, 2] | None = Field(
+        default=None,
+        description="1, or 2, the newest: how a run computes what it chooses; without it, as the run was begun",
+    )
 
     if TYPE_CHECKING:  # tables may be given as dicts
 
@@ -179,8 +192,17 @@ class Job(Declared):
 
     # What follows from it --------------------------------------------------------------------------------------
 
-    def batches(self, n_rows: int) -> Batches:
-        """Which of `n_rows` rows are trained on when. Raises JobError if none is left to train or to stop on."""
+    @property
+    def seed_of_holdout(self) -> int:
+        """What chooses the held-out rows."""
+        return self.seed if self.holdout_seed is None else self.holdout_seed
+
+    def batches(self, n_rows: int, hashes: Hashes | None = None) -> Batches:
+        """Say which of `n_rows` rows are trained on when. Raises JobError if none is left to train or to stop on.
+
+        `hashes` are those of a Table and choose the held-out rows; without them counts are right, and positions those
+        of the first rules.
+        """
         batches = Batches(
             n_rows=n_rows,
             seed=self.seed,
@@ -190,6 +212,8 @@ class Job(Declared):
             holdout=self.holdout,
             shuffle=self.shuffle,
             drop_last=self.drop_last,
+            holdout_seed=self.holdout_seed,
+            hashes=None if self.rules == BY_POSITION else hashes,
         )
         if self.early_stopping is not None and batches.holdout_rows == 0:
             raise JobError(f"holdout = {self.holdout} of {n_rows} rows is none; early_stopping needs some")
@@ -211,8 +235,16 @@ class Job(Declared):
     # Whether two parties mean the same job ---------------------------------------------------------------------
 
     def canonical(self) -> dict[str, Any]:
-        """The job as JSON values with every default filled in; equal if and only if the jobs are."""
-        values = self.model_dump(mode="json")
+        """The job as JSON values with every default filled in; equal if and only if the jobs are.
+
+        `rules` is no part of it: a run keeps those that it was begun with, and parties compare them apart.
+        """
+        values = self.model_dump(mode="json", exclude={"rules"})
+        for dotted, default in LATER.items():
+            *tables, key = dotted.split(".")
+            table = reduce(lambda inner, name: inner[name], tables, values)
+            if table[key] == default:
+                del table[key]
         values["fuse"]["inputs"] = list(self.fused)  # a JSON object has no order, and that of the parties matters
         return values
 

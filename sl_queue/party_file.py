@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import numpy.typing as npt
 from pydantic import (
     AfterValidator,
     Discriminator,
@@ -23,6 +22,8 @@ from pydantic import (
 from sl_queue.broker_url import fault
 from sl_queue.declared import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.errors import JobError
+from sl_queue.protocol.fingerprints import SEED
+from sl_queue.security import read_secret
 from sl_queue.user_code import NAME
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ _IN_FILE = "file:"
 class Rows:
     """A party's rows in any order, given in code or returned by the `source` of a party file.
 
-    `features` may have any shape after the first axis; None for a label holder without a base model.
+    Arrays of NumPy, torch or Arrow, lists, and data frames of pandas or polars, without gaps. `features` may have any
+    shape after the first axis; None for a label holder without a base model.
     """
 
     ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
-    features: npt.ArrayLike | None = field(default=None, repr=False)  # (rows, *anything): cast to the model's dtype
-    labels: npt.ArrayLike | None = field(default=None, repr=False)  # (rows,) or (rows, *anything)
+    features: Any = field(default=None, repr=False)  # (rows, *anything); floating ones are cast to the model's dtype
+    labels: Any = field(default=None, repr=False)  # (rows,) or (rows, *anything)
 
 
 def _from_folder(path: Path, info: ValidationInfo) -> Path:
@@ -76,6 +78,9 @@ class DataFile(Declared):
         description='a list of column names, for instance ["age", "income"]; without it, all but id and label',
     )
     label: str | None = Field(default=None, description="the name of the column with the labels")
+    id_type: Literal["text", "integer"] | None = Field(
+        default=None, description='"text" or "integer": what ids are taken as, the same at every party'
+    )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
         default=None, description="module:callable, returning sl_queue.Rows"
     )
@@ -146,6 +151,25 @@ class SecurityFile(Declared):
     key: _Path = Field(description="the name of the file with this party's private key")
 
 
+class PrivacyFile(Declared):
+    """What keeps this party's own numbers from the other parties."""
+
+    secret: Any = Field(
+        default=None,
+        repr=False,
+        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
+    )
+
+    @field_validator("secret")
+    @classmethod
+    def _is_a_place(cls, value: Any, info: ValidationInfo) -> Path | str | None:
+        if value is None or value == SEED:
+            return None if value is None else SEED
+        if isinstance(value, str | Path) and str(value):
+            return _from_folder(Path(value), info)
+        raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
+
+
 class PartyFile(Declared):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
@@ -161,8 +185,10 @@ class PartyFile(Declared):
     device: str = Field(default="cpu", min_length=1, description='a torch device, for instance "cpu" or "cuda"')
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
+    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")
 
     _folder: Path | None = PrivateAttr(None)
+    _secret: bytes = PrivateAttr(b"")
 
     if TYPE_CHECKING:  # tables may be given as dicts
 
@@ -193,11 +219,25 @@ class PartyFile(Declared):
         """The folder of the file, where `module:callable` is looked for first; None if built in code."""
         return self._folder
 
-    def broker_url(self, option: str | None = None) -> str:
-        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none."""
+    @property
+    def secret(self) -> bytes:
+        """What keys this party's random draws besides the job's seed; empty: nothing does."""
+        return self._secret
+
+    def with_secret(self, secret: bytes) -> Self:
+        """Return the same file with a secret for its draws."""
+        copied = self.model_copy()
+        copied._secret = secret
+        return copied
+
+    def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
+        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
+
+        `again`: it was read before, and may have changed.
+        """
         for where, url in (("--broker", option), (BROKER, os.environ.get(BROKER)), ("broker", self.broker)):
             if url:
-                url = read_url(url, self._folder if where == "broker" else None)
+                url = read_url(url, self._folder if where == "broker" else None, again=again)
                 problem = _url_problem(url)
                 if problem is not None:
                     raise JobError(f"{where} = {problem}")
@@ -221,12 +261,16 @@ class PartyFile(Declared):
             raise JobError("\n  ".join(f"party {self.party!r}: {problem}" for problem in problems))
 
 
-def read_url(url: str, folder: Path | None = None) -> str:
-    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else."""
+def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
+    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
+
+    Raises JobError for a file that cannot be read, or that others may read, as a private key.
+    """
     if not url.startswith(_IN_FILE):
         return url
+    path = (Path() if folder is None else folder) / url.removeprefix(_IN_FILE)
     try:
-        return (Path() if folder is None else folder).joinpath(url.removeprefix(_IN_FILE)).read_text().strip()
+        return read_secret(path, "URL with its password", again=again).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise JobError(f"{url}: the broker's URL cannot be read: {reason}") from None

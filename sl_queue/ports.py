@@ -71,6 +71,9 @@ class Table:
     row_keys: npt.NDArray[np.uint64] = field(repr=False)  # a secret keyed hash of each id, the same at every party
     digest: str  # of all ids; what parties compare when they join, hexadecimal
     id_type: str  # "integer" or "text"
+    columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
+    hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
+    notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
 
     @property
     def n_rows(self) -> int:
@@ -210,6 +213,9 @@ class SchedulerChannel(Protocol):
     def strangers(self) -> Sequence[str]:
         """Parties in whose name messages came, of which none could be opened."""
 
+    def foreign(self) -> Mapping[str, str]:
+        """Name parties that have spoken nothing but another version for a patience, with what to do about it."""
+
 
 class HistoryLog(Protocol):
     """The label holder's own history on disk; used by one thread at a time."""
@@ -279,18 +285,37 @@ class Checkpoints(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Connectivity:
+    """The connection between a worker and its broker."""
+
+    connected: bool
+    changed_s: float  # since it was made or lost; inf while there never was one
+    certificates: Mapping[str, float]  # Unix time at which they end: "broker", and "own" of who logs in with one
+
+    @property
+    def lost_s(self) -> float:
+        """Seconds without a connection: 0 with one, inf while there never was one."""
+        return 0.0 if self.connected else self.changed_s
+
+
+IN_PROCESS = Connectivity(connected=True, changed_s=0.0, certificates={})  # memory://
+
+
+@dataclass(frozen=True, slots=True)
 class Measures:
-    """What a party's channel has seen since its process started."""
+    """Numbers of a party's channel since its process started; `busy_s` and all of `waited_s` add up to `age_s`."""
 
     age_s: float
+    busy_s: float
     pulse_age_s: float  # since its own thread was last alive
     waited_s: Mapping[tuple[str, str], float]  # by (source, what for)
     silent_s: Mapping[str, float]  # since anything was heard, by peer
-    messages: Mapping[str, int]  # data messages applied, redelivered, duplicates, rejected
+    messages: Mapping[str, int]  # data messages applied, redelivered, duplicates, stale, rejected
     sent_bytes: int
     received_bytes: int
     commits: int
     reconnects: int
+    broker: Connectivity
 
 
 class Restarted(Exception):

@@ -17,9 +17,10 @@ from sklearn import metrics as reference
 from torch import Tensor, nn
 
 from sl_queue.compute.base import TorchBaseStage
+from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse import TorchFuseStage
 from sl_queue.compute.losses import LOSSES
-from sl_queue.compute.models import device_of, final_module, fingerprint, limit_threads
+from sl_queue.compute.models import device_of, final_module, limit_threads
 from sl_queue.compute.optimizers import optimizer_names
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.tensors import from_payload, is_finite, to_payload
@@ -295,7 +296,13 @@ def test_a_fingerprint_is_json_and_holds_what_decides_the_bits() -> None:
     run = setup(optimizer={"name": "adam", "betas": (0.8, 0.9)})
     found = fingerprint(run.job, run.files["insurer"])
     assert json.loads(json.dumps(found)) == found
-    assert found == {
+    with_values = {key: value for key, value in found.items() if not key.endswith(("code", "weights", "settings"))}
+    assert {key: value for key, value in with_values.items() if value is not None} == {
+        "rules": 2,
+        "secret": "seed",
+        "autocast": "off",
+        "default_dtype": "torch.float32",
+        "float32_matmul_precision": "highest",
         "torch": torch.__version__,
         "threads": 1,
         "device": "cpu",

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sl_queue.protocol.agreement import differing_keys
+from sl_queue.protocol.epochs import best_epoch
 from sl_queue.protocol.messages import (
     OPERATOR,
     Alive,
@@ -148,7 +149,9 @@ def test_rows_that_differ_are_told_by_their_counts_and_never_by_an_id_or_digest(
 
 def test_ids_of_different_types_are_told_as_such() -> None:
     mind = Mind().hear("a", joined("a1")).hear("b", joined("b1", id_type="text", rows_digest="e"))
-    assert "the ids of 'b' are text and those of 'a' integer" in (mind.state.reason or "")
+    assert "the ids of 'a' are of type integer and those of 'b' of type text" in (mind.state.reason or "")
+    strange = Mind().hear("a", joined("a1")).hear("b", joined("b1", id_type="a lie", rows_digest="e"))
+    assert "the ids of 'b' and 'a' are of different types" in (strange.state.reason or "")
 
 
 def test_state_folders_of_different_runs_are_told_with_who_holds_which() -> None:
@@ -256,6 +259,8 @@ def test_early_stopping_ends_after_patience_epochs_without_a_gain_and_restores_t
     for party in PARTIES:
         assert not mind.ordered(Finish)
         mind.hear(party, Progress(f"{party}1", 0, last, (last,)))
+    found = best_epoch(mind.plan, mind.state)
+    assert (trained - 1 if found is None else found.epoch) == final
     assert {order.step for order in mind.ordered(Finish).values()} == {STEPS * (final + 1) - 1}
 
 

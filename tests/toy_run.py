@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sl_queue.errors import SlQueueError
+from sl_queue.protocol.bounds import Bounds
 from sl_queue.protocol.history import History
-from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.messages import SCHEDULER, Kind
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
 from sl_queue.protocol.run_state import EarlyStopping, Plan, RunState
@@ -22,7 +23,7 @@ from sl_queue.roles.scheduler import Scheduler
 from sl_queue.roles.worker import Identity, Worker
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.memory import MemoryBroker
-from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 from sl_queue.transport.seal import Seal
 from tests.toy import MemoryCheckpoints, ToyStage
 
@@ -261,7 +262,7 @@ class ToyRun:
         if self.ledger.state is not None and self.ledger.state.phase == "finished" and not self.late_s:
             self.state = self.ledger.state
             return
-        with self._link(SCHEDULER, 0) as link:
+        with self._link(SCHEDULER, PREFETCH) as link:
             number = str(next(self._numbers))
             seal = self.seal_of(SCHEDULER)
             channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s, seal=seal)
@@ -282,7 +283,9 @@ class ToyRun:
         stage = self.stage(party)
         self.stages.setdefault(party, []).append(stage)
         peers = self.topology.feature_parties if party == label else (label,)
-        with self._link(party, pipeline.prefetch + 8) as link:
+        kinds = (Kind.ACTIVATION, Kind.HOLDOUT) if party == label else (Kind.GRADIENT,)
+        bounds = Bounds(pipeline, frozenset(kinds))
+        with self._link(party, bounds.prefetch) as link:
             number = str(next(self._numbers))
             channel = PartyChannel(
                 link,
@@ -294,6 +297,7 @@ class ToyRun:
                 depth=self.depth,
                 seal=self.seal_of(party),
                 committer=self.committer(),
+                bounds=bounds,
             )
             channel.open()
             identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer")

@@ -169,7 +169,7 @@ def _train(folder: Path, name: str, parties: list[str], screen: Screen) -> Resul
 def _joined(folder: Path) -> Joined:
     job, party_files = _load(folder, "job", ["left", "right", "labels"])
     tables = {file.party: read_table(job, file) for file in party_files}
-    return train_joined(job, party_files, tables, job.batches(tables["labels"].n_rows))
+    return train_joined(job, party_files, tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes))
 
 
 def _accuracy(history: list[dict[str, Any]]) -> str:

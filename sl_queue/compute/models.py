@@ -1,13 +1,12 @@
 """One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from sl_queue.compute.cuts import CROSSING
 from sl_queue.compute.demands import leaves_beyond, leaves_of, require_known, require_savable, require_within_reach
 from sl_queue.compute.final_weights import settled
+from sl_queue.compute.fingerprint import named
 from sl_queue.compute.graph import runs_only_torch, steps_only_torch
 from sl_queue.compute.handover import Copies, Take
 from sl_queue.compute.module_state import Built, begin_training, in_evaluation
@@ -52,6 +52,7 @@ class Model:
     built: Built = field(repr=False)
     warned: set[str] = field(default_factory=set)  # attributes of which it was said that no checkpoint carries them
     known: bool = False  # whether all parameters were the optimizer's in the first step
+    secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
     @classmethod
     def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None) -> "Model":
@@ -62,7 +63,7 @@ class Model:
         table = _table(party_file, part)
         device = device_of(party_file)
         module = build_module(job, party_file, part, sample, take)
-        where, name = f"party {party_file.party!r}: [{part}]", _name(table.model)
+        where, name = f"party {party_file.party!r}: [{part}]", named(table.model)
         require_savable(module, f"{where} model = {name!r}")
         module.to(device)
         optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
@@ -75,11 +76,12 @@ class Model:
             )
         begin_training(module)
         built = Built.of(module)
-        return cls(party_file.party, part, name, module, optimizer, device, _dtype(module), job.seed, built)
+        about = (party_file.party, part, name, module, optimizer, device, _dtype(module))
+        return cls(*about, job.seed, built, secret=party_file.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
-        """A scope in which random numbers depend on the job's seed, party, part, purpose and micro-batch only."""
-        return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch), self.device)
+        """A scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
+        return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch, self.secret), self.device)
 
     def differentiating(self, root: Tensor, hooks_before: int, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Open the scope of a backward pass from `root`: a keyed one if anything in it may draw random numbers.
@@ -255,7 +257,7 @@ def build_module(
 ) -> nn.Module:
     """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
     table = _table(party_file, part)
-    where = f"party {party_file.party!r}: [{part}] model = {_name(table.model)!r}"
+    where = f"party {party_file.party!r}: [{part}] model = {named(table.model)!r}"
     model = table.model
     if isinstance(model, str):
         with seeded(key(job.seed, "", "import"), torch.device("cpu")):  # its file may draw, or call torch.manual_seed
@@ -306,46 +308,11 @@ def limit_threads(n: int | None) -> None:
         torch.set_num_threads(n)
 
 
-def fingerprint(job: Job, party_file: PartyFile) -> dict[str, Any]:
-    """What must not change until a checkpoint is resumed, for the same bits to follow; flat, JSON values.
-
-    The number of threads is the calling thread's: sums are split among them.
-    """
-    found: dict[str, Any] = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    found["device"] = str(party_file.device)
-    if party_file.fuse is not None:
-        found["fuse.loss"] = _name(party_file.fuse.loss)
-    parts: tuple[Part, Part] = ("base", "fuse")
-    for part in parts:
-        if getattr(party_file, part) is None:
-            continue
-        table = _table(party_file, part)
-        found[f"{part}.model"] = _name(table.model)
-        for group in ("args", "optimizer"):
-            found |= {f"{part}.{group}.{k}": _plain(v) for k, v in dict(getattr(table, group) or {}).items()}
-    return found
-
-
 def _table(party_file: PartyFile, part: Part) -> BaseFile | FuseFile:
     table = party_file.base if part == "base" else party_file.fuse
     if table is None:
         raise JobError(f"party {party_file.party!r}: [{part}] is missing")
     return table
-
-
-def _name(thing: Any) -> str:
-    """How a model or loss is named in errors and fingerprints."""
-    if isinstance(thing, str):
-        return thing
-    kind = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _plain(value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError):
-        return _name(value)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

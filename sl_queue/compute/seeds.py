@@ -11,6 +11,10 @@ in this process draws outside of a scope; nothing of sl_queue does. A scope cost
 Python's own `random`, which augmentation inside models does use. torch's own backward passes need none, so parties in
 threads compute them at the same time. On CUDA autograd runs hooks in a thread of its own, while the thread that called
 it holds the lock and waits.
+
+A key without a secret can be computed by every party, and so can everything that is drawn with it. A key with one has
+256 bits, and sets all of a generator's state: torch's generator on the CPU takes only 32 bits of a seed, which a peer
+that sees a noisy activation could try out in hours.
 """
 
 import random
@@ -18,7 +22,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from hashlib import blake2b
+from hashlib import blake2b, shake_128
 
 import numpy as np
 import torch
@@ -27,13 +31,17 @@ from numpy.random import mtrand
 from sl_queue.protocol.messages import MicroBatch
 
 _ONCE = MicroBatch(0, 0)
+_WIDE = 1 << 256  # marks a key of 256 bits, however many of them are zero
+_STATE = slice(24, 24 + 624 * 8)  # of torch's CPU generator: a seed, two counts, 624 words of 32 bits as 64 bits each
 _GENERATORS = threading.RLock()  # guards this process's global generators; re-entered by a model that trains another
 
 
-def key(seed: int, party: str, purpose: str, micro_batch: MicroBatch = _ONCE) -> int:
-    """The 64-bit key of one draw; different purposes never share one."""
-    words = repr((seed, party, purpose, micro_batch.step, micro_batch.index))
-    return int.from_bytes(blake2b(words.encode(), digest_size=8).digest(), "little")
+def key(seed: int, party: str, purpose: str, micro_batch: MicroBatch = _ONCE, secret: bytes = b"") -> int:
+    """Return the key of one draw: 64 bits, or 256 with a `secret`; different purposes never share one."""
+    words = repr((seed, party, purpose, micro_batch.step, micro_batch.index)).encode()
+    if not secret:
+        return int.from_bytes(blake2b(words, digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(words, digest_size=32, key=secret).digest(), "little") | _WIDE
 
 
 @contextmanager
@@ -45,16 +53,28 @@ def seeded(key: int, device: torch.device) -> Iterator[None]:
         python_state, numpy_generator = random.getstate(), mtrand.get_bit_generator()
         try:
             for generator in generators:
-                generator.manual_seed(key)
+                generator.manual_seed(key & 0xFFFFFFFFFFFFFFFF)
             random.seed(key)
             mtrand.set_bit_generator(_numpy_generator())  # swapped, not copied: copying its state takes 30 us
             np.random.seed(key & 0xFFFFFFFF)
+            if key >= _WIDE:
+                _seed_widely(key)
             yield
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             random.setstate(python_state)
             mtrand.set_bit_generator(numpy_generator)
+
+
+def _seed_widely(key: int) -> None:
+    """Set torch's and NumPy's Mersenne Twisters, which take fewer bits of a seed, apart from each other."""
+    secret = (key & (_WIDE - 1)).to_bytes(32, "little")
+    state = torch.default_generator.get_state()
+    words = np.frombuffer(shake_128(secret).digest(624 * 4), "<u4")
+    state.numpy()[_STATE].view(np.uint64)[:] = words
+    torch.default_generator.set_state(state)
+    np.random.seed(np.frombuffer(secret, "<u4"))
 
 
 def _cuda_generators(device: torch.device) -> list[torch.Generator]:

@@ -31,15 +31,15 @@ def topology(job: Job, broker: str) -> Topology:
     return job.topology(prefix=f"{job.name}." if vhost == "/" else "")
 
 
-def connector(job: Job, broker: str, limits: Limits = Limits()) -> Connect:
-    """How parties reach the broker at that URL, and for how long they try."""
+def connector(job: Job, broker: str, limits: Limits = Limits(), again: Callable[[], str] | None = None) -> Connect:
+    """Return what connects parties to the broker at that URL; `limits`: for how long, `again`: reads the URL again."""
     if broker == MEMORY:
         memory = MemoryBroker()
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
     from sl_queue.transport.rabbitmq.link import RabbitLink  # a run over memory loads no pika
 
     return lambda party, prefetch: RabbitLink(
-        broker, party, topology(job, broker), prefetch, queue_type=job.broker.queues, limits=limits
+        broker, party, topology(job, broker), prefetch, queue_type=job.broker.queues, limits=limits, again=again
     )
 
 

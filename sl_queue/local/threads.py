@@ -19,14 +19,15 @@ from sl_queue.compute.handover import Loan, Take
 from sl_queue.compute.models import limit_threads
 from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
+from sl_queue.environment import THREADS
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
-from sl_queue.launch.party import serve_party
+from sl_queue.launch.party import compare_finished, serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.run_state import RunState, history_line
-from sl_queue.storage.checkpoints import holds_final
+from sl_queue.storage.checkpoints import Folder, holds_final
 from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
@@ -238,6 +239,14 @@ def have_finished(job: Job, states: Mapping[str, Path]) -> bool:
     return all(holds_final(states[party], job.digest) for party in job.parties)
 
 
+def compare_with_finished(job: Job, parties: Sequence[PartyFile], states: Mapping[str, Path]) -> None:
+    """Raise CheckpointError if a party's finished run was trained on another table, or with other models."""
+    for party_file in parties:
+        state = states[party_file.party]
+        with Folder(state, job_digest=job.digest, party=party_file.party, job=job.canonical()) as folder:
+            compare_finished(job, party_file, folder)
+
+
 def key_in(keys: Path | None, role: str) -> Path | None:
     """The private key of a role in a folder as `sl-queue provision` writes it."""
     return None if keys is None else keys / role / "seal.key"
@@ -245,4 +254,4 @@ def key_in(keys: Path | None, role: str) -> Path | None:
 
 def shared_threads(workers: int) -> int:
     """Torch threads for each of several workers on this machine: more than its cores together are slower."""
-    return int(os.environ.get("SL_QUEUE_THREADS", 0)) or max(1, (os.cpu_count() or 1) // workers)
+    return int(THREADS.read()) or max(1, (os.cpu_count() or 1) // workers)

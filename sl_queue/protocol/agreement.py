@@ -1,7 +1,7 @@
 """Whether a party that joins can train with the others: the same job, the same rows, the same run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sl_queue.protocol.messages import Joined
@@ -15,6 +15,7 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
     """Why this party cannot train with the others, or None; `state` is from before it joined."""
     return (
         _other_job(plan, sender, joined)
+        or _other_rules(plan, state, sender, joined)
         or _other_rows(plan, state, sender, joined)
         or _other_run(state, sender, joined)
     )
@@ -49,10 +50,7 @@ def _other_rows(plan: Plan, state: RunState, sender: str, joined: Joined) -> str
         if other == sender or not member.here or member.rows_digest == joined.rows_digest:
             continue
         if member.id_type != joined.id_type:
-            return (
-                f"the ids of {sender!r} are {printable(joined.id_type, LONGEST_NAME)} and those of {other!r} "
-                f"{printable(member.id_type, LONGEST_NAME)}: write them as the same type in both tables"
-            )
+            return differing_id_types({sender: joined.id_type, other: member.id_type or ""})
         return (
             f"the rows differ: {sender!r} has {joined.n_rows} rows, {other!r} has {member.n_rows}, and their ids are "
             "not the same; align the tables (private set intersection) so that both hold exactly the same ids"
@@ -72,6 +70,39 @@ def _other_run(state: RunState, sender: str, joined: Joined) -> str | None:
         held = ", ".join(f"{p} holds {r}" for p, r in sorted(runs.items()))
         return f"the state folders belong to different runs: {held}; use the folders of one run, or new ones everywhere"
     return None
+
+
+def _other_rules(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+    """Parties that choose held-out rows differently would not agree on a single micro-batch."""
+    others = {p: m.rules for p, m in state.members.items() if p in plan.parties and p != sender and m.here}
+    for other, rules in others.items():
+        if rules is None or rules == joined.rules:
+            continue
+        older, newer = sorted(((joined.rules, sender), (rules, other)))
+        return (
+            f"the rules by which a run chooses its held-out rows differ: {older[1]!r} goes by rules {older[0]}, as an "
+            f"earlier version of sl_queue or a run that one began does, and {newer[1]!r} by rules {newer[0]}. To go on "
+            f"with the run, write rules = {older[0]} at the top of the job file of {newer[1]!r} (no digest changes); "
+            "to train anew, use this version of sl_queue and a new state folder everywhere"
+        )
+    return None
+
+
+def differing_id_types(types: Mapping[str, str]) -> str:
+    """Say whose ids are of which type, which party file to change, and how."""
+    integers = _listed([party for party, kind in types.items() if kind == "integer"])
+    texts = _listed([party for party, kind in types.items() if kind == "text"])
+    if not integers or not texts:  # a peer may say anything
+        return f"the ids of {_listed(list(types))} are of different types"
+    return (
+        f'the ids of {integers} are of type integer and those of {texts} of type text, and 7 is not the id "7": write '
+        f'id_type = "text" under [data] in the party file of {integers}; or, if the text is whole numbers like 007 or '
+        f'7.0, id_type = "integer" in that of {texts}'
+    )
+
+
+def _listed(parties: Sequence[str]) -> str:
+    return " and ".join(map(repr, parties))
 
 
 def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:

@@ -120,6 +120,7 @@ class Joined:
     epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's history; the rest on request
     to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
     version: str = ""  # of sl_queue, for people; empty before there was such a field
+    rules: int = 1  # how it computes what it chooses, such as held-out rows; what the first version does not say is 1
     type: Literal["joined"] = "joined"
 
 

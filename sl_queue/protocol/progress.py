@@ -97,6 +97,13 @@ def standing_orders(plan: Plan, state: RunState) -> Orders:
     return tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
 
 
+def disagree(plan: Plan, state: RunState, reason: str) -> tuple[RunState, Orders]:
+    """End the run because a party cannot be understood, though it is there."""
+    if state.phase is Phase.STOPPED:
+        return state, ()
+    return _fail(plan, state, "AlignmentError", reason)
+
+
 # Joining ------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +143,7 @@ def _entered(state: RunState, sender: str, joined: Joined, heard: float | None) 
         n_rows=joined.n_rows,
         rows_digest=joined.rows_digest,
         id_type=joined.id_type,
+        rules=joined.rules,
         run=joined.run,
         generation=joined.generation,
         held=joined.held,

@@ -2,10 +2,15 @@
 
 Positions count rows in canonical order (ascending id). An epoch's order sorts positions by a keyed 64-bit hash, so any
 epoch and any step can be computed without the ones before, and a resumed worker needs no random state.
+
+Rows are held out by a hash of their ids, keyed by a seed alone: whoever comes or leaves, nearly all others stay where
+they are, in the next job too. How many are held out follows from the number of rows.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +19,11 @@ from sl_queue.errors import JobError
 from sl_queue.protocol.messages import MicroBatch
 
 Positions = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 _MASK = 0xFFFFFFFFFFFFFFFF
-_HOLDOUT = -1  # the "epoch" whose order chooses the held-out rows
+_HOLDOUT = -1  # the "epoch" whose order chooses the held-out rows by position
 
 
 def _splitmix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -51,9 +57,25 @@ def held_out(n_rows: int, holdout: float) -> int:
     return round(holdout * n_rows)
 
 
+def id_hashes(ids: Iterable[bytes], seed: int) -> Hashes:
+    """Hash every id, as UTF-8 text, for the choice of held-out rows."""
+    key = blake2b(str(seed).encode(), digest_size=32, person=b"sl_queue holdout").digest()
+    found = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in ids])
+    return np.frombuffer(found, "<u8").astype(np.uint64)
+
+
+def split_by_id(hashes: Hashes, holdout: float) -> tuple[Positions, Positions]:
+    """Return positions of the training and of the held-out rows, each ascending: the smallest hashes are held out."""
+    return _split(np.argsort(hashes, kind="stable"), holdout)  # equal ones in canonical order
+
+
 def split_holdout(n_rows: int, seed: int, holdout: float) -> tuple[Positions, Positions]:
-    """Positions of the training and of the held-out rows, each ascending."""
-    order, first = row_order(n_rows, seed, _HOLDOUT), held_out(n_rows, holdout)
+    """Split as runs under the first rules do: by position, so that one more row moves nearly all the others."""
+    return _split(row_order(n_rows, seed, _HOLDOUT), holdout)
+
+
+def _split(order: Positions, holdout: float) -> tuple[Positions, Positions]:
+    first = held_out(len(order), holdout)
     return np.sort(order[first:]), np.sort(order[:first])
 
 
@@ -61,7 +83,8 @@ def split_holdout(n_rows: int, seed: int, holdout: float) -> tuple[Positions, Po
 class Batches:
     """Every step's rows, cut into micro-batches.
 
-    `rows(micro_batch)` are positions in canonical order over all rows of the table. A step's rows are cut into
+    `rows(micro_batch)` are positions in canonical order over all rows of the table; which rows are held out decides
+    nothing else, so `hashes` may be left out where only counts are asked for. A step's rows are cut into
     `micro_batches` parts whose sizes differ by at most one, the larger first; a step with fewer rows has fewer parts.
     """
 
@@ -73,6 +96,8 @@ class Batches:
     holdout: float = 0.0
     shuffle: bool = True
     drop_last: bool = False
+    holdout_seed: int | None = None  # None: `seed`
+    hashes: Hashes | None = field(default=None, repr=False, compare=False)  # of the ids; None: held out by position
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -84,7 +109,9 @@ class Batches:
 
     @cached_property
     def _split(self) -> tuple[Positions, Positions]:
-        return split_holdout(self.n_rows, self.seed, self.holdout)
+        if self.hashes is not None:
+            return split_by_id(self.hashes, self.holdout)
+        return split_holdout(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, self.holdout)
 
     @property
     def training_rows(self) -> int:
@@ -123,6 +150,18 @@ class Batches:
         """How many micro-batches the step has."""
         return min(self.micro_batches, self.rows_in_step(step))
 
+    def sizes(self, step: int) -> tuple[int, ...]:
+        """Count the rows of each micro-batch of a step without looking them up."""
+        full, last = self._sizes
+        return last if self.ends_epoch(step) else full
+
+    @cached_property
+    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of every step of an epoch but its last, and of that."""
+        steps = (0, self.steps_per_epoch - 1)
+        full, last = (_part_sizes(self.rows_in_step(step), self.parts(step)) for step in steps)
+        return full, last
+
     def rows(self, micro_batch: MicroBatch) -> Positions:
         """The rows of a training micro-batch, in training order."""
         step, index = micro_batch.step, micro_batch.index
@@ -146,6 +185,18 @@ class Batches:
         """The rows of held-out micro-batch `index`, in canonical order."""
         size = self._holdout_size
         return self._split[1][index * size : (index + 1) * size]
+
+    @cached_property
+    def holdout_sizes(self) -> tuple[int, ...]:
+        """Count the rows of each held-out micro-batch."""
+        size, rows = self._holdout_size, self.holdout_rows
+        return tuple(min(size, rows - first) for first in range(0, rows, size))
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest message of this job, of training or of held-out rows."""
+        full, last = self._sizes
+        return max(*full, *last, *self.holdout_sizes)
 
     @property
     def _holdout_size(self) -> int:
@@ -173,3 +224,8 @@ def _part(n: int, parts: int, index: int) -> tuple[int, int]:
     size, larger = divmod(n, parts)
     start = index * size + min(index, larger)
     return start, start + size + (index < larger)
+
+
+def _part_sizes(n: int, parts: int) -> tuple[int, ...]:
+    """Sizes of all parts of `_part`."""
+    return tuple(stop - start for start, stop in (_part(n, parts, index) for index in range(parts)))

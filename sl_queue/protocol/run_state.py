@@ -91,6 +91,7 @@ class Member:
     step: int = BEFORE_FIRST_STEP
     loss: float | None = None
     samples: int = 0
+    rules: int | None = None  # None: it has not told this scheduler process yet
     heard: float | None = None  # monotonic
     waiting: Waiting | None = None
     lost: Lost | None = None

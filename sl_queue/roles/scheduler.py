@@ -11,7 +11,7 @@ from sl_queue.errors import AlignmentError, PeerSilent, named
 from sl_queue.ports import SchedulerChannel
 from sl_queue.protocol.epochs import standing_of
 from sl_queue.protocol.messages import OPERATOR, Command, Report, Status
-from sl_queue.protocol.progress import ending, reduce, standing_orders
+from sl_queue.protocol.progress import disagree, ending, reduce, standing_orders
 from sl_queue.protocol.run_state import (
     Member,
     Phase,
@@ -76,6 +76,9 @@ class Scheduler:
             before_s, deaf_s = deaf_s, self.channel.outage_s()
             heard_since += deaf_s - before_s
             state, commands = self._reduce(excused(state, deaf_s - before_s), reports, now)
+            for reason in self.channel.foreign().values():
+                state, orders = disagree(self.plan, state, reason)
+                commands += orders
             if durable(state) != saved:
                 saved = durable(state)
                 self.ledger.save(saved)

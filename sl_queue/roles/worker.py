@@ -44,6 +44,8 @@ class Identity:
     n_rows: int
     rows_digest: str
     id_type: str
+    rules: int = 1  # how it computes what it chooses, see protocol/fingerprints
+    version: str = ""  # of sl_queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,8 @@ class Worker:
     def _describe(self) -> Joined:
         me = self.identity
         about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
-        return Joined(*about, self.run, self.generation, self.held, self.history.newest())
+        newest = self.history.newest()
+        return Joined(*about, self.run, self.generation, self.held, newest, version=me.version, rules=me.rules)
 
     def _remember(self, saved: Saved | None) -> None:
         """Become what a checkpoint says, or what nobody has trained yet."""

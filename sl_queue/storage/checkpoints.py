@@ -18,8 +18,9 @@ from typing import Any, Self
 from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
 from sl_queue.ports import Final, Saved, State, Weights
 from sl_queue.protocol.agreement import told_difference
+from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
-from sl_queue.storage.durable import write_durably
+from sl_queue.storage.durable import is_passing, unusable, warn_of_readers, write_durably
 from sl_queue.storage.tensor_file import Stored, TornFileError, packed, sealed, unsealed
 
 log = logging.getLogger("sl_queue")
@@ -32,9 +33,10 @@ _PREFIX, _SUFFIX = "step-", ".safetensors"
 class Folder:
     """ports.Checkpoints in a folder that only one worker may use at a time; locked until `close`.
 
-    `fingerprint` is what must not change between two starts for the same bits to follow; flat, JSON values. `job` is
-    what the digest is of, to say what differs from another. Raises PartyBusy if another worker has the folder,
-    CheckpointError if it belongs to another job, party or fingerprint.
+    `fingerprint` is what must not change between two starts for the same bits to follow; flat, JSON values. Where it
+    depends on what lies here, it is given to `require` instead, before anything is loaded or saved. `job` is what the
+    digest is of, to say what differs from another. Raises PartyBusy if another worker has the folder, CheckpointError
+    if it belongs to another job, party or fingerprint.
     Mutable: it remembers which checkpoints are intact.
     """
 
@@ -44,16 +46,19 @@ class Folder:
         *,
         job_digest: str,
         party: str,
-        fingerprint: Mapping[str, Any],
+        fingerprint: Mapping[str, Any] | None = None,
         job: Mapping[str, Any] | None = None,
     ) -> None:
         self._path, self._checkpoints, self._final = path, path / "checkpoints", path / "final"
         self._job = dict(job or {})
         self._owner = {"format": VERSION, "job": job_digest, "party": party, "says": self._job}
-        self._fingerprint = json.loads(json.dumps(fingerprint))
+        self._fingerprint: Mapping[str, Any] = {}
+        self._begun: dict[int, Mapping[str, Any]] = {}  # the fingerprints of the intact checkpoints
+        self._final_says: Mapping[str, Any] | None = None  # what `final/run.json` holds, if this party has finished
         with self._writing():
             for folder in (path, self._checkpoints, self._final):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            warn_of_readers(path)
             self._unlock = weakref.finalize(self, os.close, self._locked(path / "lock"))
         try:
             with self._writing():
@@ -61,6 +66,8 @@ class Folder:
             self._held = {step for step in self._written() if self._intact(step)}
             self._kept = self._read_kept()
             self.finished()
+            if fingerprint is not None:
+                self.require(fingerprint)
         except BaseException:
             self.close()
             raise
@@ -75,6 +82,31 @@ class Folder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def begun_with(self) -> Mapping[str, Any] | None:
+        """The fingerprint of what lies here, final weights or the newest checkpoint; None if nothing does.
+
+        Empty if final weights are all there is, and an earlier version wrote them.
+        """
+        if self._final_says is not None and self._final_says.get("fingerprint"):
+            return self._final_says["fingerprint"]  # type: ignore[no-any-return]
+        if self._held:
+            return self._begun[max(self._held)]
+        return None if self._final_says is None else {}
+
+    def require(self, fingerprint: Mapping[str, Any]) -> None:
+        """Go on with this fingerprint. Raises CheckpointError, saying what differs, if what lies here has another.
+
+        Of a run that has finished only what it was trained on and with is compared, not the machine.
+        """
+        own = json.loads(json.dumps(fingerprint))
+        if self._final_says is None:
+            for step in sorted(self._held):
+                self._require(own, self._begun[step], self._file(step), finished=False)
+        elif begun := self.begun_with:
+            self._require(own, begun, self._final / "run.json", finished=True)
+        self._fingerprint = own
+
     def save(self, step: int, state: State, *, run: str, generation: int, values: Mapping[str, Any]) -> None:
         """Write durably and atomically; then drop old ones, keeping the last three and the kept step."""
         if step <= BEFORE_FIRST_STEP:
@@ -84,6 +116,7 @@ class Folder:
         with self._writing():
             write_durably(self._file(step), body)
             self._held.add(step)
+            self._begun[step] = self._fingerprint
             for old in self._written():
                 if old not in sorted(self._held)[-LAST:] and old != self._kept:
                     self._remove(old)
@@ -143,13 +176,16 @@ class Folder:
 
     def finished(self) -> Final | None:
         """What `write_final` left; None if this party has not finished."""
-        path = self._final / "run.json"
+        path, self._final_says = self._final / "run.json", None
         if not path.exists():
             return None
         try:
             final, found = _read_final(self._final)
             self._require_owner(found, path)
+            self._final_says = found
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._path, error) from error
             log.warning("%s cannot be used (%s); the final weights will be written again", path, error)
             return None
         return final
@@ -163,7 +199,8 @@ class Folder:
 
     def _write_run(self, final: Final) -> None:
         told = {"run": final.run, "step": final.step, "incarnation": final.incarnation, "told": final.told}
-        body = json.dumps(self._owner | told | {"digests": dict(final.digests)}, indent=1)
+        digests = {"digests": dict(final.digests), "fingerprint": self._fingerprint}
+        body = json.dumps(self._owner | told | digests, indent=1)
         with self._writing():
             write_durably(self._final / "run.json", body.encode())
 
@@ -196,10 +233,12 @@ class Folder:
         except FileNotFoundError:
             return None
         except (TornFileError, OSError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._path, error) from error
             log.warning("%s is torn or altered (%s); it is passed over", path, error)
             return None
         self._require_owner(stored.about, path)
-        self._require_fingerprint(stored.about["fingerprint"], path)
+        self._begun[step] = stored.about["fingerprint"]
         return stored
 
     def _intact(self, step: int) -> bool:
@@ -211,6 +250,8 @@ class Folder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._path, error) from error
             log.warning("%s: which checkpoint to keep cannot be read (%s); none is kept", self._checkpoints, error)
             return None
         return step if isinstance(step, int) else None
@@ -228,18 +269,20 @@ class Folder:
             differing = told_difference(self._job, says) if says else digests
             raise CheckpointError(f"{path} belongs to another job ({differing}){anew}; or restore the job file")
 
-    def _require_fingerprint(self, found: Mapping[str, Any], path: Path) -> None:
-        own = self._fingerprint
-        differing = [
-            f"{key} was {found.get(key, 'not there')!r}, now {own.get(key, 'not there')!r}"
-            for key in sorted(found.keys() | own.keys())
-            if (key in found, found.get(key)) != (key in own, own.get(key))
-        ]
-        if differing:
+    def _require(self, own: Mapping[str, Any], begun: Mapping[str, Any], path: Path, *, finished: bool) -> None:
+        differing = "; ".join(differences(begun, own, finished=finished))
+        if not differing:
+            return
+        party = self._owner["party"]
+        if finished:
             raise CheckpointError(
-                f"{path} was written with other settings, and resuming would not give the same weights: "
-                f"{'; '.join(differing)}. Restore them, or start anew with another state folder"
+                f"party {party!r}: {path}: this run is finished, and it was trained with something else: {differing}. "
+                "Restore that to have its final weights, or train anew with another state folder"
             )
+        raise CheckpointError(
+            f"party {party!r}: {path} was written with something else, and resuming would not give the same weights: "
+            f"{differing}. Restore that, or start anew with another state folder"
+        )
 
     def _locked(self, path: Path) -> int:
         """The lock's file descriptor; the lock goes when it is closed, however the worker ends."""
@@ -263,10 +306,7 @@ class Folder:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(
-                f"the state folder {self._path} cannot be used: {error.strerror or error}; what was saved before is "
-                "intact: make room or mend the rights, then start the worker again"
-            ) from error
+            raise unusable(self._path, error) from error
 
 
 def holds_final(path: Path, job_digest: str) -> bool:

@@ -19,7 +19,7 @@ from sl_queue.protocol.agreement import told_difference
 from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import EpochResult
 from sl_queue.protocol.run_state import Phase, RunState, history_line
-from sl_queue.storage.durable import write_durably
+from sl_queue.storage.durable import PRIVATE, is_passing, unusable, warn_of_readers, write_durably
 from sl_queue.storage.history_file import HistoryFile
 
 _states: TypeAdapter[RunState] = TypeAdapter(RunState)
@@ -35,9 +35,10 @@ class RunFile:
         self._history = HistoryFile(folder / "history.jsonl")
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = (folder / "lock").open("w")
+            warn_of_readers(folder)
+            self._lock = os.fdopen(os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, PRIVATE), "w")
         except OSError as error:
-            raise CheckpointError(f"the scheduler's state folder {folder} cannot be used: {error.strerror}") from None
+            raise unusable(folder, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -60,6 +61,8 @@ class RunFile:
             if told is not None:
                 history = History.of(_histories.validate_python(told))
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._folder, error) from None
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run"
             ) from None
@@ -85,7 +88,4 @@ class RunFile:
             self._history.write(state.history)
             write_durably(self._folder / "run.json", body.encode())
         except OSError as error:
-            raise CheckpointError(
-                f"the scheduler cannot write to {self._folder}: {error.strerror}; what was saved before is intact: "
-                f"make room or mend the rights, then start it again ({os.fspath(self._folder / 'run.json')})"
-            ) from None
+            raise unusable(self._folder, error) from None

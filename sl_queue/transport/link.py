@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NewType, Protocol
 
 from sl_queue.errors import SlQueueError
+from sl_queue.ports import Connectivity
 from sl_queue.protocol.messages import Kind
 
 Tag = NewType("Tag", tuple[int, int, int])  # (connection, channel or queue, delivery): void after a reconnect
@@ -67,6 +68,10 @@ class Link(Protocol):
 
     def outage(self) -> Outage:
         """The time without a connection, or with a broker that takes no messages."""
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """The connection to the broker, now."""
 
     def close(self) -> None:
         """Close in order, without waiting for confirms; unacknowledged messages go back to their queues. Idempotent."""

@@ -65,6 +65,12 @@ class Address:
         parameters.client_properties = {"connection_name": name}
         return parameters
 
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Certificates and keys by option: cacertfile, certfile, keyfile."""
+        own = parse_qs(urlsplit(self.url).query)
+        return {name: own[name][-1] for name in _FILES if name in own}
+
     def __str__(self) -> str:
         return f"{self.host}:{self.port}, virtual host {self.vhost!r}"
 
@@ -79,9 +85,13 @@ def _wrong_option(parts: SplitResult) -> str:
     return f"an option has a value that it cannot have; given are {', '.join(given)}" if given else "it cannot be read"
 
 
+_FILES = ("cacertfile", "certfile", "keyfile")
+_TLS_OPTIONS = (*_FILES, "auth_mechanism")  # as in RabbitMQ's own URIs
+
+
 def _secure(parameters: pika.URLParameters, host: str, options: Mapping[str, str]) -> None:
     """Whom to trust, and how to log in with a certificate. Raises ValueError, OSError."""
-    for name in ("cacertfile", "certfile", "keyfile"):
+    for name in _FILES:
         if name in options and not Path(options[name]).is_file():
             raise _Unusable(f"{name} = {options[name]!r}: there is no such file")
     mechanism = options.get("auth_mechanism", "plain")
