@@ -224,7 +224,7 @@ class HistoryLog(Protocol):
         """The epochs that were written, whole ones only."""
 
     def write(self, history: History) -> None:
-        """Have these epochs on disk and no others; costs as much as what is new. Raises OSError."""
+        """Have these epochs on disk and no others; costs as much as what is new."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sl_queue.errors import CheckpointError
 from sl_queue.protocol.history import History
 from sl_queue.protocol.run_state import Member, Phase, RunState, history_line
-from sl_queue.storage.history_file import HistoryFile
+from sl_queue.storage.history_file import HistoryFile, Journal
 from sl_queue.storage.run_file import RunFile
 from tests.test_history import JOB, epoch
 
@@ -93,5 +93,16 @@ def test_a_run_file_of_the_version_before_that_holds_the_history_is_read(tmp_pat
 
 def test_a_disk_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").mkdir()
-    with opened(tmp_path) as ledger, pytest.raises(CheckpointError, match="cannot write to"):
+    with opened(tmp_path) as ledger, pytest.raises(CheckpointError, match="cannot be used"):
         ledger.save(RunState(run="r", history=History.of([epoch(1)])))
+
+
+def test_a_label_holder_whose_history_cannot_be_written_says_where_and_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    journal = Journal(path)
+    journal.write(History.of([epoch(0)]))
+    path.unlink()
+    path.mkdir()
+    for use in (lambda: journal.write(History.of([epoch(0), epoch(1)])), journal.load):
+        with pytest.raises(CheckpointError, match=r"cannot be used: .*make room"):
+            use()

@@ -102,6 +102,7 @@ BAD = {
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_way_in_says_what_is_wrong_in_words_of_its_own(entry: str, url: str, tmp_path: Path) -> None:
     (tmp_path / "url").write_text(f"{url}\n")
+    (tmp_path / "url").chmod(0o600)
     written = [f"file:{tmp_path / 'url'}"] if entry == "scheduler" else []  # the command has read it before
     for where in (url, *written):
         said = shown_by(lambda where=where: ENTRIES[entry](where))  # type: ignore[misc]

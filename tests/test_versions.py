@@ -121,6 +121,6 @@ def test_a_worker_says_which_version_of_the_program_it_is_and_older_ones_need_no
         body = encode(Header("", 0, Kind.REPORT, "a", SCHEDULER, FIRST), joined)
         broker.publish(SCHEDULER, "a", body, persistent=False, expires=False)
     try:
-        assert [report.version for _, report in channel.reports(0.0)] == ["", "0.2.0"]  # type: ignore[union-attr]
+        assert [report.version for _, report, _ in channel.reports(0.0)] == ["", "0.2.0"]  # type: ignore[union-attr]
     finally:
         channel.close()

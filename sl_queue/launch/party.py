@@ -32,7 +32,7 @@ from sl_queue.roles.feature_party import FeatureParty
 from sl_queue.roles.label_holder import LabelHolder
 from sl_queue.roles.worker import Identity, Worker
 from sl_queue.storage.checkpoints import Folder
-from sl_queue.storage.history_file import HistoryFile
+from sl_queue.storage.history_file import Journal
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.seal import Seal
 
@@ -119,7 +119,7 @@ def serve_party(
             seal=seal,
             bounds=bounds,
         )
-        journal = HistoryFile(state / "history.jsonl")
+        journal = Journal(state / "history.jsonl")
         worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take)
         if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker).close)
@@ -161,7 +161,7 @@ def _role(
     pipeline: Pipeline,
     channel: PartyChannel,
     folder: Folder,
-    journal: HistoryFile,
+    journal: Journal,
     identity: Identity,
     take: Take,
 ) -> tuple[Worker, Callable[[int], None]]:

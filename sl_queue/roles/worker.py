@@ -186,7 +186,8 @@ class Worker:
         state, run, generation = self.stage.state(), self.run, self.generation
 
         def save() -> None:
-            self._write(history)
+            if self.journal is not None:  # before the checkpoint that counts on it
+                self.journal.write(history)
             self.checkpoints.save(step, state, run=run, generation=generation, values=values)
             self.committed, self.held, self.history = step, self.checkpoints.steps(), history
             self.channel.report(self._progress(step, None))
@@ -194,18 +195,6 @@ class Worker:
                 self.channel.report(EpochDone(self.identity.incarnation, generation, ended))
 
         self.channel.commit(step, save)
-
-    def _write(self, history: History) -> None:
-        """Have the epochs on disk before the checkpoint that counts on them."""
-        if self.journal is None:
-            return
-        try:
-            self.journal.write(history)
-        except OSError as error:
-            raise CheckpointError(
-                f"the history cannot be written: {error.strerror or error}; what was saved before is intact: make room "
-                "or mend the rights, then start the worker again"
-            ) from error
 
     def advance(self, step: int, rows: int, loss: float | None = None) -> None:
         """An optimizer step is done: tell the scheduler some time soon."""

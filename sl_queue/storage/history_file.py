@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sl_queue.protocol.history import History
 from sl_queue.protocol.run_state import history_line, result_of
+from sl_queue.storage.durable import PRIVATE, unusable
 
 
 class HistoryFile:
@@ -60,7 +61,7 @@ class HistoryFile:
     def _replace(self, start: int, body: bytes) -> int:
         """Write `body` from byte `start` on, and nothing after it; returns the size of the file."""
         is_new, self._size = not self._path.exists(), None
-        with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, PRIVATE), "r+b") as file:
             file.truncate(start)
             file.seek(start)
             file.write(body)
@@ -73,3 +74,24 @@ class HistoryFile:
             finally:
                 os.close(folder)
         return start + len(body)
+
+
+class Journal:
+    """The label holder's own history. Mutable as the file that it is."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, HistoryFile(path)
+
+    def load(self) -> History:
+        """Read the epochs that are whole and follow one another. Raises as `unusable`."""
+        try:
+            return self._file.load()
+        except OSError as error:
+            raise unusable(self._path.parent, error) from None
+
+    def write(self, history: History) -> None:
+        """Have the file hold these epochs and no others, durably. Raises as `unusable`."""
+        try:
+            self._file.write(history)
+        except OSError as error:
+            raise unusable(self._path.parent, error) from None
