@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -198,22 +199,26 @@ def status(
     key: OperatorKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
-    """Where the run is, who is late and why."""
+    """Tell where the run is, who is late and why.
+
+    Exits 0 if the scheduler tells it now or the run has ended, 6 if the run failed, 75 if the scheduler is silent.
+    """
     from sl_queue.commands.screen import status_view, stdout
     from sl_queue.job import Job
 
     agreed, url = Job.load(job), _network(broker)
-    from sl_queue.commands.operate import read_status
+    from sl_queue.commands.operate import watch_status
     from sl_queue.launch.broker import sealing
     from sl_queue.protocol.messages import OPERATOR
 
-    newest = read_status(agreed, url, seal=sealing(agreed, OPERATOR, key, url))
-    if newest is None:
+    telling = watch_status(agreed, url, sealing(agreed, OPERATOR, key, url))
+    if telling is None:
         raise PeerSilent(f"{job}: no scheduler has told anything of this job at that broker; start workers.scheduler")
     if as_json:
-        print(json.dumps(newest))
+        print(json.dumps(telling.as_json(time.time())))
     else:
-        stdout().print(status_view(newest))
+        stdout().print(status_view(telling, time.time()), soft_wrap=True)
+    raise typer.Exit(telling.exit_code)
 
 
 @app.command()
@@ -227,6 +232,73 @@ def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:
     from sl_queue.protocol.messages import OPERATOR
 
     print(request_stop(agreed, url, sealing(agreed, OPERATOR, key, url)))
+
+
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where nobody can be asked.")]
+
+
+@app.command()
+def dead(
+    job: JobPath,
+    parties: Annotated[list[str] | None, typer.Argument(metavar="[PARTY...]", help="Names; default: all.")] = None,
+    broker: Broker = None,
+    requeue: Annotated[bool, typer.Option("--requeue", help="Put them back into the queues they came from.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="Remove them.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Show the messages that workers refused, from whom and why; put them back, or remove them."""
+    from sl_queue.job import Job
+
+    if requeue and purge:
+        raise JobError("--requeue and --purge: give one of them")
+    agreed, url = Job.load(job), _network(broker)
+    from sl_queue.commands.housekeeping import describe_dead, parties_of, purge_dead, put_back, read_dead
+
+    chosen = parties_of(agreed, parties or [])
+    found = read_dead(agreed, url, chosen)
+    _print_lines(describe_dead(agreed, url, found, time.time()))
+    filled = [party for party, letters in found.items() if isinstance(letters, list) and letters]
+    if filled and requeue:
+        _require_consent(f"put back the dead letters of {', '.join(filled)}", yes)
+        _print_lines(put_back(agreed, url, filled))
+    if filled and purge:
+        _require_consent(f"remove the dead letters of {', '.join(filled)} for good", yes)
+        _print_lines(purge_dead(agreed, url, filled))
+
+
+@app.command()
+def cleanup(
+    job: JobPath,
+    broker: Broker = None,
+    force: Annotated[bool, typer.Option("--force", help="Also while workers are connected.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Remove what a finished or abandoned job left at the broker: its queues with all messages, and its exchanges."""
+    from sl_queue.job import Job
+
+    agreed, url = Job.load(job), _network(broker)
+    from sl_queue.commands.housekeeping import describe_remains, find_remains, remove_remains
+
+    remains = find_remains(agreed, url, force=force)
+    _print_lines(describe_remains(agreed, url, remains))
+    if remains.queues or remains.exchanges:
+        _require_consent("remove all of it for good", yes)
+        print(remove_remains(agreed, url, remains, force=force))
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def _require_consent(what: str, yes: bool) -> None:
+    """Ask whoever sits there. Raises JobError where nobody does."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise JobError(f"nobody can be asked whether to {what}: add --yes")
+    if not typer.confirm(f"{what[0].upper()}{what[1:]}?"):
+        raise typer.Exit(1)
 
 
 @app.command()

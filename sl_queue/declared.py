@@ -60,7 +60,7 @@ def redacted(url: str) -> str:
     """A broker's URL without its password and options, for people to read."""
     login, at, host = url.rpartition("@")  # the last one, because a password may hold one that was not escaped
     if not at:  # what follows the colon is a port, or a password whose host was forgotten
-        return re.sub(r"^(\w+://[^:/?\[]*):(?!\d*(?:[/?]|$))[^?]*", r"\1:***", url).partition("?")[0]
+        return re.sub(r"^((?:[^/]*//)?[^:/?\[]*):(?!\d*(?:[/?]|$))[^?]*", r"\1:***", url).partition("?")[0]
     scheme, separator, user = login.partition("://") if "://" in login else ("", "", login)
     name, colon, _ = user.partition(":")
     return f"{scheme}{separator}{name}{colon and ':***'}@{host.partition('?')[0]}"

@@ -10,14 +10,20 @@
     │   ├── BrokerUnreachable      no connection, a refused login, a missing vhost
     │   ├── Unroutable             the broker has no queue for a message
     │   ├── PartyBusy              another worker already serves this party
-    │   └── PeerSilent             a party has not been heard of for too long
+    │   ├── PeerSilent             a party has not been heard of for too long
+    │   └── ResourceShortage       this machine or process has no descriptors or memory left
     ├── CheckpointError        4   the state folder cannot be used or written
     ├── ComputeError           5   the model failed on its own data
     │   ├── ShapeError             a tensor does not have the shape of the cut layer
     │   └── NonFiniteError         NaN or infinity in a loss, an activation or a gradient
+    ├── PeerFailed             6   another party failed, and ended the run with its reason
     └── RunStopped             0   the run ended on purpose before its last epoch
 
 A message says what happened, where (party, micro-batch), what was expected, and what to do next.
+
+The law: a code says what its own worker met. A party that fails ends with the code of its error, and with it every
+other worker, the scheduler too, with PeerFailed, whatever that party said its error was. Parties that disagree before
+step 0 all end with AlignmentError: nobody can tell which of them is wrong.
 """
 
 from typing import ClassVar
@@ -79,6 +85,10 @@ class PeerSilent(TransportError):
     """A party that this worker waits for has not been heard of for too long."""
 
 
+class ResourceShortage(TransportError):
+    """The machine or this process has run out of file descriptors or memory: a restart frees them."""
+
+
 class CheckpointError(SlQueueError):
     """The state folder belongs to another job, or a checkpoint cannot be written or read."""
 
@@ -99,6 +109,12 @@ class NonFiniteError(ComputeError):
     """A loss, activation or gradient is NaN or infinite."""
 
 
+class PeerFailed(SlQueueError):
+    """Another party failed, and the run with it; when that party is mended, starting the workers again resumes it."""
+
+    exit_code = 6
+
+
 class RunStopped(SlQueueError):
     """The run was stopped on purpose; starting the workers again resumes it."""
 
@@ -115,3 +131,12 @@ def _tree(error: type[SlQueueError]) -> dict[str, type[SlQueueError]]:
 def named(name: str) -> type[SlQueueError]:
     """The error class of that name, or SlQueueError when a newer peer sends one that is unknown here."""
     return _tree(SlQueueError).get(name, SlQueueError)
+
+
+def failure(name: str) -> str:
+    """Return the name of a party's error as it may be repeated: SlQueueError for what is no failure of its own.
+
+    A stop, a connection to try again and the failure of yet another party are none.
+    """
+    no_failure = issubclass(named(name), RunStopped | PeerFailed | TransportError)
+    return "SlQueueError" if no_failure else named(name).__name__

@@ -1,15 +1,12 @@
 """A party's own file: its table, its models, its broker; private to the party, and never sent."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
-import numpy.typing as npt
 from pydantic import (
     AfterValidator,
     Discriminator,
@@ -22,9 +19,11 @@ from pydantic import (
     model_validator,
 )
 
+from sl_queue.broker_url import fault
 from sl_queue.declared import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.errors import JobError
 from sl_queue.protocol.fingerprints import SEED
+from sl_queue.security import read_secret
 from sl_queue.user_code import NAME
 
 if TYPE_CHECKING:
@@ -41,12 +40,13 @@ _IN_FILE = "file:"
 class Rows:
     """A party's rows in any order, given in code or returned by the `source` of a party file.
 
-    `features` may have any shape after the first axis; None for a label holder without a base model.
+    Arrays of NumPy, torch or Arrow, lists, and data frames of pandas or polars, without gaps. `features` may have any
+    shape after the first axis; None for a label holder without a base model.
     """
 
     ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
-    features: npt.ArrayLike | None = field(default=None, repr=False)  # (rows, *anything): cast to the model's dtype
-    labels: npt.ArrayLike | None = field(default=None, repr=False)  # (rows,) or (rows, *anything)
+    features: Any = field(default=None, repr=False)  # (rows, *anything); floating ones are cast to the model's dtype
+    labels: Any = field(default=None, repr=False)  # (rows,) or (rows, *anything)
 
 
 def _from_folder(path: Path, info: ValidationInfo) -> Path:
@@ -78,6 +78,9 @@ class DataFile(Declared):
         description='a list of column names, for instance ["age", "income"]; without it, all but id and label',
     )
     label: str | None = Field(default=None, description="the name of the column with the labels")
+    id_type: Literal["text", "integer"] | None = Field(
+        default=None, description='"text" or "integer": what ids are taken as, the same at every party'
+    )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
         default=None, description="module:callable, returning sl_queue.Rows"
     )
@@ -227,11 +230,14 @@ class PartyFile(Declared):
         copied._secret = secret
         return copied
 
-    def broker_url(self, option: str | None = None) -> str:
-        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none."""
+    def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
+        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
+
+        `again`: it was read before, and may have changed.
+        """
         for where, url in (("--broker", option), (BROKER, os.environ.get(BROKER)), ("broker", self.broker)):
             if url:
-                url = read_url(url, self._folder if where == "broker" else None)
+                url = read_url(url, self._folder if where == "broker" else None, again=again)
                 problem = _url_problem(url)
                 if problem is not None:
                     raise JobError(f"{where} = {problem}")
@@ -255,12 +261,16 @@ class PartyFile(Declared):
             raise JobError("\n  ".join(f"party {self.party!r}: {problem}" for problem in problems))
 
 
-def read_url(url: str, folder: Path | None = None) -> str:
-    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else."""
+def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
+    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
+
+    Raises JobError for a file that cannot be read, or that others may read, as a private key.
+    """
     if not url.startswith(_IN_FILE):
         return url
+    path = (Path() if folder is None else folder) / url.removeprefix(_IN_FILE)
     try:
-        return (Path() if folder is None else folder).joinpath(url.removeprefix(_IN_FILE)).read_text().strip()
+        return read_secret(path, "URL with its password", again=again).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise JobError(f"{url}: the broker's URL cannot be read: {reason}") from None
@@ -268,16 +278,9 @@ def read_url(url: str, folder: Path | None = None) -> str:
 
 def _url_problem(url: str) -> str | None:
     """What is wrong with a broker's URL, without its password, or None."""
-    try:
-        parts = urlsplit(url)
-        rest = parts.path + parts.query + parts.fragment  # an @ in there: the password was not escaped
-        nodes = [urlsplit(f"//{node}") for node in parts.netloc.rpartition("@")[2].split(",")]
-        good = "@" not in rest and all(node.hostname is not None and node.port != 0 for node in nodes)
-    except ValueError:
-        good = False
-    if url == "memory://" or url.startswith(_IN_FILE) or (good and re.match(r"amqps?://", url)):
+    if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
         return None
-    return f"{redacted(url)!r}; it must be {_URL} (in a password, write @ as %40, / as %2F, : as %3A)"
+    return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"
 
 
 def _about_base(party: PartyFile, job: "Job") -> Iterator[str]:

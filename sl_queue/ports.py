@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import (
     Activation,
     Command,
@@ -72,6 +73,7 @@ class Table:
     id_type: str  # "integer" or "text"
     columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
     hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
+    notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
 
     @property
     def n_rows(self) -> int:
@@ -193,8 +195,11 @@ class Channel(Protocol):
 class SchedulerChannel(Protocol):
     """The scheduler's side: reports from anyone, in each sender's order."""
 
-    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report]]:
-        """The reports that came since the last call, as (party, report); waits at most `timeout_s` for the first."""
+    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report, bool]]:
+        """The reports that came since the last call, as (party, report, delivered again).
+
+        Waits at most `timeout_s` for the first.
+        """
 
     def command(self, party: str, command: Command | Status) -> None:
         """Publish a command to a party; the broker keeps it even when it restarts."""
@@ -202,8 +207,24 @@ class SchedulerChannel(Protocol):
     def acknowledge(self) -> None:
         """What `reports` returned has taken effect on disk."""
 
+    def outage_s(self) -> float:
+        """Seconds, all in all, in which the own connection could not carry anything."""
+
     def strangers(self) -> Sequence[str]:
         """Parties in whose name messages came, of which none could be opened."""
+
+    def foreign(self) -> Mapping[str, str]:
+        """Name parties that have spoken nothing but another version for a patience, with what to do about it."""
+
+
+class HistoryLog(Protocol):
+    """The label holder's own history on disk; used by one thread at a time."""
+
+    def load(self) -> History:
+        """The epochs that were written, whole ones only."""
+
+    def write(self, history: History) -> None:
+        """Have these epochs on disk and no others; costs as much as what is new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +235,7 @@ class Saved:
     generation: int
     step: int
     state: State
-    values: Mapping[str, Any]  # what the role added: the label holder's history
+    values: Mapping[str, Any]  # what the role added: the label holder's newest epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,18 +285,37 @@ class Checkpoints(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Connectivity:
+    """The connection between a worker and its broker."""
+
+    connected: bool
+    changed_s: float  # since it was made or lost; inf while there never was one
+    certificates: Mapping[str, float]  # Unix time at which they end: "broker", and "own" of who logs in with one
+
+    @property
+    def lost_s(self) -> float:
+        """Seconds without a connection: 0 with one, inf while there never was one."""
+        return 0.0 if self.connected else self.changed_s
+
+
+IN_PROCESS = Connectivity(connected=True, changed_s=0.0, certificates={})  # memory://
+
+
+@dataclass(frozen=True, slots=True)
 class Measures:
-    """What a party's channel has seen since its process started."""
+    """Numbers of a party's channel since its process started; `busy_s` and all of `waited_s` add up to `age_s`."""
 
     age_s: float
+    busy_s: float
     pulse_age_s: float  # since its own thread was last alive
     waited_s: Mapping[tuple[str, str], float]  # by (source, what for)
     silent_s: Mapping[str, float]  # since anything was heard, by peer
-    messages: Mapping[str, int]  # data messages applied, redelivered, duplicates, rejected
+    messages: Mapping[str, int]  # data messages applied, redelivered, duplicates, stale, rejected
     sent_bytes: int
     received_bytes: int
     commits: int
     reconnects: int
+    broker: Connectivity
 
 
 class Restarted(Exception):

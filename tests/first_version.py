@@ -88,5 +88,5 @@ def write(folder: Path) -> None:
     sl_queue.run_local(job(), files(), out=folder / "finished")
     try:
         sl_queue.run_local(job(), files(), out=folder / "stopped", on_status=stop_after(2))
-    except (Enough, sl_queue.SlQueueError) as error:
+    except (sl_queue.SlQueueError, Enough) as error:  # the first version raised one of its own
         print("stopped:", error)

@@ -244,8 +244,6 @@ def test_who_waits_for_a_message_hears_at_once_that_the_commit_failed(post: Post
         pytest.param("a", body(activation(0), "a", "label")[:-1], "truncated or padded", id="truncated"),
         pytest.param("a", body(activation(0), "b", "label"), "says it is from 'b', but came from 'a'", id="forged"),
         pytest.param("a", body(activation(0), "a", "b"), "is for 'b', but came to 'label'", id="misdirected"),
-        pytest.param("a", body(activation(0), "a", "label", run="q"), "is of run 'q', this is run 'r'", id="run"),
-        pytest.param("a", body(activation(0), "a", "label", generation=0), "is of generation 0, this is 1", id="older"),
         pytest.param("scheduler", body(activation(0), "scheduler", "label"), "who sends none", id="no peer"),
         pytest.param("a", body(Stop("label1", "no"), "a", "label"), "only the scheduler commands", id="command"),
         pytest.param("a", body(Progress("a1", 1, 0, ()), "a", "label"), "not meant for a party", id="report"),
@@ -279,7 +277,7 @@ def test_what_came_before_the_start_is_received_after_it(post: Post) -> None:
     post.publish("label", "a", body(activation(0), "a", "label"), body(activation(0), "a", "label", run="old"))
     label.adopt(Start("label1", "r", (-1,)), -1)
     assert label.receive("a", Kind.ACTIVATION, MicroBatch(0, 0)) == tensor(0, 0)
-    assert [reason for _, reason, _ in post.broker.dead_letters] == ["is of run 'old', this is run 'r'"]
+    assert (label.counts["stale"], post.broker.dead_letters) == (1, [])
 
 
 def test_nothing_is_sent_before_a_run_is_adopted(post: Post) -> None:
@@ -445,7 +443,7 @@ def test_who_joined_an_earlier_scheduler_is_asked_again_before_it_is_believed(po
     bank.introduce(lambda: replace(here, incarnation="a1"))
     threading.Timer(0.1, lambda: post.command("a", Start("a1", "r"))).start()
     bank.until(lambda orders: orders.start)
-    assert channel.reports(timeout_s=1.0) == [("a", replace(here, incarnation="a1", to="s1"))]
+    assert channel.reports(timeout_s=1.0) == [("a", replace(here, incarnation="a1", to="s1"), False)]
 
 
 # Silence ------------------------------------------------------------------------------------------------------
@@ -501,12 +499,12 @@ def test_reports_are_acknowledged_when_they_have_taken_effect_and_come_again_oth
     channel = scheduler(post)
     alive = [Alive("a1"), Alive("a2")]
     post.publish(SCHEDULER, "a", *(body(report, "a", SCHEDULER) for report in alive))
-    assert channel.reports(timeout_s=1.0) == [("a", report) for report in alive]
+    assert channel.reports(timeout_s=1.0) == [("a", report, False) for report in alive]
     assert post.left(SCHEDULER, "a") == 2
     channel.close()
     post.channels.remove(channel)
     again = scheduler(post)
-    assert again.reports(timeout_s=1.0) == [("a", report) for report in alive]
+    assert again.reports(timeout_s=1.0) == [("a", report, True) for report in alive], "delivered again"
     again.acknowledge()
     assert post.left(SCHEDULER, "a") == 0
     assert again.reports(timeout_s=0.0) == []
@@ -583,9 +581,13 @@ def test_thousands_of_wrong_messages_into_every_queue_of_a_live_run_change_nothi
     assert run.weights() == quiet.weights()
     assert run.state is not None
     assert run.state.generation == 0
+    fates = Counter[str]()
+    for counts in run.counts.values():
+        fates.update(counts)
+    to_parties = sum(QUEUES[n % len(QUEUES)][0] != SCHEDULER for n in range(len(QUEUES))) / len(QUEUES)
+    assert fates["rejected"] + fates["stale"] >= to_parties * TOTAL * 0.95
     dead = run.broker.dead_letters
-    assert len(dead) >= TOTAL
-    assert Counter(letter for _, _, letter in dead) == Counter(published), "all of it, and nothing of the parties' own"
+    assert Counter(letter for _, _, letter in dead) <= Counter(published), "nothing of the parties' own"
     assert all(reason for _, reason, _ in dead)
-    for party, counts in run.counts.items():
-        assert counts["rejected"] == sum(refused == party for refused, _, _ in dead), party
+    copied = Counter(party for party, _, _ in dead)
+    assert set(copied) == {SCHEDULER, *TOPOLOGY.parties} and max(copied.values()) < 100, "a few for each sender"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sl_queue
 from sl_queue.commands.findings import Level
 from sl_queue.compute.equality import MAX_ROWS, bounded, first_step_difference, split_weights
+from sl_queue.data.table import read_table
 from sl_queue.protocol.row_order import Batches
 from tests.credit import bank_columns, edit, write_bank, write_credit, write_insurer
 from tests.split import Concatenated, Parties, furthest, parties
@@ -201,11 +202,11 @@ def test_a_loss_that_made_up_activations_spoil_is_no_error(job: Path) -> None:
 
 def rare(job: Path) -> None:
     """One customer of 200 is in default, and no held-out one."""
-    batches = sl_queue.Job.load(job).batches(200)
-    first = next(
-        i for i in range(200) if i not in np.concatenate(list(map(batches.holdout_part, range(batches.holdout_parts))))
-    )
-    labels = (np.arange(200) == first).astype(np.int64)
+    loaded = sl_queue.Job.load(job)
+    table = read_table(loaded, sl_queue.PartyFile.load(job.parent / "insurer.toml"))  # whose ids are its positions
+    batches = loaded.batches(table.n_rows, table.hashes)
+    held_out = np.concatenate([batches.holdout_part(index) for index in range(batches.holdout_parts)])
+    labels = (np.arange(200) == np.setdiff1d(np.arange(200), held_out)[0]).astype(np.int64)
     draw = np.random.default_rng(0).standard_normal((2, 200))
     columns = {"customer_id": np.arange(200), "claims": draw[0], "mileage": draw[1], "defaulted": labels}
     write_insurer(job.parent, columns)

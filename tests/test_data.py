@@ -229,14 +229,19 @@ def test_a_feature_party_never_has_labels() -> None:
     [
         ([pa.float32(), pa.float32()], np.float32),
         ([pa.float32(), pa.float64()], np.float64),
-        ([pa.int64(), pa.bool_()], np.float32),
+        ([pa.int64(), pa.bool_()], np.int64),
+        ([pa.bool_(), pa.bool_()], np.float32),
+        ([pa.bool_(), pa.float32()], np.float32),
+        ([pa.int8(), pa.uint32()], np.int64),
         ([pa.int8(), pa.float32()], np.float32),
         ([pa.uint64(), pa.float64()], np.float64),
         ([pa.float16(), pa.int8()], np.float32),
         ([pa.decimal128(5, 2), pa.int8()], np.float64),
     ],
 )
-def test_feature_columns_share_one_floating_dtype(tmp_path: Path, types: list[pa.DataType], expected: Any) -> None:
+def test_feature_columns_share_one_dtype_that_holds_all_of_them(
+    tmp_path: Path, types: list[pa.DataType], expected: Any
+) -> None:
     raw: dict[bool, list[Any]] = {True: [Decimal(1), Decimal(0)], False: [1, 0]}
     columns = {
         f"c{i}": pa.array(np.array([1, 0], np.float16))

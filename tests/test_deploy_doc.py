@@ -44,12 +44,18 @@ def test_its_commands_take_two_organisations_from_nothing_to_final_weights(tmp_p
     run(provision.replace("--broker-host broker.example", here), tmp_path)
     lines = (tmp_path / "deployment" / "broker" / "rabbitmq.conf").read_text().splitlines()
     settings = tuple(line for line in lines if not line.startswith(("listeners.tcp", "disk_free_limit")))
-    with PrivateBroker(settings=settings):
+    with PrivateBroker(settings=settings) as broker:
         told = run(check, tmp_path)
         assert "login accepted, tried as bank" in told and "can do more" not in told
         run(start, tmp_path)
         (watch,) = blocks("sh operator")
         assert "finished" in run(watch.replace("sl-queue stop job.toml", ""), tmp_path)
+        (clean,) = blocks("sh administrator")
+        broker.add_user("administrator", "pw", "credit", ".*", ".*", ".*")
+        url = re.sub("//.*@", "//administrator:pw@", (tmp_path / "operator" / "broker.url").read_text().strip())
+        clean = clean.replace("cleanup job.toml", "cleanup job.toml --yes")
+        told = run(f"cd operator; export SL_QUEUE_BROKER='{url}'\n{clean}", tmp_path)
+        assert "bank: 0 dead letters in q.bank.dead" in told and "removed 12 queues" in told
     for weights in ("bank/state/final/base", "insurer/state/final/base", "insurer/state/final/fuse"):
         assert (tmp_path / f"{weights}.safetensors").exists()
 
@@ -67,3 +73,18 @@ def test_its_links_lead_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE) if not link.startswith("http")]
     assert links
     assert not [link for link in links if not (ROOT / "docs" / link).exists()]
+
+
+def test_every_container_has_a_bounded_log_and_no_worker_shows_its_numbers_beyond_itself() -> None:
+    compose = (ROOT / "compose.yaml").read_text()
+    bounded = [f"<<: *{name}" for name in ("worker", "broker")]
+    for anchor in ("x-worker: &worker", "x-broker: &broker"):
+        assert "\n  logging: *logging\n" in compose.split(f"\n{anchor}\n")[1].split("\n\n")[0]
+    assert "max-size" in compose and "max-file" in compose
+    listed = compose.split("\nservices:\n")[1].split("\nvolumes:\n")[0]
+    services = re.findall(r"^  (\w+):\n((?:    .*\n)+)", listed, re.MULTILINE)
+    assert len(services) >= 11
+    for name, body in services:
+        assert "logging: *logging" in body or any(anchor in body for anchor in bounded), name
+    image = (ROOT / "workers" / "Dockerfile").read_text()
+    assert "SL_QUEUE_METRICS_PORT=9108\n" in image and "${SL_QUEUE_METRICS_PORT:-9108}" in compose

@@ -38,6 +38,7 @@ def test_a_crash_at_any_operation_of_any_role_changes_no_weight_and_nobody_else_
             (e.epoch, e.loss, e.holdout) for e in quiet.state.history
         ], where
         assert run.state.generation == 0, f"{where}: somebody was rolled back"
+        assert run.broker.dead_letters == [], f"{where}: what an honest peer sent was refused"
         for party in {"a", "b", "label"} - {victim}:
             (stage,) = run.stages[party]
             assert len(stage.applied) == len(set(stage.applied)), f"{where}: {party} repeated a micro-batch"
@@ -50,4 +51,6 @@ def test_three_roles_that_crash_in_one_run_change_no_weight(committer: type[Exec
     for first in range(0, 100, 7):
         operations = {"a": first, "b": first // 2 + 3, "label": first + 11, SCHEDULER: first // 3}
         crashes = {role: CrashAt(operation) for role, operation in operations.items()}
-        assert ToyRun(crashes=crashes, committer=committer).run().weights() == quiet.weights(), crashes
+        run = ToyRun(crashes=crashes, committer=committer).run()
+        assert run.weights() == quiet.weights(), crashes
+        assert run.broker.dead_letters == [], crashes

@@ -711,7 +711,7 @@ def test_what_cannot_be_imported_is_explained(tmp_path: Path, name: str, expecte
 
 def test_a_url_may_lie_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SL_QUEUE_BROKER", raising=False)
-    written(tmp_path, "broker.url", "amqps://bank:secret@broker/credit\n")
+    written(tmp_path, "broker.url", "amqps://bank:secret@broker/credit\n").chmod(0o600)
     bank = PartyFile.load(
         written(tmp_path, "bank.toml", BANK_TOML.replace('"amqps://bank@broker:5671/credit"', '"file:broker.url"'))
     )

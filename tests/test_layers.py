@@ -13,8 +13,13 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. Blocks of one layer never import each other, unless they are joined by a comma here.
 LAYERS = (
     (("errors",),),
-    (("protocol", "job", "ports", "declared", "party_file", "security", "user_code"),),
-    (("roles",), ("transport",), ("compute",), ("storage",), ("data",), ("observe",)),
+    (
+        (
+            *("protocol", "job", "ports", "broker_url", "declared", "exactness", "party_file", "security"),
+            *("user_code", "environment"),
+        ),
+    ),
+    (("roles",), ("transport",), ("compute",), ("storage",), ("data",), ("observe", "http_server")),
     (("launch",),),
 )
 TOP = len(LAYERS)  # the command, the workers and what only they use: everything else

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
-from sl_queue.compute.fitting import fitted
+from sl_queue.compute.fitting import Form, fitted
 from sl_queue.compute.fuse import why_not_finite
 from sl_queue.compute.losses import floor_of, loss_of
 from sl_queue.errors import ComputeError, JobError, NonFiniteError, ShapeError
@@ -148,6 +148,25 @@ def test_each_output_meets_its_own_label(name: str, labels: Any, output: Tensor)
     weights = 1 + tensor.abs() if name.startswith("weighted") else torch.ones(ROWS)
     assert found == pytest.approx(((each * weights).sum() / weights.sum()).item(), rel=1e-4)
     assert not warnings
+
+
+class Running(nn.Module):
+    """Divides by a running mean of itself, and adds noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        value = ((output.squeeze(1) - labels) ** 2).mean() + 0.01 * torch.rand(())
+        self.mean.mul_(0.9).add_(0.1 * value.detach())
+        return value / self.mean
+
+
+def test_state_and_draws_of_a_loss_do_not_hide_the_shape_it_takes() -> None:
+    loss, warnings = fitted(Running(), None, torch.rand(2, 1), FRACTIONS, "")[:2]
+    assert (loss.form, warnings) == (Form.TABLE, [])
 
 
 @pytest.mark.parametrize(("output", "labels"), [((2,), (ROWS, 1)), ((2, 1, 3), (ROWS, 3)), ((2, 3), (ROWS, 1, 3))])

@@ -19,6 +19,7 @@ def test_a_broker_that_loses_everything_at_any_moment_rolls_nobody_back(victim: 
         run = lossy(victim, operation, survives=True).run()
         assert run.weights() == quiet.weights(), operation
         assert run.state.generation == 0, f"operation {operation}: somebody was rolled back"
+        assert run.broker.dead_letters == [], f"operation {operation}: what an honest peer sent was refused"
         for stages in run.stages.values():
             (stage,) = stages
             assert len(stage.applied) == len(set(stage.applied)), f"operation {operation}: a micro-batch was repeated"
@@ -30,6 +31,7 @@ def test_a_broker_and_a_worker_lost_together_change_no_weight(victim: str) -> No
     for operation in range(1, quiet.crashes[victim].count, 3):
         run = lossy(victim, operation, survives=False).run()
         assert run.weights() == quiet.weights(), operation
+        assert run.broker.dead_letters == [], operation
 
 
 def test_when_nobody_has_a_message_any_more_everyone_goes_back_to_the_newest_common_checkpoint() -> None:

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sl_queue.protocol.agreement import differing_keys
+from sl_queue.protocol.epochs import best_epoch
 from sl_queue.protocol.messages import (
     OPERATOR,
     Alive,
@@ -112,15 +113,15 @@ def test_the_run_starts_when_the_last_party_has_joined_and_opens_two_epochs() ->
         assert mind.hear(party, joined(f"{party}1")).orders == ()
     mind.hear("b", joined("b1"))
     assert mind.ordered(Start) == {p: Start(f"{p}1", "r") for p in PARTIES}
-    assert mind.ordered(Open) == {p: Open(f"{p}1", 1) for p in PARTIES}
+    assert mind.ordered(Open) == {p: Open(f"{p}1", 1, known=0) for p in PARTIES}
     assert mind.state.phase is Phase.RUNNING
 
 
 def test_with_early_stopping_an_epoch_is_opened_only_when_the_one_before_is_measured() -> None:
     mind = Mind(plan(early=EarlyStopping("loss", 2, 0.0, lower_is_better=True))).everyone_joins()
-    assert mind.ordered(Open) == {p: Open(f"{p}1", 0) for p in PARTIES}
+    assert mind.ordered(Open) == {p: Open(f"{p}1", 0, known=0) for p in PARTIES}
     mind.hear("label", EpochDone("label1", 0, epoch(0)))
-    assert mind.ordered(Open) == {p: Open(f"{p}1", 1, keep=1) for p in PARTIES}
+    assert mind.ordered(Open) == {p: Open(f"{p}1", 1, keep=1, known=1) for p in PARTIES}
 
 
 def test_a_job_file_that_differs_is_named_by_its_keys_with_both_values_and_ends_everyone() -> None:
@@ -148,7 +149,9 @@ def test_rows_that_differ_are_told_by_their_counts_and_never_by_an_id_or_digest(
 
 def test_ids_of_different_types_are_told_as_such() -> None:
     mind = Mind().hear("a", joined("a1")).hear("b", joined("b1", id_type="text", rows_digest="e"))
-    assert "the ids of 'b' are text and those of 'a' integer" in (mind.state.reason or "")
+    assert "the ids of 'a' are of type integer and those of 'b' of type text" in (mind.state.reason or "")
+    strange = Mind().hear("a", joined("a1")).hear("b", joined("b1", id_type="a lie", rows_digest="e"))
+    assert "the ids of 'b' and 'a' are of different types" in (strange.state.reason or "")
 
 
 def test_state_folders_of_different_runs_are_told_with_who_holds_which() -> None:
@@ -173,13 +176,13 @@ def test_a_scheduler_with_a_new_folder_goes_on_from_what_all_parties_hold() -> N
     mind.hear("label", joined("label1", held=(1, 3, 5), generation=1, epochs=(epoch(0), epoch(1), epoch(2))))
     assert mind.ordered(Start)["a"] == Start("a1", "r", bases=(3, 3))
     assert [result.epoch for result in mind.state.history] == [0, 1]
-    assert mind.ordered(Open)["a"] == Open("a1", 3)
+    assert mind.ordered(Open)["a"] == Open("a1", 3, known=2)
 
 
 def test_a_party_that_joins_again_is_told_everything_anew() -> None:
     mind = Mind().everyone_joins().hear("label", EpochDone("label1", 0, epoch(0)))
     mind.hear("a", joined("a2", held=(1,)))
-    assert mind.orders == (("a", Start("a2", "r")), ("a", Open("a2", 2)))
+    assert mind.orders == (("a", Start("a2", "r")), ("a", Open("a2", 2, known=1)))
 
 
 REPORTS: dict[str, Callable[[str], Report]] = {
@@ -207,9 +210,9 @@ def test_reports_of_an_earlier_worker_of_a_party_and_of_strangers_change_nothing
 def test_only_the_label_holder_measures_epochs_and_only_once_and_in_order() -> None:
     mind = Mind().everyone_joins()
     mind.hear("a", EpochDone("a1", 0, epoch(0))).hear("label", EpochDone("label1", 0, epoch(1)))
-    assert not mind.orders
+    assert mind.orders == (("label", Open("label1", 1, known=0)),), "it is told which epochs are missing"
     mind.hear("label", EpochDone("label1", 0, epoch(0)), EpochDone("label1", 0, epoch(0, loss=9.0)), now=2.0)
-    assert mind.state.history == (replace(epoch(0), seconds=2.0),)
+    assert list(mind.state.history) == [replace(epoch(0), seconds=2.0)]
 
 
 def test_a_line_of_history_has_the_holdout_only_if_there_is_one() -> None:
@@ -256,6 +259,8 @@ def test_early_stopping_ends_after_patience_epochs_without_a_gain_and_restores_t
     for party in PARTIES:
         assert not mind.ordered(Finish)
         mind.hear(party, Progress(f"{party}1", 0, last, (last,)))
+    found = best_epoch(mind.plan, mind.state)
+    assert (trained - 1 if found is None else found.epoch) == final
     assert {order.step for order in mind.ordered(Finish).values()} == {STEPS * (final + 1) - 1}
 
 
@@ -288,7 +293,7 @@ def test_a_failure_stops_the_others_with_its_reason_and_the_first_one_counts() -
     mind = Mind().everyone_joins()
     mind.hear("a", Failed("a1", "NonFiniteError", "step 3: the loss is NaN"))
     assert (mind.state.error, mind.state.reason) == ("NonFiniteError", "party 'a': step 3: the loss is NaN")
-    assert {p: o.error for p, o in mind.ordered(Stop).items()} == {"b": "RunStopped", "label": "RunStopped"}
+    assert {p: o.error for p, o in mind.ordered(Stop).items()} == {"b": "PeerFailed", "label": "PeerFailed"}
     before = mind.state
     mind.hear("b", Failed("b1", "ComputeError", "other"))
     assert (mind.state.error, mind.state.reason, mind.orders) == (before.error, before.reason, ())
@@ -430,7 +435,7 @@ def test_a_message_that_is_asked_for_again_after_it_was_lost_takes_everyone_to_t
     assert mind.orders == ()
     mind.hear("a", waiting(2.0)).hear("label", lost(2.0))
     assert mind.ordered(Start) == {p: Start(f"{p}1", "r", bases=(1,)) for p in PARTIES}
-    assert mind.ordered(Open) == {p: Open(f"{p}1", 2) for p in PARTIES}
+    assert mind.ordered(Open) == {p: Open(f"{p}1", 2, known=1) for p in PARTIES}
     assert [result.epoch for result in mind.state.history] == [0]
     assert all(member.committed == 1 for member in mind.state.members.values())
     before = mind.state

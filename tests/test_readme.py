@@ -20,8 +20,9 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A fresh clone, as far as the commands need one."""
+    """A fresh clone after its first two commands, as far as the others need one."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=lambda _, names: _not_tracked(names))
+    (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path
 
 
@@ -30,22 +31,33 @@ def _not_tracked(names: list[str]) -> set[str]:
     return {name for name in names if name in ("__pycache__", *(line.strip("/") for line in ignored))}
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SL_QUEUE_")}
-    environ = {**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=180, check=False)
+def run(command: list[str], folder: Path, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run a command as someone does who has installed nothing: what is in .venv is not on the path."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SL_QUEUE_", "VIRTUAL_ENV"))}
+    own = Path(sys.executable).parent
+    path = os.pathsep.join(place for place in kept["PATH"].split(os.pathsep) if Path(place) != own)
+    environ = {**kept, "PATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
 
 
 @pytest.mark.timeout(600)
-def test_its_commands_run(folder: Path, broker_url: str) -> None:
+def test_its_commands_run_as_printed_one_after_the_other_in_one_shell(folder: Path, broker_url: str) -> None:
     shell = blocks("sh")
     assert len(shell) == 3
     assert BROKER in README
-    for block in shell:
-        done = run(["bash", "-e", "-c", block.replace(BROKER, broker_url)], folder)
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    (activate,) = re.findall(r"^    (\. \S+)", README, re.MULTILINE)
+    script = "\n".join([activate, *shell]).replace(BROKER, broker_url)
+    done = run(["bash", "-e", "-c", script], folder, timeout_s=550)
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     for weights in ("bank/final/base", "insurer/final/base", "insurer/final/fuse"):
         assert (folder / "examples/credit/state" / f"{weights}.safetensors").exists()
+
+
+def test_without_its_first_commands_the_others_are_not_found(folder: Path) -> None:
+    done = run(["bash", "-c", "sl-queue --help"], folder)
+    assert done.returncode == 127, done.stdout
 
 
 def test_its_python_runs(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sl_queue.errors import CheckpointError, ComputeError, PeerSilent, RunStopped, SlQueueError
+from sl_queue.errors import CheckpointError, PeerFailed, PeerSilent, RunStopped, SlQueueError
 from sl_queue.protocol.codec import encode
 from sl_queue.protocol.messages import (
     OPERATOR,
@@ -198,7 +198,7 @@ def test_a_run_that_is_stopped_ends_everywhere_after_one_step_and_resumes_to_equ
     assert run.ledger.state is not None
     assert run.ledger.state.phase is Phase.STOPPED
     told = [result.step for result in run.ledger.state.history]
-    assert told == [e["step"] for e in run.stores["label"].newest().values["epochs"]], "what is measured is told"
+    assert told == [result.step for result in run.journal.history], "what is measured is told"
     assert again(run).run().weights() == ToyRun(epochs=6).run().weights()
 
 
@@ -243,7 +243,7 @@ def test_a_worker_that_fails_ends_every_other_with_its_reason() -> None:
     run = ToyRun(stage=lambda party: Failing(party) if party == "b" else ToyStage(party))
     with pytest.raises(BaseException, match="ZeroDivisionError: in the user's optimizer"):
         run.run()
-    assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "ComputeError", "RunStopped", "RunStopped"]
+    assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "PeerFailed", "PeerFailed", "PeerFailed"]
 
 
 def fail_while_the_label_holder_is_gone(patience_s: float, until_it_may_come_back: Callable[[ToyRun], bool]) -> ToyRun:
@@ -280,10 +280,10 @@ def test_who_is_started_again_just_as_the_run_fails_is_told_as_well() -> None:
     run = fail_while_the_label_holder_is_gone(
         10.0, lambda run: run.ledger.state is not None and run.ledger.state.phase is Phase.FAILED
     )
-    assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "ComputeError", "RunStopped", "RunStopped"]
+    assert sorted(type(e).__name__ for e in run.errors) == ["ComputeError", "PeerFailed", "PeerFailed", "PeerFailed"]
 
 
 def test_a_scheduler_of_a_run_that_failed_waits_for_nobody_longer_than_a_patience() -> None:
     run = fail_while_the_label_holder_is_gone(0.3, lambda run: len(run.errors) == 3)
     assert isinstance(run.errors[3], PeerSilent), "it came when the scheduler had gone"
-    assert isinstance(run.errors[2], ComputeError), "and the scheduler was the last of the others"
+    assert isinstance(run.errors[2], PeerFailed), "and the scheduler was the last of the others"

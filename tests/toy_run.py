@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sl_queue.errors import SlQueueError
-from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.bounds import Bounds
+from sl_queue.protocol.history import History
+from sl_queue.protocol.messages import SCHEDULER, Kind
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.protocol.row_order import Batches
 from sl_queue.protocol.run_state import EarlyStopping, Plan, RunState
@@ -21,7 +23,7 @@ from sl_queue.roles.scheduler import Scheduler
 from sl_queue.roles.worker import Identity, Worker
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.memory import MemoryBroker
-from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 from sl_queue.transport.seal import Seal
 from tests.toy import MemoryCheckpoints, ToyStage
 
@@ -139,6 +141,24 @@ class FaultyCheckpoints(MemoryCheckpoints):
 
 
 @dataclass(slots=True)
+class FaultyJournal:
+    """ports.HistoryLog that survives a worker's crash, but not the test."""
+
+    history: History = field(default_factory=History)
+    crash: CrashAt = field(default_factory=CrashAt)
+
+    def load(self) -> History:
+        return self.history
+
+    def write(self, history: History) -> None:
+        if history == self.history:
+            return
+        self.crash("before history")
+        self.history = history
+        self.crash("after history")
+
+
+@dataclass(slots=True)
 class MemoryLedger:
     state: RunState | None = None
     crash: CrashAt = field(default_factory=CrashAt)
@@ -172,6 +192,7 @@ class ToyRun:
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     stores: dict[str, Any] = field(default_factory=dict)
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
+    journal: FaultyJournal = field(default_factory=FaultyJournal)
     stages: dict[str, list[ToyStage]] = field(default_factory=dict)
     crashes: dict[str, CrashAt] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
@@ -241,7 +262,7 @@ class ToyRun:
         if self.ledger.state is not None and self.ledger.state.phase == "finished" and not self.late_s:
             self.state = self.ledger.state
             return
-        with self._link(SCHEDULER, 0) as link:
+        with self._link(SCHEDULER, PREFETCH) as link:
             number = str(next(self._numbers))
             seal = self.seal_of(SCHEDULER)
             channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s, seal=seal)
@@ -262,7 +283,9 @@ class ToyRun:
         stage = self.stage(party)
         self.stages.setdefault(party, []).append(stage)
         peers = self.topology.feature_parties if party == label else (label,)
-        with self._link(party, pipeline.prefetch + 8) as link:
+        kinds = (Kind.ACTIVATION, Kind.HOLDOUT) if party == label else (Kind.GRADIENT,)
+        bounds = Bounds(pipeline, frozenset(kinds))
+        with self._link(party, bounds.prefetch) as link:
             number = str(next(self._numbers))
             channel = PartyChannel(
                 link,
@@ -274,10 +297,13 @@ class ToyRun:
                 depth=self.depth,
                 seal=self.seal_of(party),
                 committer=self.committer(),
+                bounds=bounds,
             )
             channel.open()
             identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer")
-            worker = Worker(identity, channel, stage, store, pipeline)
+            journal = self.journal if party == label else None
+            self.journal.crash = self.crashes.get(label, CrashAt())
+            worker = Worker(identity, channel, stage, store, pipeline, journal=journal)
             role = (
                 LabelHolder(peers, channel, stage, pipeline, worker)
                 if party == label

@@ -1,23 +1,25 @@
 """What every worker process does around its role: read its files, run, and leave with the right exit code."""
 
 import argparse
+import ctypes
 import logging
-import os
+import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from sl_queue.environment import FINAL_EXIT, LOG, METRICS, check
+from sl_queue.errors import JobError
 from sl_queue.exits import leave_on_sigterm, leaving
 from sl_queue.local.supervise import die_with_parent
 
 Role = Literal["scheduler", "feature", "label"]
 
-METRICS = "SL_QUEUE_METRICS_PORT"  # environment variable
-LOG = "SL_QUEUE_LOG"  # environment variable: debug has a line for every step, info, warning, error
-FINAL_EXIT = "SL_QUEUE_FINAL_EXIT"  # environment variable: exit code instead of those that no restart mends
-FINAL_CODES = frozenset({2, 3, 4, 5, 70})
+FINAL_CODES = frozenset({2, 3, 4, 5, 6, 70})
+
+_PR_SET_DUMPABLE = 4
 
 
 def main(role: Role) -> None:
@@ -32,38 +34,58 @@ def exiting() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        final = os.environ.get(FINAL_EXIT)
+        final = _final_exit()
         if final is None or end.code not in FINAL_CODES:
             raise
-        print(f"exit code {end.code}, told as {final} ({FINAL_EXIT}): no restart mends this", file=sys.stderr)
-        raise SystemExit(int(final)) from None
+        print(f"exit code {end.code}, told as {final} ({FINAL_EXIT.name}): no restart mends this", file=sys.stderr)
+        raise SystemExit(final) from None
+
+
+def _final_exit() -> int | None:
+    """Read the variable; None also for a wrong value, which is why the worker ends then."""
+    with suppress(JobError):
+        code: int | None = FINAL_EXIT.read()
+        return code
+    return None
 
 
 def _run(role: Role) -> None:
+    with leaving():
+        check()
     die_with_parent()
     leave_on_sigterm()
     arguments = _arguments(role)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     log = logging.getLogger("sl_queue")
-    log.setLevel(getattr(logging, os.environ.get(LOG, "info").upper(), logging.INFO))
+    log.setLevel(LOG.read().upper())
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
     with leaving(on_interrupt="interrupted; a restart resumes from the last checkpoint"):
         import sl_queue.transport.rabbitmq.link  # noqa: F401 - with the others, before anything is awaited
         from sl_queue.job import Job, PartyFile  # inside, so that a mistake in a file is one line and not a traceback
 
+        job = Job.load(arguments.job)
+        if job.security.seal:
+            leave_no_core()
         options = (arguments.broker, arguments.state, arguments.key, arguments.metrics_port)
         if role == "scheduler":
             from sl_queue.launch.scheduler import run_scheduler  # without torch
 
             log.debug("libraries are loaded")
-            run_scheduler(Job.load(arguments.job), *options)
+            run_scheduler(job, *options)
         else:
             import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
 
             from sl_queue.launch.party import run_party
 
             log.debug("libraries are loaded")
-            run_party(role, Job.load(arguments.job), PartyFile.load(arguments.party), *options)
+            run_party(role, job, PartyFile.load(arguments.party), *options)
+
+
+def leave_no_core() -> None:
+    """Have no core dump of this process written, by the kernel or by a program that it hands one to: keys are in it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _arguments(role: Role) -> argparse.Namespace:
@@ -79,8 +101,8 @@ def _arguments(role: Role) -> argparse.Namespace:
     parser.add_argument(
         "--metrics-port",
         metavar="[HOST:]PORT",
-        default=os.environ.get(METRICS),
-        help=f"where Prometheus may ask, this machine only unless a host is given; else {METRICS}",
+        default=METRICS.read(),
+        help=f"where Prometheus may ask, this machine only unless a host is given; else {METRICS.name}",
     )
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()

@@ -1,36 +1,43 @@
-"""Whether the worker whose metrics are at [HOST:]PORT is alive: exits 0 if it is, for container health checks."""
+"""Exits 0 if the worker whose metrics are at [HOST:]PORT is healthy: alive, and connected to its broker."""
 
 import argparse
-import os
-import re
 import sys
+import urllib.error
 import urllib.request
 
-from workers.entry import METRICS
+from sl_queue.environment import METRICS
+from sl_queue.exits import leaving
 
-SILENT_S = 60.0  # a pulse beats several times a second
+TIMEOUT_S = 10.0
 
 
-def is_alive(address: str) -> bool:
-    """Whether it answers, and its channel's own thread has been running lately."""
+def complaint(address: str) -> str | None:
+    """Say why the worker there is not healthy; None if it is."""
     host, _, port = address.rpartition(":")
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
     try:
-        with urllib.request.urlopen(f"http://{host or '127.0.0.1'}:{port}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-    except OSError:
-        return False
-    beat = re.search(r"^sl_queue_pulse_age_seconds (\S+)", text, re.MULTILINE)
-    return beat is None or float(beat[1]) < SILENT_S
+        with direct.open(f"http://{host or '127.0.0.1'}:{port}/health", timeout=TIMEOUT_S):
+            return None
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.read(1000).decode(errors="replace").strip()
+    except (OSError, ValueError) as error:
+        return f"it does not answer at {address}: {error}"
 
 
 def main() -> None:
     """The entry point."""
+    with leaving():
+        default = METRICS.read()
     parser = argparse.ArgumentParser(prog="python -m workers.health", description=__doc__)
-    parser.add_argument("address", nargs="?", default=os.environ.get(METRICS), help=f"default: {METRICS}")
+    parser.add_argument("address", nargs="?", default=default, help=f"default: {METRICS.name}")
     address = parser.parse_args().address
     if address is None:
-        parser.error(f"no address is given, and {METRICS} is not set")
-    sys.exit(0 if is_alive(address) else 1)
+        parser.error(f"no address is given, and {METRICS.name} is not set")
+    found = complaint(address)
+    if found is not None:
+        print(f"not healthy: {found}")
+    sys.exit(0 if found is None else 1)
 
 
 if __name__ == "__main__":

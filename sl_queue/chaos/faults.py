@@ -19,9 +19,9 @@ from typing import assert_never
 
 from sl_queue.chaos.journal import Journal
 from sl_queue.chaos.proxy import Proxy
+from sl_queue.environment import LOCAL
 from sl_queue.errors import JobError
 from sl_queue.job import Job
-from sl_queue.launch.party import LOCAL
 from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.local.processes import Place, command
 from sl_queue.local.supervise import Failure, Limits, Worker, supervise
@@ -158,7 +158,7 @@ class _Ground:
             injector = _Injector(faults, journal, self.broker, proxies, self.say)
             workers = self._workers(places, proxies, self.broker.url(name))
             threads = str(shared_threads(len(self.job.parties)))
-            environ = {**os.environ, "SL_QUEUE_THREADS": threads, LOCAL: "1", "SL_QUEUE_LOG": "debug"}
+            environ = {**os.environ, "SL_QUEUE_THREADS": threads, LOCAL.name: "1", "SL_QUEUE_LOG": "debug"}
             patient = Limits(crashes=len(faults) + Limits().crashes)  # those that we cause ourselves are no crash loop
             with injector.working():
                 failure = supervise(

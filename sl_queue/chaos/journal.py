@@ -121,7 +121,7 @@ class Journal:
             return tuple(self._processes[worker])
 
     def count(self, what: str) -> int:
-        """Messages `applied`, `redelivered`, dropped as `duplicates` or `rejected`, by all processes together."""
+        """Messages `applied`, `redelivered`, `duplicates`, `stale` or `rejected`, of all processes together."""
         with self._changed:
             return sum(p.counts[what] for processes in self._processes.values() for p in processes)
 

@@ -1,8 +1,10 @@
 """Whether a job's messages fit the broker, and each login may do what it must and no more."""
 
+import time
 from collections.abc import Mapping, Sequence
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
+from sl_queue.broker_url import split
 from sl_queue.commands.findings import Check
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.job import Job, PartyFile, redacted
@@ -14,6 +16,13 @@ from sl_queue.protocol.row_order import Batches
 
 MESSAGE_LIMIT_BYTES = 16 * 1024 * 1024  # what RabbitMQ 4 accepts by default, header included
 MIB = 1024 * 1024
+DAY_S = 24 * 3600
+SOON_DAYS = 30
+CERTIFICATES = {
+    "broker": "the broker's certificate",
+    "own": "the certificate of this login (certfile)",
+    "authority": "the authority's certificate (cacertfile)",
+}
 
 
 def message_sizes(check: Check, job: Job, payloads: Mapping[str, Payload], batches: Batches) -> None:
@@ -42,7 +51,8 @@ def _names(check: Check, job: Job, broker: str) -> None:
 
 def brokers(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None) -> None:
     """Whether every broker that is named can be reached, and whether each login may do what it must and no more."""
-    logins = [(read_url(broker), _role(job, broker, files))] if broker else _logins(check, files)
+    given = check.attempt(lambda: _given(job, broker, files)) if broker else None
+    logins = [given] if given is not None else [] if broker else _logins(check, files)
     network = [(url, role) for url, role in logins if not url.startswith(MEMORY)]
     for url, role in network:
         check.attempt(lambda url=url, role=role: _rights(check, job, url, role))  # type: ignore[misc]
@@ -57,9 +67,15 @@ def _logins(check: Check, files: Sequence[PartyFile]) -> list[tuple[str, str]]:
     return [(url, party) for url, party in urls if url is not None]
 
 
-def _role(job: Job, broker: str, files: Sequence[PartyFile]) -> str:
+def _given(job: Job, broker: str, files: Sequence[PartyFile]) -> tuple[str, str]:
+    """Read the broker's URL, and tell whose login it is. Raises JobError."""
+    url = read_url(broker)
+    return url, OPERATOR if url.startswith(MEMORY) else _role(job, url, files)
+
+
+def _role(job: Job, url: str, files: Sequence[PartyFile]) -> str:
     """Whose login it is: users are named after job and role, or it is that of the one party at hand."""
-    user = unquote(urlsplit(read_url(broker)).username or "")
+    user = unquote(split(url).username or "")
     role = user.removeprefix(f"{job.name}.")
     if role != user and role in (*job.parties, SCHEDULER):
         return role
@@ -67,10 +83,22 @@ def _role(job: Job, broker: str, files: Sequence[PartyFile]) -> str:
 
 
 def _rights(check: Check, job: Job, url: str, role: str) -> None:
+    from sl_queue.transport.rabbitmq.names import channels_needed
     from sl_queue.transport.rabbitmq.rights import try_rights  # a check without a broker loads no pika
 
-    rights = try_rights(url, role, topology(job, url))
+    names = topology(job, url)
+    rights = try_rights(url, role, names)
     check.ok(f"broker {redacted(url)}: reached, login accepted, tried as {role}")
+    if split(url).scheme == "amqps":
+        check.attempt(lambda: _certificates(check, url))
+    if not rights.heartbeat_s:
+        check.warn("heartbeat = 0 in the broker's URL: a connection that is dead is not noticed; take it out")
+    needed = channels_needed(names, role)
+    if 0 < rights.channels < needed:
+        raise BrokerUnreachable(
+            f"{role} needs {needed} channels in its connection, the broker allows {rights.channels}: set channel_max = "
+            f"{needed} or more in its rabbitmq.conf"
+        )
     if rights.too_wide:
         check.warn(
             f"{role}'s login can do more than it needs: {', '.join(rights.too_wide)}; `sl-queue provision` writes "
@@ -81,3 +109,16 @@ def _rights(check: Check, job: Job, url: str, role: str) -> None:
             f"{role}'s login lacks rights: {', '.join(rights.missing)}; import the definitions that `sl-queue "
             "provision` wrote"
         )
+
+
+def _certificates(check: Check, url: str) -> None:
+    """Say for how many days each certificate is valid, and warn of those that end soon."""
+    from sl_queue.transport.rabbitmq.certificates import try_expiry
+
+    for whose, ends in try_expiry(url).items():
+        days = int((ends - time.time()) // DAY_S)
+        text = f"{CERTIFICATES[whose]} is valid for {days} days"
+        if days >= SOON_DAYS:
+            check.ok(text)
+        else:
+            check.warn(f"{text}; renew it: `sl-queue provision` does, from {SOON_DAYS} days before the end")

@@ -6,13 +6,14 @@ It goes on after a finding as far as what was found allows, and starts no worker
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sl_queue.commands.broker_check import brokers, message_sizes
+from sl_queue.commands.broker_check import MIB, brokers, message_sizes
 from sl_queue.commands.dry_run import Readable, compare_with_joined, dry_run
 from sl_queue.commands.findings import Check, Finding
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.job import Job, PartyFile
-from sl_queue.launch.party import PREFETCH_MARGIN
+from sl_queue.launch.party import bounds_of
+from sl_queue.protocol.agreement import differing_id_types
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.pipeline import Action, Commit, Update, notation
 from sl_queue.protocol.row_order import Batches
@@ -77,6 +78,8 @@ def _read(check: Check, job: Job, file: PartyFile) -> Readable | None:
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
     check.ok(f"{file.party}: {table.n_rows} rows, ids are {table.id_type}, {features}{labels}")
+    for note in table.notes:
+        check.note(f"{file.party}: {note}")
     return Readable(file_with_secret, table)
 
 
@@ -93,9 +96,9 @@ def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
             check.ok(f"rows: {', '.join(parties)} hold the same ids")
         return True
     held = ", ".join(f"{name} {p.table.n_rows} ({p.table.id_type} ids)" for name, p in parties.items())
-    check.error(
-        AlignmentError(f"the parties' ids differ; rows: {held}. Keep the rows that all hold, with ids of one type")
-    )
+    types = {name: party.table.id_type for name, party in parties.items()}
+    remedy = differing_id_types(types) if len(set(types.values())) > 1 else "keep the rows that all hold"
+    check.error(AlignmentError(f"the parties' ids differ; rows: {held}; {remedy}"))
     return False
 
 
@@ -124,7 +127,11 @@ def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
     )
     check.note(f"order of work, a feature party: {notation(_first_steps(pipeline.feature_actions(0)))} ...")
     check.note(f"order of work, the label holder: {notation(_first_steps(pipeline.label_actions(0)))} ...")
-    check.note(f"prefetch: at most {pipeline.prefetch + PREFETCH_MARGIN} unacknowledged messages of each sender")
+    bounds = {party: bounds_of(job, party, pipeline) for party in job.parties}
+    prefetch = max(bound.prefetch for bound in bounds.values())
+    check.note(f"prefetch: at most {prefetch} unacknowledged messages of each sender")
+    memory = ", ".join(f"{party} {bound.memory_bytes / MIB:.0f} MiB" for party, bound in bounds.items())
+    check.note(f"memory for what peers send, at most, if a peer sends as much as it can: {memory}")
 
 
 def _first_steps(actions: Iterable[Action]) -> Iterator[Action]:

@@ -54,7 +54,7 @@ def dry_run(check: Check, job: Job, parties: Mapping[str, Readable], batches: Ba
     """Run one training micro-batch, and the smallest one, through every model at hand."""
     first, smallest, seconds = {}, {}, 0.0
     for name in job.fused:
-        if name in parties and (run := check.attempt(lambda name=name: _dry_base(job, parties[name], batches))):  # type: ignore[misc]
+        if name in parties and (run := check.attempt(lambda name=name: _dry_base(check, job, parties[name], batches))):  # type: ignore[misc]
             first[name] = run.outcome
             if name != job.label_holder:  # whose base model is a part of its dry run of the fuse model
                 seconds += run.seconds * FORWARD_AND_BACKWARD
@@ -111,8 +111,10 @@ class Timed(Generic[T]):
         return cls(outcome, time.monotonic() - began)
 
 
-def _dry_base(job: Job, party: Readable, batches: Batches) -> Timed[Payload]:
+def _dry_base(check: Check, job: Job, party: Readable, batches: Batches) -> Timed[Payload]:
     stage = base_stage(job, party.file, party.table, batches)
+    if stage.remark is not None:
+        check.warn(stage.remark)
     return Timed.twice(lambda: stage.forward(MicroBatch(0, 0)))
 
 

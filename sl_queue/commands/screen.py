@@ -11,15 +11,18 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sl_queue.commands.findings import Finding
+from sl_queue.commands.operate import Telling
 from sl_queue.protocol.run_state import epoch_text, number_text
+from sl_queue.protocol.text import printable
 
 Status = Mapping[str, Any]
 
 FILE_WIDTH = 200  # columns of a table that goes to a file or another program: nothing is wrapped
+LONGEST_LINE = 2000  # characters of a line of status
 RATE_OVER_S = 5.0  # samples/s is the mean over the last seconds
 
 
@@ -68,9 +71,9 @@ class Screen:
         self.console = stderr()
         self._level = log_level
         self._bar = _Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[numbers]}"),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[numbers]}", markup=False),
             console=self.console,
             transient=True,
         )
@@ -102,10 +105,12 @@ class Screen:
     def status(self, status: Status) -> None:
         """The newest status of the run."""
         rate = self._samples_per_s(status["samples"])
-        known = len(status["history"]) if self._epochs is None or not self._tells_epochs else self._epochs
-        for done in status["history"][known:]:
-            self.console.print(f"{_where_and_numbers(status, done)}  samples/s {_rate(rate)}", soft_wrap=True)
-        self._epochs = len(status["history"])
+        known = status["epoch"] if self._epochs is None or not self._tells_epochs else self._epochs
+        for done in status["history"]:
+            if done["epoch"] >= known:
+                line = f"{_where_and_numbers(status, done)}  samples/s {_rate(rate)}"
+                self.console.print(line, soft_wrap=True, markup=False)
+        self._epochs = status["epoch"]
         self._bar.below = _where_and_numbers(status, status["history"][-1]) if status["history"] else ""
         loss = "" if status["loss"] is None else f"loss {number_text(status['loss'])}  samples/s {_rate(rate)}"
         self._bar.update(
@@ -147,22 +152,27 @@ def _where_and_numbers(status: Status, epoch: Mapping[str, Any]) -> str:
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
     """One row an epoch."""
     metrics = list((history[0]["holdout"] or {}) if history else ())
-    table = Table("epoch", "step", "loss", *(f"held-out {name}" for name in metrics), "seconds", box=None)
+    names = (_plain(f"held-out {name}") for name in metrics)
+    table = Table("epoch", "step", "loss", *(Column(name) for name in names), "seconds", box=None)
     for epoch in history:
-        held_out = [number_text(epoch["holdout"][name]) for name in metrics]
+        held_out = [number_text((epoch["holdout"] or {}).get(name)) for name in metrics]
         seconds = f"{epoch['seconds']:.1f}"
         table.add_row(str(epoch["epoch"]), str(epoch["step"]), number_text(epoch["loss"]), *held_out, seconds)
     return table
 
 
-def status_view(status: Status) -> Group:
-    """Where a run is, who is late and why."""
+def status_view(telling: Telling, wall: float) -> Group:
+    """Where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
+    status = telling.run
     steps = "" if status["steps"] is None else f" of {status['steps']}"
     done = f"{status['epoch']} of {status['epochs']} epochs, {status['step'] + 1}{steps} steps done"
     head = [
+        *([_silence(telling, wall), ""] if telling.silent else []),
         f"job {status['job']}, run {status['run'] or '(not begun)'}, generation {status['generation']}",
         f"{status['phase']}: {done}",
     ]
+    if not telling.silent:
+        head.append(f"told {_when(telling, wall)}")
     if status["loss"] is not None:
         head.append(f"loss {number_text(status['loss'])}")
     if status["reason"]:
@@ -170,9 +180,46 @@ def status_view(status: Status) -> Group:
     table = Table("party", "state", "steps done", "committed", "silent", "waits for", box=None)
     for name, party in status["parties"].items():
         silent = "" if party["silent_s"] is None else f"{party['silent_s']:.1f} s"
+        phase = f"was {party['phase']}" if telling.silent and party["phase"] not in FIXED else party["phase"]
         done, committed = str(party["step"] + 1), str(party["committed"] + 1)
-        table.add_row(name, party["phase"], done, committed, silent, party["waiting_for"] or "")
-    return Group(*head, "", table)
+        table.add_row(*map(_plain, (name, phase, done, committed, silent, party["waiting_for"] or "")))
+    ago = "before that" if telling.silent else "ago"
+    versions = {party.get("version") for party in status["parties"].values() if party.get("version")}
+    if len(versions) > 1:
+        each = ", ".join(f"{name} {party['version']}" for name, party in status["parties"].items() if party["version"])
+        head.append(f"versions of sl_queue differ: {each}")
+    refused = [_refusal(name, party, ago) for name, party in status["parties"].items() if party.get("refused")]
+    return Group(*map(_plain, head), "", table, *map(_plain, refused))
+
+
+FIXED = ("finished", "stopped", "refused", "not joined")  # what a party stays when nobody tells of it any more
+
+
+def _silence(telling: Telling, wall: float) -> str:
+    age_s = telling.age_s(wall)
+    last = "" if age_s is None else f", {_when(telling, wall)}"
+    return (
+        f"the scheduler has said nothing for at least {telling.listened_s:.0f} s: it is gone, or it does not reach the "
+        f"broker, or the broker takes no messages (a resource alarm). This is the last that it told{last}; it may no "
+        "longer be so"
+    )
+
+
+def _when(telling: Telling, wall: float) -> str:
+    age_s = telling.age_s(wall)
+    if age_s is None:
+        return "at a time that its version does not say"
+    return f"{telling.run['told_at']}, {age_s:.0f} s ago" if age_s >= 1.0 else "now"
+
+
+def _refusal(name: str, party: Mapping[str, Any], ago: str) -> str:
+    when = "" if party.get("refused_s") is None else f" {party['refused_s']:.0f} s {ago}"
+    return f"{name} was refused{when}, and the run waits for a worker of it that agrees: {party['refused']}"
+
+
+def _plain(text: object) -> Text:
+    """Take text of a peer, or of the scheduler, as characters and never as markup."""
+    return Text(printable(str(text), LONGEST_LINE))
 
 
 COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from sl_queue.compute.cuts import Promised, place, received_gradient, require_cut, require_finite
 from sl_queue.compute.graph import ends_in_relu, hooks_made
 from sl_queue.compute.handover import Take
+from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.models import Inputs, Model, blame
 from sl_queue.compute.tensors import cast, dtype_name, gathered, lent
-from sl_queue.errors import JobError, LocalProtocolError
+from sl_queue.errors import ComputeError, JobError, LocalProtocolError
 from sl_queue.job import Job, PartyFile
 from sl_queue.ports import State, Table, Weights
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
@@ -59,6 +60,7 @@ class TorchBaseStage:
     cut: tuple[int, ...]
     label_holder: str
     wire: Wire
+    remark: str | None = None  # what a person should know of the features as the model gets them
     _updates: int = 0  # applied since the initial weights
     _prepared: Own | None = None
     _in_flight: dict[MicroBatch, InFlight] = field(default_factory=dict)
@@ -192,27 +194,50 @@ class TorchBaseStage:
 def base_stage(
     job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
 ) -> TorchBaseStage:
-    """A party's base stage with initial weights. Raises JobError, and ShapeError if the output is not the cut.
+    """Build a party's base stage with initial weights, and find out in which form its model takes the features.
 
-    `take` says how to come by a module that is given in code; without it, as a copy.
+    `take` says how to come by a module that is given in code; without it, as a copy. Raises JobError, and ShapeError
+    if the model takes none or its output is not the cut.
     """
-    party, features = party_file.party, table.features
-    cut = job.cut(party)
-    if cut is None or features is None:
-        missing = "a cut in the job" if cut is None else "features in its table"
+    party = party_file.party
+    if job.cut(party) is None or table.features is None:
+        missing = "a cut in the job" if job.cut(party) is None else "features in its table"
         raise JobError(f"party {party!r} has a base model, but not {missing}")
+    refused: list[ComputeError] = []
+    for choice in range(n_offers(table.features)):
+        try:
+            return _stage(job, party_file, table, batches, choice, take)
+        except ComputeError as error:
+            refused.append(error)
+    first, *others = refused
+    if not others:
+        raise first
+    raise type(first)("; and with the same numbers in another form: ".join(map(str, refused))) from first
+
+
+def _stage(
+    job: Job, party_file: PartyFile, table: Table, batches: Batches, choice: int, take: Take | None
+) -> TorchBaseStage:
+    """The base stage on one of the forms that features are offered in. Raises ComputeError if its model refuses it."""
+    party, cut = party_file.party, job.cut(party_file.party)
+    assert cut is not None
 
     def sample(dtype: torch.dtype) -> Inputs:
+        features = offers(party_file, table, dtype)[choice].features
         return gathered(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
     model = Model.build(job, party_file, "base", sample, take)
+    offer = offers(party_file, table, model.dtype)[choice]
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)
     output = model.try_out(trial.to(model.device), ahead=job.pipeline.staleness > 0 and party != job.label_holder)
     require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
+    if offer.fault is not None:
+        raise JobError(offer.fault)
     if party in job.feature_parties:
         _require_fitting(job, party, dtype_name(output.dtype), batches)
-    return TorchBaseStage(model, features, table, batches, cut, job.label_holder, replace(job.on_the_wire, cast=cast))
+    wire = replace(job.on_the_wire, cast=cast)
+    return TorchBaseStage(model, offer.features, table, batches, cut, job.label_holder, wire, offer.remark)
 
 
 def _require_fitting(job: Job, party: str, dtype: str, batches: Batches) -> None:

@@ -6,6 +6,7 @@ one of the two broadcasts (rows,) against (rows, 1), and every output meets ever
 does not change when the labels change places does not know which label is whose.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -30,6 +31,7 @@ from sl_queue.compute.losses import (
     widened,
 )
 from sl_queue.compute.models import blame
+from sl_queue.compute.seeds import seeded
 from sl_queue.compute.tensors import described
 from sl_queue.errors import ComputeError, JobError
 
@@ -154,13 +156,24 @@ class _Tried:
 
 def _tried(loss: Loss, form: Form, output: Tensor, labels: Tensor) -> _Tried | None:
     """Return what the loss makes of labels in this form; None if it fails on them."""
-    fit = FittedLoss(loss, form, output.dtype)
+
+    def value_of(rows: Tensor) -> float:
+        fit = FittedLoss(_copy(loss), form, output.dtype)  # neither its state nor its draws change from call to call
+        with seeded(0, output.device), torch.enable_grad():  # it may ask for gradients of its own
+            return fit(output.requires_grad_().clone(), rows).item()
+
     try:
-        with torch.enable_grad():  # a loss may ask for gradients of its own
-            value, other = (fit(output.requires_grad_().clone(), rows).item() for rows in (labels, labels.roll(1, 0)))
+        value, other = value_of(labels), value_of(labels.roll(1, 0))
     except Exception:  # of the user's code; when no form works, it is told by the trial that follows
         return None
     return _Tried(value, abs(value - other) > _SAME * abs(value)) if np.isfinite([value, other]).all() else None
+
+
+def _copy(loss: Loss) -> Loss:
+    try:
+        return copy.deepcopy(loss)
+    except Exception:  # one that holds a lock or an open file
+        return loss
 
 
 def _trials(output: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

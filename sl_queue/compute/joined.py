@@ -9,7 +9,7 @@ random numbers in a backward pass does so in its own part's scope.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -123,10 +123,12 @@ class _Whole:
             raise JobError(f"joined training needs every party's file and table; missing: {', '.join(missing)}")
         holder = job.label_holder
         label = fuse_stage(job, files[holder], tables[holder], batches)
-        bases = {p: base_stage(job, files[p], tables[p], batches).model for p in job.feature_parties}
+        stages = {p: base_stage(job, files[p], tables[p], batches) for p in job.feature_parties}
         if label.own is not None:
-            bases[holder] = label.own.model
-        return cls(job, bases, label.model, label.objective, tables, batches)
+            stages[holder] = label.own
+        bases = {party: stage.model for party, stage in stages.items()}
+        taken = {party: replace(tables[party], features=stage.features) for party, stage in stages.items()}
+        return cls(job, bases, label.model, label.objective, {**tables, **taken}, batches)
 
     @property
     def models(self) -> list[Model]:

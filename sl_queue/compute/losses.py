@@ -70,7 +70,7 @@ def loss_of(party_file: PartyFile, device: torch.device, take: Take | None = Non
 
 def widened(output: Tensor, floor: torch.dtype = torch.float32) -> Tensor:
     """Return the output in its own dtype, or in `floor` if that is wider."""
-    return output.to(torch.promote_types(output.dtype, floor))
+    return output if output.dtype == floor else output.to(torch.promote_types(output.dtype, floor))
 
 
 def floor_of(labels: npt.NDArray[Any]) -> torch.dtype:

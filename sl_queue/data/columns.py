@@ -1,177 +1,187 @@
-"""Reading the columns of a CSV or Parquet file that a party file selects, and no others.
-
-Arrow's own errors may quote a row, so their text is not shown.
-"""
+"""Reading the columns of a CSV or Parquet file that a party file selects, and no others."""
 
 import csv
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
+from sl_queue.data import csv_file
+from sl_queue.data.faults import listed, refuse
+from sl_queue.data.matrices import Array, Numbers, gaps, label_array, matrix, plain
 from sl_queue.declared import nearest
 from sl_queue.errors import JobError
 from sl_queue.party_file import DataFile
 
-_BLOCK_BYTES = 2**24  # of a CSV file; Arrow needs a whole row in one, and some tables have very many columns
-_MANY = 20  # columns that an error lists
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Columns:
-    """What was read of a file, in its order."""
+    """The part of a file that a party trains on, in the file's order of rows; None where a fault stands for it."""
 
     ids: Any = field(repr=False)  # an Arrow array of any type
-    ids_are_csv: bool  # text of which nobody said whether it means numbers
+    ids_are_csv: bool  # text that may mean whole numbers
     names: tuple[str, ...]  # of the features
-    features: npt.NDArray[Any] | None = field(repr=False)  # (rows, columns)
-    labels: npt.NDArray[Any] | None = field(repr=False)  # (rows,)
+    features: Array | None = field(repr=False)  # (rows, columns)
+    labels: Array | None = field(repr=False)  # (rows,)
+    notes: tuple[str, ...]  # what a person should know of a table that can be trained on
+    faults: tuple[str, ...]  # what is wrong with it
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """The columns to read, by what they are for."""
+
+    ids: str
+    features: tuple[str, ...]
+    labels: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [self.ids, *self.features, *([] if self.labels is None else [self.labels])]
 
 
 def read_columns(data: DataFile, where: str, *, features: bool, labels: bool) -> Columns:
-    """Ids, and features and labels if they are asked for. Raises JobError that begins with `where`."""
+    """Read ids, and features and labels if they are asked for; all faults that can be seen are returned.
+
+    Raises JobError that begins with `where` if nothing can be read.
+    """
     assert data.path is not None
-    assert data.id is not None
     is_csv = data.path.suffix.lower() == ".csv"
     if not is_csv and data.path.suffix.lower() != ".parquet":
         raise JobError(f"{where}: the name of a table ends in .csv or .parquet; for anything else use data.source")
     try:
-        known = _names_in_csv(data.path) if is_csv else list(pa.parquet.read_schema(data.path).names)
-        wanted = _features(data, known, where) if features else []
-        label = [data.label] if labels and data.label is not None else []
-        selected = [data.id, *wanted, *label]
-        _require(selected, known, where)
-        table = _read_csv(data.path, data.id, selected, where) if is_csv else _read_parquet(data.path, selected)
+        return _read(data, data.path, where, is_csv=is_csv, features=features, labels=labels)
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
     except (OSError, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         kind = "comma-separated UTF-8 text with a header" if is_csv else "a Parquet file"
         raise JobError(f"{where}: cannot be read ({reason}); is it {kind}?") from None
-    columns = {name: _plain(table[name]) for name in (*wanted, *label)}
-    _require_numbers({name: columns[name].type for name in wanted}, where)
-    if label and not _is_number(columns[label[0]].type):
-        raise JobError(f"{where}: {_text_labels(label[0], columns[label[0]].type)}")
-    _require_no_gaps(columns, where)
+
+
+def _read(data: DataFile, path: Path, where: str, *, is_csv: bool, features: bool, labels: bool) -> Columns:
+    if is_csv and (fault := csv_file.quote_fault(path)):  # before names are read: an open quote makes rows a name
+        refuse(where, [fault])
+    known = csv_file.names_in(path) if is_csv else list(pa.parquet.read_schema(path).names)
+    selection = _selected(data, known, features=features, labels=labels)
+    faults = list(_about_names(selection.names, known))
+    if features and not selection.features and data.id in known:
+        faults.append("there are no features: no column besides those of id and label")
+    readable = [name for name in selection.names if known.count(name) == 1]
+    if not readable:
+        refuse(where, faults)
+    ids = selection.ids if selection.ids in readable else None
+    table, bad_rows = csv_file.read(path, ids, readable) if is_csv else (_parquet(path, readable), [])
+    columns = {name: plain(table[name]) for name in readable if name != ids}
+    faults += [*bad_rows, *(_rounded(path, columns) if is_csv and not bad_rows else [])]
+    found = _numbers(selection, columns)
     return Columns(
-        table[data.id].combine_chunks(),
+        None if ids is None else table[ids].combine_chunks(),
         is_csv,
-        tuple(wanted),
-        _side_by_side([columns[name] for name in wanted]) if wanted else None,
-        columns[label[0]].to_numpy() if label else None,
+        selection.features,
+        found.features.array,
+        found.labels,
+        (*selection.notes, *found.features.notes),
+        (*faults, *found.faults),
     )
 
 
-def _features(data: DataFile, known: Sequence[str], where: str) -> list[str]:
-    """The names of the feature columns."""
-    if data.features is not None:
-        return data.features
-    others = [name for name in known if name not in (data.id, data.label)]
-    found = [name for name in others if not name.startswith("__index_level_")]  # pandas writes its row numbers so
-    if not found and data.id in known:
-        raise JobError(f"{where}: there are no features: no column besides those of id and label")
-    return found
-
-
-def _require(selected: Sequence[str], known: list[str], where: str) -> None:
-    counts = Counter(known)
-    for name in selected:
-        if counts[name] > 1:
-            raise JobError(f"{where}: {counts[name]} columns are called {name!r}; rename them")
-        if counts[name] == 0:
-            there = listed(map(repr, known)) or "none"
-            raise JobError(f"{where}: there is no column {name!r}; {nearest(name, known)}its columns are {there}")
-
-
-# Reading --------------------------------------------------------------------------------------------------------
-
-
-def _names_in_csv(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        return next(filter(None, csv.reader(file)), [])
-
-
-def _read_csv(path: Path, id_column: str, selected: list[str], where: str) -> Any:
-    bad_rows: list[str] = []
-
-    def skip(_: Any) -> str:
-        bad_rows.append("skip")
-        return bad_rows[-1]
-
-    table = pa.csv.read_csv(
-        path,
-        pa.csv.ReadOptions(block_size=_BLOCK_BYTES),
-        pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
-        # Ids stay text, so that "001" does not become 1.
-        pa.csv.ConvertOptions(include_columns=selected, column_types={id_column: pa.string()}),
-    )
-    if bad_rows:
-        raise JobError(f"{where}: {len(bad_rows)} rows have more or fewer fields than the header")
-    return table
-
-
-def _read_parquet(path: Path, selected: list[str]) -> Any:
+def _parquet(path: Path, selected: list[str]) -> Any:
     with pa.parquet.ParquetFile(path) as file:
         return file.read(columns=selected)
 
 
-# From Arrow to NumPy --------------------------------------------------------------------------------------------
+# Names ----------------------------------------------------------------------------------------------------------
 
 
-def _plain(column: Any) -> Any:
-    """A column without encodings that NumPy does not know."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return column.cast(pa.float64()) if pa.types.is_decimal(column.type) else column
+def _selected(data: DataFile, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
+    assert data.id is not None
+    wanted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    if features and data.features is not None:
+        wanted = tuple(data.features)
+    elif features:
+        others = [(i, name) for i, name in enumerate(known, 1) if name not in (data.id, data.label)]
+        nameless = [(i, name) for i, name in others if _NAMELESS.fullmatch(name)]
+        wanted = tuple(dict.fromkeys(name for _, name in others if not _NAMELESS.fullmatch(name)))
+        if nameless:
+            notes = (_left_out(nameless),)
+    return _Selection(data.id, wanted, data.label if labels else None, notes)
 
 
-def _is_number(kind: Any) -> bool:
-    """Also a column without any value: that one is complained about as empty."""
-    types = pa.types
-    return any(is_a(kind) for is_a in (types.is_integer, types.is_floating, types.is_boolean, types.is_null))
+def _left_out(columns: Sequence[tuple[int, str]]) -> str:
+    several = len(columns) > 1
+    told = listed(f"{name!r} (column {position})" for position, name in columns)
+    return (
+        f"left out {told}: without a name of {'their' if several else 'its'} own, {'they are' if several else 'it is'} "
+        "most likely the row numbers of the program that wrote the file; to train on such a column, name it in "
+        "data.features"
+    )
 
 
-def _require_numbers(kinds: dict[str, Any], where: str) -> None:
-    others = [f"{name!r} ({_kind(kind)})" for name, kind in kinds.items() if not _is_number(kind)]
-    if others:
-        raise JobError(
-            f"{where}: features must be numbers, these columns are not: {listed(others)}; encode them as numbers, "
-            "or list only the others as data.features"
+def _about_names(selected: Sequence[str], known: list[str]) -> Iterator[str]:
+    counts = Counter(known)
+    for name in selected:
+        if counts[name] > 1:
+            yield f"{counts[name]} columns are called {name!r}; rename them"
+        elif counts[name] == 0:
+            there = f"its columns are {_told(known)}{_separator(known)}"
+            yield f"there is no column {name!r}; {nearest(name, known)}{there}"
+
+
+def _told(known: list[str]) -> str:
+    """List the names of columns, without numbers and further lines: a file without a header has rows there."""
+    names = [name.partition("\n")[0] for name in known if not _NUMBER.fullmatch(name)]
+    numbers = len(known) - len(names)
+    if not numbers:
+        return listed(map(repr, names)) or "none"
+    told = [*map(repr, names), f"{numbers} whose names are numbers"]
+    return f"{listed(told)}; is its first line a header?"
+
+
+def _separator(known: list[str]) -> str:
+    """Advise on a header that was written with another separator."""
+    found = [told for sign, told in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")) if sign in "".join(known[:1])]
+    return f"; is it separated by {found[0]}? write it with commas" if found and len(known) == 1 else ""
+
+
+# Values ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    features: Numbers
+    labels: Array | None
+    faults: tuple[str, ...]
+
+
+def _numbers(selection: _Selection, columns: dict[str, Any]) -> _Found:
+    """Make arrays of Arrow columns, and say what is wrong with them."""
+    own = {name: columns[name] for name in selection.features if name in columns}
+    features = matrix(own, "list only the others as data.features") if own else Numbers(None)
+    faults = list(features.faults)
+    labels = None
+    if selection.labels in columns:
+        column, where = columns[selection.labels], f"label column {selection.labels!r}"
+        labels, wrong = label_array(column, where)
+        faults += wrong
+    return _Found(features, labels, (*faults, *gaps(columns)))
+
+
+def _rounded(path: Path, columns: dict[str, Any]) -> Iterator[str]:
+    found = csv_file.rounded_when_read(path, columns)
+    if found:
+        told = listed(f"{name!r} in {count} rows" for name, count in found.items())
+        yield (
+            f"whole numbers of column {told} need more than 64 bits, or more than 53 bits beside fractions, and would "
+            "be rounded; if they are codes, number them 0, 1, 2, ..., else write them as fractions"
         )
-
-
-def _text_labels(name: str, kind: Any) -> str:
-    return f"label column {name!r} holds {_kind(kind)}; write labels as numbers, classes as 0, 1, 2, ..."
-
-
-def _require_no_gaps(columns: dict[str, Any], where: str) -> None:
-    gaps = [f"{name!r} in {c.null_count} of {len(c)} rows" for name, c in columns.items() if c.null_count]
-    if gaps:
-        raise JobError(f"{where}: values are missing in column {listed(gaps)}; fill them or leave them out")
-
-
-def _side_by_side(columns: Sequence[Any]) -> npt.NDArray[Any]:
-    """(rows, columns), float64 if any column is, else float32."""
-    wide = any(pa.types.is_float64(column.type) for column in columns)
-    matrix = np.empty((len(columns[0]), len(columns)), np.float64 if wide else np.float32)
-    for position, column in enumerate(columns):
-        matrix[:, position] = column.to_numpy()
-    return matrix
-
-
-def _kind(kind: Any) -> str:
-    return "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else str(kind)
-
-
-def listed(names: Iterable[str]) -> str:
-    """A few of many names, as an error shows them."""
-    found = list(names)
-    more = f" and {len(found) - _MANY} more" if len(found) > _MANY else ""
-    return ", ".join(found[:_MANY]) + more

@@ -4,8 +4,9 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
+from sl_queue.broker_url import split
 from sl_queue.errors import JobError, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.protocol.topology import Topology
@@ -26,19 +27,19 @@ Connect = Callable[[str, int], Link]  # (party, prefetch) -> its link
 
 def topology(job: Job, broker: str) -> Topology:
     """The names at that broker: the default virtual host is shared, so the job's name stands before every name."""
-    vhost = unquote(urlsplit(broker).path[1:]) or "/"
-    return job.topology(prefix=f"{job.name}." if vhost == "/" and broker != MEMORY else "")
+    vhost = "" if broker == MEMORY else unquote(split(broker).path[1:]) or "/"
+    return job.topology(prefix=f"{job.name}." if vhost == "/" else "")
 
 
-def connector(job: Job, broker: str, limits: Limits = Limits()) -> Connect:
-    """How parties reach the broker at that URL, and for how long they try."""
+def connector(job: Job, broker: str, limits: Limits = Limits(), again: Callable[[], str] | None = None) -> Connect:
+    """Return what connects parties to the broker at that URL; `limits`: for how long, `again`: reads the URL again."""
     if broker == MEMORY:
         memory = MemoryBroker()
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
     from sl_queue.transport.rabbitmq.link import RabbitLink  # a run over memory loads no pika
 
     return lambda party, prefetch: RabbitLink(
-        broker, party, topology(job, broker), prefetch, queue_type=job.broker.queues, limits=limits
+        broker, party, topology(job, broker), prefetch, queue_type=job.broker.queues, limits=limits, again=again
     )
 
 

@@ -1,41 +1,45 @@
 """A data party, put together: its table, its stage over torch, its checkpoints, its channel and its role."""
 
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from sl_queue.compute import seeds
 from sl_queue.compute.advice import advice
-from sl_queue.compute.base import base_stage
+from sl_queue.compute.base import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse import fuse_stage
 from sl_queue.compute.handover import Take, itself
 from sl_queue.compute.models import limit_threads
 from sl_queue.data.table import read_table
+from sl_queue.environment import LOCAL, THREADS
 from sl_queue.errors import JobError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.ports import Table
+from sl_queue.protocol.bounds import Bounds
 from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.pipeline import Pipeline
 from sl_queue.roles.feature_party import FeatureParty
 from sl_queue.roles.label_holder import LabelHolder
 from sl_queue.roles.worker import Identity, Worker
 from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.history_file import Journal
 from sl_queue.transport.channel import PartyChannel
 from sl_queue.transport.seal import Seal
 
-log = logging.getLogger("sl_queue")
+if TYPE_CHECKING:
+    from sl_queue.http_server import HttpServer
 
-LOCAL = "SL_QUEUE_LOCAL"  # environment variable: all parties are on this machine, and one person holds all their files
-PREFETCH_MARGIN = 8  # signs of life and questions of a peer, which are acknowledged as soon as they are read
+log = logging.getLogger("sl_queue")
 
 
 def run_party(
@@ -59,11 +63,12 @@ def run_party(
         )
     url = party_file.broker_url(broker)
     require_network(url)
-    limit_threads(party_file.threads or int(os.environ.get("SL_QUEUE_THREADS", 0)) or None)
+    limit_threads(party_file.threads or THREADS.read() or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
     folder = _state_folder(party_file, state)
-    private = not os.environ.get(LOCAL)
-    serve_party(job, party_file, connector(job, url), folder, Channels(), seal, metrics, private=private)
+    private = not LOCAL.read()
+    connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
+    serve_party(job, party_file, connect, folder, Channels(), seal, metrics, private=private)
 
 
 def serve_party(
@@ -93,14 +98,18 @@ def serve_party(
             return
         rules = rules_to_keep(job, party, folder.begun_with)
         table = _table(job, party_file)
+        for note in table.notes:
+            log.info("%s: %s", party, note)
         secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
         folder.require(fingerprint(job, party_file, table, rules, secret))
         party_file = party_file.with_secret(secret)
-        identity = Identity(incarnation, job.canonical(), table.n_rows, table.digest, table.id_type, rules)
+        rows = (table.n_rows, table.digest, table.id_type)
+        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version())
         batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
         pipeline = job.pipeline_of(batches)
+        bounds = bounds_of(job, party, pipeline)
         channel = PartyChannel(
-            connect(party, pipeline.prefetch + PREFETCH_MARGIN),
+            connect(party, bounds.prefetch),
             party,
             job.feature_parties if party == job.label_holder else (job.label_holder,),
             incarnation,
@@ -108,10 +117,12 @@ def serve_party(
             persistent=job.broker.persistent,
             depth=pipeline.depth,
             seal=seal,
+            bounds=bounds,
         )
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, identity, take)
+        journal = Journal(state / "history.jsonl")
+        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take)
         if metrics is not None:
-            _show(metrics, job, party, channel, worker)
+            stack.callback(_show(metrics, job, party, channel, worker).close)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
@@ -127,6 +138,22 @@ def _table(job: Job, party_file: PartyFile) -> Table:
         return read_table(job, party_file)
 
 
+def own_version() -> str:
+    """Look up the installed version of sl_queue; empty where it runs without being installed."""
+    try:
+        return version("sl_queue")
+    except PackageNotFoundError:
+        return ""
+
+
+def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
+    """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
+    if party == job.label_holder:
+        cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
+        return Bounds(pipeline, frozenset({Kind.ACTIVATION, Kind.HOLDOUT}), cuts)
+    return Bounds(pipeline, frozenset({Kind.GRADIENT}), {job.label_holder: job.cut(party) or ()})
+
+
 def _role(
     job: Job,
     party_file: PartyFile,
@@ -134,17 +161,20 @@ def _role(
     pipeline: Pipeline,
     channel: PartyChannel,
     folder: Folder,
+    journal: Journal,
     identity: Identity,
     take: Take,
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
         fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
+        _remark(fuse.own)
         for found in advice(job, fuse):
             log.warning("%s: %s", party_file.party, found.text)
-        worker = Worker(identity, channel, fuse, folder, pipeline)
+        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
     base = base_stage(job, party_file, table, pipeline.batches, take)
+    _remark(base)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
@@ -161,6 +191,11 @@ def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
 
 
+def _remark(stage: TorchBaseStage | None) -> None:
+    if stage is not None and stage.remark is not None:
+        log.warning("%s", stage.remark)
+
+
 def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     folder = state or party_file.state
     if folder is None:
@@ -168,10 +203,14 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> None:
-    from sl_queue.observe import PartyCollector, Training, serve  # only who is observed loads the library
+def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> "HttpServer":
+    from sl_queue.observe import PartyCollector, Training, Vitals, serve  # only who is observed loads the library
 
     def training() -> Training:
         return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)
 
-    serve(address, PartyCollector(job.name, party, lambda: channel.measures, training))
+    def vitals() -> Vitals:
+        measures = channel.measures
+        return Vitals(measures.pulse_age_s, measures.broker)
+
+    return serve(address, PartyCollector(job.name, party, lambda: channel.measures, training), vitals)

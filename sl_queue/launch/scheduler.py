@@ -18,7 +18,7 @@ from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.run_state import EarlyStopping, Phase, Plan, RunState, epoch_text
 from sl_queue.roles.scheduler import Scheduler
 from sl_queue.storage.run_file import RunFile
-from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
@@ -42,15 +42,9 @@ def run_scheduler(
     url = read_url(given)
     require_network(url)
     seal = sealing(job, SCHEDULER, key_file(key), url)
-    epochs = _Epochs()
-    show = None if metrics is None else _show(metrics)
-
-    def on_status(status: Mapping[str, Any]) -> None:
-        epochs.tell(status)
-        if show is not None:
-            show(status)
-
-    serve_scheduler(job, connector(job, url), state or Path("state/scheduler"), on_status, Channels(), seal)
+    connect = connector(job, url, again=lambda: read_url(given, again=True))
+    folder = state or Path("state/scheduler")
+    serve_scheduler(job, connect, folder, _Epochs().tell, Channels(), seal, metrics=metrics)
 
 
 @dataclass(slots=True)
@@ -60,11 +54,12 @@ class _Epochs:  # mutable: it remembers what it told
     told: int | None = None
 
     def tell(self, status: Mapping[str, Any]) -> None:
-        history = status["history"]
-        for epoch in history[len(history) if self.told is None else self.told :]:
-            text = epoch_text(epoch, status["epochs"])
-            log.info("scheduler: %s  after step %d, %.1f s", text, epoch["step"], epoch["seconds"])
-        self.told = len(history)
+        told = status["epoch"] if self.told is None else self.told
+        for epoch in status["history"]:
+            if epoch["epoch"] >= told:
+                text = epoch_text(epoch, status["epochs"])
+                log.info("scheduler: %s  after step %d, %.1f s", text, epoch["step"], epoch["seconds"])
+        self.told = status["epoch"]
 
 
 def serve_scheduler(
@@ -75,10 +70,12 @@ def serve_scheduler(
     open_channels: Channels,
     seal: Seal | None = None,
     late_s: float = LATE_S,
+    metrics: str | None = None,
 ) -> RunState:
     """The scheduler until every party has finished.
 
     `late_s`: how long a run that had finished before waits for parties that have lost what it left.
+    `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
     with ExitStack() as stack:
         ledger = RunFile(state, job.canonical(), job.digest)
@@ -91,9 +88,11 @@ def serve_scheduler(
                 return saved
         plan = plan_of(job)
         incarnation = secrets.token_hex(8)
-        link = connect(SCHEDULER, 0)
+        link = connect(SCHEDULER, PREFETCH)
         channel = LinkSchedulerChannel(link, plan.parties, incarnation, patience_s=plan.patience_s, seal=seal)
         stack.callback(channel.close)
+        if metrics is not None:
+            on_status = _shown(metrics, channel, on_status, stack)
         try:
             channel.open()
         except BrokerUnreachable:
@@ -123,13 +122,18 @@ def plan_of(job: Job) -> Plan:
     )
 
 
-def _show(address: str) -> OnStatus:
-    from sl_queue.observe import SchedulerCollector, serve
+def _shown(address: str, channel: LinkSchedulerChannel, on_status: OnStatus, stack: ExitStack) -> OnStatus:
+    """Have the newest status, and whether the scheduler is alive, shown at that address."""
+    from sl_queue.observe import SchedulerCollector, Vitals, serve
 
     newest: list[Mapping[str, Any]] = [{}]
 
-    def on_status(status: Mapping[str, Any]) -> None:
-        newest[0] = status
+    def vitals() -> Vitals:
+        return Vitals(channel.pulse_age_s, channel.connectivity)
 
-    serve(address, SchedulerCollector(lambda: newest[0]))
-    return on_status
+    def tell(status: Mapping[str, Any]) -> None:
+        newest[0] = status
+        on_status(status)
+
+    stack.callback(serve(address, SchedulerCollector(lambda: newest[0], vitals), vitals).close)
+    return tell

@@ -11,9 +11,9 @@ from typing import Any
 
 from sl_queue.commands.operate import read_status
 from sl_queue.commands.screen import Screen
+from sl_queue.environment import LOCAL
 from sl_queue.errors import TransportError
 from sl_queue.job import Job
-from sl_queue.launch.party import LOCAL
 from sl_queue.local.supervise import Failure, Worker, supervise
 from sl_queue.local.threads import shared_threads
 from sl_queue.protocol.messages import SCHEDULER
@@ -41,7 +41,7 @@ def run_processes(
     """
     follower = _Follower(job, broker, screen, seal)
     threads = str(shared_threads(len(job.parties)))
-    environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads, LOCAL: "1"}
+    environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads, LOCAL.name: "1"}
     workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
     with follower:
         return supervise(workers, environ, screen.line, follower.committed)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sl_queue.errors import SlQueueError, TransportError
+from sl_queue.errors import PeerFailed, SlQueueError, TransportError
 
 PARENT = "SL_QUEUE_PARENT"  # environment variable: the process with which a worker dies
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -107,8 +107,7 @@ class _Supervisor:  # mutable: it owns processes
             while any(child.process or child.restart_at for child in self._children):
                 failure = self._step()
                 if failure is not None:
-                    self._await_others()
-                    return failure
+                    return self._await_others(failure)
             return None
         finally:
             self._end_all()
@@ -184,15 +183,22 @@ class _Supervisor:  # mutable: it owns processes
         reader.join(timeout=1.0)  # longer only if a grandchild holds the pipe
         self._ended.put((child, code))
 
-    def _await_others(self) -> None:
-        """The scheduler stops the run at every party with the reason; give them the time to say so."""
+    def _await_others(self, failure: Failure) -> Failure:
+        """Give the others the time to end by themselves; returns the failure of the worker that ended them.
+
+        The scheduler stops the run at every party with the reason, and these may be gone before the one that failed.
+        """
         deadline = time.monotonic() + self._limits.grace_s
         while any(child.process for child in self._children) and time.monotonic() < deadline:
             try:
-                child, _ = self._ended.get(timeout=max(0.0, deadline - time.monotonic()))
-                child.process = None
+                child, code = self._ended.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                return
+                break
+            child.process = None
+            own = code not in (0, PeerFailed.exit_code) and not _worth_a_restart(code)
+            if own and failure.exit_code == PeerFailed.exit_code:
+                failure = Failure(child.worker.name, code, child.reason)
+        return failure
 
     def _end_all(self) -> None:
         for child in self._children:

@@ -19,7 +19,8 @@ from sl_queue.compute.handover import Loan, Take
 from sl_queue.compute.models import limit_threads
 from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
-from sl_queue.errors import ComputeError, JobError, RunStopped, SlQueueError
+from sl_queue.environment import THREADS
+from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.job import Job, PartyFile
 from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.party import compare_finished, serve_party
@@ -71,7 +72,8 @@ def run_local(
 
     A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
-    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second.
+    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second,
+    with the newest 20 epochs.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
 
@@ -104,19 +106,18 @@ def run_threads(
     """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
     require_all(job, parties)
     require_nothing_lost(party.device for party in parties)
-    with Loan() as loan:
+    with torch.inference_mode(False), Loan() as loan:  # what is made in that mode could not be trained any further
         lend_given(parties, loan)
         with thread_counts_kept():
             run_state = _Threads(job, parties, broker, states, on_status, keys, loan).run()
         history = [history_line(result) for result in run_state.history]
         modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
-        with torch.inference_mode(False):  # modules made in it could not be trained any further
-            for party in parties:
-                for path in sorted((states[party.party] / "final").glob("*.safetensors")):
-                    try:
-                        modules[party.party, path.stem] = trained_module(job, party, path, loan)
-                    except SlQueueError as error:  # told to who asks for that module; the others are here
-                        modules[party.party, path.stem] = error
+        for party in parties:
+            for path in sorted((states[party.party] / "final").glob("*.safetensors")):
+                try:
+                    modules[party.party, path.stem] = trained_module(job, party, path, loan)
+                except SlQueueError as error:  # told to who asks for that module; the others are here
+                    modules[party.party, path.stem] = error
         return Result(history, modules, job.label_holder)
 
 
@@ -170,7 +171,7 @@ class _Threads:
         if self._raised is not None:
             raise self._raised
         if self._errors:
-            raise next((e for e in self._errors if not isinstance(e, RunStopped)), self._errors[0])
+            raise min(self._errors, key=_told_by_another)
         return self._state
 
     def _run_one(self, party_file: PartyFile) -> None:
@@ -227,6 +228,11 @@ def _thread(name: str, run: Callable[[], None]) -> threading.Thread:
     return threading.Thread(target=copy_context().run, args=(run,), name=name)
 
 
+def _told_by_another(error: SlQueueError) -> int:
+    """Order errors: first what a role met itself, then that another failed, then that the run was stopped."""
+    return 2 if isinstance(error, RunStopped) else int(isinstance(error, PeerFailed))
+
+
 def have_finished(job: Job, states: Mapping[str, Path]) -> bool:
     """Whether every party's folder holds its final weights, so that nobody waits for the scheduler."""
     return all(holds_final(states[party], job.digest) for party in job.parties)
@@ -247,4 +253,4 @@ def key_in(keys: Path | None, role: str) -> Path | None:
 
 def shared_threads(workers: int) -> int:
     """Torch threads for each of several workers on this machine: more than its cores together are slower."""
-    return int(os.environ.get("SL_QUEUE_THREADS", 0)) or max(1, (os.cpu_count() or 1) // workers)
+    return int(THREADS.read()) or max(1, (os.cpu_count() or 1) // workers)

@@ -1,36 +1,69 @@
 """Whether a party that joins can train with the others: the same job, the same rows, the same run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sl_queue.protocol.messages import Joined
 from sl_queue.protocol.run_state import Member, Plan, RunState
+from sl_queue.protocol.text import LONGEST_NAME, printable
+
+MAX_KEYS = 10  # of two jobs, named one by one
 
 
 def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
-    """Why this party cannot train with the others, or None."""
-    differing = differing_keys(joined.job, plan.job)
-    if differing:
-        pairs = sorted(differing.items())
-        told = "; ".join(f"{key} = {a!r:.80} at {sender!r}, {b!r:.80} at the scheduler" for key, (a, b) in pairs)
-        return f"the job files differ: {told}. Every party needs the same job file"
-    if (problem := _other_rules(plan, state, sender, joined)) is not None:
-        return problem
+    """Why this party cannot train with the others, or None; `state` is from before it joined."""
+    return (
+        _other_job(plan, sender, joined)
+        or _other_rules(plan, state, sender, joined)
+        or _other_rows(plan, state, sender, joined)
+        or _other_run(state, sender, joined)
+    )
+
+
+def _other_job(plan: Plan, sender: str, joined: Joined) -> str | None:
+    differing = sorted(differing_keys(joined.job, plan.job).items())
+    if not differing:
+        return None
+    told = "; ".join(
+        f"{printable(key, LONGEST_NAME)} = {printable(repr(a), LONGEST_NAME)} at {sender!r}, "
+        f"{printable(repr(b), LONGEST_NAME)} at the scheduler"
+        for key, (a, b) in differing[:MAX_KEYS]
+    )
+    further = f", and {len(differing) - MAX_KEYS} more" if len(differing) > MAX_KEYS else ""
+    return f"the job files differ, and every party needs the same one: {told}{further}"
+
+
+def _other_rows(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+    """A run that has begun says on which rows; before, those who are here are compared with each other."""
+    agreed = state.agreed
+    if agreed is not None:
+        if agreed.rows_digest == joined.rows_digest:
+            return None
+        return (
+            f"the rows differ: {sender!r} has {joined.n_rows} rows, run {state.run} was begun on {agreed.n_rows}, and "
+            f"their ids are not the same; restore that table at {sender!r} and start its worker again, or train anew "
+            "with new state folders everywhere"
+        )
     for other in plan.parties:
         member = state.members.get(other, Member())
         if other == sender or not member.here or member.rows_digest == joined.rows_digest:
             continue
         if member.id_type != joined.id_type:
-            return (
-                f"the ids of {sender!r} are {joined.id_type} and those of {other!r} {member.id_type}: "
-                "write them as the same type in both tables"
-            )
+            return differing_id_types({sender: joined.id_type, other: member.id_type or ""})
         return (
             f"the rows differ: {sender!r} has {joined.n_rows} rows, {other!r} has {member.n_rows}, and their ids are "
             "not the same; align the tables (private set intersection) so that both hold exactly the same ids"
         )
-    runs = {p: m.run for p, m in state.members.items() if m.run is not None}
+    return None
+
+
+def _other_run(state: RunState, sender: str, joined: Joined) -> str | None:
+    if joined.run is not None and joined.run != printable(joined.run, LONGEST_NAME):
+        return f"the state folder of {sender!r} names no run of sl_queue; give that worker its own folder, or a new one"
+    runs = {p: m.run for p, m in state.members.items() if m.run is not None and p != sender}
+    if joined.run is not None:
+        runs[sender] = joined.run
     if state.run is not None:
         runs["the scheduler"] = state.run
     if len(set(runs.values())) > 1:
@@ -53,6 +86,23 @@ def _other_rules(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
             "to train anew, use this version of sl_queue and a new state folder everywhere"
         )
     return None
+
+
+def differing_id_types(types: Mapping[str, str]) -> str:
+    """Say whose ids are of which type, which party file to change, and how."""
+    integers = _listed([party for party, kind in types.items() if kind == "integer"])
+    texts = _listed([party for party, kind in types.items() if kind == "text"])
+    if not integers or not texts:  # a peer may say anything
+        return f"the ids of {_listed(list(types))} are of different types"
+    return (
+        f'the ids of {integers} are of type integer and those of {texts} of type text, and 7 is not the id "7": write '
+        f'id_type = "text" under [data] in the party file of {integers}; or, if the text is whole numbers like 007 or '
+        f'7.0, id_type = "integer" in that of {texts}'
+    )
+
+
+def _listed(parties: Sequence[str]) -> str:
+    return " and ".join(map(repr, parties))
 
 
 def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:

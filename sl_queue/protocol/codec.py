@@ -38,10 +38,29 @@ SCALE_BYTES: Final = 4  # of a row of narrower numbers
 MAX_RANK: Final = 16  # of a tensor: rows and the axes of the cut
 MAX_TENSOR_BYTES: Final = 2**32 - 1  # of a bin 32
 MAX_HEADER_BYTES: Final = 4096
-MAX_CONTROL_BYTES: Final = 4 * 1024 * 1024
+MAX_CONTROL_BYTES: Final = 8 * 1024 * 1024  # earlier versions told all epochs when they joined
 MAX_CONTROL_ITEMS: Final = 50_000  # in one list: epochs of a history; what does not fit is refused in milliseconds
+_FIELDS: Final = 11
 _KINDS: Final = frozenset(kind.value for kind in Kind)
+_UNREADABLE: Final = (ValueError, TypeError, msgpack.UnpackException, RecursionError)
 OVERHEAD_BYTES: Final = MAX_HEADER_BYTES  # how much larger than its tensor a message may be
+
+
+class AnotherVersion(RemoteProtocolError):
+    """A message in another version of this format; `speaks` is that version."""
+
+    def __init__(self, speaks: object, own: object = VERSION, what: str = "protocol", where: str = "") -> None:
+        super().__init__(f"{where}{what} version {speaks!r:.20}; this program speaks {own}")
+        self.speaks = f"{what} {speaks!r:.20}, this program speaks {own}"
+
+
+class Unreadable(RemoteProtocolError):
+    """A message of which only the header can be read."""
+
+    def __init__(self, header: Header, problem: str) -> None:
+        super().__init__(problem)
+        self.header = header
+
 
 _reports: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="type")])
 _commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Status, Field(discriminator="type")])
@@ -77,14 +96,21 @@ def encode(header: Header, message: Message) -> bytes:
     return b"".join((head[:-2], struct.pack(">BI", 0xC6, size), data))  # the empty bin gives way to a bin 32
 
 
-def decode(body: bytes) -> tuple[Header, Message]:
-    """What the bytes say; the tensor is a view of them. Raises RemoteProtocolError saying what is wrong with them."""
+def decode(body: bytes, control_bytes: int = MAX_CONTROL_BYTES) -> tuple[Header, Message]:
+    """Read a message; the tensor is a view of the bytes, and a message without one has at most `control_bytes`.
+
+    Raises RemoteProtocolError saying what is wrong with them: Unreadable with the header where that much is right,
+    AnotherVersion for a message of a program that speaks another version.
+    """
     header, description, data = _split(body)
     if description is None:
-        return header, _control(header.kind, data)
+        return header, _control(header.kind, data, control_bytes)
     if header.kind in (Kind.REPORT, Kind.COMMAND):
         raise RemoteProtocolError(f"a {header.kind} with a tensor")
-    payload = _payload(description, data)
+    try:
+        payload = _payload(description, data)
+    except RemoteProtocolError as error:
+        raise Unreadable(header, str(error)) from None
     if header.kind is Kind.GRADIENT:
         return header, Gradient(header.micro_batch, payload)
     return header, Activation(header.micro_batch, payload, holdout=header.kind is Kind.HOLDOUT)
@@ -104,20 +130,24 @@ def _split(body: bytes) -> tuple[Header, Any, memoryview]:
     view = memoryview(body)
     unpacker.feed(view[:MAX_HEADER_BYTES])
     try:
-        if unpacker.read_array_header() != 11:
+        fields = unpacker.read_array_header()
+        version = unpacker.unpack()
+        if (type(version) is not int or version != VERSION) and (fields == _FIELDS or type(version) is int):
+            raise AnotherVersion(version)  # which may have more fields, or fewer
+        if fields != _FIELDS:
             raise RemoteProtocolError("not a message of sl_queue: the number of fields is wrong")
-        version, *fields, description = (unpacker.unpack() for _ in range(10))
-        start = unpacker.tell()
-    except RemoteProtocolError:
-        raise
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        header = _header([unpacker.unpack() for _ in range(8)])
+    except _UNREADABLE as error:
         raise RemoteProtocolError(f"not a message of sl_queue: unreadable header ({type(error).__name__})") from None
-    if type(version) is not int or version != VERSION:
-        raise RemoteProtocolError(f"protocol version {version!r:.20}; this program speaks {VERSION}")
-    return _header(fields), description, _last(view, start)
+    try:
+        description, start = unpacker.unpack(), unpacker.tell()
+    except _UNREADABLE as error:
+        problem = f"unreadable header, in the description of the tensor ({type(error).__name__})"
+        raise Unreadable(header, problem) from None
+    return header, description, _last(header, view, start)
 
 
-def _last(view: memoryview, start: int) -> memoryview:
+def _last(header: Header, view: memoryview, start: int) -> memoryview:
     """The bytes of the bin at `start`, which must end where the message ends."""
     for marker, length in ((0xC6, ">I"), (0xC5, ">H"), (0xC4, ">B")):
         size = struct.calcsize(length)
@@ -125,9 +155,9 @@ def _last(view: memoryview, start: int) -> memoryview:
             (declared,) = struct.unpack_from(length, view, start + 1)
             data = view[start + 1 + size :]
             if declared != len(data):
-                raise RemoteProtocolError(f"truncated or padded: {declared} bytes declared, {len(data)} here")
+                raise Unreadable(header, f"truncated or padded: {declared} bytes declared, {len(data)} here")
             return data
-    raise RemoteProtocolError("not a message of sl_queue: the last field is not bytes")
+    raise Unreadable(header, "not a message of sl_queue: the last field is not bytes")
 
 
 def _header(fields: list[Any]) -> Header:
@@ -158,14 +188,14 @@ def _payload(description: Any, data: memoryview) -> Payload:
             raise RemoteProtocolError(f"{dtype} {tuple(shape)} does not take {len(data)} bytes")
 
 
-def _control(kind: Kind, data: memoryview) -> Report | Command | Status:
+def _control(kind: Kind, data: memoryview, most: int) -> Report | Command | Status:
     if kind not in (Kind.REPORT, Kind.COMMAND):
         raise RemoteProtocolError(f"a {kind} without a tensor")
-    if len(data) > MAX_CONTROL_BYTES:
-        raise RemoteProtocolError(f"a {kind} of {len(data)} bytes; {MAX_CONTROL_BYTES} are allowed")
+    if len(data) > most:
+        raise RemoteProtocolError(f"a {kind} of {len(data)} bytes; {most} are allowed")
     try:
         limits = {"max_array_len": MAX_CONTROL_ITEMS, "max_map_len": MAX_CONTROL_ITEMS, "max_ext_len": 0}
         fields = msgpack.unpackb(data, **limits)
         return _reports.validate_python(fields) if kind is Kind.REPORT else _commands.validate_python(fields)
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError, ValidationError) as error:
+    except (*_UNREADABLE, ValidationError) as error:
         raise RemoteProtocolError(f"unreadable {kind} ({type(error).__name__})") from None

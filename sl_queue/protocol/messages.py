@@ -117,8 +117,9 @@ class Joined:
     run: str | None  # None: nothing on disk
     generation: int
     held: tuple[int, ...]  # the steps whose checkpoints are on disk, ascending
-    epochs: tuple[EpochResult, ...] = ()  # the label holder's history so far
+    epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's history; the rest on request
     to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
+    version: str = ""  # of sl_queue, for people; empty before there was such a field
     rules: int = 1  # how it computes what it chooses, such as held-out rows; what the first version does not say is 1
     type: Literal["joined"] = "joined"
 
@@ -144,6 +145,16 @@ class EpochDone:
     generation: int
     result: EpochResult
     type: Literal["epoch_done"] = "epoch_done"
+
+
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """Consecutive epochs of the label holder's history, from one that the scheduler lacks on; as many as a page has."""
+
+    incarnation: str
+    generation: int
+    results: tuple[EpochResult, ...]
+    type: Literal["epochs"] = "epochs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +230,7 @@ class StopRequest:
     type: Literal["stop_request"] = "stop_request"
 
 
-Report = Joined | Progress | EpochDone | Waiting | Lost | Alive | Failed | Stopped | Finished | StopRequest
+Report = Joined | Progress | EpochDone | Epochs | Waiting | Lost | Alive | Failed | Stopped | Finished | StopRequest
 
 
 # Commands -----------------------------------------------------------------------------------------------------
@@ -250,6 +261,7 @@ class Open:
     incarnation: str
     through: int
     keep: int | None = None
+    known: int | None = None  # epochs that the scheduler knows: the label holder answers with those that come next
     type: Literal["open"] = "open"
 
 

@@ -13,6 +13,7 @@ class Orders:
     open: Open | None = None
     finish: Finish | None = None
     stop: Stop | None = None
+    asked: Open | None = None  # the newest of all, also one that opens less: it says what the scheduler lacks
 
     def after(self, command: Command) -> "Orders":
         """These orders with one more command; commands that came out of order never undo a later one."""
@@ -20,11 +21,11 @@ class Orders:
             case Start():
                 if self.start is not None and command.generation <= self.start.generation:
                     return self
-                return replace(self, start=command, open=None, finish=None)  # those were of the older generation
+                return replace(self, start=command, open=None, finish=None, asked=None)  # of the older generation
             case Open():
                 if self.open is not None and command.through < self.open.through:
-                    return self
-                return replace(self, open=command)
+                    return replace(self, asked=command)
+                return replace(self, open=command, asked=command)
             case Finish():
                 return replace(self, finish=command)
             case Stop():

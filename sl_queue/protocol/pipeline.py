@@ -15,6 +15,7 @@ Which weights a forward uses follows from these actions alone, never from timing
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.row_order import Batches
@@ -79,6 +80,28 @@ Action = Begin | Forward | Backward | Fuse | Update | Evaluate | Commit
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """The micro-batches that a peer may have sent while `committed` is the last step on its receiver's disk.
+
+    Those of the stretch that follows it, and the first window of the one after: a peer sends no more before it is
+    answered, and its receiver answers nothing of a stretch before the one before is committed.
+    """
+
+    committed: int
+    closes: int  # the last step of the stretch; `committed` after the run's last
+    opening: MicroBatch  # the last of the window that opens the next stretch; at the run's end that of this one
+    holdout_parts: int  # micro-batches of held-out rows that follow step `closes`
+
+    def admits(self, micro_batch: MicroBatch) -> bool:
+        """True for the key of a training micro-batch within reach."""
+        return self.committed < micro_batch.step and micro_batch <= self.opening
+
+    def admits_holdout(self, micro_batch: MicroBatch) -> bool:
+        """True for the key of a held-out micro-batch within reach."""
+        return micro_batch.step == self.closes > self.committed and micro_batch.index < self.holdout_parts
+
+
+@dataclass(frozen=True, slots=True)
 class Pipeline:
     """The actions of each role from any step on."""
 
@@ -137,12 +160,29 @@ class Pipeline:
             yield Evaluate(self.batches.epoch_of(last), last, self.batches.holdout_parts)
         yield Commit(last)
 
+    def reach(self, committed: int) -> Reach:
+        """What a peer may have sent while `committed`, a step after which there is a commit, is the last on disk."""
+        stretches = self._stretches(committed + 1)
+        this, following = next(stretches, None), next(stretches, None)
+        if this is None:
+            return Reach(committed, committed, MicroBatch(committed, 0), 0)
+        closes = this[1]
+        last = MicroBatch(closes, self.batches.parts(closes) - 1)
+        held_out = self.batches.holdout_parts if self.batches.ends_epoch(closes) else 0
+        return Reach(committed, closes, last if following is None else self._opening(*following), held_out)
+
+    def _opening(self, first: int, last: int) -> MicroBatch:
+        """The last micro-batch that `_window` sends before it awaits an answer."""
+        steps = range(first, min(last, first + self.staleness) + 1)
+        *_, opening = islice((MicroBatch(s, i) for s in steps for i in range(self.batches.parts(s))), self.depth)
+        return opening
+
     @property
     def prefetch(self) -> int:
         """How many messages of one sender may be unacknowledged: fewer would deadlock the run.
 
         Between two commits: every activation or gradient, the held-out activations, and the window's first messages
-        of the next stretch, which may arrive before the commit.
+        of the next stretch, which may arrive before the commit. As many as the keys of any `reach`, or more.
         """
         stretch = min(self.checkpoint_every, self.batches.steps_per_epoch) * self.batches.micro_batches
         return stretch + self.depth + self.batches.holdout_parts

@@ -8,14 +8,16 @@ anew. The state is written to disk before a command leaves and before a report i
 from dataclasses import replace
 from typing import assert_never
 
+from sl_queue.errors import failure
 from sl_queue.protocol.agreement import disagreement
-from sl_queue.protocol.epochs import all_committed, final_step, opening
+from sl_queue.protocol.epochs import all_committed, final_step, finishing, opening, recorded, standing_of
 from sl_queue.protocol.messages import (
     OPERATOR,
     Alive,
     Command,
     EpochDone,
     EpochResult,
+    Epochs,
     Failed,
     Finish,
     Finished,
@@ -30,6 +32,7 @@ from sl_queue.protocol.messages import (
     Waiting,
 )
 from sl_queue.protocol.run_state import (
+    Agreed,
     Member,
     Orders,
     Phase,
@@ -42,39 +45,45 @@ from sl_queue.protocol.run_state import (
     newest_common,
     with_member,
 )
+from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
 
 
 def reduce(
-    plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str
+    plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str, redelivered: bool = False
 ) -> tuple[RunState, Orders]:
-    """One report of one party (or of the operator). `fresh_run` names the run if this report begins one."""
+    """One report of one party (or of the operator). `fresh_run` names the run if this report begins one.
+
+    What is delivered again says nothing of whether its sender is still alive.
+    """
     if isinstance(report, StopRequest):
         return _stop(plan, state)
     if sender == OPERATOR or sender not in plan.parties:
         return state, ()
     member = state.members.get(sender, Member())
+    heard = member.heard if redelivered else now
     if isinstance(report, Joined):
-        return _join(plan, with_member(state, sender, replace(member, heard=now)), sender, report, now, fresh_run)
+        return _join(plan, state, sender, report, heard, now, fresh_run)
     if report.incarnation != member.incarnation or not (member.here or isinstance(report, Finished)):
         return state, ()  # of an earlier worker of that party; one that has finished will not join again
-    state = with_member(state, sender, replace(member, heard=now))
+    state = with_member(state, sender, replace(member, heard=heard))
     match report:
         case Alive():
             return state, ()
         case Progress():
             return _progress(plan, state, sender, report)
         case EpochDone(_, generation, result):
-            if generation != state.generation or sender != plan.label_holder:
-                return state, ()
-            return _epochs(plan, state, (result,), now)
-        case Waiting():
-            return changed(state, sender, waiting=report), ()
+            return _measured(plan, state, sender, generation, (result,), now)
+        case Epochs(_, generation, results):
+            return _measured(plan, state, sender, generation, results, now)
+        case Waiting(source=source):
+            return (changed(state, sender, waiting=report) if source in plan.parties else state), ()
         case Lost():
             return _lost(plan, state, sender, report)
         case Failed(_, error, message):
             state = changed(state, sender, stopped=True)
-            who = f"party {sender!r}"
-            return _fail(plan, state, error, message if message.startswith(who) else f"{who}: {message}", unless=sender)
+            who, said = f"party {sender!r}", printable(message, LONGEST)
+            reason = said if said.startswith(who) else f"{who}: {said}"
+            return _fail(plan, state, failure(error), reason, failed=sender)
         case Stopped(_, step):
             return _stopped(plan, state, sender, step)
         case Finished(_, digests):
@@ -88,17 +97,49 @@ def standing_orders(plan: Plan, state: RunState) -> Orders:
     return tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
 
 
+def disagree(plan: Plan, state: RunState, reason: str) -> tuple[RunState, Orders]:
+    """End the run because a party cannot be understood, though it is there."""
+    if state.phase is Phase.STOPPED:
+        return state, ()
+    return _fail(plan, state, "AlignmentError", reason)
+
+
 # Joining ------------------------------------------------------------------------------------------------------
 
 
 def _join(
-    plan: Plan, state: RunState, sender: str, joined: Joined, now: float, fresh_run: str
+    plan: Plan, state: RunState, sender: str, joined: Joined, heard: float | None, now: float, fresh_run: str
 ) -> tuple[RunState, Orders]:
-    state = changed(
+    before = state
+    state = _entered(state, sender, joined, heard)
+    if state.phase in (Phase.FAILED, Phase.STOPPED):
+        return state, ((sender, _at_once(state, joined.incarnation)),)
+    problem = disagreement(plan, before, sender, joined)
+    if state.phase is Phase.FINISHED:
+        return changed(state, sender, finished=None), _too_late(plan, state, sender, joined, problem)
+    if problem is not None and (before.agreed is not None or before.phase is not Phase.GATHERING):
+        return _refused(plan, before, sender, joined.incarnation, problem, now)
+    if problem is not None:
+        return _fail(plan, state, "AlignmentError", problem)
+    if state.phase is Phase.GATHERING:
+        if missing(plan, state):
+            return state, ()
+        agreed = Agreed(joined.n_rows, joined.rows_digest, joined.id_type)
+        state = replace(_begin(state, fresh_run), epoch_began=now, agreed=agreed)
+        state, _ = _remembered(plan, state, now)
+        return state, standing_orders(plan, state)
+    state, orders = _remembered(plan, state, now)
+    return state, (*_all_orders(plan, state, sender), *orders, *finishing(plan, state))
+
+
+def _entered(state: RunState, sender: str, joined: Joined, heard: float | None) -> RunState:
+    """Note what a worker says of itself."""
+    return changed(
         state,
         sender,
         incarnation=joined.incarnation,
         here=True,
+        heard=heard,
         n_rows=joined.n_rows,
         rows_digest=joined.rows_digest,
         id_type=joined.id_type,
@@ -107,25 +148,27 @@ def _join(
         generation=joined.generation,
         held=joined.held,
         epochs=joined.epochs,
+        version=printable(joined.version, LONGEST_NAME),
         stopped=False,
         waiting=None,
         lost=None,
+        refused=None,
+        refused_at=None,
     )
-    if state.phase in (Phase.FAILED, Phase.STOPPED):
-        return state, ((sender, _at_once(state, joined.incarnation)),)
-    problem = disagreement(plan, state, sender, joined)
-    if state.phase is Phase.FINISHED:
-        return changed(state, sender, finished=None), _too_late(plan, state, sender, joined, problem)
-    if problem is not None:
-        return _fail(plan, state, "AlignmentError", problem)
-    if state.phase is Phase.GATHERING:
-        if missing(plan, state):
-            return state, ()
-        state = replace(_begin(state, fresh_run), epoch_began=now)
-        state, _ = _remembered(plan, state, now)
-        return state, standing_orders(plan, state)
-    state, orders = _remembered(plan, state, now)
-    return state, (*_all_orders(plan, state, sender), *orders, *_finish(plan, state))
+
+
+def _refused(
+    plan: Plan, state: RunState, sender: str, incarnation: str, problem: str, now: float
+) -> tuple[RunState, Orders]:
+    """Send a worker away that does not fit the run which the others are in; they wait for one that does.
+
+    Nothing that was known of its party is forgotten, and it is no sign of life of the worker that is awaited. If all
+    are refused, nobody is left to wait.
+    """
+    state = changed(state, sender, refused=problem, refused_at=now)
+    if all(state.members.get(party, Member()).refused is not None for party in plan.parties):
+        state, _ = _fail(plan, state, "AlignmentError", problem)
+    return state, ((sender, Stop(incarnation, problem, error="AlignmentError")),)
 
 
 def _too_late(plan: Plan, state: RunState, sender: str, joined: Joined, problem: str | None) -> Orders:
@@ -146,7 +189,7 @@ def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Orde
     label_holder = state.members.get(plan.label_holder, Member())
     timeline = Start("", "", state.bases)
     epochs = (e for e in label_holder.epochs if timeline.admits(label_holder.generation, e.step))
-    return _epochs(plan, state, tuple(epochs), now)
+    return recorded(plan, state, tuple(epochs), now)
 
 
 def _begin(state: RunState, fresh_run: str) -> RunState:
@@ -178,24 +221,13 @@ def _all_orders(plan: Plan, state: RunState, party: str) -> Orders:
 # Epochs -------------------------------------------------------------------------------------------------------
 
 
-def _epochs(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now: float) -> tuple[RunState, Orders]:
-    """Append what is new to the history, and open what may follow."""
-    known = len(state.history)
-    new = [r for r in results if r.epoch >= known]
-    if not new or [r.epoch for r in new] != list(range(known, known + len(new))):
+def _measured(
+    plan: Plan, state: RunState, sender: str, generation: int, results: tuple[EpochResult, ...], now: float
+) -> tuple[RunState, Orders]:
+    """Take what the label holder measured in the present generation."""
+    if generation != state.generation or sender != plan.label_holder:
         return state, ()
-    seconds = 0.0 if state.epoch_began is None else round(now - state.epoch_began, 3)
-    timed = (replace(r, seconds=r.seconds or seconds) for r in new)
-    state = replace(state, history=(*state.history, *timed), epoch_began=now)
-    opened = tuple((p, opening(plan, state, i)) for p, i in incarnations(plan, state))
-    return state, (*opened, *_finish(plan, state))
-
-
-def _finish(plan: Plan, state: RunState) -> Orders:
-    step = final_step(plan, state)
-    if step is None or not all_committed(plan, state):
-        return ()
-    return tuple((p, Finish(i, step)) for p, i in incarnations(plan, state))
+    return recorded(plan, state, results, now)
 
 
 def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tuple[RunState, Orders]:
@@ -207,7 +239,7 @@ def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tup
         state, sender, step=report.step, held=report.held, generation=report.generation,
         run=state.run, loss=loss, samples=report.samples, waiting=None, lost=None,
     )  # fmt: skip
-    return state, _finish(plan, state) if state.members[sender].committed > committed else ()
+    return state, finishing(plan, state) if state.members[sender].committed > committed else ()
 
 
 # The last line of recovery ------------------------------------------------------------------------------------
@@ -227,25 +259,32 @@ def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunSt
     if base is None or not (same and asked_again):
         return changed(state, sender, lost=report), ()
     members = {p: m.back_to(base) for p, m in state.members.items()}
-    history = tuple(result for result in state.history if result.step <= base)
-    state = replace(state, bases=(*state.bases, base), members=members, history=history)
+    history = state.history.until(base)
+    standing = standing_of(plan, history)
+    state = replace(state, bases=(*state.bases, base), members=members, history=history, standing=standing)
     return state, standing_orders(plan, state)
 
 
 # Endings ------------------------------------------------------------------------------------------------------
 
 
-def _fail(plan: Plan, state: RunState, error: str, reason: str, unless: str = "") -> tuple[RunState, Orders]:
-    """Stop everyone at once; parties that disagree all end with AlignmentError, others with RunStopped."""
+def _fail(plan: Plan, state: RunState, error: str, reason: str, failed: str | None = None) -> tuple[RunState, Orders]:
+    """Stop everyone at once but the party that failed; without one the parties disagree."""
     if state.phase in (Phase.FAILED, Phase.FINISHED):
         return state, ()
-    state = replace(state, phase=Phase.FAILED, reason=reason, error=error)
-    return state, tuple((p, _at_once(state, i)) for p, i in incarnations(plan, state) if p != unless)
+    state = replace(state, phase=Phase.FAILED, reason=reason, error=error, failed=failed)
+    return state, tuple((p, _at_once(state, i)) for p, i in incarnations(plan, state) if p != failed)
 
 
 def _at_once(state: RunState, incarnation: str) -> Stop:
-    raised = state.error if state.error == "AlignmentError" else "RunStopped"
-    return Stop(incarnation, state.reason or "stopped", error=raised)
+    return Stop(incarnation, state.reason or "stopped", error=ending(state))
+
+
+def ending(state: RunState) -> str:
+    """Name the error with which a run that failed or was stopped ends for who has not failed itself."""
+    if state.error is None:
+        return "RunStopped"
+    return "PeerFailed" if state.failed is not None else state.error
 
 
 def _stop(plan: Plan, state: RunState) -> tuple[RunState, Orders]:

@@ -150,6 +150,18 @@ class Batches:
         """How many micro-batches the step has."""
         return min(self.micro_batches, self.rows_in_step(step))
 
+    def sizes(self, step: int) -> tuple[int, ...]:
+        """Count the rows of each micro-batch of a step without looking them up."""
+        full, last = self._sizes
+        return last if self.ends_epoch(step) else full
+
+    @cached_property
+    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of every step of an epoch but its last, and of that."""
+        steps = (0, self.steps_per_epoch - 1)
+        full, last = (_part_sizes(self.rows_in_step(step), self.parts(step)) for step in steps)
+        return full, last
+
     def rows(self, micro_batch: MicroBatch) -> Positions:
         """The rows of a training micro-batch, in training order."""
         step, index = micro_batch.step, micro_batch.index
@@ -173,6 +185,18 @@ class Batches:
         """The rows of held-out micro-batch `index`, in canonical order."""
         size = self._holdout_size
         return self._split[1][index * size : (index + 1) * size]
+
+    @cached_property
+    def holdout_sizes(self) -> tuple[int, ...]:
+        """Count the rows of each held-out micro-batch."""
+        size, rows = self._holdout_size, self.holdout_rows
+        return tuple(min(size, rows - first) for first in range(0, rows, size))
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest message of this job, of training or of held-out rows."""
+        full, last = self._sizes
+        return max(*full, *last, *self.holdout_sizes)
 
     @property
     def _holdout_size(self) -> int:
@@ -200,3 +224,8 @@ def _part(n: int, parts: int, index: int) -> tuple[int, int]:
     size, larger = divmod(n, parts)
     start = index * size + min(index, larger)
     return start, start + size + (index < larger)
+
+
+def _part_sizes(n: int, parts: int) -> tuple[int, ...]:
+    """Sizes of all parts of `_part`."""
+    return tuple(stop - start for start, stop in (_part(n, parts, index) for index in range(parts)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import (
     BEFORE_FIRST_STEP,
     Command,
@@ -55,6 +56,23 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """Early stopping so far."""
+
+    best: EpochResult | None = None
+    without_gain: int = 0  # epochs since the best one
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """The rows on which all parties agreed when the run began."""
+
+    n_rows: int
+    rows_digest: str
+    id_type: str
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One party as the scheduler knows it."""
 
@@ -67,6 +85,7 @@ class Member:
     generation: int = 0
     finished: Mapping[str, str] | None = None
     stopped: bool = False
+    refused: str | None = None  # why its newest worker may not join a run that goes on
     # what follows is not written to disk: it describes a moment
     held: tuple[int, ...] | None = None  # None: it has not told this scheduler process yet
     step: int = BEFORE_FIRST_STEP
@@ -76,7 +95,9 @@ class Member:
     heard: float | None = None  # monotonic
     waiting: Waiting | None = None
     lost: Lost | None = None
-    epochs: tuple[EpochResult, ...] = ()  # the label holder's own memory of the history, when it joined
+    epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's own history, when it joined
+    refused_at: float | None = None  # monotonic
+    version: str = ""  # of sl_queue; empty of those that do not say it
 
     @property
     def committed(self) -> int:
@@ -95,6 +116,7 @@ class Member:
             self.generation,
             self.finished,
             self.stopped,
+            self.refused,
         )
 
     def back_to(self, step: int) -> "Member":
@@ -111,11 +133,14 @@ class RunState:
     phase: Phase = Phase.GATHERING
     run: str | None = None
     bases: tuple[int, ...] = ()  # one per generation after the first: the common checkpoint it began at
-    history: tuple[EpochResult, ...] = ()
+    history: History = field(default_factory=History)
+    standing: Standing = Standing()  # follows from the history
+    agreed: Agreed | None = None
     members: Mapping[str, Member] = field(default_factory=dict)
     stop_after: int | None = None  # while stopping: the step after which the label holder has stopped
     reason: str | None = None
     error: str | None = None  # class name
+    failed: str | None = None  # the party whose error it is; None: the parties disagree
     epoch_began: float | None = None  # monotonic; not written to disk
 
     @property
@@ -136,8 +161,16 @@ def restarted(state: RunState, now: float) -> RunState:
     state = replace(durable(state), epoch_began=now)
     if state.phase in (Phase.STOPPED, Phase.FAILED):
         members = {p: replace(m, here=False, stopped=False) for p, m in state.members.items()}
-        return replace(state, phase=Phase.GATHERING, members=members, reason=None, error=None, stop_after=None)
+        gathering = replace(state, phase=Phase.GATHERING, members=members, stop_after=None)
+        return replace(gathering, reason=None, error=None, failed=None)
     return state
+
+
+def excused(state: RunState, seconds: float) -> RunState:
+    """Count seconds in which the scheduler could hear nobody as nobody's silence."""
+    heard = {p: m for p, m in state.members.items() if m.heard is not None}
+    members = {p: replace(m, heard=m.heard + seconds) for p, m in heard.items() if m.heard is not None}
+    return replace(state, members={**state.members, **members}) if seconds else state
 
 
 def history_line(result: EpochResult) -> dict[str, Any]:
@@ -156,6 +189,12 @@ def epoch_text(line: Mapping[str, Any], epochs: int) -> str:
     """The same as people read it."""
     held_out = "".join(f"  held-out {name} {number_text(value)}" for name, value in (line["holdout"] or {}).items())
     return f"epoch {line['epoch'] + 1}/{epochs}  loss {number_text(line['loss'])}{held_out}"
+
+
+def result_of(line: Mapping[str, Any]) -> EpochResult:
+    """Read a line of history.jsonl again. Raises KeyError, TypeError for anything else."""
+    holdout = None if line["holdout"] is None else dict(line["holdout"])
+    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, float(line.get("seconds", 0.0)))
 
 
 def number_text(value: float | None) -> str:

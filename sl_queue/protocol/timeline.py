@@ -1,12 +1,13 @@
 """What a party knows of the run it is in: what it was ordered, what came in and went out, what is on disk. Pure.
 
-The channel holds a lock around every call, and acts on what comes back.
+The channel acts on what comes back.
 """
 
 from dataclasses import replace
 from typing import Generic
 
 from sl_queue.errors import LocalProtocolError
+from sl_queue.protocol.bounds import Bounds
 from sl_queue.protocol.mailbox import Acknowledge, Key, Mailbox, Outbox, Reject, Tag, Verdict
 from sl_queue.protocol.messages import (
     BEFORE_FIRST_STEP,
@@ -36,11 +37,13 @@ class Timeline(Generic[Tag]):
     receiver; what is older is lost with the broker.
     """
 
-    def __init__(self, party: str, peers: tuple[str, ...], incarnation: str, keep_bytes: int) -> None:
+    def __init__(
+        self, party: str, peers: tuple[str, ...], incarnation: str, keep_bytes: int, bounds: Bounds | None = None
+    ) -> None:
         self._party, self._peers, self._incarnation = party, peers, incarnation
         self._start: Start | None = None  # the one adopted
         self._peer_committed: dict[str, int] = {}
-        self.mailbox: Mailbox[Tag] = Mailbox(party)
+        self.mailbox: Mailbox[Tag] = Mailbox(party, bounds)
         self.outbox = Outbox(keep_bytes)
         self.orders = Orders()
         self.committed = BEFORE_FIRST_STEP
@@ -113,7 +116,7 @@ class Timeline(Generic[Tag]):
     def file(self, sender: str, header: Header, message: Message, tag: Tag, redelivered: bool) -> Verdict[Tag]:
         """Decide about one delivery from the queue of `sender`."""
         if header.sender != sender:
-            return self.refuse(tag, f"says it is from {header.sender!r}, but came from {sender!r}")
+            return self.refuse(tag, f"says it is from {header.sender!r:.100}, but came from {sender!r}")
         if isinstance(message, Activation | Gradient):
             if sender not in self._peers:
                 return self.refuse(tag, f"{header.kind} from {sender!r}, who sends none")
@@ -141,6 +144,12 @@ class Timeline(Generic[Tag]):
         """Count a delivery that is not ours."""
         self.mailbox.counts["rejected"] += 1
         return Reject(tag, reason)
+
+    def refuse_unreadable(self, sender: str, header: Header, tag: Tag, reason: str) -> Reject[Tag]:
+        """Count a delivery of which only the header could be read, which may be that of the awaited message."""
+        if header.sender == sender and sender in self._peers:
+            return self.mailbox.refuse(header, tag, reason)
+        return self.refuse(tag, reason)
 
     def is_present(self, header: Header) -> bool:
         """Whether it is of the run and generation that this party is in."""

@@ -1,20 +1,24 @@
 """The scheduler: a thin loop around the reducer in protocol/progress. It sees reports, never a tensor."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from sl_queue.errors import AlignmentError, PeerSilent, RunStopped, named
+from sl_queue.errors import AlignmentError, PeerSilent, named
 from sl_queue.ports import SchedulerChannel
+from sl_queue.protocol.epochs import standing_of
 from sl_queue.protocol.messages import OPERATOR, Command, Report, Status
-from sl_queue.protocol.progress import reduce, standing_orders
+from sl_queue.protocol.progress import disagree, ending, reduce, standing_orders
 from sl_queue.protocol.run_state import (
     Member,
     Phase,
     Plan,
     RunState,
     durable,
+    excused,
     history_line,
     missing,
     restarted,
@@ -34,7 +38,7 @@ class Ledger(Protocol):
         """What was saved last, or None."""
 
     def save(self, state: RunState) -> None:
-        """Write durably and atomically, with `history.jsonl` beside it."""
+        """Write durably, the new epochs to `history.jsonl`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +52,10 @@ class Scheduler:
     clock: Callable[[], float]  # monotonic, seconds
     on_status: Callable[[Mapping[str, Any]], None]
     late_s: float = 0.0  # how long a run that had finished before waits for parties that have lost what it left
+    wall: Callable[[], float] = time.time  # seconds since 1970: says when something was told, and decides nothing
 
     def serve(self) -> RunState:
-        """Run until every party has finished. Raises the error that ended the run, RunStopped, or PeerSilent.
+        """Run until every party has finished. Raises PeerFailed, AlignmentError, RunStopped, or PeerSilent.
 
         It waits until everybody knows of an error, one patience at most: a worker that is just being started would
         find no scheduler.
@@ -58,6 +63,8 @@ class Scheduler:
         began = told_at = self.clock()
         ended_at: float | None = None
         state = restarted(self.ledger.load() or RunState(), began)
+        state = replace(state, standing=standing_of(self.plan, state.history))
+        heard_since, deaf_s = began, 0.0
         ends_at = began + self.late_s if state.phase is Phase.FINISHED else began
         self._name_missing(state)
         saved = RunState()
@@ -66,7 +73,12 @@ class Scheduler:
         while True:
             reports = self.channel.reports(timeout_s=STATUS_EVERY_S)
             now, before = self.clock(), state
-            state, commands = self._reduce(state, reports, now)
+            before_s, deaf_s = deaf_s, self.channel.outage_s()
+            heard_since += deaf_s - before_s
+            state, commands = self._reduce(excused(state, deaf_s - before_s), reports, now)
+            for reason in self.channel.foreign().values():
+                state, orders = disagree(self.plan, state, reason)
+                commands += orders
             if durable(state) != saved:
                 saved = durable(state)
                 self.ledger.save(saved)
@@ -79,7 +91,7 @@ class Scheduler:
                 told_at = now
                 self._tell(state, now)
             if not ended:
-                self._require_signs_of_life(state, began, now)
+                self._require_signs_of_life(state, heard_since, now)
                 continue
             ended_at = ended_at or now
             all_know = not untold(self.plan, state) or now - ended_at >= self.plan.patience_s
@@ -87,16 +99,16 @@ class Scheduler:
                 return self._end(state)
 
     def _reduce(
-        self, state: RunState, reports: Sequence[tuple[str, Report]], now: float
+        self, state: RunState, reports: Sequence[tuple[str, Report, bool]], now: float
     ) -> tuple[RunState, list[tuple[str, Command]]]:
         commands: list[tuple[str, Command]] = []
-        for sender, report in reports:
-            state, orders = reduce(self.plan, state, sender, report, now, self.fresh_run)
+        for sender, report, redelivered in reports:
+            state, orders = reduce(self.plan, state, sender, report, now, self.fresh_run, redelivered)
             commands += orders
         return state, commands
 
     def _tell(self, state: RunState, now: float) -> None:
-        text = describe(self.plan, state, now)
+        text = describe(self.plan, state, now, self.wall())
         self.channel.command(OPERATOR, Status(text))
         self.on_status(text)
 
@@ -104,6 +116,9 @@ class Scheduler:
         if state.phase is not before.phase:
             which = f"job {self.plan.job['name']}" if state.run is None else f"run {state.run}"
             log.info("scheduler: %s is %s%s", which, state.phase, f": {state.reason}" if state.reason else "")
+        for party, member in state.members.items():
+            if member.refused and member.refused_at != before.members.get(party, Member()).refused_at:
+                log.warning("scheduler: party %r was refused, and the run waits for it: %s", party, member.refused)
         if missing(self.plan, state) != missing(self.plan, before):
             self._name_missing(state)
         if state.generation > before.generation:
@@ -119,10 +134,8 @@ class Scheduler:
 
     @staticmethod
     def _end(state: RunState) -> RunState:
-        if state.phase is Phase.FAILED:
-            raise named(state.error or "SlQueueError")(state.reason or "the run failed")
-        if state.phase is Phase.STOPPED:
-            raise RunStopped(state.reason or "the run was stopped")
+        if state.phase in (Phase.FAILED, Phase.STOPPED):
+            raise named(ending(state))(state.reason or f"the run has {state.phase}")
         return state
 
     def _require_signs_of_life(self, state: RunState, began: float, now: float) -> None:
@@ -140,8 +153,8 @@ class Scheduler:
             )
 
 
-def describe(plan: Plan, state: RunState, now: float) -> dict[str, Any]:
-    """The status as the operator reads it; only plain values."""
+def describe(plan: Plan, state: RunState, now: float, wall: float) -> dict[str, Any]:
+    """The status as the operator reads it; only plain values. `wall` is the time, in seconds since 1970."""
     label = state.members.get(plan.label_holder, Member())
     return {
         "job": plan.job["name"],
@@ -155,9 +168,11 @@ def describe(plan: Plan, state: RunState, now: float) -> dict[str, Any]:
         "loss": label.loss,
         "samples": label.samples,
         "parties": {party: _party(plan, state, party, now) for party in plan.parties},
-        "history": [history_line(r) for r in state.history],
+        "history": [history_line(r) for r in state.history.newest()],  # the file has them all
         "reason": state.reason,
         "error": state.error,
+        "failed": state.failed,
+        "told_at": datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds"),
     }
 
 
@@ -166,6 +181,8 @@ def _party(plan: Plan, state: RunState, party: str, now: float) -> dict[str, Any
     age = None if member.heard is None else now - member.heard
     if member.finished is not None:
         phase = "finished"
+    elif member.refused is not None:
+        phase = "refused"
     elif member.stopped:
         phase = "stopped"
     elif not member.here:
@@ -180,6 +197,9 @@ def _party(plan: Plan, state: RunState, party: str, now: float) -> dict[str, Any
         "step": member.step,
         "committed": member.committed,
         "silent_s": None if age is None else round(age, 1),
+        "version": member.version,
+        "refused": member.refused,
+        "refused_s": None if member.refused_at is None else round(now - member.refused_at, 1),
         "waiting_for": None
         if waiting is None
         else f"{waiting.kind} {waiting.step}.{waiting.index} of {waiting.source} for {waiting.seconds:.0f} s",

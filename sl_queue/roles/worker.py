@@ -7,14 +7,17 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from sl_queue.errors import CheckpointError, ComputeError, RunStopped, SlQueueError, TransportError
-from sl_queue.ports import BaseStage, Channel, Checkpoints, Final, FuseStage, Restarted, Saved
+from sl_queue.errors import CheckpointError, ComputeError, PeerFailed, RunStopped, SlQueueError, TransportError
+from sl_queue.ports import BaseStage, Channel, Checkpoints, Final, FuseStage, HistoryLog, Restarted, Saved
+from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import (
     BEFORE_FIRST_STEP,
+    Command,
     EpochDone,
     EpochResult,
+    Epochs,
     Failed,
     Finish,
     Finished,
@@ -26,6 +29,8 @@ from sl_queue.protocol.messages import (
 )
 from sl_queue.protocol.orders import Orders
 from sl_queue.protocol.pipeline import Pipeline
+
+T = TypeVar("T", bound=Command)
 
 log = logging.getLogger("sl_queue")
 
@@ -40,6 +45,14 @@ class Identity:
     rows_digest: str
     id_type: str
     rules: int = 1  # how it computes what it chooses, see protocol/fingerprints
+    version: str = ""  # of sl_queue
+
+
+@dataclass(frozen=True, slots=True)
+class _Lack:
+    """The scheduler knows so many epochs, and the label holder more."""
+
+    known: int
 
 
 @dataclass(slots=True)
@@ -55,7 +68,9 @@ class Worker:
     generation: int = 0
     committed: int = BEFORE_FIRST_STEP
     held: tuple[int, ...] = ()
-    epochs: tuple[EpochResult, ...] = ()  # the label holder's history on its disk; empty elsewhere
+    journal: HistoryLog | None = None  # the label holder's; nobody else has one
+    history: History = field(default_factory=History)  # what is in it, as far as the committed step
+    answered: Open | None = None  # what the scheduler asked last about the history
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
     samples: int = 0
     step: int = BEFORE_FIRST_STEP  # the newest trained
@@ -71,7 +86,7 @@ class Worker:
             self.channel.flush()
             self.checkpoints.mark_told()
             return final
-        except RunStopped:
+        except (RunStopped, PeerFailed):
             self.channel.report(Stopped(self.identity.incarnation, self.committed))
             raise
         except TransportError:
@@ -79,9 +94,7 @@ class Worker:
         except SlQueueError as error:
             self.channel.report(Failed(self.identity.incarnation, type(error).__name__, str(error)))
             raise
-        except KeyboardInterrupt:  # ends this process alone: started again, it resumes
-            raise
-        except BaseException as error:  # sys.exit too, or nobody would tell the others
+        except (Exception, SystemExit) as error:  # of sys.exit nobody else would tell the others
             told = f"{type(error).__name__}: {error}"
             log.exception("an error in the model, loss or optimizer, or a bug")
             self.channel.report(Failed(self.identity.incarnation, "ComputeError", told))
@@ -90,8 +103,8 @@ class Worker:
     def _train(self, train: Callable[[int], None]) -> Final:
         try:
             return self._trained(train)
-        except RunStopped:
-            with suppress(RunStopped, Restarted, TransportError):  # but a disk that is full is told
+        except (RunStopped, PeerFailed):
+            with suppress(RunStopped, PeerFailed, Restarted, TransportError):  # but a disk that is full is told
                 self.channel.settle()
             raise
 
@@ -104,7 +117,7 @@ class Worker:
             self._resume(start, fresh)
             try:
                 train(self.committed + 1)
-                finish = self.channel.until(lambda orders: orders.finish)
+                finish = self._until(lambda orders: orders.finish)
                 return self._finish(finish.step)
             except Restarted as restarted:
                 start = restarted.start
@@ -119,11 +132,47 @@ class Worker:
                 return orders.finish
             return orders.open if orders.open is not None and orders.open.through >= epoch else None
 
-        order = self.channel.until(decision)
+        order = self._until(decision)
         if isinstance(order, Open) and order.keep != self.checkpoints.kept:
             self.channel.settle()  # not while another is being written
             self.checkpoints.keep(order.keep)
         return isinstance(order, Open)
+
+    def _until(self, decision: Callable[[Orders], T | None]) -> T:
+        """Wait for the scheduler's word; meanwhile answer with the epochs that it lacks, a page a question."""
+
+        def next_order(orders: Orders) -> T | _Lack | None:
+            return decision(orders) or self._lack(orders)
+
+        while True:
+            order: T | _Lack = self.channel.until(next_order)
+            if not isinstance(order, _Lack):
+                return order
+            self.channel.report(Epochs(self.identity.incarnation, self.generation, self._page(order.known)))
+
+    def _lack(self, orders: Orders) -> "_Lack | None":
+        """Return how much the scheduler lacks, once for each time it says so."""
+        asked = orders.asked
+        if asked is None or asked is self.answered or asked.known is None or asked.known >= self.done:
+            return None
+        self.answered = asked
+        return _Lack(asked.known)
+
+    @property
+    def done(self) -> int:
+        """Number of epochs that the label holder has on disk; 0 elsewhere."""
+        return self.history[-1].epoch + 1 if self.history else 0
+
+    def _page(self, known: int) -> tuple[EpochResult, ...]:
+        """Return the epochs that come after the `known` ones. Raises CheckpointError if they are lost."""
+        page = self.history.page(known)
+        if not page:
+            raise CheckpointError(
+                "the scheduler has lost its history, and that of the label holder begins with epoch "
+                f"{self.history[0].epoch + 1}: nobody knows those before; restore history.jsonl in one of the two "
+                "state folders, or give every party and the scheduler a new one to train anew"
+            )
+        return page
 
     def commit(self, step: int, ended: EpochResult | None = None) -> None:
         """Have what is here and now become the checkpoint of `step`, with the result of an epoch that `ended` in it.
@@ -132,13 +181,15 @@ class Worker:
         """
         assert self.run is not None
         self.channel.settle()
-        epochs = self.epochs if ended is None else (*self.epochs, ended)
-        values = {"epochs": [_as_json(e) for e in epochs], "running": dict(self.running)}
+        history = self.history if ended is None else self.history.after(ended)
+        values = {"last_epoch": [_as_json(e) for e in history.newest(1)], "running": dict(self.running)}
         state, run, generation = self.stage.state(), self.run, self.generation
 
         def save() -> None:
+            if self.journal is not None:  # before the checkpoint that counts on it
+                self.journal.write(history)
             self.checkpoints.save(step, state, run=run, generation=generation, values=values)
-            self.committed, self.held, self.epochs = step, self.checkpoints.steps(), epochs
+            self.committed, self.held, self.history = step, self.checkpoints.steps(), history
             self.channel.report(self._progress(step, None))
             if ended is not None:
                 self.channel.report(EpochDone(self.identity.incarnation, generation, ended))
@@ -157,16 +208,25 @@ class Worker:
     def _describe(self) -> Joined:
         me = self.identity
         about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
-        return Joined(*about, self.run, self.generation, self.held, self.epochs, rules=me.rules)
+        newest = self.history.newest()
+        return Joined(*about, self.run, self.generation, self.held, newest, version=me.version, rules=me.rules)
 
     def _remember(self, saved: Saved | None) -> None:
         """Become what a checkpoint says, or what nobody has trained yet."""
         self.held = self.checkpoints.steps()
         self.committed = BEFORE_FIRST_STEP if saved is None else saved.step
-        self.epochs = () if saved is None else tuple(EpochResult(**e) for e in saved.values["epochs"])
+        self.history = History() if saved is None else self._history_at(saved)
         self.running = {} if saved is None else dict(saved.values["running"])
         if saved is not None:
             self.run, self.generation = saved.run, saved.generation
+
+    def _history_at(self, saved: Saved) -> History:
+        """Return the history that belongs to a checkpoint; without the file no more than its last epoch."""
+        if "epochs" in saved.values:  # a checkpoint of an earlier version holds all of them
+            return History.of(EpochResult(**e) for e in saved.values["epochs"])
+        last = History.of(EpochResult(**e) for e in saved.values["last_epoch"])
+        written = History() if self.journal is None or not last else self.journal.load().until(last[-1].step)
+        return written if written and written[-1].epoch == last[-1].epoch else last
 
     def _resume(self, start: Start, fresh: Any) -> None:
         """Load the newest checkpoint of the present timeline and enter it."""

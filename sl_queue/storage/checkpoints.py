@@ -20,7 +20,7 @@ from sl_queue.ports import Final, Saved, State, Weights
 from sl_queue.protocol.agreement import told_difference
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
-from sl_queue.storage.durable import write_durably
+from sl_queue.storage.durable import is_passing, unusable, warn_of_readers, write_durably
 from sl_queue.storage.tensor_file import Stored, TornFileError, packed, sealed, unsealed
 
 log = logging.getLogger("sl_queue")
@@ -58,6 +58,7 @@ class Folder:
         with self._writing():
             for folder in (path, self._checkpoints, self._final):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            warn_of_readers(path)
             self._unlock = weakref.finalize(self, os.close, self._locked(path / "lock"))
         try:
             with self._writing():
@@ -183,6 +184,8 @@ class Folder:
             self._require_owner(found, path)
             self._final_says = found
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._path, error) from error
             log.warning("%s cannot be used (%s); the final weights will be written again", path, error)
             return None
         return final
@@ -230,6 +233,8 @@ class Folder:
         except FileNotFoundError:
             return None
         except (TornFileError, OSError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._path, error) from error
             log.warning("%s is torn or altered (%s); it is passed over", path, error)
             return None
         self._require_owner(stored.about, path)
@@ -245,6 +250,8 @@ class Folder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._path, error) from error
             log.warning("%s: which checkpoint to keep cannot be read (%s); none is kept", self._checkpoints, error)
             return None
         return step if isinstance(step, int) else None
@@ -299,10 +306,7 @@ class Folder:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(
-                f"the state folder {self._path} cannot be used: {error.strerror or error}; what was saved before is "
-                "intact: make room or mend the rights, then start the worker again"
-            ) from error
+            raise unusable(self._path, error) from error
 
 
 def holds_final(path: Path, job_digest: str) -> bool:

@@ -1,17 +1,26 @@
-"""Writing a file so that after a crash it is either the old one or the new one, whole."""
+"""Files of a state folder: after a crash either the old one or the new one, whole, and nobody's but their owner's."""
 
+import errno
+import logging
 import os
+import stat
 from pathlib import Path
 
+from sl_queue.errors import CheckpointError, ResourceShortage, SlQueueError
 
-def write_durably(path: Path, body: bytes, mode: int = 0o666) -> None:
-    """Temp file, fsync, rename, fsync of the folder. Raises OSError; then the old file is untouched.
+PRIVATE = 0o600
 
-    `mode` is that of a new file, less the process's umask.
-    """
+log = logging.getLogger("sl_queue")
+
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS, errno.EINTR})
+
+
+def write_durably(path: Path, body: bytes) -> None:
+    """Temp file, fsync, rename, fsync of the folder. Raises OSError; then the old file is untouched."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE), "wb") as file:
+            os.fchmod(file.fileno(), PRIVATE)  # a leftover of an earlier version keeps its mode
             file.write(body)
             file.flush()
             os.fsync(file.fileno())
@@ -24,3 +33,27 @@ def write_durably(path: Path, body: bytes, mode: int = 0o666) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return True for a shortage of descriptors or memory, which says nothing of the file."""
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
+def unusable(folder: Path, error: OSError) -> SlQueueError:
+    """Make the error of a state folder that cannot be used: a shortage is worth a restart, all else needs a person."""
+    what = f"the state folder {folder} cannot be used: {error.strerror or error}; what was saved before is intact: "
+    if is_passing(error):
+        return ResourceShortage(
+            f"{what}start the worker again, it resumes; if this repeats, raise its limit of open files or memory"
+        )
+    return CheckpointError(f"{what}make room or mend the rights, then start the worker again")
+
+
+def warn_of_readers(folder: Path) -> None:
+    """Log that others on this machine may look into a folder that was there before; its mode is its owner's choice."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        log.warning(
+            "the state folder %s may be read by others on this machine (mode %o): chmod 700 %s", folder, mode, folder
+        )

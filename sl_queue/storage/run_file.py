@@ -1,10 +1,14 @@
-"""The scheduler's memory on disk: `run.json`, whole and atomically, and `history.jsonl` for people and tools."""
+"""The scheduler's memory on disk: `run.json`, whole and atomically, and `history.jsonl`, a line an epoch.
+
+The law: the history is written first. A crash in between leaves an epoch that nobody has been told of, or after going
+back fewer than there were; the label holder tells those again.
+"""
 
 import fcntl
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from sl_queue.errors import CheckpointError, PartyBusy
 from sl_queue.protocol.agreement import told_difference
-from sl_queue.protocol.run_state import RunState, history_line
-from sl_queue.storage.durable import write_durably
+from sl_queue.protocol.history import History
+from sl_queue.protocol.messages import EpochResult
+from sl_queue.protocol.run_state import Phase, RunState, history_line
+from sl_queue.storage.durable import PRIVATE, is_passing, unusable, warn_of_readers, write_durably
+from sl_queue.storage.history_file import HistoryFile
 
 _states: TypeAdapter[RunState] = TypeAdapter(RunState)
+_histories: TypeAdapter[list[EpochResult]] = TypeAdapter(list[EpochResult])
+_ELSEWHERE = ("history", "standing")  # of a state: in a file of its own, and what follows from that
 
 
 class RunFile:
@@ -23,11 +32,13 @@ class RunFile:
 
     def __init__(self, folder: Path, job: Mapping[str, Any], job_digest: str) -> None:
         self._folder, self._job, self._job_digest = folder, job, job_digest
+        self._history = HistoryFile(folder / "history.jsonl")
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = (folder / "lock").open("w")
+            warn_of_readers(folder)
+            self._lock = os.fdopen(os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, PRIVATE), "w")
         except OSError as error:
-            raise CheckpointError(f"the scheduler's state folder {folder} cannot be used: {error.strerror}") from None
+            raise unusable(folder, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -44,8 +55,14 @@ class RunFile:
             return None
         try:
             saved: dict[str, Any] = json.loads(path.read_text())
-            digest, state = saved["job"], _states.validate_python(saved["state"])
+            digest, kept = saved["job"], dict(saved["state"])
+            told = kept.pop("history", None)  # of a finished run; earlier versions kept it here all along
+            state, history = _states.validate_python(kept), self._history.load()
+            if told is not None:
+                history = History.of(_histories.validate_python(told))
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise unusable(self._folder, error) from None
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run"
             ) from None
@@ -56,16 +73,19 @@ class RunFile:
                 f"{self._folder} belongs to another job ({differing}); give the scheduler another folder "
                 "(--state, or --out of sl-queue local), or restore the job file"
             )
-        return state
+        if history and history[0].epoch != 0:
+            history = History()
+        return replace(state, history=history)
 
     def save(self, state: RunState) -> None:
-        lines = "".join(json.dumps(history_line(result)) + "\n" for result in state.history)
-        body = json.dumps({"job": self._job_digest, "says": self._job, "state": asdict(state)}, indent=1)
+        kept = asdict(replace(state, history=History()))
+        for name in _ELSEWHERE:
+            del kept[name]
+        if state.phase is Phase.FINISHED:  # once: whoever still holds the lines may be gone by the time they are missed
+            kept["history"] = [history_line(result) for result in state.history]
+        body = json.dumps({"job": self._job_digest, "says": self._job, "state": kept}, indent=1)
         try:
+            self._history.write(state.history)
             write_durably(self._folder / "run.json", body.encode())
-            write_durably(self._folder / "history.jsonl", lines.encode())
         except OSError as error:
-            raise CheckpointError(
-                f"the scheduler cannot write to {self._folder}: {error.strerror}; what was saved before is intact: "
-                f"make room or mend the rights, then start it again ({os.fspath(self._folder / 'run.json')})"
-            ) from None
+            raise unusable(self._folder, error) from None

@@ -59,4 +59,4 @@ def secret_in(state: Path) -> bytes:
 
 
 def _write(path: Path) -> None:
-    write_durably(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
+    write_durably(path, secrets.token_bytes(SECRET_BYTES))

@@ -8,6 +8,7 @@ prefetch stays what it is. What is decided under the lock (protocol/timeline) is
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,13 +18,15 @@ from dataclasses import replace
 from typing import TypeVar
 
 from sl_queue.errors import (
+    AlignmentError,
     RemoteProtocolError,
     RunStopped,
     SlQueueError,
     named,
 )
 from sl_queue.ports import Measures, Restarted
-from sl_queue.protocol.codec import decode, encode
+from sl_queue.protocol.bounds import Bounds, control_bytes
+from sl_queue.protocol.codec import AnotherVersion, Unreadable, decode, encode
 from sl_queue.protocol.mailbox import Acknowledge, Reject, Verdict
 from sl_queue.protocol.messages import (
     SCHEDULER,
@@ -45,16 +48,22 @@ from sl_queue.protocol.messages import (
     Waiting,
 )
 from sl_queue.protocol.orders import Orders
+from sl_queue.protocol.text import printable
 from sl_queue.protocol.timeline import Timeline
 from sl_queue.transport.link import Delivery, Link, Tag
 from sl_queue.transport.meter import Meter
 from sl_queue.transport.patience import Patience
-from sl_queue.transport.seal import News, Opened, Seal
+from sl_queue.transport.refusals import Refusals
+from sl_queue.transport.seal import OVERHEAD_BYTES, News, Opened, Seal
+from sl_queue.transport.sparing import Sparing
+from sl_queue.transport.versions import Versions
 
 T = TypeVar("T")
 
 PULSE_S = 0.25  # how often progress is told
 OUTBOX_BYTES = 256 * 1024 * 1024  # sent and not yet committed by the receiver; what is older is lost with the broker
+
+ANSWERS = 40  # of a peer's questions in one patience: it asks no more than half as often
 
 log = logging.getLogger("sl_queue")
 
@@ -63,6 +72,7 @@ class PartyChannel:
     """ports.Channel over a link. `patience_s`: seconds of waiting after which it says for whom.
 
     `seal` keeps messages from the broker; `committer` runs one commit at a time, by default in a thread of its own.
+    `bounds` says what peers may send; without it anything that can be read is taken.
     """
 
     def __init__(
@@ -77,13 +87,21 @@ class PartyChannel:
         depth: int,
         seal: Seal | None = None,
         committer: Executor | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         self._link, self._party, self._sources, self._incarnation = link, party, (SCHEDULER, *peers), incarnation
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
-        self._seal, self._news, self._meter = seal, News(), Meter()
+        self._seal, self._news, self._meter = seal, News(seal), Meter()
+        self._refusals, self._versions = Refusals(party, patience_s), Versions(patience_s)
+        self._largest = {} if bounds is None else {s: bounds.largest_bytes(s) + OVERHEAD_BYTES for s in self._sources}
+        self._answered: dict[str, float] = {}  # when each peer's last question was, monotonic
+        self._resent = Sparing(patience_s)
         self._changed = threading.Condition()
-        self._timeline: Timeline[Tag] = Timeline(party, peers, incarnation, OUTBOX_BYTES)
-        self._patience = Patience(party, patience_s, lambda source: seal is not None and seal.never_opened(source))
+        self._timeline: Timeline[Tag] = Timeline(party, peers, incarnation, OUTBOX_BYTES, bounds)
+        self._patience = Patience(
+            party, patience_s, lambda source: seal is not None and seal.never_opened(source), link.outage
+        )
+        self._patience.hear(self._sources)  # so that whoever observes may ask before it is open
         self._failure: SlQueueError | None = None
         self._describe: Callable[[], Joined] | None = None
         self._progress: Progress | None = None
@@ -109,6 +127,7 @@ class PartyChannel:
                     self._link.flush(timeout_s=5.0)
         finally:
             self._link.close()
+            self._tell_counts(all_of_it=True)
             self._committer.shutdown()  # once this returns, the state folder may become another worker's
             if self._pulse.ident is not None:
                 self._pulse.join()
@@ -122,12 +141,20 @@ class PartyChannel:
         self._publish(receiver, message.kind, body)
 
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
+        what = f"{kind} {micro_batch} of party {sender!r}"
+
         def ask(seconds: float) -> None:
+            with self._changed:
+                unusable = self._timeline.mailbox.ask(sender, kind, micro_batch)
+            if unusable is not None and seconds >= self._patience_s:
+                raise RemoteProtocolError(
+                    f"party {self._party!r} waits for {what}; whatever comes of it is refused: {unusable}; "
+                    "compare job, models and versions of both parties"
+                )
             waiting = self._timeline.waiting(sender, kind, micro_batch, seconds, self._patience.silence_s(sender))
             self._tell(sender, waiting)
             self._tell(SCHEDULER, waiting)
 
-        what = f"{kind} {micro_batch} of party {sender!r}"
         with self._meter.waiting(sender, kind):
             payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
         self.settle()
@@ -192,18 +219,19 @@ class PartyChannel:
     def adopt(self, start: Start, resume_step: int) -> None:
         with self._changed:
             verdicts = self._timeline.adopt(start, resume_step)
-        self._carry_out(verdicts)
+        self._carry_out(verdicts, self._party)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Messages applied, redelivered, dropped as duplicates and rejected since this process started."""
+        """Messages applied, redelivered, dropped as duplicates or stale, and rejected since this process started."""
         with self._changed:
             return dict(self._timeline.mailbox.counts)
 
     @property
     def measures(self) -> Measures:
         """What there is to observe."""
-        return self._meter.read(self.counts, {peer: self._patience.silence_s(peer) for peer in self._sources})
+        silent_s = {peer: self._patience.silence_s(peer) for peer in self._sources}
+        return self._meter.read(self.counts, silent_s, self._link.connectivity)
 
     # Waiting ----------------------------------------------------------------------------------------------------
 
@@ -228,7 +256,13 @@ class PartyChannel:
                 ask_at = waited + pause_s
             if waited >= name_at:
                 name_at += self._patience_s
+                self._require_one_version()
                 self._patience.name(source, what, waited)
+
+    def _require_one_version(self) -> None:
+        """Raise AlignmentError for a peer that has spoken nothing but another version for a patience."""
+        for reason in self._versions.named(time.monotonic()).values():
+            raise AlignmentError(reason)
 
     def _check(self) -> None:
         """Raise what ends or redirects the worker; called with the lock held."""
@@ -238,9 +272,9 @@ class PartyChannel:
             self.settle()
         stop = self._timeline.orders.stop
         if stop is not None and stop.error is not None:
-            raise named(stop.error)(stop.reason)
+            raise named(stop.error)(printable(stop.reason))
         if stop is not None and stop.after_step is not None and self._timeline.committed >= stop.after_step:
-            raise RunStopped(stop.reason)
+            raise RunStopped(printable(stop.reason))
         if self._timeline.newer is not None:
             raise Restarted(self._timeline.newer)
 
@@ -256,23 +290,45 @@ class PartyChannel:
     def _on_delivery(self, delivery: Delivery) -> None:
         self._meter.count("received_bytes", len(delivery.body))
         try:
-            opened = None if self._seal is None else self._seal.open(delivery.sender, delivery.body)
-            header, message = decode(delivery.body if opened is None else opened.body)
+            opened, header, message = self._read(delivery)
         except RemoteProtocolError as error:
-            with self._changed:
-                verdict: Verdict[Tag] = self._timeline.refuse(delivery.tag, str(error))
-            self._carry_out([verdict])
+            self._refuse(delivery, error)
             return
-        self._patience.hear((delivery.sender,))
+        if not delivery.redelivered:  # what came before says nothing of now
+            self._patience.hear((delivery.sender,))
+        self._versions.understood(delivery.sender)
         with self._changed:
             late = opened is not None and self._is_late(delivery.sender, message, opened)
             verdict = Acknowledge((delivery.tag,)) if late else self._file(delivery, header, message)
             answers = isinstance(message, Waiting) and not isinstance(verdict, Reject)
             answers = answers and self._timeline.is_present(header)
             self._changed.notify_all()
-        self._carry_out([verdict])
+        self._carry_out([verdict], delivery.sender)
         if isinstance(message, Waiting) and answers:
             self._send_again(delivery.sender, message)
+
+    def _read(self, delivery: Delivery) -> tuple[Opened | None, Header, Message]:
+        """Open and decode a delivery. Raises RemoteProtocolError, before it is looked at if it is too large."""
+        sender, size = delivery.sender, len(delivery.body)
+        most = self._largest.get(sender, size)
+        if size > most:
+            raise RemoteProtocolError(f"a message of {size} bytes; the largest that {sender!r} sends has {most}")
+        opened = None if self._seal is None else self._seal.open(sender, delivery.body)
+        header, message = decode(delivery.body if opened is None else opened.body, control_bytes(sender))
+        return opened, header, message
+
+    def _refuse(self, delivery: Delivery, error: RemoteProtocolError) -> None:
+        """Refuse what cannot be read."""
+        if isinstance(error, AnotherVersion):
+            self._versions.foreign(delivery.sender, error.speaks, time.monotonic())
+        with self._changed:
+            verdict: Verdict[Tag]
+            if isinstance(error, Unreadable):
+                verdict = self._timeline.refuse_unreadable(delivery.sender, error.header, delivery.tag, str(error))
+            else:
+                verdict = self._timeline.refuse(delivery.tag, str(error))
+            self._changed.notify_all()
+        self._carry_out([verdict], delivery.sender)
 
     def _file(self, delivery: Delivery, header: Header, message: Message) -> Verdict[Tag]:
         return self._timeline.file(delivery.sender, header, message, delivery.tag, delivery.redelivered)
@@ -285,24 +341,37 @@ class PartyChannel:
 
     def _send_again(self, receiver: str, waiting: Waiting) -> None:
         """A peer waits for something that we may have sent: send it and all after it again, or say that it is lost."""
+        now = time.monotonic()
+        if now - self._answered.get(receiver, -math.inf) < self._patience_s / ANSWERS:
+            return  # it asks again; who asks without end has no more sent than it can read
+        self._answered[receiver] = now
         with self._changed:
             again, lost = self._timeline.answer(receiver, waiting)
         for (_, kind, _), body in again:
             self._publish(receiver, kind, body)
-        if again:
+        if again and self._resent.note(receiver, len(again), now):
             first = f"{waiting.kind} {MicroBatch(waiting.step, waiting.index)}"
             log.info("%s: sent %d messages again to party %r, from %s on", self._party, len(again), receiver, first)
         if lost is not None:
             self.report(lost)
 
-    def _carry_out(self, verdicts: list[Verdict[Tag]]) -> None:
+    def _tell_counts(self, *, all_of_it: bool = False) -> None:
+        """Log what has happened too often to be logged each time."""
+        now = time.monotonic()
+        self._refusals.tell(now, all_of_it=all_of_it)
+        for receiver, count, seconds in self._resent.due(now, all_of_it=all_of_it):
+            log.info("%s: sent %d messages again to party %r in %.0f s", self._party, count, receiver, seconds)
+
+    def _carry_out(self, verdicts: list[Verdict[Tag]], sender: str) -> None:
         for verdict in verdicts:
             match verdict:
                 case Acknowledge(tags):
                     self._link.acknowledge(tags)
-                case Reject(tag, reason):
-                    log.warning("%s: rejected a message: %s", self._party, reason)
-                    self._link.reject(tag, reason)
+                case Reject(tag, reason, by):
+                    if self._refusals.note(by or sender, reason, time.monotonic()):
+                        self._link.reject(tag, reason)
+                    else:
+                        self._link.acknowledge([tag])
                 case None:
                     pass
 
@@ -333,6 +402,7 @@ class PartyChannel:
         alive_at = 0.0
         while not self._closed.wait(min(PULSE_S, alive_every_s)):
             self._meter.beat()
+            self._tell_counts()
             if self._failure is not None:
                 return
             try:

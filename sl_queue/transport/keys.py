@@ -4,7 +4,6 @@ A key file is PEM (PKCS #8): one X25519 key, and for the scheduler an Ed25519 ke
 """
 
 import os
-import stat
 from base64 import b64decode, b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from sl_queue.errors import JobError
+from sl_queue.security import read_secret
 
 _END = b"-----END PRIVATE KEY-----\n"
 _KEY_BYTES = 32
@@ -86,11 +86,9 @@ class PrivateKey:
 def read_key(path: Path) -> PrivateKey:
     """The keys in a file. Raises JobError if there are none, or if others on this machine may read them."""
     try:
-        mode, text = path.stat().st_mode, path.read_bytes()
+        text = read_secret(path, "private key")
     except OSError as error:
         raise JobError(f"{path}: the private key cannot be read ({error.strerror})") from None
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise JobError(f"{path}: others may read this private key (mode {stat.S_IMODE(mode):o}); run: chmod 600 {path}")
     try:
         return PrivateKey.parse(text)
     except ValueError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NewType, Protocol
 
 from sl_queue.errors import SlQueueError
+from sl_queue.ports import Connectivity
 from sl_queue.protocol.messages import Kind
 
 Tag = NewType("Tag", tuple[int, int, int])  # (connection, channel or queue, delivery): void after a reconnect
@@ -22,6 +23,15 @@ class Delivery:
     body: bytes = field(repr=False)
     tag: Tag
     redelivered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """How long a link could carry nothing since it was opened, all in all, and why it cannot now."""
+
+    total_s: float = 0.0
+    now_s: float = 0.0  # of that, since it was of use last
+    reason: str = ""
 
 
 class Link(Protocol):
@@ -55,6 +65,13 @@ class Link(Protocol):
 
     def reject(self, tag: Tag, reason: str) -> None:
         """Refuse for good: to the dead-letter queue `q.<party>.dead`, with the reason in the header `x-reason`."""
+
+    def outage(self) -> Outage:
+        """The time without a connection, or with a broker that takes no messages."""
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """The connection to the broker, now."""
 
     def close(self) -> None:
         """Close in order, without waiting for confirms; unacknowledged messages go back to their queues. Idempotent."""

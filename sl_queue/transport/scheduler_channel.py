@@ -1,14 +1,19 @@
-"""The scheduler's channel: reports from anyone in, commands out; acknowledged when their effect is on disk."""
+"""The scheduler's channel: reports from anyone in, commands out; acknowledged when their effect is on disk.
+
+What has been reported and not taken is bounded for each sender: by the broker to PREFETCH messages, and here to
+INBOX_BYTES. More than that no worker has to say at once; what it says of the moment it says again.
+"""
 
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
-from sl_queue.protocol.codec import decode, encode
+from sl_queue.ports import Connectivity
+from sl_queue.protocol.codec import MAX_CONTROL_BYTES, AnotherVersion, decode, encode
 from sl_queue.protocol.messages import (
     OPERATOR,
     SCHEDULER,
@@ -28,9 +33,15 @@ from sl_queue.protocol.messages import (
     kind_of,
 )
 from sl_queue.transport.link import Delivery, Link, Tag
-from sl_queue.transport.seal import News, Opened, Seal
+from sl_queue.transport.refusals import Refusals
+from sl_queue.transport.seal import OVERHEAD_BYTES, News, Opened, Seal
+from sl_queue.transport.versions import Versions
 
 OF_THE_MOMENT = (Alive, Joined, Lost, Progress, StopRequest, Waiting)  # an old one would mislead; all others are facts
+
+PREFETCH = 256  # reports of one sender that the broker hands over unacknowledged
+INBOX_BYTES = 16 * 1024 * 1024  # of one sender: PREFETCH reports of 64 KiB, or a few of a whole history
+REPORT_BYTES = MAX_CONTROL_BYTES + OVERHEAD_BYTES + 4096  # the largest body, sealed and with its header
 
 log = logging.getLogger("sl_queue")
 
@@ -42,11 +53,14 @@ class LinkSchedulerChannel:
         self, link: Link, parties: tuple[str, ...], incarnation: str, *, patience_s: float, seal: Seal | None = None
     ) -> None:
         self._link, self._parties, self._incarnation, self._patience_s = link, parties, incarnation, patience_s
-        self._seal, self._news = seal, News()
+        self._seal, self._news = seal, News(seal)
+        self._refusals, self._versions = Refusals(SCHEDULER, patience_s), Versions(patience_s)
         self._changed = threading.Condition()
-        self._inbox: deque[tuple[str, Report, Tag]] = deque()
+        self._inbox: deque[tuple[str, Report, bool, Tag]] = deque()
+        self._waiting_bytes: Counter[str] = Counter()  # in the inbox, by sender
         self._taken: list[Tag] = []
         self._failure: SlQueueError | None = None
+        self._asked_at = time.monotonic()
         self._closed = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name="scheduler-pulse", daemon=True)
 
@@ -61,11 +75,23 @@ class LinkSchedulerChannel:
         if self._failure is None:
             self._link.flush(timeout_s=5.0)
         self._link.close()
+        self._refusals.tell(time.monotonic(), all_of_it=True)
         if self._pulse.ident is not None:
             self._pulse.join()
 
-    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report]]:
-        deadline = time.monotonic() + timeout_s
+    @property
+    def pulse_age_s(self) -> float:
+        """Seconds since the scheduler's loop last asked for reports; it does so several times a second."""
+        return time.monotonic() - self._asked_at
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """The connection to the broker, now."""
+        return self._link.connectivity
+
+    def reports(self, timeout_s: float) -> Sequence[tuple[str, Report, bool]]:
+        self._asked_at = time.monotonic()
+        deadline = self._asked_at + timeout_s
         with self._changed:
             while not self._inbox and self._failure is None:
                 left = deadline - time.monotonic()
@@ -76,11 +102,19 @@ class LinkSchedulerChannel:
                 raise self._failure
             taken = list(self._inbox)
             self._inbox.clear()
-            self._taken += [tag for _, _, tag in taken]
-        return [(sender, report) for sender, report, _ in taken]
+            self._waiting_bytes.clear()
+            self._taken += [tag for *_, tag in taken]
+        return [(sender, report, redelivered) for sender, report, redelivered, _ in taken]
+
+    def outage_s(self) -> float:
+        return self._link.outage().total_s
 
     def strangers(self) -> Sequence[str]:
         return [] if self._seal is None else [party for party in self._parties if self._seal.never_opened(party)]
+
+    def foreign(self) -> Mapping[str, str]:
+        """Name the parties of which nothing came for a patience but messages of another version, with what is wrong."""
+        return self._versions.named(time.monotonic())
 
     def command(self, party: str, command: Command | Status) -> None:
         if isinstance(command, Status):
@@ -105,6 +139,7 @@ class LinkSchedulerChannel:
         """A sign of life to every party, so that a worker that waits for an order knows that somebody is there."""
         while not self._closed.is_set():
             try:
+                self._refusals.tell(time.monotonic())
                 for party in self._parties:
                     self._greet(party)
             except SlQueueError:
@@ -116,22 +151,43 @@ class LinkSchedulerChannel:
 
     def _on_delivery(self, delivery: Delivery) -> None:
         try:
-            opened = None if self._seal is None else self._seal.open(delivery.sender, delivery.body)
-            header, message = decode(delivery.body if opened is None else opened.body)
-            if header.sender != delivery.sender:
-                raise RemoteProtocolError(f"says it is from {header.sender!r}, but came from {delivery.sender!r}")
-            if header.kind is not Kind.REPORT or (isinstance(message, StopRequest) != (delivery.sender == OPERATOR)):
-                raise RemoteProtocolError(f"a {type(message).__name__} from {delivery.sender!r} to the scheduler")
+            opened, message = self._read(delivery)
         except RemoteProtocolError as error:
-            log.warning("scheduler: rejected a message: %s", error)
-            self._link.reject(delivery.tag, str(error))
+            if isinstance(error, AnotherVersion):
+                self._versions.foreign(delivery.sender, error.speaks, time.monotonic())
+            self._refuse(delivery, str(error))
             return
+        self._versions.understood(delivery.sender)
         if self._is_late(delivery.sender, message, opened):
             self._link.acknowledge([delivery.tag])
             return
         with self._changed:
-            self._inbox.append((delivery.sender, message, delivery.tag))  # type: ignore[arg-type]  # a Report by its kind
-            self._changed.notify_all()
+            waiting = self._waiting_bytes[delivery.sender] + len(delivery.body)
+            if fits := waiting <= INBOX_BYTES:
+                self._waiting_bytes[delivery.sender] = waiting
+                self._inbox.append((delivery.sender, message, delivery.redelivered, delivery.tag))
+                self._changed.notify_all()
+        if not fits:
+            self._refuse(delivery, f"{INBOX_BYTES} bytes of reports wait already; say it again later")
+
+    def _read(self, delivery: Delivery) -> tuple[Opened | None, Report]:
+        """Open and decode a delivery. Raises RemoteProtocolError for all that is no report to the scheduler."""
+        sender, size = delivery.sender, len(delivery.body)
+        if size > REPORT_BYTES:
+            raise RemoteProtocolError(f"a message of {size} bytes; a report has at most {REPORT_BYTES}")
+        opened = None if self._seal is None else self._seal.open(sender, delivery.body)
+        header, message = decode(delivery.body if opened is None else opened.body)
+        if header.sender != sender:
+            raise RemoteProtocolError(f"says it is from {header.sender!r:.100}, but came from {sender!r}")
+        if header.kind is not Kind.REPORT or (isinstance(message, StopRequest) != (sender == OPERATOR)):
+            raise RemoteProtocolError(f"a {type(message).__name__} from {sender!r} to the scheduler")
+        return opened, message  # type: ignore[return-value]  # a Report by its kind
+
+    def _refuse(self, delivery: Delivery, reason: str) -> None:
+        if self._refusals.note(delivery.sender, reason, time.monotonic()):
+            self._link.reject(delivery.tag, reason)
+        else:
+            self._link.acknowledge([delivery.tag])
 
     def _is_late(self, sender: str, message: Message, opened: Opened | None) -> bool:
         """Whether it was said before, or to an earlier scheduler; who has not heard of this one is greeted at once."""
@@ -154,6 +210,7 @@ class LinkSchedulerChannel:
 
     def _on_reconnect(self) -> None:
         with self._changed:
+            self._waiting_bytes.clear()
             self._inbox.clear()  # every report that was not acknowledged comes again
             self._taken.clear()
             self._news.forget()

@@ -15,6 +15,7 @@ sender had heard of this very process when it spoke. The channels drop what is l
 
 import struct
 import threading
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,14 +23,17 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from sl_queue.errors import AlignmentError, LocalProtocolError, RemoteProtocolError
+from sl_queue.protocol.codec import AnotherVersion
 from sl_queue.transport.hpke import TAG_BYTES, Cipher, Context, Unsealable, setup_receiver, setup_sender
 from sl_queue.transport.keys import PrivateKey, PublicKey
 
-_MAGIC = b"SLQ\x01"
+_VERSION = 1
+_MAGIC = b"SLQ" + bytes([_VERSION])
 _PREFIX = struct.Struct(">4s32s8sQ")
 _NAME_BYTES = 8  # of an encapsulated key: enough to tell processes apart; it is authenticated, not secret
 _NOBODY = bytes(_NAME_BYTES)
 _SIGNATURE_BYTES = 64
+PROCESSES = 8  # of each sender, the newest heard of, that are remembered: restarts are few, and a flood is forgotten
 OVERHEAD_BYTES = _PREFIX.size + TAG_BYTES + _SIGNATURE_BYTES  # how much larger than its plain body a message may be
 
 
@@ -42,6 +46,7 @@ class Opened:
     sequence: int  # among everything that process sealed for us
     fresh: bool  # the sender had heard of this process
     met: bool  # we had not heard of that process
+    sender: str = ""
 
 
 class Seal:
@@ -57,7 +62,8 @@ class Seal:
         self._lock = threading.Lock()
         self._sending: dict[str, tuple[bytes, Context]] = {}
         self._sealed: dict[str, int] = {}
-        self._contexts: dict[tuple[str, bytes], Context] = {}  # of senders who proved that they hold their key
+        # by sender who proved to hold its key, then by process; one that was forgotten is derived again
+        self._contexts: defaultdict[str, OrderedDict[bytes, Context]] = defaultdict(OrderedDict)
         self._heard: dict[str, tuple[bytes, bool]] = {}  # the sender's newest process, and whether it knows of ours
         self._refused: set[str] = set()
 
@@ -77,10 +83,15 @@ class Seal:
         """What `sender` sealed for us. Raises RemoteProtocolError for anything else."""
         try:
             prefix = sealed[: _PREFIX.size]
+            if len(prefix) == _PREFIX.size and prefix[:3] == _MAGIC[:3] and prefix[3] != _VERSION:
+                self._refused.add(sender)
+                raise AnotherVersion(prefix[3], _VERSION, "seal", f"a message of {sender!r} cannot be opened: ")
             if len(prefix) < _PREFIX.size or not prefix.startswith(_MAGIC):
                 raise Unsealable("it is not sealed")
             _, enc, heard, sequence = _PREFIX.unpack(prefix)
-            context = self._contexts.get((sender, enc)) or self._context_of(sender, enc)
+            with self._lock:
+                known = self._contexts[sender].get(enc) if sender in self._contexts else None
+            context = known or self._context_of(sender, enc)
             body = context.open(sequence, prefix, memoryview(sealed)[_PREFIX.size :])
             body = self._verified(sender, prefix, body)
         except Unsealable as error:
@@ -90,10 +101,23 @@ class Seal:
                 "not have the same [security] in their jobs"
             ) from None
         with self._lock:
-            self._contexts[sender, enc] = context
+            self._remember(sender, enc, context)
             ours, _ = self._context_to(sender)
             fresh = heard == ours[:_NAME_BYTES]
-            return Opened(body, enc, sequence, fresh, self._meet(sender, enc[:_NAME_BYTES], fresh))
+            return Opened(body, enc, sequence, fresh, self._meet(sender, enc[:_NAME_BYTES], fresh), sender)
+
+    def renew(self, receiver: str) -> None:
+        """Become another process to `receiver`: nothing that it has said before is fresh any more."""
+        with self._lock:
+            self._sending.pop(receiver, None)
+
+    def _remember(self, sender: str, enc: bytes, context: Context) -> None:
+        """Keep the context of a sender's newest processes; called with the lock held."""
+        contexts = self._contexts[sender]
+        contexts[enc] = context
+        contexts.move_to_end(enc)
+        if len(contexts) > PROCESSES:
+            contexts.popitem(last=False)
 
     def never_opened(self, sender: str) -> bool:
         """Whether messages of that sender came, and none of them could be opened."""
@@ -143,18 +167,38 @@ class Seal:
 
 
 class News:
-    """Tells a statement about the moment from one that was said before. Mutable: it remembers the latest."""
+    """Tells a statement about the moment from one that was said before. Mutable: it remembers the latest of each.
 
-    def __init__(self) -> None:
-        self._latest: dict[tuple[bytes, str], int] = {}
+    It remembers the newest processes of each sender only. So that nothing of a forgotten one counts as new, this
+    process then becomes another one to that sender, and believes only who has heard of it.
+    """
+
+    def __init__(self, seal: Seal | None = None) -> None:
+        self._seal = seal
+        self._latest: defaultdict[str, OrderedDict[bytes, dict[str, int]]] = defaultdict(OrderedDict)
+        self._wary: set[str] = set()  # senders of whom a process was forgotten
 
     def is_news(self, opened: Opened, subject: str) -> bool:
-        """Whether this is later than all that the same process said about the same subject; remembered if so."""
-        about = (opened.process, subject)
-        if opened.sequence <= self._latest.get(about, -1):
+        """Return True if this is later than all that the same process said about the subject; then remember it."""
+        sender, processes = opened.sender, self._latest[opened.sender]
+        known = processes.get(opened.process)
+        if known is None:
+            if sender in self._wary and not opened.fresh:
+                return False
+            known = processes[opened.process] = {}
+            self._forget_oldest(sender, processes)
+        processes.move_to_end(opened.process)
+        if opened.sequence <= known.get(subject, -1):
             return False
-        self._latest[about] = opened.sequence
+        known[subject] = opened.sequence
         return True
+
+    def _forget_oldest(self, sender: str, processes: OrderedDict[bytes, dict[str, int]]) -> None:
+        if len(processes) > PROCESSES:
+            processes.popitem(last=False)
+            self._wary.add(sender)
+            if self._seal is not None:
+                self._seal.renew(sender)
 
     def forget(self) -> None:
         """What was not acknowledged comes again, and is to be taken again."""

@@ -5,14 +5,17 @@ pika is used by one thread only, the one that runs the loop.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pika
+from pika.channel import MAX_CHANNELS
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 from sl_queue.transport.rabbitmq.address import CONNECT_S, Address
-from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused, said, why_not
+from sl_queue.transport.rabbitmq.certificates import expiry
+from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused, said, unusable, why_not
 from sl_queue.transport.rabbitmq.socket import SocketConnection, dial
 
 CLOSE_S = 3.0
@@ -27,19 +30,24 @@ class Connection:
         self._opened: asyncio.Future[Lost | Denied | None] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()  # with the reason
         self._pika: Any = None
+        self.certificates: Mapping[str, float] = {}
 
     async def open(self) -> None:
         """Raises Lost or Denied."""
         logger = logging.getLogger("pika")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)  # what matters of it is said in our own words
-        parameters = self._address.parameters(self._name)
+        try:
+            parameters = self._address.parameters(self._name)
+        except (ValueError, OSError) as error:  # a certificate is being changed, perhaps
+            raise unusable(error) from None
         silence = TimeoutError(f"no answer within {CONNECT_S:.0f} s")
         try:
             async with asyncio.timeout(CONNECT_S):
                 here = await dial(parameters)
         except OSError as error:
             raise why_not(silence if isinstance(error, TimeoutError) else error, self._address) from None
+        self.certificates = expiry(here, self._address)
         self._pika = SocketConnection(
             here,
             parameters,
@@ -67,6 +75,11 @@ class Connection:
         channel = Channel(self)
         await channel.open(self._pika)
         return channel
+
+    @property
+    def most_channels(self) -> int:
+        """How many channels the broker allows in this connection."""
+        return int(self._pika.params.channel_max) or MAX_CHANNELS
 
     @property
     def _is_open(self) -> bool:
@@ -163,6 +176,7 @@ class Channel:
             message_id=str(number),
             expiration=None if expires_in_s is None else str(max(1, int(1000 * expires_in_s))),
             headers=None if headers is None else dict(headers),
+            timestamp=None if headers is None else int(time.time()),  # of a dead letter: for people
         )
         try:
             self._pika.basic_publish(exchange, routing_key, body, properties, mandatory=True)

@@ -144,7 +144,7 @@ class Inboxes:
             exchange=place.topology.dead_exchange(place.party),
             routing_key=f"rejected.dead.{place.party}",
             body=head,
-            persistent=True,
+            persistent=False,  # it is for people, and must not cost the disk of the broker
             headers={"x-reason": reason[:1000], "x-size": size, "x-queue": name},
             answers=tag,
         )

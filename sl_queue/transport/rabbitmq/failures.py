@@ -11,6 +11,7 @@ from pika.exceptions import (
 )
 
 from sl_queue.transport.rabbitmq.address import Address
+from sl_queue.transport.rabbitmq.certificates import refused
 
 
 class Lost(Exception):
@@ -68,6 +69,13 @@ def why_not(error: BaseException, address: Address) -> Lost | Denied:
                 f"user {address.user!r} has no rights on virtual host {address.vhost!r}: "
                 f"rabbitmqctl set_permissions -p {address.vhost} {address.user} CONFIGURE WRITE READ"
             )
-    if any(isinstance(cause, ssl.SSLError) for cause in causes):
-        return Denied(f"{said(error)}; check the port, the certificates, and amqp:// or amqps:// in the broker's URL")
+    for cause in causes:
+        if isinstance(cause, ssl.SSLError):
+            return Denied(refused(cause, address))
     return Lost(said(error))
+
+
+def unusable(error: ValueError | OSError) -> Denied:
+    """Describe files that the broker's URL names and that cannot be read any more: a certificate is being replaced."""
+    what = (error.strerror if isinstance(error, OSError) else None) or error
+    return Denied(f"the certificates that the broker's URL names cannot be used now: {what}")

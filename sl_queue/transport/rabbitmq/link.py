@@ -13,23 +13,26 @@ import logging
 import selectors
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from sl_queue.errors import BrokerUnreachable, SlQueueError, TransportError
+from sl_queue.errors import BrokerUnreachable, ResourceShortage, SlQueueError, TransportError
+from sl_queue.ports import Connectivity
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.link import Delivery, Tag
-from sl_queue.transport.rabbitmq.address import HEARTBEAT_S, Address
+from sl_queue.transport.link import Delivery, Outage, Tag
+from sl_queue.transport.outages import Outages
+from sl_queue.transport.rabbitmq.address import HEARTBEAT_S
 from sl_queue.transport.rabbitmq.failures import Denied, Lost
 from sl_queue.transport.rabbitmq.names import QueueType
-from sl_queue.transport.rabbitmq.place import Ended, Place
+from sl_queue.transport.rabbitmq.nodes import Nodes
+from sl_queue.transport.rabbitmq.place import BRIEF_S, Denials, Ended, Place
 from sl_queue.transport.rabbitmq.session import Session
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import CONNECTING, Limits, pause_s, persist
 
-BRIEF_S = 5.0  # a session that ends sooner is followed by a pause
 SMALL_BYTES = 64 * 1024  # a message that its publisher sends itself
 FRUITLESS_SESSIONS = 20  # in a row, and the link gives up: connecting works, but nothing else does
 
@@ -56,7 +59,8 @@ class RabbitLink:
     """One party's end of RabbitMQ, at `amqp(s)://USER:PASSWORD@HOST:PORT/VHOST`. Thread-safe.
 
     Of a cluster the URL names several nodes, `HOST:PORT,HOST:PORT`; who loses one goes to the next. `prefetch` messages
-    of each sender at most are unacknowledged, 0 for any number. Raises JobError for a bad URL.
+    of each sender at most are unacknowledged, 0 for any number. `again` gives the URL as it is now, before each attempt
+    to connect: a password may have been changed meanwhile. Raises JobError for a bad URL.
     """
 
     _numbers = itertools.count(1)  # of sessions, so that no tag means anything to another one
@@ -70,16 +74,18 @@ class RabbitLink:
         *,
         queue_type: QueueType = "classic",
         limits: Limits = Limits(),
+        again: Callable[[], str] | None = None,
     ) -> None:
-        nodes = [Place(address, party, topology, prefetch, queue_type, limits) for address in Address.parse(url)]
-        self._place = nodes[0]  # where it is, or was last
-        self._nodes, self._where = itertools.cycle(nodes), " or ".join(str(node.address) for node in nodes)
-        self._unconfirmed = Unconfirmed()
+        self._nodes = Nodes(url, again)
+        self._place = Place(self._nodes.first, party, topology, prefetch, queue_type, limits)  # where it is, or was
+        self._unconfirmed, self._outages = Unconfirmed(), Outages()
         self._lock = threading.Lock()
         self._acknowledged: list[Tag] = []
         self._woken = False
         self._turns = Turns()
         self._session: Session | None = None
+        self._changed_at: float | None = None  # when the newest connection was made or lost; None before the first
+        self._certificates: Mapping[str, float] = {}
         self._closed = False
         self._cut = False  # leave without a word
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -119,6 +125,16 @@ class RabbitLink:
         )
         self._unconfirmed.add(message)
         self._wake(may_send=len(body) <= SMALL_BYTES)
+
+    def outage(self) -> Outage:
+        return self._outages.read()
+
+    @property
+    def connectivity(self) -> Connectivity:
+        session, changed_at = self._session, self._changed_at
+        connected = session is not None and session.is_open
+        changed_s = float("inf") if changed_at is None else time.monotonic() - changed_at
+        return Connectivity(connected, changed_s, self._certificates)
 
     def mark(self) -> int:
         return self._unconfirmed.last
@@ -176,11 +192,14 @@ class RabbitLink:
 
     def _run(self) -> None:
         self._turns.turn.acquire()
-        with (
-            suppress(asyncio.CancelledError),  # closed while it was ending by itself
-            asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(self._turns)) as runner,
-        ):
-            runner.run(self._live())
+        try:
+            with (
+                suppress(asyncio.CancelledError),  # closed while it was ending by itself
+                asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(self._turns)) as runner,
+            ):
+                runner.run(self._live())
+        except OSError as error:  # no descriptor for the loop itself: whoever opens must not wait for ever
+            self._fail(ResourceShortage(f"{self._place.who} cannot connect: {error.strerror}; start it again"))
 
     def _work(self) -> None:
         """With the turn: hand what other threads left to the session; without one, acknowledgements are void anyway."""
@@ -216,33 +235,41 @@ class RabbitLink:
 
     async def _serve(self) -> None:
         limits, fruitless = self._place.limits, 0
+        denied = Denials(limits.lost_s)
         session = await self._connect(limits.first_s, limits.busy_s, on=Lost, before_deliveries=lambda: None)
         self._opened.set_result(None)
         while True:
             began = time.monotonic()
             ended = await asyncio.shield(session.ended)
+            self._outages.begin(ended.reason)
+            self._changed_at = time.monotonic()
             await session.abort()
             self._unconfirmed.restart()
             if ended.error is not None:
                 raise ended.error
             fruitless = 0 if session.fruitful else fruitless + 1
-            log.warning("%s: lost the broker (%s); connecting again", self._place.who, ended.reason)
-            await self._pause(ended, fruitless, brief=time.monotonic() - began < BRIEF_S)
+            denied.note(ended, began, self._changed_at, published=session.published)
+            what = "lost the broker (%s); connecting again"
+            if ended.denied:
+                what = f"the broker refuses a message (%s); publishing again for {limits.lost_s:.0f} s at most"
+            log.warning(f"%s: {what}", self._place.who, ended.reason)
+            times = denied.count if ended.denied else fruitless
+            await self._pause(ended, times, brief=time.monotonic() - began < BRIEF_S)
             busy_s = limits.busy_s + 2 * HEARTBEAT_S  # until the broker has noticed that our last connection is lost
             session = await self._connect(
                 limits.lost_s, busy_s, on=(Lost, Denied), before_deliveries=self._on_reconnect
             )
             log.info("%s: connected again", self._place.who)
 
-    async def _pause(self, ended: Ended, fruitless: int, *, brief: bool) -> None:
+    async def _pause(self, ended: Ended, times: int, *, brief: bool) -> None:
         """Between two sessions; longer and longer while they confirm and deliver nothing."""
-        if fruitless >= FRUITLESS_SESSIONS:
+        if times >= FRUITLESS_SESSIONS and not ended.denied:
             raise BrokerUnreachable(
-                f"lost the broker at {self._place.address} {fruitless} times as soon as it was reached; "
+                f"lost the broker at {self._place.address} {times} times as soon as it was reached; "
                 f"the last time: {ended.reason}"
             )
         if brief:
-            await asyncio.sleep(pause_s(max(1, fruitless), CONNECTING))
+            await asyncio.sleep(pause_s(max(1, times), CONNECTING))
 
     async def _connect(
         self,
@@ -253,25 +280,28 @@ class RabbitLink:
         before_deliveries: Callable[[], None],
     ) -> Session:
         async def attempt() -> Session:
-            self._place = next(self._nodes)
-            session = Session(next(self._numbers), self._place, self._unconfirmed, self._on_delivery)
+            self._place = replace(self._place, address=self._nodes.next())
+            number = next(self._numbers)
+            session = Session(number, self._place, self._unconfirmed, self._on_delivery, self._outages)
             self._session = session
             try:
                 await session.begin(before_deliveries, busy_s)
-            except Exception:
+            except Exception as error:
+                self._outages.begin(str(error))
                 await session.abort()
                 raise
+            self._changed_at, self._certificates = time.monotonic(), session.certificates
             return session
 
         who = self._place.who
-        say = f"{who}: no connection to the broker at {self._where}"
+        say = f"{who}: no connection to the broker at {self._nodes}"
         try:
             return await persist(attempt, on=on, limit_s=limit_s, pauses=CONNECTING, say=say)
         except Denied as denied:
             raise BrokerUnreachable(f"the broker at {self._place.address} refuses {who}: {denied}") from None
         except Lost as lost:
             raise BrokerUnreachable(
-                f"{who} cannot use the broker at {self._where}: {lost}; tried for {limit_s:.0f} s, "
+                f"{who} cannot use the broker at {self._nodes}: {lost}; tried for {limit_s:.0f} s, "
                 "start the broker or correct its URL"
             ) from None
 

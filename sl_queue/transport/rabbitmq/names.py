@@ -31,7 +31,12 @@ def inbox_arguments(receiver: str, queue_type: QueueType) -> Arguments:
 def dead_letter_arguments(queue_type: QueueType) -> Arguments:
     """The newest dead letters are kept: nobody may fill the broker with messages that are refused."""
     limits: Arguments = {"x-max-length": 1000, "x-max-length-bytes": 16 * 1024 * 1024}
-    return limits if queue_type == "classic" else {"x-queue-type": "quorum", **limits}
+    return limits if queue_type == "classic" else {"x-queue-type": "quorum", "x-delivery-limit": NEVER, **limits}
+
+
+def channels_needed(topology: Topology, party: str) -> int:
+    """Count the channels that a party has open at once: one a sender, one to publish, one to declare queues."""
+    return len(topology.senders_to(party)) + 2
 
 
 async def declare(connection: Connection, topology: Topology, party: str, queue_type: QueueType) -> None:

@@ -1,9 +1,9 @@
-"""Who talks to which node of a broker about what, and how that ends."""
+"""Connection settings of one broker node, and how a session there ends."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from sl_queue.errors import SlQueueError
+from sl_queue.errors import BrokerUnreachable, SlQueueError
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.address import Address
@@ -30,13 +30,46 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why a session is over. With an error there is no next one."""
+    """Why a session is over. With an error there is no next one; `denied`: the broker refused what was published."""
 
     reason: str
     error: SlQueueError | None = None
+    denied: bool = False
 
 
 class End(Protocol):
     """End a session, with a reason; the first one counts."""
 
-    def __call__(self, reason: str, error: SlQueueError | None = None) -> None: ...
+    def __call__(self, reason: str, error: SlQueueError | None = None, *, denied: bool = False) -> None: ...
+
+
+BRIEF_S = 5.0  # a session that ends sooner is followed by a pause, and belongs to the ones before
+
+
+class Denials:
+    """Sessions that ended because the broker refused what was published. Mutable: it counts those in a row.
+
+    A right that was revoked may be there again a moment later, as a login may that is refused: all are tried for the
+    same time. One that was never there is not waited for.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s, self._ever_published = limit_s, False
+        self._since = 0.0
+        self.count = 0
+
+    def note(self, ended: Ended, began: float, now: float, *, published: bool) -> None:
+        """Note that a session has ended; `published`: whether the broker confirmed anything in it.
+
+        Raises BrokerUnreachable to give up.
+        """
+        self._ever_published = self._ever_published or published
+        if not ended.denied:
+            return
+        if not self.count or now - began >= BRIEF_S:
+            self._since, self.count = now, 0
+        self.count += 1
+        if not self._ever_published:
+            raise BrokerUnreachable(ended.reason)
+        if now - self._since > self._limit_s:
+            raise BrokerUnreachable(f"{ended.reason}; tried for {self._limit_s:.0f} s")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
-from sl_queue.errors import BrokerUnreachable, JobError, SlQueueError, TransportError, Unroutable
+from sl_queue.errors import JobError, SlQueueError, TransportError, Unroutable
 from sl_queue.transport.link import Tag
 from sl_queue.transport.rabbitmq.connection import Channel, Connection
 from sl_queue.transport.rabbitmq.failures import Lost, Refused
@@ -22,6 +22,8 @@ log = logging.getLogger("sl_queue")
 
 class Outlet:
     """The way out. Mutable: it knows what is sent and not confirmed on its channel.
+
+    A queue that is full or missing pauses what is for that queue, and nothing else.
 
     `acknowledge`: what is done with the deliveries that a confirmed message answers.
     """
@@ -42,7 +44,8 @@ class Outlet:
         self._sent: dict[int, tuple[int, Outgoing]] = {}
         self._returned: set[int] = set()
         self._in_flight = 0
-        self._mending: asyncio.Task[None] | None = None
+        self._paused: dict[str, asyncio.Task[None]] = {}  # by what `Outgoing.to` says
+        self._mending = asyncio.Lock()
         self.confirmed = False  # whether anything was
 
     async def begin(self) -> None:
@@ -57,8 +60,8 @@ class Outlet:
     def close(self) -> None:
         """Publish nothing more: what an ended session takes is taken from the next one."""
         self._open = False
-        if self._mending is not None:
-            self._mending.cancel()
+        for pause in self._paused.values():
+            pause.cancel()
 
     async def _publishing(self) -> Channel:
         """A channel to publish on. Raises Lost."""
@@ -70,8 +73,8 @@ class Outlet:
     def pump(self) -> None:
         """Publish what waits, as far as the window allows."""
         out = self._out
-        while out is not None and self._open and not self._mending and self._in_flight < IN_FLIGHT_BYTES:
-            taken = self._unconfirmed.take()
+        while out is not None and self._open and self._in_flight < IN_FLIGHT_BYTES:
+            taken = self._unconfirmed.take(self._paused)
             if taken is None:
                 return
             number, message = taken
@@ -124,28 +127,31 @@ class Outlet:
             full = TransportError(f"the broker refused a message to {where} for {since_s:.0f} s: its queue is full")
             self._end("full", full)
         self._unconfirmed.again([number])
-        if self._mending is None and self._open:
+        if message.to not in self._paused and self._open:
             wait_s = pause_s(message.troubles, PUBLISHING)
             why = "no queue is bound; declaring it again" if unroutable else "the queue is full"
             log.warning("%s: %s: %s; publishing again in %.1f s", self._place.who, where, why, wait_s)
-            self._mending = asyncio.create_task(self._mend(wait_s))
+            self._paused[message.to] = asyncio.create_task(self._mend(message.to, wait_s))
 
-    async def _mend(self, wait_s: float) -> None:
+    async def _mend(self, to: str, wait_s: float) -> None:
+        """Have what is for that queue published again, after a pause and with the queue declared."""
         await asyncio.sleep(wait_s)
         place = self._place
         try:
-            await declare(self._connection, place.topology, place.party, place.queue_type)
-            if place.queue_type == "quorum":
-                await self._publish_anew()
+            async with self._mending:  # one at a time: there is one channel for it
+                await declare(self._connection, place.topology, place.party, place.queue_type)
+                if place.queue_type == "quorum":
+                    await self._publish_anew()
         except Lost as lost:
             self._end(str(lost))
-        self._mending = None
+        del self._paused[to]
         self.pump()
 
     async def _publish_anew(self) -> None:
         """A channel that met a quorum queue while its leader was lost may refuse for ever; a new one does not."""
-        if self._out is not None:
-            await self._out.close()
+        out, self._out = self._out, None  # nothing is published meanwhile
+        if out is not None:
+            await out.close()
         self._unconfirmed.again([number for number, _ in self._sent.values()])
         self._sent.clear()
         self._tag, self._in_flight = 0, 0
@@ -161,5 +167,5 @@ class Outlet:
         elif isinstance(why, Refused) and why.code == ACCESS_REFUSED:
             exchange = self._place.topology.exchange(self._place.party)
             user = self._place.address.user
-            error = BrokerUnreachable(f"user {user!r} needs the write right on {exchange!r} ({why.text})")
+            self._end(f"user {user!r} needs the write right on {exchange!r} ({why.text})", denied=True)
         self._end(str(why), error)

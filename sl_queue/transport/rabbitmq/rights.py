@@ -27,11 +27,16 @@ _Try = Callable[[BlockingChannel], None]
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What a login cannot do and must, and what it can do and need not; and what is not there yet."""
+    """Rights that a login lacks and needs, and those it has and does not; names that are not there yet.
+
+    `channels`: how many the broker allows in a connection, 0 for any number; `heartbeat_s` 0: none.
+    """
 
     missing: tuple[str, ...]
     too_wide: tuple[str, ...]
     absent: tuple[str, ...]
+    channels: int
+    heartbeat_s: int
 
 
 def try_rights(url: str, role: str, names: Topology) -> Rights:
@@ -39,6 +44,7 @@ def try_rights(url: str, role: str, names: Topology) -> Rights:
     nodes = Address.parse(url)
     try:
         with pika.BlockingConnection([node.parameters(f"sl_queue check {role}") for node in nodes]) as connection:
+            agreed = connection._impl.params
             needed = {what: _became(connection, attempt) for what, attempt in _needed(role, names)}
             others = {what: _became(connection, attempt) for what, attempt in _others(role, names)}
     except (AMQPError, OSError) as error:
@@ -49,6 +55,8 @@ def try_rights(url: str, role: str, names: Topology) -> Rights:
         missing=tuple(what for what, became in needed.items() if became == ACCESS_REFUSED),
         too_wide=tuple(what for what, became in others.items() if became is None),
         absent=tuple(what for what, became in needed.items() if became == NOT_FOUND),
+        channels=int(agreed.channel_max),
+        heartbeat_s=int(agreed.heartbeat),
     )
 
 

@@ -6,13 +6,15 @@ the next one. Only missing queues are declared again in place. All but `reject` 
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from sl_queue.errors import SlQueueError, TransportError
 from sl_queue.transport.link import Delivery, Tag
+from sl_queue.transport.outages import Outages
 from sl_queue.transport.rabbitmq.connection import Connection
 from sl_queue.transport.rabbitmq.consuming import Inboxes
-from sl_queue.transport.rabbitmq.names import declare
+from sl_queue.transport.rabbitmq.failures import Denied
+from sl_queue.transport.rabbitmq.names import channels_needed, declare
 from sl_queue.transport.rabbitmq.place import Ended, Place
 from sl_queue.transport.rabbitmq.publishing import Outlet
 from sl_queue.transport.rabbitmq.unconfirmed import Unconfirmed
@@ -24,14 +26,20 @@ class Session:
     """Mutable: what is delivered and what is sent on its connection is void afterwards."""
 
     def __init__(
-        self, number: int, place: Place, unconfirmed: Unconfirmed, on_delivery: Callable[[Delivery], None]
+        self,
+        number: int,
+        place: Place,
+        unconfirmed: Unconfirmed,
+        on_delivery: Callable[[Delivery], None],
+        outages: Outages,
     ) -> None:
-        self._place = place
+        self._place, self._outages = place, outages
         self._connection = Connection(place.address, f"sl_queue {place.party}")
         self.ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._inboxes = Inboxes(number, place, self._connection, unconfirmed, on_delivery, self._end)
         self._outlet = Outlet(place, self._connection, unconfirmed, self.acknowledge, self._end)
         self._blocked: asyncio.TimerHandle | None = None
+        self._begun = False
 
     async def begin(self, before_deliveries: Callable[[], None], busy_s: float) -> None:
         """Connect, declare, consume. Raises Lost, Denied, PartyBusy."""
@@ -39,12 +47,39 @@ class Session:
         await self._connection.open()
         self._connection.lost.add_done_callback(lambda lost: self._end(lost.result()))
         self._connection.on_blocked(self._on_blocked, self._on_unblocked)
+        self._require_channels()
         await declare(self._connection, place.topology, place.party, place.queue_type)
         await self._outlet.begin()
+        self._outages.end()
         before_deliveries()
         await self._inboxes.take(busy_s)
+        self._begun = True
         if not self.ended.done():
             self._outlet.open()
+
+    def _require_channels(self) -> None:
+        """Raise Denied if the broker allows fewer channels in a connection than there will be at once."""
+        needed, allowed = channels_needed(self._place.topology, self._place.party), self._connection.most_channels
+        if needed > allowed:
+            raise Denied(
+                f"{self._place.who} needs {needed} channels in its connection, the broker allows {allowed}: set "
+                f"channel_max = {needed} or more in its rabbitmq.conf"
+            )
+
+    @property
+    def is_open(self) -> bool:
+        """True while messages go to and fro."""
+        return self._begun and not self.ended.done()
+
+    @property
+    def certificates(self) -> Mapping[str, float]:
+        """Unix time at which the broker's certificate ends, and the own one if there is one."""
+        return self._connection.certificates
+
+    @property
+    def published(self) -> bool:
+        """True if the broker confirmed anything."""
+        return self._outlet.confirmed
 
     @property
     def fruitful(self) -> bool:
@@ -73,22 +108,24 @@ class Session:
         self._end("cut")
         await self._connection.abort("cut")
 
-    def _end(self, reason: str, error: SlQueueError | None = None) -> None:
+    def _end(self, reason: str, error: SlQueueError | None = None, *, denied: bool = False) -> None:
         if self._blocked is not None:
             self._blocked.cancel()
         self._outlet.close()
         if not self.ended.done():
-            self.ended.set_result(Ended(reason, error))
+            self.ended.set_result(Ended(reason, error, denied))
 
     def _on_blocked(self, reason: str) -> None:
         limit_s = self._place.limits.lost_s
         log.warning("%s: the broker takes no messages (%s); waiting %.0f s", self._place.who, reason, limit_s)
+        self._outages.begin(f"the broker takes no messages ({reason})")
         text = f"the broker at {self._place.address} took no messages for {limit_s:.0f} s ({reason})"
         error = TransportError(f"{text}; free memory or disk there")
         self._blocked = asyncio.get_running_loop().call_later(limit_s, lambda: self._end("blocked", error))
 
     def _on_unblocked(self) -> None:
         log.info("%s: the broker takes messages again", self._place.who)
+        self._outages.end()
         if self._blocked is not None:
             self._blocked.cancel()
             self._blocked = None

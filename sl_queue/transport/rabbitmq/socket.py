@@ -160,7 +160,18 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
             case ssl.SSLWantReadError():
                 self._watch(False)  # `_read` will write
             case _:
-                self._end(error)
+                self._end(self._alert() or error)
+
+    def _alert(self) -> Exception | None:
+        """Read why the broker's TLS let go, if it said so: who writes first meets only a closed connection."""
+        try:
+            while self._secured and self._socket.recv(1024):
+                pass
+        except ssl.SSLError as error:
+            return error if "ALERT" in (error.reason or "") else None
+        except OSError:
+            pass
+        return None
 
     def _scattered(self) -> int:
         return self._socket.sendmsg(list(islice(self._outgoing, MOST_PIECES)))

@@ -7,7 +7,7 @@ confirms come in any order.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from sl_queue.errors import SlQueueError
@@ -27,6 +27,11 @@ class Outgoing:  # mutable: it remembers its troubles
     answers: Tag | None = None  # a dead letter: once it is confirmed, the refused delivery is acknowledged
     troubles: int = 0  # how often the broker returned or refused it
     troubled_since: float | None = None
+
+    @property
+    def to(self) -> str:
+        """The queue that it is for, by its exchange and the receiver that ends its routing key."""
+        return f"{self.exchange} {self.routing_key.rpartition('.')[2]}"
 
     def expires_in_s(self) -> float | None:
         """Seconds until it is worth nothing, None for never."""
@@ -53,17 +58,26 @@ class Unconfirmed:
             self._waiting.append(self._last)
             return len(self._waiting) == 1
 
-    def take(self) -> tuple[int, Outgoing] | None:
-        """The next message to publish; it stays here until it is confirmed. None if none is waiting."""
+    def take(self, paused: Collection[str] = ()) -> tuple[int, Outgoing] | None:
+        """Return the next message to publish that is not for a `paused` queue; it stays here until it is confirmed.
+
+        None if none is waiting. The order of what is for one queue is kept.
+        """
         with self._changed:
-            while self._waiting:
+            passed: list[int] = []
+            taken = None
+            while taken is None and self._waiting:
                 number = self._waiting.popleft()
                 message = self._messages[number]
                 left_s = message.expires_in_s()
-                if left_s is None or left_s > 0:
-                    return number, message
-                self._forget([number])
-            return None
+                if left_s is not None and left_s <= 0:
+                    self._forget([number])
+                elif paused and message.to in paused:
+                    passed.append(number)
+                else:
+                    taken = number, message
+            self._waiting.extendleft(reversed(passed))
+            return taken
 
     def confirm(self, numbers: Iterable[int]) -> list[Outgoing]:
         """The broker has these; returns them."""

@@ -1,0 +1,226 @@
+"""Ids, features and labels as they are given in code: NumPy arrays and lists, torch tensors, Arrow, pandas, polars.
+
+Libraries that sl_queue does not depend on are known by what their objects can do. A value that is masked or missing is
+never taken as data.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sl_queue.data.faults import listed
+from sl_queue.data.matrices import Array, Numbers, gaps, matrix, not_finite, plain
+
+_FLOATS = {"f2": np.float32, "f16": np.float64}  # too narrow to compute with, and unknown to torch
+_WHOLE = {"u2": np.int64, "u4": np.int64, "u8": np.int64}
+_NOT_NUMBERS = {"M": "dates", "m": "durations", "c": "complex numbers", "V": "records with fields"}
+_GAPS = ("NAType", "NaTType", "NoneType", "MaskedConstant")
+_MIXED_IDS = "ids must be whole numbers of 64 bits, or all be text"
+_NO_COLUMN = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError)
+_FILL = "fill them, or leave out those rows at every party"
+
+
+def ids_of(ids: Any) -> tuple[Any, list[str]]:
+    """Make ids an Arrow array, missing ones null; or None and what is wrong with them."""
+    if _is_series(ids):
+        try:
+            return _arrow(ids), []
+        except _NO_COLUMN:
+            return None, [_MIXED_IDS]
+    if not hasattr(ids, "__array__"):
+        if not isinstance(ids, Iterable):
+            return None, [f"ids are of type {type(ids).__name__}; they must be a list or an array"]
+        ids = list(ids)
+        array = np.ma.array(ids) if any(map(np.ma.isMaskedArray, ids)) else np.array(ids, dtype=object)
+    else:
+        array = np.asanyarray(ids)
+    if array.ndim != 1:
+        return None, [f"ids have the shape {array.shape}; they must have one axis"]
+    mask = np.ma.getmaskarray(array) if np.ma.isMaskedArray(array) else None
+    array = np.ma.getdata(array)
+    if array.dtype.kind == "T":  # NumPy's own text, which Arrow does not know
+        array = array.astype(object)
+    try:
+        return pa.array(array, mask=mask, from_pandas=True), []  # NaN is a missing id
+    except _NO_COLUMN:
+        return None, [_MIXED_IDS]
+
+
+def features_of(values: Any) -> Numbers:
+    """Make features finite numbers in a dtype that torch computes with; integers stay what they are."""
+    found = _numbers(values, "features")
+    if found.array is None or found.faults:
+        return found
+    return _finite(found, "features", {**_FLOATS, **_WHOLE, "b1": np.float32})
+
+
+def labels_of(values: Any, what: str = "labels") -> Numbers:
+    """Make labels finite numbers; whole numbers and booleans become int64."""
+    found = _numbers(values, what)
+    if found.array is None or found.faults:
+        return found
+    whole = dict.fromkeys(("b1", "i1", "i2", "i4", "u1"), np.int64)
+    return _finite(found, what, {**_FLOATS, **_WHOLE, **whole})
+
+
+def _finite(found: Numbers, what: str, dtypes: dict[str, Any]) -> Numbers:
+    """Cast, after and before looking at the values: a cast must change none of them."""
+    array = found.array
+    assert array is not None
+    if array.dtype.kind == "u" and array.max(initial=0) > np.iinfo(np.int64).max:
+        return Numbers(None, faults=(f"{what} go up to {array.max()}; they must fit into 64 bits with a sign",))
+    with np.errstate(over="ignore"):
+        array = array.astype(dtypes.get(array.dtype.str[1:], array.dtype.newbyteorder("=")), copy=False)
+    faults = tuple(f"{what}: {fault}" for fault in not_finite(array, found.names))
+    return Numbers(array, found.names, found.notes, faults)
+
+
+# From whatever it is to NumPy -----------------------------------------------------------------------------------
+
+
+def _numbers(values: Any, what: str) -> Numbers:
+    """Make an array of numbers with an axis of rows of anything that holds one."""
+    if values is None:
+        return Numbers(None)
+    if hasattr(values, "detach"):
+        values = _of_tensor(values)
+    if hasattr(values, "collect"):
+        return _refused(what, f"a {type(values).__name__} is not computed yet; give .collect()")
+    if _is_frame(values):
+        return _of_frame(values, what)
+    if _is_series(values):
+        column = plain(_column(values))
+        missing = f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}"
+        if column.null_count:
+            return _refused(what, missing)
+        values = column.to_numpy(zero_copy_only=False)
+    if masked := _masked_rows(values):
+        return _refused(what, f"values are masked in {masked} of {len(values)} rows; {_FILL}")
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        return _refused(what, "rows have different shapes; they must be one array")
+    except (TypeError, RuntimeError) as error:
+        told = f"{type(values).__name__} cannot be made a NumPy array ({type(error).__name__})"
+        return _refused(what, f"{told}; give an array on the CPU")
+    if array.ndim == 0:
+        sparse = "; it is sparse: give .toarray()" if hasattr(values, "toarray") else ""
+        return _refused(what, f"one {type(values).__name__} is no array of rows{sparse}")
+    return _of_objects(array, what) if array.dtype.kind == "O" else _of_array(array, what)
+
+
+def _refused(what: str, fault: str) -> Numbers:
+    return Numbers(None, faults=(f"{what}: {fault}",))
+
+
+def _of_array(array: Array, what: str) -> Numbers:
+    if array.dtype.kind in "biuf":
+        return Numbers(array)
+    kind = _NOT_NUMBERS.get(array.dtype.kind, "text")
+    return Numbers(None, faults=(f"{what} are of dtype {array.dtype}; they must be numbers: encode {kind} as numbers",))
+
+
+def _of_objects(array: Array, what: str) -> Numbers:
+    """Take Python's objects as numbers if every one is, as in an array of booleans beside floats."""
+    per_row = array.reshape(len(array), -1)
+    missing = sum(any(map(_is_gap, row)) for row in per_row)
+    if missing:
+        return _refused(what, f"values are missing in {missing} of {len(array)} rows; {_FILL}")
+    kinds = Counter(type(value).__name__ for value in per_row.flat if not isinstance(value, (Real, Decimal, np.bool_)))
+    if kinds:
+        told = listed(f"{count} of type {kind}" for kind, count in kinds.items())
+        return _refused(what, f"they are of dtype object and must be numbers, but hold {told}; encode text as numbers")
+    whole = all(isinstance(value, (int, np.integer, np.bool_)) for value in per_row.flat)
+    try:
+        exact = array.astype(np.int64 if whole else np.float64)
+    except OverflowError:
+        return _refused(what, "whole numbers need more than 64 bits; scale them, or number codes 0, 1, 2, ...")
+    rounded = 0 if whole else sum(int(value) != float(value) for value in array.flat if isinstance(value, int))
+    if rounded:
+        return _refused(what, f"{rounded} whole numbers beyond 2**53 stand beside fractions, and float64 rounds them")
+    return Numbers(exact)
+
+
+def _is_gap(value: Any) -> bool:
+    return type(value).__name__ in _GAPS or (isinstance(value, float | np.floating | Decimal) and value != value)
+
+
+def _masked_rows(values: Any) -> int:
+    """Count the rows that hold a masked value, also in a list of masked arrays, whose masks NumPy forgets."""
+    if np.ma.isMaskedArray(values):
+        mask = np.ma.getmaskarray(values)
+        return int(mask.reshape(len(mask), -1).any(axis=1).sum()) if mask.ndim else int(mask)
+    return sum(map(_is_masked, values)) if isinstance(values, list | tuple) else 0
+
+
+def _is_masked(value: Any) -> bool:
+    if isinstance(value, np.ma.MaskedArray):
+        return bool(np.ma.getmaskarray(value).any())
+    return isinstance(value, list | tuple) and any(map(_is_masked, value))
+
+
+def _of_tensor(tensor: Any) -> Any:
+    """A torch tensor's numbers, whatever device, layout and graph it belongs to."""
+    tensor = tensor.detach().cpu()
+    tensor = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).resolve_conj().resolve_neg().numpy()
+
+
+# Columns of Arrow, pandas, polars and their like ----------------------------------------------------------------
+
+
+def _is_frame(values: Any) -> bool:
+    return isinstance(values, pa.Table | pa.RecordBatch) or (hasattr(values, "columns") and hasattr(values, "dtypes"))
+
+
+def _is_series(values: Any) -> bool:
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return True
+    known = hasattr(values, "dtype") and (hasattr(values, "to_numpy") or hasattr(values, "to_arrow"))
+    return known and not isinstance(values, np.ndarray) and getattr(values, "ndim", 1) == 1
+
+
+def _of_frame(frame: Any, what: str) -> Numbers:
+    if isinstance(frame, pa.Table | pa.RecordBatch):
+        names, columns = frame.schema.names, frame.columns
+    else:
+        names = [str(name) for name in frame.columns]
+        columns = [frame.iloc[:, i] if hasattr(frame, "iloc") else frame[name] for i, name in enumerate(frame.columns)]
+    if not names:
+        return _refused(what, "there are no columns")
+    repeated = [f"{count} columns are called {name!r}" for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        return _refused(what, f"{listed(repeated)}; rename them")
+    found = {name: plain(_column(column)) for name, column in zip(names, columns, strict=True)}
+    numbers = matrix(found, "leave them out", keep=True)
+    faults = (*numbers.faults, *gaps(found))
+    array = numbers.array if not faults else None
+    return Numbers(array, numbers.names, numbers.notes, tuple(f"{what}: {fault}" for fault in faults))
+
+
+def _arrow(series: Any) -> Any:
+    """A column of one type as Arrow, missing values null."""
+    if isinstance(series, pa.Array | pa.ChunkedArray):
+        return series
+    if hasattr(series, "to_arrow"):
+        return series.to_arrow()
+    return pa.array(series, from_pandas=True)
+
+
+def _column(series: Any) -> Any:
+    """As `_arrow`; numbers of several types as numbers, and objects of other types as text."""
+    try:
+        return _arrow(series)
+    except _NO_COLUMN:
+        array = np.asarray(series)
+    missing = np.array([_is_gap(value) for value in array.tolist()], np.bool_)
+    filled = np.where(missing, 0, array)
+    found = _of_objects(filled, "").array if filled.dtype.kind == "O" else filled
+    if found is not None and found.dtype.kind in "biuf":
+        return pa.array(found, mask=missing)
+    return pa.array([None if gap else type(v).__name__ for v, gap in zip(array.tolist(), missing, strict=True)])

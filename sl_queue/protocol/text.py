@@ -1,0 +1,21 @@
+"""A peer's text is data: what another party wrote reaches a log, a status or a terminal as one line of characters.
+
+`printable` is applied where such a text enters, so that whoever shows it need not think of it again.
+"""
+
+LONGEST = 500  # characters of a reason
+LONGEST_NAME = 80  # of a metric, a run, a value of a job
+
+
+def printable(text: str, limit: int = LONGEST) -> str:
+    """Return one line of at most `limit` characters: what moves a cursor, turns text around or is invisible is escaped.
+
+    Escaped is whatever Unicode calls a control, a format (bidirectional marks too), a separator other than the space,
+    a surrogate, private or unassigned.
+    """
+    shown = "".join(each if each.isprintable() else _escaped(each) for each in text[: limit + 1])
+    return shown if len(shown) <= limit else f"{shown[: max(0, limit - 3)]}..."
+
+
+def _escaped(character: str) -> str:
+    return "\\n" if character == "\n" else character.encode("unicode_escape").decode("ascii")
