@@ -53,7 +53,7 @@ def test_check_compares_split_and_joined_with_the_secret_that_is_configured(job:
     named(job, "bank.secret")
     code, findings = check(job)
     assert code == 0
-    assert "one step split and joined: all weights are equal bit for bit" in told(findings)
+    assert "split and joined: all weights are equal bit for bit" in told(findings)
 
 
 def test_check_finds_a_secret_that_is_missing_or_that_others_may_read(job: Path) -> None:
