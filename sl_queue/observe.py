@@ -3,7 +3,6 @@
 Nothing is counted in here, and nothing is told of rows, tensors or secrets.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -153,10 +152,9 @@ def _of_vitals(vitals: Vitals) -> Iterable[Metric]:
     yield GaugeMetricFamily("sl_queue_connected", "1 with a connection to the broker, else 0", value=broker.connected)
     ends = GaugeMetricFamily(
         "sl_queue_certificate_expiry_seconds",
-        "Until a certificate ends, as it was when the connection was made",
+        "Unix time at which a certificate ends, as it was when the connection was made",
         labels=["whose"],
     )
-    now = time.time()
     for whose, at in broker.certificates.items():
-        ends.add_metric([whose], at - now)
+        ends.add_metric([whose], at)
     yield ends
