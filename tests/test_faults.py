@@ -12,6 +12,7 @@ import pika
 import pytest
 
 from sl_queue.chaos.proxy import Proxy
+from sl_queue.errors import PeerFailed
 from sl_queue.transport.rabbitmq.address import Address
 from tests.broker import Broker, own_broker
 from tests.credit import edit
@@ -256,9 +257,8 @@ def killed_after(crew: Crew, step: int, *victims: str) -> None:
 
 
 def everybody_else_was_told(crew: Crew, reason: str) -> bool:
-    """The scheduler ends with the same code, the other party as for an orderly stop; both say why."""
-    assert crew.wait("scheduler") == EXIT_CHECKPOINT
-    crew.finish("insurer")
+    """The scheduler and the other party end with the code of whom another one failed; both say why."""
+    assert crew.wait("scheduler") == crew.wait("insurer") == PeerFailed.exit_code
     said = [crew.log(role) for role in ("scheduler", "insurer")]
     return all("party 'bank': the state folder" in text and reason in text for text in said)
 
