@@ -22,7 +22,13 @@ AT_THE_BROKER = [
     ("before", "acknowledge", 2),
     ("after", "acknowledge", 2),
 ]
-ON_DISK = [("before the temp file", 2), ("before the rename", 2), ("after the rename", 2)]
+CHECKPOINT = [("before the temp file", 2), ("before the rename", 2), ("after the rename", 2)]
+LEDGER = [  # its state is written when it starts and when it ends, its history after each epoch
+    ("before a line of history", 1),
+    ("before the temp file", 1),
+    ("before the rename", 1),
+    ("after the rename", 1),
+]
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def test_a_worker_killed_before_and_after_every_operation_of_a_commit_changes_no
             proxy.arm(when, point, count, lambda: os.kill(crew.pid(victim), signal.SIGKILL))
             crew.start(victim, url=proxy.url(crew.url))
             assert crew.wait(victim) == -signal.SIGKILL, f"{when} {point}\n{crew.tail(victim)}"
-    for point in ON_DISK:
+    for point in LEDGER if victim == "scheduler" else CHECKPOINT:
         crew.start(victim, prepare=(die_at, point))
         assert crew.wait(victim) == -signal.SIGKILL, f"{point}\n{crew.tail(victim)}"
     crew.start(victim)
