@@ -84,7 +84,8 @@ class TorchBaseStage:
         weights, hooks = self._weights_of(micro_batch.step), hooks_made()
         with self.model.drawing("forward", micro_batch):
             activation = self.activation(own.inputs, place(self.model.party, micro_batch), weights)
-        payload = self.wire.pack(lent(activation, own.rows), relu=ends_in_relu(activation))
+        relu = self.wire.compress == "bitmap" and ends_in_relu(activation)  # nothing else asks, and it makes hooks
+        payload = self.wire.pack(lent(activation, own.rows), relu=relu)
         self._in_flight[micro_batch] = InFlight(activation, hooks, weights, own.rows, asks_for_less(payload))
         return payload
 
