@@ -16,6 +16,7 @@ from sl_queue.errors import JobError
 from sl_queue.job import Job
 from sl_queue.local.supervise import Failure
 from tests.crew import ROLES, write_job
+from tests.everything import use_everything
 
 COMMAND = str(Path(sys.executable).with_name("sl-queue"))
 
@@ -28,6 +29,7 @@ def chaos(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(400)  # it starts a broker and a dozen workers, each of which loads torch
 def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_path: Path) -> None:
     write_job(tmp_path)
+    use_everything(tmp_path, micro_batches=2)
     run = chaos(tmp_path, "--kills", "2", "--broker-restarts", "1", "--cuts", "1", "--seed", "5")
     assert run.returncode == 0, run.stdout + run.stderr
     assert len(re.findall(r"^ .* s  step +\d+ +\d/4  ", run.stdout, re.MULTILINE)) == 4
