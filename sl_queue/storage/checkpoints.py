@@ -257,7 +257,10 @@ class Folder:
         return step if isinstance(step, int) else None
 
     def _require_owner(self, found: Mapping[str, Any], path: Path) -> None:
-        anew = "; give this worker a state folder of its own with --state, or remove that one to start anew"
+        anew = (
+            "; give this worker a state folder of its own (--state, or --out of sl-queue local), or remove that one to "
+            "start anew"
+        )
         if found.get("format") != VERSION:
             version = f"format {found.get('format')}, this one writes {VERSION}"
             raise CheckpointError(f"{path} was written by another version of sl_queue ({version}){anew}")
