@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks import bytes as fewer_bytes
 from benchmarks import goals, ideal, parties, planner, processes, report, training, transport
 from benchmarks.training import Variant
-from sl_queue.local.private_broker import PrivateBroker
+from sl_queue.testing.private_broker import PrivateBroker
 
 YARDSTICK = Variant("joined")
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
+from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.transport.link import Delivery, Tag
 from sl_queue.transport.rabbitmq.link import RabbitLink
 

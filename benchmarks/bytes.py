@@ -8,7 +8,7 @@ from benchmarks.measure import Summary
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, RUN_AHEAD_2, Comparison, Order, Variant, run
 from benchmarks.workloads import REAL, W1
-from sl_queue.local.private_broker import PrivateBroker
+from sl_queue.testing.private_broker import PrivateBroker
 
 WIRES = (
     {"dtype": "float32", "compress": "none"},

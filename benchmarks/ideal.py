@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from benchmarks.processes import together
 from benchmarks.training import Variant
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
-from sl_queue.commands.measuring import Handling, Link, costs_of, measure
-from sl_queue.commands.plan import played
+from sl_queue.config.job import JobPipeline
 from sl_queue.data.table import read_table
-from sl_queue.job import JobPipeline
-from sl_queue.protocol.costs import Affine
+from sl_queue.planning.costs import Affine
+from sl_queue.planning.measuring import Handling, Link, costs_of, measure
+from sl_queue.planning.plan import played
 
 
 def bubbles(workload: Workload, variants: Sequence[Variant]) -> Mapping[Variant, float]:

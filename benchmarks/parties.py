@@ -6,7 +6,7 @@ from benchmarks.measure import Measurement
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD, Comparison, Variant, run
 from benchmarks.workloads import Workload
-from sl_queue.local.private_broker import PrivateBroker
+from sl_queue.testing.private_broker import PrivateBroker
 
 COUNTS = (2, 4, 8, 16)
 SLEEP_S = 0.06

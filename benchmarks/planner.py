@@ -17,14 +17,14 @@ from benchmarks.processes import Work, together
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD_2, Comparison, Variant, run
 from benchmarks.workloads import LABEL, SMALL, W1, Workload, job_of, party_file
-from sl_queue.commands.measuring import Handling, Link, costs_of, measure
-from sl_queue.commands.plan import played
-from sl_queue.commands.stopwatch import CACHES_BYTES
+from sl_queue.config.job import JobPipeline
+from sl_queue.cut.packing import Wire
 from sl_queue.data.table import read_table
-from sl_queue.job import JobPipeline
-from sl_queue.local.private_broker import PrivateBroker
-from sl_queue.protocol.costs import Affine
-from sl_queue.protocol.wire import Wire
+from sl_queue.planning.costs import Affine
+from sl_queue.planning.measuring import Handling, Link, costs_of, measure
+from sl_queue.planning.plan import played
+from sl_queue.planning.stopwatch import CACHES_BYTES
+from sl_queue.testing.private_broker import PrivateBroker
 
 ORDERS = (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD_2)
 SPEEDS = (None, Speed(20.0))

@@ -10,15 +10,15 @@ import time
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.hpke import Cipher
-from sl_queue.transport.keys import PrivateKey
+from sl_queue.security.hpke import Cipher
+from sl_queue.security.keys import PrivateKey
+from sl_queue.security.sealing import Seal
+from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.transport.link import Delivery
 from sl_queue.transport.rabbitmq.link import RabbitLink
-from sl_queue.transport.seal import Seal
 
 SENDER, RECEIVER = "bank", "insurer"
 NAMES = Topology(RECEIVER, (SENDER,))

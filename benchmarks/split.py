@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 from benchmarks.measure import Trace
 from benchmarks.processes import Work, together
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
-from sl_queue.compute.models import limit_threads
-from sl_queue.job import Job
+from sl_queue.compute.model import limit_threads
+from sl_queue.config.job import Job
 from sl_queue.launch import party as party_launch
-from sl_queue.launch.broker import Channels, topology
+from sl_queue.launch.connect import Channels, topology
 from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER, EpochDone, Kind, MicroBatch, Payload
-from sl_queue.protocol.orders import Orders
-from sl_queue.transport.channel import PartyChannel
+from sl_queue.protocol.party.orders import Orders
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
+from sl_queue.transport.party_channel import PartyChannel
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.rabbitmq.names import QueueType
 

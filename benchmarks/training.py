@@ -11,8 +11,8 @@ from benchmarks.link import Speed, slowed
 from benchmarks.measure import Measurement, Summary, Trace, measured
 from benchmarks.processes import together
 from benchmarks.workloads import LABEL, WORKLOADS, Workload
-from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.transport.rabbitmq.names import QueueType
 
 TIMEOUT_S = 240.0

@@ -23,9 +23,9 @@ import pika
 from benchmarks import goals
 from benchmarks.processes import background, together
 from benchmarks.report import table
-from sl_queue.local.private_broker import PrivateBroker
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
+from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.rabbitmq.names import QueueType
 

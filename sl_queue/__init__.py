@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sl_queue.config.job import Job, PartyFile
     from sl_queue.data.rows import Rows
     from sl_queue.data.table import holdout_rows
     from sl_queue.errors import (
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
         TransportError,
         Unroutable,
     )
-    from sl_queue.job import Job, PartyFile
     from sl_queue.local.threads import Result, run_local
-    from sl_queue.protocol.row_order import row_order
+    from sl_queue.protocol.schedule.row_order import row_order
 
 __all__ = [
     "AlignmentError",
@@ -57,12 +57,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Job": "job",
-    "PartyFile": "job",
+    "Job": "config.job",
+    "PartyFile": "config.job",
     "Result": "local.threads",
     "Rows": "data.rows",
     "holdout_rows": "data.table",
-    "row_order": "protocol.row_order",
+    "row_order": "protocol.schedule.row_order",
     "run_local": "local.threads",
 }
 
@@ -72,3 +72,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'sl_queue' has no attribute {name!r}")
     return getattr(import_module(f"sl_queue.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -26,8 +26,8 @@ from sl_queue.protocol.messages import (
     Start,
     Status,
 )
-from sl_queue.protocol.orders import Orders
-from sl_queue.protocol.row_order import Positions
+from sl_queue.protocol.party.orders import Orders
+from sl_queue.protocol.schedule.row_order import Positions
 
 T = TypeVar("T")
 

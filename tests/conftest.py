@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from tests.broker import GIVEN, Broker, own_broker
+from tests.support.broker import GIVEN, Broker, own_broker
 
 settings.register_profile("ours", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("ours")

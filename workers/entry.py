@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from sl_queue.environment import FINAL_EXIT, LOG, METRICS, check
+from sl_queue.config.environment import FINAL_EXIT, LOG, METRICS, check
 from sl_queue.errors import JobError
-from sl_queue.exits import leave_on_sigterm, leaving
+from sl_queue.launch.process import leave_on_sigterm, leaving
 from sl_queue.local.supervise import die_with_parent
 
 Role = Literal["scheduler", "feature", "label"]
@@ -61,7 +61,10 @@ def _run(role: Role) -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
     with leaving(on_interrupt="interrupted; a restart resumes from the last checkpoint"):
         import sl_queue.transport.rabbitmq.link  # noqa: F401 - with the others, before anything is awaited
-        from sl_queue.job import Job, PartyFile  # inside, so that a mistake in a file is one line and not a traceback
+        from sl_queue.config.job import (  # inside, so that a mistake in a file is one line and not a traceback
+            Job,
+            PartyFile,
+        )
 
         job = Job.load(arguments.job)
         if job.security.seal:

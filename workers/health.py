@@ -5,8 +5,8 @@ import sys
 import urllib.error
 import urllib.request
 
-from sl_queue.environment import METRICS
-from sl_queue.exits import leaving
+from sl_queue.config.environment import METRICS
+from sl_queue.launch.process import leaving
 
 TIMEOUT_S = 10.0
 

@@ -10,9 +10,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from sl_queue.commands.demo import FILES, write_demo
+from sl_queue.config.job import Job
 from sl_queue.deployment.provision import Place, provision
-from sl_queue.job import Job
+from sl_queue.local.demo import FILES, write_demo
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 
 OUT = Path("/out")  # a volume for each role is mounted below it

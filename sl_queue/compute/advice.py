@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sl_queue.compute.fuse import TorchFuseStage, undefined_metrics
-from sl_queue.job import Job
+from sl_queue.compute.fuse_stage import TorchFuseStage, undefined_metrics
+from sl_queue.config.job import Job
 
 
 @dataclass(frozen=True, slots=True)

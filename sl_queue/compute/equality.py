@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from sl_queue.compute.base import TorchBaseStage, base_stage
-from sl_queue.compute.fuse import TorchFuseStage, fuse_stage
-from sl_queue.compute.joined import Joined, train_joined
-from sl_queue.compute.tensors import from_payload
-from sl_queue.job import Job, PartyFile
+from sl_queue.compute.base_stage import TorchBaseStage, base_stage
+from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
+from sl_queue.compute.reference import Joined, train_joined
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.cut.tensors import from_payload
 from sl_queue.ports import Table
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
-from sl_queue.protocol.pipeline import Action, Backward, Evaluate, Forward, Fuse, Pipeline, Update
-from sl_queue.protocol.row_order import Batches
+from sl_queue.protocol.schedule.pipeline import Action, Backward, Evaluate, Forward, Fuse, Pipeline, Update
+from sl_queue.protocol.schedule.row_order import Batches
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # of each module, "fuse" or "base of <party>", its state_dict
 

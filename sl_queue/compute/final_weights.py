@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sl_queue.compute.module_state import set_buffer
+from sl_queue.compute.modules.state import set_buffer
 from sl_queue.errors import CheckpointError
 
 

@@ -30,9 +30,9 @@ from sl_queue.compute.losses import (
     same_numbers,
     widened,
 )
-from sl_queue.compute.models import blame
+from sl_queue.compute.model import blame
 from sl_queue.compute.seeds import seeded
-from sl_queue.compute.tensors import described
+from sl_queue.cut.tensors import described
 from sl_queue.errors import ComputeError, JobError
 
 _ELEMENTWISE = {

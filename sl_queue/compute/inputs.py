@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sl_queue.compute.tensors import dtype_name
-from sl_queue.exactness import BITS, rounded
-from sl_queue.job import DataFile, PartyFile
+from sl_queue.config.job import DataFile, PartyFile
+from sl_queue.cut.tensors import dtype_name
+from sl_queue.data.exactness import BITS, rounded
 from sl_queue.ports import Table
 
 Array = npt.NDArray[Any]

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
-from sl_queue.compute.handover import Copies, Take
-from sl_queue.compute.tensors import described
+from sl_queue.compute.modules.handover import Copies, Take
+from sl_queue.config.job import PartyFile, imported
+from sl_queue.cut.tensors import described
 from sl_queue.errors import JobError, ShapeError
-from sl_queue.job import PartyFile, imported
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, labels) -> the mean over the rows
 _ONE = 1e-3  # how far the probabilities of a soft label may be from adding up to one

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sl_queue.compute.tensors import from_payload, to_payload
+from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.ports import State
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.demands import leaves_of, require_savable
-from sl_queue.compute.handover import Holder, modules_in
-from sl_queue.compute.module_state import Built, in_evaluation
-from sl_queue.compute.snapshots import Snapshot
-from sl_queue.compute.tensors import from_payload, to_payload
+from sl_queue.compute.modules.demands import leaves_of, require_savable
+from sl_queue.compute.modules.handover import Holder, modules_in
+from sl_queue.compute.modules.snapshots import Snapshot
+from sl_queue.compute.modules.state import Built, in_evaluation
+from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.ports import State
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from sl_queue.compute.final_weights import settled
-from sl_queue.compute.handover import Loan
-from sl_queue.compute.models import Part, build_module, final_module, part_of
+from sl_queue.compute.model import Part, build_module, final_module, part_of
+from sl_queue.compute.modules.handover import Loan
+from sl_queue.config.job import Job, PartyFile, imported
 from sl_queue.errors import JobError
-from sl_queue.job import Job, PartyFile, imported
 
 
 def trained_module(job: Job, party_file: PartyFile, path: Path, loan: Loan) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sl_queue.compute.seeds import key
-from sl_queue.compute.tensors import to_payload
+from sl_queue.cut.tensors import to_payload
 from sl_queue.protocol.messages import Payload
 
 

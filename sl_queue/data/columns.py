@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from sl_queue.config.party import DataFile
+from sl_queue.config.schema import nearest
 from sl_queue.data import csv_file
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.matrices import Array, Numbers, gaps, label_array, matrix, plain
-from sl_queue.declared import nearest
 from sl_queue.errors import JobError
-from sl_queue.party_file import DataFile
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write

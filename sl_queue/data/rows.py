@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sl_queue.config.party import DataFile, PartyFile, Rows
+from sl_queue.config.user_code import imported
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
 from sl_queue.data.given import features_of, ids_of, labels_of
 from sl_queue.data.matrices import Array, Numbers
 from sl_queue.errors import JobError
-from sl_queue.party_file import DataFile, PartyFile, Rows
-from sl_queue.user_code import imported
 
 __all__ = ["Arrays", "Rows", "read_rows"]
 

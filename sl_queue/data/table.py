@@ -13,14 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sl_queue.config.job import Job
+from sl_queue.config.party import DataFile, PartyFile
 from sl_queue.data.faults import refuse
 from sl_queue.data.given import ids_of
 from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.rows import read_rows
-from sl_queue.job import Job
-from sl_queue.party_file import DataFile, PartyFile
 from sl_queue.ports import Table
-from sl_queue.protocol.row_order import id_hashes, split_by_id
+from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
 
 
 def read_table(job: Job, party_file: PartyFile) -> Table:

@@ -13,7 +13,7 @@ from hashlib import sha256
 from hmac import compare_digest
 from typing import Any
 
-from sl_queue.job import Job
+from sl_queue.config.job import Job
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.names import dead_letter_arguments, inbox_arguments

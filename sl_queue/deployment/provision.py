@@ -18,12 +18,12 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
+from sl_queue.config.job import Job
 from sl_queue.deployment.certificates import Certificate, new_authority, new_client, new_server
 from sl_queue.deployment.definitions import definitions, hashed, is_hash_of, roles, user_of
 from sl_queue.errors import JobError
-from sl_queue.job import Job
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.transport.keys import PrivateKey, PublicKey, read_key
+from sl_queue.security.keys import PrivateKey, PublicKey, read_key
 
 PORT = 5671
 BROKER_AT = "/etc/sl_queue"  # where the broker's folder lies on its machine

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sl_queue.config.job import Job, PartyFile
 from sl_queue.errors import CheckpointError
-from sl_queue.job import Job, PartyFile
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES, SEED, rules_of
 from sl_queue.storage.secret_file import NAME, read_secret, secret_in
 

@@ -12,32 +12,32 @@ import torch
 
 from sl_queue.compute import seeds
 from sl_queue.compute.advice import advice
-from sl_queue.compute.base import TorchBaseStage, base_stage
+from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
-from sl_queue.compute.fuse import fuse_stage
-from sl_queue.compute.handover import Take, itself
-from sl_queue.compute.models import limit_threads
+from sl_queue.compute.fuse_stage import fuse_stage
+from sl_queue.compute.model import limit_threads
+from sl_queue.compute.modules.handover import Take, itself
+from sl_queue.config.environment import LOCAL, THREADS
+from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.table import read_table
-from sl_queue.environment import LOCAL, THREADS
 from sl_queue.errors import JobError
-from sl_queue.job import Job, PartyFile
-from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
+from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
+from sl_queue.loops.feature_party import FeatureParty
+from sl_queue.loops.label_holder import LabelHolder
+from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.ports import Table
-from sl_queue.protocol.bounds import Bounds
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.messages import Kind
-from sl_queue.protocol.pipeline import Pipeline
-from sl_queue.roles.feature_party import FeatureParty
-from sl_queue.roles.label_holder import LabelHolder
-from sl_queue.roles.worker import Identity, Worker
+from sl_queue.protocol.party.bounds import Bounds
+from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
-from sl_queue.transport.channel import PartyChannel
-from sl_queue.transport.seal import Seal
+from sl_queue.transport.party_channel import PartyChannel
 
 if TYPE_CHECKING:
-    from sl_queue.http_server import HttpServer
+    from sl_queue.observe.http_server import HttpServer
 
 log = logging.getLogger("sl_queue")
 
@@ -204,7 +204,12 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
 
 
 def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> "HttpServer":
-    from sl_queue.observe import PartyCollector, Training, Vitals, serve  # only who is observed loads the library
+    from sl_queue.observe.prometheus import (  # only who is observed loads the library
+        PartyCollector,
+        Training,
+        Vitals,
+        serve,
+    )
 
     def training() -> Training:
         return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)

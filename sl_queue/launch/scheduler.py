@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sl_queue.config.job import Job
+from sl_queue.config.party import BROKER, read_url
 from sl_queue.errors import BrokerUnreachable, JobError
-from sl_queue.job import Job
-from sl_queue.launch.broker import Channels, Connect, connector, key_file, require_network, sealing
-from sl_queue.party_file import BROKER, read_url
+from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
+from sl_queue.loops.scheduling import Scheduler
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.run_state import EarlyStopping, Phase, Plan, RunState, epoch_text
-from sl_queue.roles.scheduler import Scheduler
+from sl_queue.protocol.scheduler.state import EarlyStopping, Phase, Plan, RunState, epoch_text
+from sl_queue.security.sealing import Seal
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
-from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
 
@@ -124,7 +124,7 @@ def plan_of(job: Job) -> Plan:
 
 def _shown(address: str, channel: LinkSchedulerChannel, on_status: OnStatus, stack: ExitStack) -> OnStatus:
     """Have the newest status, and whether the scheduler is alive, shown at that address."""
-    from sl_queue.observe import SchedulerCollector, Vitals, serve
+    from sl_queue.observe.prometheus import SchedulerCollector, Vitals, serve
 
     newest: list[Mapping[str, Any]] = [{}]
 

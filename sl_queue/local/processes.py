@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sl_queue.commands.operate import read_status
-from sl_queue.commands.screen import Screen
-from sl_queue.environment import LOCAL
+from sl_queue.config.environment import LOCAL
+from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
-from sl_queue.job import Job
+from sl_queue.launch.operator import read_status
 from sl_queue.local.supervise import Failure, Worker, supervise
 from sl_queue.local.threads import shared_threads
+from sl_queue.observe.console import Screen
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.transport.seal import Seal
+from sl_queue.security.sealing import Seal
 
 STATUS_EVERY_S = 0.5
 

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from sl_queue.compute.handover import Loan, Take
-from sl_queue.compute.models import limit_threads
+from sl_queue.compute.model import limit_threads
+from sl_queue.compute.modules.handover import Loan, Take
 from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
-from sl_queue.environment import THREADS
+from sl_queue.config.environment import THREADS
+from sl_queue.config.job import Job, PartyFile
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
-from sl_queue.job import Job, PartyFile
-from sl_queue.launch.broker import MEMORY, Channels, connector, key_file, sealing
+from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.party import compare_finished, serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.run_state import RunState, history_line
+from sl_queue.protocol.scheduler.state import RunState, history_line
+from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder, holds_final
-from sl_queue.transport.seal import Seal
 
 log = logging.getLogger("sl_queue")
 

@@ -17,10 +17,10 @@ from typing import Any, Self
 
 from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
 from sl_queue.ports import Final, Saved, State, Weights
-from sl_queue.protocol.agreement import told_difference
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
-from sl_queue.storage.durable import is_passing, unusable, warn_of_readers, write_durably
+from sl_queue.protocol.scheduler.agreement import told_difference
+from sl_queue.storage.files import is_passing, unusable, warn_of_readers, write_durably
 from sl_queue.storage.tensor_file import Stored, TornFileError, packed, sealed, unsealed
 
 log = logging.getLogger("sl_queue")

@@ -10,8 +10,8 @@ from array import array
 from pathlib import Path
 
 from sl_queue.protocol.history import History
-from sl_queue.protocol.run_state import history_line, result_of
-from sl_queue.storage.durable import PRIVATE, unusable
+from sl_queue.protocol.scheduler.state import history_line, result_of
+from sl_queue.storage.files import PRIVATE, unusable
 
 
 class HistoryFile:

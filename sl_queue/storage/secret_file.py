@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from sl_queue.errors import CheckpointError, JobError
-from sl_queue.storage.durable import write_durably
+from sl_queue.storage.files import write_durably
 
 NAME = "secret"  # in a party's state folder
 SECRET_BYTES = 32

@@ -1,6 +1,6 @@
 """One worker's connection to a broker: bytes in, bytes out, confirms, acknowledgements. No recovery law in here.
 
-`memory.MemoryLink` and `rabbitmq.RabbitLink` pass one contract suite (tests/test_link_contract.py).
+`memory.MemoryLink` and `rabbitmq.RabbitLink` pass one contract suite (tests/contract/test_link_contract.py).
 Callbacks run on the link's own thread (over memory: on the publisher's); they must not block.
 """
 

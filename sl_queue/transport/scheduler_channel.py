@@ -32,9 +32,9 @@ from sl_queue.protocol.messages import (
     Waiting,
     kind_of,
 )
+from sl_queue.security.sealing import OVERHEAD_BYTES, News, Opened, Seal
 from sl_queue.transport.link import Delivery, Link, Tag
 from sl_queue.transport.refusals import Refusals
-from sl_queue.transport.seal import OVERHEAD_BYTES, News, Opened, Seal
 from sl_queue.transport.versions import Versions
 
 OF_THE_MOMENT = (Alive, Joined, Lost, Progress, StopRequest, Waiting)  # an old one would mislead; all others are facts

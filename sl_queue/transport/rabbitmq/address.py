@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlencode, urlsplit
 
 import pika
 
-from sl_queue.broker_url import ESCAPES, FORM, TLS_OPTIONS, split, unusable
+from sl_queue.protocol.broker_url import ESCAPES, FORM, TLS_OPTIONS, split, unusable
 
 HEARTBEAT_S = 15  # a half-open connection is noticed after 20 s here, after 30 s at the broker
 CONNECT_S = 10.0

@@ -13,9 +13,9 @@ from sl_queue.errors import PartyBusy, SlQueueError
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.transport.link import Delivery, Tag
 from sl_queue.transport.rabbitmq.connection import Channel, Connection
+from sl_queue.transport.rabbitmq.endpoint import End, Place
 from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused
 from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED
-from sl_queue.transport.rabbitmq.place import End, Place
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import LOCKING, persist
 

@@ -25,10 +25,10 @@ from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery, Outage, Tag
 from sl_queue.transport.outages import Outages
 from sl_queue.transport.rabbitmq.address import HEARTBEAT_S
+from sl_queue.transport.rabbitmq.endpoint import BRIEF_S, Denials, Ended, Place
 from sl_queue.transport.rabbitmq.failures import Denied, Lost
 from sl_queue.transport.rabbitmq.names import QueueType
 from sl_queue.transport.rabbitmq.nodes import Nodes
-from sl_queue.transport.rabbitmq.place import BRIEF_S, Denials, Ended, Place
 from sl_queue.transport.rabbitmq.session import Session
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import CONNECTING, Limits, pause_s, persist

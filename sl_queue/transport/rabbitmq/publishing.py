@@ -9,9 +9,9 @@ from itertools import takewhile
 from sl_queue.errors import JobError, SlQueueError, TransportError, Unroutable
 from sl_queue.transport.link import Tag
 from sl_queue.transport.rabbitmq.connection import Channel, Connection
+from sl_queue.transport.rabbitmq.endpoint import End, Place
 from sl_queue.transport.rabbitmq.failures import Lost, Refused
 from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED, declare
-from sl_queue.transport.rabbitmq.place import End, Place
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import PUBLISHING, pause_s
 

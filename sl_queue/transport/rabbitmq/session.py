@@ -13,9 +13,9 @@ from sl_queue.transport.link import Delivery, Tag
 from sl_queue.transport.outages import Outages
 from sl_queue.transport.rabbitmq.connection import Connection
 from sl_queue.transport.rabbitmq.consuming import Inboxes
+from sl_queue.transport.rabbitmq.endpoint import Ended, Place
 from sl_queue.transport.rabbitmq.failures import Denied
 from sl_queue.transport.rabbitmq.names import channels_needed, declare
-from sl_queue.transport.rabbitmq.place import Ended, Place
 from sl_queue.transport.rabbitmq.publishing import Outlet
 from sl_queue.transport.rabbitmq.unconfirmed import Unconfirmed
 

@@ -1,1 +1,0 @@
-"""Faults on purpose, and what they changed: nothing."""

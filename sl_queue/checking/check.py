@@ -1,0 +1,142 @@
+"""Everything that can be wrong with a job, found before anything is started.
+
+It goes on after a finding as far as what was found allows, and starts no worker. Of rows it tells counts, never ids.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from sl_queue.checking.broker import MIB, brokers, message_sizes
+from sl_queue.checking.dry_run import Readable, compare_with_joined, dry_run
+from sl_queue.checking.findings import Check, Finding
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.data.table import read_table
+from sl_queue.errors import AlignmentError
+from sl_queue.launch.party import bounds_of
+from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.protocol.schedule.pipeline import Action, Commit, Update, notation
+from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.scheduler.agreement import differing_id_types
+from sl_queue.storage.secret_file import read_secret
+
+SPELLED_OUT_STEPS = 3
+
+
+def check_job(job_file: Path, party_files: Sequence[Path], broker: str | None, say: Callable[[Finding], None]) -> int:
+    """Tell all findings to `say` as they are made; returns the exit code of the first error, or 0."""
+    check = Check(say)
+    job = check.attempt(lambda: Job.load(job_file))
+    files = [file for path in party_files if (file := check.attempt(lambda path=path: PartyFile.load(path)))]  # type: ignore[misc]
+    if job is not None:
+        check.ok(f"{job_file}: job {job.name!r}, parties {', '.join(job.parties)}, digest {job.digest[:12]}")
+        _check_with_job(check, job, files, broker, len(party_files) - len(files))
+    return check.exit_code
+
+
+def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
+    """Check everything that takes a job; `unread` party files could not be read."""
+    readable = [file for file in files if check.attempt(lambda file=file: _belongs(job, file))]  # type: ignore[misc]
+    parties = {file.party: party for file in readable if (party := _read(check, job, file))}
+    aligned = _compare_rows(check, parties)
+    table = next(iter(parties.values())).table if parties else None
+    batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.hashes))
+    if batches is not None:
+        tried = dry_run(check, job, parties, batches)
+        if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
+            check.attempt(lambda: compare_with_joined(check, job, parties, batches, tried.seconds))
+        message_sizes(check, job, tried.payloads, batches)
+    _say_who_is_missing(check, job, parties, files, unread)
+    _say_what_is_not_joined(check, job)
+    _spell_out(check, job, batches)
+    brokers(check, job, files, broker)
+
+
+def _say_who_is_missing(
+    check: Check, job: Job, parties: Mapping[str, Readable], files: Sequence[PartyFile], unread: int
+) -> None:
+    """Tell parties whose file or table has errors from parties of whom no file was given."""
+    given = {file.party for file in files}
+    faulty = [party for party in job.parties if party in given and party not in parties]
+    if faulty:
+        check.note(f"models not looked at: {', '.join(faulty)} (see the errors above)")
+    missing = [party for party in job.parties if party not in given]
+    if missing:
+        why = "no party file was given" if not unread else "no party file, or only one with the errors above"
+        check.note(f"not looked at: {', '.join(missing)} ({why})")
+
+
+def _belongs(job: Job, file: PartyFile) -> bool:
+    file.check(job)
+    return True
+
+
+def _read(check: Check, job: Job, file: PartyFile) -> Readable | None:
+    file_with_secret = check.attempt(lambda: _with_secret(job, file))
+    table = check.attempt(lambda: read_table(job, file))
+    if table is None or file_with_secret is None:
+        return None
+    features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
+    labels = "" if table.labels is None else f", labels {table.labels.dtype}"
+    check.ok(f"{file.party}: {table.n_rows} rows, ids are {table.id_type}, {features}{labels}")
+    for note in table.notes:
+        check.note(f"{file.party}: {note}")
+    return Readable(file_with_secret, table)
+
+
+def _with_secret(job: Job, file: PartyFile) -> PartyFile:
+    """Return the file with the secret that it names, if it names one."""
+    path = file.privacy.secret
+    return file.with_secret(read_secret(path)) if isinstance(path, Path) and job.rules != BY_POSITION else file
+
+
+def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
+    """Whether all parties at hand hold the same ids."""
+    if len({(p.table.digest, p.table.id_type) for p in parties.values()}) <= 1:
+        if len(parties) > 1:
+            check.ok(f"rows: {', '.join(parties)} hold the same ids")
+        return True
+    held = ", ".join(f"{name} {p.table.n_rows} ({p.table.id_type} ids)" for name, p in parties.items())
+    types = {name: party.table.id_type for name, party in parties.items()}
+    remedy = differing_id_types(types) if len(set(types.values())) > 1 else "keep the rows that all hold"
+    check.error(AlignmentError(f"the parties' ids differ; rows: {held}; {remedy}"))
+    return False
+
+
+def _say_what_is_not_joined(check: Check, job: Job) -> None:
+    """What makes a run another training than the joined one; it is repeated and resumed exactly all the same."""
+    if job.pipeline.staleness:
+        check.note(
+            f"staleness = {job.pipeline.staleness}: activations are computed with weights of up to so many steps "
+            "before; the final weights are not those of joined training"
+        )
+    if job.wire.dtype != "float32":
+        check.note(
+            f"[wire] dtype = {job.wire.dtype!r}: activations and gradients are rounded on their way; the final "
+            "weights are near those of joined training, not equal"
+        )
+
+
+def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
+    """The order of work from the first step on."""
+    if batches is None:
+        return
+    pipeline = job.pipeline_of(batches)
+    check.note(
+        f"steps: {batches.steps_per_epoch} an epoch, {batches.steps} in all; "
+        f"{batches.training_rows} rows to train on, {batches.holdout_rows} held out"
+    )
+    check.note(f"order of work, a feature party: {notation(_first_steps(pipeline.feature_actions(0)))} ...")
+    check.note(f"order of work, the label holder: {notation(_first_steps(pipeline.label_actions(0)))} ...")
+    bounds = {party: bounds_of(job, party, pipeline) for party in job.parties}
+    prefetch = max(bound.prefetch for bound in bounds.values())
+    check.note(f"prefetch: at most {prefetch} unacknowledged messages of each sender")
+    memory = ", ".join(f"{party} {bound.memory_bytes / MIB:.0f} MiB" for party, bound in bounds.items())
+    check.note(f"memory for what peers send, at most, if a peer sends as much as it can: {memory}")
+
+
+def _first_steps(actions: Iterable[Action]) -> Iterator[Action]:
+    """Up to the third update or the first commit."""
+    for action in actions:
+        yield action
+        if isinstance(action, Commit) or action == Update(SPELLED_OUT_STEPS - 1):
+            return

@@ -1,0 +1,278 @@
+"""Every model at hand, tried on a training micro-batch and on the smallest one before anything is started."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from sl_queue.checking.findings import Check
+from sl_queue.compute.advice import advice
+from sl_queue.compute.base_stage import base_stage
+from sl_queue.compute.equality import (
+    STEPS,
+    Weights,
+    bounded,
+    first_joined_weights,
+    first_step_difference,
+    largest_difference,
+    split_weights,
+)
+from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
+from sl_queue.compute.stand_ins import stand_in
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.errors import ComputeError, JobError, NonFiniteError, SlQueueError
+from sl_queue.ports import Table
+from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.schedule.row_order import Batches
+
+T = TypeVar("T")
+
+DELIVERY_TIMEOUT_S = 30 * 60  # after which RabbitMQ takes back what was not acknowledged, by default
+FORWARD_AND_BACKWARD = 3  # a backward pass costs about two forward passes
+SAME_WITHIN = 1e-6  # float32 rounding, where a kernel adds in another order
+COMPARING_S = 20.0  # about as long the comparison with joined training may take, in steps that fit
+COMPARED = 4  # times that the steps are done for it
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """A party whose file and table could be read."""
+
+    file: PartyFile
+    table: Table = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What the models at hand came to."""
+
+    payloads: Mapping[str, Payload] = field(repr=False)  # of the bases, for the first micro-batch
+    seconds: float  # of computing for one micro-batch, one party after the other
+
+
+def dry_run(check: Check, job: Job, parties: Mapping[str, Readable], batches: Batches) -> DryRun:
+    """Run one training micro-batch, and the smallest one, through every model at hand."""
+    first, smallest, seconds = {}, {}, 0.0
+    for name in job.fused:
+        if name in parties and (run := check.attempt(lambda name=name: _dry_base(check, job, parties[name], batches))):  # type: ignore[misc]
+            first[name] = run.outcome
+            if name != job.label_holder:  # whose base model is a part of its dry run of the fuse model
+                seconds += run.seconds * FORWARD_AND_BACKWARD
+            check.ok(f"{name}: the base model's activation is {run.outcome}, as the cut layer")
+            if last := check.attempt(lambda name=name: _smallest_base(job, parties[name], batches)):  # type: ignore[misc]
+                smallest[name] = last
+    label = parties.get(job.label_holder)
+    if label is not None:
+        seconds += _dry_label_holder(check, job, label, batches, first, smallest)
+    if check.exit_code == 0 and parties:
+        _delivery_timeout(check, job, batches, seconds)
+    return DryRun(first, seconds)
+
+
+def _dry_label_holder(
+    check: Check,
+    job: Job,
+    party: Readable,
+    batches: Batches,
+    first: Mapping[str, Payload],
+    smallest: Mapping[str, Payload],
+) -> float:
+    """Try fuse model and loss, and give advice on them; returns the seconds of one micro-batch."""
+    stage = check.attempt(lambda: fuse_stage(job, party.file, party.table, batches))
+    if stage is None:
+        return 0.0
+    for found in advice(job, stage):
+        if found.decides:
+            check.error(JobError(f"{job.label_holder}: {found.text}"))
+        else:
+            check.warn(f"{job.label_holder}: {found.text}")
+    seconds = 0.0
+    sent = _activations(job, first, party.table, batches, MicroBatch(0, 0))
+    if fused := check.attempt(lambda: _on(check, sent, lambda: _dry_fuse(stage, sent.payloads))):
+        seconds = fused.seconds
+        check.ok(f"{job.label_holder}: fuse model and loss accept the cut layers {_cuts(job)}")
+        few = _activations(job, smallest, party.table, batches, _smallest(batches))
+        check.attempt(lambda: _on(check, few, lambda: _smallest_fuse(job, party, batches, few.payloads)))
+    return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Timed(Generic[T]):
+    """What a dry run came to, and how long it took once all was warm."""
+
+    outcome: T
+    seconds: float
+
+    @classmethod
+    def twice(cls, action: Callable[[], T]) -> "Timed[T]":
+        action()
+        began = time.monotonic()
+        outcome = action()
+        return cls(outcome, time.monotonic() - began)
+
+
+def _dry_base(check: Check, job: Job, party: Readable, batches: Batches) -> Timed[Payload]:
+    stage = base_stage(job, party.file, party.table, batches)
+    if stage.remark is not None:
+        check.warn(stage.remark)
+    return Timed.twice(lambda: stage.forward(MicroBatch(0, 0)))
+
+
+def _smallest_base(job: Job, party: Readable, batches: Batches) -> Payload:
+    stage = base_stage(job, party.file, party.table, batches)
+    return _explained(batches, lambda: stage.forward(_smallest(batches)))
+
+
+def _dry_fuse(stage: TorchFuseStage, activations: Mapping[str, Payload]) -> Timed[Mapping[str, Payload]]:
+    return Timed.twice(lambda: stage.forward_backward(MicroBatch(0, 0), activations))
+
+
+def _smallest_fuse(
+    job: Job, party: Readable, batches: Batches, activations: Mapping[str, Payload]
+) -> Mapping[str, Payload]:
+    stage = fuse_stage(job, party.file, party.table, batches)
+    return _explained(batches, lambda: stage.forward_backward(_smallest(batches), activations))
+
+
+@dataclass(frozen=True, slots=True)
+class _Activations:
+    """What the feature parties send, or stand-ins for those of the parties in `made_up`."""
+
+    payloads: Mapping[str, Payload] = field(repr=False)
+    made_up: tuple[str, ...]
+
+
+def _activations(
+    job: Job, seen: Mapping[str, Payload], table: Table, batches: Batches, micro_batch: MicroBatch
+) -> _Activations:
+    """The activations that were seen; stand-ins of other parties."""
+    positions = batches.rows(micro_batch)
+    rows = table.rows_digest(positions)
+    payloads = {name: seen[name] for name in job.feature_parties if name in seen and seen[name].rows == rows}
+    made_up = tuple(name for name in job.feature_parties if name not in payloads)
+    for name in made_up:
+        dtype = seen[name].dtype if name in seen else "float32"
+        payloads[name] = stand_in(job.seed, name, (len(positions), *(job.cut(name) or ())), dtype, rows)
+    return _Activations(payloads, made_up)
+
+
+def _on(check: Check, activations: _Activations, action: Callable[[], T]) -> T | None:
+    """Run on these activations; what is not finite may be due to those that were made up."""
+    try:
+        return action()
+    except NonFiniteError as error:
+        if not activations.made_up:
+            raise
+        check.warn(
+            f"{error} (this was seen with random numbers as activations of {', '.join(activations.made_up)}; give "
+            "their party files as well to see it with real ones)"
+        )
+        return None
+
+
+def _cuts(job: Job) -> str:
+    return ", ".join(f"{name} {list(job.cut(name) or ())}" for name in job.fused)
+
+
+def _smallest(batches: Batches) -> MicroBatch:
+    last = batches.last_step(0)
+    return MicroBatch(last, batches.parts(last) - 1)
+
+
+def _explained(batches: Batches, dry_run: Callable[[], T]) -> T:
+    """The dry run; its error says which micro-batch it was and what to do."""
+    try:
+        return dry_run()
+    except SlQueueError as error:
+        rows = batches.rows(_smallest(batches)).size
+        raise type(error)(
+            f"{error}; this is the smallest micro-batch of an epoch, with {rows} row(s) (BatchNorm in training needs "
+            "two): set drop_last = true, or another batch_size or micro_batches"
+        ) from error
+
+
+def _delivery_timeout(check: Check, job: Job, batches: Batches, seconds: float) -> None:
+    """What is received is acknowledged at a commit; computing here tells how far apart commits are at least."""
+    steps = min(job.pipeline.checkpoint_every, batches.steps_per_epoch)
+    between_s = seconds * steps * batches.parts(0)
+    said = f"every {steps} steps, about {between_s:.1f} s of computing here, one party after the other"
+    if between_s < DELIVERY_TIMEOUT_S / 2:
+        check.note(f"commits: {said}")
+    else:
+        check.warn(
+            f"commits: {said}; RabbitMQ takes back what is not acknowledged within {DELIVERY_TIMEOUT_S // 60} minutes: "
+            "lower checkpoint_every, or raise the broker's consumer_timeout"
+        )
+
+
+# Split and joined -----------------------------------------------------------------------------------------------
+
+
+def compare_with_joined(
+    check: Check, job: Job, parties: Mapping[str, Readable], batches: Batches, seconds: float
+) -> None:
+    """Do the first steps split, again, and joined; `seconds` of computing for a micro-batch say how many there may be.
+
+    What `staleness` and a narrower dtype on the wire do on purpose is left out at first, and told apart.
+    """
+    files, tables = [p.file for p in parties.values()], {name: p.table for name, p in parties.items()}
+    step_s = seconds * batches.parts(0)
+    steps = min(STEPS, batches.steps, max(1, int(COMPARING_S / COMPARED / max(step_s, 1e-9))))
+    everything = (files, tables, batches, steps)
+    exact = _exact(job)
+    split = split_weights(exact, *everything)
+    _require_repeatable(split, split_weights(exact, *everything), steps)
+    difference = largest_difference(split, first_joined_weights(exact, *everything))
+    said = f"{_counted(steps)} split and joined{_rows(batches)}"
+    if difference == 0.0:
+        check.ok(f"{said}: all weights are equal bit for bit")
+    elif difference <= SAME_WITHIN:
+        check.ok(f"{said}: the weights differ by at most {difference:.1e}, which is rounding")
+    else:
+        raise ComputeError(f"{said}: weights differ by up to {difference:.1e}; {_blamed(exact, *everything)}")
+    if exact != job:
+        check.note(
+            f"{_counted(steps)} as the job says (staleness = {job.pipeline.staleness}, [wire] dtype = "
+            f"{job.wire.dtype!r}): the weights are up to {first_step_difference(job, *everything):.1e} away from joined"
+        )
+
+
+def _exact(job: Job) -> Job:
+    """The same job without what makes it another training than joined."""
+    wire = job.wire.model_copy(update={"dtype": "float32"})
+    return job.model_copy(update={"wire": wire, "pipeline": job.pipeline.model_copy(update={"staleness": 0})})
+
+
+def _require_repeatable(once: Weights, again: Weights, steps: int) -> None:
+    difference = largest_difference(once, again)
+    if not difference <= SAME_WITHIN:
+        raise ComputeError(
+            f"{_counted(steps)} done twice: weights differ by up to {difference:.1e}; a model, loss or optimizer whose "
+            "result depends on more than its inputs, its weights and keyed random numbers (the system's randomness, "
+            "time, state outside of the model) cannot be trained exactly, nor resumed"
+        )
+
+
+def _blamed(job: Job, files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int) -> str:
+    """Return what makes the difference, as far as it can be told."""
+    if job.pipeline.depth > 1:
+        lock_step = job.model_copy(update={"pipeline": job.pipeline.model_copy(update={"depth": 1})})
+        if first_step_difference(lock_step, files, tables, batches, steps) <= SAME_WITHIN:
+            return (
+                f"with depth = 1 they are equal, with depth = {job.pipeline.depth} they are not: a forward pass "
+                "changes what an earlier one's backward pass still needs, such as a buffer changed in place behind "
+                "autograd's back (.data, .numpy()); assign it instead, or set depth = 1"
+            )
+    return (
+        "a model or loss whose result depends on more than its inputs, its weights and keyed random numbers cannot be "
+        "trained exactly"
+    )
+
+
+def _counted(steps: int) -> str:
+    return "one step" if steps == 1 else f"{steps} steps"
+
+
+def _rows(batches: Batches) -> str:
+    few = bounded(batches)
+    return "" if few is batches else f" (of {few.batch_size} rows)"

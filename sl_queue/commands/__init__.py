@@ -1,1 +1,0 @@
-"""What the command `sl-queue` does, and what it shows."""

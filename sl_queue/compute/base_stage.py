@@ -1,0 +1,253 @@
+"""A party's base model: rows -> forward -> activation ... gradient -> backward -> update.
+
+With `staleness` a forward of step s may come before all s updates were applied. An update in place would then
+invalidate its graph, so such a forward runs on a copy of the weights, one copy for all forwards between the same two
+updates. Its gradient is added to the live weights, in its own step. Buffers (BatchNorm) are always the live ones, in
+forward order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sl_queue.compute.inputs import n_offers, offers
+from sl_queue.compute.model import Inputs, Model, blame
+from sl_queue.compute.modules.graph import ends_in_relu, hooks_made
+from sl_queue.compute.modules.handover import Take
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.cut.crossing import Promised, place, received_gradient, require_cut, require_finite
+from sl_queue.cut.packing import Mask, Wire, asks_for_less
+from sl_queue.cut.tensors import cast, dtype_name, gathered, lent
+from sl_queue.errors import ComputeError, JobError, LocalProtocolError
+from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.codec import MAX_TENSOR_BYTES
+from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.schedule.row_order import Batches, Positions
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """An activation with its graph, whose gradient has not come yet."""
+
+    activation: Tensor = field(repr=False)
+    hooks: int  # `hooks_made()` before the forward pass
+    weights: Mapping[str, Tensor] | None = field(repr=False)  # the copy it was computed with; None: the live ones
+    rows: bytes  # the digest of its rows
+    wanted: Mask | None = field(default=None, repr=False)  # the values of its gradient that were asked for; None: all
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a micro-batch takes of this party's table."""
+
+    micro_batch: MicroBatch
+    inputs: Tensor = field(repr=False)  # (rows, *anything)
+    rows: bytes  # their digest
+
+
+@dataclass(slots=True)
+class TorchBaseStage:
+    """ports.BaseStage over torch. Mutable: it holds the model and what is in flight."""
+
+    model: Model
+    features: npt.NDArray[np.generic] = field(repr=False)  # (all rows, *anything)
+    table: Table
+    batches: Batches
+    cut: tuple[int, ...]
+    label_holder: str
+    wire: Wire
+    remark: str | None = None  # what a person should know of the features as the model gets them
+    _updates: int = 0  # applied since the initial weights
+    _prepared: Own | None = None
+    _in_flight: dict[MicroBatch, InFlight] = field(default_factory=dict)
+    _copy: Mapping[str, Tensor] | None = None  # of the weights as they are now, if a forward has run ahead
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module
+
+    def prepare(self, micro_batch: MicroBatch) -> None:
+        """Look up the micro-batch's rows, for `forward`."""
+        positions = self.batches.rows(micro_batch)
+        self._prepared = Own(micro_batch, self.inputs(positions), self.table.rows_digest(positions))
+
+    def forward(self, micro_batch: MicroBatch) -> Payload:
+        """The activation of a training micro-batch, shape (rows, *cut); random draws are keyed by the micro-batch."""
+        if self._prepared is None or self._prepared.micro_batch != micro_batch:
+            self.prepare(micro_batch)
+        own, self._prepared = self._prepared, None
+        assert own is not None
+        weights, hooks = self._weights_of(micro_batch.step), hooks_made()
+        with self.model.drawing("forward", micro_batch):
+            activation = self.activation(own.inputs, place(self.model.party, micro_batch), weights)
+        relu = self.wire.compress == "bitmap" and ends_in_relu(activation)  # nothing else asks, and it makes hooks
+        payload = self.wire.pack(lent(activation, own.rows), relu=relu)
+        self._in_flight[micro_batch] = InFlight(activation, hooks, weights, own.rows, asks_for_less(payload))
+        return payload
+
+    def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
+        """Add a micro-batch's gradient to those of the parameters; in the order of the forwards.
+
+        An activation that the loss does not depend on adds nothing: parameters without any gradient in a step are not
+        updated, as when the layers are trained as one module.
+        """
+        if next(iter(self._in_flight), None) != micro_batch or micro_batch.step != self._updates:
+            raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
+        flight, where = self._in_flight.pop(micro_batch), place(self.model.party, micro_batch)
+        shape, dtypes = tuple(flight.activation.shape), (flight.activation.dtype,)
+        promised = Promised("gradient", self.label_holder, dtypes, shape, flight.rows, self.wire, flight.wanted)
+        tensor = received_gradient(gradient, promised, self.model.device, where)
+        if tensor is not None:
+            self.differentiate(micro_batch, flight, tensor)
+
+    def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> None:
+        """Do the backward pass of an activation; random draws in it are keyed by the micro-batch."""
+        if not flight.activation.requires_grad:  # no parameter to learn
+            return
+        where = place(self.model.party, micro_batch)
+        scope = self.model.differentiating(flight.activation, flight.hooks, micro_batch)
+        with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
+            self._backpropagate(flight, gradient)
+
+    def update(self) -> None:
+        """One optimizer step with the gradients since the last one."""
+        if any(micro_batch.step == self._updates for micro_batch in self._in_flight):
+            raise LocalProtocolError(f"update {self._updates} with {self._flying()} in flight")
+        self.model.step(self._updates)
+        self._updates += 1
+        self._copy = None
+
+    def predict(self, micro_batch: MicroBatch) -> Payload:
+        """The activation of held-out rows in evaluation mode."""
+        positions = self.batches.holdout_part(micro_batch.index)
+        return self.wire.pack(lent(self.prediction(micro_batch), self.table.rows_digest(positions)))
+
+    def prediction(self, micro_batch: MicroBatch) -> Tensor:
+        """As `predict`, for a fuse model in the same process."""
+        positions = self.batches.holdout_part(micro_batch.index)
+        with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
+            return self.activation(self.inputs(positions), f"{place(self.model.party, micro_batch)} (held-out rows)")
+
+    def inputs(self, positions: Positions) -> Tensor:
+        """These rows of the table, for the model."""
+        return gathered(self.features, positions, self.model.dtype, self.model.device)
+
+    def activation(self, inputs: Tensor, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The base model's output, with its graph, checked against the cut layer."""
+        n_rows = len(inputs)
+        activation = self.model.run(inputs, where, weights)
+        require_cut(activation, n_rows, self.cut, self.model.dtype, where, self.model.name)
+        require_finite(activation, f"{where}: activation", f"lower the learning rate, or check {self.model.name}")
+        return activation
+
+    def state(self) -> State:
+        """A copy of everything that a step changes."""
+        if self._in_flight:
+            raise LocalProtocolError(f"a checkpoint with {self._flying()} in flight")
+        state = self.model.state()
+        return State(state.tensors, {**state.values, "updates": self._updates})
+
+    def load(self, state: State) -> None:
+        """Become what `state` described; nothing is in flight afterwards."""
+        self.model.load(state)
+        self._updates = state.values["updates"]
+        self._in_flight.clear()
+        self._copy = self._prepared = None
+
+    def weights(self) -> Weights:
+        """The base model's own state_dict."""
+        return {"base": self.model.weights()}
+
+    def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
+        """None for the live weights when all earlier updates are in them, else the copy of this version."""
+        if step < self._updates:
+            raise LocalProtocolError(f"a forward of step {step} after {self._updates} updates")
+        if step == self._updates:
+            return None
+        if self._copy is None:
+            self._copy = {
+                name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
+                for name, parameter in self.module.named_parameters()
+            }
+        return self._copy
+
+    def _backpropagate(self, flight: InFlight, gradient: Tensor) -> None:
+        if flight.weights is None:
+            torch.autograd.backward(flight.activation, gradient)
+            return
+        names = [name for name, weight in flight.weights.items() if weight.requires_grad]
+        leaves = [flight.weights[name] for name in names]
+        live = dict(self.module.named_parameters())
+        gradients = torch.autograd.grad(flight.activation, leaves, gradient, allow_unused=True)
+        for name, grad in zip(names, gradients, strict=True):
+            if grad is not None:
+                before = live[name].grad
+                live[name].grad = grad if before is None else before + grad
+
+    def _flying(self) -> str:
+        return ", ".join(map(str, self._in_flight)) or "nothing"
+
+
+def base_stage(
+    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
+) -> TorchBaseStage:
+    """Build a party's base stage with initial weights, and find out in which form its model takes the features.
+
+    `take` says how to come by a module that is given in code; without it, as a copy. Raises JobError, and ShapeError
+    if the model takes none or its output is not the cut.
+    """
+    party = party_file.party
+    if job.cut(party) is None or table.features is None:
+        missing = "a cut in the job" if job.cut(party) is None else "features in its table"
+        raise JobError(f"party {party!r} has a base model, but not {missing}")
+    refused: list[ComputeError] = []
+    for choice in range(n_offers(table.features)):
+        try:
+            return _stage(job, party_file, table, batches, choice, take)
+        except ComputeError as error:
+            refused.append(error)
+    first, *others = refused
+    if not others:
+        raise first
+    raise type(first)("; and with the same numbers in another form: ".join(map(str, refused))) from first
+
+
+def _stage(
+    job: Job, party_file: PartyFile, table: Table, batches: Batches, choice: int, take: Take | None
+) -> TorchBaseStage:
+    """The base stage on one of the forms that features are offered in. Raises ComputeError if its model refuses it."""
+    party, cut = party_file.party, job.cut(party_file.party)
+    assert cut is not None
+
+    def sample(dtype: torch.dtype) -> Inputs:
+        features = offers(party_file, table, dtype)[choice].features
+        return gathered(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
+
+    model = Model.build(job, party_file, "base", sample, take)
+    offer = offers(party_file, table, model.dtype)[choice]
+    trial = sample(model.dtype)
+    assert isinstance(trial, Tensor)
+    output = model.try_out(trial.to(model.device), ahead=job.pipeline.staleness > 0 and party != job.label_holder)
+    require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
+    if offer.fault is not None:
+        raise JobError(offer.fault)
+    if party in job.feature_parties:
+        _require_fitting(job, party, dtype_name(output.dtype), batches)
+    wire = replace(job.on_the_wire, cast=cast)
+    return TorchBaseStage(model, offer.features, table, batches, cut, job.label_holder, wire, offer.remark)
+
+
+def _require_fitting(job: Job, party: str, dtype: str, batches: Batches) -> None:
+    """Raise JobError if the activations of the largest micro-batch are more than a message carries."""
+    held_out = len(batches.holdout_part(0)) if batches.holdout_rows else 0
+    rows = max(held_out, -(-batches.rows_in_step(0) // batches.parts(0)))
+    largest = job.on_the_wire.bytes_of(dtype, (rows, *(job.cut(party) or ())))
+    if largest > MAX_TENSOR_BYTES:
+        raise JobError(
+            f"party {party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a message "
+            f"carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {job.pipeline.micro_batches}"
+        )

@@ -1,0 +1,338 @@
+"""One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from sl_queue.compute.final_weights import settled
+from sl_queue.compute.fingerprint import named
+from sl_queue.compute.modules.demands import (
+    leaves_beyond,
+    leaves_of,
+    require_known,
+    require_savable,
+    require_within_reach,
+)
+from sl_queue.compute.modules.graph import runs_only_torch, steps_only_torch
+from sl_queue.compute.modules.handover import Copies, Take
+from sl_queue.compute.modules.saved_values import NotCarriedError
+from sl_queue.compute.modules.snapshots import Snapshot
+from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
+from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from sl_queue.compute.seeds import key, seeded
+from sl_queue.config.job import BaseFile, FuseFile, Job, PartyFile, imported
+from sl_queue.cut.crossing import CROSSING
+from sl_queue.cut.tensors import described, from_payload, to_payload
+from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError, SlQueueError
+from sl_queue.ports import State
+from sl_queue.protocol.messages import MicroBatch, Payload
+
+log = logging.getLogger("sl_queue")
+
+Part = Literal["base", "fuse"]
+Inputs = Tensor | list[Tensor]
+Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
+
+
+@dataclass(slots=True)
+class Model:
+    """A module with its optimizer. Mutable: training is what changes it."""
+
+    party: str
+    part: Part
+    name: str  # as the party file names it: "bank:BaseModel"
+    module: nn.Module
+    optimizer: Optimizer | None
+    device: torch.device
+    dtype: torch.dtype  # of its parameters: what floating inputs are cast to
+    seed: int
+    built: Built = field(repr=False)
+    warned: set[str] = field(default_factory=set)  # attributes of which it was said that no checkpoint carries them
+    known: bool = False  # whether all parameters were the optimizer's in the first step
+    secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
+
+    @classmethod
+    def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None) -> "Model":
+        """The model with its initial weights, the same wherever and however often it is built.
+
+        `take` says how to come by a module that is given in code; without it, as a copy.
+        """
+        table = _table(party_file, part)
+        device = device_of(party_file)
+        module = build_module(job, party_file, part, sample, take)
+        where, name = f"party {party_file.party!r}: [{part}]", named(table.model)
+        require_savable(module, f"{where} model = {name!r}")
+        module.to(device)
+        optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
+        if optimizer is not None and not module.training:
+            log.warning(
+                "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics "
+                "as they are; call .train() on it before, unless that is meant",
+                where,
+                name,
+            )
+        begin_training(module)
+        built = Built.of(module)
+        about = (party_file.party, part, name, module, optimizer, device, _dtype(module))
+        return cls(*about, job.seed, built, secret=party_file.secret)
+
+    def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        """A scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
+        return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch, self.secret), self.device)
+
+    def differentiating(self, root: Tensor, hooks_before: int, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        """Open the scope of a backward pass from `root`: a keyed one if anything in it may draw random numbers.
+
+        `hooks_before`: `hooks_made()` before the forward pass. torch's own code draws nothing; with no lock around it,
+        parties that are threads of one process compute at the same time.
+        """
+        return nullcontext() if runs_only_torch(root, hooks_before) else self.drawing("backward", micro_batch)
+
+    def accepted(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of activations that the module may be given: its own, or narrower ones if it is made for them."""
+        if not any(True for _ in self.module.parameters()):
+            return CROSSING
+        return (self.dtype, *(dtype for dtype in CROSSING if dtype.itemsize < self.dtype.itemsize))
+
+    def run(self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The module's output, with other `weights` in the place of its parameters if given."""
+        with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
+            if weights is None:
+                output = self.module(inputs)
+            else:
+                output = torch.func.functional_call(self.module, dict(weights), (inputs,))
+        if not isinstance(output, Tensor):
+            raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
+        return output
+
+    def try_out(self, inputs: Inputs, *, ahead: bool = False, graph: bool = False) -> Tensor:
+        """The output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails.
+
+        Raises JobError for what a run could not train or save; with `ahead` also for a module that does not run on
+        other weights than its own.
+        """
+        before = Snapshot.of(self.module)
+        try:
+            output = self._trial(inputs, None)
+            self._require_known(leaves_beyond(output, inputs))
+            self._tell(self.built.changes(self.module, f"{self.part}/")[1])
+        except ComputeError as error:
+            raise ShapeError(f"{error}; check {self.name} and its args") from error
+        finally:
+            before.put_back()
+        if ahead:
+            self._require_within_reach(inputs)
+        return output if graph else output.detach()
+
+    def _trial(self, inputs: Inputs, weights: Mapping[str, Tensor] | None) -> Tensor:
+        """The output in evaluation mode, with its graph."""
+        with in_evaluation(self.module), torch.enable_grad(), self.drawing("trial", MicroBatch(0, 0)):
+            return self.run(inputs, f"party {self.party!r}", weights)
+
+    def _require_within_reach(self, inputs: Inputs) -> None:
+        where = f"party {self.party!r}: [{self.part}] model = {self.name!r}"
+        weights = {name: p.detach().clone().requires_grad_() for name, p in self.module.named_parameters()}
+        before = Snapshot.of(self.module)
+        try:
+            reached = leaves_of(self._trial(inputs, weights))
+        except ComputeError as error:
+            raise JobError(f"{where} does not run on other weights, as staleness needs: {error}") from error
+        finally:
+            before.put_back()
+        require_within_reach(self.module, reached, where)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, without gradients; afterwards every submodule is in the mode in which it was."""
+        with in_evaluation(self.module):
+            yield
+
+    def _require_known(self, reached: Iterable[Tensor] = ()) -> None:
+        """Raise JobError if the module has parameters that the optimizer was not given, or `reached` others."""
+        where = f"party {self.party!r}: [{self.part}] model = {self.name!r}"
+        require_known(self.module, self.optimizer, self.built, reached, where)
+
+    def _tell(self, lost: Iterable[NotCarriedError]) -> None:
+        """Say once of each attribute that changes and cannot be carried that it is in no checkpoint."""
+        for error in lost:
+            if error.path not in self.warned:
+                self.warned.add(error.path)
+                log.warning(
+                    "party %r: %s changes its attribute %r, a %s, which no checkpoint carries; if what it learns "
+                    "depends on that, a run that is interrupted ends with other weights: keep it in numbers, tensors, "
+                    "or short lists of them",
+                    self.party,
+                    self.name,
+                    error.path,
+                    type(error.value).__name__,
+                )
+
+    def step(self, number: int) -> None:
+        """Apply and forget the gradients of the parameters; `number` counts the optimizer steps from 0."""
+        if not self.known:
+            self._require_known()
+            self.known = True
+        if self.optimizer is not None:
+            quiet = steps_only_torch(self.optimizer)
+            scope = nullcontext() if quiet else self.drawing("update", MicroBatch(number, 0))
+            with blame(f"party {self.party!r}: the optimizer of {self.name} failed"), scope:
+                self.optimizer.step()
+            for group in self.optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def state(self) -> State:
+        """A copy of parameters, of all buffers, the ones that a state_dict leaves out too, and of the optimizer.
+
+        And of what else differs from the module as it was built: modes, what is frozen, plain attributes.
+        """
+        self._require_known()
+        changes, lost = self.built.changes(self.module, f"{self.part}/")
+        self._tell(lost)
+        tensors = {f"{self.part}/module/{name}": self._payload(name, t) for name, t in _tensors(self.module)}
+        if self.optimizer is None:
+            return State({**tensors, **changes.tensors}, changes.values)
+        state = optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/")
+        return State({**tensors, **changes.tensors, **state.tensors}, {**changes.values, **state.values})
+
+    def load(self, state: State) -> None:
+        """Become what `state` returned. Raises CheckpointError if the model is another one."""
+        prefix = f"{self.part}/module/"
+        saved = {name.removeprefix(prefix): p for name, p in state.tensors.items() if name.startswith(prefix)}
+        changed = state.values.get(f"{self.part}/buffers", {})  # since the module was built: in any shape
+        expected = {name: described(p) for name, p in self.module.named_parameters()} | dict(self.built.buffers)
+        there = {name: str(payload) for name, payload in saved.items()}
+        names = (expected.keys() | there.keys()) - changed.keys()
+        differing = ", ".join(sorted(name for name in names if expected.get(name) != there.get(name)))
+        if differing:
+            raise CheckpointError(
+                f"party {self.party!r}: the checkpoint is of another model than {self.name}: {differing} differ; "
+                "restore the model, or start anew with another state folder"
+            )
+        self.built.load(self.module, state, f"{self.part}/", self.party)
+        with torch.no_grad():
+            for name, tensor in _tensors(self.module):
+                tensor.copy_(from_payload(saved[name]))
+        if self.optimizer is not None:
+            load_optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/", state)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> dict[str, Payload]:
+        """The module's own state_dict."""
+        return {name: self._payload(name, tensor) for name, tensor in self.module.state_dict().items()}
+
+    def _payload(self, name: str, tensor: Tensor) -> Payload:
+        try:
+            return to_payload(tensor)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise ComputeError(
+                f"party {self.party!r}: {self.name} has made its {name!r} {described(tensor)} "
+                f"({tensor.layout}), which cannot be saved: {error}"
+            ) from error
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn whatever a user's module, loss or optimizer raises in here into a ComputeError that begins with `what`.
+
+    `sys.exit` too: it would end this worker with a code of the model's own, and nobody would tell the others. Not
+    Ctrl-C, which is for the whole process.
+    """
+    try:
+        yield
+    except (SlQueueError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+# From party file to module --------------------------------------------------------------------------------------
+
+
+def build_module(
+    job: Job, party_file: PartyFile, part: Part, sample: Sample | None, take: Take | None = None
+) -> nn.Module:
+    """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
+    table = _table(party_file, part)
+    where = f"party {party_file.party!r}: [{part}] model = {named(table.model)!r}"
+    model = table.model
+    if isinstance(model, str):
+        with seeded(key(job.seed, "", "import"), torch.device("cpu")):  # its file may draw, or call torch.manual_seed
+            model = imported(model, party_file.folder)
+    with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
+        try:
+            module = model if isinstance(model, nn.Module) else model(**table.args)
+        except (Exception, SystemExit) as error:
+            raise JobError(f"{where} with args = {dict(table.args)} fails: {type(error).__name__}: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise JobError(f"{where} returns {type(module).__name__}; it must return a torch.nn.Module")
+        module = (take or Copies())(party_file.party, part, module, made=module is not model)
+        if sample is not None and _is_lazy(module):
+            with blame(f"{where} fails on its input"), in_evaluation(module):
+                module(sample(_dtype(module)))
+    for name, value in () if _is_lazy(module) else module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise JobError(f"{where}: its state_dict holds {name!r}, a {type(value).__name__}; only tensors are saved")
+    return module
+
+
+def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
+    """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
+    return settled(build_module(job, party_file, part_of(path), None), party_file.party, path)
+
+
+def part_of(path: Path) -> Part:
+    return "fuse" if path.stem == "fuse" else "base"
+
+
+def device_of(party_file: PartyFile) -> torch.device:
+    """The device that a party file asks for. Raises JobError if this machine does not have it."""
+    try:
+        device = torch.device(party_file.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"party {party_file.party!r}: device = {party_file.device!r} cannot be used here with "
+            f"torch {torch.__version__}: {reason}; use 'cpu', or install a torch that has it"
+        ) from None
+    return device
+
+
+def limit_threads(n: int | None) -> None:
+    """Let torch compute with `n` threads in the calling thread; None leaves torch's choice."""
+    if n is not None:
+        torch.set_num_threads(n)
+
+
+def _table(party_file: PartyFile, part: Part) -> BaseFile | FuseFile:
+    table = party_file.base if part == "base" else party_file.fuse
+    if table is None:
+        raise JobError(f"party {party_file.party!r}: [{part}] is missing")
+    return table
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a module once, under its first name."""
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(is_lazy(tensor) for _, tensor in _tensors(module))
+
+
+def _described(inputs: Inputs) -> str:
+    return described(inputs) if isinstance(inputs, Tensor) else "[" + ", ".join(map(described, inputs)) + "]"

@@ -1,0 +1,1 @@
+"""A user's module: its complete state, read, saved and put back."""

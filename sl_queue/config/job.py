@@ -1,0 +1,322 @@
+"""The job: what all parties agreed to train, the same file at every party.
+
+Its digest is compared when they join, so paths, secrets and whatever else is one party's own stand in its party file.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import reduce
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
+from sl_queue.config.schema import Declared, load, redacted, shown
+from sl_queue.config.security import JobSecurity
+from sl_queue.config.user_code import imported
+from sl_queue.cut.packing import Compress, Dtype, Wire
+from sl_queue.errors import JobError
+from sl_queue.protocol.codec import ITEM_BYTES, MAX_RANK, MAX_TENSOR_BYTES
+from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
+from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.schedule.row_order import Batches, Hashes
+from sl_queue.protocol.topology import Topology
+
+__all__ = [
+    "BaseFile",
+    "DataFile",
+    "FuseFile",
+    "Job",
+    "JobBroker",
+    "JobEarlyStopping",
+    "JobFuse",
+    "JobParty",
+    "JobPipeline",
+    "JobSecurity",
+    "JobWire",
+    "PartyFile",
+    "imported",
+    "redacted",
+]
+
+# Keys that came after the first version: left out of the canonical job while they have this value, their default, so
+# that the digest of a job that does not use them stays what it was. Dotted, as JSON holds them.
+LATER: dict[str, Any] = {"holdout_seed": None}
+
+MAX_PARTIES = 10_000  # more do not fit into one status
+RESERVED = (SCHEDULER, OPERATOR, "dead")  # names of other queues and routing keys
+
+_LIMIT = 2**63  # integers travel as 64 bits
+_Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
+_Size = Annotated[int, Field(strict=True, ge=1, lt=_LIMIT)]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
+
+
+class JobParty(Declared):
+    """One party as all others know it."""
+
+    role: Literal["feature", "label"] = Field(description='"feature" or "label"')
+    cut: Annotated[tuple[_Size, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None,
+        description="a list of whole numbers of at least 1, the shape of one row's activation: for instance [32]",
+    )
+
+
+class JobFuse(Declared):
+    """How activations become the fuse model's input."""
+
+    aggregation: Literal["list", "concat", "sum", "mean"] = Field(
+        default="list", description='"list", "concat", "sum" or "mean"'
+    )
+
+
+class JobPipeline(Declared):
+    """The order of work, as two integers, and how often it pauses for a checkpoint."""
+
+    micro_batches: _Count = Field(default=1, description="a whole number of at least 1: the parts of a step")
+    depth: _Count = Field(
+        default=None,
+        validate_default=True,
+        description="a whole number of at least 1: activations on their way; without it, micro_batches",
+    )
+    staleness: int = Field(
+        default=0, ge=0, lt=_LIMIT, description="a whole number of at least 0: updates that a forward may run ahead"
+    )
+    checkpoint_every: _Count = Field(default=50, description="a whole number of at least 1, in steps")
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _all_at_once(cls, value: Any, info: ValidationInfo) -> Any:
+        return info.data.get("micro_batches", 1) if value is None else value
+
+
+class JobBroker(Declared):
+    """What all parties expect of the broker; its address is in each party's own file."""
+
+    persistent: bool = Field(default=False, description="true or false: whether the broker writes messages to disk")
+    patience: float = Field(
+        default=60.0, gt=0, description="a number above 0: seconds of silence until a waiting worker says so"
+    )
+    queues: Literal["classic", "quorum"] = Field(
+        default="classic", description='"classic", or "quorum" for a cluster: every message on most of its nodes'
+    )
+
+
+class JobWire(Declared):
+    """In how many bytes activations and gradients travel."""
+
+    dtype: Dtype = Field(
+        default="float32",
+        description='"float32" (as the models compute), "bfloat16", "float16" or "int8": the numbers on their way',
+    )
+    compress: Compress = Field(default="none", description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd"')
+
+
+class JobEarlyStopping(Declared):
+    """When training ends before its last epoch, with the best epoch's weights."""
+
+    metric: str = Field(description='"loss" or one of the label holder\'s metrics')
+    patience: _Count = Field(description="a whole number of at least 1: epochs without improvement")
+    min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
+
+
+class Job(Declared):
+    """What all parties agreed to train. Read with `Job.load(path)`, or built in code from the same keys."""
+
+    name: _Name = Field(description="a name of letters, digits, '_', '-' and '.'")
+    seed: int = Field(ge=-_LIMIT, lt=_LIMIT, description="a whole number of 64 bits")
+    epochs: _Count = Field(description="a whole number of at least 1: passes over the rows")
+    batch_size: _Count = Field(description="a whole number of at least 1: rows per optimizer step")
+    holdout: float = Field(
+        default=0.0, ge=0, lt=1, description="a number from 0 to below 1: the share of rows for evaluation"
+    )
+    holdout_seed: Annotated[int, Field(ge=-_LIMIT, lt=_LIMIT)] | None = Field(
+        default=None, description="a whole number of 64 bits that chooses the held-out rows; without it, seed"
+    )
+    shuffle: bool = Field(default=True, description="true or false")
+    drop_last: bool = Field(default=False, description="true or false")
+    parties: dict[str, JobParty] = Field(description="a table [parties.NAME] for each party")
+    fuse: JobFuse = Field(default=JobFuse(), description="a table [fuse]")
+    pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
+    broker: JobBroker = Field(default=JobBroker(), description="a table [broker]")
+    wire: JobWire = Field(default=JobWire(), description="a table [wire]")
+    early_stopping: JobEarlyStopping | None = Field(default=None, description="a table [early_stopping]")
+    security: JobSecurity = Field(default=JobSecurity(), description="a table [security]")
+    rules: Literal[1, 2] | None = Field(
+        default=None,
+        description="1, or 2, the newest: how a run computes what it chooses; without it, as the run was begun",
+    )
+
+    if TYPE_CHECKING:  # tables may be given as dicts
+
+        def __init__(self, /, **values: Any) -> None: ...
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a job file. Raises one JobError that says all that is wrong with it."""
+        return load(cls, path)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = [*_about_name(self), *_about_parties(self), *_about_cuts(self), *_about_aggregation(self)]
+        problems += _about_numbers(self)
+        problems += self.security.problems(self.parties)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    # Who takes part --------------------------------------------------------------------------------------------
+
+    @property
+    def label_holder(self) -> str:
+        """The party that holds the labels."""
+        return next(name for name, party in self.parties.items() if party.role == "label")
+
+    @property
+    def feature_parties(self) -> tuple[str, ...]:
+        """All other parties, in the order of the job."""
+        return tuple(name for name, party in self.parties.items() if party.role == "feature")
+
+    def cut(self, party: str) -> tuple[int, ...] | None:
+        """The shape of one row's activation of a party; None for a label holder without a base model."""
+        return self.parties[party].cut
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The parties with a base model, in the order of the fuse model's inputs."""
+        return tuple(name for name, party in self.parties.items() if party.cut is not None)
+
+    # What follows from it --------------------------------------------------------------------------------------
+
+    @property
+    def seed_of_holdout(self) -> int:
+        """What chooses the held-out rows."""
+        return self.seed if self.holdout_seed is None else self.holdout_seed
+
+    def batches(self, n_rows: int, hashes: Hashes | None = None) -> Batches:
+        """Say which of `n_rows` rows are trained on when. Raises JobError if none is left to train or to stop on.
+
+        `hashes` are those of a Table and choose the held-out rows; without them counts are right, and positions those
+        of the first rules.
+        """
+        batches = Batches(
+            n_rows=n_rows,
+            seed=self.seed,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            micro_batches=self.pipeline.micro_batches,
+            holdout=self.holdout,
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+            holdout_seed=self.holdout_seed,
+            hashes=None if self.rules == BY_POSITION else hashes,
+        )
+        if self.early_stopping is not None and batches.holdout_rows == 0:
+            raise JobError(f"holdout = {self.holdout} of {n_rows} rows is none; early_stopping needs some")
+        return batches
+
+    def pipeline_of(self, batches: Batches) -> Pipeline:
+        """The order of work on those batches."""
+        return Pipeline(batches, self.pipeline.depth, self.pipeline.staleness, self.pipeline.checkpoint_every)
+
+    @property
+    def on_the_wire(self) -> Wire:
+        """How tensors travel."""
+        return Wire(self.wire.dtype, self.wire.compress)
+
+    def topology(self, prefix: str = "") -> Topology:
+        """The names at the broker."""
+        return Topology(self.label_holder, self.feature_parties, prefix)
+
+    # Whether two parties mean the same job ---------------------------------------------------------------------
+
+    def canonical(self) -> dict[str, Any]:
+        """The job as JSON values with every default filled in; equal if and only if the jobs are.
+
+        `rules` is no part of it: a run keeps those that it was begun with, and parties compare them apart.
+        """
+        values = self.model_dump(mode="json", exclude={"rules"})
+        for dotted, default in LATER.items():
+            *tables, key = dotted.split(".")
+            table = reduce(lambda inner, name: inner[name], tables, values)
+            if table[key] == default:
+                del table[key]
+        values["fuse"]["inputs"] = list(self.fused)  # a JSON object has no order, and that of the parties matters
+        return values
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical job, hexadecimal."""
+        return sha256(json.dumps(self.canonical(), sort_keys=True).encode()).hexdigest()
+
+
+# What only several keys together show ---------------------------------------------------------------------------
+
+
+def _about_name(job: Job) -> Iterator[str]:
+    if f"{job.name}.".startswith("amq."):  # the job's name begins the names of its queues
+        yield f"name = {shown(job.name)}; RabbitMQ keeps names that begin with 'amq.' for itself"
+
+
+def _about_parties(job: Job) -> Iterator[str]:
+    for name, party in job.parties.items():
+        if not _is_word(name):
+            yield f"parties.{name}: a party's name is made of letters, digits, '_' and '-', at most 64"
+        elif name in RESERVED:
+            yield f"parties.{name}: no party may be called {', '.join(map(repr, RESERVED))}"
+        if party.role == "feature" and party.cut is None:
+            yield f"parties.{name}.cut is missing; a feature party sends activations, so give their shape: [32]"
+    holders = [name for name, party in job.parties.items() if party.role == "label"]
+    if len(holders) != 1:
+        told = f"{', '.join(holders)} have" if holders else "no party has"
+        yield f'parties: {told} role = "label"; exactly one party holds the labels'
+    if len(holders) == len(job.parties):
+        yield 'parties: no party has role = "feature"; at least one must'
+    if len(job.parties) > MAX_PARTIES:
+        yield f"parties: there are {len(job.parties)}; a job has at most {MAX_PARTIES}"
+
+
+def _about_cuts(job: Job) -> Iterator[str]:
+    """What a message cannot carry; the label holder's own activations are not sent."""
+    narrowest = ITEM_BYTES[job.wire.dtype] if job.wire.dtype != "float32" else ITEM_BYTES["float16"]  # of any model
+    for name, party in job.parties.items():
+        if party.role != "feature" or party.cut is None:
+            continue
+        axes, row_bytes = len(party.cut), prod(party.cut) * narrowest
+        if axes >= MAX_RANK:
+            yield (
+                f"parties.{name}.cut has {axes} numbers; it must have at most {MAX_RANK - 1}, since a message carries "
+                f"tensors of {MAX_RANK} axes and the first is the rows: flatten some of them in the base model"
+            )
+        elif row_bytes > MAX_TENSOR_BYTES:
+            yield (
+                f"parties.{name}.cut = {list(party.cut)}: one row takes at least {row_bytes} bytes, and a message "
+                f"carries at most {MAX_TENSOR_BYTES}; use a smaller cut"
+            )
+
+
+def _is_word(name: str) -> bool:
+    """Whether a name can be a word of a routing key, a file name and a part of a queue's name."""
+    return name.isascii() and 1 <= len(name) <= 64 and name.replace("_", "a").replace("-", "a").isalnum()
+
+
+def _about_aggregation(job: Job) -> Iterator[str]:
+    aggregation = job.fuse.aggregation
+    cuts = {name: party.cut for name, party in job.parties.items() if party.cut is not None}
+    told = ", ".join(f"{name} {list(cut)}" for name, cut in cuts.items())
+    if aggregation in ("sum", "mean") and len(set(cuts.values())) > 1:
+        yield f"fuse.aggregation = {shown(aggregation)} needs equal cuts, but they are {told}"
+    if aggregation == "concat" and len({(len(cut), cut[1:]) for cut in cuts.values()}) > 1:
+        yield f"fuse.aggregation = 'concat' needs cuts that differ only in their first number, but they are {told}"
+
+
+def _about_numbers(job: Job) -> Iterator[str]:
+    micro_batches = job.pipeline.micro_batches
+    if micro_batches > job.batch_size:
+        yield f"pipeline.micro_batches = {micro_batches}; it must be at most batch_size, which is {job.batch_size}"
+    if job.early_stopping is not None and job.holdout == 0:
+        yield "early_stopping needs held-out rows, but holdout = 0; set holdout, for instance to 0.2"

@@ -1,0 +1,319 @@
+"""A party's own file: its table, its models, its broker; private to the party, and never sent."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    InstanceOf,
+    PrivateAttr,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from sl_queue.config.schema import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
+from sl_queue.config.security import read_secret
+from sl_queue.config.user_code import NAME
+from sl_queue.errors import JobError
+from sl_queue.protocol.broker_url import fault
+from sl_queue.protocol.fingerprints import SEED
+
+if TYPE_CHECKING:
+    from sl_queue.config.job import Job
+
+LOSSES = ("bce_with_logits", "cross_entropy", "mse")
+BROKER = "SL_QUEUE_BROKER"  # environment variable: overrides the broker of a party file
+
+_URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one"
+_IN_FILE = "file:"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A party's rows in any order, given in code or returned by the `source` of a party file.
+
+    Arrays of NumPy, torch or Arrow, lists, and data frames of pandas or polars, without gaps. `features` may have any
+    shape after the first axis; None for a label holder without a base model.
+    """
+
+    ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
+    features: Any = field(default=None, repr=False)  # (rows, *anything); floating ones are cast to the model's dtype
+    labels: Any = field(default=None, repr=False)  # (rows,) or (rows, *anything)
+
+
+def _from_folder(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder")
+    return path if folder is None else folder / path
+
+
+_Path = Annotated[Path, Field(strict=False), AfterValidator(_from_folder)]
+
+
+def _named(what: str) -> Callable[[Any], Any]:
+    """A validator for what is named `module:callable` in a file, and may be the thing itself in code."""
+
+    def check(value: Any) -> Any:
+        if callable(value) or (isinstance(value, str) and NAME.fullmatch(value)):
+            return value
+        raise ValueError(f"= {shown(value)}; it must be {what}")
+
+    return check
+
+
+class DataFile(Declared):
+    """Where a party's rows are: a table with an id column, or a callable that returns Rows."""
+
+    path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file")
+    id: str | None = Field(default=None, description="the name of the column that says which sample a row is of")
+    features: list[str] | None = Field(
+        default=None,
+        description='a list of column names, for instance ["age", "income"]; without it, all but id and label',
+    )
+    label: str | None = Field(default=None, description="the name of the column with the labels")
+    id_type: Literal["text", "integer"] | None = Field(
+        default=None, description='"text" or "integer": what ids are taken as, the same at every party'
+    )
+    source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
+        default=None, description="module:callable, returning sl_queue.Rows"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.source is not None:
+            beside = [name for name in ("path", "id", "features", "label") if getattr(self, name) is not None]
+            if beside:
+                raise ValueError(f"has a source, which gives ids, features and labels; take out {', '.join(beside)}")
+            return self
+        missing = [name for name in ("path", "id") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"needs a path and an id, or a source; missing: {', '.join(missing)}")
+        features = self.features or []
+        wrong = [name for name in (self.id, self.label) if name is not None and name in features]
+        wrong += [name for name, count in Counter(features).items() if count > 1]
+        if self.id == self.label:
+            wrong.append(str(self.id))
+        if wrong:
+            raise ValueError(f"names a column more than once among id, label and features: {', '.join(wrong)}")
+        return self
+
+
+_Model = Annotated[Any, AfterValidator(_named("module:callable, returning a torch.nn.Module"))]
+
+
+class BaseFile(Declared):
+    """The base model with its optimizer."""
+
+    model: _Model = Field(description="module:callable, returning a torch.nn.Module")
+    args: dict[str, Any] = Field(default={}, description="a table of the model's arguments")
+    optimizer: dict[str, Any] = Field(default={}, description='a table like { name = "adam", lr = 1e-3 }')
+
+    @field_validator("optimizer")
+    @classmethod
+    def _has_a_name(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value and not isinstance(value.get("name"), str):
+            raise ValueError('needs a name, that of a torch.optim class in lower case: { name = "adam", lr = 1e-3 }')
+        return value
+
+
+class FuseFile(BaseFile):
+    """The fuse model with its optimizer, the loss, and what is measured on held-out rows."""
+
+    loss: Any = Field(description=f"{', '.join(LOSSES)} or module:callable")
+    metrics: list[str] = Field(default=[], description='a list of names, for instance ["auroc", "accuracy"]')
+    outputs: Literal["logits", "probabilities", "log_probabilities"] | None = Field(
+        default=None,
+        description='"logits", "probabilities" or "log_probabilities": what the fuse model puts out, for a loss of '
+        "your own and metrics of classes; mostly found without it",
+    )
+
+    @field_validator("loss")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        if value in LOSSES if isinstance(value, str) else callable(value):
+            return value
+        if isinstance(value, str) and NAME.fullmatch(value):
+            return value
+        advice = nearest(value, list(LOSSES)) if isinstance(value, str) else ""
+        raise ValueError(f"= {shown(value)}; {advice}it must be {', '.join(LOSSES)} or module:callable")
+
+
+class SecurityFile(Declared):
+    """What only this party knows, where it lies."""
+
+    key: _Path = Field(description="the name of the file with this party's private key")
+
+
+class PrivacyFile(Declared):
+    """What keeps this party's own numbers from the other parties."""
+
+    secret: Any = Field(
+        default=None,
+        repr=False,
+        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
+    )
+
+    @field_validator("secret")
+    @classmethod
+    def _is_a_place(cls, value: Any, info: ValidationInfo) -> Path | str | None:
+        if value is None or value == SEED:
+            return None if value is None else SEED
+        if isinstance(value, str | Path) and str(value):
+            return _from_folder(Path(value), info)
+        raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
+
+
+class PartyFile(Declared):
+    """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
+
+    party: str = Field(min_length=1, description="the party's name in the job")
+    broker: str | None = Field(default=None, description=_URL)
+    state: _Path | None = Field(default=None, description="the name of a folder for checkpoints and final weights")
+    data: Annotated[
+        Annotated[DataFile, Tag(IN_FILE)] | Annotated[InstanceOf[Rows], Tag(IN_CODE)],
+        Discriminator(lambda value: IN_CODE if isinstance(value, Rows) else IN_FILE),
+    ] = Field(description="a table [data] with path and id, or with a source")
+    base: BaseFile | None = Field(default=None, description="a table [base] with model and optimizer")
+    fuse: FuseFile | None = Field(default=None, description="a table [fuse] with model, optimizer and loss")
+    device: str = Field(default="cpu", min_length=1, description='a torch device, for instance "cpu" or "cuda"')
+    threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
+    security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
+    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")
+
+    _folder: Path | None = PrivateAttr(None)
+    _secret: bytes = PrivateAttr(b"")
+
+    if TYPE_CHECKING:  # tables may be given as dicts
+
+        def __init__(self, /, **values: Any) -> None: ...
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a party file; its paths and modules are looked for in its folder. Raises one JobError for all faults."""
+        return load(cls, path)
+
+    def model_post_init(self, context: Any, /) -> None:
+        self._folder = (context or {}).get("folder")
+
+    @field_validator("broker")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        problem = None if value is None else _url_problem(value)
+        if problem is not None:
+            raise ValueError(f"= {problem}")
+        return value
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, redacted(value) if name == "broker" and value is not None else value
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the file, where `module:callable` is looked for first; None if built in code."""
+        return self._folder
+
+    @property
+    def secret(self) -> bytes:
+        """What keys this party's random draws besides the job's seed; empty: nothing does."""
+        return self._secret
+
+    def with_secret(self, secret: bytes) -> Self:
+        """Return the same file with a secret for its draws."""
+        copied = self.model_copy()
+        copied._secret = secret
+        return copied
+
+    def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
+        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
+
+        `again`: it was read before, and may have changed.
+        """
+        for where, url in (("--broker", option), (BROKER, os.environ.get(BROKER)), ("broker", self.broker)):
+            if url:
+                url = read_url(url, self._folder if where == "broker" else None, again=again)
+                problem = _url_problem(url)
+                if problem is not None:
+                    raise JobError(f"{where} = {problem}")
+                return url
+        raise JobError(
+            f"party {self.party!r} has no broker: give --broker URL, set {BROKER}, or write `broker` into its file; "
+            f"it must be {_URL}"
+        )
+
+    def check(self, job: "Job") -> None:
+        """Raise one JobError for everything that this file and the job show only together."""
+        if self.party not in job.parties:
+            known = list(job.parties)
+            raise JobError(
+                f"party = {self.party!r}: job {job.name!r} has no such party; {nearest(self.party, known)}"
+                f"its parties are {', '.join(known)}"
+            )
+        about_labels = _about_labels if self.party == job.label_holder else _about_no_labels
+        problems = [*_about_base(self, job), *about_labels(self, job)]
+        if problems:
+            raise JobError("\n  ".join(f"party {self.party!r}: {problem}" for problem in problems))
+
+
+def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
+    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
+
+    Raises JobError for a file that cannot be read, or that others may read, as a private key.
+    """
+    if not url.startswith(_IN_FILE):
+        return url
+    path = (Path() if folder is None else folder) / url.removeprefix(_IN_FILE)
+    try:
+        return read_secret(path, "URL with its password", again=again).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not text"
+        raise JobError(f"{url}: the broker's URL cannot be read: {reason}") from None
+
+
+def _url_problem(url: str) -> str | None:
+    """What is wrong with a broker's URL, without its password, or None."""
+    if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
+        return None
+    return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"
+
+
+def _about_base(party: PartyFile, job: "Job") -> Iterator[str]:
+    cut = job.cut(party.party)
+    if cut is not None and party.base is None:
+        yield f"[base] is missing; the job gives this party a cut, {list(cut)}, so it needs a base model"
+    if cut is None and party.base is not None:
+        yield f"[base] has no use; the job gives this party no cut: take [base] out, or set parties.{party.party}.cut"
+    features = party.data.features
+    if cut is not None and (features is None if isinstance(party.data, Rows) else features == []):
+        yield "data.features is empty; the base model needs features"
+
+
+def _about_labels(party: PartyFile, job: "Job") -> Iterator[str]:
+    """What the label holder must have."""
+    if party.fuse is None:
+        yield "[fuse] is missing; the label holder has the fuse model"
+    data = party.data
+    if isinstance(data, Rows) and data.labels is None:
+        yield "its Rows have no labels; the label holder needs them"
+    if isinstance(data, DataFile) and data.source is None and data.label is None:
+        yield "data.label is missing; the label holder names the column with the labels"
+    rule = job.early_stopping
+    if rule is not None and party.fuse is not None and rule.metric not in (measured := ["loss", *party.fuse.metrics]):
+        yield (
+            f"early_stopping.metric = {rule.metric!r} is not measured; {nearest(rule.metric, measured)}"
+            f"it must be {', '.join(measured)}, or be added to fuse.metrics"
+        )
+
+
+def _about_no_labels(party: PartyFile, job: "Job") -> Iterator[str]:
+    """What a feature party must not have."""
+    if party.fuse is not None:
+        yield f"[fuse] has no use; the label holder {job.label_holder!r} has the fuse model"
+    if isinstance(party.data, DataFile) and party.data.label is not None:
+        yield f"data.label has no use; only {job.label_holder!r} has labels (data.features can leave a column out)"

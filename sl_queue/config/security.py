@@ -1,0 +1,83 @@
+"""How a job protects what its parties send: the table [security], the same at every party."""
+
+import os
+import stat
+from base64 import b64decode
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from sl_queue.config.schema import Declared, nearest, shown
+from sl_queue.errors import JobError
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
+
+KEY = "SL_QUEUE_KEY"  # environment variable: the file with the private key
+
+_KEY_BYTES = 32
+_WHAT = "a public key in base64, as `sl-queue key` prints it"
+
+
+def read_secret(path: Path, what: str, *, again: bool = False) -> bytes:
+    """Read a file with a secret. Raises JobError if others on this machine may read it; OSError.
+
+    A pipe (`/dev/fd/63` of a shell) has no other readers; it gives its contents once, so `again` is a JobError there.
+    """
+    mode = path.stat().st_mode
+    if again and not stat.S_ISREG(mode):
+        raise JobError(f"{path}: not a file that can be read again")
+    if os.name == "posix" and stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        shown_mode = f"{stat.S_IMODE(mode):o}"
+        raise JobError(f"{path}: others may read this {what} (mode {shown_mode}); run: chmod 600 {path}")
+    return path.read_bytes()
+
+
+def _is_key(text: str) -> str:
+    try:
+        if len(b64decode(text, validate=True)) == _KEY_BYTES:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(f"= {shown(text)}; it must be {_WHAT}")
+
+
+_Key = Annotated[str, AfterValidator(_is_key)]
+
+
+class JobKeys(Declared):
+    """The public keys of a party, the scheduler or the operator."""
+
+    seal: _Key = Field(description=_WHAT)
+    sign: _Key | None = Field(default=None, description=_WHAT)
+
+
+class JobSecurity(Declared):
+    """Whether messages are sealed from sender to receiver, so that the broker can neither read nor alter them."""
+
+    seal: bool = Field(default=False, description="true or false: whether messages are sealed from party to party")
+    cipher: Literal["aes-256-gcm", "chacha20-poly1305"] = Field(
+        default="aes-256-gcm", description='"aes-256-gcm" or "chacha20-poly1305"'
+    )
+    keys: dict[str, JobKeys] = Field(
+        default={}, description="a table [security.keys.NAME] for each party, the scheduler and the operator"
+    )
+
+    def problems(self, parties: Iterable[str]) -> Iterator[str]:
+        """What is wrong with the keys of a job with those parties."""
+        roles = [*parties, SCHEDULER, OPERATOR]
+        for name in self.keys:
+            if name not in roles:
+                advice = nearest(name, roles)
+                yield f"security.keys.{name}: there is no such party; {advice}it must be {', '.join(roles)}"
+        missing = [name for name in roles if name not in self.keys]
+        if self.seal and missing:
+            yield f"security.keys: no key of {', '.join(missing)}; who seals needs the keys of all: `sl-queue key NAME`"
+        scheduler = self.keys.get(SCHEDULER)
+        if scheduler is not None and scheduler.sign is None:
+            yield f"security.keys.{SCHEDULER}.sign is missing; the scheduler signs its commands"
+        for key, count in Counter(keys.seal for keys in self.keys.values()).items():
+            if count > 1:
+                same = ", ".join(name for name, keys in self.keys.items() if keys.seal == key)
+                yield f"security.keys: {same} have the same key; each needs one of its own"

@@ -1,0 +1,1 @@
+"""The cut layer: everything that crosses between parties, checked and packed."""

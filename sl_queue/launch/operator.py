@@ -1,0 +1,183 @@
+"""What the operator does from outside: read where a run is, and ask it to stop."""
+
+import queue
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sl_queue.config.job import Job
+from sl_queue.errors import BrokerUnreachable, PeerFailed, PeerSilent
+from sl_queue.launch.connect import connector, require_network
+from sl_queue.protocol.codec import decode, encode
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, Status, StopRequest
+from sl_queue.protocol.scheduler.state import Phase
+from sl_queue.protocol.text import printable
+from sl_queue.security.sealing import Seal
+from sl_queue.transport.link import Delivery
+from sl_queue.transport.retry import Limits
+
+TIMEOUT_S = 3.0  # the scheduler tells where the run is several times a second
+ENDED_S = 1.0  # to wait whether one that told of an end is followed by another that begins
+BACKLOG_S = 0.05  # what comes sooner after another lay in the queue with it
+ANSWER_S = 20.0  # within which a scheduler that runs has taken a request
+PATIENCE = Limits(first_s=5.0, busy_s=10.0)  # somebody waits for the answer; another operator may be asking
+ENDED = frozenset({Phase.FINISHED.value, Phase.FAILED.value, Phase.STOPPED.value})
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """A status, and whether it describes the present."""
+
+    run: Mapping[str, Any]
+    fresh: bool  # the scheduler told it while we listened
+    listened_s: float  # for another one
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended, so that nothing more is to be told."""
+        return self.run["phase"] in ENDED
+
+    @property
+    def silent(self) -> bool:
+        """Whether a scheduler should be telling and does not."""
+        return not (self.fresh or self.over)
+
+    @property
+    def exit_code(self) -> int:
+        """Code of the command: as in `errors` for a run that failed and a scheduler that is silent, else 0."""
+        if self.silent:
+            return PeerSilent.exit_code
+        return PeerFailed.exit_code if self.run["phase"] == Phase.FAILED else 0
+
+    def age_s(self, wall: float) -> float | None:
+        """Seconds since it was told, by the clocks of two machines; None if it does not say when."""
+        try:
+            told_at = datetime.fromisoformat(self.run["told_at"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        return max(0.0, wall - told_at.replace(tzinfo=UTC).timestamp())
+
+    def as_json(self, wall: float) -> dict[str, Any]:
+        """The status with when it was told, for programs."""
+        age_s = self.age_s(wall)
+        return {**self.run, "fresh": self.fresh, "age_s": None if age_s is None else round(age_s, 3)}
+
+
+def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal | None = None) -> dict[str, Any] | None:
+    """The newest status that the scheduler published, which stays where it is; None if there is none.
+
+    It may be of a scheduler that is gone. Raises BrokerUnreachable; RemoteProtocolError if the job seals and the status
+    cannot be opened.
+    """
+    require_network(broker)
+    statuses = _Statuses(job, broker, seal)
+    try:
+        status = statuses.next(timeout_s)
+        return None if status is None else dict(status.run)
+    finally:
+        statuses.close()
+
+
+def watch_status(job: Job, broker: str, seal: Seal | None = None) -> Telling | None:
+    """Return the status that the scheduler tells now, else the last that it told; None if it never told any.
+
+    What lies in the queue may be of a scheduler that is gone: only what comes while we listen is of one that runs.
+    Raises as `read_status`.
+    """
+    require_network(broker)
+    statuses = _Statuses(job, broker, seal)
+    try:
+        newest = statuses.next(TIMEOUT_S)
+        if newest is None:
+            return None
+        began = time.monotonic()
+        while True:
+            limit_s = ENDED_S if newest.run["phase"] in ENDED else TIMEOUT_S
+            status = statuses.next(max(0.0, began + limit_s - time.monotonic()))
+            listened_s = time.monotonic() - began
+            if status is None:
+                return Telling(newest.run, fresh=False, listened_s=listened_s)
+            newest = status
+            if listened_s > BACKLOG_S:
+                return Telling(newest.run, fresh=True, listened_s=listened_s)
+    finally:
+        statuses.close()
+
+
+def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
+    """Ask the scheduler for an orderly stop at the next commit; what came of it, in words.
+
+    The request is for the scheduler that runs now, and it has taken it when this returns: nothing is left behind that
+    would stop a later start. Raises BrokerUnreachable, PeerSilent.
+    """
+    require_network(broker)
+    statuses = _Statuses(job, broker, seal)
+    try:
+        left_behind = statuses.next()
+        if left_behind is None:
+            return _nothing_to_stop(None, "")
+        asked, deadline = "", time.monotonic() + ANSWER_S
+        while time.monotonic() < deadline:
+            status = statuses.next()
+            if status is None:
+                return _nothing_to_stop(left_behind.run, asked)
+            phase = status.run["phase"]
+            if phase in (Phase.STOPPING, Phase.STOPPED):
+                return "asked to stop at the next commit; start the workers again to resume"
+            if phase in (Phase.FINISHED, Phase.FAILED):
+                return _nothing_to_stop(status.run, "")
+            if status.incarnation != asked:
+                asked = status.incarnation
+                statuses.answer(StopRequest(asked))
+        raise PeerSilent(f"the scheduler did not answer within {ANSWER_S:.0f} s; ask again")
+    finally:
+        statuses.close()
+
+
+def _nothing_to_stop(run: Mapping[str, Any] | None, asked: str) -> str:
+    """What is said where no scheduler runs. Raises PeerSilent where one should."""
+    if asked:
+        raise PeerSilent("the scheduler ended before it answered; ask again")
+    phase = None if run is None else run["phase"]
+    if run is None or phase in (Phase.GATHERING, Phase.RUNNING, Phase.STOPPING):
+        raise PeerSilent("no scheduler of this job is running at that broker, so there is nothing to stop")
+    if phase == Phase.FINISHED:
+        return f"run {run['run']} is finished: there is nothing to stop"
+    return f"the run has ended already: {printable(str(run['reason']))}"
+
+
+class _Statuses:
+    """What the scheduler tells, one status after the other. The newest stays in its queue for the next who asks."""
+
+    def __init__(self, job: Job, broker: str, seal: Seal | None) -> None:
+        self._seal = seal
+        self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._newest: Delivery | None = None
+        self._link = connector(job, broker, PATIENCE)(OPERATOR, 2)
+        self._link.open(self._arrived.put, lambda: None, lambda _: None)
+
+    def next(self, timeout_s: float = TIMEOUT_S) -> Status | None:
+        """The next one; None if none comes. The first may be what an earlier scheduler left behind."""
+        try:
+            delivery = self._arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if self._newest is not None:
+            self._link.acknowledge([self._newest.tag])
+        self._newest = delivery
+        _, status = decode(delivery.body if self._seal is None else self._seal.open(SCHEDULER, delivery.body).body)
+        return status if isinstance(status, Status) else None
+
+    def answer(self, request: StopRequest) -> None:
+        """Raises BrokerUnreachable."""
+        body = encode(Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0)), request)
+        if self._seal is not None:
+            body = self._seal.seal(SCHEDULER, body)
+        self._link.publish(SCHEDULER, Kind.REPORT, "", body, persistent=False, expires_s=ANSWER_S)
+        if not self._link.flush(timeout_s=10.0):
+            raise BrokerUnreachable("the broker did not confirm the request within 10 s; ask again")
+
+    def close(self) -> None:
+        self._link.close()  # the newest is unacknowledged, so it goes back

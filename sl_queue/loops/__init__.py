@@ -1,0 +1,1 @@
+"""Each conversation between roles, as straight-line loops."""

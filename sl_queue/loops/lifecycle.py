@@ -1,0 +1,267 @@
+"""What both data roles share: join, resume from the own last checkpoint, train, commit, finish.
+
+Killed at any moment, a worker that starts again runs through the same lines; nothing else is needed.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sl_queue.errors import CheckpointError, ComputeError, PeerFailed, RunStopped, SlQueueError, TransportError
+from sl_queue.ports import BaseStage, Channel, Checkpoints, Final, FuseStage, HistoryLog, Restarted, Saved
+from sl_queue.protocol.history import History
+from sl_queue.protocol.messages import (
+    BEFORE_FIRST_STEP,
+    Command,
+    EpochDone,
+    EpochResult,
+    Epochs,
+    Failed,
+    Finish,
+    Finished,
+    Joined,
+    Open,
+    Progress,
+    Start,
+    Stopped,
+)
+from sl_queue.protocol.party.orders import Orders
+from sl_queue.protocol.schedule.pipeline import Pipeline
+
+T = TypeVar("T", bound=Command)
+
+log = logging.getLogger("sl_queue")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a worker says of itself when it joins."""
+
+    incarnation: str
+    job: Mapping[str, Any]  # canonical
+    n_rows: int
+    rows_digest: str
+    id_type: str
+    rules: int = 1  # how it computes what it chooses, see protocol/fingerprints
+    version: str = ""  # of sl_queue
+
+
+@dataclass(frozen=True, slots=True)
+class _Lack:
+    """The scheduler knows so many epochs, and the label holder more."""
+
+    known: int
+
+
+@dataclass(slots=True)
+class Worker:
+    """One party's place in the run. Mutable: the run, the generation and the label holder's history move on."""
+
+    identity: Identity
+    channel: Channel
+    stage: BaseStage | FuseStage
+    checkpoints: Checkpoints
+    pipeline: Pipeline
+    run: str | None = None
+    generation: int = 0
+    committed: int = BEFORE_FIRST_STEP
+    held: tuple[int, ...] = ()
+    journal: HistoryLog | None = None  # the label holder's; nobody else has one
+    history: History = field(default_factory=History)  # what is in it, as far as the committed step
+    answered: Open | None = None  # what the scheduler asked last about the history
+    running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
+    samples: int = 0
+    step: int = BEFORE_FIRST_STEP  # the newest trained
+
+    def serve(self, train: Callable[[int], None]) -> Final:
+        """Take part in the run to its end; `train(first_step)` is the role's loop.
+
+        Whatever ends it before, and would not be mended by a restart, is told to the scheduler.
+        """
+        try:
+            final = self.checkpoints.finished() or self._train(train)
+            self.channel.report(Finished(final.incarnation, final.digests))
+            self.channel.flush()
+            self.checkpoints.mark_told()
+            return final
+        except (RunStopped, PeerFailed):
+            self.channel.report(Stopped(self.identity.incarnation, self.committed))
+            raise
+        except TransportError:
+            raise
+        except SlQueueError as error:
+            self.channel.report(Failed(self.identity.incarnation, type(error).__name__, str(error)))
+            raise
+        except (Exception, SystemExit) as error:  # of sys.exit nobody else would tell the others
+            told = f"{type(error).__name__}: {error}"
+            log.exception("an error in the model, loss or optimizer, or a bug")
+            self.channel.report(Failed(self.identity.incarnation, "ComputeError", told))
+            raise ComputeError(told) from error
+
+    def _train(self, train: Callable[[int], None]) -> Final:
+        try:
+            return self._trained(train)
+        except (RunStopped, PeerFailed):
+            with suppress(RunStopped, PeerFailed, Restarted, TransportError):  # but a disk that is full is told
+                self.channel.settle()
+            raise
+
+    def _trained(self, train: Callable[[int], None]) -> Final:
+        fresh = self.stage.state()
+        self._remember(self.checkpoints.newest())
+        self.channel.introduce(self._describe)
+        start = self.channel.until(lambda orders: orders.start)
+        while True:
+            self._resume(start, fresh)
+            try:
+                train(self.committed + 1)
+                finish = self._until(lambda orders: orders.finish)
+                return self._finish(finish.step)
+            except Restarted as restarted:
+                start = restarted.start
+                with suppress(Restarted):
+                    self.channel.settle()
+
+    def may_begin(self, epoch: int) -> bool:
+        """Block until the scheduler opens the epoch; False if the run ends before it."""
+
+        def decision(orders: Orders) -> Open | Finish | None:
+            if orders.finish is not None:
+                return orders.finish
+            return orders.open if orders.open is not None and orders.open.through >= epoch else None
+
+        order = self._until(decision)
+        if isinstance(order, Open) and order.keep != self.checkpoints.kept:
+            self.channel.settle()  # not while another is being written
+            self.checkpoints.keep(order.keep)
+        return isinstance(order, Open)
+
+    def _until(self, decision: Callable[[Orders], T | None]) -> T:
+        """Wait for the scheduler's word; meanwhile answer with the epochs that it lacks, a page a question."""
+
+        def next_order(orders: Orders) -> T | _Lack | None:
+            return decision(orders) or self._lack(orders)
+
+        while True:
+            order: T | _Lack = self.channel.until(next_order)
+            if not isinstance(order, _Lack):
+                return order
+            self.channel.report(Epochs(self.identity.incarnation, self.generation, self._page(order.known)))
+
+    def _lack(self, orders: Orders) -> "_Lack | None":
+        """Return how much the scheduler lacks, once for each time it says so."""
+        asked = orders.asked
+        if asked is None or asked is self.answered or asked.known is None or asked.known >= self.done:
+            return None
+        self.answered = asked
+        return _Lack(asked.known)
+
+    @property
+    def done(self) -> int:
+        """Number of epochs that the label holder has on disk; 0 elsewhere."""
+        return self.history[-1].epoch + 1 if self.history else 0
+
+    def _page(self, known: int) -> tuple[EpochResult, ...]:
+        """Return the epochs that come after the `known` ones. Raises CheckpointError if they are lost."""
+        page = self.history.page(known)
+        if not page:
+            raise CheckpointError(
+                "the scheduler has lost its history, and that of the label holder begins with epoch "
+                f"{self.history[0].epoch + 1}: nobody knows those before; restore history.jsonl in one of the two "
+                "state folders, or give every party and the scheduler a new one to train anew"
+            )
+        return page
+
+    def commit(self, step: int, ended: EpochResult | None = None) -> None:
+        """Have what is here and now become the checkpoint of `step`, with the result of an epoch that `ended` in it.
+
+        The scheduler is told when it is on disk.
+        """
+        assert self.run is not None
+        self.channel.settle()
+        history = self.history if ended is None else self.history.after(ended)
+        values = {"last_epoch": [_as_json(e) for e in history.newest(1)], "running": dict(self.running)}
+        state, run, generation = self.stage.state(), self.run, self.generation
+
+        def save() -> None:
+            if self.journal is not None:  # before the checkpoint that counts on it
+                self.journal.write(history)
+            self.checkpoints.save(step, state, run=run, generation=generation, values=values)
+            self.committed, self.held, self.history = step, self.checkpoints.steps(), history
+            self.channel.report(self._progress(step, None))
+            if ended is not None:
+                self.channel.report(EpochDone(self.identity.incarnation, generation, ended))
+
+        self.channel.commit(step, save)
+
+    def advance(self, step: int, rows: int, loss: float | None = None) -> None:
+        """An optimizer step is done: tell the scheduler some time soon."""
+        self.samples += rows
+        self.step = step
+        self.channel.progress(self._progress(step, loss))
+
+    def _progress(self, step: int, loss: float | None) -> Progress:
+        return Progress(self.identity.incarnation, self.generation, step, self.held, loss, self.samples)
+
+    def _describe(self) -> Joined:
+        me = self.identity
+        about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
+        newest = self.history.newest()
+        return Joined(*about, self.run, self.generation, self.held, newest, version=me.version, rules=me.rules)
+
+    def _remember(self, saved: Saved | None) -> None:
+        """Become what a checkpoint says, or what nobody has trained yet."""
+        self.held = self.checkpoints.steps()
+        self.committed = BEFORE_FIRST_STEP if saved is None else saved.step
+        self.history = History() if saved is None else self._history_at(saved)
+        self.running = {} if saved is None else dict(saved.values["running"])
+        if saved is not None:
+            self.run, self.generation = saved.run, saved.generation
+
+    def _history_at(self, saved: Saved) -> History:
+        """Return the history that belongs to a checkpoint; without the file no more than its last epoch."""
+        if "epochs" in saved.values:  # a checkpoint of an earlier version holds all of them
+            return History.of(EpochResult(**e) for e in saved.values["epochs"])
+        last = History.of(EpochResult(**e) for e in saved.values["last_epoch"])
+        written = History() if self.journal is None or not last else self.journal.load().until(last[-1].step)
+        return written if written and written[-1].epoch == last[-1].epoch else last
+
+    def _resume(self, start: Start, fresh: Any) -> None:
+        """Load the newest checkpoint of the present timeline and enter it."""
+        saved = None
+        for step in reversed(self.checkpoints.steps()):
+            candidate = self.checkpoints.load(step)
+            if candidate.run != start.run:
+                raise CheckpointError(
+                    f"the state folder holds run {candidate.run!r}, the scheduler started run {start.run!r}; "
+                    "use the state folder of this run, or a new one"
+                )
+            if start.admits(candidate.generation, step):
+                saved = candidate
+                break
+        self.checkpoints.discard_after(BEFORE_FIRST_STEP if saved is None else saved.step)
+        self._remember(saved)
+        self.stage.load(fresh if saved is None else saved.state)
+        self.run, self.generation = start.run, start.generation
+        self.channel.adopt(start, self.committed)
+        self.channel.report(self._progress(self.committed, None))
+
+    def _finish(self, step: int) -> Final:
+        """Write the final weights: those after `step`, which early stopping may have chosen."""
+        assert self.run is not None
+        self.channel.settle()
+        if step != self.committed:
+            self.stage.load(self.checkpoints.load(step).state)
+        self.checkpoints.write_final(
+            self.stage.weights(), run=self.run, step=step, incarnation=self.identity.incarnation
+        )
+        final = self.checkpoints.finished()
+        assert final is not None
+        return final
+
+
+def _as_json(result: EpochResult) -> dict[str, Any]:
+    holdout = None if result.holdout is None else dict(result.holdout)
+    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout}

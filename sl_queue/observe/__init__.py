@@ -1,0 +1,1 @@
+"""Sinks of a worker's events and status: log, Prometheus, console."""

@@ -1,0 +1,1 @@
+"""Prediction of a pipeline's speed from measured costs."""

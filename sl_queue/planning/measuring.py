@@ -1,0 +1,258 @@
+"""What a step is made of: a few steps of all parties measured here, in this thread.
+
+Each action is measured with other data in the caches; some after a pause, as a worker meets it that has waited for a
+message, which alone makes it up to twice as long; and some beside another core that is as busy, as workers of one
+machine are to each other. What cannot be measured on one machine is assumed: the way through the broker, and the link
+that the user describes.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from sl_queue.compute.base_stage import TorchBaseStage, base_stage
+from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
+from sl_queue.config.job import Job, JobPipeline, JobWire, PartyFile
+from sl_queue.cut.packing import Mask, Wire, asks_for_less
+from sl_queue.cut.tensors import cast
+from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts
+from sl_queue.planning.stopwatch import Stopwatch, copying
+from sl_queue.ports import Table
+from sl_queue.protocol.codec import decode, encode
+from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload
+from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.storage.checkpoints import Folder
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """What a message costs in seconds, by bytes."""
+
+    driver: Affine  # at each end
+    broker: Affine
+    beside: Affine  # CPU time beyond the way of the message: much is spent when it has arrived
+
+
+# RabbitMQ 3.10 on two cores, as `python -m benchmarks plan` measures it.
+HANDLING = Handling(driver=Affine(0.17e-3, 0.3e-9), broker=Affine(0.1e-3, 0.3e-9), beside=Affine(0.1e-3, 0.5e-9))
+
+STEPS = 8  # measured, after as many to warm up
+PARTS = 8  # of a batch, for the cost of small micro-batches
+PLAYED = 50  # steps of a simulation between two commits, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What lies between a feature party and the broker, and how many cores everybody shares (None: nobody shares)."""
+
+    rtt_ms: float = 0.0
+    mbit_s: float | None = None
+    cores: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was measured with micro-batches of one size."""
+
+    rows: int
+    clock: Stopwatch = field(repr=False)
+    activations: Mapping[str, Payload] = field(repr=False)  # of one micro-batch, as they were computed
+    gradients: Mapping[str, Payload] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A few steps, with a whole batch at once and in parts."""
+
+    samples: tuple[Sample, Sample]
+    chill: float  # how many times as long everything takes after a pause
+    crowd: float  # and beside one other that computes on this machine
+    relu: Mapping[str, bool]  # whose zeros ask for no gradient
+    commit_s: float
+
+    def line(self, value: Callable[[Sample], float]) -> Affine:
+        """A cost by the rows of a micro-batch."""
+        one, other = self.samples
+        return Affine.through((one.rows, value(one)), (other.rows, value(other)))
+
+
+def measure(job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table]) -> Measured:
+    """Run a few steps of every stage in this thread."""
+    n_rows = tables[job.label_holder].n_rows
+    plain = {"wire": JobWire(), "holdout": 0.0, "early_stopping": None, "epochs": 1_000_000}
+    samples, chills, crowds = [], [], []
+    for parts in (1, min(PARTS, job.batch_size)):
+        changed = job.model_copy(update={**plain, "pipeline": JobPipeline(micro_batches=parts)})
+        stages = _Stages.build(changed, files, tables, changed.batches(n_rows))
+        samples.append(stages.sample())
+        chills.append(stages.chill(samples[-1]))
+        crowds.append(stages.crowd(samples[-1]))
+    with TemporaryDirectory(prefix="sl_queue-plan-") as folder:
+        commit_s = stages.commit_s(Path(folder))
+    return Measured((samples[0], samples[1]), chills[0], crowds[0], stages.relu(), commit_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stages:
+    """All parties' stages in one thread."""
+
+    fuse: TorchFuseStage
+    bases: Mapping[str, TorchBaseStage]
+    batches: Batches
+
+    @classmethod
+    def build(
+        cls, job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table], batches: Batches
+    ) -> "_Stages":
+        fuse = fuse_stage(job, files[job.label_holder], tables[job.label_holder], batches)
+        bases = {party: base_stage(job, files[party], tables[party], batches) for party in job.feature_parties}
+        return cls(fuse, bases, batches)
+
+    def sample(self) -> Sample:
+        """A few steps, after as many to warm up."""
+        self._steps(Stopwatch(), range(STEPS))
+        clock = Stopwatch()
+        sent, back = self._steps(clock, range(STEPS, 2 * STEPS))
+        return Sample(len(self.batches.rows(MicroBatch(0, 0))), clock, sent, back)
+
+    def chill(self, sample: Sample) -> float:
+        """How many times as long a step takes whose every action comes after a pause."""
+        clock = Stopwatch(COLD_S)
+        self._steps(clock, range(2 * STEPS, 3 * STEPS))
+        return clock.times_as_long_as(sample.clock)
+
+    def crowd(self, sample: Sample) -> float:
+        """How many times as long a step takes while another core does nothing but copy."""
+        if os.cpu_count() == 1:
+            return 1.0
+        clock = Stopwatch()
+        with copying():
+            self._steps(clock, range(3 * STEPS, 4 * STEPS))
+        return clock.times_as_long_as(sample.clock)
+
+    def _steps(self, clock: Stopwatch, steps: range) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
+        """The activations and gradients of the last one's first micro-batch, which is as large as any."""
+        for step in steps:
+            for index in reversed(range(self.batches.parts(step))):
+                sent, back = self._micro_batch(clock, MicroBatch(step, index))
+            clock.time(LABEL, "update", self.fuse.update)
+            for party, base in self.bases.items():
+                clock.time(party, "update", base.update)
+        return sent, back
+
+    def _micro_batch(
+        self, clock: Stopwatch, micro_batch: MicroBatch
+    ) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
+        """Its activations and gradients."""
+        sent = {}
+        for party, base in self.bases.items():
+            clock.time(party, "prepare", partial(base.prepare, micro_batch))
+            sent[party] = clock.time(party, "forward", partial(base.forward, micro_batch))
+        clock.time(LABEL, "prepare", partial(self.fuse.prepare, micro_batch))
+        back = clock.time(LABEL, "fuse", partial(self.fuse.forward_backward, micro_batch, sent))
+        for party, base in self.bases.items():
+            clock.time(party, "backward", partial(base.backward, micro_batch, back[party]))
+        return sent, back
+
+    def commit_s(self, folder: Path) -> float:
+        """How long the slowest party's checkpoint takes on this machine's disk."""
+        seconds = []
+        stages: list[TorchFuseStage | TorchBaseStage] = [self.fuse, *self.bases.values()]
+        for number, stage in enumerate(stages):
+            with Folder(folder / str(number), job_digest="", party="", fingerprint={}) as checkpoints:
+                began = time.perf_counter()
+                checkpoints.save(0, stage.state(), run="", generation=0, values={})
+                seconds.append(time.perf_counter() - began)
+        return max(seconds)
+
+    def relu(self) -> Mapping[str, bool]:
+        """Whose activations come out of a ReLU; the last thing that is asked of these stages."""
+        found = {}
+        for party, base in self.bases.items():
+            base.wire = Wire(compress="bitmap")
+            found[party] = asks_for_less(base.forward(MicroBatch(4 * STEPS, 0))) is not None
+        return found
+
+
+# For the simulation -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Travel:
+    """What a message costs those at its ends, and its bytes."""
+
+    pack_s: float
+    unpack_s: float
+    size: int
+
+    @classmethod
+    def of(cls, wire: Wire, payload: Payload, relu: bool, wanted: Mask | None) -> "_Travel":
+        header = Header("a" * 12, 0, Kind.ACTIVATION, "party", "party", MicroBatch(0, 0))
+        clock = Stopwatch()
+        body = b""
+        for _ in range(STEPS):
+            packed = clock.time("", "pack", lambda: wire.pack(payload, relu=relu, wanted=wanted))
+            body = clock.time("", "encode", partial(encode, header, Activation(MicroBatch(0, 0), packed)))
+            _, message = clock.time("", "decode", partial(decode, body))
+            assert isinstance(message, Activation)
+            clock.time("", "unpack", partial(wire.unpack, message.payload, wanted))
+        pack_s, encode_s, decode_s, unpack_s = (clock.median("", w) for w in ("pack", "encode", "decode", "unpack"))
+        return cls(pack_s + encode_s, decode_s + unpack_s, len(body))
+
+
+def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Handling = HANDLING) -> Costs:
+    """What the simulation has to know."""
+    wire, there, back = replace(wire, cast=cast), {}, {}
+    for place, sample in enumerate(measured.samples):
+        for party, activation in sample.activations.items():
+            relu = measured.relu[party]
+            wanted = asks_for_less(wire.pack(activation, relu=relu))
+            there[party, place] = _Travel.of(wire, activation, relu, None)
+            back[party, place] = _Travel.of(wire, sample.gradients[party], relu=False, wanted=wanted)
+
+    def line(travels: Mapping[tuple[str, int], _Travel], party: str, value: Callable[[_Travel], float]) -> Affine:
+        few, many = measured.samples
+        return Affine.through((few.rows, value(travels[party, 0])), (many.rows, value(travels[party, 1])))
+
+    features, fuse = {}, measured.line(lambda sample: sample.clock.median(LABEL, "fuse"))
+    clock = measured.samples[0].clock
+    for party in measured.relu:
+        forward = measured.line(lambda sample, p=party: sample.clock.median(p, "forward"))  # type: ignore[misc]
+        backward = measured.line(lambda sample, p=party: sample.clock.median(p, "backward"))  # type: ignore[misc]
+        features[party] = FeatureCosts(
+            forward + line(there, party, lambda t: t.pack_s),
+            backward + line(back, party, lambda t: t.unpack_s),
+            clock.median(party, "update"),
+            line(there, party, lambda t: t.size),
+            line(back, party, lambda t: t.size),
+            measured.line(lambda sample, p=party: sample.clock.median(p, "prepare")),  # type: ignore[misc]
+        )
+        fuse = fuse + line(there, party, lambda t: t.unpack_s) + line(back, party, lambda t: t.pack_s)
+    rtt_s = link.rtt_ms / 1e3
+    commits = between_commits(job.pipeline) / job.pipeline.checkpoint_every  # one that is played stands for these
+    return Costs(
+        features,
+        fuse,
+        clock.median(LABEL, "update"),
+        commit_s=(measured.commit_s + rtt_s) * commits,
+        fuse_prepare=measured.line(lambda sample: sample.clock.median(LABEL, "prepare")),
+        handling=handling.broker,
+        driver=handling.driver,
+        beside=handling.beside,
+        chill=measured.chill,
+        crowd=measured.crowd,
+        rtt_s=rtt_s,
+        bytes_per_s=None if link.mbit_s is None else link.mbit_s * 1e6 / 8,
+        cores=link.cores,
+    )
+
+
+def between_commits(order: JobPipeline) -> int:
+    return min(order.checkpoint_every, PLAYED)

@@ -1,0 +1,128 @@
+"""Which pipeline is fastest: every one played with what its actions cost here (costs.py), and what to paste."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sl_queue.compute.model import limit_threads
+from sl_queue.config.job import Job, JobPipeline, PartyFile
+from sl_queue.cut.packing import Wire
+from sl_queue.data.table import read_table
+from sl_queue.local.threads import require_all
+from sl_queue.planning.costs import Costs
+from sl_queue.planning.measuring import HANDLING, Handling, Link, between_commits, costs_of, measure
+from sl_queue.planning.simulation import Prediction, simulate
+from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.schedule.row_order import Batches
+
+WARM_UP = 6
+MICRO_BATCHES = (1, 2, 4, 8)
+STALENESS = (1, 2, 4)
+WIRES = (Wire(), Wire(compress="bitmap"), Wire("bfloat16"), Wire("float16"), Wire("int8"), Wire("int8", "bitmap"))
+SIMPLER = 1.03  # what comes earlier in the list is preferred unless something later is this much faster
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run the job, and what it would come to."""
+
+    pipeline: JobPipeline
+    wire: Wire
+    prediction: Prediction
+
+    @property
+    def exact(self) -> bool:
+        """Whether it gives the weights of joined training."""
+        return self.pipeline.staleness == 0 and self.wire.dtype == "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was found, fastest first."""
+
+    candidates: tuple[Candidate, ...]
+    present: Candidate  # what the job says now
+
+    @property
+    def exact(self) -> Candidate:
+        """The fastest that gives the weights of joined training."""
+        return _simplest([c for c in self.candidates if c.exact])
+
+    @property
+    def fastest(self) -> Candidate:
+        """The fastest of all."""
+        return _simplest(self.candidates)
+
+
+def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handling = HANDLING) -> Plan:
+    """Measure a few steps of all parties here, and rank the pipelines. Raises whatever building a stage raises."""
+    require_all(job, files)
+    limit_threads(next((file.threads for file in files if file.threads), None) or 1)
+    tables = {file.party: read_table(job, file) for file in files}
+    measured = measure(job, {file.party: file for file in files}, tables)
+    found = []
+    for wire in WIRES:
+        costs = costs_of(job, measured, wire, link, handling)
+        found += [Candidate(order, wire, played(job, costs, order)) for order in _orders(job)]
+    costs = costs_of(job, measured, job.on_the_wire, link, handling)
+    present = Candidate(job.pipeline, job.on_the_wire, played(job, costs, job.pipeline))
+    return Plan(tuple(sorted(found, key=lambda candidate: candidate.prediction.step_s)), present)
+
+
+def _orders(job: Job) -> Iterator[JobPipeline]:
+    """The pipelines worth looking at, simple ones first."""
+    every = job.pipeline.checkpoint_every
+    for parts in (n for n in MICRO_BATCHES if n <= job.batch_size):
+        for depth in sorted({1, 2, parts} if parts > 1 else {1}):
+            yield JobPipeline(micro_batches=parts, depth=depth, staleness=0, checkpoint_every=every)
+    for staleness in STALENESS:
+        for parts in (n for n in MICRO_BATCHES[:3] if n <= job.batch_size):
+            depth = parts * (staleness + 1)
+            yield JobPipeline(micro_batches=parts, depth=depth, staleness=staleness, checkpoint_every=every)
+
+
+def _simplest(candidates: Sequence[Candidate]) -> Candidate:
+    """Of those that are about as fast as the fastest the one that asks for least."""
+    limit = min(c.prediction.step_s for c in candidates) * SIMPLER
+
+    def asks(candidate: Candidate) -> tuple[int, int, int, int]:
+        order, wire = candidate.pipeline, candidate.wire
+        return order.staleness, WIRES.index(wire), order.micro_batches, order.depth
+
+    return min((c for c in candidates if c.prediction.step_s <= limit), key=asks)
+
+
+def played(job: Job, costs: Costs, order: JobPipeline) -> Prediction:
+    """What that pipeline would come to."""
+    every = between_commits(order)
+    steps = every + max(every, 2 * WARM_UP)
+    batches = Batches(job.batch_size * steps, job.seed, 1, job.batch_size, order.micro_batches)
+    pipeline = Pipeline(batches, order.depth, order.staleness, every)
+    return simulate(pipeline, costs, min(WARM_UP, every))
+
+
+# What is printed ------------------------------------------------------------------------------------------------
+
+
+def lines(plan: Plan, shown: int = 12) -> Iterator[str]:
+    """The ranking, and the tables to paste."""
+    yield f"{'ms a step':>10} {'bubble':>7}  {'micro_batches':>13} {'depth':>5} {'staleness':>9}  wire"
+    rows = [*plan.candidates[:shown], *([plan.exact] if plan.exact not in plan.candidates[:shown] else [])]
+    for candidate in rows:
+        yield _line(candidate)
+    yield f"{_line(plan.present)}   (the job as it is)"
+    yield f"\nfastest with the weights of joined training:\n\n{_tables(plan.exact)}"
+    if not plan.fastest.exact:
+        yield "\nfastest of all (staleness and narrower numbers change what is learned: compare the holdout metrics):"
+        yield f"\n{_tables(plan.fastest)}"
+
+
+def _line(candidate: Candidate) -> str:
+    order, wire, prediction = candidate.pipeline, candidate.wire, candidate.prediction
+    told = f"{prediction.step_s * 1e3:10.2f} {prediction.bubble:7.0%}"
+    return f"{told}  {order.micro_batches:13} {order.depth:5} {order.staleness:9}  {wire.dtype}, {wire.compress}"
+
+
+def _tables(candidate: Candidate) -> str:
+    order, wire = candidate.pipeline, candidate.wire
+    pipeline = f"micro_batches = {order.micro_batches}\ndepth = {order.depth}\nstaleness = {order.staleness}"
+    return f'[pipeline]\n{pipeline}\n\n[wire]\ndtype = "{wire.dtype}"\ncompress = "{wire.compress}"'

@@ -1,0 +1,1 @@
+"""One party's memory of a run."""

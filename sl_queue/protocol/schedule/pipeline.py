@@ -1,0 +1,211 @@
+"""The order of work, from two integers: a sliding window at the feature party.
+
+`depth` is how many activations may be sent whose gradient has not been applied, `staleness` how many optimizer updates
+a forward may run ahead. One rule generates every known pipeline: do the next forward if the window allows it, else the
+oldest backward; update after a step's last backward. The window is empty at a commit and at the end of an epoch.
+
+    lock-step   depth 1, staleness 0   F0.0 B0.0 U0 F1.0 B1.0 U1
+    gpipe       depth 4, staleness 0   F0.0 F0.1 F0.2 F0.3 B0.0 B0.1 B0.2 B0.3 U0
+    1f1b        depth 2, staleness 0   F0.0 F0.1 B0.0 F0.2 B0.1 F0.3 B0.2 B0.3 U0
+    run ahead   depth 2, staleness 1   F0.0 F1.0 B0.0 U0 F2.0 B1.0 U1 F3.0 B2.0 U2 B3.0 U3
+
+Which weights a forward uses follows from these actions alone, never from timing.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.schedule.row_order import Batches
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Wait until the scheduler has opened the epoch."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Feature party: compute and send an activation."""
+
+    micro_batch: MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Feature party: await and apply a gradient."""
+
+    micro_batch: MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Fuse:
+    """Label holder: await all activations, compute the loss, send all gradients."""
+
+    micro_batch: MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer step."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Forward the held-out rows with the weights after the epoch's last `step`."""
+
+    epoch: int
+    step: int
+    parts: int
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """The keys under which held-out activations are filed."""
+        return (MicroBatch(self.step, index) for index in range(self.parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Confirm, save, acknowledge: nothing is in flight."""
+
+    step: int
+
+
+Action = Begin | Forward | Backward | Fuse | Update | Evaluate | Commit
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """The micro-batches that a peer may have sent while `committed` is the last step on its receiver's disk.
+
+    Those of the stretch that follows it, and the first window of the one after: a peer sends no more before it is
+    answered, and its receiver answers nothing of a stretch before the one before is committed.
+    """
+
+    committed: int
+    closes: int  # the last step of the stretch; `committed` after the run's last
+    opening: MicroBatch  # the last of the window that opens the next stretch; at the run's end that of this one
+    holdout_parts: int  # micro-batches of held-out rows that follow step `closes`
+
+    def admits(self, micro_batch: MicroBatch) -> bool:
+        """True for the key of a training micro-batch within reach."""
+        return self.committed < micro_batch.step and micro_batch <= self.opening
+
+    def admits_holdout(self, micro_batch: MicroBatch) -> bool:
+        """True for the key of a held-out micro-batch within reach."""
+        return micro_batch.step == self.closes > self.committed and micro_batch.index < self.holdout_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The actions of each role from any step on."""
+
+    batches: Batches
+    depth: int
+    staleness: int
+    checkpoint_every: int  # steps
+
+    def commits(self, step: int) -> bool:
+        """Whether a checkpoint follows the step: every `checkpoint_every` steps and at each epoch's end."""
+        return (step + 1) % self.checkpoint_every == 0 or self.batches.ends_epoch(step)
+
+    def feature_actions(self, first_step: int) -> Iterator[Action]:
+        """What a feature party does from `first_step` (a step after a commit) to the end of the run."""
+        for first, last in self._stretches(first_step):
+            yield Begin(self.batches.epoch_of(first))
+            yield from self._window(first, last)
+            yield from self._close(last)
+
+    def label_actions(self, first_step: int) -> Iterator[Action]:
+        """What the label holder does; it meets the micro-batches in the order in which feature parties send them."""
+        for first, last in self._stretches(first_step):
+            yield Begin(self.batches.epoch_of(first))
+            for step in range(first, last + 1):
+                for index in range(self.batches.parts(step)):
+                    yield Fuse(MicroBatch(step, index))
+                yield Update(step)
+            yield from self._close(last)
+
+    def _stretches(self, first_step: int) -> Iterator[tuple[int, int]]:
+        """The run from `first_step` on, cut into (first, last) steps between two commits."""
+        first = first_step
+        for step in range(first_step, self.batches.steps):
+            if self.commits(step):
+                yield first, step
+                first = step + 1
+
+    def _window(self, first: int, last: int) -> Iterator[Action]:
+        """The sliding window from an empty pipeline before `first` to an empty one after `last`."""
+        forwards = deque(MicroBatch(s, i) for s in range(first, last + 1) for i in range(self.batches.parts(s)))
+        in_flight: deque[MicroBatch] = deque()
+        updates = first
+        while forwards or in_flight:
+            if forwards and len(in_flight) < self.depth and forwards[0].step - updates <= self.staleness:
+                in_flight.append(forwards.popleft())
+                yield Forward(in_flight[-1])
+                continue
+            oldest = in_flight.popleft()
+            yield Backward(oldest)
+            if oldest.index == self.batches.parts(oldest.step) - 1:
+                yield Update(oldest.step)
+                updates += 1
+
+    def _close(self, last: int) -> Iterator[Action]:
+        if self.batches.ends_epoch(last) and self.batches.holdout_rows:
+            yield Evaluate(self.batches.epoch_of(last), last, self.batches.holdout_parts)
+        yield Commit(last)
+
+    def reach(self, committed: int) -> Reach:
+        """What a peer may have sent while `committed`, a step after which there is a commit, is the last on disk."""
+        stretches = self._stretches(committed + 1)
+        this, following = next(stretches, None), next(stretches, None)
+        if this is None:
+            return Reach(committed, committed, MicroBatch(committed, 0), 0)
+        closes = this[1]
+        last = MicroBatch(closes, self.batches.parts(closes) - 1)
+        held_out = self.batches.holdout_parts if self.batches.ends_epoch(closes) else 0
+        return Reach(committed, closes, last if following is None else self._opening(*following), held_out)
+
+    def _opening(self, first: int, last: int) -> MicroBatch:
+        """The last micro-batch that `_window` sends before it awaits an answer."""
+        steps = range(first, min(last, first + self.staleness) + 1)
+        *_, opening = islice((MicroBatch(s, i) for s in steps for i in range(self.batches.parts(s))), self.depth)
+        return opening
+
+    @property
+    def prefetch(self) -> int:
+        """How many messages of one sender may be unacknowledged: fewer would deadlock the run.
+
+        Between two commits: every activation or gradient, the held-out activations, and the window's first messages
+        of the next stretch, which may arrive before the commit. As many as the keys of any `reach`, or more.
+        """
+        stretch = min(self.checkpoint_every, self.batches.steps_per_epoch) * self.batches.micro_batches
+        return stretch + self.depth + self.batches.holdout_parts
+
+
+def notation(actions: Iterable[Action]) -> str:
+    """`F0.0 B0.0 U0`: one word per action; X fuse, E evaluate, C commit; the beginning of an epoch is a bar."""
+    return " ".join(_word(action) for action in actions)
+
+
+def _word(action: Action) -> str:
+    match action:
+        case Begin(epoch):
+            return f"|{epoch}"
+        case Forward(micro_batch):
+            return f"F{micro_batch}"
+        case Backward(micro_batch):
+            return f"B{micro_batch}"
+        case Fuse(micro_batch):
+            return f"X{micro_batch}"
+        case Update(step):
+            return f"U{step}"
+        case Evaluate(epoch, _, _):
+            return f"E{epoch}"
+        case Commit(step):
+            return f"C{step}"

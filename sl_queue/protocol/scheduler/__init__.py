@@ -1,0 +1,1 @@
+"""The scheduler's reducer and its state."""

@@ -1,0 +1,131 @@
+"""Whether a party that joins can train with the others: the same job, the same rows, the same run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sl_queue.protocol.messages import Joined
+from sl_queue.protocol.scheduler.state import Member, Plan, RunState
+from sl_queue.protocol.text import LONGEST_NAME, printable
+
+MAX_KEYS = 10  # of two jobs, named one by one
+
+
+def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+    """Why this party cannot train with the others, or None; `state` is from before it joined."""
+    return (
+        _other_job(plan, sender, joined)
+        or _other_rules(plan, state, sender, joined)
+        or _other_rows(plan, state, sender, joined)
+        or _other_run(state, sender, joined)
+    )
+
+
+def _other_job(plan: Plan, sender: str, joined: Joined) -> str | None:
+    differing = sorted(differing_keys(joined.job, plan.job).items())
+    if not differing:
+        return None
+    told = "; ".join(
+        f"{printable(key, LONGEST_NAME)} = {printable(repr(a), LONGEST_NAME)} at {sender!r}, "
+        f"{printable(repr(b), LONGEST_NAME)} at the scheduler"
+        for key, (a, b) in differing[:MAX_KEYS]
+    )
+    further = f", and {len(differing) - MAX_KEYS} more" if len(differing) > MAX_KEYS else ""
+    return f"the job files differ, and every party needs the same one: {told}{further}"
+
+
+def _other_rows(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+    """A run that has begun says on which rows; before, those who are here are compared with each other."""
+    agreed = state.agreed
+    if agreed is not None:
+        if agreed.rows_digest == joined.rows_digest:
+            return None
+        return (
+            f"the rows differ: {sender!r} has {joined.n_rows} rows, run {state.run} was begun on {agreed.n_rows}, and "
+            f"their ids are not the same; restore that table at {sender!r} and start its worker again, or train anew "
+            "with new state folders everywhere"
+        )
+    for other in plan.parties:
+        member = state.members.get(other, Member())
+        if other == sender or not member.here or member.rows_digest == joined.rows_digest:
+            continue
+        if member.id_type != joined.id_type:
+            return differing_id_types({sender: joined.id_type, other: member.id_type or ""})
+        return (
+            f"the rows differ: {sender!r} has {joined.n_rows} rows, {other!r} has {member.n_rows}, and their ids are "
+            "not the same; align the tables (private set intersection) so that both hold exactly the same ids"
+        )
+    return None
+
+
+def _other_run(state: RunState, sender: str, joined: Joined) -> str | None:
+    if joined.run is not None and joined.run != printable(joined.run, LONGEST_NAME):
+        return f"the state folder of {sender!r} names no run of sl_queue; give that worker its own folder, or a new one"
+    runs = {p: m.run for p, m in state.members.items() if m.run is not None and p != sender}
+    if joined.run is not None:
+        runs[sender] = joined.run
+    if state.run is not None:
+        runs["the scheduler"] = state.run
+    if len(set(runs.values())) > 1:
+        held = ", ".join(f"{p} holds {r}" for p, r in sorted(runs.items()))
+        return f"the state folders belong to different runs: {held}; use the folders of one run, or new ones everywhere"
+    return None
+
+
+def _other_rules(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+    """Parties that choose held-out rows differently would not agree on a single micro-batch."""
+    others = {p: m.rules for p, m in state.members.items() if p in plan.parties and p != sender and m.here}
+    for other, rules in others.items():
+        if rules is None or rules == joined.rules:
+            continue
+        older, newer = sorted(((joined.rules, sender), (rules, other)))
+        return (
+            f"the rules by which a run chooses its held-out rows differ: {older[1]!r} goes by rules {older[0]}, as an "
+            f"earlier version of sl_queue or a run that one began does, and {newer[1]!r} by rules {newer[0]}. To go on "
+            f"with the run, write rules = {older[0]} at the top of the job file of {newer[1]!r} (no digest changes); "
+            "to train anew, use this version of sl_queue and a new state folder everywhere"
+        )
+    return None
+
+
+def differing_id_types(types: Mapping[str, str]) -> str:
+    """Say whose ids are of which type, which party file to change, and how."""
+    integers = _listed([party for party, kind in types.items() if kind == "integer"])
+    texts = _listed([party for party, kind in types.items() if kind == "text"])
+    if not integers or not texts:  # a peer may say anything
+        return f"the ids of {_listed(list(types))} are of different types"
+    return (
+        f'the ids of {integers} are of type integer and those of {texts} of type text, and 7 is not the id "7": write '
+        f'id_type = "text" under [data] in the party file of {integers}; or, if the text is whole numbers like 007 or '
+        f'7.0, id_type = "integer" in that of {texts}'
+    )
+
+
+def _listed(parties: Sequence[str]) -> str:
+    return " and ".join(map(repr, parties))
+
+
+def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """The keys in which another canonical job differs from ours, each with both values."""
+    differing = sorted(differing_keys(here, there).items())
+    return "; ".join(f"{key}: {_told(ours)} here, {_told(theirs)} there" for key, (ours, theirs) in differing)
+
+
+def _told(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value)
+
+
+def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values; None stands for a missing one."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in ours.keys() | theirs.keys():
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differing_keys(a, b, f"{path}{key}.")
+        elif _plain(a) != _plain(b):
+            found[f"{path}{key}"] = (a, b)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,322 @@
+"""The scheduler's mind: a pure reducer (state, event, now) -> (state, commands).
+
+Anything may arrive from anyone at any time, so the scheduler has no order of its own. Every report is an idempotent
+statement about the present; every command follows from the state alone, so whoever joins again is told everything
+anew. The state is written to disk before a command leaves and before a report is acknowledged.
+"""
+
+from dataclasses import replace
+from typing import assert_never
+
+from sl_queue.errors import failure
+from sl_queue.protocol.messages import (
+    OPERATOR,
+    Alive,
+    Command,
+    EpochDone,
+    EpochResult,
+    Epochs,
+    Failed,
+    Finish,
+    Finished,
+    Joined,
+    Lost,
+    Progress,
+    Report,
+    Start,
+    Stop,
+    Stopped,
+    StopRequest,
+    Waiting,
+)
+from sl_queue.protocol.scheduler.agreement import disagreement
+from sl_queue.protocol.scheduler.epochs import all_committed, final_step, finishing, opening, recorded, standing_of
+from sl_queue.protocol.scheduler.state import (
+    Agreed,
+    Member,
+    Orders,
+    Phase,
+    Plan,
+    RunState,
+    changed,
+    gone,
+    incarnations,
+    missing,
+    newest_common,
+    with_member,
+)
+from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
+
+
+def reduce(
+    plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str, redelivered: bool = False
+) -> tuple[RunState, Orders]:
+    """One report of one party (or of the operator). `fresh_run` names the run if this report begins one.
+
+    What is delivered again says nothing of whether its sender is still alive.
+    """
+    if isinstance(report, StopRequest):
+        return _stop(plan, state)
+    if sender == OPERATOR or sender not in plan.parties:
+        return state, ()
+    member = state.members.get(sender, Member())
+    heard = member.heard if redelivered else now
+    if isinstance(report, Joined):
+        return _join(plan, state, sender, report, heard, now, fresh_run)
+    if report.incarnation != member.incarnation or not (member.here or isinstance(report, Finished)):
+        return state, ()  # of an earlier worker of that party; one that has finished will not join again
+    state = with_member(state, sender, replace(member, heard=heard))
+    match report:
+        case Alive():
+            return state, ()
+        case Progress():
+            return _progress(plan, state, sender, report)
+        case EpochDone(_, generation, result):
+            return _measured(plan, state, sender, generation, (result,), now)
+        case Epochs(_, generation, results):
+            return _measured(plan, state, sender, generation, results, now)
+        case Waiting(source=source):
+            return (changed(state, sender, waiting=report) if source in plan.parties else state), ()
+        case Lost():
+            return _lost(plan, state, sender, report)
+        case Failed(_, error, message):
+            state = changed(state, sender, stopped=True)
+            who, said = f"party {sender!r}", printable(message, LONGEST)
+            reason = said if said.startswith(who) else f"{who}: {said}"
+            return _fail(plan, state, failure(error), reason, failed=sender)
+        case Stopped(_, step):
+            return _stopped(plan, state, sender, step)
+        case Finished(_, digests):
+            return _ended(plan, changed(state, sender, finished=digests, waiting=None)), ()
+        case _:
+            assert_never(report)
+
+
+def standing_orders(plan: Plan, state: RunState) -> Orders:
+    """What everyone should have been told by now; a scheduler that comes back may have been killed before it was."""
+    return tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
+
+
+def disagree(plan: Plan, state: RunState, reason: str) -> tuple[RunState, Orders]:
+    """End the run because a party cannot be understood, though it is there."""
+    if state.phase is Phase.STOPPED:
+        return state, ()
+    return _fail(plan, state, "AlignmentError", reason)
+
+
+# Joining ------------------------------------------------------------------------------------------------------
+
+
+def _join(
+    plan: Plan, state: RunState, sender: str, joined: Joined, heard: float | None, now: float, fresh_run: str
+) -> tuple[RunState, Orders]:
+    before = state
+    state = _entered(state, sender, joined, heard)
+    if state.phase in (Phase.FAILED, Phase.STOPPED):
+        return state, ((sender, _at_once(state, joined.incarnation)),)
+    problem = disagreement(plan, before, sender, joined)
+    if state.phase is Phase.FINISHED:
+        return changed(state, sender, finished=None), _too_late(plan, state, sender, joined, problem)
+    if problem is not None and (before.agreed is not None or before.phase is not Phase.GATHERING):
+        return _refused(plan, before, sender, joined.incarnation, problem, now)
+    if problem is not None:
+        return _fail(plan, state, "AlignmentError", problem)
+    if state.phase is Phase.GATHERING:
+        if missing(plan, state):
+            return state, ()
+        agreed = Agreed(joined.n_rows, joined.rows_digest, joined.id_type)
+        state = replace(_begin(state, fresh_run), epoch_began=now, agreed=agreed)
+        state, _ = _remembered(plan, state, now)
+        return state, standing_orders(plan, state)
+    state, orders = _remembered(plan, state, now)
+    return state, (*_all_orders(plan, state, sender), *orders, *finishing(plan, state))
+
+
+def _entered(state: RunState, sender: str, joined: Joined, heard: float | None) -> RunState:
+    """Note what a worker says of itself."""
+    return changed(
+        state,
+        sender,
+        incarnation=joined.incarnation,
+        here=True,
+        heard=heard,
+        n_rows=joined.n_rows,
+        rows_digest=joined.rows_digest,
+        id_type=joined.id_type,
+        rules=joined.rules,
+        run=joined.run,
+        generation=joined.generation,
+        held=joined.held,
+        epochs=joined.epochs,
+        version=printable(joined.version, LONGEST_NAME),
+        stopped=False,
+        waiting=None,
+        lost=None,
+        refused=None,
+        refused_at=None,
+    )
+
+
+def _refused(
+    plan: Plan, state: RunState, sender: str, incarnation: str, problem: str, now: float
+) -> tuple[RunState, Orders]:
+    """Send a worker away that does not fit the run which the others are in; they wait for one that does.
+
+    Nothing that was known of its party is forgotten, and it is no sign of life of the worker that is awaited. If all
+    are refused, nobody is left to wait.
+    """
+    state = changed(state, sender, refused=problem, refused_at=now)
+    if all(state.members.get(party, Member()).refused is not None for party in plan.parties):
+        state, _ = _fail(plan, state, "AlignmentError", problem)
+    return state, ((sender, Stop(incarnation, problem, error="AlignmentError")),)
+
+
+def _too_late(plan: Plan, state: RunState, sender: str, joined: Joined, problem: str | None) -> Orders:
+    """Of a run that has finished: who holds the checkpoint of the final weights writes them again."""
+    step = final_step(plan, state)
+    if problem is not None:
+        return ((sender, Stop(joined.incarnation, problem, error="AlignmentError")),)
+    if state.run is not None and step is not None and step in joined.held:
+        begin = Start(joined.incarnation, state.run, state.bases)
+        return ((sender, begin), (sender, Finish(joined.incarnation, step)))
+    lost = f"run {state.run!r} has finished, and party {sender!r} holds neither its final weights nor their checkpoint"
+    anew = "to train anew, give every party and the scheduler a new state folder"
+    return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {anew}", error="CheckpointError")),)
+
+
+def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Orders]:
+    """Add the epochs that the label holder remembers, as far as they belong to the present timeline."""
+    label_holder = state.members.get(plan.label_holder, Member())
+    timeline = Start("", "", state.bases)
+    epochs = (e for e in label_holder.epochs if timeline.admits(label_holder.generation, e.step))
+    return recorded(plan, state, tuple(epochs), now)
+
+
+def _begin(state: RunState, fresh_run: str) -> RunState:
+    """Everyone is here and agrees: go on with the run that is on disk, or begin one."""
+    held = [m for m in state.members.values() if m.run is not None]
+    if state.run is None and held:
+        newest = max(m.generation for m in held)
+        common = newest_common(state)
+        assert common is not None, "everyone has joined"
+        # this scheduler's folder is new: it knows the generation, not where it began; what all hold is a safe base
+        return replace(state, phase=Phase.RUNNING, run=held[0].run, bases=(common,) * (newest + 1))
+    return replace(state, phase=Phase.RUNNING, run=state.run or fresh_run)
+
+
+def _all_orders(plan: Plan, state: RunState, party: str) -> Orders:
+    """Everything a party that (re)joins must know."""
+    incarnation = dict(incarnations(plan, state)).get(party)
+    if incarnation is None or state.run is None or state.phase not in (Phase.RUNNING, Phase.STOPPING):
+        return ()
+    orders: list[Command] = [Start(incarnation, state.run, state.bases), opening(plan, state, incarnation)]
+    finish = final_step(plan, state)
+    if finish is not None and all_committed(plan, state):
+        orders.append(Finish(incarnation, finish))
+    if state.phase is Phase.STOPPING and (party == plan.label_holder or state.stop_after is not None):
+        orders.append(Stop(incarnation, state.reason or "stopped", after_step=state.stop_after))
+    return tuple((party, order) for order in orders)
+
+
+# Epochs -------------------------------------------------------------------------------------------------------
+
+
+def _measured(
+    plan: Plan, state: RunState, sender: str, generation: int, results: tuple[EpochResult, ...], now: float
+) -> tuple[RunState, Orders]:
+    """Take what the label holder measured in the present generation."""
+    if generation != state.generation or sender != plan.label_holder:
+        return state, ()
+    return recorded(plan, state, results, now)
+
+
+def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tuple[RunState, Orders]:
+    if report.generation != state.generation:
+        return state, ()
+    committed = state.members[sender].committed
+    loss = state.members[sender].loss if report.loss is None else report.loss
+    state = changed(
+        state, sender, step=report.step, held=report.held, generation=report.generation,
+        run=state.run, loss=loss, samples=report.samples, waiting=None, lost=None,
+    )  # fmt: skip
+    return state, finishing(plan, state) if state.members[sender].committed > committed else ()
+
+
+# The last line of recovery ------------------------------------------------------------------------------------
+
+
+def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunState, Orders]:
+    """A message is lost when its receiver asks for it again after its sender said that it no longer has it."""
+    if report.generation != state.generation or state.phase not in (Phase.RUNNING, Phase.STOPPING):
+        return state, ()
+    waiting = state.members.get(report.receiver, Member()).waiting
+    same = waiting is not None and (waiting.source, waiting.kind, waiting.step, waiting.index) == (
+        sender, report.kind, report.step, report.index,
+    )  # fmt: skip
+    said = state.members[sender].lost
+    asked_again = said is not None and said.asked_s < report.asked_s and replace(said, asked_s=report.asked_s) == report
+    base = newest_common(state)
+    if base is None or not (same and asked_again):
+        return changed(state, sender, lost=report), ()
+    members = {p: m.back_to(base) for p, m in state.members.items()}
+    history = state.history.until(base)
+    standing = standing_of(plan, history)
+    state = replace(state, bases=(*state.bases, base), members=members, history=history, standing=standing)
+    return state, standing_orders(plan, state)
+
+
+# Endings ------------------------------------------------------------------------------------------------------
+
+
+def _fail(plan: Plan, state: RunState, error: str, reason: str, failed: str | None = None) -> tuple[RunState, Orders]:
+    """Stop everyone at once but the party that failed; without one the parties disagree."""
+    if state.phase in (Phase.FAILED, Phase.FINISHED):
+        return state, ()
+    state = replace(state, phase=Phase.FAILED, reason=reason, error=error, failed=failed)
+    return state, tuple((p, _at_once(state, i)) for p, i in incarnations(plan, state) if p != failed)
+
+
+def _at_once(state: RunState, incarnation: str) -> Stop:
+    return Stop(incarnation, state.reason or "stopped", error=ending(state))
+
+
+def ending(state: RunState) -> str:
+    """Name the error with which a run that failed or was stopped ends for who has not failed itself."""
+    if state.error is None:
+        return "RunStopped"
+    return "PeerFailed" if state.failed is not None else state.error
+
+
+def _stop(plan: Plan, state: RunState) -> tuple[RunState, Orders]:
+    reason = "stopped by the operator; start the workers again to resume"
+    if state.phase is Phase.GATHERING:
+        state = replace(state, phase=Phase.STOPPED, reason=reason)
+        return state, tuple((p, _at_once(state, i)) for p, i in incarnations(plan, state))
+    if state.phase is not Phase.RUNNING:
+        return state, ()
+    state = replace(state, phase=Phase.STOPPING, reason=reason)
+    stops = tuple((p, Stop(i, reason)) for p, i in incarnations(plan, state) if p == plan.label_holder)
+    return state, stops
+
+
+def _stopped(plan: Plan, state: RunState, sender: str, step: int) -> tuple[RunState, Orders]:
+    """The label holder stops first, at its next commit; then everyone knows the step after which to stop."""
+    state = changed(state, sender, stopped=True)
+    if state.phase is not Phase.STOPPING:
+        return state, ()  # a worker that was interrupted, not one that was told to stop
+    if sender != plan.label_holder:
+        return _ended(plan, state), ()
+    state = replace(state, stop_after=step)
+    reason = state.reason or "stopped"
+    stops = tuple((p, Stop(i, reason, after_step=step)) for p, i in incarnations(plan, state) if p != sender)
+    return _ended(plan, state), stops
+
+
+def _ended(plan: Plan, state: RunState) -> RunState:
+    """Whether that was the last party."""
+    members = [state.members.get(p, Member()) for p in plan.parties]
+    if all(m.finished is not None for m in members):
+        return replace(state, phase=Phase.FINISHED, reason=None)
+    if state.phase is Phase.STOPPING and all(gone(state, m) for m in members):
+        return replace(state, phase=Phase.STOPPED)
+    return state

@@ -1,1 +1,0 @@
-"""The loops: one file per role, on protocol and ports only."""

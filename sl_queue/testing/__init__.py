@@ -1,0 +1,1 @@
+"""A private broker, faults and their report: for tests and `sl-queue chaos`."""

@@ -1,0 +1,94 @@
+"""What `sl-queue chaos` shows at its end: what went wrong, what it cost, and whether a bit differs."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from statistics import mean, median
+
+from rich.console import Group
+from rich.table import Table
+
+from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.testing.chaos import Trial, Verdict
+
+
+def report(verdict: Verdict) -> Group:
+    """The numbers, the digests, the last word."""
+    return Group("", _summary(verdict), "", _losses(verdict), "", _weights(verdict), "", _last_word(verdict))
+
+
+def _summary(verdict: Verdict) -> Table:
+    table = Table("", "in peace", "under faults", box=None)
+    peace, faults = verdict.peace, verdict.faults
+    table.add_row("seconds", f"{peace.seconds:.1f}", f"{faults.seconds:.1f}")
+    table.add_row("faults injected", "0", f"{len(faults.injected)} of {len(verdict.planned)}")
+    for what, name in (
+        ("messages applied", "applied"),
+        ("messages delivered again", "redelivered"),
+        ("duplicates dropped", "duplicates"),
+        ("messages rejected", "rejected"),
+    ):
+        table.add_row(what, str(peace.journal.count(name)), str(faults.journal.count(name)))
+    table.add_row("messages sent again on request", str(peace.journal.resent), str(faults.journal.resent))
+    for role in verdict.roles:
+        if role != SCHEDULER:
+            table.add_row(f"steps done again by {role}", _again(verdict.peace, role), _again(verdict.faults, role))
+    for text, times in _restarts(verdict):
+        table.add_row(text, "", f"median {median(times):.1f} s, at most {max(times):.1f} s" if times else "")
+    return table
+
+
+def _again(trial: Trial, role: str) -> str:
+    after_kills, without = trial.journal.recomputed(role)
+    if not after_kills and not without:
+        return "0"
+    return f"{sum(after_kills) + without} (at most {max(after_kills, default=0)} a restart, {without} without)"
+
+
+def _restarts(verdict: Verdict) -> Iterator[tuple[str, list[float]]]:
+    parties = [role for role in verdict.roles if role != SCHEDULER]
+    again = [process for role in parties for process in verdict.faults.journal.processes(role)[1:]]
+    loading = [process.loaded_s - process.started_s for process in again if process.loaded_s is not None]
+    yield "restart to libraries loaded", loading
+    yield "from there to the next step", [p.to_next_step_s for p in again if p.to_next_step_s is not None]
+
+
+def _losses(verdict: Verdict) -> Table:
+    """What each kind of fault cost."""
+    parties = [role for role in verdict.roles if role != SCHEDULER]
+    stalls: dict[str, list[float]] = {}
+    for injected in verdict.faults.injected:
+        stalled_s = verdict.faults.journal.stalled_s(parties, injected.at_s)
+        stalls.setdefault(str(injected.fault), []).append(stalled_s)
+    table = Table("seconds until every party went on", "times", "mean", "longest", box=None)
+    for fault, seconds in sorted(stalls.items()):
+        table.add_row(fault, str(len(seconds)), f"{mean(seconds):.1f}", f"{max(seconds):.1f}")
+    lost_s = verdict.faults.seconds - verdict.peace.seconds
+    count = len(verdict.faults.injected)
+    table.add_row("longer than in peace, per fault", str(count), f"{lost_s / count:.1f}" if count else "", "")
+    return table
+
+
+def _weights(verdict: Verdict) -> str:
+    peace, faults = verdict.peace.weights, verdict.faults.weights
+    lines = ["SHA-256 of the final weights"]
+    for name in sorted({*peace, *faults}):
+        one, other = peace.get(name, "missing"), faults.get(name, "missing")
+        said = "equal" if one == other else "DIFFERENT"
+        lines += [f"  {name}: {said}", f"    in peace      {one}", f"    under faults  {other}"]
+    return "\n".join(lines)
+
+
+def _last_word(verdict: Verdict) -> str:
+    for name, trial in (("in peace", verdict.peace), ("under faults", verdict.faults)):
+        if trial.failure is not None:
+            return f"failed: the run {name} ended because of {trial.failure.worker}: {trial.failure.reason}"
+    left = len(verdict.planned) - len(verdict.faults.injected)
+    if left:
+        return f"failed: the run ended before {left} of the faults came; a longer job leaves room for them"
+    if not verdict.passed:
+        return "failed: the weights differ"
+    return f"passed: {_listed(injected.fault.kind for injected in verdict.faults.injected)}, and not one bit differs"
+
+
+def _listed(kinds: Iterable[str]) -> str:
+    return ", ".join(f"{count} x {kind}" for kind, count in Counter(kinds).items()) or "no fault"

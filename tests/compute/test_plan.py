@@ -1,0 +1,61 @@
+"""The planner's tables can be pasted, and it recommends what hides a delay."""
+
+import tomllib
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from sl_queue.config.job import Job
+from sl_queue.planning.measuring import Link
+from sl_queue.planning.plan import Plan, lines, plan_job
+from tests.support.split import Concatenated, parties
+
+
+def planned(link: Link, **job: Any) -> Plan:
+    draw = np.random.default_rng(5)
+    run = parties(
+        {"a": nn.Sequential(nn.Linear(3, 8), nn.ReLU())},
+        Concatenated(8, 1),
+        {"a": draw.normal(size=(80, 3)).astype(np.float32)},
+        draw.integers(0, 2, 80),
+        cuts={"a": [8]},
+        **job,
+    )
+    return plan_job(run.job, list(run.files.values()), link)
+
+
+@pytest.fixture(scope="module")
+def far() -> Plan:
+    return planned(Link(rtt_ms=200.0))
+
+
+def test_over_a_slow_link_lock_step_waits_for_it_and_a_run_ahead_is_recommended(far: Plan) -> None:
+    assert 0.2 < far.exact.prediction.step_s < 0.4
+    assert far.fastest.pipeline.staleness == 4
+    assert far.fastest.prediction.step_s == pytest.approx(0.2 / 5, rel=0.5)
+    assert far.exact.exact
+    assert not far.fastest.exact
+
+
+def test_every_candidate_is_ranked_and_the_present_one_is_among_what_is_printed(far: Plan) -> None:
+    times = [candidate.prediction.step_s for candidate in far.candidates]
+    assert times == sorted(times)
+    assert sum("(the job as it is)" in line for line in lines(far)) == 1
+
+
+def test_the_recommended_tables_are_those_of_a_job_file(far: Plan) -> None:
+    tables = "\n".join(lines(far)).split(":\n\n")[1:]
+    assert len(tables) == 2
+    for text in tables:
+        values = tomllib.loads(text.split("\n\nfastest")[0])
+        cut = {"a": {"role": "feature", "cut": [8]}, "holder": {"role": "label"}}
+        job = Job(name="x", seed=1, epochs=1, batch_size=12, parties=cut, **values)
+        assert (job.pipeline.staleness > 0) == (text == tables[1])
+
+
+def test_a_narrow_link_makes_fewer_bytes_worth_it() -> None:
+    narrow = planned(Link(mbit_s=0.01))
+    assert narrow.fastest.wire.dtype == "int8"
+    assert narrow.exact.wire.compress == "bitmap"

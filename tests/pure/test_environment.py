@@ -1,0 +1,112 @@
+"""A wrong environment variable is one line that names it, and exit code 2, before anything starts."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sl_queue.config.environment import FINAL_EXIT, LOG, METRICS, THREADS, VARIABLES, check
+from sl_queue.errors import JobError
+
+ROOT = Path(__file__).parents[2]
+WORKERS = ("workers.scheduler", "workers.feature_party", "workers.label_holder")
+
+pytestmark = pytest.mark.timeout(120)
+
+WRONG = [
+    ("SL_QUEUE_THREADS", "abc"),
+    ("SL_QUEUE_THREADS", "-1"),
+    ("SL_QUEUE_THREADS", "1.5"),
+    ("SL_QUEUE_THREADS", "1000000"),
+    ("SL_QUEUE_THREADS", "١٢"),
+    ("SL_QUEUE_LOG", "basic_format"),
+    ("SL_QUEUE_LOG", "trace"),
+    ("SL_QUEUE_LOG", "10"),
+    ("SL_QUEUE_LOG", "notset"),
+    ("SL_QUEUE_METRICS_PORT", "http"),
+    ("SL_QUEUE_METRICS_PORT", "0"),
+    ("SL_QUEUE_METRICS_PORT", "99999"),
+    ("SL_QUEUE_METRICS_PORT", "127.0.0.1:"),
+    ("SL_QUEUE_METRICS_PORT", "a b:9108"),
+    ("SL_QUEUE_FINAL_EXIT", "abc"),
+    ("SL_QUEUE_FINAL_EXIT", "256"),
+    ("SL_QUEUE_FINAL_EXIT", "-1"),
+    ("SL_QUEUE_PARENT", "init"),
+]
+
+
+def run(*words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SL_QUEUE_")}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=ROOT, env={**kept, **changes}, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(("name", "text"), WRONG)
+def test_a_wrong_value_is_named_with_what_is_allowed(name: str, text: str) -> None:
+    allowed = next(variable.allowed for variable in VARIABLES if variable.name == name)
+    with pytest.raises(JobError) as error:
+        check({name: text})
+    assert str(error.value) == f"{name} = {text!r}; it must be {allowed}"
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(JobError, match=r"(?s)SL_QUEUE_THREADS.*\n  SL_QUEUE_LOG.*\n  SL_QUEUE_FINAL_EXIT"):
+        check({"SL_QUEUE_LOG": "loud", "SL_QUEUE_THREADS": "many", "SL_QUEUE_FINAL_EXIT": "x"})
+
+
+def test_what_is_right_is_read_and_nothing_is_the_default() -> None:
+    environ = {"SL_QUEUE_THREADS": " 2 ", "SL_QUEUE_LOG": "DEBUG", "SL_QUEUE_METRICS_PORT": "[::1]:9108"}
+    assert [variable.read(environ) for variable in (THREADS, LOG, METRICS, FINAL_EXIT)] == [
+        2,
+        "debug",
+        "[::1]:9108",
+        None,
+    ]
+    empty = {variable.name: "" for variable in VARIABLES}
+    for environ in ({}, empty):
+        assert [variable.read(environ) for variable in (THREADS, LOG, METRICS, FINAL_EXIT)] == [0, "info", None, None]
+        check(environ)
+
+
+@pytest.mark.parametrize("module", WORKERS)
+@pytest.mark.parametrize("final", [{}, {"SL_QUEUE_FINAL_EXIT": "7"}])
+def test_a_worker_says_it_in_one_line_and_exits_with_2_or_what_stands_for_it(
+    module: str, final: dict[str, str]
+) -> None:
+    done = run("-m", module, "--job", "nowhere.toml", SL_QUEUE_LOG="trace", **final)
+    assert done.returncode == int(final.get("SL_QUEUE_FINAL_EXIT", "2"))
+    assert done.stderr.splitlines()[0].startswith("error: SL_QUEUE_LOG = 'trace'; it must be debug, info, ")
+    assert len(done.stderr.splitlines()) == 1 + len(final)
+
+
+def test_a_final_exit_code_that_is_none_is_told_and_not_used() -> None:
+    done = run("-m", "workers.scheduler", "--job", "nowhere.toml", SL_QUEUE_FINAL_EXIT="ok")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "SL_QUEUE_FINAL_EXIT = 'ok'" in done.stderr
+
+
+def test_the_health_check_says_it_too() -> None:
+    done = run("-m", "workers.health", SL_QUEUE_METRICS_PORT="http")
+    assert (done.returncode, "SL_QUEUE_METRICS_PORT = 'http'" in done.stderr) == (2, True)
+
+
+def test_a_command_says_it_too(tmp_path: Path) -> None:
+    program = "from sl_queue.local.threads import shared_threads; from sl_queue.launch.process import leaving\n"
+    done = run("-c", f"{program}with leaving(): shared_threads(2)", SL_QUEUE_THREADS="abc")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_a_worker_with_keys_leaves_no_core_dump() -> None:
+    program = (
+        "import ctypes, os, resource, signal\n"
+        "from workers.entry import leave_no_core\n"
+        "leave_no_core()\n"
+        "print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGQUIT)\n"
+    )
+    done = run("-c", program)
+    assert done.stdout == "(0, 0) 0\n"
+    assert done.returncode == -signal.SIGQUIT

@@ -1,0 +1,159 @@
+"""What watches a worker shares none of its limits: few connections, one thread, and an end to each of them."""
+
+import os
+import resource
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import pytest
+
+from sl_queue.observe.http_server import MOST, PATIENCE_S, REQUEST_BYTES, Answer, HttpServer
+from tests.support.links import await_that
+
+HOST = "127.0.0.1"
+BIG = b"x" * 5_000_000
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def fail(_: object) -> Answer:
+    raise ValueError("no page")
+
+
+@pytest.fixture
+def server() -> Iterator[HttpServer]:
+    pages = {"/": lambda _: Answer(b"here"), "/big": lambda _: Answer(BIG), "/bad": fail}
+    with closing(HttpServer(HOST, 0, pages)) as server:
+        yield server
+
+
+def get(server: HttpServer, path: str = "/") -> bytes:
+    with urllib.request.urlopen(f"http://{HOST}:{server.port}{path}", timeout=10) as answer:
+        return bytes(answer.read())
+
+
+def connect(server: HttpServer) -> socket.socket:
+    return socket.create_connection((HOST, server.port), timeout=10)
+
+
+def ask(server: HttpServer, request: bytes) -> bytes:
+    """The first line of the answer."""
+    with connect(server) as peer:
+        peer.sendall(request)
+        return peer.makefile("rb").readline().strip()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def sockets_of(server: HttpServer) -> int:
+    return len(server._connections)
+
+
+def test_a_page_is_given_whole_to_who_asks_for_it(server: HttpServer) -> None:
+    assert get(server) == get(server, "/?name[]=x") == b"here"
+    assert get(server, "/big") == BIG
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /elsewhere HTTP/1.1\r\n\r\n", b"404"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", b"405"),
+        (b"DELETE / HTTP/1.1\r\n\r\n", b"405"),
+        (b"GET / HTTP/2\r\n\r\n", b"400"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello of TLS \r\n\r\n", b"400"),
+        (b"GET /" + b"a" * 2000 + b" HTTP/1.1\r\n\r\n", b"414"),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * (REQUEST_BYTES - 18), b"431"),
+        (b"GET /bad HTTP/1.1\r\n\r\n", b"500"),
+    ],
+)
+def test_whatever_else_is_asked_gets_an_answer_and_an_end(server: HttpServer, request_: bytes, status: bytes) -> None:
+    assert status in ask(server, request_)
+    assert get(server) == b"here"
+
+
+def test_a_request_may_come_in_pieces(server: HttpServer) -> None:
+    with connect(server) as peer:
+        for piece in (b"GE", b"T / HTT", b"P/1.1\r\nHost: x\r", b"\n\r\n"):
+            peer.sendall(piece)
+        assert b"here" in peer.makefile("rb").read()
+
+
+def test_idle_connections_take_each_others_place_and_the_watcher_is_served(server: HttpServer) -> None:
+    threads, before = threading.active_count(), descriptors()
+    idle = [connect(server) for _ in range(300)]
+    assert get(server) == b"here"
+    assert threading.active_count() == threads
+    assert descriptors() - before - len(idle) <= MOST
+    assert sockets_of(server) <= MOST
+    for peer in idle:
+        peer.close()
+
+
+def test_a_connection_that_says_nothing_ends_after_its_patience(server: HttpServer) -> None:
+    began = time.monotonic()
+    with connect(server) as peer:
+        assert peer.recv(1) == b""
+    assert PATIENCE_S - 1 < time.monotonic() - began < PATIENCE_S + 5
+
+
+def test_a_watcher_that_does_not_read_its_answer_ends_too(server: HttpServer) -> None:
+    with connect(server) as peer:
+        peer.sendall(b"GET /big HTTP/1.1\r\n\r\n")
+        await_that(lambda: sockets_of(server) == 1, "it is being answered")
+        assert get(server) == b"here"
+        await_that(lambda: sockets_of(server) == 0, "it is given up", PATIENCE_S + 10)
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """As when a process has opened all that it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    taken = []
+    try:
+        while True:
+            try:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                break
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shortage_of_descriptors_neither_ends_it_nor_makes_it_spin(server: HttpServer) -> None:
+    with socket.socket() as peer:
+        peer.settimeout(10)
+        with no_descriptors_left():
+            peer.connect((HOST, server.port))  # by the kernel; the server cannot accept it
+            peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            await_that(lambda: server._listen_at is not None, "it has met the shortage")
+            spent = time.process_time()
+            peer.settimeout(1.0)
+            with pytest.raises(TimeoutError):
+                peer.recv(1)
+            assert time.process_time() - spent < 0.5
+        peer.settimeout(10)
+        assert b"here" in peer.makefile("rb").read()
+    assert get(server) == b"here"
+
+
+def test_it_can_be_closed_while_connections_are_open_and_its_port_is_free_again(server: HttpServer) -> None:
+    with connect(server) as peer:
+        await_that(lambda: sockets_of(server) == 1, "it is accepted")
+        server.close()
+        assert peer.recv(1) == b""
+    with closing(HttpServer(HOST, server.port, {"/": lambda _: Answer(b"next")})) as following:
+        assert get(following) == b"next"
+    with pytest.raises(urllib.error.URLError):
+        get(server)

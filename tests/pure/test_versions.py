@@ -1,0 +1,126 @@
+"""A party of another version is named with both versions, and neither waited for nor restarted for ever."""
+
+import threading
+import time
+
+import msgpack
+import pytest
+
+from sl_queue.errors import AlignmentError
+from sl_queue.protocol.codec import VERSION, AnotherVersion, decode, encode
+from sl_queue.protocol.messages import SCHEDULER, Alive, Header, Joined, Kind, MicroBatch, Report, Start
+from sl_queue.protocol.scheduler.state import Phase
+from sl_queue.protocol.topology import Topology
+from sl_queue.transport.memory import MemoryBroker
+from sl_queue.transport.party_channel import PartyChannel
+from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from sl_queue.transport.versions import Versions
+from tests.support.toy_run import ToyRun
+
+TOPOLOGY = Topology("label", ("a", "b"))
+FIRST = MicroBatch(0, 0)
+
+
+def of_version(version: int, report: Report, sender: str, receiver: str) -> bytes:
+    """A report as a program of another version sends it, which has a field more."""
+    fields = msgpack.unpackb(encode(Header("r", 1, Kind.REPORT, sender, receiver, FIRST), report))
+    return bytes(msgpack.packb([version, *fields[1:], "more"]))
+
+
+def test_another_version_is_known_by_its_number_whatever_follows() -> None:
+    with pytest.raises(AnotherVersion, match=f"protocol version 2; this program speaks {VERSION}"):
+        decode(of_version(2, Alive("a1"), "a", "label"))
+
+
+def test_who_speaks_nothing_but_another_version_is_named_after_a_patience() -> None:
+    versions = Versions(60.0)
+    versions.foreign("bank", "protocol 2, this program speaks 1", 0.0)
+    versions.foreign("bank", "protocol 2, this program speaks 1", 30.0)
+    assert versions.named(59.0) == {}
+    assert "party 'bank' speaks protocol 2, this program speaks 1" in versions.named(60.0)["bank"]
+    assert "docs/upgrade.md" in versions.named(60.0)["bank"]
+    versions.understood("bank")
+    assert versions.named(100.0) == {}
+
+
+def test_what_an_older_version_left_in_a_queue_names_nobody() -> None:
+    versions = Versions(60.0)
+    for n in range(1000):
+        versions.foreign("bank", "protocol 0, this program speaks 1", n / 1000)
+    assert versions.named(3600.0) == {}
+
+
+class Foreigner:
+    """A worker of party a that speaks another version: its signs of life, until it is told to end. Mutable."""
+
+    def __init__(self, broker: MemoryBroker, receivers: tuple[str, ...], every_s: float) -> None:
+        self._ended = threading.Event()
+        self._told = (broker, receivers, every_s)
+        self._thread = threading.Thread(target=self._live)
+
+    def __enter__(self) -> "Foreigner":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _live(self) -> None:
+        broker, receivers, every_s = self._told
+        while not self._ended.wait(every_s):
+            for receiver in receivers:
+                body = of_version(2, Alive("a1"), "a", receiver)
+                broker.publish(receiver, "a", body, persistent=False, expires=False)
+
+
+def test_a_party_ends_with_both_versions_named_when_a_peer_speaks_another_one() -> None:
+    broker = MemoryBroker()
+    link = broker.link("label", TOPOLOGY, 100)
+    label = PartyChannel(link, "label", ("a", "b"), "label1", patience_s=0.4, persistent=False, depth=1)
+    label.open()
+    label.adopt(Start("label1", "r", (-1,)), -1)
+    began = time.monotonic()
+    try:
+        with (
+            Foreigner(broker, ("label",), 0.05),
+            pytest.raises(AlignmentError, match=r"'a' speaks protocol 2, this program speaks 1.*upgrade"),
+        ):
+            label.receive("b", Kind.ACTIVATION, FIRST)
+    finally:
+        label.close()
+    assert 0.4 <= time.monotonic() - began < 3.0
+    assert len(broker.dead_letters) < 10
+
+
+def test_a_scheduler_fails_the_run_with_both_versions_named_and_tells_the_others() -> None:
+    run = ToyRun(patience_s=0.4)
+    run.on_start = lambda role, _: _be_another() if role == "a" else None
+    with (
+        Foreigner(run.broker, (SCHEDULER, "label"), 0.05),
+        pytest.raises(AlignmentError),
+    ):
+        run.run(timeout_s=20.0)
+    told = sorted(str(error) for error in run.errors)
+    assert len(told) == 4 and sum("party 'a' speaks protocol 2, this program speaks 1" in text for text in told) == 3
+    assert run.ledger.state is not None
+    assert run.ledger.state.phase is Phase.FAILED and "speaks protocol 2" in (run.ledger.state.reason or "")
+
+
+def _be_another() -> None:
+    """End where the worker of another version takes over."""
+    raise AlignmentError("a is of another version")
+
+
+def test_a_worker_says_which_version_of_the_program_it_is_and_older_ones_need_not() -> None:
+    broker = MemoryBroker()
+    channel = LinkSchedulerChannel(broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY.parties, "s1", patience_s=60.0)
+    channel.open()
+    told = [Joined("a1", {}, 9, "d", "integer", None, 0, (), to="s1", version=version) for version in ("", "0.2.0")]
+    for joined in told:
+        body = encode(Header("", 0, Kind.REPORT, "a", SCHEDULER, FIRST), joined)
+        broker.publish(SCHEDULER, "a", body, persistent=False, expires=False)
+    try:
+        assert [report.version for _, report, _ in channel.reports(0.0)] == ["", "0.2.0"]  # type: ignore[union-attr]
+    finally:
+        channel.close()

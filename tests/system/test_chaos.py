@@ -1,0 +1,107 @@
+"""`sl-queue chaos` is the system test of recovery, with a fixed seed; and it says so when a bit differs."""
+
+import re
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sl_queue.config.job import Job
+from sl_queue.errors import JobError
+from sl_queue.local.supervise import Failure
+from sl_queue.testing.chaos import Fault, Injected, Kind, Storm, Trial, Verdict, plan_faults, run_chaos
+from sl_queue.testing.report import report
+from sl_queue.testing.run_log import Journal, recomputed
+from tests.support.crew import ROLES, write_job
+from tests.support.everything import use_everything
+
+COMMAND = str(Path(sys.executable).with_name("sl-queue"))
+
+
+def chaos(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    files = [str(folder / name) for name in ("job.toml", "bank.toml", "insurer.toml")]
+    return subprocess.run([COMMAND, "chaos", *files, *options], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(400)  # it starts a broker and a dozen workers, each of which loads torch
+def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    use_everything(tmp_path, micro_batches=2)
+    run = chaos(tmp_path, "--kills", "2", "--broker-restarts", "1", "--cuts", "1", "--seed", "5")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(re.findall(r"^ .* s  step +\d+ +\d/4  ", run.stdout, re.MULTILINE)) == 4
+    assert run.stdout.count(": equal\n") == 3
+    again = re.findall(r"steps done again by \w+ +0 +(\d+)", run.stdout)
+    assert len(again) == 2
+    assert re.search(r"^passed: .*2 x SIGKILL", run.stdout, re.MULTILINE)
+    for digests in re.findall(r"in peace +([0-9a-f]{64})\n +under faults +([0-9a-f]{64})", run.stdout):
+        assert digests[0] == digests[1]
+
+
+def trial(weights: str, *, injected: int = 1, failure: Failure | None = None) -> Trial:
+    fault = Fault(3, 0.1, Kind.KILL, "bank")
+    return Trial(failure, 10.0, Journal(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        (trial("ab"), "passed: 1 x SIGKILL, and not one bit differs"),
+        (trial("cd"), "failed: the weights differ"),
+        (trial("ab", injected=0), "failed: the run ended before 1 of the faults came"),
+        (trial("ab", failure=Failure("bank", 5, "NaN")), "failed: the run under faults ended because of bank: NaN"),
+    ],
+    ids=["equal", "different", "too short", "ended"],
+)
+def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Trial, said: str) -> None:
+    verdict = Verdict(ROLES, (Fault(3, 0.1, Kind.KILL, "bank"),), trial("ab", injected=0), faults)
+    assert verdict.passed == said.startswith("passed")
+    console = Console(width=200, file=StringIO(), record=True)
+    console.print(report(verdict))
+    shown = console.export_text()
+    assert said in shown
+    assert ("DIFFERENT" in shown) == (faults.weights["bank/final/base.safetensors"] != "ab")
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    with pytest.raises(JobError, match="is not empty"):
+        run_chaos(Job.load(job), job, {}, tmp_path, Storm(1, 0, 0, seed=0), print)
+
+
+def test_the_same_seed_plans_the_same_faults_and_another_seed_others() -> None:
+    storm = Storm(kills=10, broker_restarts=2, cuts=5, seed=3)
+    planned = plan_faults(storm, ROLES, 500)
+    assert planned == plan_faults(storm, ROLES, 500)
+    assert planned != plan_faults(Storm(10, 2, 5, seed=4), ROLES, 500)
+    assert [fault.kind for fault in planned].count(Kind.KILL) == 10
+    assert [fault.kind for fault in planned].count(Kind.BROKER) == 2
+    assert len(planned) == 17
+    assert [fault.step for fault in planned] == sorted(fault.step for fault in planned)
+    assert all(0 <= fault.step < 475 for fault in planned)
+    assert {fault.victim for fault in planned} == {*ROLES, "broker"}
+
+
+def test_steps_done_again_are_counted_by_restart_and_those_without_one_apart() -> None:
+    assert recomputed([[0, 1, 2, 3]]) == ([], 0)
+    assert recomputed([[0, 1, 2, 3], [2, 3, 4], [5]]) == ([2, 0], 0)
+    assert recomputed([[0, 1, 2, 3, 1, 2, 3, 4]]) == ([], 3)  # everyone went back
+    assert recomputed([[], [0, 1], [0, 1, 2]]) == ([0, 2], 0)
+
+
+def test_a_journal_reads_what_workers_log() -> None:
+    journal = Journal()
+    journal.start("bank", 1)
+    said = "2026-01-01 00:00:00,000 DEBUG bank: step 7 is done; messages of this process so far: "
+    assert journal.line("bank", said + "{'redelivered': 1, 'applied': 4}")
+    assert journal.line("bank", said.replace("7", "8") + "{'redelivered': 1, 'applied': 6, 'duplicates': 2}")
+    assert not journal.line("bank", "2026-01-01 00:00:00,000 INFO bank: sent 3 messages again to party 'insurer'")
+    assert not journal.line("bank", "error: something else")
+    journal.start("bank", 2)
+    assert journal.line("bank", said + "{'redelivered': 5, 'applied': 1}")
+    assert (journal.last_step, journal.resent) == (8, 3)
+    assert [journal.count(what) for what in ("applied", "redelivered", "duplicates", "rejected")] == [7, 6, 2, 0]
+    assert journal.recomputed("bank") == ([1], 0)
