@@ -74,6 +74,7 @@ class Table:
     columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
     hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
     notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
+    fitted: str | None = field(default=None, repr=False)  # JSON: what [features] learned of the training rows
 
     @property
     def n_rows(self) -> int:

@@ -45,7 +45,10 @@ __all__ = [
 
 # Keys that came after the first version: left out of the canonical job while they have this value, their default, so
 # that the digest of a job that does not use them stays what it was. Dotted, as JSON holds them.
-LATER: dict[str, Any] = {"holdout_seed": None}
+LATER: dict[str, Any] = {
+    "holdout_seed": None,
+    "alignment": {"method": "equal", "normalise": [], "at_least": 1, "at_most": None, "pad": 1000},
+}
 
 MAX_PARTIES = 10_000  # more do not fit into one status
 RESERVED = (SCHEDULER, OPERATOR, "dead")  # names of other queues and routing keys
@@ -116,6 +119,27 @@ class JobWire(Declared):
     compress: Compress = Field(default="none", description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd"')
 
 
+class JobAlignment(Declared):
+    """How the rows are found that all parties hold."""
+
+    method: Literal["equal", "psi"] = Field(
+        default="equal", description='"equal" (all parties hold the same ids) or "psi" (private set intersection)'
+    )
+    normalise: list[Literal["strip", "nfkc", "casefold"]] = Field(
+        default=[], description='a list of "strip", "nfkc" and "casefold": done to ids that are text, in this order'
+    )
+    at_least: _Count = Field(default=1, description="a whole number of at least 1: shared rows without which to stop")
+    at_most: _Count | None = Field(default=None, description="a whole number of at least 1: ids that a party may bring")
+    pad: _Count = Field(default=1000, description="a whole number of at least 1, to whose multiples sizes are rounded")
+
+    @model_validator(mode="after")
+    def _is_used(self) -> Self:
+        beside = sorted(self.model_fields_set - {"method", "normalise"})
+        if self.method == "equal" and beside:
+            raise ValueError(f'has {", ".join(beside)}, which only method = "psi" has a use for')
+        return self
+
+
 class JobEarlyStopping(Declared):
     """When training ends before its last epoch, with the best epoch's weights."""
 
@@ -144,6 +168,7 @@ class Job(Declared):
     pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
     broker: JobBroker = Field(default=JobBroker(), description="a table [broker]")
     wire: JobWire = Field(default=JobWire(), description="a table [wire]")
+    alignment: JobAlignment = Field(default=JobAlignment(), description="a table [alignment]")
     early_stopping: JobEarlyStopping | None = Field(default=None, description="a table [early_stopping]")
     security: JobSecurity = Field(default=JobSecurity(), description="a table [security]")
     rules: Literal[1, 2] | None = Field(

@@ -19,9 +19,12 @@ from pydantic import (
     model_validator,
 )
 
+from sl_queue.config.csv_file import CsvFile
+from sl_queue.config.features import FeatureFile, specs_of
 from sl_queue.config.schema import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.config.security import read_secret
 from sl_queue.config.user_code import NAME
+from sl_queue.data.feature_specs import Spec
 from sl_queue.errors import JobError
 from sl_queue.protocol.broker_url import fault
 from sl_queue.protocol.fingerprints import SEED
@@ -71,15 +74,27 @@ def _named(what: str) -> Callable[[Any], Any]:
 class DataFile(Declared):
     """Where a party's rows are: a table with an id column, or a callable that returns Rows."""
 
-    path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file")
-    id: str | None = Field(default=None, description="the name of the column that says which sample a row is of")
+    path: _Path | None = Field(
+        default=None, description="the name of a .csv, .parquet or .arrow file, or of a folder of .parquet files"
+    )
+    format: Literal["csv", "parquet", "arrow", "svmlight", "tag:value"] | None = Field(
+        default=None, description='"csv", "parquet", "arrow", "svmlight" or "tag:value"; without it, as the name ends'
+    )
+    csv: CsvFile = Field(default=CsvFile(), description="a table [data.csv]")
+    id: str | list[str] | None = Field(
+        default=None, description="the name of the column that says which sample a row is of, or a list of names"
+    )
+    exclude: list[str] = Field(default=[], description='a list of columns, or patterns like "x*", to leave out')
+    duplicates: Literal["refuse", "first"] = Field(
+        default="refuse", description='"refuse", or "first": the first row of an id that several rows have'
+    )
     features: list[str] | None = Field(
         default=None,
         description='a list of column names, for instance ["age", "income"]; without it, all but id and label',
     )
     label: str | None = Field(default=None, description="the name of the column with the labels")
-    id_type: Literal["text", "integer"] | None = Field(
-        default=None, description='"text" or "integer": what ids are taken as, the same at every party'
+    id_type: Literal["text", "integer", "uuid"] | None = Field(
+        default=None, description='"text", "integer" or "uuid": what ids are taken as, the same at every party'
     )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
         default=None, description="module:callable, returning sl_queue.Rows"
@@ -96,13 +111,18 @@ class DataFile(Declared):
         if missing:
             raise ValueError(f"needs a path and an id, or a source; missing: {', '.join(missing)}")
         features = self.features or []
-        wrong = [name for name in (self.id, self.label) if name is not None and name in features]
-        wrong += [name for name, count in Counter(features).items() if count > 1]
-        if self.id == self.label:
-            wrong.append(str(self.id))
+        wrong = [name for name in (*self.ids, self.label) if name is not None and name in features]
+        wrong += [name for name, count in Counter([*features, *self.ids]).items() if count > 1]
+        if self.label in self.ids:
+            wrong.append(str(self.label))
         if wrong:
             raise ValueError(f"names a column more than once among id, label and features: {', '.join(wrong)}")
         return self
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of the columns that together say which sample a row is of."""
+        return (self.id,) if isinstance(self.id, str) else tuple(self.id or ())
 
 
 _Model = Annotated[Any, AfterValidator(_named("module:callable, returning a torch.nn.Module"))]
@@ -182,6 +202,9 @@ class PartyFile(Declared):
     ] = Field(description="a table [data] with path and id, or with a source")
     base: BaseFile | None = Field(default=None, description="a table [base] with model and optimizer")
     fuse: FuseFile | None = Field(default=None, description="a table [fuse] with model, optimizer and loss")
+    features: dict[str, FeatureFile] | None = Field(
+        default=None, description="a table [features] with a line for each column, or for a pattern of columns"
+    )
     device: str = Field(default="cpu", min_length=1, description='a torch device, for instance "cpu" or "cuda"')
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
@@ -218,6 +241,11 @@ class PartyFile(Declared):
     def folder(self) -> Path | None:
         """The folder of the file, where `module:callable` is looked for first; None if built in code."""
         return self._folder
+
+    @property
+    def feature_specs(self) -> dict[str, Spec] | None:
+        """What is declared of the columns; None: all of them are numbers without gaps."""
+        return specs_of(self.features)
 
     @property
     def secret(self) -> bytes:

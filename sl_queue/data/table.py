@@ -16,33 +16,77 @@ import pyarrow.compute as pc
 from sl_queue.config.job import Job
 from sl_queue.config.party import DataFile, PartyFile
 from sl_queue.data.faults import refuse
+from sl_queue.data.features import Fitted, apply, fit
 from sl_queue.data.given import ids_of
 from sl_queue.data.ids import Ids, Positions, canonical_ids
-from sl_queue.data.rows import read_rows
+from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.ports import Table
+from sl_queue.protocol.fingerprints import BY_POSITION, RULES
 from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
 
 
-def read_table(job: Job, party_file: PartyFile) -> Table:
-    """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong."""
+def read_table(job: Job, party_file: PartyFile, aligned: Positions | None = None, rules: int = RULES) -> Table:
+    """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong.
+
+    `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `rules`: those of the
+    run, which choose the rows that are held out, and so those that [features] is fitted on.
+    """
     party, data = party_file.party, party_file.data
-    id_type = data.id_type if isinstance(data, DataFile) else None
     empty = isinstance(data, DataFile) and data.features == []
     arrays = read_rows(party_file, features=job.cut(party) is not None and not empty, labels=party == job.label_holder)
-    ids, faults = None, list(arrays.faults)
-    if arrays.ids is not None:
-        ids, wrong = canonical_ids(arrays.ids, are_csv=arrays.ids_are_csv, id_type=id_type)
-        faults += wrong
+    ids, faults = _ids(job, party_file, arrays)
+    faults = [*arrays.faults, *faults]
     if party == job.label_holder and arrays.labels is None and not faults:
         faults.append(f"there are no labels, and {party!r} is the label holder")
     refuse(arrays.where, faults)
     assert ids is not None
+    ids = ids if aligned is None else ids.only(aligned)
     texts = _texts(ids)
     row_keys, digest = _fingerprints(texts, pc.binary_length(ids.texts), ids.type)
     hashes = id_hashes(texts, job.seed_of_holdout) if job.holdout else None
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes)
+    if arrays.raw is None:
+        return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes)
+    training = job.batches(len(texts), hashes if rules != BY_POSITION else None).training_positions
+    features, fitted = _made(arrays, ids.order, training)
+    return Table(features, labels, row_keys, digest, ids.type, fitted.names, hashes, notes, fitted.as_json())
+
+
+def read_ids(job: Job, party_file: PartyFile) -> tuple[Ids, str]:
+    """Read the ids of a party's rows alone; and say what complaints about them begin with. Raises JobError."""
+    arrays = read_rows(party_file, features=False, labels=False)
+    ids, faults = _ids(job, party_file, arrays)
+    refuse(arrays.where, [*arrays.faults, *faults])
+    assert ids is not None
+    return ids, arrays.where
+
+
+def _ids(job: Job, party_file: PartyFile, arrays: Arrays) -> tuple[Ids | None, list[str]]:
+    """Put ids into canonical order, as job and party say."""
+    if arrays.ids is None:
+        return None, []
+    data = party_file.data
+    id_type, duplicates = (data.id_type, data.duplicates) if isinstance(data, DataFile) else (None, "refuse")
+    return canonical_ids(
+        arrays.ids,
+        are_csv=arrays.ids_are_csv,
+        id_type=id_type,
+        normalise=job.alignment.normalise,
+        duplicates=duplicates,
+    )
+
+
+def _made(arrays: Arrays, order: Positions, training: Positions) -> tuple[npt.NDArray[Any], Fitted]:
+    """Make numbers of raw columns as [features] says, fitted on the training rows alone."""
+    assert arrays.raw is not None and arrays.specs is not None
+    taken = pa.array(order)
+    columns = {name: column.take(taken) for name, column in arrays.raw.items()}
+    fitted, faults = fit(arrays.specs, columns, training)
+    refuse(arrays.where, faults)
+    features, faults = apply(fitted, columns)
+    refuse(arrays.where, faults)
+    return features, fitted
 
 
 def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:

@@ -33,6 +33,7 @@ from sl_queue.protocol.party.bounds import Bounds
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
 from sl_queue.transport.party_channel import PartyChannel
 
@@ -97,11 +98,12 @@ def serve_party(
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
         rules = rules_to_keep(job, party, folder.begun_with)
-        table = _table(job, party_file)
+        table = _table(job, party_file, rules)
         for note in table.notes:
             log.info("%s: %s", party, note)
         secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
         folder.require(fingerprint(job, party_file, table, rules, secret))
+        write_features(state, table.fitted)
         party_file = party_file.with_secret(secret)
         rows = (table.n_rows, table.digest, table.id_type)
         identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version())
@@ -130,12 +132,12 @@ def serve_party(
         log.info("%s: finished; final weights in %s", party, state / "final")
 
 
-def _table(job: Job, party_file: PartyFile) -> Table:
+def _table(job: Job, party_file: PartyFile, rules: int) -> Table:
     """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
     if getattr(party_file.data, "source", None) is None:
-        return read_table(job, party_file)
+        return read_table(job, party_file, rules=rules)
     with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
-        return read_table(job, party_file)
+        return read_table(job, party_file, rules=rules)
 
 
 def own_version() -> str:
@@ -186,7 +188,7 @@ def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
     """
     try:
         rules = rules_to_keep(job, party_file.party, folder.begun_with)
-        folder.require(fingerprint(job, party_file, _table(job, party_file), rules))
+        folder.require(fingerprint(job, party_file, _table(job, party_file, rules), rules))
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
 
