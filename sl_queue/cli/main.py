@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sl_queue.cli import tables
 from sl_queue.errors import JobError, PeerSilent, RunStopped
 from sl_queue.launch.process import DEBUG, leaving
 
@@ -80,6 +81,9 @@ def check(
 
     console = stdout()
     raise typer.Exit(check_job(job, parties or [], broker, lambda finding: show_finding(console, finding)))
+
+
+app.command()(tables.features)
 
 
 @app.command()

@@ -52,6 +52,19 @@ def read_rows(party_file: PartyFile, *, features: bool, labels: bool) -> Arrays:
     return _read(data, f"{where}, {data.path}", declared, features=features, labels=labels)
 
 
+def read_raw(party_file: PartyFile, declared: Mapping[str, Spec]) -> Mapping[str, Any]:
+    """Read the columns of a party's features as they are in its table, as Arrow arrays. Raises JobError."""
+    data, where = party_file.data, f"party {party_file.party!r}"
+    if isinstance(data, DataFile) and data.source is None:
+        columns = read_columns(data, f"{where}, {data.path}", features=True, labels=False, declared=declared)
+        refuse(f"{where}, {data.path}", columns.faults)
+        return columns.raw or {}
+    rows = data if isinstance(data, Rows) else _returned(data.source, party_file, where)
+    found, faults = raw_columns(rows.features)
+    refuse(where, faults)
+    return found
+
+
 def _read(data: DataFile, where: str, declared: Mapping[str, Spec] | None, *, features: bool, labels: bool) -> Arrays:
     """Read a file."""
     columns = read_columns(data, where, features=features, labels=labels, declared=declared)
