@@ -25,6 +25,7 @@ from sl_queue.protocol.messages import (
     Gradient,
     Header,
     Kind,
+    Masked,
     Message,
     MicroBatch,
     Payload,
@@ -70,7 +71,7 @@ def encode(header: Header, message: Message) -> bytes:
     """The bytes of a message. Raises LocalProtocolError if it is too large to be one."""
     description: tuple[Any, ...] | None
     match message:
-        case Activation(_, payload) | Gradient(_, payload):
+        case Activation(_, payload) | Gradient(_, payload) | Masked(_, payload):
             packing = (payload.packing,) if payload.packing else ()
             description, data = (payload.dtype, payload.shape, payload.rows, *packing), payload.data
         case _:
@@ -113,6 +114,8 @@ def decode(body: bytes, control_bytes: int = MAX_CONTROL_BYTES) -> tuple[Header,
         raise Unreadable(header, str(error)) from None
     if header.kind is Kind.GRADIENT:
         return header, Gradient(header.micro_batch, payload)
+    if header.kind is Kind.MASKED:
+        return header, Masked(header.micro_batch, payload)
     return header, Activation(header.micro_batch, payload, holdout=header.kind is Kind.HOLDOUT)
 
 

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     ACTIVATION = "activation"
     HOLDOUT = "holdout"  # an activation of held-out rows: evaluated, never answered
     GRADIENT = "gradient"
+    MASKED = "masked"  # ids of a party as masked points, while the rows are aligned
     REPORT = "report"
     COMMAND = "command"
 
@@ -85,6 +86,21 @@ class Gradient:
     @property
     def kind(self) -> Kind:
         return Kind.GRADIENT
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """A chunk of a party's masked ids, shape (ids, bytes of a point or of a finished mask).
+
+    `micro_batch.step` says whose they are and how far on their way, `micro_batch.index` counts the chunks.
+    """
+
+    micro_batch: MicroBatch
+    payload: Payload
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.MASKED
 
 
 # Reports ------------------------------------------------------------------------------------------------------
@@ -230,7 +246,56 @@ class StopRequest:
     type: Literal["stop_request"] = "stop_request"
 
 
-Report = Joined | Progress | EpochDone | Epochs | Waiting | Lost | Alive | Failed | Stopped | Finished | StopRequest
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A party is here to align its rows: how many ids it brings, rounded up, and of what type."""
+
+    incarnation: str
+    job: Mapping[str, Any]  # canonical
+    token: str  # names its secrets and its ids, and tells nothing of them
+    size: int
+    id_type: str
+    to: str  # the incarnation of the scheduler it has heard of; none other believes it
+    version: str = ""  # of sl_queue
+    type: Literal["offer"] = "offer"
+
+
+@dataclass(frozen=True, slots=True)
+class Aligning:
+    """How far a party's own set has come."""
+
+    incarnation: str
+    done: int
+    total: int
+    type: Literal["aligning"] = "aligning"
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """A party has on disk which of its rows all parties hold."""
+
+    incarnation: str
+    session: str
+    to: str  # as in Offer
+    type: Literal["aligned"] = "aligned"
+
+
+Report = (
+    Joined
+    | Progress
+    | EpochDone
+    | Epochs
+    | Waiting
+    | Lost
+    | Alive
+    | Failed
+    | Stopped
+    | Finished
+    | StopRequest
+    | Offer
+    | Aligning
+    | Aligned
+)
 
 
 # Commands -----------------------------------------------------------------------------------------------------
@@ -285,7 +350,20 @@ class Stop:
     type: Literal["stop"] = "stop"
 
 
-Command = Start | Open | Finish | Stop
+@dataclass(frozen=True, slots=True)
+class Align:
+    """All parties are here: send the own ids around, then those finished masks that the scheduler lacks."""
+
+    incarnation: str
+    session: str  # names all parties' secrets and ids together: a message of another is void
+    round: int  # another one: a worker has come again, and may have lost what it had in hand
+    sizes: Mapping[str, int]  # by party
+    missing: tuple[int, ...] = ()  # chunks of this party's finished masks, the first few
+    shared: int | None = None  # rows that all parties hold, once all masks are here; these follow
+    type: Literal["align"] = "align"
+
+
+Command = Start | Open | Finish | Stop | Align
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +375,7 @@ class Status:
     type: Literal["status"] = "status"
 
 
-Message = Activation | Gradient | Report | Command | Status
+Message = Activation | Gradient | Masked | Report | Command | Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,9 +394,9 @@ class Header:
 def kind_of(message: Message) -> Kind:
     """What a message is filed and routed as."""
     match message:
-        case Activation() | Gradient():
+        case Activation() | Gradient() | Masked():
             return message.kind
-        case Start() | Open() | Finish() | Stop() | Status():
+        case Start() | Open() | Finish() | Stop() | Align() | Status():
             return Kind.COMMAND
         case _:
             return Kind.REPORT

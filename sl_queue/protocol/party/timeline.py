@@ -11,12 +11,14 @@ from sl_queue.protocol.messages import (
     BEFORE_FIRST_STEP,
     SCHEDULER,
     Activation,
+    Align,
     Alive,
     Finish,
     Gradient,
     Header,
     Kind,
     Lost,
+    Masked,
     Message,
     MicroBatch,
     Open,
@@ -124,6 +126,8 @@ class Timeline(Generic[Tag]):
             self.mailbox.counts["redelivered"] += redelivered
             return self.mailbox.file(sender, header, message, tag)
         match message:
+            case Masked() | Align():
+                pass  # left over from the alignment, which is done
             case Start() | Open() | Finish() | Stop():
                 if sender != SCHEDULER:
                     return self.refuse(tag, f"a command from {sender!r}; only the scheduler commands")
