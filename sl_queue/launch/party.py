@@ -25,9 +25,8 @@ from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
-from sl_queue.loops.feature_party import FeatureParty
-from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.ports import Table
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.messages import Kind
