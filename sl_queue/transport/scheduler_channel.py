@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
@@ -72,12 +73,15 @@ class LinkSchedulerChannel:
     def close(self) -> None:
         """Flush what was published, then leave."""
         self._closed.set()
-        if self._failure is None:
-            self._link.flush(timeout_s=5.0)
-        self._link.close()
-        self._refusals.tell(time.monotonic(), all_of_it=True)
-        if self._pulse.ident is not None:
-            self._pulse.join()
+        try:
+            if self._failure is None:
+                with suppress(SlQueueError):  # the link has failed a moment ago
+                    self._link.flush(timeout_s=5.0)
+        finally:
+            self._link.close()
+            self._refusals.tell(time.monotonic(), all_of_it=True)
+            if self._pulse.ident is not None:
+                self._pulse.join()
 
     @property
     def pulse_age_s(self) -> float:
