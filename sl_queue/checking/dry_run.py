@@ -21,9 +21,9 @@ from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.stand_ins import stand_in
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.errors import ComputeError, JobError, NonFiniteError, SlQueueError
-from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.table import Table
 
 T = TypeVar("T")
 

@@ -23,10 +23,11 @@ from sl_queue.cut.crossing import Promised, place, received_gradient, require_cu
 from sl_queue.cut.packing import Mask, Wire, asks_for_less
 from sl_queue.cut.tensors import cast, dtype_name, gathered, lent
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError
-from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 
 @dataclass(frozen=True, slots=True)

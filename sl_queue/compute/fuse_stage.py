@@ -28,9 +28,10 @@ from sl_queue.cut.crossing import Arrival, Promised, place, received, require_fi
 from sl_queue.cut.packing import Wire, asks_for_less, unused
 from sl_queue.cut.tensors import cast, described, lent
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
-from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 _TRIAL_ROWS = 2
 _RANGE_ROWS = 64  # on which the range of the output is looked at

@@ -23,9 +23,9 @@ from sl_queue.compute.model import Model
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.tensors import gathered
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from sl_queue.config.job import Job
 from sl_queue.errors import BrokerUnreachable, PeerFailed, PeerSilent
 from sl_queue.launch.connect import connector, require_network
 from sl_queue.protocol.codec import decode, encode
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, Status, StopRequest
+from sl_queue.protocol.control import Status, StopRequest
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.state import Phase
 from sl_queue.protocol.text import printable
 from sl_queue.security.sealing import Seal

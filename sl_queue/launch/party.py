@@ -26,11 +26,11 @@ from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.loops.feature_party import FeatureParty
 from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
-from sl_queue.ports import Table
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.party.bounds import Bounds
 from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
@@ -92,7 +92,7 @@ def serve_party(
     with ExitStack() as stack:
         folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
         stack.callback(folder.close)
-        if (done := folder.finished()) is not None and done.told:
+        if (done := folder.finished()) is not None and done.reported:
             compare_finished(job, party_file, folder)
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return

@@ -7,7 +7,8 @@ from typing import assert_never
 from sl_queue.errors import LocalProtocolError
 from sl_queue.loops.lifecycle import Worker
 from sl_queue.ports import Channel, FuseStage
-from sl_queue.protocol.messages import EpochResult, Gradient, Kind, MicroBatch, Payload
+from sl_queue.protocol.control import EpochResult
+from sl_queue.protocol.messages import Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.schedule.pipeline import Backward, Begin, Commit, Evaluate, Forward, Fuse, Pipeline, Update
 
 

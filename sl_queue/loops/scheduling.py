@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from sl_queue.errors import AlignmentError, PeerSilent, named
 from sl_queue.ports import SchedulerChannel
-from sl_queue.protocol.messages import OPERATOR, Command, Report, Status
+from sl_queue.protocol.control import Command, Report, Status
+from sl_queue.protocol.messages import OPERATOR
 from sl_queue.protocol.scheduler.epochs import standing_of
 from sl_queue.protocol.scheduler.reducer import disagree, ending, reduce, standing_orders
 from sl_queue.protocol.scheduler.state import (
@@ -140,7 +141,7 @@ class Scheduler:
 
     def _require_signs_of_life(self, state: RunState, began: float, now: float) -> None:
         gone = silent(self.plan, state, began, now)
-        strangers = sorted({*gone}.intersection(self.channel.strangers()))
+        strangers = sorted({*gone}.intersection(self.channel.unreadable_senders()))
         if strangers:  # not before: whoever runs the broker can put in what nobody can open
             raise AlignmentError(
                 f"no message of {', '.join(strangers)} can be opened: their job and the scheduler's do not have the "

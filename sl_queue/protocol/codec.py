@@ -19,18 +19,8 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sl_queue.errors import LocalProtocolError, RemoteProtocolError
-from sl_queue.protocol.messages import (
-    Activation,
-    Command,
-    Gradient,
-    Header,
-    Kind,
-    Message,
-    MicroBatch,
-    Payload,
-    Report,
-    Status,
-)
+from sl_queue.protocol.control import Command, Message, Report, Status
+from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
 
 VERSION: Final = 1
 ITEM_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}

@@ -12,10 +12,10 @@ from sl_queue.transport.link import Outage
 log = logging.getLogger("sl_queue")
 
 
-class Patience:
+class Liveness:
     """When each source was heard of last. Mutable; thread-safe, as every entry is one assignment.
 
-    `is_stranger`: whether nothing that a source sent could be opened. `outage`: of the own link; while it lasts nobody
+    `is_unreadable`: True of a source of which nothing could be opened. `outage`: of the own link; while it lasts nobody
     can be heard, so it counts as nobody's silence.
     """
 
@@ -23,11 +23,11 @@ class Patience:
         self,
         party: str,
         patience_s: float,
-        is_stranger: Callable[[str], bool],
+        is_unreadable: Callable[[str], bool],
         outage: Callable[[], Outage] = Outage,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._party, self._patience_s, self._is_stranger = party, patience_s, is_stranger
+        self._party, self._patience_s, self._is_unreadable = party, patience_s, is_unreadable
         self._outage, self._clock = outage, clock
         self._heard: dict[str, float] = {}  # by a clock that stands still while the link is down
 
@@ -57,7 +57,7 @@ class Patience:
         )
         if silent_s <= GIVE_UP * self._patience_s:
             return  # also if nothing of it could be opened: whoever runs the broker can put in what nobody can open
-        if self._is_stranger(source):
+        if self._is_unreadable(source):
             raise AlignmentError(
                 f"no message of {source!r} can be opened by party {self._party!r}: their jobs do not have the same "
                 "[security]; every party needs the same job file"

@@ -25,35 +25,19 @@ from sl_queue.errors import (
     named,
 )
 from sl_queue.observe.meter import Meter
-from sl_queue.ports import Measures, Restarted
 from sl_queue.protocol.codec import AnotherVersion, Unreadable, decode, encode
-from sl_queue.protocol.messages import (
-    SCHEDULER,
-    Activation,
-    Alive,
-    Finish,
-    Gradient,
-    Header,
-    Joined,
-    Kind,
-    Message,
-    MicroBatch,
-    Open,
-    Payload,
-    Progress,
-    Report,
-    Start,
-    Stop,
-    Waiting,
-)
+from sl_queue.protocol.control import Alive, Finish, Join, Message, Open, Progress, Report, Start, Stop, Waiting
+from sl_queue.protocol.measures import Measures
+from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.bounds import Bounds, control_bytes
 from sl_queue.protocol.party.mailbox import Acknowledge, Reject, Verdict
-from sl_queue.protocol.party.orders import Orders
+from sl_queue.protocol.party.orders import Orders, Restarted
 from sl_queue.protocol.party.timeline import Timeline
 from sl_queue.protocol.text import printable
-from sl_queue.security.sealing import OVERHEAD_BYTES, News, Opened, Seal
+from sl_queue.security.replays import ReplayFilter
+from sl_queue.security.sealing import OVERHEAD_BYTES, Opened, Seal
 from sl_queue.transport.link import Delivery, Link, Tag
-from sl_queue.transport.liveness import Patience
+from sl_queue.transport.liveness import Liveness
 from sl_queue.transport.refusals import Refusals
 from sl_queue.transport.sparing import Sparing
 from sl_queue.transport.versions import Versions
@@ -91,19 +75,19 @@ class PartyChannel:
     ) -> None:
         self._link, self._party, self._sources, self._incarnation = link, party, (SCHEDULER, *peers), incarnation
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
-        self._seal, self._news, self._meter = seal, News(seal), Meter()
+        self._seal, self._replays, self._meter = seal, ReplayFilter(seal), Meter()
         self._refusals, self._versions = Refusals(party, patience_s), Versions(patience_s)
         self._largest = {} if bounds is None else {s: bounds.largest_bytes(s) + OVERHEAD_BYTES for s in self._sources}
         self._answered: dict[str, float] = {}  # when each peer's last question was, monotonic
         self._resent = Sparing(patience_s)
         self._changed = threading.Condition()
         self._timeline: Timeline[Tag] = Timeline(party, peers, incarnation, OUTBOX_BYTES, bounds)
-        self._patience = Patience(
+        self._liveness = Liveness(
             party, patience_s, lambda source: seal is not None and seal.never_opened(source), link.outage
         )
-        self._patience.hear(self._sources)  # so that whoever observes may ask before it is open
+        self._liveness.hear(self._sources)  # so that whoever observes may ask before it is open
         self._failure: SlQueueError | None = None
-        self._describe: Callable[[], Joined] | None = None
+        self._describe: Callable[[], Join] | None = None
         self._progress: Progress | None = None
         self._telling = threading.RLock()  # entered again where memory:// delivers on the publisher's thread
         self._committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
@@ -113,9 +97,9 @@ class PartyChannel:
 
     def open(self) -> None:
         """Connect and consume. Raises BrokerUnreachable, PartyBusy."""
-        self._patience.hear(self._sources)
+        self._liveness.hear(self._sources)
         self._link.open(self._on_delivery, self._on_reconnect, self._on_failure)
-        self._patience.hear(self._sources)
+        self._liveness.hear(self._sources)
         self._pulse.start()
 
     def close(self) -> None:
@@ -151,21 +135,21 @@ class PartyChannel:
                     f"party {self._party!r} waits for {what}; whatever comes of it is refused: {unusable}; "
                     "compare job, models and versions of both parties"
                 )
-            waiting = self._timeline.waiting(sender, kind, micro_batch, seconds, self._patience.silence_s(sender))
+            waiting = self._timeline.waiting(sender, kind, micro_batch, seconds, self._liveness.silence_s(sender))
             self._tell(sender, waiting)
             self._tell(SCHEDULER, waiting)
 
         with self._meter.waiting(sender, kind):
             payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
-        self.settle()
+        self.wait_committed()
         return payload
 
     def commit(self, step: int, save: Callable[[], None]) -> None:
-        self.settle()
+        self.wait_committed()
         self._commit_under_way = self._committer.submit(self._commit, step, save, self._link.mark())
         self._commit_under_way.add_done_callback(lambda _: self._notify())
 
-    def settle(self) -> None:
+    def wait_committed(self) -> None:
         commit, self._commit_under_way = self._commit_under_way, None
         if commit is not None:
             with self._meter.waiting("disk", "commit"):
@@ -193,11 +177,11 @@ class PartyChannel:
             waited = time.monotonic() - began
             if waited >= name_at:
                 name_at += self._patience_s
-                self._patience.name_broker(waited)
+                self._liveness.name_broker(waited)
 
-    def introduce(self, describe: Callable[[], Joined]) -> None:
-        self._describe, self._timeline.introduce = describe, True
-        self._introduce_if_needed()
+    def announce(self, describe: Callable[[], Join]) -> None:
+        self._describe, self._timeline.announce = describe, True
+        self._announce_if_needed()
 
     def report(self, report: Report) -> None:
         self._tell_progress()  # what is told last is the newest
@@ -209,16 +193,16 @@ class PartyChannel:
             counts = dict(self._timeline.mailbox.counts)
         log.debug("%s: step %d is done; messages of this process so far: %s", self._party, report.step, counts)
 
-    def until(self, decision: Callable[[Orders], T | None]) -> T:
+    def wait_for(self, decision: Callable[[Orders], T | None]) -> T:
         def ask(_: float) -> None:
-            self._timeline.introduce = True
+            self._timeline.announce = True
 
         with self._meter.waiting(SCHEDULER, "order"):
             return self._wait(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)
 
-    def adopt(self, start: Start, resume_step: int) -> None:
+    def enter(self, start: Start, resume_step: int) -> None:
         with self._changed:
-            verdicts = self._timeline.adopt(start, resume_step)
+            verdicts = self._timeline.enter(start, resume_step)
         self._carry_out(verdicts, self._party)
 
     @property
@@ -230,7 +214,7 @@ class PartyChannel:
     @property
     def measures(self) -> Measures:
         """What there is to observe."""
-        silent_s = {peer: self._patience.silence_s(peer) for peer in self._sources}
+        silent_s = {peer: self._liveness.silence_s(peer) for peer in self._sources}
         return self._meter.read(self.counts, silent_s, self._link.connectivity)
 
     # Waiting ----------------------------------------------------------------------------------------------------
@@ -246,9 +230,9 @@ class PartyChannel:
                 taken = take()
                 if taken is not None:
                     return taken
-                if not self._timeline.introduce:
+                if not self._timeline.announce:
                     self._changed.wait(min(0.5, pause_s))
-            self._introduce_if_needed()
+            self._announce_if_needed()
             waited = time.monotonic() - began
             if waited >= ask_at:
                 ask(waited)
@@ -257,7 +241,7 @@ class PartyChannel:
             if waited >= name_at:
                 name_at += self._patience_s
                 self._require_one_version()
-                self._patience.name(source, what, waited)
+                self._liveness.name(source, what, waited)
 
     def _require_one_version(self) -> None:
         """Raise AlignmentError for a peer that has spoken nothing but another version for a patience."""
@@ -269,7 +253,7 @@ class PartyChannel:
         if self._failure is not None:
             raise self._failure
         if self._commit_under_way is not None and self._commit_under_way.done():
-            self.settle()
+            self.wait_committed()
         stop = self._timeline.orders.stop
         if stop is not None and stop.error is not None:
             raise named(stop.error)(printable(stop.reason))
@@ -278,9 +262,9 @@ class PartyChannel:
         if self._timeline.newer is not None:
             raise Restarted(self._timeline.newer)
 
-    def _introduce_if_needed(self) -> None:
+    def _announce_if_needed(self) -> None:
         with self._changed:
-            again, self._timeline.introduce = self._timeline.introduce, False
+            again, self._timeline.announce = self._timeline.announce, False
             scheduler = self._timeline.scheduler_incarnation or ""
         if again and self._describe is not None:
             self.report(replace(self._describe(), to=scheduler))
@@ -295,7 +279,7 @@ class PartyChannel:
             self._refuse(delivery, error)
             return
         if not delivery.redelivered:  # what came before says nothing of now
-            self._patience.hear((delivery.sender,))
+            self._liveness.hear((delivery.sender,))
         self._versions.understood(delivery.sender)
         with self._changed:
             late = opened is not None and self._is_late(delivery.sender, message, opened)
@@ -336,8 +320,8 @@ class PartyChannel:
     def _is_late(self, sender: str, message: Message, opened: Opened) -> bool:
         """Whether a command was given before; a scheduler that we had not heard of is told who is here."""
         if sender == SCHEDULER and opened.met:
-            self._timeline.introduce = True
-        return isinstance(message, Start | Open | Finish | Stop) and not self._news.is_news(opened, "command")
+            self._timeline.announce = True
+        return isinstance(message, Start | Open | Finish | Stop) and not self._replays.is_new(opened, "command")
 
     def _send_again(self, receiver: str, waiting: Waiting) -> None:
         """A peer waits for something that we may have sent: send it and all after it again, or say that it is lost."""

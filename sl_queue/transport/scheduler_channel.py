@@ -13,19 +13,13 @@ from contextlib import suppress
 from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
-from sl_queue.ports import Connectivity
 from sl_queue.protocol.codec import MAX_CONTROL_BYTES, AnotherVersion, decode, encode
-from sl_queue.protocol.messages import (
-    OPERATOR,
-    SCHEDULER,
+from sl_queue.protocol.control import (
     Alive,
     Command,
-    Header,
-    Joined,
-    Kind,
+    Join,
     Lost,
     Message,
-    MicroBatch,
     Progress,
     Report,
     Status,
@@ -33,12 +27,15 @@ from sl_queue.protocol.messages import (
     Waiting,
     kind_of,
 )
-from sl_queue.security.sealing import OVERHEAD_BYTES, News, Opened, Seal
+from sl_queue.protocol.measures import Connectivity
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
+from sl_queue.security.replays import ReplayFilter
+from sl_queue.security.sealing import OVERHEAD_BYTES, Opened, Seal
 from sl_queue.transport.link import Delivery, Link, Tag
 from sl_queue.transport.refusals import Refusals
 from sl_queue.transport.versions import Versions
 
-OF_THE_MOMENT = (Alive, Joined, Lost, Progress, StopRequest, Waiting)  # an old one would mislead; all others are facts
+OF_THE_MOMENT = (Alive, Join, Lost, Progress, StopRequest, Waiting)  # an old one would mislead; all others are facts
 
 PREFETCH = 256  # reports of one sender that the broker hands over unacknowledged
 INBOX_BYTES = 16 * 1024 * 1024  # of one sender: PREFETCH reports of 64 KiB, or a few of a whole history
@@ -54,7 +51,7 @@ class LinkSchedulerChannel:
         self, link: Link, parties: tuple[str, ...], incarnation: str, *, patience_s: float, seal: Seal | None = None
     ) -> None:
         self._link, self._parties, self._incarnation, self._patience_s = link, parties, incarnation, patience_s
-        self._seal, self._news = seal, News(seal)
+        self._seal, self._replays = seal, ReplayFilter(seal)
         self._refusals, self._versions = Refusals(SCHEDULER, patience_s), Versions(patience_s)
         self._changed = threading.Condition()
         self._inbox: deque[tuple[str, Report, bool, Tag]] = deque()
@@ -113,7 +110,7 @@ class LinkSchedulerChannel:
     def outage_s(self) -> float:
         return self._link.outage().total_s
 
-    def strangers(self) -> Sequence[str]:
+    def unreadable_senders(self) -> Sequence[str]:
         return [] if self._seal is None else [party for party in self._parties if self._seal.never_opened(party)]
 
     def foreign(self) -> Mapping[str, str]:
@@ -197,7 +194,7 @@ class LinkSchedulerChannel:
         """Whether it was said before, or to an earlier scheduler; who has not heard of this one is greeted at once."""
         if not isinstance(message, OF_THE_MOMENT):
             return False
-        if opened is not None and opened.fresh and not self._news.is_news(opened, message.type):
+        if opened is not None and opened.fresh and not self._replays.is_new(opened, message.type):
             return True
         if (opened is None or opened.fresh) and self._is_for_me(message):
             return False
@@ -210,14 +207,14 @@ class LinkSchedulerChannel:
 
     def _is_for_me(self, message: Message) -> bool:
         """Who joins, or asks for a stop, says which scheduler it has heard of."""
-        return not isinstance(message, Joined | StopRequest) or message.to == self._incarnation
+        return not isinstance(message, Join | StopRequest) or message.to == self._incarnation
 
     def _on_reconnect(self) -> None:
         with self._changed:
             self._waiting_bytes.clear()
             self._inbox.clear()  # every report that was not acknowledged comes again
             self._taken.clear()
-            self._news.forget()
+            self._replays.forget()
 
     def _on_failure(self, error: SlQueueError) -> None:
         with self._changed:

@@ -13,7 +13,8 @@ import pika
 import pytest
 
 from sl_queue.errors import BrokerUnreachable, JobError, PartyBusy, SlQueueError, TransportError, Unroutable
-from sl_queue.protocol.messages import SCHEDULER, Kind, Stopped
+from sl_queue.protocol.control import Stopped
+from sl_queue.protocol.messages import SCHEDULER, Kind
 from sl_queue.testing.private_broker import binary, free_ports
 from sl_queue.testing.proxy import Proxy
 from sl_queue.transport.party_channel import PartyChannel

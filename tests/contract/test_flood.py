@@ -9,21 +9,8 @@ import pytest
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
 from sl_queue.protocol.codec import encode
-from sl_queue.protocol.messages import (
-    SCHEDULER,
-    Activation,
-    Alive,
-    Failed,
-    Gradient,
-    Header,
-    Kind,
-    Message,
-    MicroBatch,
-    Payload,
-    Start,
-    Waiting,
-    kind_of,
-)
+from sl_queue.protocol.control import Alive, Failed, Message, Start, Waiting, kind_of
+from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.bounds import QUESTION_BYTES, Bounds
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
@@ -66,7 +53,7 @@ class Label:
             self.adopt()
 
     def adopt(self) -> None:
-        self.channel.adopt(Start("label1", "r", (-1,)), -1)
+        self.channel.enter(Start("label1", "r", (-1,)), -1)
 
     def publish(self, *bodies: bytes, sender: str = "a") -> None:
         for each in bodies:
@@ -117,7 +104,7 @@ def test_a_flood_stops_no_run(label: Label, flood: str) -> None:
 def test_a_flood_before_the_start_stops_no_run_after_it(flood: str) -> None:
     label = Label(adopt=False)
     label.publish(*map(FLOODS[flood], range(MANY)))
-    label.adopt()
+    label.enter()
     try:
         assert label.left() <= 2 * PIPELINE.depth
         assert label.receives()

@@ -3,22 +3,8 @@
 import pytest
 
 from sl_queue.errors import LocalProtocolError
-from sl_queue.protocol.messages import (
-    SCHEDULER,
-    Activation,
-    Alive,
-    Gradient,
-    Header,
-    Kind,
-    Message,
-    MicroBatch,
-    Payload,
-    Progress,
-    Start,
-    Stop,
-    Waiting,
-    kind_of,
-)
+from sl_queue.protocol.control import Alive, Message, Progress, Start, Stop, Waiting, kind_of
+from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.mailbox import Acknowledge, Reject
 from sl_queue.protocol.party.timeline import Timeline
 
@@ -31,7 +17,7 @@ def timeline(adopted: Start | None = START) -> Timeline[int]:
     mine: Timeline[int] = Timeline("a", ("label",), "a1", 1000)
     if adopted is not None:
         mine.orders = mine.orders.after(adopted)
-        mine.adopt(adopted, -1)
+        mine.enter(adopted, -1)
     return mine
 
 
@@ -98,12 +84,12 @@ def test_what_a_peer_says_of_another_generation_is_not_believed() -> None:
 def test_a_new_scheduler_is_told_who_is_here_and_a_known_one_is_not() -> None:
     mine = timeline()
     came(mine, SCHEDULER, Alive("s1"))
-    assert mine.introduce
-    mine.introduce = False
+    assert mine.announce
+    mine.announce = False
     came(mine, SCHEDULER, Alive("s1"))
     came(mine, "label", Alive("l1"))
-    assert not mine.introduce
-    assert mine.disconnect(1) == [] and mine.introduce
+    assert not mine.announce
+    assert mine.disconnect(1) == [] and mine.announce
 
 
 def test_only_a_newer_generation_than_the_adopted_one_is_newer() -> None:
@@ -111,5 +97,5 @@ def test_only_a_newer_generation_than_the_adopted_one_is_newer() -> None:
     assert mine.newer is None
     came(mine, SCHEDULER, Start("a1", "run", (-1, -1)))
     assert mine.newer is not None and mine.newer.generation == 2
-    mine.adopt(mine.newer, -1)
+    mine.enter(mine.newer, -1)
     assert mine.newer is None

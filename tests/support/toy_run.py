@@ -129,10 +129,10 @@ class FaultyCheckpoints(MemoryCheckpoints):
         MemoryCheckpoints.write_final(self, *args, **kwargs)
         self.crash("after write_final")
 
-    def mark_told(self) -> None:
-        self.crash("before mark_told")
-        MemoryCheckpoints.mark_told(self)
-        self.crash("after mark_told")
+    def mark_reported(self) -> None:
+        self.crash("before mark_reported")
+        MemoryCheckpoints.mark_reported(self)
+        self.crash("after mark_reported")
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         self.crash("before save")
@@ -278,7 +278,7 @@ class ToyRun:
         pipeline, label = self.pipeline, self.topology.label_holder
         store = self.stores.setdefault(party, FaultyCheckpoints())
         store.crash = self.crashes.get(party, CrashAt())
-        if store.final is not None and store.final.told:
+        if store.final is not None and store.final.reported:
             return
         stage = self.stage(party)
         self.stages.setdefault(party, []).append(stage)

@@ -86,7 +86,7 @@ class Mailbox(Generic[Tag]):
         self._answered = True
         self.counts: Counter[str] = Counter()
 
-    def adopt(self, run: str, generation: int, committed: int) -> list[Verdict[Tag]]:
+    def enter(self, run: str, generation: int, committed: int) -> list[Verdict[Tag]]:
         """Enter a run and generation, with everything up to step `committed` already applied."""
         dropped = tuple(held.tag for held in self._held.values() if held.tag is not None)
         early = [message for waiting in self._early.values() for message in waiting.values()]
@@ -229,7 +229,7 @@ class Outbox:
         self._sent: dict[tuple[str, Kind], MicroBatch] = {}
         self._resumed_at = BEFORE_FIRST_STEP
 
-    def adopt(self, committed: int) -> None:
+    def enter(self, committed: int) -> None:
         """A new timeline begins: what was sent is void, and nothing up to step `committed` will be sent again."""
         self._kept.clear()
         self._sent.clear()

@@ -7,24 +7,8 @@ from dataclasses import replace
 from typing import Generic
 
 from sl_queue.errors import LocalProtocolError
-from sl_queue.protocol.messages import (
-    BEFORE_FIRST_STEP,
-    SCHEDULER,
-    Activation,
-    Alive,
-    Finish,
-    Gradient,
-    Header,
-    Kind,
-    Lost,
-    Message,
-    MicroBatch,
-    Open,
-    Start,
-    Stop,
-    Waiting,
-    kind_of,
-)
+from sl_queue.protocol.control import Alive, Finish, Lost, Message, Open, Start, Stop, Waiting, kind_of
+from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch
 from sl_queue.protocol.party.bounds import Bounds
 from sl_queue.protocol.party.mailbox import Acknowledge, Key, Mailbox, Outbox, Reject, Tag, Verdict
 from sl_queue.protocol.party.orders import Orders
@@ -33,7 +17,7 @@ from sl_queue.protocol.party.orders import Orders
 class Timeline(Generic[Tag]):
     """One party's part of a run and generation. Mutable: it is the memory of one process.
 
-    `introduce`: the scheduler is to be told (again) who is here. `keep_bytes`: sent and not yet committed by the
+    `announce`: the scheduler is to be told (again) who is here. `keep_bytes`: sent and not yet committed by the
     receiver; what is older is lost with the broker.
     """
 
@@ -48,7 +32,7 @@ class Timeline(Generic[Tag]):
         self.orders = Orders()
         self.committed = BEFORE_FIRST_STEP
         self.scheduler_incarnation: str | None = None
-        self.introduce = False
+        self.announce = False
 
     @property
     def run(self) -> str:
@@ -66,12 +50,12 @@ class Timeline(Generic[Tag]):
             return None
         return ordered
 
-    def adopt(self, start: Start, resume_step: int) -> list[Verdict[Tag]]:
+    def enter(self, start: Start, resume_step: int) -> list[Verdict[Tag]]:
         """Enter a run and generation, with everything up to `resume_step` on disk."""
         self._start, self.committed = start, resume_step
         self._peer_committed.clear()
-        self.outbox.adopt(resume_step)
-        return self.mailbox.adopt(start.run, start.generation, resume_step)
+        self.outbox.enter(resume_step)
+        return self.mailbox.enter(start.run, start.generation, resume_step)
 
     def commit(self, step: int) -> tuple[Tag, ...]:
         """Everything up to `step` is on disk: what may be acknowledged. A stop at the next commit meant this one."""
@@ -84,7 +68,7 @@ class Timeline(Generic[Tag]):
     def disconnect(self, count: int) -> list[tuple[Key, bytes]]:
         """The connection was lost: the last `count` messages to each receiver, which it may have lost with it."""
         self.mailbox.disconnect()
-        self.introduce = True
+        self.announce = True
         return list(self.outbox.newest(count))
 
     # What goes out ----------------------------------------------------------------------------------------------
@@ -132,7 +116,7 @@ class Timeline(Generic[Tag]):
             case Alive(incarnation):
                 self._note_committed(header)
                 if sender == SCHEDULER and incarnation != self.scheduler_incarnation:
-                    self.introduce = True
+                    self.announce = True
                     self.scheduler_incarnation = incarnation
             case Waiting():
                 pass  # the channel sends the answer
