@@ -27,8 +27,8 @@ from sl_queue.loops.feature_party import FeatureParty
 from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.protocol.fingerprints import BY_POSITION
-from sl_queue.protocol.messages import Kind
-from sl_queue.protocol.party.bounds import Bounds
+from sl_queue.protocol.messages import Role
+from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
@@ -111,7 +111,7 @@ def serve_party(
         channel = PartyChannel(
             connect(party, bounds.prefetch),
             party,
-            job.feature_parties if party == job.label_holder else (job.label_holder,),
+            job.topology(),
             incarnation,
             patience_s=job.broker.patience,
             persistent=job.broker.persistent,
@@ -150,8 +150,8 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
-        return Bounds(pipeline, frozenset({Kind.ACTIVATION, Kind.HOLDOUT}), cuts)
-    return Bounds(pipeline, frozenset({Kind.GRADIENT}), {job.label_holder: job.cut(party) or ()})
+        return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts)
+    return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()})
 
 
 def _role(

@@ -5,13 +5,24 @@ headers are the same message, whatever brought the second one here. Reports and 
 about the present, so they need no key.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 SCHEDULER = "scheduler"
 OPERATOR = "operator"  # the person at the command line: `sl-queue status` and `sl-queue stop`
 
 BEFORE_FIRST_STEP = -1  # the step of the checkpoint that everybody holds: the initial weights
+
+
+class Role(StrEnum):
+    """What somebody is in a job."""
+
+    SCHEDULER = SCHEDULER
+    OPERATOR = OPERATOR
+    LABEL_HOLDER = "label holder"
+    FEATURE_PARTY = "feature party"
 
 
 class Kind(StrEnum):
@@ -22,6 +33,31 @@ class Kind(StrEnum):
     GRADIENT = "gradient"
     REPORT = "report"
     COMMAND = "command"
+
+
+PARTIES: Final = (Role.LABEL_HOLDER, Role.FEATURE_PARTY)
+ALL_KINDS: Final = frozenset(Kind)
+
+WHO_MAY_SAY: Final[Mapping[Kind, frozenset[tuple[Role, Role]]]] = {  # (from, to); control.py is narrower for reports
+    Kind.ACTIVATION: frozenset({(Role.FEATURE_PARTY, Role.LABEL_HOLDER)}),
+    Kind.HOLDOUT: frozenset({(Role.FEATURE_PARTY, Role.LABEL_HOLDER)}),
+    Kind.GRADIENT: frozenset({(Role.LABEL_HOLDER, Role.FEATURE_PARTY)}),
+    Kind.REPORT: frozenset(
+        {
+            (Role.FEATURE_PARTY, Role.LABEL_HOLDER),
+            (Role.LABEL_HOLDER, Role.FEATURE_PARTY),
+            (Role.OPERATOR, Role.SCHEDULER),
+            *((party, Role.SCHEDULER) for party in PARTIES),
+            *((Role.SCHEDULER, party) for party in PARTIES),
+        }
+    ),
+    Kind.COMMAND: frozenset((Role.SCHEDULER, receiver) for receiver in (*PARTIES, Role.OPERATOR)),
+}
+
+
+def kinds_between(sender: Role, receiver: Role) -> frozenset[Kind]:
+    """Return what the one may send the other."""
+    return frozenset(kind for kind, allowed in WHO_MAY_SAY.items() if (sender, receiver) in allowed)
 
 
 @dataclass(frozen=True, slots=True, order=True)

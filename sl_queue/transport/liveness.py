@@ -42,8 +42,11 @@ class Liveness:
     def _listened_s(self) -> float:
         return self._clock() - self._outage().total_s
 
-    def name(self, source: str, what: str, waited_s: float) -> None:
-        """Say whom we wait for. Raises PeerSilent or AlignmentError for one who has been silent for too long."""
+    def name(self, source: str, what: str, waited_s: float, foreign: str | None = None) -> None:
+        """Log whom we wait for; `foreign`: it speaks another version, and what to do.
+
+        Raises PeerSilent or AlignmentError for one who has been silent for too long.
+        """
         outage = self._outage()
         if outage.reason:
             log.warning(
@@ -62,6 +65,8 @@ class Liveness:
                 f"no message of {source!r} can be opened by party {self._party!r}: their jobs do not have the same "
                 "[security]; every party needs the same job file"
             )
+        if foreign is not None:
+            raise AlignmentError(foreign)
         raise PeerSilent(
             f"party {self._party!r} waits for {what}, which has been silent for {silent_s:.0f} s "
             f"({GIVE_UP} times patience); start that worker and this one again: the run resumes"

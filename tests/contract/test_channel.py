@@ -73,10 +73,9 @@ class Post:
     told: list[tuple[str, Message]] = field(default_factory=list)
 
     def channel(self, party: str, patience_s: float = PATIENCE_S, depth: int = 2, adopt: bool = True) -> PartyChannel:
-        peers = TOPOLOGY.feature_parties if party == "label" else ("label",)
         link = self.broker.link(party, TOPOLOGY, 100)
         me = f"{party}1"
-        channel = PartyChannel(link, party, peers, me, patience_s=patience_s, persistent=False, depth=depth)
+        channel = PartyChannel(link, party, TOPOLOGY, me, patience_s=patience_s, persistent=False, depth=depth)
         channel.open()
         self.channels.append(channel)
         if adopt:
@@ -196,7 +195,7 @@ def test_a_link_that_fails_while_a_channel_closes_leaves_no_commit_behind(post: 
             return True
 
     link = Failing(post.broker, "a", TOPOLOGY.senders_to("a"), 100)
-    bank = PartyChannel(link, "a", ("label",), "a1", patience_s=PATIENCE_S, persistent=False, depth=2)
+    bank = PartyChannel(link, "a", TOPOLOGY, "a1", patience_s=PATIENCE_S, persistent=False, depth=2)
     bank.open()
     bank.enter(Start("a1", "r", (-1,)), -1)
     saved = threading.Event()
@@ -482,7 +481,7 @@ def test_who_waits_for_whom_is_in_the_status_while_it_waits_and_a_slow_party_cha
 
 
 def scheduler(post: Post) -> LinkSchedulerChannel:
-    channel = LinkSchedulerChannel(post.broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY.parties, "s1", patience_s=PATIENCE_S)
+    channel = LinkSchedulerChannel(post.broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY, "s1", patience_s=PATIENCE_S)
     channel.open()
     post.channels.append(channel)
     return channel

@@ -48,8 +48,8 @@ def failing(party: str) -> Failing:
 
 def channel_over(link: Failing) -> PartyChannel | LinkSchedulerChannel:
     if link.party == SCHEDULER:
-        return LinkSchedulerChannel(link, TOPOLOGY.parties, "s1", patience_s=PATIENCE_S)
-    return PartyChannel(link, "a", ("label",), "a1", patience_s=PATIENCE_S, persistent=False, depth=2)
+        return LinkSchedulerChannel(link, TOPOLOGY, "s1", patience_s=PATIENCE_S)
+    return PartyChannel(link, "a", TOPOLOGY, "a1", patience_s=PATIENCE_S, persistent=False, depth=2)
 
 
 @pytest.mark.parametrize("role", [SCHEDULER, "a"])

@@ -47,12 +47,12 @@ class Label:
         self.broker = MemoryBroker()
         link = self.broker.link("label", TOPOLOGY, BOUNDS.prefetch)
         about = {"patience_s": patience_s, "persistent": False, "depth": 2, "bounds": BOUNDS}
-        self.channel = PartyChannel(link, "label", ("a", "b"), "label1", **about)  # type: ignore[arg-type]
+        self.channel = PartyChannel(link, "label", TOPOLOGY, "label1", **about)  # type: ignore[arg-type]
         self.channel.open()
         if adopt:
-            self.adopt()
+            self.enter()
 
-    def adopt(self) -> None:
+    def enter(self) -> None:
         self.channel.enter(Start("label1", "r", (-1,)), -1)
 
     def publish(self, *bodies: bytes, sender: str = "a") -> None:
@@ -180,7 +180,7 @@ def test_questions_without_end_are_answered_now_and_then(label: Label) -> None:
 def scheduler() -> Iterator[tuple[LinkSchedulerChannel, MemoryBroker]]:
     broker = MemoryBroker()
     link = broker.link(SCHEDULER, TOPOLOGY, PREFETCH)
-    channel = LinkSchedulerChannel(link, TOPOLOGY.parties, "s1", patience_s=PATIENCE_S)
+    channel = LinkSchedulerChannel(link, TOPOLOGY, "s1", patience_s=PATIENCE_S)
     channel.open()
     yield channel, broker
     channel.close()

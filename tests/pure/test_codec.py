@@ -134,7 +134,10 @@ def test_any_msgpack_reader_reads_it_and_the_last_element_is_the_tensor(told: tu
         assert data == payload.data
     else:
         assert fields[9] is None
-        assert msgpack.unpackb(data) == msgpack.unpackb(msgpack.packb(asdict(message)))
+        values = msgpack.unpackb(msgpack.packb(asdict(message)))
+        if isinstance(message, Start):
+            values["bases"] = values.pop("rollback_steps")  # as the first version calls it
+        assert msgpack.unpackb(data) == values
 
 
 @given(sent())

@@ -97,7 +97,7 @@ class MailboxMachine(RuleBasedStateMachine):
         if self.adopted and copy.generation == self.generation and copy.key[2].step > self.committed:
             self.here.add(copy.key)
         message = Activation(copy.key[2], payload(copy.key, copy.generation))
-        self.carry_out([self.mailbox.file(copy.key[0], header(copy.key, copy.generation), message, copy.tag)])
+        self.carry_out([self.mailbox.file(header(copy.key, copy.generation), message, copy.tag)])
 
     @precondition(lambda self: self.adopted)
     @rule(key=keys)
@@ -189,22 +189,8 @@ def box(committed: int = -1) -> Mailbox[str]:
     return mailbox
 
 
-def file(mailbox: Mailbox[str], header: Header, tag: str, sender: str = "a") -> Verdict[str]:
-    return mailbox.file(sender, header, Activation(header.micro_batch, payload(KEY, 1)), tag)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
-    [
-        ({"sender": "b"}, "says it is from 'b', but came from 'a'"),
-        ({"receiver": "bank"}, "is for 'bank', but came to 'label'"),
-    ],
-)
-def test_what_is_not_ours_is_rejected_with_the_reason_and_counted(wrong: dict[str, str], reason: str) -> None:
-    mailbox = box()
-    assert file(mailbox, replace(header(KEY, 1), **wrong), "t") == Reject("t", reason)
-    assert mailbox.counts == {"rejected": 1}
-    assert mailbox.take(*KEY) is None
+def file(mailbox: Mailbox[str], header: Header, tag: str) -> Verdict[str]:
+    return mailbox.file(header, Activation(header.micro_batch, payload(KEY, 1)), tag)
 
 
 @pytest.mark.parametrize("left", [{"run": "other"}, {"generation": 0}])

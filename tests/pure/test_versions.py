@@ -78,7 +78,7 @@ class Foreigner:
 def test_a_party_ends_with_both_versions_named_when_a_peer_speaks_another_one() -> None:
     broker = MemoryBroker()
     link = broker.link("label", TOPOLOGY, 100)
-    label = PartyChannel(link, "label", ("a", "b"), "label1", patience_s=0.4, persistent=False, depth=1)
+    label = PartyChannel(link, "label", TOPOLOGY, "label1", patience_s=0.4, persistent=False, depth=1)
     label.open()
     label.enter(Start("label1", "r", (-1,)), -1)
     began = time.monotonic()
@@ -115,7 +115,7 @@ def _be_another() -> None:
 
 def test_a_worker_says_which_version_of_the_program_it_is_and_older_ones_need_not() -> None:
     broker = MemoryBroker()
-    channel = LinkSchedulerChannel(broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY.parties, "s1", patience_s=60.0)
+    channel = LinkSchedulerChannel(broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY, "s1", patience_s=60.0)
     channel.open()
     told = [Join("a1", {}, 9, "d", "integer", None, 0, (), to="s1", version=version) for version in ("", "0.2.0")]
     for joined in told:

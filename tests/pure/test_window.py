@@ -120,7 +120,7 @@ class Window:  # mutable
             message = self.unacknowledged[self.tags] = self.ready.popleft()
             header = message.header
             what = Gradient if header.kind is Kind.GRADIENT else Activation
-            self.obey([self.mailbox.file("a", header, what(header.micro_batch, message.payload), self.tags)])
+            self.obey([self.mailbox.file(header, what(header.micro_batch, message.payload), self.tags)])
 
     def obey(self, verdicts: list[object]) -> None:
         for verdict in verdicts:
@@ -192,7 +192,7 @@ def box(kinds: frozenset[Kind] = FEATURE_KINDS, committed: int = -1) -> Mailbox[
 def file(mailbox: Mailbox[int], sent: Payload, tag: int = 1, **changes: object) -> object:
     header = replace(Header("r", 1, Kind.ACTIVATION, "a", "label", MicroBatch(0, 0)), **changes)  # type: ignore[arg-type]
     what = Gradient if header.kind is Kind.GRADIENT else Activation
-    return mailbox.file("a", header, what(header.micro_batch, sent), tag)
+    return mailbox.file(header, what(header.micro_batch, sent), tag)
 
 
 @pytest.mark.parametrize(

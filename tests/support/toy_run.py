@@ -265,14 +265,14 @@ class ToyRun:
         with self._link(SCHEDULER, PREFETCH) as link:
             number = str(next(self._numbers))
             seal = self.seal_of(SCHEDULER)
-            channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s, seal=seal)
+            channel = LinkSchedulerChannel(link, self.topology, number, patience_s=self.patience_s, seal=seal)
             channel.open()
             run, self.scheduler = f"run{number}", number
             scheduler = Scheduler(plan, channel, self.ledger, run, time.monotonic, lambda _: None, self.late_s)
             try:
                 self.state = scheduler.serve()
             finally:
-                channel._closed.set()
+                channel._pulse.end()
 
     def _serve_party(self, party: str) -> None:
         pipeline, label = self.pipeline, self.topology.label_holder
@@ -290,7 +290,7 @@ class ToyRun:
             channel = PartyChannel(
                 link,
                 party,
-                peers,
+                self.topology,
                 number,
                 patience_s=self.patience_s,
                 persistent=False,
@@ -312,5 +312,5 @@ class ToyRun:
             try:
                 worker.serve(role.train)
             finally:
-                channel._closed.set()
+                channel._pulse.end()
                 self.counts[party] = channel.counts

@@ -102,12 +102,8 @@ class Mailbox(Generic[Tag]):
         self._committed = committed
         self._reach = None if self._bounds is None else self._bounds.pipeline.reach(committed)
 
-    def file(self, sender: str, header: Header, message: Activation | Gradient, tag: Tag) -> Verdict[Tag]:
-        """Decide about one delivery from the queue of `sender`."""
-        if header.sender != sender:
-            return self._reject(tag, f"says it is from {header.sender!r:.100}, but came from {sender!r}")
-        if header.receiver != self._party:
-            return self._reject(tag, f"is for {header.receiver!r:.100}, but came to {self._party!r}")
+    def file(self, header: Header, message: Activation | Gradient, tag: Tag) -> Verdict[Tag]:
+        """Decide about one delivery; the codec has compared its header with whose queue it came from."""
         return self._file(header, message.payload, tag)
 
     def _file(self, header: Header, payload: Payload, tag: Tag) -> Verdict[Tag]:

@@ -21,10 +21,8 @@ class Timeline(Generic[Tag]):
     receiver; what is older is lost with the broker.
     """
 
-    def __init__(
-        self, party: str, peers: tuple[str, ...], incarnation: str, keep_bytes: int, bounds: Bounds | None = None
-    ) -> None:
-        self._party, self._peers, self._incarnation = party, peers, incarnation
+    def __init__(self, party: str, incarnation: str, keep_bytes: int, bounds: Bounds | None = None) -> None:
+        self._party, self._incarnation = party, incarnation
         self._start: Start | None = None  # the one adopted
         self._peer_committed: dict[str, int] = {}
         self.mailbox: Mailbox[Tag] = Mailbox(party, bounds)
@@ -97,43 +95,30 @@ class Timeline(Generic[Tag]):
 
     # What comes in ----------------------------------------------------------------------------------------------
 
-    def file(self, sender: str, header: Header, message: Message, tag: Tag, redelivered: bool) -> Verdict[Tag]:
-        """Decide about one delivery from the queue of `sender`."""
-        if header.sender != sender:
-            return self.refuse(tag, f"says it is from {header.sender!r:.100}, but came from {sender!r}")
-        if isinstance(message, Activation | Gradient):
-            if sender not in self._peers:
-                return self.refuse(tag, f"{header.kind} from {sender!r}, who sends none")
-            self._note_committed(header)
-            self.mailbox.counts["redelivered"] += redelivered
-            return self.mailbox.file(sender, header, message, tag)
+    def file(self, header: Header, message: Message, tag: Tag, redelivered: bool) -> Verdict[Tag]:
+        """Decide about one delivery; the codec has compared who says what with the rights of its sender."""
         match message:
-            case Start() | Open() | Finish() | Stop():
-                if sender != SCHEDULER:
-                    return self.refuse(tag, f"a command from {sender!r}; only the scheduler commands")
-                if message.incarnation == self._incarnation:
-                    self.orders = self.orders.after(message)
+            case Activation() | Gradient():
+                self._note_committed(header)
+                self.mailbox.counts["redelivered"] += redelivered
+                return self.mailbox.file(header, message, tag)
+            case Start() | Open() | Finish() | Stop() if message.incarnation == self._incarnation:
+                self.orders = self.orders.after(message)
             case Alive(incarnation):
                 self._note_committed(header)
-                if sender == SCHEDULER and incarnation != self.scheduler_incarnation:
+                if header.sender == SCHEDULER and incarnation != self.scheduler_incarnation:
                     self.announce = True
                     self.scheduler_incarnation = incarnation
-            case Waiting():
-                pass  # the channel sends the answer
             case _:
-                return self.refuse(tag, f"{type(message).__name__} is not meant for a party")
+                pass  # a question, which the channel answers, or an order to an earlier process
         return Acknowledge((tag,))
 
-    def refuse(self, tag: Tag, reason: str) -> Reject[Tag]:
-        """Count a delivery that is not ours."""
+    def refuse(self, tag: Tag, reason: str, header: Header | None = None) -> Reject[Tag]:
+        """Count a delivery that could not be read; with its header, it may be that of the awaited message."""
+        if header is not None:
+            return self.mailbox.refuse(header, tag, reason)
         self.mailbox.counts["rejected"] += 1
         return Reject(tag, reason)
-
-    def refuse_unreadable(self, sender: str, header: Header, tag: Tag, reason: str) -> Reject[Tag]:
-        """Count a delivery of which only the header could be read, which may be that of the awaited message."""
-        if header.sender == sender and sender in self._peers:
-            return self.mailbox.refuse(header, tag, reason)
-        return self.refuse(tag, reason)
 
     def is_present(self, header: Header) -> bool:
         """Whether it is of the run and generation that this party is in."""

@@ -97,11 +97,19 @@ def standing_orders(plan: Plan, state: RunState) -> Addressed:
     return tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
 
 
-def disagree(plan: Plan, state: RunState, reason: str) -> tuple[RunState, Addressed]:
-    """End the run because a party cannot be understood, though it is there."""
-    if state.phase is Phase.STOPPED:
+def foreign(plan: Plan, state: RunState, sender: str, reason: str, now: float) -> tuple[RunState, Addressed]:
+    """Refuse a sender of which nothing came for a while but messages of another version.
+
+    Before the run goes on, a party that speaks one ends it for all: it would wait in vain. Later on that party alone is
+    refused, and waited for like one that is silent.
+    """
+    if sender not in plan.parties or state.phase not in (Phase.GATHERING, Phase.RUNNING, Phase.STOPPING):
         return state, ()
-    return _fail(plan, state, "AlignmentError", reason)
+    if state.phase is Phase.GATHERING:
+        return _fail(plan, state, "AlignmentError", reason)
+    if state.members.get(sender, Member()).refused == reason:
+        return state, ()
+    return changed(state, sender, refused=reason, refused_at=now), ()
 
 
 # Joining ------------------------------------------------------------------------------------------------------
