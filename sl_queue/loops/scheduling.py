@@ -11,8 +11,9 @@ from sl_queue.errors import AlignmentError, PeerSilent, named
 from sl_queue.ports import SchedulerChannel
 from sl_queue.protocol.control import Command, Report, Status
 from sl_queue.protocol.messages import OPERATOR
+from sl_queue.protocol.scheduler.endings import ending, foreign
 from sl_queue.protocol.scheduler.epochs import standing_of
-from sl_queue.protocol.scheduler.reducer import ending, foreign, reduce, standing_orders
+from sl_queue.protocol.scheduler.reducer import reduce, standing_orders
 from sl_queue.protocol.scheduler.state import (
     Member,
     Phase,

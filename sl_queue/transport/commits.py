@@ -3,38 +3,24 @@
 Sends are confirmed, then the checkpoint is on disk, then receives are acknowledged.
 """
 
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import partial
 
-from sl_queue.observe.meter import Meter
-from sl_queue.protocol.party.timeline import Timeline
-from sl_queue.transport.link import Link, Tag
-from sl_queue.transport.liveness import Liveness
+from sl_queue.transport.shared import Shared
 
 
 class Commits:
     """The commit that is under way, if any. Mutable; used by the worker's thread alone.
 
-    `changed` guards the timeline, and is notified when a commit has ended; `check` raises what ends a worker that
-    waits, with the lock held.
+    `check` raises what ends a worker that waits; it is called with the lock held.
     """
 
-    def __init__(
-        self,
-        executor: Executor,
-        link: Link,
-        timeline: Timeline[Tag],
-        changed: threading.Condition,
-        liveness: Liveness,
-        meter: Meter,
-        check: Callable[[], None],
-        patience_s: float,
-    ) -> None:
-        self._executor, self._link, self._timeline, self._changed = executor, link, timeline, changed
-        self._liveness, self._meter, self._check, self._patience_s = liveness, meter, check, patience_s
+    def __init__(self, shared: Shared, executor: Executor, check: Callable[[], None]) -> None:
+        self._link, self._timeline, self._changed = shared.link, shared.timeline, shared.changed
+        self._liveness, self._meter, self._patience_s = shared.liveness, shared.meter, shared.patience_s
+        self._executor, self._check = executor, check
         self._under_way: Future[None] | None = None
 
     def begin(self, step: int, save: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from sl_queue.errors import AlignmentError, RemoteProtocolError, RunStopped, SlQueueError, named
+from sl_queue.errors import AlignmentError, RunStopped, SlQueueError, named
 from sl_queue.observe.meter import Meter
 from sl_queue.protocol.codec import Terms
 from sl_queue.protocol.control import Join, Progress, Report, Start, Waiting
@@ -35,6 +35,7 @@ from sl_queue.transport.mail import Letter, Mail, Spoilt
 from sl_queue.transport.pulse import Pulse
 from sl_queue.transport.reporting import Reports
 from sl_queue.transport.resending import Resending
+from sl_queue.transport.shared import Shared
 
 T = TypeVar("T")
 
@@ -64,37 +65,23 @@ class PartyChannel:
         committer: Executor | None = None,
         bounds: Bounds | None = None,
     ) -> None:
-        self._link, self._party, self._incarnation = link, party, incarnation
+        self._link, self._party = link, party
         self._sources = topology.senders_to(party)
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
         terms = {sender: Terms.between(topology, sender, party, control_bytes(sender)) for sender in self._sources}
         largest = {} if bounds is None else {sender: bounds.largest_bytes(sender) for sender in self._sources}
         self._mail = Mail(link, party, terms, incarnation, patience_s=patience_s, largest=largest, seal=seal)
-        self._meter, self._resending = Meter(), Resending(party, patience_s)
-        self._changed = threading.Condition()
         self._timeline: Timeline[Tag] = Timeline(party, incarnation, OUTBOX_BYTES, bounds)
+        self._changed, self._meter = threading.Condition(), Meter()
         self._liveness = Liveness(party, patience_s, self._mail.is_unreadable, link.outage)
         self._liveness.hear(self._sources)  # so that whoever observes may ask before it is open
+        shared = Shared(
+            party, incarnation, patience_s, link, self._mail, self._timeline, self._changed, self._liveness, self._meter
+        )
+        committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
+        self._reports, self._commits = Reports(shared, self._sources), Commits(shared, committer, self._check)
+        self._resending = Resending(party, patience_s)
         self._failure: SlQueueError | None = None
-        self._reports = Reports(
-            self._mail,
-            self._timeline,
-            self._changed,
-            self._meter,
-            incarnation=incarnation,
-            receivers=self._sources,
-            patience_s=patience_s,
-        )
-        self._commits = Commits(
-            committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit"),
-            link,
-            self._timeline,
-            self._changed,
-            self._liveness,
-            self._meter,
-            self._check,
-            patience_s,
-        )
         self._pulse = Pulse(party, self._reports.every_s, self._beat, first_s=self._reports.every_s)
 
     def open(self) -> None:
@@ -124,24 +111,11 @@ class PartyChannel:
 
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         what = f"{kind} {micro_batch} of party {sender!r}"
-        ask = partial(self._ask, sender, kind, micro_batch, what)
+        ask = partial(self._reports.ask, sender, kind, micro_batch)
         with self._meter.waiting(sender, kind):
             payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
         self.wait_committed()
         return payload
-
-    def _ask(self, sender: str, kind: Kind, micro_batch: MicroBatch, what: str, seconds: float) -> None:
-        """Ask a peer, and report to the scheduler, that a message is awaited. Raises if whatever came is unusable."""
-        with self._changed:
-            unusable = self._timeline.mailbox.ask(sender, kind, micro_batch)
-        if unusable is not None and seconds >= self._patience_s:
-            raise RemoteProtocolError(
-                f"party {self._party!r} waits for {what}; whatever comes of it is refused: {unusable}; "
-                "compare job, models and versions of both parties"
-            )
-        waiting = self._timeline.waiting(sender, kind, micro_batch, seconds, self._liveness.silence_s(sender))
-        self._reports.send(sender, waiting)
-        self._reports.send(SCHEDULER, waiting)
 
     def commit(self, step: int, save: Callable[[], None]) -> None:
         self.wait_committed()
@@ -166,7 +140,7 @@ class PartyChannel:
 
     def wait_for(self, decision: Callable[[Orders], T | None]) -> T:
         def ask(_: float) -> None:
-            self._timeline.announce = True
+            self._reports.announce_again()
 
         with self._meter.waiting(SCHEDULER, "order"):
             return self._wait(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)

@@ -1,49 +1,41 @@
 """What a party says of itself: who is here, where it is, that it lives, and what it waits for."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from sl_queue.observe.meter import Meter
+from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.control import Alive, Join, Progress, Report
-from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.party.timeline import Timeline
-from sl_queue.transport.link import Tag
-from sl_queue.transport.mail import Mail
+from sl_queue.protocol.messages import SCHEDULER, Kind, MicroBatch
+from sl_queue.transport.shared import Shared
 
 PULSE_S = 0.25  # how often progress is reported
 
-log = logging.getLogger("sl_queue")
-
 
 class Reports:
-    """The reports of one party. Mutable, thread-safe; `changed` guards the timeline."""
+    """The reports of one party to the scheduler and to its peers, `receivers`. Mutable, thread-safe."""
 
-    def __init__(
-        self,
-        mail: Mail,
-        timeline: Timeline[Tag],
-        changed: threading.Condition,
-        meter: Meter,
-        *,
-        incarnation: str,
-        receivers: tuple[str, ...],
-        patience_s: float,
-    ) -> None:
-        self._mail, self._timeline, self._changed, self._meter = mail, timeline, changed, meter
-        self._incarnation, self._receivers = incarnation, receivers
+    def __init__(self, shared: Shared, receivers: tuple[str, ...]) -> None:
+        self._mail, self._timeline, self._changed = shared.mail, shared.timeline, shared.changed
+        self._liveness, self._meter, self._patience_s = shared.liveness, shared.meter, shared.patience_s
+        self._party, self._incarnation, self._receivers = shared.party, shared.incarnation, receivers
         self._describe: Callable[[], Join] | None = None
         self._progress: Progress | None = None
         self._reporting = threading.RLock()  # entered again where memory:// delivers on the publisher's thread
-        self._alive_every_s, self._alive_at = min(patience_s / 4, 5.0), 0.0
+        self._alive_every_s, self._alive_at = min(self._patience_s / 4, 5.0), 0.0
         self.every_s = min(PULSE_S, self._alive_every_s)
 
     def announce(self, describe: Callable[[], Join]) -> None:
         """Report who is here, now and whenever the scheduler has to hear it again."""
-        self._describe, self._timeline.announce = describe, True
+        self._describe = describe
+        self.announce_again()
         self.announce_if_needed()
+
+    def announce_again(self) -> None:
+        """Have the scheduler hear once more who is here, as soon as the worker waits."""
+        with self._changed:
+            self._timeline.announce = True
 
     def announce_if_needed(self) -> None:
         """Report who is here if the scheduler has not heard it."""
@@ -62,6 +54,23 @@ class Reports:
         """Report this some time soon, unless something newer comes."""
         with self._changed:
             self._progress = report
+
+    def ask(self, sender: str, kind: Kind, micro_batch: MicroBatch, waited_s: float) -> None:
+        """Ask a peer for a message, and report to the scheduler that it is awaited.
+
+        Raises RemoteProtocolError for a message that was refused each time it came.
+        """
+        with self._changed:
+            unusable = self._timeline.mailbox.ask(sender, kind, micro_batch)
+        if unusable is not None and waited_s >= self._patience_s:
+            raise RemoteProtocolError(
+                f"party {self._party!r} waits for {kind} {micro_batch} of party {sender!r}; whatever comes of it is "
+                f"refused: {unusable}; compare job, models and versions of both parties"
+            )
+        silent_s = self._liveness.silence_s(sender)
+        waiting = self._timeline.waiting(sender, kind, micro_batch, waited_s, silent_s)
+        self.send(sender, waiting)
+        self.send(SCHEDULER, waiting)
 
     def send(self, receiver: str, report: Report, *, lasting: bool = False) -> None:
         """Send a report; one that does not last is worth nothing later."""

@@ -273,7 +273,7 @@ def test_what_came_before_the_start_is_received_after_it(post: Post) -> None:
 
 
 def test_nothing_is_sent_before_a_run_is_adopted(post: Post) -> None:
-    with pytest.raises(LocalProtocolError, match="before it adopted a run"):
+    with pytest.raises(LocalProtocolError, match="before it entered a run"):
         post.channel("a", adopt=False).send("label", activation(0))
 
 

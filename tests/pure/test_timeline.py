@@ -30,7 +30,7 @@ def came(
 
 
 def test_a_tensor_before_a_run_is_adopted_is_our_mistake() -> None:
-    with pytest.raises(LocalProtocolError, match="before it adopted a run"):
+    with pytest.raises(LocalProtocolError, match="before it entered a run"):
         timeline(None).header("label", Activation(FIRST, PAYLOAD))
     assert timeline().header("label", Activation(FIRST, PAYLOAD)).generation == 1
 

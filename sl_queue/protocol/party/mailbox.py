@@ -79,7 +79,7 @@ class Mailbox(Generic[Tag]):
         self._committed = BEFORE_FIRST_STEP
         self._reach: Reach | None = None
         self._held: dict[Key, _Held[Tag]] = {}
-        # by sender; before a run is adopted of any, afterwards of one newer generation only
+        # by sender; before a run is entered of any, afterwards of one newer generation only
         self._early: defaultdict[str, dict[tuple[str, int, Kind, MicroBatch], _Early[Tag]]] = defaultdict(dict)
         self._asked: Key | None = None  # what was asked for last
         self._unusable: list[str] = []  # why it was refused; at most once each time it was asked for

@@ -13,6 +13,8 @@ from sl_queue.protocol.party.bounds import Bounds
 from sl_queue.protocol.party.mailbox import Acknowledge, Key, Mailbox, Outbox, Reject, Tag, Verdict
 from sl_queue.protocol.party.orders import Orders
 
+_NOWHERE = MicroBatch(0, 0)  # reports and commands are of no micro-batch
+
 
 class Timeline(Generic[Tag]):
     """One party's part of a run and generation. Mutable: it is the memory of one process.
@@ -23,7 +25,7 @@ class Timeline(Generic[Tag]):
 
     def __init__(self, party: str, incarnation: str, keep_bytes: int, bounds: Bounds | None = None) -> None:
         self._party, self._incarnation = party, incarnation
-        self._start: Start | None = None  # the one adopted
+        self._start: Start | None = None  # the one that was entered
         self._peer_committed: dict[str, int] = {}
         self.mailbox: Mailbox[Tag] = Mailbox(party, bounds)
         self.outbox = Outbox(keep_bytes)
@@ -42,7 +44,7 @@ class Timeline(Generic[Tag]):
 
     @property
     def newer(self) -> Start | None:
-        """The order to begin a newer generation than the one adopted."""
+        """The order to begin a newer generation than the one entered."""
         ordered = self.orders.start
         if self._start is None or ordered is None or ordered.generation <= self._start.generation:
             return None
@@ -50,7 +52,8 @@ class Timeline(Generic[Tag]):
 
     def enter(self, start: Start, resume_step: int) -> list[Verdict[Tag]]:
         """Enter a run and generation, with everything up to `resume_step` on disk."""
-        self._start, self.committed = start, resume_step
+        self.committed = resume_step  # before the generation that it is said with: see `header`
+        self._start = start
         self._peer_committed.clear()
         self.outbox.enter(resume_step)
         return self.mailbox.enter(start.run, start.generation, resume_step)
@@ -72,12 +75,20 @@ class Timeline(Generic[Tag]):
     # What goes out ----------------------------------------------------------------------------------------------
 
     def header(self, receiver: str, message: Message) -> Header:
-        """Raises LocalProtocolError for a tensor before a run is adopted."""
-        kind = kind_of(message)
-        if kind in (Kind.ACTIVATION, Kind.HOLDOUT, Kind.GRADIENT) and self._start is None:
-            raise LocalProtocolError(f"party {self._party!r} sends a {kind} before it adopted a run")
-        where = message.micro_batch if isinstance(message, Activation | Gradient) else MicroBatch(0, 0)
-        return Header(self.run, self.generation, kind, self._party, receiver, where, self.committed)
+        """Return the header of a message; any thread may ask for it. Raises LocalProtocolError before a run is entered.
+
+        What is said to be committed in a generation is never more than that: peers forget what they have sent up to it.
+        """
+        kind, start = kind_of(message), self._start
+        if isinstance(message, Activation | Gradient):
+            if start is None:
+                raise LocalProtocolError(f"party {self._party!r} sends a {kind} before it entered a run")
+            where = message.micro_batch
+        else:
+            where = _NOWHERE
+        if start is None:
+            return Header("", 0, kind, self._party, receiver, where, self.committed)
+        return Header(start.run, start.generation, kind, self._party, receiver, where, self.committed)
 
     def waiting(self, sender: str, kind: Kind, micro_batch: MicroBatch, seconds: float, silent_s: float) -> Waiting:
         """What is told of a wait for a message."""

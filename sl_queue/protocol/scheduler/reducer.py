@@ -30,6 +30,7 @@ from sl_queue.protocol.control import (
 )
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.protocol.scheduler.agreement import disagreement
+from sl_queue.protocol.scheduler.endings import at_once, ended, fail, stop, stopped
 from sl_queue.protocol.scheduler.epochs import all_committed, final_step, finishing, opening, recorded, standing_of
 from sl_queue.protocol.scheduler.state import (
     Addressed,
@@ -39,7 +40,6 @@ from sl_queue.protocol.scheduler.state import (
     Plan,
     RunState,
     changed,
-    gone,
     incarnations,
     missing,
     newest_common,
@@ -56,7 +56,7 @@ def reduce(
     What is delivered again says nothing of whether its sender is still alive.
     """
     if isinstance(report, StopRequest):
-        return _stop(plan, state)
+        return stop(plan, state)
     if sender == OPERATOR or sender not in plan.parties:
         return state, ()
     member = state.members.get(sender, Member())
@@ -79,37 +79,26 @@ def reduce(
             return (changed(state, sender, waiting=report) if source in plan.parties else state), ()
         case Lost():
             return _lost(plan, state, sender, report)
-        case Failed(_, error, message):
-            state = changed(state, sender, stopped=True)
-            who, said = f"party {sender!r}", printable(message, LONGEST)
-            reason = said if said.startswith(who) else f"{who}: {said}"
-            return _fail(plan, state, failure(error), reason, failed=sender)
+        case Failed():
+            return _failed(plan, state, sender, report)
         case Stopped(_, step):
-            return _stopped(plan, state, sender, step)
+            return stopped(plan, state, sender, step)
         case Finished(_, digests):
-            return _ended(plan, changed(state, sender, finished=digests, waiting=None)), ()
+            return ended(plan, changed(state, sender, finished=digests, waiting=None)), ()
         case _:
             assert_never(report)
+
+
+def _failed(plan: Plan, state: RunState, sender: str, report: Failed) -> tuple[RunState, Addressed]:
+    state = changed(state, sender, stopped=True)
+    who, said = f"party {sender!r}", printable(report.message, LONGEST)
+    reason = said if said.startswith(who) else f"{who}: {said}"
+    return fail(plan, state, failure(report.error), reason, failed=sender)
 
 
 def standing_orders(plan: Plan, state: RunState) -> Addressed:
     """What everyone should have been told by now; a scheduler that comes back may have been killed before it was."""
     return tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
-
-
-def foreign(plan: Plan, state: RunState, sender: str, reason: str, now: float) -> tuple[RunState, Addressed]:
-    """Refuse a sender of which nothing came for a while but messages of another version.
-
-    Before the run goes on, a party that speaks one ends it for all: it would wait in vain. Later on that party alone is
-    refused, and waited for like one that is silent.
-    """
-    if sender not in plan.parties or state.phase not in (Phase.GATHERING, Phase.RUNNING, Phase.STOPPING):
-        return state, ()
-    if state.phase is Phase.GATHERING:
-        return _fail(plan, state, "AlignmentError", reason)
-    if state.members.get(sender, Member()).refused == reason:
-        return state, ()
-    return changed(state, sender, refused=reason, refused_at=now), ()
 
 
 # Joining ------------------------------------------------------------------------------------------------------
@@ -121,14 +110,14 @@ def _join(
     before = state
     state = _entered(state, sender, joined, heard)
     if state.phase in (Phase.FAILED, Phase.STOPPED):
-        return state, ((sender, _at_once(state, joined.incarnation)),)
+        return state, ((sender, at_once(state, joined.incarnation)),)
     problem = disagreement(plan, before, sender, joined)
     if state.phase is Phase.FINISHED:
         return changed(state, sender, finished=None), _too_late(plan, state, sender, joined, problem)
     if problem is not None and (before.agreed is not None or before.phase is not Phase.GATHERING):
         return _refused(plan, before, sender, joined.incarnation, problem, now)
     if problem is not None:
-        return _fail(plan, state, "AlignmentError", problem)
+        return fail(plan, state, "AlignmentError", problem)
     if state.phase is Phase.GATHERING:
         if missing(plan, state):
             return state, ()
@@ -175,7 +164,7 @@ def _refused(
     """
     state = changed(state, sender, refused=problem, refused_at=now)
     if all(state.members.get(party, Member()).refused is not None for party in plan.parties):
-        state, _ = _fail(plan, state, "AlignmentError", problem)
+        state, _ = fail(plan, state, "AlignmentError", problem)
     return state, ((sender, Stop(incarnation, problem, error="AlignmentError")),)
 
 
@@ -271,62 +260,3 @@ def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunSt
     standing = standing_of(plan, history)
     state = replace(state, bases=(*state.bases, base), members=members, history=history, standing=standing)
     return state, standing_orders(plan, state)
-
-
-# Endings ------------------------------------------------------------------------------------------------------
-
-
-def _fail(
-    plan: Plan, state: RunState, error: str, reason: str, failed: str | None = None
-) -> tuple[RunState, Addressed]:
-    """Stop everyone at once but the party that failed; without one the parties disagree."""
-    if state.phase in (Phase.FAILED, Phase.FINISHED):
-        return state, ()
-    state = replace(state, phase=Phase.FAILED, reason=reason, error=error, failed=failed)
-    return state, tuple((p, _at_once(state, i)) for p, i in incarnations(plan, state) if p != failed)
-
-
-def _at_once(state: RunState, incarnation: str) -> Stop:
-    return Stop(incarnation, state.reason or "stopped", error=ending(state))
-
-
-def ending(state: RunState) -> str:
-    """Name the error with which a run that failed or was stopped ends for who has not failed itself."""
-    if state.error is None:
-        return "RunStopped"
-    return "PeerFailed" if state.failed is not None else state.error
-
-
-def _stop(plan: Plan, state: RunState) -> tuple[RunState, Addressed]:
-    reason = "stopped by the operator; start the workers again to resume"
-    if state.phase is Phase.GATHERING:
-        state = replace(state, phase=Phase.STOPPED, reason=reason)
-        return state, tuple((p, _at_once(state, i)) for p, i in incarnations(plan, state))
-    if state.phase is not Phase.RUNNING:
-        return state, ()
-    state = replace(state, phase=Phase.STOPPING, reason=reason)
-    stops = tuple((p, Stop(i, reason)) for p, i in incarnations(plan, state) if p == plan.label_holder)
-    return state, stops
-
-
-def _stopped(plan: Plan, state: RunState, sender: str, step: int) -> tuple[RunState, Addressed]:
-    """The label holder stops first, at its next commit; then everyone knows the step after which to stop."""
-    state = changed(state, sender, stopped=True)
-    if state.phase is not Phase.STOPPING:
-        return state, ()  # a worker that was interrupted, not one that was told to stop
-    if sender != plan.label_holder:
-        return _ended(plan, state), ()
-    state = replace(state, stop_after=step)
-    reason = state.reason or "stopped"
-    stops = tuple((p, Stop(i, reason, after_step=step)) for p, i in incarnations(plan, state) if p != sender)
-    return _ended(plan, state), stops
-
-
-def _ended(plan: Plan, state: RunState) -> RunState:
-    """Whether that was the last party."""
-    members = [state.members.get(p, Member()) for p in plan.parties]
-    if all(m.finished is not None for m in members):
-        return replace(state, phase=Phase.FINISHED, reason=None)
-    if state.phase is Phase.STOPPING and all(gone(state, m) for m in members):
-        return replace(state, phase=Phase.STOPPED)
-    return state

@@ -1,6 +1,6 @@
 """What comes in on one connection: deliveries of each sender's queue, and what becomes of them.
 
-All but `reject` runs on the link's I/O thread.
+`acknowledge` runs on the thread that has the link's turn, `reject` on any, all else on the link's I/O thread.
 """
 
 import logging

@@ -1,22 +1,20 @@
 """A party's link to RabbitMQ: survives lost connections and broker restarts. `Link`'s contract is in link.py.
 
-One I/O thread runs an asyncio loop and owns the driver; the worker computes in another one, so heartbeats go on
-whatever it does. Other threads leave what they want done and wake the loop, once for many. Only a small message is
-sent by the thread that publishes it, if the I/O thread sleeps: to wake that one, and to pass Python's lock to and fro,
-takes longer, and made small steps up to a sixth slower. A large one is copied beside the computation.
+One I/O thread runs an asyncio loop; the worker computes in another one, so heartbeats go on whatever it does. Other
+threads leave what they want done and wake the loop, once for many. Only a small message is sent by the thread that
+publishes it, if the I/O thread sleeps: to wake that one, and to pass Python's lock to and fro, takes longer. A large
+one is copied beside the computation. The driver is used by whoever has the turn (turns.py).
 """
 
 import asyncio
 import concurrent.futures
 import itertools
 import logging
-import selectors
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from sl_queue.errors import BrokerUnreachable, ResourceShortage, SlQueueError, TransportError
 from sl_queue.protocol.measures import Connectivity
@@ -30,6 +28,7 @@ from sl_queue.transport.rabbitmq.failures import Denied, Lost
 from sl_queue.transport.rabbitmq.names import QueueType
 from sl_queue.transport.rabbitmq.nodes import Nodes
 from sl_queue.transport.rabbitmq.session import Session
+from sl_queue.transport.rabbitmq.turns import Turns
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import CONNECTING, Limits, pause_s, persist
 
@@ -37,22 +36,6 @@ SMALL_BYTES = 64 * 1024  # a message that its publisher sends itself
 FRUITLESS_SESSIONS = 20  # in a row, and the link gives up: connecting works, but nothing else does
 
 log = logging.getLogger("sl_queue")
-
-
-class Turns(selectors.DefaultSelector):
-    """The I/O thread's selector. Who has the `turn` may use the driver: that thread, whenever it is awake."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.turn = threading.Lock()
-
-    def select(self, timeout: float | None = None) -> Any:
-        """As every selector's; meanwhile the turn is free."""
-        self.turn.release()
-        try:
-            return super().select(timeout)
-        finally:
-            self.turn.acquire()
 
 
 class RabbitLink:
@@ -176,7 +159,7 @@ class RabbitLink:
         return TransportError(f"the link of {self._endpoint.who} is closed")
 
     def _wake(self, *, may_send: bool = False) -> None:
-        """Have it done: soon by the I/O thread, or here and now."""
+        """Run pending I/O inline if the I/O thread is idle and the message is small, else wake it."""
         if may_send and self._turns.turn.acquire(blocking=False):
             try:
                 self._work()

@@ -1,7 +1,8 @@
 """One connection's life: take the lock of the party, consume, publish, until it ends.
 
 A session is never mended: when anything of it is lost, cancelled or refused, it ends with a reason and the link makes
-the next one. Only missing queues are declared again in endpoint. All but `reject` runs on the link's I/O thread.
+the next one. Only missing queues are declared again in place. `pump` and `acknowledge` run on the thread that has the
+link's turn, `reject` on any, all else on the link's I/O thread.
 """
 
 import asyncio
