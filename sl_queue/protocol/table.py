@@ -1,13 +1,10 @@
 """A party's own rows, in the order in which every party has them."""
 
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from sl_queue.protocol.schedule.row_order import Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +23,3 @@ class Table:
     @property
     def n_rows(self) -> int:
         return len(self.row_keys)
-
-    def rows_digest(self, positions: Positions) -> bytes:
-        """Eight bytes that name these rows in this order, and tell no id to who does not hold them all."""
-        return blake2b(self.row_keys[positions].tobytes(), digest_size=8).digest()
