@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = "demo check plan local status stop dead cleanup key provision chaos".split()
+COMMANDS = ["demo", "check", "plan", "local", "status", "stop", "dead", "cleanup", "key", "provision", "chaos"]
 
 
 def test_help_lists_the_commands_and_imports_neither_torch_nor_pika() -> None:
