@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sl_queue.protocol.messages import (
-    OPERATOR,
+from sl_queue.protocol.control import (
     EpochDone,
     EpochResult,
     Finish,
@@ -19,6 +18,7 @@ from sl_queue.protocol.messages import (
     Stopped,
     StopRequest,
 )
+from sl_queue.protocol.messages import OPERATOR
 from sl_queue.protocol.party.orders import Orders
 from sl_queue.protocol.scheduler.state import (
     EarlyStopping,

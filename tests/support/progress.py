@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, TypeVar
 
-from sl_queue.protocol.messages import (
+from sl_queue.protocol.control import (
     Command,
     EpochResult,
     Finish,
-    Joined,
+    Join,
     Open,
     Report,
     Start,
@@ -34,7 +34,7 @@ def plan(epochs: int = 4, early: EarlyStopping | None = None) -> Plan:
     return Plan(JOB, "label", ("a", "b"), epochs, patience_s=1.0, early_stopping=early)
 
 
-def joined(incarnation: str, held: tuple[int, ...] = (), **changes: Any) -> Joined:
+def joined(incarnation: str, held: tuple[int, ...] = (), **changes: Any) -> Join:
     values: dict[str, Any] = {
         "job": JOB,
         "n_rows": 10,
@@ -43,7 +43,7 @@ def joined(incarnation: str, held: tuple[int, ...] = (), **changes: Any) -> Join
         "run": None,
         "generation": 0,
     }
-    return Joined(incarnation, held=held, **(values | ({"run": "r"} if held else {}) | changes))
+    return Join(incarnation, held=held, **(values | ({"run": "r"} if held else {}) | changes))
 
 
 def epoch(number: int, loss: float | None = 0.5, step: int | None = None) -> EpochResult:
