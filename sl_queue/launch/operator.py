@@ -175,7 +175,7 @@ class _Statuses:
         if isinstance(arrived, SlQueueError):
             raise arrived
         if self._newest is not None:
-            self._link.acknowledge([self._newest.tag])
+            self._link.acknowledge([self._newest.delivery.tag])
         self._newest = arrived
         status = arrived.message
         return status if isinstance(status, Status) else None

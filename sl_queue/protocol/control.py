@@ -261,6 +261,8 @@ def objection(message: Message, sender: Role, receiver: Role) -> str | None:
 def subject_of(message: Message) -> str | None:
     """Name what a newer statement of the same sender replaces this one in; None of facts, which stay true."""
     match message:
+        case Activation() | Gradient():  # first, as it is asked of every message
+            return None
         case Start() | Open() | Finish() | Stop():
             return "command"
         case Alive() | Join() | Lost() | Progress() | StopRequest() | Waiting():

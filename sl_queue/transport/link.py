@@ -34,6 +34,9 @@ class Outage:
     reason: str = ""
 
 
+NO_OUTAGE = Outage()
+
+
 class Link(Protocol):
     """Thread-safe. Everything published and not yet confirmed is published again after a reconnect, in order."""
 

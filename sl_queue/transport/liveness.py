@@ -33,7 +33,9 @@ class Liveness:
 
     def hear(self, sources: Iterable[str]) -> None:
         """Note that something came from these."""
-        self._heard.update(dict.fromkeys(sources, self._listened_s()))
+        now_s = self._listened_s()
+        for source in sources:
+            self._heard[source] = now_s
 
     def silence_s(self, source: str) -> float:
         """Seconds since anything was heard of `source`, without those in which nothing could be."""

@@ -14,7 +14,7 @@ from sl_queue.errors import PartyBusy, SlQueueError, TransportError
 from sl_queue.protocol.measures import IN_PROCESS, Connectivity
 from sl_queue.protocol.messages import OPERATOR, Kind
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.link import Delivery, Outage, Tag
+from sl_queue.transport.link import NO_OUTAGE, Delivery, Outage, Tag
 
 
 @dataclass(slots=True)
@@ -175,7 +175,7 @@ class MemoryLink:
         self._broker.publish(receiver, self.party, body, persistent=persistent, expires=expires_s is not None)
 
     def outage(self) -> Outage:
-        return Outage()
+        return NO_OUTAGE
 
     @property
     def connectivity(self) -> Connectivity:
