@@ -70,7 +70,7 @@ _commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Statu
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What `receiver` takes of `sender`: who the two are, and how large a message without a tensor may be."""
+    """The messages that `receiver` takes of `sender`; one without a tensor has at most `control_bytes`."""
 
     sender: str
     receiver: str
@@ -198,7 +198,7 @@ def _split(body: bytes, terms: Terms | None) -> tuple[Header, Any, memoryview]:
 
 
 def _last(header: Header, view: memoryview, start: int) -> memoryview:
-    """The bytes of the bin at `start`, which must end where the message ends."""
+    """Return the bytes of the bin at `start`, which must end where the message ends."""
     for marker, length in ((0xC6, ">I"), (0xC5, ">H"), (0xC4, ">B")):
         size = struct.calcsize(length)
         if len(view) >= start + 1 + size and view[start] == marker:

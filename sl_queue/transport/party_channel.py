@@ -159,7 +159,7 @@ class PartyChannel:
 
     @property
     def measures(self) -> Measures:
-        """What there is to observe."""
+        """Everything that can be observed of this channel."""
         silent_s = {peer: self._liveness.silence_s(peer) for peer in self._sources}
         return self._meter.read(self.counts, silent_s, self._mail.connectivity)
 

@@ -118,7 +118,7 @@ class LinkSchedulerChannel:
         self._mail.send(receiver, header, message, lasting=lasting)
 
     def _beat(self) -> None:
-        """A sign of life to every party, so that a worker that waits for an order knows that somebody is there."""
+        """Give every party a sign of life, so that a worker that waits for an order knows that somebody is there."""
         self._mail.log_refusals()
         for party in self._parties:
             self._greet(party)

@@ -28,7 +28,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def control_bytes(sender: str) -> int:
-    """The largest message without a tensor that `sender` may send to a party."""
+    """Return the size of the largest message without a tensor that `sender` may send to a party."""
     return COMMAND_BYTES if sender == SCHEDULER else QUESTION_BYTES
 
 
@@ -62,7 +62,7 @@ class Bounds:
 
     @property
     def early(self) -> int:
-        """How many messages of one sender may wait for a generation that this party has yet to enter.
+        """Number of messages of one sender that may wait for a generation that this party has yet to enter.
 
         As many as a peer sends before it is answered; none is answered before this party is there as well.
         """
@@ -70,11 +70,11 @@ class Bounds:
 
     @property
     def prefetch(self) -> int:
-        """How many messages of one sender may be unacknowledged."""
+        """Number of messages of one sender that may be unacknowledged."""
         return self.pipeline.prefetch + self.early + MARGIN
 
     def largest_bytes(self, sender: str) -> int:
-        """The largest body that `sender` may send, before it is sealed."""
+        """Return the size of the largest body that `sender` may send, before it is sealed."""
         cut = self.cuts.get(sender)
         tensor = 0 if cut is None else self.pipeline.batches.most_rows * prod(cut) * ITEM_BYTES["float64"]
         return max(tensor + OVERHEAD_BYTES, control_bytes(sender))

@@ -290,7 +290,7 @@ class RabbitLink:
             ) from None
 
     def _fail(self, error: SlQueueError) -> None:
-        """The link has given up: whoever opens, publishes or flushes learns it, and who opened it is told."""
+        """Give up: whoever opens, publishes or flushes from now on raises `error`, and the owner is notified."""
         self._unconfirmed.fail(error)
         if self._opened.done():
             self._on_failure(error)

@@ -81,17 +81,17 @@ class Unconfirmed:
                     self._waiting.extendleft(reversed(passed))
 
     def confirm(self, numbers: Iterable[int]) -> list[Outgoing]:
-        """The broker has these; returns them."""
+        """Forget and return these: the broker has them."""
         with self._changed:
             return self._forget(numbers)
 
     def again(self, numbers: Iterable[int]) -> None:
-        """These wait again, before all others."""
+        """Let these wait again, before all others."""
         with self._changed:
             self._waiting = deque(sorted({*numbers, *self._waiting}))
 
     def restart(self) -> None:
-        """The connection is gone: everything waits again, in order."""
+        """Let everything wait again, in order: the connection is gone."""
         with self._changed:
             self._waiting = deque(self._messages)
 
