@@ -208,17 +208,26 @@ class _Travel:
         return cls(pack_s + encode_s, decode_s + unpack_s, len(body))
 
 
-def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Handling = HANDLING) -> Costs:
-    """Return what the simulation has to know."""
-    wire, there, back = replace(wire, cast=cast), {}, {}
+_Travels = Mapping[tuple[str, int], _Travel]  # by party and place among the samples
+
+
+def _travels(measured: Measured, wire: Wire) -> tuple[_Travels, _Travels]:
+    """Measure what the activations and the gradients of each party and sample cost on their way."""
+    there, back = {}, {}
     for place, sample in enumerate(measured.samples):
         for party, activation in sample.activations.items():
             relu = measured.relu[party]
             wanted = gradient_mask(wire.pack(activation, relu=relu))
             there[party, place] = _Travel.of(wire, activation, relu, None)
             back[party, place] = _Travel.of(wire, sample.gradients[party], relu=False, wanted=wanted)
+    return there, back
 
-    def line(travels: Mapping[tuple[str, int], _Travel], party: str, value: Callable[[_Travel], float]) -> Affine:
+
+def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Handling = HANDLING) -> Costs:
+    """Return what the simulation has to know."""
+    there, back = _travels(measured, replace(wire, cast=cast))
+
+    def line(travels: _Travels, party: str, value: Callable[[_Travel], float]) -> Affine:
         few, many = measured.samples
         return Affine.through((few.rows, value(travels[party, 0])), (many.rows, value(travels[party, 1])))
 
