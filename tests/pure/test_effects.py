@@ -38,10 +38,10 @@ class Recorder:
         self.deeds.append(("work", "commit", step))
         save()
 
-    def until(self, decision: Callable[[Orders], Any]) -> Any:
+    def wait_for(self, decision: Callable[[Orders], Any]) -> Any:
         return decision(Orders(open=Open("s", through=1_000_000)))
 
-    def settle(self) -> None:
+    def wait_committed(self) -> None:
         pass
 
     def report(self, report: Any) -> None:
