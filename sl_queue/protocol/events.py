@@ -1,0 +1,330 @@
+"""The vocabulary of events: what a role does, said once, for everything that watches it.
+
+Loops, channels and the scheduler pass events to an `Observer`; the log, Prometheus, chaos and benchmarks are observers.
+An event holds names and numbers, never a tensor, an id or a value of a row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import isfinite
+from re import sub
+from types import NoneType, UnionType
+from typing import Any, Protocol, get_args, get_origin, get_type_hints
+
+Numbers = Mapping[str, float | None]
+
+
+# A process and its place in the run -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A worker process has its libraries."""
+
+    party: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker is connected and has joined, or the scheduler listens."""
+
+    party: str
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """A party trains from the checkpoint of `step` on; -1: from the initial weights."""
+
+    party: str
+    run: str
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """An optimizer step is done; `messages` counts the data messages of this process so far, by their fate."""
+
+    party: str
+    generation: int
+    step: int
+    samples: int  # rows trained on by this process so far
+    loss: float | None = None  # at the label holder
+    messages: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The checkpoint of `step` is on disk, and what it depends on is acknowledged."""
+
+    party: str
+    generation: int
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDone:
+    """An epoch is on disk; of the scheduler: in the history."""
+
+    party: str
+    epoch: int
+    step: int
+    loss: float
+    holdout: Numbers | None = None
+    seconds: float | None = None
+    epochs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A party has written its final weights, those after `step`."""
+
+    party: str
+    step: int
+    folder: str
+    already: bool = False  # by an earlier process
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A worker ends on purpose, to resume later."""
+
+    party: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A worker ends with an error; `error` is the name of its class."""
+
+    party: str
+    error: str
+    message: str
+    exit_code: int
+
+
+# Messages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message was handed to the broker."""
+
+    party: str
+    receiver: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message came from the broker, readable or not."""
+
+    party: str
+    sender: str
+    bytes: int
+    redelivered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resent:
+    """Messages were sent again because a peer asked; `seconds`: the time over which they were counted."""
+
+    party: str
+    receiver: str
+    messages: int
+    first: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Messages were refused; `reason` is that of the last, `seconds` the time over which they were counted."""
+
+    party: str
+    sender: str
+    reason: str
+    messages: int = 1
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnected:
+    """The connection to the broker was lost and made again."""
+
+    party: str
+
+
+# Waiting --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WaitBegan:
+    """A worker begins to wait; waits may nest, and each ends with its `Waited`."""
+
+    party: str
+    source: str  # a party, "scheduler", "broker" or "disk"
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """The innermost wait is over."""
+
+    party: str
+    source: str
+    cause: str
+    seconds: float
+    step: int | None = None
+    index: int | None = None  # of the micro-batch
+
+
+@dataclass(frozen=True, slots=True)
+class StillWaiting:
+    """A wait takes longer than `patience`, again and again."""
+
+    party: str
+    what: str
+    seconds: float
+    silent_s: float | None = None  # since anything was heard of whom it waits for
+    outage_s: float | None = None  # for which the own link to the broker has been of no use
+    reason: str = ""  # of that
+
+
+# The scheduler --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseChanged:
+    """The run has entered another phase."""
+
+    party: str
+    job: str
+    run: str | None
+    phase: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """The run waits for these parties before it begins."""
+
+    party: str
+    parties: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A worker does not fit the run, which waits for one of its party that does."""
+
+    party: str
+    refused: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationBegan:
+    """Messages were lost for good, and all parties go back to the checkpoint of `step`."""
+
+    party: str
+    generation: int
+    step: int
+
+
+PerMessage = Sent | Received | WaitBegan | Waited  # several a step: counted rather than written down
+Rare = (
+    Loaded
+    | Ready
+    | Began
+    | StepDone
+    | Committed
+    | EpochDone
+    | Finished
+    | Stopped
+    | Failed
+    | Resent
+    | Rejected
+    | Reconnected
+    | StillWaiting
+    | PhaseChanged
+    | Missing
+    | Refused
+    | GenerationBegan
+)
+Event = PerMessage | Rare
+
+
+class Observer(Protocol):
+    """A subscriber. It may be called from any thread, with no lock held; it does not block and does not raise."""
+
+    def __call__(self, event: Event, /) -> None: ...
+
+
+def ignore(event: Event, /) -> None:
+    """Observe nothing."""
+
+
+# As JSON --------------------------------------------------------------------------------------------------------
+
+
+def name_of(kind: type[Event]) -> str:
+    """Return the name of an event in JSON: `step_done` of StepDone."""
+    return sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+KINDS: Mapping[str, type[Event]] = {name_of(kind): kind for kind in get_args(Event)}
+_NAMES = {kind: name for name, kind in KINDS.items()}
+_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in KINDS.values()}
+_TYPES = {kind: get_type_hints(kind) for kind in KINDS.values()}
+
+
+def as_json(event: Event) -> dict[str, Any]:
+    """Return an event as a dict of plain values; a number that is not finite is None."""
+    kind = type(event)
+    values = {name: _plain(getattr(event, name)) for name in _FIELDS[kind]}
+    return {"event": _NAMES[kind], **values}
+
+
+def from_json(values: Mapping[str, Any]) -> Event | None:
+    """Read an event, ignoring keys it does not know; None for an event of a later version.
+
+    Raises ValueError where a value is missing or of another type.
+    """
+    kind = KINDS.get(str(values.get("event")))
+    if kind is None:
+        return None
+    types = _TYPES[kind]
+    given = {name: values[name] for name in _FIELDS[kind] if name in values}
+    wrong = [name for name, value in given.items() if not _fits(value, types[name])]
+    if wrong:
+        raise ValueError(f"event {values['event']!r}: {wrong[0]} = {given[wrong[0]]!r}")
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except TypeError as error:
+        raise ValueError(f"event {values['event']!r}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _plain(number) for name, number in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    """Return True if a value read from JSON is of a field's type."""
+    origin = get_origin(expected)
+    if origin is UnionType:
+        return any(_fits(value, option) for option in get_args(expected))
+    if origin is not None and issubclass(origin, tuple):
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if origin is not None:
+        inner = get_args(expected)[1]
+        return isinstance(value, Mapping) and all(_fits(item, inner) for item in value.values())
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, NoneType if expected is None else expected)
