@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sl_queue.config.environment import LOCAL
+from sl_queue.config.environment import LOCAL, LOG_FORMAT
 from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
 from sl_queue.launch.operator import read_status
@@ -17,6 +17,7 @@ from sl_queue.local.supervise import Failure, Worker, supervise
 from sl_queue.local.threads import shared_threads
 from sl_queue.observe.console import Screen
 from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.security.sealing import Seal
 
 STATUS_EVERY_S = 0.5
@@ -42,6 +43,7 @@ def run_processes(
     follower = _Follower(job, broker, screen, seal)
     threads = str(shared_threads(len(job.parties)))
     environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads, LOCAL.name: "1"}
+    environ[LOG_FORMAT.name] = "text"  # their lines are shown to a person
     workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
     with follower:
         return supervise(workers, environ, screen.line, follower.committed)
@@ -64,7 +66,7 @@ class _Follower:
     def __init__(self, job: Job, broker: str, screen: Screen, seal: Seal | None) -> None:
         self._job, self._broker, self._screen, self._seal = job, broker, screen, seal
         self._stale = read_status(job, broker, timeout_s=0.5, seal=seal)  # what an earlier run may have left
-        self._newest: Mapping[str, Any] | None = None
+        self._newest: RunStatus | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="status", daemon=True)
 
@@ -82,8 +84,8 @@ class _Follower:
         newest = self._newest
         if newest is None:
             return None
-        party = newest["parties"].get(self._job.label_holder if role == SCHEDULER else role)
-        return None if party is None else int(party["committed"])
+        party = newest.parties.get(self._job.label_holder if role == SCHEDULER else role)
+        return None if party is None else party.committed
 
     def _follow(self) -> None:
         while not self._ended.wait(STATUS_EVERY_S):

@@ -6,10 +6,14 @@ An event holds names and numbers, never a tensor, an id or a value of a row.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from math import isfinite
 from re import sub
-from types import NoneType, UnionType
-from typing import Any, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, get_args
+
+from pydantic import TypeAdapter
+
+from sl_queue.errors import RunStopped, SlQueueError
 
 Numbers = Mapping[str, float | None]
 
@@ -265,6 +269,13 @@ def ignore(event: Event, /) -> None:
     """Observe nothing."""
 
 
+def ending(party: str, error: SlQueueError) -> Stopped | Failed:
+    """Return the event with which a worker ends."""
+    if isinstance(error, RunStopped):
+        return Stopped(party, str(error))
+    return Failed(party, type(error).__name__, str(error), error.exit_code)
+
+
 # As JSON --------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +287,6 @@ def name_of(kind: type[Event]) -> str:
 KINDS: Mapping[str, type[Event]] = {name_of(kind): kind for kind in get_args(Event)}
 _NAMES = {kind: name for name, kind in KINDS.items()}
 _FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in KINDS.values()}
-_TYPES = {kind: get_type_hints(kind) for kind in KINDS.values()}
 
 
 def as_json(event: Event) -> dict[str, Any]:
@@ -291,18 +301,13 @@ def from_json(values: Mapping[str, Any]) -> Event | None:
 
     Raises ValueError where a value is missing or of another type.
     """
-    kind = KINDS.get(str(values.get("event")))
-    if kind is None:
-        return None
-    types = _TYPES[kind]
-    given = {name: values[name] for name in _FIELDS[kind] if name in values}
-    wrong = [name for name, value in given.items() if not _fits(value, types[name])]
-    if wrong:
-        raise ValueError(f"event {values['event']!r}: {wrong[0]} = {given[wrong[0]]!r}")
-    try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    except TypeError as error:
-        raise ValueError(f"event {values['event']!r}: {error}") from None
+    name = values.get("event")
+    return _reader(name).validate_python(values) if isinstance(name, str) and name in KINDS else None
+
+
+@cache
+def _reader(name: str) -> TypeAdapter[Event]:
+    return TypeAdapter(KINDS[name])
 
 
 def _plain(value: Any) -> Any:
@@ -311,20 +316,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(number) for name, number in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    """Return True if a value read from JSON is of a field's type."""
-    origin = get_origin(expected)
-    if origin is UnionType:
-        return any(_fits(value, option) for option in get_args(expected))
-    if origin is not None and issubclass(origin, tuple):
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if origin is not None:
-        inner = get_args(expected)[1]
-        return isinstance(value, Mapping) and all(_fits(item, inner) for item in value.values())
-    if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, NoneType if expected is None else expected)

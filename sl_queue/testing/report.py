@@ -27,8 +27,8 @@ def _summary(verdict: Verdict) -> Table:
         ("duplicates dropped", "duplicates"),
         ("messages rejected", "rejected"),
     ):
-        table.add_row(what, str(peace.journal.count(name)), str(faults.journal.count(name)))
-    table.add_row("messages sent again on request", str(peace.journal.resent), str(faults.journal.resent))
+        table.add_row(what, str(peace.run_log.count(name)), str(faults.run_log.count(name)))
+    table.add_row("messages sent again on request", str(peace.run_log.resent), str(faults.run_log.resent))
     for role in verdict.roles:
         if role != SCHEDULER:
             table.add_row(f"steps done again by {role}", _again(verdict.peace, role), _again(verdict.faults, role))
@@ -38,7 +38,7 @@ def _summary(verdict: Verdict) -> Table:
 
 
 def _again(trial: Trial, role: str) -> str:
-    after_kills, without = trial.journal.recomputed(role)
+    after_kills, without = trial.run_log.recomputed(role)
     if not after_kills and not without:
         return "0"
     return f"{sum(after_kills) + without} (at most {max(after_kills, default=0)} a restart, {without} without)"
@@ -46,7 +46,7 @@ def _again(trial: Trial, role: str) -> str:
 
 def _restarts(verdict: Verdict) -> Iterator[tuple[str, list[float]]]:
     parties = [role for role in verdict.roles if role != SCHEDULER]
-    again = [process for role in parties for process in verdict.faults.journal.processes(role)[1:]]
+    again = [process for role in parties for process in verdict.faults.run_log.processes(role)[1:]]
     loading = [process.loaded_s - process.started_s for process in again if process.loaded_s is not None]
     yield "restart to libraries loaded", loading
     yield "from there to the next step", [p.to_next_step_s for p in again if p.to_next_step_s is not None]
@@ -57,7 +57,7 @@ def _losses(verdict: Verdict) -> Table:
     parties = [role for role in verdict.roles if role != SCHEDULER]
     stalls: dict[str, list[float]] = {}
     for injected in verdict.faults.injected:
-        stalled_s = verdict.faults.journal.stalled_s(parties, injected.at_s)
+        stalled_s = verdict.faults.run_log.stalled_s(parties, injected.at_s)
         stalls.setdefault(str(injected.fault), []).append(stalled_s)
     table = Table("seconds until every party went on", "times", "mean", "longest", box=None)
     for fault, seconds in sorted(stalls.items()):

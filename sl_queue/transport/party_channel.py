@@ -7,7 +7,6 @@ is not given out before. So a worker that is killed meanwhile repeats no more th
 prefetch stays what it is. What is decided under the lock (protocol/timeline) is done outside of it.
 """
 
-import logging
 import math
 import threading
 import time
@@ -24,9 +23,10 @@ from sl_queue.errors import (
     SlQueueError,
     named,
 )
-from sl_queue.observe.meter import Meter
-from sl_queue.ports import Measures, Restarted
+from sl_queue.ports import Connectivity, Restarted
+from sl_queue.protocol import events
 from sl_queue.protocol.codec import AnotherVersion, Unreadable, decode, encode
+from sl_queue.protocol.events import Observer, ignore
 from sl_queue.protocol.messages import (
     SCHEDULER,
     Activation,
@@ -57,6 +57,7 @@ from sl_queue.transport.liveness import Patience
 from sl_queue.transport.refusals import Refusals
 from sl_queue.transport.sparing import Sparing
 from sl_queue.transport.versions import Versions
+from sl_queue.transport.waiting import waiting
 
 T = TypeVar("T")
 
@@ -64,8 +65,6 @@ PULSE_S = 0.25  # how often progress is told
 OUTBOX_BYTES = 256 * 1024 * 1024  # sent and not yet committed by the receiver; what is older is lost with the broker
 
 ANSWERS = 40  # of a peer's questions in one patience: it asks no more than half as often
-
-log = logging.getLogger("sl_queue")
 
 
 class PartyChannel:
@@ -88,18 +87,24 @@ class PartyChannel:
         seal: Seal | None = None,
         committer: Executor | None = None,
         bounds: Bounds | None = None,
+        observe: Observer = ignore,
     ) -> None:
         self._link, self._party, self._sources, self._incarnation = link, party, (SCHEDULER, *peers), incarnation
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
-        self._seal, self._news, self._meter = seal, News(seal), Meter()
-        self._refusals, self._versions = Refusals(party, patience_s), Versions(patience_s)
+        self._seal, self._news, self._observe = seal, News(seal), observe
+        self._pulse_at = time.monotonic()
+        self._refusals, self._versions = Refusals(party, patience_s, observe), Versions(patience_s)
         self._largest = {} if bounds is None else {s: bounds.largest_bytes(s) + OVERHEAD_BYTES for s in self._sources}
         self._answered: dict[str, float] = {}  # when each peer's last question was, monotonic
         self._resent = Sparing(patience_s)
         self._changed = threading.Condition()
         self._timeline: Timeline[Tag] = Timeline(party, peers, incarnation, OUTBOX_BYTES, bounds)
         self._patience = Patience(
-            party, patience_s, lambda source: seal is not None and seal.never_opened(source), link.outage
+            party,
+            patience_s,
+            lambda source: seal is not None and seal.never_opened(source),
+            link.outage,
+            observe=observe,
         )
         self._patience.hear(self._sources)  # so that whoever observes may ask before it is open
         self._failure: SlQueueError | None = None
@@ -151,11 +156,11 @@ class PartyChannel:
                     f"party {self._party!r} waits for {what}; whatever comes of it is refused: {unusable}; "
                     "compare job, models and versions of both parties"
                 )
-            waiting = self._timeline.waiting(sender, kind, micro_batch, seconds, self._patience.silence_s(sender))
-            self._tell(sender, waiting)
-            self._tell(SCHEDULER, waiting)
+            question = self._timeline.waiting(sender, kind, micro_batch, seconds, self._patience.silence_s(sender))
+            self._tell(sender, question)
+            self._tell(SCHEDULER, question)
 
-        with self._meter.waiting(sender, kind):
+        with waiting(self._observe, self._party, sender, kind, micro_batch):
             payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
         self.settle()
         return payload
@@ -168,20 +173,21 @@ class PartyChannel:
     def settle(self) -> None:
         commit, self._commit_under_way = self._commit_under_way, None
         if commit is not None:
-            with self._meter.waiting("disk", "commit"):
+            with waiting(self._observe, self._party, "disk", "commit"):
                 commit.result()
 
     def _commit(self, step: int, save: Callable[[], None], mark: int) -> None:
         """The law: sends are confirmed, then the checkpoint is on disk, then receives are acknowledged."""
+        began = time.monotonic()
         self._await_confirms(mark)
         save()
         with self._changed:
             tags = self._timeline.commit(step)
         self._link.acknowledge(tags)
-        self._meter.count("commits")
+        self._observe(events.Committed(self._party, self._timeline.generation, step, time.monotonic() - began))
 
     def flush(self) -> None:
-        with self._meter.waiting("broker", "confirm"):
+        with waiting(self._observe, self._party, "broker", "confirm"):
             self._await_confirms(self._link.mark())
 
     def _await_confirms(self, mark: int) -> None:
@@ -207,13 +213,14 @@ class PartyChannel:
         with self._changed:
             self._progress = report
             counts = dict(self._timeline.mailbox.counts)
-        log.debug("%s: step %d is done; messages of this process so far: %s", self._party, report.step, counts)
+        about = (report.generation, report.step, report.samples, report.loss, counts)
+        self._observe(events.StepDone(self._party, *about))
 
     def until(self, decision: Callable[[Orders], T | None]) -> T:
         def ask(_: float) -> None:
             self._timeline.introduce = True
 
-        with self._meter.waiting(SCHEDULER, "order"):
+        with waiting(self._observe, self._party, SCHEDULER, "order"):
             return self._wait(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)
 
     def adopt(self, start: Start, resume_step: int) -> None:
@@ -228,10 +235,19 @@ class PartyChannel:
             return dict(self._timeline.mailbox.counts)
 
     @property
-    def measures(self) -> Measures:
-        """What there is to observe."""
-        silent_s = {peer: self._patience.silence_s(peer) for peer in self._sources}
-        return self._meter.read(self.counts, silent_s, self._link.connectivity)
+    def silent_s(self) -> dict[str, float]:
+        """Seconds since anything was heard, by peer."""
+        return {peer: self._patience.silence_s(peer) for peer in self._sources}
+
+    @property
+    def pulse_age_s(self) -> float:
+        """Seconds since the pulse last beat; it does so several times a second."""
+        return time.monotonic() - self._pulse_at
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """The connection to the broker, now."""
+        return self._link.connectivity
 
     # Waiting ----------------------------------------------------------------------------------------------------
 
@@ -288,7 +304,7 @@ class PartyChannel:
     # What the link calls ----------------------------------------------------------------------------------------
 
     def _on_delivery(self, delivery: Delivery) -> None:
-        self._meter.count("received_bytes", len(delivery.body))
+        self._observe(events.Received(self._party, delivery.sender, len(delivery.body), delivery.redelivered))
         try:
             opened, header, message = self._read(delivery)
         except RemoteProtocolError as error:
@@ -351,7 +367,7 @@ class PartyChannel:
             self._publish(receiver, kind, body)
         if again and self._resent.note(receiver, len(again), now):
             first = f"{waiting.kind} {MicroBatch(waiting.step, waiting.index)}"
-            log.info("%s: sent %d messages again to party %r, from %s on", self._party, len(again), receiver, first)
+            self._observe(events.Resent(self._party, receiver, len(again), first))
         if lost is not None:
             self.report(lost)
 
@@ -360,7 +376,7 @@ class PartyChannel:
         now = time.monotonic()
         self._refusals.tell(now, all_of_it=all_of_it)
         for receiver, count, seconds in self._resent.due(now, all_of_it=all_of_it):
-            log.info("%s: sent %d messages again to party %r in %.0f s", self._party, count, receiver, seconds)
+            self._observe(events.Resent(self._party, receiver, count, seconds=seconds))
 
     def _carry_out(self, verdicts: list[Verdict[Tag]], sender: str) -> None:
         for verdict in verdicts:
@@ -376,7 +392,7 @@ class PartyChannel:
                     pass
 
     def _on_reconnect(self) -> None:
-        self._meter.count("reconnects")
+        self._observe(events.Reconnected(self._party))
         with self._changed:
             again = self._timeline.disconnect(self._depth)
             self._changed.notify_all()
@@ -401,7 +417,7 @@ class PartyChannel:
         alive_every_s = min(self._patience_s / 4, 5.0)
         alive_at = 0.0
         while not self._closed.wait(min(PULSE_S, alive_every_s)):
-            self._meter.beat()
+            self._pulse_at = time.monotonic()
             self._tell_counts()
             if self._failure is not None:
                 return
@@ -425,13 +441,13 @@ class PartyChannel:
     def _tell(self, receiver: str, report: Report) -> None:
         """A report that is worth nothing later: not stored by the broker, and forgotten when it is old."""
         body = self._encode(receiver, report)
-        self._meter.count("sent_bytes", len(body))
+        self._observe(events.Sent(self._party, receiver, Kind.REPORT, len(body)))
         self._link.publish(
             receiver, Kind.REPORT, self._timeline.run, body, persistent=False, expires_s=self._patience_s
         )
 
     def _publish(self, receiver: str, kind: Kind, body: bytes, *, persistent: bool | None = None) -> None:
-        self._meter.count("sent_bytes", len(body))
+        self._observe(events.Sent(self._party, receiver, kind, len(body)))
         self._link.publish(
             receiver, kind, self._timeline.run, body, persistent=self._persistent if persistent is None else persistent
         )

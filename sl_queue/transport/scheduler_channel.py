@@ -4,7 +4,6 @@ What has been reported and not taken is bounded for each sender: by the broker t
 INBOX_BYTES. More than that no worker has to say at once; what it says of the moment it says again.
 """
 
-import logging
 import threading
 import time
 from collections import Counter, deque
@@ -14,6 +13,7 @@ from dataclasses import replace
 from sl_queue.errors import RemoteProtocolError, SlQueueError
 from sl_queue.ports import Connectivity
 from sl_queue.protocol.codec import MAX_CONTROL_BYTES, AnotherVersion, decode, encode
+from sl_queue.protocol.events import Observer, ignore
 from sl_queue.protocol.messages import (
     OPERATOR,
     SCHEDULER,
@@ -43,18 +43,23 @@ PREFETCH = 256  # reports of one sender that the broker hands over unacknowledge
 INBOX_BYTES = 16 * 1024 * 1024  # of one sender: PREFETCH reports of 64 KiB, or a few of a whole history
 REPORT_BYTES = MAX_CONTROL_BYTES + OVERHEAD_BYTES + 4096  # the largest body, sealed and with its header
 
-log = logging.getLogger("sl_queue")
-
 
 class LinkSchedulerChannel:
     """ports.SchedulerChannel over a link; `seal` keeps messages from the broker."""
 
     def __init__(
-        self, link: Link, parties: tuple[str, ...], incarnation: str, *, patience_s: float, seal: Seal | None = None
+        self,
+        link: Link,
+        parties: tuple[str, ...],
+        incarnation: str,
+        *,
+        patience_s: float,
+        seal: Seal | None = None,
+        observe: Observer = ignore,
     ) -> None:
         self._link, self._parties, self._incarnation, self._patience_s = link, parties, incarnation, patience_s
         self._seal, self._news = seal, News(seal)
-        self._refusals, self._versions = Refusals(SCHEDULER, patience_s), Versions(patience_s)
+        self._refusals, self._versions = Refusals(SCHEDULER, patience_s, observe), Versions(patience_s)
         self._changed = threading.Condition()
         self._inbox: deque[tuple[str, Report, bool, Tag]] = deque()
         self._waiting_bytes: Counter[str] = Counter()  # in the inbox, by sender

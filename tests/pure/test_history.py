@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import RunStopped, SlQueueError
-from sl_queue.loops.scheduling import describe
 from sl_queue.protocol.codec import encode
 from sl_queue.protocol.history import NEWEST, PAGE, History
 from sl_queue.protocol.messages import (
@@ -28,6 +27,7 @@ from sl_queue.protocol.messages import (
 )
 from sl_queue.protocol.scheduler.reducer import reduce
 from sl_queue.protocol.scheduler.state import EarlyStopping, Plan, RunState
+from sl_queue.protocol.scheduler.status import as_json, describe
 from tests.contract.test_scheduling import again, ask_to_stop
 from tests.support.toy_run import CrashAt, ToyRun
 
@@ -102,21 +102,21 @@ def test_a_hundred_thousand_epochs_take_seconds_and_each_costs_the_same_bytes() 
         state, _ = reduce(rules, state, "label", Progress("label1", 0, number, (number,)), 1.0, "r")
         if number in (200, n_epochs - 2):
             joined = Joined("label1", JOB, 10, "d", "integer", "r", 0, (1,), state.history.newest())
-            messages = [order for _, order in orders] + [Status(describe(rules, state, 1.0, 0.0)), joined]
+            messages = [order for _, order in orders] + [Status(as_json(describe(rules, state, 1.0, 0.0))), joined]
             told[number] = sum(map(size, messages))
     assert len(state.history) == n_epochs
     assert state.standing.best == epoch(0)
     assert time.process_time() - began < 30, "linear: some 10 us for each"
     first, last = told.values()
     assert last < first + 500, "no more than longer numbers"
-    assert size(Status(describe(rules, state, 1.0, 0.0))) < 10_000
+    assert size(Status(as_json(describe(rules, state, 1.0, 0.0)))) < 10_000
 
 
 def test_a_status_shows_the_last_few_epochs_and_how_many_there_are() -> None:
     state = replace(running(100), history=History.of(map(epoch, range(50))))
     status = describe(plan(100), state, 0.0, 0.0)
-    assert status["epoch"] == 50
-    assert [line["epoch"] for line in status["history"]] == list(range(50 - NEWEST, 50))
+    assert status.epoch == 50
+    assert [done.epoch for done in status.history] == list(range(50 - NEWEST, 50))
 
 
 def test_a_page_of_epochs_fits_into_a_message_and_a_party_that_lacks_some_gets_the_next() -> None:

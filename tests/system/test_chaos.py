@@ -1,5 +1,6 @@
 """`sl-queue chaos` is the system test of recovery, with a fixed seed; and it says so when a bit differs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from rich.console import Console
 from sl_queue.config.job import Job
 from sl_queue.errors import JobError
 from sl_queue.local.supervise import Failure
+from sl_queue.observe.json_lines import Entry, EventFile
+from sl_queue.protocol.events import Loaded, Resent, StepDone
 from sl_queue.testing.chaos import Fault, Injected, Kind, Storm, Trial, Verdict, plan_faults, run_chaos
 from sl_queue.testing.report import report
-from sl_queue.testing.run_log import Journal, recomputed
+from sl_queue.testing.run_log import RunLog, following, recomputed
 from tests.support.crew import ROLES, write_job
 from tests.support.everything import use_everything
 
@@ -43,7 +46,7 @@ def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_pa
 
 def trial(weights: str, *, injected: int = 1, failure: Failure | None = None) -> Trial:
     fault = Fault(3, 0.1, Kind.KILL, "bank")
-    return Trial(failure, 10.0, Journal(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
+    return Trial(failure, 10.0, RunLog(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
 
 
 @pytest.mark.parametrize(
@@ -92,16 +95,34 @@ def test_steps_done_again_are_counted_by_restart_and_those_without_one_apart() -
     assert recomputed([[], [0, 1], [0, 1, 2]]) == ([0, 2], 0)
 
 
-def test_a_journal_reads_what_workers_log() -> None:
-    journal = Journal()
-    journal.start("bank", 1)
-    said = "2026-01-01 00:00:00,000 DEBUG bank: step 7 is done; messages of this process so far: "
-    assert journal.line("bank", said + "{'redelivered': 1, 'applied': 4}")
-    assert journal.line("bank", said.replace("7", "8") + "{'redelivered': 1, 'applied': 6, 'duplicates': 2}")
-    assert not journal.line("bank", "2026-01-01 00:00:00,000 INFO bank: sent 3 messages again to party 'insurer'")
-    assert not journal.line("bank", "error: something else")
-    journal.start("bank", 2)
-    assert journal.line("bank", said + "{'redelivered': 5, 'applied': 1}")
-    assert (journal.last_step, journal.resent) == (8, 3)
-    assert [journal.count(what) for what in ("applied", "redelivered", "duplicates", "rejected")] == [7, 6, 2, 0]
-    assert journal.recomputed("bank") == ([1], 0)
+def test_a_run_log_counts_what_the_events_of_each_process_say() -> None:
+    run_log = RunLog()
+
+    def done(pid: int, step: int, **messages: int) -> None:
+        run_log.take(Entry(100.0 + step, pid, StepDone("bank", 0, step, 32, None, messages)))
+
+    run_log.start("bank", 1)
+    run_log.take(Entry(100.0, 1, Loaded("bank")))
+    done(1, 7, redelivered=1, applied=4)
+    done(1, 8, redelivered=1, applied=6, duplicates=2)
+    run_log.take(Entry(109.0, 1, Resent("bank", "insurer", 3, "gradient 7.0")))
+    run_log.start("bank", 2)
+    done(1, 9, redelivered=1, applied=7, duplicates=2)  # read late, of the process before
+    done(2, 7, redelivered=5, applied=1)
+    done(3, 90, applied=900)  # of a process that nobody started
+    assert (run_log.last_step, run_log.resent) == (9, 3)
+    assert [run_log.count(what) for what in ("applied", "redelivered", "duplicates", "rejected")] == [8, 6, 2, 0]
+    assert run_log.recomputed("bank") == ([1], 0)
+    assert run_log.processes("bank")[0].to_next_step_s == 7.0
+
+
+def test_a_file_of_events_is_followed_to_its_last_whole_line(tmp_path: Path) -> None:
+    path, taken = tmp_path / "deep" / "events.jsonl", list[Entry]()
+    with following(path, taken.append):
+        write = EventFile(path)
+        for step in range(1000):
+            write(StepDone("bank", 0, step, 32))
+        with path.open("a") as file:
+            file.write('{"at": "2026-01-01T00:00:00+00:00", "event": "step_done", "party": "ba')
+    assert [entry.event for entry in taken] == [StepDone("bank", 0, step, 32) for step in range(1000)]
+    assert {entry.pid for entry in taken} == {os.getpid()}
