@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 from sl_queue.config.environment import EVENTS, FINAL_EXIT, LOG, LOG_FORMAT, METRICS, check
@@ -103,12 +104,18 @@ def _observer() -> Observer:
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonFormatter() if LOG_FORMAT.read() == "json" else text)
+    handler, as_json = logging.StreamHandler(sys.stderr), LOG_FORMAT.read() == "json"
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("sl_queue").setLevel(LOG.read().upper())
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
+    if as_json:  # what Python itself would write is a line as well
+        logging.captureWarnings(True)
+        sys.excepthook = _log_bug
+
+
+def _log_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("sl_queue").critical("a bug in sl_queue", exc_info=(kind, error, trace))
 
 
 def print_as_json(text: str) -> None:
