@@ -102,8 +102,9 @@ def serve_scheduler(
         plan = plan_of(job)
         incarnation = secrets.token_hex(8)
         link = connect(SCHEDULER, PREFETCH)
+        topology = job.topology()
         channel = LinkSchedulerChannel(
-            link, plan.parties, incarnation, patience_s=plan.patience_s, seal=seal, observe=observe
+            link, topology, incarnation, patience_s=plan.patience_s, seal=seal, observe=observe
         )
         stack.callback(channel.close)
         if metrics is not None:

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sl_queue.checking.findings import Finding
-from sl_queue.protocol.messages import EpochResult
+from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.scheduler.state import epoch_text, number_text
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus, Telling
 from sl_queue.protocol.text import printable

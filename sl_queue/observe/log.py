@@ -22,6 +22,7 @@ LEVELS: dict[type[Event], int] = {  # what is not here has no line: it would be 
     events.PhaseChanged: logging.INFO,
     events.Missing: logging.INFO,
     events.Rejected: logging.WARNING,
+    events.Foreign: logging.WARNING,
     events.StillWaiting: logging.WARNING,
     events.Refused: logging.WARNING,
     events.GenerationBegan: logging.WARNING,
@@ -103,6 +104,11 @@ def _(event: events.Rejected) -> str:
         f"rejected {event.messages:,} further messages of {event.sender!r} in {event.seconds:.0f} s, "
         f"the last: {event.reason}"
     )
+
+
+@text_of.register
+def _(event: events.Foreign) -> str:
+    return f"refuses what comes of {event.sender!r}: {event.reason}"
 
 
 @text_of.register

@@ -10,8 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from sl_queue.ports import Connectivity, Measures
 from sl_queue.protocol.events import Committed, Event, Received, Reconnected, Sent, WaitBegan, Waited
+from sl_queue.protocol.measures import Connectivity, Measures
 
 NS = 1e9
 

@@ -154,6 +154,15 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Foreign:
+    """Messages of another version of the protocol are refused; `reason` says what to do."""
+
+    party: str
+    sender: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reconnected:
     """The connection to the broker was lost and made again."""
 
@@ -249,6 +258,7 @@ Rare = (
     | Failed
     | Resent
     | Rejected
+    | Foreign
     | Reconnected
     | StillWaiting
     | PhaseChanged

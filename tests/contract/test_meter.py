@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily
 
 from sl_queue.observe.meter import Meter
 from sl_queue.observe.prometheus import PartyCollector, Training
-from sl_queue.ports import IN_PROCESS, Measures
 from sl_queue.protocol.events import Committed
+from sl_queue.protocol.measures import IN_PROCESS, Measures
 from sl_queue.transport.waiting import waiting as transport_waiting
 
 SOURCES = ("insurer", "disk", "broker")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import RemoteProtocolError
-from sl_queue.protocol.messages import EpochDone, EpochResult, Kind, Waiting
+from sl_queue.protocol.control import EpochDone, EpochResult, Waiting
+from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.scheduler.status import RunStatus, Wait, as_json, describe, from_json
 from tests.pure.test_progress import Mind
 

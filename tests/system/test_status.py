@@ -12,8 +12,9 @@ from sl_queue.config.job import Job
 from sl_queue.launch.connect import connector
 from sl_queue.launch.operator import watch_status
 from sl_queue.protocol.codec import encode
+from sl_queue.protocol.control import Status
 from sl_queue.protocol.events import StillWaiting
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, Status
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.status import Telling, from_json
 from sl_queue.transport.link import Link
 from tests.contract.test_scheduling import until

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sl_queue.errors import PeerFailed, PeerSilent, RemoteProtocolError
-from sl_queue.protocol.messages import BEFORE_FIRST_STEP, EpochResult, Waiting
+from sl_queue.protocol.control import EpochResult, Waiting
+from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.protocol.scheduler.state import Member, Phase, Plan, RunState, history_line
 from sl_queue.protocol.text import LONGEST_NAME, printable
 
