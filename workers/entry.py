@@ -58,18 +58,19 @@ def _final_exit() -> int | None:
 
 def _run(role: Role) -> None:
     with leaving():
-        check()
         observe = _observer()
-    say = print_as_json if LOG_FORMAT.read() == "json" else process.say
-    die_with_parent()
-    leave_on_sigterm(say)
-    arguments = _arguments(role)
-    _log_to_stderr()
     name: str = role
 
     def on_end(error: SlQueueError) -> None:
         observe(ending(name, error))
 
+    with leaving(on_end=on_end):
+        check()
+    say = print_as_json if LOG_FORMAT.read() == "json" else process.say
+    die_with_parent()
+    leave_on_sigterm(say)
+    arguments = _arguments(role)
+    _log_to_stderr()
     with leaving("interrupted; a restart resumes from the last checkpoint", say, on_end):
         import sl_queue.transport.rabbitmq.link  # noqa: F401 - with the others, before anything is awaited
         from sl_queue.config.job import (  # inside, so that a mistake in a file is one line and not a traceback

@@ -6,16 +6,20 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from sl_queue.config.environment import LOCAL, LOG_FORMAT
+from sl_queue.config.environment import EVENTS, LOCAL, LOG_FORMAT
 from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
 from sl_queue.launch.operator import read_status
 from sl_queue.local.supervise import Failure, Worker, supervise
 from sl_queue.local.threads import shared_threads
 from sl_queue.observe.console import Screen
+from sl_queue.observe.json_lines import entries
+from sl_queue.protocol.events import Failed
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.security.sealing import Seal
@@ -44,9 +48,19 @@ def run_processes(
     threads = str(shared_threads(len(job.parties)))
     environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads, LOCAL.name: "1"}
     environ[LOG_FORMAT.name] = "text"  # their lines are shown to a person
+    asked: Path | None = EVENTS.read()
     workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
-    with follower:
-        return supervise(workers, environ, screen.line, follower.committed)
+    with TemporaryDirectory(prefix="sl_queue-events-") as folder, follower:
+        events = asked or Path(folder) / "events.jsonl"
+        environ[EVENTS.name] = str(events.absolute())
+        reason_of = partial(failure_in, events)
+        return supervise(workers, environ, screen.line, follower.committed, reason_of=reason_of)
+
+
+def failure_in(events: Path, pid: int) -> str | None:
+    """Look up the error that a process has left in a file of events."""
+    found = (entry.event for entry in entries(events.read_text()) if entry.pid == pid) if events.exists() else ()
+    return next((event.message for event in found if isinstance(event, Failed)), None)
 
 
 def command(job: Job, role: str, job_file: Path, place: Place) -> tuple[str, ...]:

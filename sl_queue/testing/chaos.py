@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import assert_never
@@ -20,7 +21,7 @@ from typing import assert_never
 from sl_queue.config.environment import EVENTS, LOCAL, LOG_FORMAT
 from sl_queue.config.job import Job
 from sl_queue.errors import JobError
-from sl_queue.local.processes import Place, command
+from sl_queue.local.processes import Place, command, failure_in
 from sl_queue.local.supervise import Failure, Limits, Worker, supervise
 from sl_queue.local.threads import shared_threads
 from sl_queue.observe.json_lines import Entry
@@ -166,7 +167,15 @@ class _Ground:
             stack.enter_context(following(events, self._take(run_log)))
             patient = Limits(crashes=len(faults) + Limits().crashes)  # those that we cause ourselves are no crash loop
             with injector.working():
-                failure = supervise(workers, environ, _no_line, _committed(places), patient, on_start=run_log.start)
+                failure = supervise(
+                    workers,
+                    environ,
+                    _no_line,
+                    _committed(places),
+                    patient,
+                    on_start=run_log.start,
+                    reason_of=partial(failure_in, events),
+                )
             seconds = time.time() - injector.began_s
         return Trial(failure, seconds, run_log, tuple(injector.injected), _sums(places))
 
