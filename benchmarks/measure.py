@@ -28,7 +28,7 @@ class Mark:
 
 @dataclass(slots=True)
 class Trace:
-    """What one party did, from its events or told by hand; mutable while it trains."""
+    """The steps, waits and bytes of one party, from its events or marked by hand; mutable while it trains."""
 
     party: str
     marks: list[Mark] = field(default_factory=list)

@@ -96,7 +96,7 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
 
 
 def _nothing_to_stop(run: RunStatus | None, asked: str) -> str:
-    """What is said where no scheduler runs. Raises PeerSilent where one should."""
+    """Return what to say where no scheduler runs. Raises PeerSilent where one should."""
     if asked:
         raise PeerSilent("the scheduler ended before it answered; ask again")
     phase = None if run is None else run.phase

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sl_queue.errors import JobError
-from sl_queue.protocol.events import Event, PerMessage, as_json, from_json
+from sl_queue.protocol.event_json import as_json, from_json
+from sl_queue.protocol.events import Event, PerMessage
 
 log = logging.getLogger("sl_queue")
 

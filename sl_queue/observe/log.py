@@ -4,6 +4,7 @@ import logging
 from functools import singledispatch
 
 from sl_queue.protocol import events
+from sl_queue.protocol.event_json import name_of
 from sl_queue.protocol.events import Event
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import epoch_text
@@ -42,7 +43,7 @@ def to_log(event: Event, /) -> None:
 @singledispatch
 def text_of(event: Event) -> str:
     """Say an event in words, without who says it."""
-    return events.name_of(type(event)).replace("_", " ")
+    return name_of(type(event)).replace("_", " ")
 
 
 @text_of.register

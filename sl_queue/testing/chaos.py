@@ -40,7 +40,7 @@ Sums = Mapping[str, str]  # SHA-256 by file name
 
 
 class Kind(StrEnum):
-    """What goes wrong."""
+    """A kind of fault."""
 
     KILL = "SIGKILL"
     BROKER = "broker killed and started again"
@@ -50,8 +50,8 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Storm:
-    """How much goes wrong in a run."""
+class FaultPlan:
+    """The number of faults of each kind in a run, and the seed that places them."""
 
     kills: int
     broker_restarts: int
@@ -81,7 +81,7 @@ class Injected:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class Run:
     """One of the two runs, when it is over."""
 
     failure: Failure | None
@@ -92,28 +92,28 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What came of both runs."""
+class Comparison:
+    """Both runs, side by side."""
 
     roles: tuple[str, ...]
     planned: tuple[Fault, ...]
-    peace: Trial
-    faults: Trial
+    peace: Run
+    faults: Run
 
     @property
     def passed(self) -> bool:
-        """Whether both runs ended well, every fault happened, and all weights are equal to the bit."""
+        """True if both runs ended well, every fault happened, and all weights are equal to the bit."""
         ended_well = self.peace.failure is None and self.faults.failure is None
         all_happened = len(self.faults.injected) == len(self.planned)
         return ended_well and all_happened and bool(self.peace.weights) and self.peace.weights == self.faults.weights
 
 
-def plan_faults(storm: Storm, roles: Sequence[str], last_step: int) -> tuple[Fault, ...]:
-    """Which faults come when, in order; the same for the same seed, roles and number of steps."""
-    chance = random.Random(storm.seed)
+def plan_faults(plan: FaultPlan, roles: Sequence[str], last_step: int) -> tuple[Fault, ...]:
+    """Draw the faults and when each comes, in order; the same for the same seed, roles and number of steps."""
+    chance = random.Random(plan.seed)
     connection = (Kind.CUT, Kind.CUT, Kind.DELAY, Kind.STALL)
-    kinds = [Kind.KILL] * storm.kills + [Kind.BROKER] * storm.broker_restarts
-    kinds += [chance.choice(connection) for _ in range(storm.cuts)]
+    kinds = [Kind.KILL] * plan.kills + [Kind.BROKER] * plan.broker_restarts
+    kinds += [chance.choice(connection) for _ in range(plan.cuts)]
     latest = max(1, int(LATEST * last_step))
     faults = [
         Fault(
@@ -127,24 +127,26 @@ def plan_faults(storm: Storm, roles: Sequence[str], last_step: int) -> tuple[Fau
     return tuple(sorted(faults, key=lambda fault: (fault.step, fault.wait_s)))
 
 
-def run_chaos(job: Job, job_file: Path, party_files: Mapping[str, Path], out: Path, storm: Storm, say: Say) -> Verdict:
+def run_chaos(
+    job: Job, job_file: Path, party_files: Mapping[str, Path], out: Path, plan: FaultPlan, say: Say
+) -> Comparison:
     """Both runs; `party_files` by party. Raises JobError if `out` is not empty. Call from the main thread."""
     if out.exists() and any(out.iterdir()):
         raise JobError(f"{out} is not empty; both runs must begin anew: give --out another folder")
     roles = (*job.parties, SCHEDULER)
     with PrivateBroker() as broker:
-        ground = _Ground(job, job_file, party_files, broker, say)
+        harness = _Harness(job, job_file, party_files, broker, say)
         say("in peace:")
-        peace = ground.run("peace", out / "peace", ())
-        planned = plan_faults(storm, roles, peace.run_log.last_step)
+        peace = harness.run("peace", out / "peace", ())
+        planned = plan_faults(plan, roles, peace.run_log.last_step)
         if peace.failure is not None:
-            return Verdict(roles, planned, peace, peace)
+            return Comparison(roles, planned, peace, peace)
         say(f"  {peace.run_log.last_step + 1} steps in {peace.seconds:.1f} s\nunder faults:")
-        return Verdict(roles, planned, peace, ground.run("faults", out / "faults", planned))
+        return Comparison(roles, planned, peace, harness.run("faults", out / "faults", planned))
 
 
 @dataclass(frozen=True, slots=True)
-class _Ground:
+class _Harness:
     """Where both runs take place."""
 
     job: Job
@@ -153,7 +155,7 @@ class _Ground:
     broker: PrivateBroker
     say: Say
 
-    def run(self, name: str, out: Path, faults: tuple[Fault, ...]) -> Trial:
+    def run(self, name: str, out: Path, faults: tuple[Fault, ...]) -> Run:
         """One run from nothing to its final weights, in a virtual host and folders of its own."""
         run_log, places = RunLog(), self._places(out)
         with ExitStack() as stack:
@@ -177,7 +179,7 @@ class _Ground:
                     reason_of=partial(failure_in, events),
                 )
             seconds = time.time() - injector.began_s
-        return Trial(failure, seconds, run_log, tuple(injector.injected), _sums(places))
+        return Run(failure, seconds, run_log, tuple(injector.injected), _sums(places))
 
     def _places(self, out: Path) -> dict[str, Place]:
         places = {party: Place(path, out / party) for party, path in self.party_files.items()}

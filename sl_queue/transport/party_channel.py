@@ -65,8 +65,7 @@ class PartyChannel:
         bounds: Bounds | None = None,
         observe: Observer = ignore,
     ) -> None:
-        self._link, self._party = link, party
-        self._sources = topology.senders_to(party)
+        self._link, self._party, self._sources = link, party, topology.senders_to(party)
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
         terms = {sender: Terms.between(topology, sender, party, control_bytes(sender)) for sender in self._sources}
         largest = {} if bounds is None else {sender: bounds.largest_bytes(sender) for sender in self._sources}
@@ -83,7 +82,6 @@ class PartyChannel:
         committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
         self._reports, self._commits = Reports(shared, self._sources), Commits(shared, committer, self._check)
         self._resending = Resending(party, patience_s, observe)
-        self._pulse_at = time.monotonic()
         self._failure: SlQueueError | None = None
         self._pulse = Pulse(party, self._reports.every_s, self._beat, first_s=self._reports.every_s)
 
@@ -138,14 +136,12 @@ class PartyChannel:
 
     def progress(self, report: Progress) -> None:
         self._reports.progress(report)
-        about = (report.generation, report.step, report.samples, report.loss, self.counts)
-        self._observe(events.StepDone(self._party, *about))
+        done = (report.generation, report.step, report.samples, report.loss, self.counts)
+        self._observe(events.StepDone(self._party, *done))
 
     def wait_for(self, decision: Callable[[Orders], T | None]) -> T:
-        def ask(_: float) -> None:
-            self._reports.announce_again()
-
         with waiting(self._observe, self._party, SCHEDULER, "order"):
+            ask = self._reports.announce_again
             return self._wait(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)
 
     def enter(self, start: Start, resume_step: int) -> None:
@@ -168,7 +164,7 @@ class PartyChannel:
     @property
     def pulse_age_s(self) -> float:
         """Seconds since the pulse last beat; it does so several times a second."""
-        return time.monotonic() - self._pulse_at
+        return self._pulse.age_s
 
     @property
     def connectivity(self) -> Connectivity:
@@ -293,7 +289,6 @@ class PartyChannel:
     # Publishing -------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        self._pulse_at = time.monotonic()
         self._mail.log_refusals()
         self._resending.log_counts()
         if self._failure is not None:

@@ -32,7 +32,7 @@ class Reports:
         self.announce_again()
         self.announce_if_needed()
 
-    def announce_again(self) -> None:
+    def announce_again(self, waited_s: float = 0.0) -> None:
         """Have the scheduler hear once more who is here, as soon as the worker waits."""
         with self._changed:
             self._timeline.announce = True

@@ -17,7 +17,8 @@ from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.json_lines import EventFile, JsonFormatter, entries, error_line
 from sl_queue.observe.log import LEVELS, text_of, to_log
 from sl_queue.protocol import events
-from sl_queue.protocol.events import KINDS, Event, as_json, ending, from_json
+from sl_queue.protocol.event_json import KINDS, as_json, from_json
+from sl_queue.protocol.events import Event, ending
 
 DONE = events.StepDone("bank", 0, 7, 256, None, {"applied": 4})
 PER_MESSAGE = (

@@ -184,7 +184,7 @@ class Crew:
         return self.folder / f"{role}-{start or self._starts[role]}.events"
 
     def events(self, role: str) -> list[Event]:
-        """What the newest process of a role has done so far."""
+        """Return the events of the newest process of a role so far."""
         return events_in(self.events_file(role))
 
     def log(self, role: str) -> str:
@@ -217,7 +217,7 @@ class Crew:
         return [[step for step, _ in process.steps] for process in processes]
 
     def run_log(self, *roles: str) -> RunLog:
-        """What these roles have done so far."""
+        """Read the events of all processes of these roles so far."""
         run_log = RunLog()
         for role in roles or ROLES:
             for start, pid in enumerate(self._pids[role], 1):

@@ -15,7 +15,7 @@ from sl_queue.errors import JobError
 from sl_queue.local.supervise import Failure
 from sl_queue.observe.json_lines import Entry, EventFile
 from sl_queue.protocol.events import Loaded, Resent, StepDone
-from sl_queue.testing.chaos import Fault, Injected, Kind, Storm, Trial, Verdict, plan_faults, run_chaos
+from sl_queue.testing.chaos import Comparison, Fault, FaultPlan, Injected, Kind, Run, plan_faults, run_chaos
 from sl_queue.testing.report import report
 from sl_queue.testing.run_log import RunLog, following, recomputed
 from tests.support.crew import ROLES, write_job
@@ -44,26 +44,26 @@ def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_pa
         assert digests[0] == digests[1]
 
 
-def trial(weights: str, *, injected: int = 1, failure: Failure | None = None) -> Trial:
+def run(weights: str, *, injected: int = 1, failure: Failure | None = None) -> Run:
     fault = Fault(3, 0.1, Kind.KILL, "bank")
-    return Trial(failure, 10.0, RunLog(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
+    return Run(failure, 10.0, RunLog(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
 
 
 @pytest.mark.parametrize(
     ("faults", "said"),
     [
-        (trial("ab"), "passed: 1 x SIGKILL, and not one bit differs"),
-        (trial("cd"), "failed: the weights differ"),
-        (trial("ab", injected=0), "failed: the run ended before 1 of the faults came"),
-        (trial("ab", failure=Failure("bank", 5, "NaN")), "failed: the run under faults ended because of bank: NaN"),
+        (run("ab"), "passed: 1 x SIGKILL, and not one bit differs"),
+        (run("cd"), "failed: the weights differ"),
+        (run("ab", injected=0), "failed: the run ended before 1 of the faults came"),
+        (run("ab", failure=Failure("bank", 5, "NaN")), "failed: the run under faults ended because of bank: NaN"),
     ],
     ids=["equal", "different", "too short", "ended"],
 )
-def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Trial, said: str) -> None:
-    verdict = Verdict(ROLES, (Fault(3, 0.1, Kind.KILL, "bank"),), trial("ab", injected=0), faults)
-    assert verdict.passed == said.startswith("passed")
+def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Run, said: str) -> None:
+    comparison = Comparison(ROLES, (Fault(3, 0.1, Kind.KILL, "bank"),), run("ab", injected=0), faults)
+    assert comparison.passed == said.startswith("passed")
     console = Console(width=200, file=StringIO(), record=True)
-    console.print(report(verdict))
+    console.print(report(comparison))
     shown = console.export_text()
     assert said in shown
     assert ("DIFFERENT" in shown) == (faults.weights["bank/final/base.safetensors"] != "ab")
@@ -72,14 +72,14 @@ def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Trial, sai
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     with pytest.raises(JobError, match="is not empty"):
-        run_chaos(Job.load(job), job, {}, tmp_path, Storm(1, 0, 0, seed=0), print)
+        run_chaos(Job.load(job), job, {}, tmp_path, FaultPlan(1, 0, 0, seed=0), print)
 
 
 def test_the_same_seed_plans_the_same_faults_and_another_seed_others() -> None:
-    storm = Storm(kills=10, broker_restarts=2, cuts=5, seed=3)
-    planned = plan_faults(storm, ROLES, 500)
-    assert planned == plan_faults(storm, ROLES, 500)
-    assert planned != plan_faults(Storm(10, 2, 5, seed=4), ROLES, 500)
+    plan = FaultPlan(kills=10, broker_restarts=2, cuts=5, seed=3)
+    planned = plan_faults(plan, ROLES, 500)
+    assert planned == plan_faults(plan, ROLES, 500)
+    assert planned != plan_faults(FaultPlan(10, 2, 5, seed=4), ROLES, 500)
     assert [fault.kind for fault in planned].count(Kind.KILL) == 10
     assert [fault.kind for fault in planned].count(Kind.BROKER) == 2
     assert len(planned) == 17

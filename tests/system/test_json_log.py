@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sl_queue.protocol.event_json import from_json
 from sl_queue.protocol.events import (
     Began,
     Committed,
@@ -18,7 +19,6 @@ from sl_queue.protocol.events import (
     Loaded,
     PhaseChanged,
     StepDone,
-    from_json,
 )
 from tests.support.credit import edit
 from tests.support.crew import ROLES, STEPS, Crew, write_job

@@ -91,7 +91,7 @@ class Telling:
 
     @property
     def silent(self) -> bool:
-        """Whether a scheduler should be telling and does not."""
+        """True if a scheduler should be telling and does not."""
         return not (self.fresh or self.run.over)
 
     @property
