@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,9 +58,9 @@ class EventFile:
         """Append an event."""
         if isinstance(event, COUNTED) or self._given_up:
             return
-        line = json.dumps({**_stamp(), "pid": os.getpid(), **as_json(event)}) + "\n"
+        values = {**_stamp(), "clock": time.monotonic(), "pid": os.getpid(), **as_json(event)}
         try:
-            os.write(self._descriptor, line.encode())
+            os.write(self._descriptor, f"{json.dumps(values)}\n".encode())
         except OSError as error:
             self._given_up = True
             log.warning(UNWRITABLE, self._path, error.strerror)
@@ -69,7 +70,7 @@ class EventFile:
 class Entry:
     """A line of an event file."""
 
-    at_s: float  # seconds since 1970
+    at_s: float  # by the machine's monotonic clock, the same for all of its processes
     pid: int
     event: Event
 
@@ -81,7 +82,7 @@ def entries(text: str) -> Iterator[Entry]:
             values = json.loads(line)
             event = from_json(values)
             if event is not None:
-                yield Entry(datetime.fromisoformat(values["at"]).timestamp(), int(values["pid"]), event)
+                yield Entry(float(values["clock"]), int(values["pid"]), event)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
 

@@ -77,7 +77,7 @@ class Injected:
     """A fault that happened."""
 
     fault: Fault
-    at_s: float  # since 1970
+    at_s: float  # monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class _Harness:
                     on_start=run_log.start,
                     reason_of=partial(failure_in, events),
                 )
-            seconds = time.time() - injector.began_s
+            seconds = time.monotonic() - injector.began_s
         return Run(failure, seconds, run_log, tuple(injector.injected), _sums(places))
 
     def _places(self, out: Path) -> dict[str, Place]:
@@ -217,13 +217,13 @@ class _Injector:  # mutable: it remembers what it did
     ) -> None:
         self._faults, self._run_log, self._broker, self._proxies, self._say = faults, run_log, broker, proxies, say
         self._thread = threading.Thread(target=self._work, name="faults", daemon=True)
-        self.began_s = time.time()
+        self.began_s = time.monotonic()
         self.injected: list[Injected] = []
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """Faults happen while the body runs."""
-        self.began_s = time.time()
+        self.began_s = time.monotonic()
         self._thread.start()
         try:
             yield
@@ -275,7 +275,7 @@ class _Injector:  # mutable: it remembers what it did
         return False
 
     def _note(self, fault: Fault) -> None:
-        now = time.time()
+        now = time.monotonic()
         self.injected.append(Injected(fault, now))
         count = f"{len(self.injected)}/{len(self._faults)}"
         self._say(f"  {now - self.began_s:6.1f} s  step {self._run_log.last_step:5d}  {count:>6}  {fault}")

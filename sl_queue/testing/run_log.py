@@ -36,7 +36,7 @@ class Process:  # mutable: it goes on
 
 
 class RunLog:
-    """Mutable, thread-safe. Times are seconds since 1970, by the machine's clock."""
+    """Mutable, thread-safe. Times are those of the machine's monotonic clock."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -50,7 +50,7 @@ class RunLog:
 
     def start(self, worker: str, pid: int) -> None:
         with self._changed:
-            self._processes[worker].append(Process(pid, time.time()))
+            self._processes[worker].append(Process(pid, time.monotonic()))
             self._running[worker] = pid
             self._changed.notify_all()
 

@@ -178,7 +178,7 @@ def test_a_line_that_is_torn_or_of_another_program_is_passed_over(tmp_path: Path
     path = tmp_path / "events.jsonl"
     EventFile(path)(DONE)
     whole = path.read_text()
-    wrong = (whole.replace('"at"', '"when"'), whole.replace('"step": 7', '"step": "x"'))
+    wrong = (whole.replace('"clock"', '"watch"'), whole.replace('"step": 7', '"step": "x"'))
     for other in ("nonsense", "[1]", "{}", "null", whole[:40], *wrong):
         assert [entry.event for entry in entries(f"{other.strip()}\n{whole}")] == [DONE], other
     assert list(entries("")) == []

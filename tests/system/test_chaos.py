@@ -123,6 +123,6 @@ def test_a_file_of_events_is_followed_to_its_last_whole_line(tmp_path: Path) -> 
         for step in range(1000):
             write(StepDone("bank", 0, step, 32))
         with path.open("a") as file:
-            file.write('{"at": "2026-01-01T00:00:00+00:00", "event": "step_done", "party": "ba')
+            file.write('{"at": "2026-01-01T00:00:00+00:00", "clock": 1.0, "event": "step_done", "party": "ba')
     assert [entry.event for entry in taken] == [StepDone("bank", 0, step, 32) for step in range(1000)]
     assert {entry.pid for entry in taken} == {os.getpid()}
