@@ -30,18 +30,8 @@ from sl_queue.protocol.alignment import (
     padded,
     positions_of,
 )
-from sl_queue.protocol.messages import (
-    SCHEDULER,
-    Align,
-    Aligned,
-    Aligning,
-    Alive,
-    Failed,
-    Masked,
-    Offer,
-    Payload,
-    Stop,
-)
+from sl_queue.protocol.control import Align, Aligned, Aligning, Alive, Failed, Offer, Stop
+from sl_queue.protocol.messages import SCHEDULER, Masked, Payload
 from sl_queue.protocol.scheduler.state import GIVE_UP
 from sl_queue.protocol.text import printable
 

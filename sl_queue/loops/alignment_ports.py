@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from sl_queue.protocol.alignment import Outcome
-from sl_queue.protocol.messages import Command, Masked, Message, Report, Status
+from sl_queue.protocol.control import Command, Message, Report, Status
+from sl_queue.protocol.messages import Masked
 
 
 class Arrival(Protocol):

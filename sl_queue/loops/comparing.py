@@ -14,22 +14,8 @@ from sl_queue.errors import PeerFailed, PeerSilent, RunStopped, SlQueueError, fa
 from sl_queue.loops.alignment import payload
 from sl_queue.loops.alignment_ports import Channel, OutcomeFile
 from sl_queue.protocol.alignment import MASK_BYTES, Comparison, Cut
-from sl_queue.protocol.messages import (
-    OPERATOR,
-    SCHEDULER,
-    Align,
-    Aligned,
-    Aligning,
-    Alive,
-    Failed,
-    Joined,
-    Masked,
-    MicroBatch,
-    Offer,
-    Status,
-    Stop,
-    StopRequest,
-)
+from sl_queue.protocol.control import Align, Aligned, Aligning, Alive, Failed, Join, Offer, Status, Stop, StopRequest
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Masked, MicroBatch
 from sl_queue.protocol.scheduler.agreement import other_job
 from sl_queue.protocol.scheduler.state import GIVE_UP
 from sl_queue.protocol.text import LONGEST, printable
@@ -105,7 +91,7 @@ class Comparing:
                     self.told_at = -inf  # ask for the next ones at once
             case Aligned(_, session, to) if sender in parties and (self._means_us(to) or session == self._session):
                 self._confirmed(sender, now)
-            case Joined() if sender in parties and self._means_us(arrival.message.to):
+            case Join() if sender in parties and self._means_us(arrival.message.to):
                 self._confirmed(sender, now)
             case Failed(_, error, message) if sender in parties:
                 who, said = f"party {sender!r}", printable(message, LONGEST)

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sl_queue.errors import RemoteProtocolError
-from sl_queue.protocol.messages import SCHEDULER, MicroBatch, Offer
+from sl_queue.protocol.control import Offer
+from sl_queue.protocol.messages import SCHEDULER, MicroBatch
 
 CHUNK = 20_000  # ids in a message
 POINT_BYTES = 32

@@ -100,9 +100,11 @@ class Alignment:
                     self.traffic.append((role, receiver, bytes(body)))
 
                 wrapped: Any = CrashingLink(link, role, crash, spy)
-                channel = LinkAlignmentChannel(wrapped, role, patience_s=self.patience_s, seal=self.seal_of(role))
+                number = f"{role}-{next(self.numbers)}"
+                about = {"patience_s": self.patience_s, "seal": self.seal_of(role)}
+                channel = LinkAlignmentChannel(wrapped, role, topology, number, **about)  # type: ignore[arg-type]
                 channel.open()
-                self._serve(role, channel, crash)
+                self._serve(role, number, channel, crash)
                 return
             except Crash:
                 continue
@@ -118,8 +120,7 @@ class Alignment:
         label, *features = self.ids
         return label, tuple(features)
 
-    def _serve(self, role: str, channel: LinkAlignmentChannel, crash: CrashAt) -> None:
-        number = f"{role}-{next(self.numbers)}"
+    def _serve(self, role: str, number: str, channel: LinkAlignmentChannel, crash: CrashAt) -> None:
         if role == SCHEDULER:
             file = SchedulerFiles(self.folder / SCHEDULER)
             comparison = Comparison(self.rule, file.load())
