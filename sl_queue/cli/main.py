@@ -41,6 +41,7 @@ def options(
 app.command()(run.demo)
 app.command()(prepare.check)
 app.command()(tables.features)
+app.command()(tables.align)
 app.command()(prepare.plan)
 app.command()(run.local)
 app.command()(operate.status)

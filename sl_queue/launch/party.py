@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
+from sl_queue.launch.alignment import align_party
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.loops.lifecycle import Identity, Worker
@@ -40,6 +41,7 @@ from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
+from sl_queue.storage.aligned_file import Aligned, read_aligned
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
@@ -109,7 +111,8 @@ def serve_party(
             observe(events.Finished(party, done.step, str(state / "final"), already=True))
             return
         rules = rules_to_keep(job, party, folder.begun_with)
-        table = _table(job, party_file, rules)
+        aligned = _aligned(job, party_file, connect, state, open_channels, seal, observe)
+        table = _table(job, party_file, rules, aligned)
         for note in table.notes:
             log.info("%s: %s", party, note)
         secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
@@ -149,12 +152,31 @@ def serve_party(
         observe(events.Finished(party, final.step, str(state / "final")))
 
 
-def _table(job: Job, party_file: PartyFile, rules: int) -> Table:
-    """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
+def _aligned(
+    job: Job,
+    party_file: PartyFile,
+    connect: Connect,
+    state: Path,
+    open_channels: Channels,
+    seal: Seal | None,
+    observe: Observer,
+) -> Aligned | None:
+    """Find the rows that all parties hold."""
+    with _source_seeded(job, party_file):
+        return align_party(job, party_file, connect, state, open_channels, seal, observe, own_version())
+
+
+def _table(job: Job, party_file: PartyFile, rules: int, aligned: Aligned | None) -> Table:
+    """Read the party's rows."""
+    with _source_seeded(job, party_file):
+        return read_table(job, party_file, None if aligned is None else aligned.positions, rules)
+
+
+def _source_seeded(job: Job, party_file: PartyFile) -> AbstractContextManager[None]:
+    """Let a source in Python draw random numbers, beside other parties of this process."""
     if getattr(party_file.data, "source", None) is None:
-        return read_table(job, party_file, rules=rules)
-    with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
-        return read_table(job, party_file, rules=rules)
+        return nullcontext()
+    return seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu"))
 
 
 def own_version() -> str:
@@ -209,7 +231,8 @@ def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
     """
     try:
         rules = rules_to_keep(job, party_file.party, folder.begun_with)
-        folder.require(fingerprint(job, party_file, _table(job, party_file, rules), rules))
+        aligned = read_aligned(folder.path) if job.alignment.method == "psi" else None
+        folder.require(fingerprint(job, party_file, _table(job, party_file, rules, aligned), rules))
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
 

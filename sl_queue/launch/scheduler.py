@@ -12,6 +12,7 @@ from pathlib import Path
 from sl_queue.config.job import Job
 from sl_queue.config.party import BROKER, read_url
 from sl_queue.errors import BrokerUnreachable, JobError
+from sl_queue.launch.alignment import align_scheduler
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
@@ -100,6 +101,8 @@ def serve_scheduler(
             if not late_s:
                 return saved
         plan = plan_of(job)
+        if job.alignment.method == "psi" and (saved is None or saved.agreed is None):
+            align_scheduler(job, connect, state, on_status, open_channels, seal, observe)
         incarnation = secrets.token_hex(8)
         link = connect(SCHEDULER, PREFETCH)
         topology = job.topology()

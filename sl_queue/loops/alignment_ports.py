@@ -36,9 +36,6 @@ class Channel(Protocol):
     def done(self, arrival: Any) -> None:
         """Acknowledge a message: it was dealt with."""
 
-    def refuse(self, arrival: Any, reason: str) -> None:
-        """Refuse a message for good."""
-
     def flush(self) -> None:
         """Block until the broker has everything that was published."""
 

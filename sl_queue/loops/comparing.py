@@ -47,7 +47,7 @@ class Comparing:
     incarnation: str
     patience_s: float
     clock: Callable[[], float]
-    on_status: Callable[[Comparison, str | None], Mapping[str, Any]]
+    on_status: Callable[[Comparison, str | None, str | None], Mapping[str, Any]]  # why it ends, and the error
     told_at: float = -inf
     asked: dict[str, tuple[frozenset[int], float]] = field(default_factory=dict)  # chunks of each party, and when
     sent: dict[str, tuple[str, float]] = field(default_factory=dict)  # the worker that was told the outcome, and when
@@ -170,7 +170,8 @@ class Comparing:
             elif self.comparison.session is not None:
                 self._order(party, offer.incarnation, now)
             self._require_signs_of_life(party)
-        status = dict(self.on_status(self.comparison, None if self.end is None else self.end.reason))
+        reason, error = (None, None) if self.end is None else (self.end.reason, self.end.error)
+        status = dict(self.on_status(self.comparison, reason, error))
         self.channel.tell(OPERATOR, Status(status, self.incarnation), lasting=True)
 
     def _stop(self, party: str, incarnation: str, end: _End) -> None:

@@ -14,6 +14,7 @@ Everything here is a function of what was said, and everything that was said can
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -24,7 +25,10 @@ import numpy.typing as npt
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.control import Offer
 from sl_queue.protocol.messages import SCHEDULER, MicroBatch
+from sl_queue.protocol.scheduler.state import Phase
+from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
 
+ALIGNING = "aligning"  # the phase of a run before its rows are known
 CHUNK = 20_000  # ids in a message
 POINT_BYTES = 32
 MASK_BYTES = 16  # of a finished point: two of 2**32 ids collide with a chance of 2**-65
@@ -297,6 +301,23 @@ def too_few(shared: int, at_least: int, sizes: Mapping[str, int]) -> str:
     if not shared:
         return f"no row is shared by all: {told} rows. Ids may be written differently; compare by telephone how"
     return f"{shared} rows are shared by all, and alignment.at_least = {at_least}: {told} rows"
+
+
+def standing(about: Comparison, job: str, epochs: int, wall: float, reason: str | None, error: str | None) -> RunStatus:
+    """Describe an alignment for people; `wall` is the time in seconds since 1970."""
+    parties = {party: PartyStatus(_phase(about, party)) for party in about.rule.ring.parties}
+    phase = ALIGNING if error is None else Phase.STOPPED.value if error == "RunStopped" else Phase.FAILED.value
+    told_at = datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds")
+    failed = error if phase == Phase.FAILED else None
+    return RunStatus(phase, job, epochs=epochs, parties=parties, reason=reason, error=failed, told_at=told_at)
+
+
+def _phase(about: Comparison, party: str) -> str:
+    if party in about.aligned:
+        return "aligned"
+    if party not in about.offers:
+        return f"{about.progress[party]:.0%} of its set masked" if party in about.progress else "not joined"
+    return f"{about.progress.get(party, 0.0):.0%} of its set masked"
 
 
 def _begun_without(sender: str, aligned: frozenset[str]) -> str:

@@ -38,7 +38,7 @@ class PartyFiles:
                 if (found["table"], found["parties"]) == (table, parties):
                     keys = MaskKeys(*(bytes.fromhex(found[name]) for name in ("mask", "blind", "pad")))
                     return keys, str(found["token"])
-            self._forget()
+            self.forget()
             keys, token = MaskKeys.generate(parties), secrets.token_hex(16)
             hexadecimal = {name: value.hex() for name, value in asdict(keys).items()}
             body = {**hexadecimal, "token": token, "table": table, "parties": parties}
@@ -84,9 +84,10 @@ class PartyFiles:
     def conclude(self, aligned: Aligned) -> None:
         """Have the outcome on disk, then delete what led to it."""
         write_aligned(self.state, aligned)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Delete the secrets, and what was made with them."""
         (self.state / KEY).unlink(missing_ok=True)
         shutil.rmtree(self.state / FOLDER, ignore_errors=True)
 

@@ -99,14 +99,14 @@ class LinkAlignmentChannel:
         self._mail.send(receiver, header, message, lasting=lasting)
 
     def next(self, timeout_s: float) -> Arrival | None:
-        """Return the next message; None if none came in time. Raises what ended the link."""
-        self._check()
+        """Return the next message; None if none came in time. Raises what ended the link, after what came before."""
         try:
             arrival = self._inbox.get(timeout=timeout_s) if timeout_s > 0 else self._inbox.get_nowait()
         except queue.Empty:
+            arrival = None
             self._mail.log_refusals()
-            return None
-        self._check()
+        if arrival is None:
+            self._check()
         return arrival
 
     def done(self, arrival: Arrival) -> None:

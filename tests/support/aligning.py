@@ -125,7 +125,7 @@ class Alignment:
             file = SchedulerFiles(self.folder / SCHEDULER)
             comparison = Comparison(self.rule, file.load())
 
-            def on_status(told: Comparison, reason: str | None) -> dict[str, Any]:
+            def on_status(told: Comparison, reason: str | None, error: str | None) -> dict[str, Any]:
                 self.statuses.append(sum(told.progress.values()))
                 return {}
 
