@@ -12,6 +12,8 @@ from benchmarks.processes import Work, together
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
 from sl_queue.compute.model import limit_threads
 from sl_queue.config.job import Job
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.launch import party as party_launch
 from sl_queue.launch.connect import Channels, topology
 from sl_queue.launch.scheduler import serve_scheduler
@@ -152,4 +154,5 @@ def _serve(plan: Plan, role: str, connect: Callable[[str, int], Link], state: Pa
         return CountingLink(connect(party, prefetch), party)
 
     metrics = ("auroc",) if plan.job.holdout else ()
-    party_launch.serve_party(plan.job, party_file(plan.workload, role, metrics), counted, state, Channels())
+    spec = resolve(plan.job, party_file(plan.workload, role, metrics), Importer())
+    party_launch.serve_party(plan.job, spec, counted, state, Channels())

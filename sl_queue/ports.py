@@ -7,6 +7,8 @@ everything unacknowledged comes back, and everything already seen is dropped by 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -324,3 +326,17 @@ class Restarted(Exception):
     def __init__(self, start: Start) -> None:
         super().__init__(f"generation {start.generation} begins after step {start.bases[-1]}")
         self.start = start
+
+
+class UserCode(Protocol):
+    """The Python code of one party: its models, losses and sources, named as `module:callable`."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that is looked into first; None: installed packages only."""
+
+    def load(self, name: str) -> Any:
+        """Import the callable of that name. Thread-safe. Raises JobError."""
+
+    def module(self, name: str) -> ModuleType:
+        """Import the module of that callable. Raises JobError."""

@@ -18,7 +18,7 @@ from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.model import Inputs, Model, blame
 from sl_queue.compute.modules.graph import ends_in_relu, hooks_made
 from sl_queue.compute.modules.handover import Take
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.crossing import Promised, place, received_gradient, require_cut, require_finite
 from sl_queue.cut.packing import Mask, Wire, asks_for_less
 from sl_queue.cut.tensors import cast, dtype_name, gathered, lent
@@ -192,22 +192,20 @@ class TorchBaseStage:
         return ", ".join(map(str, self._in_flight)) or "nothing"
 
 
-def base_stage(
-    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
-) -> TorchBaseStage:
+def base_stage(spec: ComputeSpec, table: Table, batches: Batches, take: Take | None = None) -> TorchBaseStage:
     """Build a party's base stage with initial weights, and find out in which form its model takes the features.
 
     `take` says how to come by a module that is given in code; without it, as a copy. Raises JobError, and ShapeError
     if the model takes none or its output is not the cut.
     """
-    party = party_file.party
-    if job.cut(party) is None or table.features is None:
-        missing = "a cut in the job" if job.cut(party) is None else "features in its table"
+    party, cut = spec.party, spec.layers.cut(spec.party)
+    if cut is None or table.features is None:
+        missing = "a cut in the job" if cut is None else "features in its table"
         raise JobError(f"party {party!r} has a base model, but not {missing}")
     refused: list[ComputeError] = []
     for choice in range(n_offers(table.features)):
         try:
-            return _stage(job, party_file, table, batches, choice, take)
+            return _stage(spec, table, batches, choice, take)
         except ComputeError as error:
             refused.append(error)
     first, *others = refused
@@ -216,38 +214,38 @@ def base_stage(
     raise type(first)("; and with the same numbers in another form: ".join(map(str, refused))) from first
 
 
-def _stage(
-    job: Job, party_file: PartyFile, table: Table, batches: Batches, choice: int, take: Take | None
-) -> TorchBaseStage:
+def _stage(spec: ComputeSpec, table: Table, batches: Batches, choice: int, take: Take | None) -> TorchBaseStage:
     """The base stage on one of the forms that features are offered in. Raises ComputeError if its model refuses it."""
-    party, cut = party_file.party, job.cut(party_file.party)
+    party, layers = spec.party, spec.layers
+    cut = layers.cut(party)
     assert cut is not None
 
     def sample(dtype: torch.dtype) -> Inputs:
-        features = offers(party_file, table, dtype)[choice].features
+        features = offers(spec, table, dtype)[choice].features
         return gathered(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
-    model = Model.build(job, party_file, "base", sample, take)
-    offer = offers(party_file, table, model.dtype)[choice]
+    model = Model.build(spec, "base", sample, take)
+    offer = offers(spec, table, model.dtype)[choice]
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)
-    output = model.try_out(trial.to(model.device), ahead=job.pipeline.staleness > 0 and party != job.label_holder)
+    output = model.try_out(trial.to(model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
     require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
     if offer.fault is not None:
         raise JobError(offer.fault)
-    if party in job.feature_parties:
-        _require_fitting(job, party, dtype_name(output.dtype), batches)
-    wire = replace(job.on_the_wire, cast=cast)
-    return TorchBaseStage(model, offer.features, table, batches, cut, job.label_holder, wire, offer.remark)
+    if party in layers.feature_parties:
+        _require_fitting(spec, dtype_name(output.dtype), batches)
+    wire = replace(layers.wire, cast=cast)
+    return TorchBaseStage(model, offer.features, table, batches, cut, layers.label_holder, wire, offer.remark)
 
 
-def _require_fitting(job: Job, party: str, dtype: str, batches: Batches) -> None:
+def _require_fitting(spec: ComputeSpec, dtype: str, batches: Batches) -> None:
     """Raise JobError if the activations of the largest micro-batch are more than a message carries."""
     held_out = len(batches.holdout_part(0)) if batches.holdout_rows else 0
     rows = max(held_out, -(-batches.rows_in_step(0) // batches.parts(0)))
-    largest = job.on_the_wire.bytes_of(dtype, (rows, *(job.cut(party) or ())))
+    layers = spec.layers
+    largest = layers.wire.bytes_of(dtype, (rows, *(layers.cut(spec.party) or ())))
     if largest > MAX_TENSOR_BYTES:
         raise JobError(
-            f"party {party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a message "
-            f"carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {job.pipeline.micro_batches}"
+            f"party {spec.party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a "
+            f"message carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {layers.micro_batches}"
         )

@@ -7,7 +7,6 @@ gradients that others wait for are on their way.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
 from sl_queue.compute.outputs import Outputs, doubled, outputs_of
 from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
+from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.compute.stand_ins import drawn
-from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.crossing import Arrival, Promised, place, received, require_finite
 from sl_queue.cut.packing import Wire, asks_for_less, unused
 from sl_queue.cut.tensors import cast, described, lent
@@ -75,7 +74,7 @@ class Own:
 class TorchFuseStage:
     """ports.FuseStage over torch. Mutable: it holds the models and the sums of the step and of the evaluation."""
 
-    job: Job
+    layers: LayersSpec
     model: Model
     own: TorchBaseStage | None  # the label holder's base model
     objective: Objective
@@ -219,21 +218,21 @@ class TorchFuseStage:
 
     def _received(self, activations: Mapping[str, Payload], rows: bytes, n_rows: int, where: str) -> dict[str, Tensor]:
         """The feature parties' activations in job order, checked, as tensors of their own."""
-        missing = [party for party in self.job.feature_parties if party not in activations]
+        missing = [party for party in self.layers.feature_parties if party not in activations]
         if missing:
             raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
         dtypes = self.model.accepted()
         found = {}
-        for party in self.job.feature_parties:
-            shape = (n_rows, *(self.job.cut(party) or ()))
+        for party in self.layers.feature_parties:
+            shape = (n_rows, *(self.layers.cut(party) or ()))
             promised = Promised("activation", party, dtypes, shape, rows, self.wire)
             found[party] = received(activations[party], promised, self.model.device, where)
         return found
 
     def _fused(self, inputs: Mapping[str, Tensor], where: str) -> Tensor:
         """The fuse model's output; inputs in job order, whatever order they came in."""
-        with blame(f"{where}: aggregation {self.job.fuse.aggregation!r} failed"):
-            joined = aggregated([inputs[party] for party in self.job.fused], self.job.fuse.aggregation)
+        with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
+            joined = aggregated([inputs[party] for party in self.layers.fused], self.layers.aggregation)
         return self.model.run(joined, where)
 
     def _labels(self, positions: Positions) -> Tensor:
@@ -288,7 +287,7 @@ def undefined_metrics(stage: TorchFuseStage) -> dict[str, str]:
 
 
 def objective_of(
-    party_file: PartyFile,
+    spec: ComputeSpec,
     table: Table,
     output: Tensor,
     scaled: Callable[[float], Tensor],
@@ -301,11 +300,11 @@ def objective_of(
     `scaled(s)` is the output for activations s times as large. What the loss shares with one of `models` is theirs;
     `take` says how to come by a loss that is given in code. Raises JobError, or ComputeError for a loss that fails.
     """
-    assert party_file.fuse is not None
-    fuse, tried = party_file.fuse, output.detach()
-    loss = loss_of(party_file, output.device, take)
-    owned = OwnedLoss.of(loss, models, party_file.party, where)
-    name: Any = fuse.loss
+    assert spec.objective is not None
+    wanted, tried = spec.objective, output.detach()
+    loss = loss_of(spec, output.device, take)
+    owned = OwnedLoss.of(loss, models, spec.party, where)
+    name = wanted.loss
     check_labels(table.labels, tried, name, where)
     assert table.labels is not None
     kind = name if isinstance(name, str) and ":" not in name else kind_of(loss)
@@ -313,15 +312,15 @@ def objective_of(
         with owned.trial():
             fit, warnings, (value, of) = fitted(loss, name, tried, table.labels, where)
         require_no_parameters(value, of, models, where)
-        task = task_of(kind, tried, table.labels, fuse.metrics, fuse.outputs)
-        metrics = metrics_of(fuse.metrics, task, where)
+        task = task_of(kind, tried, table.labels, wanted.metrics, wanted.outputs)
+        metrics = metrics_of(wanted.metrics, task, where)
         check_targets(task, tried, table.labels, metrics, where)
         labels = label_tensor(table.labels)
         if metrics:
             targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
-    outputs = outputs_of(fuse.outputs, kind, task, list(metrics), output, scaled, where)
+    outputs = outputs_of(wanted.outputs, kind, task, list(metrics), output, scaled, where)
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
     warnings += [twice] if twice else []
     return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings)
@@ -331,15 +330,13 @@ def _mean(losses: Sequence[tuple[int, float]]) -> float:
     return sum(rows * loss for rows, loss in losses) / sum(rows for rows, _ in losses)
 
 
-def fuse_stage(
-    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
-) -> TorchFuseStage:
+def fuse_stage(spec: ComputeSpec, table: Table, batches: Batches, take: Take | None = None) -> TorchFuseStage:
     """The label holder's stage with initial weights.
 
     `take` says how to come by modules and a loss that are given in code; without it, as copies.
     Raises JobError for labels, a loss or metrics that do not suit the model, ShapeError if it fails on the cuts.
     """
-    party = party_file.party
+    party, layers = spec.party, spec.layers
 
     def sample(
         dtype: torch.dtype,
@@ -347,13 +344,13 @@ def fuse_stage(
         rows: int = _TRIAL_ROWS,
         scale: float | None = None,
     ) -> Inputs:
-        numbers = [drawn(job.seed, p, (rows, *(job.cut(p) or ())), scale) for p in job.fused]
+        numbers = [drawn(layers.seed, p, (rows, *cut), scale) for p, cut in layers.cuts.items()]
         # In the graph, and no leaves of it, as in a step.
         inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]
-        return aggregated(inputs, job.fuse.aggregation)
+        return aggregated(inputs, layers.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
-    model = Model.build(job, party_file, "fuse", sample, take)
+    model = Model.build(spec, "fuse", sample, take)
     output = model.try_out(sample(model.dtype, model.device), graph=True)
     if output.shape[:1] != (_TRIAL_ROWS,):
         raise ShapeError(
@@ -364,8 +361,8 @@ def fuse_stage(
     def scaled(scale: float) -> Tensor:
         return model.try_out(sample(model.dtype, model.device, _RANGE_ROWS, scale))
 
-    own = base_stage(job, party_file, table, batches, take) if party in job.fused else None
+    own = base_stage(spec, table, batches, take) if party in layers.cuts else None
     modules = [model.module] + ([] if own is None else [own.module])
     with model.drawing("loss trial", MicroBatch(0, 0)):
-        objective = objective_of(party_file, table, output, scaled, f"party {party!r}", modules, take)
-    return TorchFuseStage(job, model, own, objective, table, batches, replace(job.on_the_wire, cast=cast))
+        objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
+    return TorchFuseStage(layers, model, own, objective, table, batches, replace(layers.wire, cast=cast))

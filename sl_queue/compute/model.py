@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from sl_queue.compute.seeds import key, seeded
-from sl_queue.config.job import BaseFile, FuseFile, Job, PartyFile, imported
+from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
 from sl_queue.cut.crossing import CROSSING
 from sl_queue.cut.tensors import described, from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError, SlQueueError
@@ -38,7 +37,6 @@ from sl_queue.protocol.messages import MicroBatch, Payload
 
 log = logging.getLogger("sl_queue")
 
-Part = Literal["base", "fuse"]
 Inputs = Tensor | list[Tensor]
 Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
 
@@ -61,18 +59,18 @@ class Model:
     secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
     @classmethod
-    def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None) -> "Model":
+    def build(cls, spec: ComputeSpec, part: Part, sample: Sample, take: Take | None = None) -> "Model":
         """The model with its initial weights, the same wherever and however often it is built.
 
         `take` says how to come by a module that is given in code; without it, as a copy.
         """
-        table = _table(party_file, part)
-        device = device_of(party_file)
-        module = build_module(job, party_file, part, sample, take)
-        where, name = f"party {party_file.party!r}: [{part}]", named(table.model)
+        table = _table(spec, part)
+        device = device_of(spec)
+        module = build_module(spec, part, sample, take)
+        where, name = f"party {spec.party!r}: [{part}]", named(table.model)
         require_savable(module, f"{where} model = {name!r}")
         module.to(device)
-        optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
+        optimizer = build_optimizer(module, dict(table.optimizer), f"{where} optimizer")
         if optimizer is not None and not module.training:
             log.warning(
                 "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics "
@@ -82,8 +80,8 @@ class Model:
             )
         begin_training(module)
         built = Built.of(module)
-        about = (party_file.party, part, name, module, optimizer, device, _dtype(module))
-        return cls(*about, job.seed, built, secret=party_file.secret)
+        about = (spec.party, part, name, module, optimizer, device, _dtype(module))
+        return cls(*about, spec.layers.seed, built, secret=spec.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """A scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
@@ -258,24 +256,24 @@ def blame(what: str) -> Iterator[None]:
 # From party file to module --------------------------------------------------------------------------------------
 
 
-def build_module(
-    job: Job, party_file: PartyFile, part: Part, sample: Sample | None, take: Take | None = None
-) -> nn.Module:
+def build_module(spec: ComputeSpec, part: Part, sample: Sample | None, take: Take | None = None) -> nn.Module:
     """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
-    table = _table(party_file, part)
-    where = f"party {party_file.party!r}: [{part}] model = {named(table.model)!r}"
+    table = _table(spec, part)
+    where = f"party {spec.party!r}: [{part}] model = {named(table.model)!r}"
     model = table.model
     if isinstance(model, str):
-        with seeded(key(job.seed, "", "import"), torch.device("cpu")):  # its file may draw, or call torch.manual_seed
-            model = imported(model, party_file.folder)
-    with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
+        with seeded(
+            key(spec.layers.seed, "", "import"), torch.device("cpu")
+        ):  # its file may draw, or call torch.manual_seed
+            model = spec.code.load(model)
+    with seeded(key(spec.layers.seed, spec.party, f"{part} init"), torch.device("cpu")):
         try:
             module = model if isinstance(model, nn.Module) else model(**table.args)
         except (Exception, SystemExit) as error:
             raise JobError(f"{where} with args = {dict(table.args)} fails: {type(error).__name__}: {error}") from error
         if not isinstance(module, nn.Module):
             raise JobError(f"{where} returns {type(module).__name__}; it must return a torch.nn.Module")
-        module = (take or Copies())(party_file.party, part, module, made=module is not model)
+        module = (take or Copies())(spec.party, part, module, made=module is not model)
         if sample is not None and _is_lazy(module):
             with blame(f"{where} fails on its input"), in_evaluation(module):
                 module(sample(_dtype(module)))
@@ -285,24 +283,24 @@ def build_module(
     return module
 
 
-def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
+def final_module(spec: ComputeSpec, path: Path) -> nn.Module:
     """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
-    return settled(build_module(job, party_file, part_of(path), None), party_file.party, path)
+    return settled(build_module(spec, part_of(path), None), spec.party, path)
 
 
 def part_of(path: Path) -> Part:
     return "fuse" if path.stem == "fuse" else "base"
 
 
-def device_of(party_file: PartyFile) -> torch.device:
+def device_of(spec: ComputeSpec) -> torch.device:
     """The device that a party file asks for. Raises JobError if this machine does not have it."""
     try:
-        device = torch.device(party_file.device)
+        device = torch.device(spec.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise JobError(
-            f"party {party_file.party!r}: device = {party_file.device!r} cannot be used here with "
+            f"party {spec.party!r}: device = {spec.device!r} cannot be used here with "
             f"torch {torch.__version__}: {reason}; use 'cpu', or install a torch that has it"
         ) from None
     return device
@@ -314,10 +312,10 @@ def limit_threads(n: int | None) -> None:
         torch.set_num_threads(n)
 
 
-def _table(party_file: PartyFile, part: Part) -> BaseFile | FuseFile:
-    table = party_file.base if part == "base" else party_file.fuse
+def _table(spec: ComputeSpec, part: Part) -> ModelSpec:
+    table = spec.part(part)
     if table is None:
-        raise JobError(f"party {party_file.party!r}: [{part}] is missing")
+        raise JobError(f"party {spec.party!r}: [{part}] is missing")
     return table
 
 

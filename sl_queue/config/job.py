@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
-from sl_queue.config.schema import Declared, load, redacted, shown
+from sl_queue.config.schema import Schema, load, redacted, shown
 from sl_queue.config.security import JobSecurity
-from sl_queue.config.user_code import imported
 from sl_queue.cut.packing import Compress, Dtype, Wire
 from sl_queue.errors import JobError
 from sl_queue.protocol.codec import ITEM_BYTES, MAX_RANK, MAX_TENSOR_BYTES
@@ -39,7 +38,6 @@ __all__ = [
     "JobSecurity",
     "JobWire",
     "PartyFile",
-    "imported",
     "redacted",
 ]
 
@@ -56,7 +54,7 @@ _Size = Annotated[int, Field(strict=True, ge=1, lt=_LIMIT)]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
 
 
-class JobParty(Declared):
+class JobParty(Schema):
     """One party as all others know it."""
 
     role: Literal["feature", "label"] = Field(description='"feature" or "label"')
@@ -66,7 +64,7 @@ class JobParty(Declared):
     )
 
 
-class JobFuse(Declared):
+class JobFuse(Schema):
     """How activations become the fuse model's input."""
 
     aggregation: Literal["list", "concat", "sum", "mean"] = Field(
@@ -74,7 +72,7 @@ class JobFuse(Declared):
     )
 
 
-class JobPipeline(Declared):
+class JobPipeline(Schema):
     """The order of work, as two integers, and how often it pauses for a checkpoint."""
 
     micro_batches: _Count = Field(default=1, description="a whole number of at least 1: the parts of a step")
@@ -94,7 +92,7 @@ class JobPipeline(Declared):
         return info.data.get("micro_batches", 1) if value is None else value
 
 
-class JobBroker(Declared):
+class JobBroker(Schema):
     """What all parties expect of the broker; its address is in each party's own file."""
 
     persistent: bool = Field(default=False, description="true or false: whether the broker writes messages to disk")
@@ -106,7 +104,7 @@ class JobBroker(Declared):
     )
 
 
-class JobWire(Declared):
+class JobWire(Schema):
     """In how many bytes activations and gradients travel."""
 
     dtype: Dtype = Field(
@@ -116,7 +114,7 @@ class JobWire(Declared):
     compress: Compress = Field(default="none", description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd"')
 
 
-class JobEarlyStopping(Declared):
+class JobEarlyStopping(Schema):
     """When training ends before its last epoch, with the best epoch's weights."""
 
     metric: str = Field(description='"loss" or one of the label holder\'s metrics')
@@ -124,7 +122,7 @@ class JobEarlyStopping(Declared):
     min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
 
 
-class Job(Declared):
+class Job(Schema):
     """What all parties agreed to train. Read with `Job.load(path)`, or built in code from the same keys."""
 
     name: _Name = Field(description="a name of letters, digits, '_', '-' and '.'")
@@ -222,6 +220,11 @@ class Job(Declared):
     def pipeline_of(self, batches: Batches) -> Pipeline:
         """The order of work on those batches."""
         return Pipeline(batches, self.pipeline.depth, self.pipeline.staleness, self.pipeline.checkpoint_every)
+
+    @property
+    def stops_on(self) -> str | None:
+        """The metric that may end training early."""
+        return None if self.early_stopping is None else self.early_stopping.metric
 
     @property
     def on_the_wire(self) -> Wire:

@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -19,34 +18,20 @@ from pydantic import (
     model_validator,
 )
 
-from sl_queue.config.schema import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
-from sl_queue.config.security import read_secret
+from sl_queue.compute.spec import NAMED_LOSSES
+from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, redacted, shown
 from sl_queue.config.user_code import NAME
+from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.broker_url import fault
 from sl_queue.protocol.fingerprints import SEED
+from sl_queue.protocol.text import nearest
+from sl_queue.security.private_file import read_secret
 
-if TYPE_CHECKING:
-    from sl_queue.config.job import Job
-
-LOSSES = ("bce_with_logits", "cross_entropy", "mse")
 BROKER = "SL_QUEUE_BROKER"  # environment variable: overrides the broker of a party file
 
 _URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one"
 _IN_FILE = "file:"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """A party's rows in any order, given in code or returned by the `source` of a party file.
-
-    Arrays of NumPy, torch or Arrow, lists, and data frames of pandas or polars, without gaps. `features` may have any
-    shape after the first axis; None for a label holder without a base model.
-    """
-
-    ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
-    features: Any = field(default=None, repr=False)  # (rows, *anything); floating ones are cast to the model's dtype
-    labels: Any = field(default=None, repr=False)  # (rows,) or (rows, *anything)
 
 
 def _from_folder(path: Path, info: ValidationInfo) -> Path:
@@ -68,7 +53,7 @@ def _named(what: str) -> Callable[[Any], Any]:
     return check
 
 
-class DataFile(Declared):
+class DataFile(Schema):
     """Where a party's rows are: a table with an id column, or a callable that returns Rows."""
 
     path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file")
@@ -108,7 +93,7 @@ class DataFile(Declared):
 _Model = Annotated[Any, AfterValidator(_named("module:callable, returning a torch.nn.Module"))]
 
 
-class BaseFile(Declared):
+class BaseFile(Schema):
     """The base model with its optimizer."""
 
     model: _Model = Field(description="module:callable, returning a torch.nn.Module")
@@ -126,7 +111,7 @@ class BaseFile(Declared):
 class FuseFile(BaseFile):
     """The fuse model with its optimizer, the loss, and what is measured on held-out rows."""
 
-    loss: Any = Field(description=f"{', '.join(LOSSES)} or module:callable")
+    loss: Any = Field(description=f"{', '.join(NAMED_LOSSES)} or module:callable")
     metrics: list[str] = Field(default=[], description='a list of names, for instance ["auroc", "accuracy"]')
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = Field(
         default=None,
@@ -137,21 +122,21 @@ class FuseFile(BaseFile):
     @field_validator("loss")
     @classmethod
     def _is_known(cls, value: Any) -> Any:
-        if value in LOSSES if isinstance(value, str) else callable(value):
+        if value in NAMED_LOSSES if isinstance(value, str) else callable(value):
             return value
         if isinstance(value, str) and NAME.fullmatch(value):
             return value
-        advice = nearest(value, list(LOSSES)) if isinstance(value, str) else ""
-        raise ValueError(f"= {shown(value)}; {advice}it must be {', '.join(LOSSES)} or module:callable")
+        advice = nearest(value, list(NAMED_LOSSES)) if isinstance(value, str) else ""
+        raise ValueError(f"= {shown(value)}; {advice}it must be {', '.join(NAMED_LOSSES)} or module:callable")
 
 
-class SecurityFile(Declared):
+class SecurityFile(Schema):
     """What only this party knows, where it lies."""
 
     key: _Path = Field(description="the name of the file with this party's private key")
 
 
-class PrivacyFile(Declared):
+class PrivacyFile(Schema):
     """What keeps this party's own numbers from the other parties."""
 
     secret: Any = Field(
@@ -170,7 +155,7 @@ class PrivacyFile(Declared):
         raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
 
 
-class PartyFile(Declared):
+class PartyFile(Schema):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
     party: str = Field(min_length=1, description="the party's name in the job")
@@ -188,7 +173,6 @@ class PartyFile(Declared):
     privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")
 
     _folder: Path | None = PrivateAttr(None)
-    _secret: bytes = PrivateAttr(b"")
 
     if TYPE_CHECKING:  # tables may be given as dicts
 
@@ -219,17 +203,6 @@ class PartyFile(Declared):
         """The folder of the file, where `module:callable` is looked for first; None if built in code."""
         return self._folder
 
-    @property
-    def secret(self) -> bytes:
-        """What keys this party's random draws besides the job's seed; empty: nothing does."""
-        return self._secret
-
-    def with_secret(self, secret: bytes) -> Self:
-        """Return the same file with a secret for its draws."""
-        copied = self.model_copy()
-        copied._secret = secret
-        return copied
-
     def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
         """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
 
@@ -246,19 +219,6 @@ class PartyFile(Declared):
             f"party {self.party!r} has no broker: give --broker URL, set {BROKER}, or write `broker` into its file; "
             f"it must be {_URL}"
         )
-
-    def check(self, job: "Job") -> None:
-        """Raise one JobError for everything that this file and the job show only together."""
-        if self.party not in job.parties:
-            known = list(job.parties)
-            raise JobError(
-                f"party = {self.party!r}: job {job.name!r} has no such party; {nearest(self.party, known)}"
-                f"its parties are {', '.join(known)}"
-            )
-        about_labels = _about_labels if self.party == job.label_holder else _about_no_labels
-        problems = [*_about_base(self, job), *about_labels(self, job)]
-        if problems:
-            raise JobError("\n  ".join(f"party {self.party!r}: {problem}" for problem in problems))
 
 
 def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
@@ -281,39 +241,3 @@ def _url_problem(url: str) -> str | None:
     if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
         return None
     return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"
-
-
-def _about_base(party: PartyFile, job: "Job") -> Iterator[str]:
-    cut = job.cut(party.party)
-    if cut is not None and party.base is None:
-        yield f"[base] is missing; the job gives this party a cut, {list(cut)}, so it needs a base model"
-    if cut is None and party.base is not None:
-        yield f"[base] has no use; the job gives this party no cut: take [base] out, or set parties.{party.party}.cut"
-    features = party.data.features
-    if cut is not None and (features is None if isinstance(party.data, Rows) else features == []):
-        yield "data.features is empty; the base model needs features"
-
-
-def _about_labels(party: PartyFile, job: "Job") -> Iterator[str]:
-    """What the label holder must have."""
-    if party.fuse is None:
-        yield "[fuse] is missing; the label holder has the fuse model"
-    data = party.data
-    if isinstance(data, Rows) and data.labels is None:
-        yield "its Rows have no labels; the label holder needs them"
-    if isinstance(data, DataFile) and data.source is None and data.label is None:
-        yield "data.label is missing; the label holder names the column with the labels"
-    rule = job.early_stopping
-    if rule is not None and party.fuse is not None and rule.metric not in (measured := ["loss", *party.fuse.metrics]):
-        yield (
-            f"early_stopping.metric = {rule.metric!r} is not measured; {nearest(rule.metric, measured)}"
-            f"it must be {', '.join(measured)}, or be added to fuse.metrics"
-        )
-
-
-def _about_no_labels(party: PartyFile, job: "Job") -> Iterator[str]:
-    """What a feature party must not have."""
-    if party.fuse is not None:
-        yield f"[fuse] has no use; the label holder {job.label_holder!r} has the fuse model"
-    if isinstance(party.data, DataFile) and party.data.label is not None:
-        yield f"data.label has no use; only {job.label_holder!r} has labels (data.features can leave a column out)"

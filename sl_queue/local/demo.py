@@ -19,6 +19,8 @@ from sklearn.datasets import load_digits
 from sl_queue.compute.equality import joined_weights, largest_difference
 from sl_queue.compute.reference import Joined, train_joined
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.local.threads import Result, run_local
@@ -168,8 +170,12 @@ def _train(folder: Path, name: str, parties: list[str], screen: Screen) -> Resul
 
 def _joined(folder: Path) -> Joined:
     job, party_files = _load(folder, "job", ["left", "right", "labels"])
-    tables = {file.party: read_table(job, file) for file in party_files}
-    return train_joined(job, party_files, tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes))
+    importer = Importer()
+    specs = [resolve(job, file, importer) for file in party_files]
+    tables = {spec.party: read_table(spec.table) for spec in specs}
+    return train_joined(
+        [spec.compute for spec in specs], tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes)
+    )
 
 
 def _accuracy(history: list[dict[str, Any]]) -> str:

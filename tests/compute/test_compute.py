@@ -17,13 +17,12 @@ from sklearn import metrics as reference
 from torch import Tensor, nn
 
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.losses import LOSSES
-from sl_queue.compute.model import device_of, final_module, limit_threads
+from sl_queue.compute.model import device_of, limit_threads
 from sl_queue.compute.optimizers import optimizer_names
 from sl_queue.compute.seeds import key, seeded
-from sl_queue.config.party import LOSSES as LOSSES_OF_FILES
+from sl_queue.compute.spec import NAMED_LOSSES as LOSSES_OF_FILES
 from sl_queue.cut.tensors import from_payload, is_finite, to_payload
 from sl_queue.errors import (
     CheckpointError,
@@ -36,6 +35,7 @@ from sl_queue.errors import (
 )
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.storage.checkpoints import Folder
+from tests.support.resolved import computes, final_module, fingerprint
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, furthest, parties
 
 CPU = torch.device("cpu")
@@ -290,7 +290,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
     run = setup()
     for device in ("cuda:99", "gpu"):
         file = run.files["bank"].model_copy(update={"device": device})
-        message = raised(JobError, lambda file=file: device_of(file))  # type: ignore[misc]
+        message = raised(JobError, lambda file=file: device_of(computes(run.job, [file])[0]))  # type: ignore[misc]
         assert message.startswith(f"party 'bank': device = '{device}' cannot be used here with torch")
 
 

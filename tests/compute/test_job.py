@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sl_queue.config.job import BaseFile, DataFile, Job, JobParty, PartyFile, imported, redacted
-from sl_queue.config.party import LOSSES
-from sl_queue.data.rows import Rows
+from sl_queue.compute.spec import NAMED_LOSSES
+from sl_queue.config.job import BaseFile, DataFile, Job, JobParty, PartyFile, redacted
+from sl_queue.config.resolve import agree
+from sl_queue.config.user_code import Importer
+from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import told_difference
@@ -128,7 +130,7 @@ def party_complaint(**changes: Any) -> str:
 def check_complaint(job_: Job, **changes: Any) -> str:
     values = {"party": "bank", "data": {"path": "bank.csv", "id": "id"}, "base": BASE, **changes}
     with pytest.raises(JobError) as raised:
-        PartyFile(**{name: value for name, value in values.items() if value is not None}).check(job_)
+        agree(job_, PartyFile(**{name: value for name, value in values.items() if value is not None}))
     return str(raised.value)
 
 
@@ -436,8 +438,8 @@ def test_the_documented_party_files_are_read_as_they_stand(tmp_path: Path) -> No
     assert insurer.fuse is not None
     assert (insurer.fuse.loss, insurer.fuse.metrics) == ("bce_with_logits", ["auroc", "accuracy"])
     agreed = Job.load(written(tmp_path, "job.toml", JOB_TOML))
-    bank.check(agreed)
-    insurer.check(agreed)
+    agree(agreed, bank)
+    agree(agreed, insurer)
 
 
 def test_paths_are_relative_to_the_file_and_absolute_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,16 +463,16 @@ def test_a_party_file_is_built_in_code_with_modules_and_arrays() -> None:
     assert built.base.model is module
     assert built.data is rows
     assert built.folder is None
-    built.check(job())
+    agree(job(), built)
     holder = PartyFile(
         party="insurer",
         data=Rows([1, 2], np.zeros((2, 2)), np.zeros(2)),
         base={"model": nn.Linear, "args": {"in_features": 2, "out_features": 16}, "optimizer": {"name": "sgd"}},
         fuse={"model": module, "optimizer": {"name": "sgd"}, "loss": nn.functional.mse_loss},
     )
-    holder.check(job())
+    agree(job(), holder)
     from_callable = PartyFile(party="bank", data={"source": lambda: rows}, base={"model": module})
-    from_callable.check(job())
+    agree(job(), from_callable)
     assert "Linear(" in repr(built)
     assert "0." not in repr(rows)
 
@@ -478,7 +480,7 @@ def test_a_party_file_is_built_in_code_with_modules_and_arrays() -> None:
 def test_losses_that_a_party_file_may_name_are_those_that_exist() -> None:
     from sl_queue.compute import losses
 
-    assert set(LOSSES) == set(losses.LOSSES)
+    assert set(NAMED_LOSSES) == set(losses.LOSSES)
 
 
 @pytest.mark.parametrize(
@@ -548,15 +550,15 @@ def test_a_base_model_without_a_cut_is_named() -> None:
     said = check_complaint(labels_only, party="insurer", data=data, fuse=FUSE)
     assert "[base] has no use" in said
     assert "parties.insurer.cut" in said
-    PartyFile(party="insurer", data=data, fuse=FUSE).check(labels_only)
+    agree(labels_only, PartyFile(party="insurer", data=data, fuse=FUSE))
 
 
 def test_early_stopping_watches_what_the_label_holder_measures() -> None:
     holder = PartyFile(party="insurer", data={"source": "m:f"}, base=BASE, fuse=FUSE)
     for metric in ("loss", "mae"):
-        holder.check(job(holdout=0.1, early_stopping={"metric": metric, "patience": 2}))
+        agree(job(holdout=0.1, early_stopping={"metric": metric, "patience": 2}), holder)
     with pytest.raises(JobError, match=r"early_stopping.metric = 'mea' is not measured; did you mean 'mae'\?"):
-        holder.check(job(holdout=0.1, early_stopping={"metric": "mea", "patience": 2}))
+        agree(job(holdout=0.1, early_stopping={"metric": "mea", "patience": 2}), holder)
 
 
 def test_reading_job_and_party_files_loads_no_torch_and_no_pika() -> None:
@@ -651,8 +653,8 @@ def test_no_password_survives_redaction_whatever_it_is_made_of(password: str) ->
 
 def test_a_callable_is_imported_from_the_folder_of_the_file(tmp_path: Path) -> None:
     written(tmp_path, "a_bank.py", "class Models:\n    def base():\n        return 1\n")
-    assert imported("a_bank:Models.base", tmp_path)() == 1
-    assert imported("os.path:join", None) is __import__("os").path.join
+    assert Importer().within(tmp_path).load("a_bank:Models.base")() == 1
+    assert Importer().within(None).load("os.path:join") is __import__("os").path.join
 
 
 def test_modules_of_one_name_in_two_folders_are_two_modules(tmp_path: Path) -> None:
@@ -663,10 +665,11 @@ def test_modules_of_one_name_in_two_folders_are_two_modules(tmp_path: Path) -> N
         written(folder, "two_models.py", "import two_layers\ndef where():\n    return two_layers.where\n")
         (folder / "two_packages").mkdir()
         written(folder / "two_packages", "models.py", f"def where():\n    return {folder.name!r}\n")
+    importer = Importer()
     for name in ("two_models:where", "two_packages.models:where"):
-        found = [imported(name, folder) for folder in folders]
+        found = [importer.within(folder).load(name) for folder in folders]
         assert [function() for function in found] == ["first", "second"]
-        assert imported(name, folders[0]) is found[0]
+        assert importer.within(folders[0]).load(name) is found[0]
 
 
 def test_threads_that_import_at_once_get_their_own_modules(tmp_path: Path) -> None:
@@ -674,9 +677,9 @@ def test_threads_that_import_at_once_get_their_own_modules(tmp_path: Path) -> No
     for folder in folders:
         folder.mkdir()
         written(folder, "at_once.py", f"def where():\n    return {folder.name!r}\n")
-    found: dict[Path, str] = {}
+    importer, found = Importer(), dict[Path, str]()
     threads = [
-        threading.Thread(target=lambda f=folder: found.update({f: imported("at_once:where", f)()}))
+        threading.Thread(target=lambda f=folder: found.update({f: importer.within(f).load("at_once:where")()}))
         for folder in folders
     ]
     for thread in threads:
@@ -705,7 +708,7 @@ def test_what_cannot_be_imported_is_explained(tmp_path: Path, name: str, expecte
     written(tmp_path, "a_few.py", "number = 3\ndef rows():\n    pass\n")
     written(tmp_path, "queue.py", "def f():\n    pass\n")
     with pytest.raises(JobError, match=expected) as raised:
-        imported(name, tmp_path)
+        Importer().within(tmp_path).load(name)
     assert repr(name) in str(raised.value)
 
 
@@ -723,3 +726,12 @@ def test_a_url_may_lie_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(JobError) as raised:
             bank.broker_url(url)
         assert "secret" not in str(raised.value) and "broker" in str(raised.value)
+
+
+def test_another_importer_of_this_process_knows_the_folders_of_the_first(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("earlier", "later")]
+    for folder in folders:
+        folder.mkdir()
+        written(folder, "twice_run.py", f"def where():\n    return {folder.name!r}\n")
+    found = [Importer().within(folder).load("twice_run:where")() for folder in (*folders, *folders)]
+    assert found == ["earlier", "later", "earlier", "later"]

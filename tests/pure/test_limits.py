@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sl_queue.compute.base_stage import base_stage
 from sl_queue.config.job import MAX_PARTIES, Job
 from sl_queue.cut.packing import Compress, Dtype, unused
 from sl_queue.errors import JobError, LocalProtocolError
@@ -27,6 +26,7 @@ from sl_queue.protocol.messages import (
     Payload,
     kind_of,
 )
+from tests.support.resolved import base_stage
 from tests.support.split import Concatenated, parties
 
 WORDS = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789_-", min_size=1, max_size=64)
