@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sl_queue.config.environment import BROKER, DEBUG, KEY
 from sl_queue.errors import JobError, PeerSilent, RunStopped
-from sl_queue.launch.process import DEBUG, leaving
+from sl_queue.launch.process import leaving
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
     from sl_queue.config.job import Job, PartyFile
@@ -42,20 +43,20 @@ JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job file, the 
 PartyPaths = Annotated[list[Path], typer.Argument(metavar="PARTY...", help="The party files.")]
 Broker = Annotated[
     str | None,
-    typer.Option(envvar="SL_QUEUE_BROKER", show_envvar=True, help="URL of the broker, or file:PATH of a file with it."),
+    typer.Option(envvar=BROKER.name, show_envvar=True, help="URL of the broker, or file:PATH of a file with it."),
 ]
 OperatorKey = Annotated[
     Path | None,
-    typer.Option("--key", envvar="SL_QUEUE_KEY", show_envvar=True, help="The operator's key, if the job seals."),
+    typer.Option("--key", envvar=KEY.name, show_envvar=True, help="The operator's key, if the job seals."),
 ]
 
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help=f"Show the traceback of an error, as {DEBUG}=1 does.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show tracebacks, as {DEBUG.name}=1 does.")] = False,
 ) -> None:
     if debug:
-        os.environ[DEBUG] = "1"
+        os.environ[DEBUG.name] = "1"
 
 
 @app.command()

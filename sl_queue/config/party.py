@@ -1,6 +1,5 @@
 """A party's own file: its table, its models, its broker; private to the party, and never sent."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import (
 )
 
 from sl_queue.compute.spec import NAMED_LOSSES
+from sl_queue.config.environment import BROKER
 from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, redacted, shown
 from sl_queue.config.user_code import NAME
 from sl_queue.data.spec import Rows
@@ -27,8 +27,6 @@ from sl_queue.protocol.broker_url import fault
 from sl_queue.protocol.fingerprints import SEED
 from sl_queue.protocol.text import nearest
 from sl_queue.security.private_file import read_secret
-
-BROKER = "SL_QUEUE_BROKER"  # environment variable: overrides the broker of a party file
 
 _URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one"
 _IN_FILE = "file:"
@@ -208,7 +206,7 @@ class PartyFile(Schema):
 
         `again`: it was read before, and may have changed.
         """
-        for where, url in (("--broker", option), (BROKER, os.environ.get(BROKER)), ("broker", self.broker)):
+        for where, url in (("--broker", option), (BROKER.name, BROKER.read()), ("broker", self.broker)):
             if url:
                 url = read_url(url, self._folder if where == "broker" else None, again=again)
                 problem = _url_problem(url)
@@ -216,8 +214,8 @@ class PartyFile(Schema):
                     raise JobError(f"{where} = {problem}")
                 return url
         raise JobError(
-            f"party {self.party!r} has no broker: give --broker URL, set {BROKER}, or write `broker` into its file; "
-            f"it must be {_URL}"
+            f"party {self.party!r} has no broker: give --broker URL, set {BROKER.name}, or write `broker` into its "
+            f"file; it must be {_URL}"
         )
 
 

@@ -11,8 +11,6 @@ from sl_queue.config.schema import Schema, shown
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.text import nearest
 
-KEY = "SL_QUEUE_KEY"  # environment variable: the file with the private key
-
 _KEY_BYTES = 32
 _WHAT = "a public key in base64, as `sl-queue key` prints it"
 

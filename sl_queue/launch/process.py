@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sl_queue.config.environment import DEBUG
 from sl_queue.errors import RunStopped, SlQueueError
 
 INTERRUPTED = 130
-DEBUG = "SL_QUEUE_DEBUG"  # environment variable: 1 shows the traceback of every error
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def leaving(on_interrupt: str = "interrupted") -> Iterator[None]:
         _say(f"stopped: {stopped}")
         raise SystemExit(stopped.exit_code) from None
     except SlQueueError as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
+        if DEBUG.read():
             traceback.print_exc()
         _say(f"error: {error}")
         raise SystemExit(error.exit_code) from None

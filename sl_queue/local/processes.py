@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sl_queue.config.environment import LOCAL
+from sl_queue.config.environment import BROKER, LOCAL, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
 from sl_queue.launch.operator import read_status
@@ -41,7 +41,7 @@ def run_processes(
     """
     follower = _Follower(job, broker, screen, seal)
     threads = str(shared_threads(len(job.parties)))
-    environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads, LOCAL.name: "1"}
+    environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1"}
     workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
     with follower:
         return supervise(workers, environ, screen.line, follower.committed)

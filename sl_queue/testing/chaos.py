@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import assert_never
 
-from sl_queue.config.environment import LOCAL
+from sl_queue.config.environment import BROKER, LOCAL, LOG, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import JobError
 from sl_queue.local.processes import Place, command
@@ -158,7 +158,7 @@ class _Ground:
             injector = _Injector(faults, journal, self.broker, proxies, self.say)
             workers = self._workers(places, proxies, self.broker.url(name))
             threads = str(shared_threads(len(self.job.parties)))
-            environ = {**os.environ, "SL_QUEUE_THREADS": threads, LOCAL.name: "1", "SL_QUEUE_LOG": "debug"}
+            environ = {**os.environ, THREADS.name: threads, LOCAL.name: "1", LOG.name: "debug"}
             patient = Limits(crashes=len(faults) + Limits().crashes)  # those that we cause ourselves are no crash loop
             with injector.working():
                 failure = supervise(
@@ -172,7 +172,7 @@ class _Ground:
 
     def _workers(self, places: Mapping[str, Place], proxies: Mapping[str, Proxy], url: str) -> list[Worker]:
         return [
-            Worker(role, command(self.job, role, self.job_file, place), {"SL_QUEUE_BROKER": proxies[role].url(url)})
+            Worker(role, command(self.job, role, self.job_file, place), {BROKER.name: proxies[role].url(url)})
             for role, place in places.items()
         ]
 
