@@ -54,18 +54,23 @@ def _named(what: str) -> Callable[[Any], Any]:
 class DataFile(Schema):
     """Where a party's rows are: a table with an id column, or a callable that returns Rows."""
 
-    path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file")
-    id: str | None = Field(default=None, description="the name of the column that says which sample a row is of")
+    path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file: this party's table")
+    id: str | None = Field(default=None, description="the name of a column: says which sample a row is of")
     features: list[str] | None = Field(
         default=None,
-        description='a list of column names, for instance ["age", "income"]; without it, all but id and label',
+        description='a list of column names, for instance ["age", "income"]: what the base '
+        "model gets; without it, all but id and "
+        "label",
     )
-    label: str | None = Field(default=None, description="the name of the column with the labels")
+    label: str | None = Field(
+        default=None, description="the name of a column: the labels, which only the label holder has"
+    )
     id_type: Literal["text", "integer"] | None = Field(
-        default=None, description='"text" or "integer": what ids are taken as, the same at every party'
+        default=None,
+        description='"text" or "integer": what ids are taken as, the same at every party; without it, as they look',
     )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
-        default=None, description="module:callable, returning sl_queue.Rows"
+        default=None, description="module:callable, returning sl_queue.Rows: gives the rows in the place of a file"
     )
 
     @model_validator(mode="after")
@@ -94,9 +99,13 @@ _Model = Annotated[Any, AfterValidator(_named("module:callable, returning a torc
 class BaseFile(Schema):
     """The base model with its optimizer."""
 
-    model: _Model = Field(description="module:callable, returning a torch.nn.Module")
-    args: dict[str, Any] = Field(default={}, description="a table of the model's arguments")
-    optimizer: dict[str, Any] = Field(default={}, description='a table like { name = "adam", lr = 1e-3 }')
+    model: _Model = Field(description="module:callable, returning a torch.nn.Module: called with args")
+    args: dict[str, Any] = Field(default={}, description="a table of values: the model's arguments")
+    optimizer: dict[str, Any] = Field(
+        default={},
+        description='a table like { name = "adam", lr = 1e-3 }: a torch.optim class and its '
+        "arguments; without it, none",
+    )
 
     @field_validator("optimizer")
     @classmethod
@@ -109,8 +118,10 @@ class BaseFile(Schema):
 class FuseFile(BaseFile):
     """The fuse model with its optimizer, the loss, and what is measured on held-out rows."""
 
-    loss: Any = Field(description=f"{', '.join(NAMED_LOSSES)} or module:callable")
-    metrics: list[str] = Field(default=[], description='a list of names, for instance ["auroc", "accuracy"]')
+    loss: Any = Field(description=f"{', '.join(NAMED_LOSSES)} or module:callable: what is minimized")
+    metrics: list[str] = Field(
+        default=[], description='a list of names, for instance ["auroc", "accuracy"]: what is measured on held-out rows'
+    )
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = Field(
         default=None,
         description='"logits", "probabilities" or "log_probabilities": what the fuse model puts out, for a loss of '
@@ -131,7 +142,7 @@ class FuseFile(BaseFile):
 class SecurityFile(Schema):
     """What only this party knows, where it lies."""
 
-    key: _Path = Field(description="the name of the file with this party's private key")
+    key: _Path = Field(description="the name of a file: this party's private key, as `sl-queue key` makes it")
 
 
 class PrivacyFile(Schema):
@@ -140,7 +151,8 @@ class PrivacyFile(Schema):
     secret: Any = Field(
         default=None,
         repr=False,
-        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
+        description='the name of a file with 32 secret bytes, or "seed": keys this party\'s '
+        "random draws; without it, a new secret",
     )
 
     @field_validator("secret")
@@ -156,16 +168,20 @@ class PrivacyFile(Schema):
 class PartyFile(Schema):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
-    party: str = Field(min_length=1, description="the party's name in the job")
-    broker: str | None = Field(default=None, description=_URL)
-    state: _Path | None = Field(default=None, description="the name of a folder for checkpoints and final weights")
+    party: str = Field(min_length=1, description="a name in the job: which party this is")
+    broker: str | None = Field(default=None, description=f"{_URL}: where the broker is")
+    state: _Path | None = Field(default=None, description="the name of a folder: checkpoints and final weights")
     data: Annotated[
         Annotated[DataFile, Tag(IN_FILE)] | Annotated[InstanceOf[Rows], Tag(IN_CODE)],
         Discriminator(lambda value: IN_CODE if isinstance(value, Rows) else IN_FILE),
     ] = Field(description="a table [data] with path and id, or with a source")
     base: BaseFile | None = Field(default=None, description="a table [base] with model and optimizer")
     fuse: FuseFile | None = Field(default=None, description="a table [fuse] with model, optimizer and loss")
-    device: str = Field(default="cpu", min_length=1, description='a torch device, for instance "cpu" or "cuda"')
+    device: str = Field(
+        default="cpu",
+        min_length=1,
+        description='a torch device, for instance "cpu" or "cuda": where the models compute',
+    )
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
     privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")

@@ -30,16 +30,19 @@ _Key = Annotated[str, AfterValidator(_is_key)]
 class JobKeys(Schema):
     """The public keys of a party, the scheduler or the operator."""
 
-    seal: _Key = Field(description=_WHAT)
-    sign: _Key | None = Field(default=None, description=_WHAT)
+    seal: _Key = Field(description=f"{_WHAT}: others seal to it")
+    sign: _Key | None = Field(default=None, description=f"{_WHAT}: checks what the scheduler signs")
 
 
 class JobSecurity(Schema):
     """Whether messages are sealed from sender to receiver, so that the broker can neither read nor alter them."""
 
-    seal: bool = Field(default=False, description="true or false: whether messages are sealed from party to party")
+    seal: bool = Field(
+        default=False,
+        description="true or false: messages are sealed from party to party, so that the broker cannot read them",
+    )
     cipher: Literal["aes-256-gcm", "chacha20-poly1305"] = Field(
-        default="aes-256-gcm", description='"aes-256-gcm" or "chacha20-poly1305"'
+        default="aes-256-gcm", description='"aes-256-gcm" or "chacha20-poly1305": the cipher of sealed messages'
     )
     keys: dict[str, JobKeys] = Field(
         default={}, description="a table [security.keys.NAME] for each party, the scheduler and the operator"
