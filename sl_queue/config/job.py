@@ -1,4 +1,4 @@
-"""The job: what all parties agreed to train, the same file at every party.
+"""The job: the training that all parties agreed on, the same file at every party.
 
 Its digest is compared when they join, so paths, secrets and whatever else is one party's own stand in its party file.
 """

@@ -14,7 +14,7 @@ _Size = Annotated[int, Field(strict=True, ge=1, lt=LIMIT)]
 
 
 class JobParty(Schema):
-    """One party as all others know it."""
+    """A party as all others know it."""
 
     role: Literal["feature", "label"] = Field(
         description='"feature" or "label": the label holder has the labels, the fuse model and the loss'
@@ -28,7 +28,7 @@ class JobParty(Schema):
 
 
 class JobFuse(Schema):
-    """How activations become the fuse model's input."""
+    """Aggregation of activations into the fuse model's input."""
 
     aggregation: Literal["list", "concat", "sum", "mean"] = Field(
         default="list",
@@ -59,7 +59,7 @@ class JobPipeline(Schema):
 
 
 class JobBroker(Schema):
-    """What all parties expect of the broker; its address is in each party's own file."""
+    """Expectations of the broker, the same at all parties; its address is in each party's own file."""
 
     persistent: bool = Field(
         default=False, description="true or false: the broker writes messages to disk, so that they survive its restart"
@@ -68,12 +68,12 @@ class JobBroker(Schema):
         default=60.0, gt=0, description="a number above 0: seconds of silence until a waiting worker says so"
     )
     queues: Literal["classic", "quorum"] = Field(
-        default="classic", description='"classic", or "quorum" for a cluster: every message on most of its nodes'
+        default="classic", description='"classic" or "quorum": quorum keeps every message on most nodes of a cluster'
     )
 
 
 class JobWire(Schema):
-    """In how many bytes activations and gradients travel."""
+    """Encoding of activations and gradients on their way."""
 
     dtype: Dtype = Field(
         default="float32",
@@ -86,7 +86,7 @@ class JobWire(Schema):
 
 
 class JobEarlyStopping(Schema):
-    """When training ends before its last epoch, with the best epoch's weights."""
+    """End of training before its last epoch, with the weights of the best one."""
 
     metric: str = Field(
         description='"loss" or one of the label holder\'s metrics: what has to improve on held-out rows'

@@ -52,7 +52,7 @@ def _named(what: str) -> Callable[[Any], Any]:
 
 
 class DataFile(Schema):
-    """Where a party's rows are: a table with an id column, or a callable that returns Rows."""
+    """Place of a party's rows: a table with an id column, or a callable that returns Rows."""
 
     path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file: this party's table")
     id: str | None = Field(default=None, description="the name of a column: says which sample a row is of")
@@ -104,7 +104,7 @@ class BaseFile(Schema):
     optimizer: dict[str, Any] = Field(
         default={},
         description='a table like { name = "adam", lr = 1e-3 }: a torch.optim class and its '
-        "arguments; without it, none",
+        "arguments; without it, the weights stay",
     )
 
     @field_validator("optimizer")
@@ -140,13 +140,13 @@ class FuseFile(BaseFile):
 
 
 class SecurityFile(Schema):
-    """What only this party knows, where it lies."""
+    """Secrets of this party, by where they lie."""
 
     key: _Path = Field(description="the name of a file: this party's private key, as `sl-queue key` makes it")
 
 
 class PrivacyFile(Schema):
-    """What keeps this party's own numbers from the other parties."""
+    """Protection of this party's own numbers from the other parties."""
 
     secret: Any = Field(
         default=None,

@@ -116,7 +116,7 @@ def _advice(model: type[Schema], location: Location) -> str:
     if not advice and key in model.model_fields:
         advice = "it belongs at the top of the file, above the first [table]; "
     if not advice:
-        homes = (n for n, f in model.model_fields.items() if (t := _table_in(f.annotation)) and key in t.model_fields)
+        homes = (n for n, f in model.model_fields.items() if (t := table_in(f.annotation)) and key in t.model_fields)
         advice = "".join(f"it belongs in [{home}]; " for home in homes)
     return f"{advice}allowed {'in this table' if location[1:] else 'here'} are {', '.join(known)}"
 
@@ -134,7 +134,7 @@ def _declared_at(model: type[Schema], location: Location) -> tuple[type[Schema],
         if part not in table.model_fields:
             break
         field = table.model_fields[str(part)]
-        inner = _table_in(field.annotation)
+        inner = table_in(field.annotation)
         if inner is None:
             break
         table = inner
@@ -143,8 +143,8 @@ def _declared_at(model: type[Schema], location: Location) -> tuple[type[Schema],
     return table, field
 
 
-def _table_in(annotation: Any) -> type[Schema] | None:
+def table_in(annotation: Any) -> type[Schema] | None:
     """The table that an annotation speaks of: `dict[str, JobParty]`, `BaseFile | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Schema):
         return annotation
-    return next((table for inner in get_args(annotation) if (table := _table_in(inner))), None)
+    return next((table for inner in get_args(annotation) if (table := table_in(inner))), None)

@@ -1,4 +1,4 @@
-"""How a job protects what its parties send: the table [security], the same at every party."""
+"""Protection of what parties send: the table [security] of a job, the same at every party."""
 
 from base64 import b64decode
 from collections import Counter
@@ -35,7 +35,7 @@ class JobKeys(Schema):
 
 
 class JobSecurity(Schema):
-    """Whether messages are sealed from sender to receiver, so that the broker can neither read nor alter them."""
+    """Sealing of messages from sender to receiver, so that the broker can neither read nor alter them."""
 
     seal: bool = Field(
         default=False,
