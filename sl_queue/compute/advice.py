@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sl_queue.compute.fuse_stage import TorchFuseStage, undefined_metrics
+from sl_queue.compute.fuse_stage import TorchFuseStage
+from sl_queue.compute.objective import undefined_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ def advice(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
             "instance to 0.2, or take the metrics out"
         )
     reasons: dict[str, list[str]] = {}
-    for name, why in undefined_metrics(stage).items():
+    for name, why in undefined_metrics(stage.objective, stage.batches).items():
         if stops_on == name:
             yield Advice(
                 f"early_stopping.metric = {name!r}: {why}, so {name} is undefined and never stops the run; take a "

@@ -2,10 +2,11 @@
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,13 +22,13 @@ from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
+from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
-from sl_queue.loops.feature_party import FeatureParty
-from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.ports import Table
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.messages import Kind
@@ -84,11 +85,12 @@ def serve_party(
     take: Take = itself,
     *,
     private: bool = False,
+    guards: Mapping[str, Guard] = MappingProxyType({}),
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
-    its own, unless its file or the run in `state` says no.
+    its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
     """
     party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
@@ -122,7 +124,7 @@ def serve_party(
             bounds=bounds,
         )
         journal = Journal(state / "history.jsonl")
-        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take)
+        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, guards)
         if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker).close)
         stack.callback(channel.close)
@@ -166,16 +168,18 @@ def _role(
     journal: Journal,
     identity: Identity,
     take: Take,
+    guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
     if spec.role == "label":
-        fuse = fuse_stage(spec.compute, table, pipeline.batches, take)
+        fuse = fuse_stage(spec.compute, table, pipeline.batches, take, guards)
         _remark(fuse.own)
         for found in advice(fuse, job.stops_on):
             log.warning("%s: %s", spec.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
         return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker).train
-    base = base_stage(spec.compute, table, pipeline.batches, take)
+    guard = guards.get(job.label_holder, UNGUARDED)
+    base = base_stage(spec.compute, table, pipeline.batches, take, guard)
     _remark(base)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train

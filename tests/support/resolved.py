@@ -61,7 +61,7 @@ def final_module(job: Job, file: PartyFile, path: Path) -> nn.Module:
 
 def train_joined(
     job: Job, files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int | None = None
-) -> reference.Joined:
+) -> reference.ReferenceRun:
     """Train all layers in one process."""
     return reference.train_joined(computes(job, files), tables, batches, steps)
 
