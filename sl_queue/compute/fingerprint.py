@@ -27,8 +27,9 @@ from torch.nn.parameter import is_lazy
 from sl_queue.compute.source_code import files_of, parsed, source_of
 from sl_queue.compute.spec import NAMED_LOSSES, ComputeSpec, ModelSpec, Part
 from sl_queue.cut.tensors import to_payload
-from sl_queue.ports import Table, UserCode
+from sl_queue.ports import UserCode
 from sl_queue.protocol.fingerprints import RULES, SEED
+from sl_queue.protocol.table import Table
 
 _DIGEST_BYTES = 8
 _MANY = 256  # columns; more have one digest together, since every checkpoint holds all of them

@@ -16,8 +16,8 @@ import torch
 
 from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.tensors import dtype_name
-from sl_queue.ports import Table
 from sl_queue.protocol.exactness import BITS, rounded
+from sl_queue.protocol.table import Table
 
 Array = npt.NDArray[Any]
 

@@ -15,7 +15,7 @@ import torch
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.rows import Rows
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
+from sl_queue.protocol.table import Table
 from tests.support.resolved import read_table
 
 JOB = Job(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.errors import CheckpointError, JobError
-from sl_queue.ports import SAVABLE
+from sl_queue.protocol.checkpoint import SAVABLE
 from sl_queue.storage import tensor_file
 from sl_queue.storage.checkpoints import Folder
 from tests.support.resolved import train_joined

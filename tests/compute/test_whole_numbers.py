@@ -17,8 +17,8 @@ import sl_queue
 from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.errors import JobError, ShapeError
-from sl_queue.ports import Table
 from sl_queue.protocol.exactness import rounded
+from sl_queue.protocol.table import Table
 from tests.support.resolved import base_stage, fuse_stage, read_table, train_joined
 
 JOB = Job(

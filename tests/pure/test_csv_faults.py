@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data import csv_file
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
+from sl_queue.protocol.table import Table
 from tests.support.tables import read_table
 
 JOB = Job(

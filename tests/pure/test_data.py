@@ -17,8 +17,8 @@ from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.rows import CutRows
 from sl_queue.data.rows import Rows
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
 from sl_queue.protocol.schedule.row_order import Positions
+from sl_queue.protocol.table import Table
 from tests.support.tables import read_table
 
 JOB = Job(

@@ -9,7 +9,7 @@ import msgpack
 import pytest
 
 from sl_queue.errors import CheckpointError
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.codec import VERSION, AnotherVersion, decode, encode
 from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.scheduler.state import RunState

@@ -16,8 +16,8 @@ from sl_queue.compute.spec import ComputeSpec
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import compute_spec
 from sl_queue.config.user_code import Importer
-from sl_queue.ports import Table
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.table import Table
 from tests.support.tables import read_table
 
 __all__ = [
