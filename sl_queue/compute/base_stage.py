@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from sl_queue.compute.building import Inputs, blame
 from sl_queue.compute.inputs import n_offers, offers
-from sl_queue.compute.model import Inputs, Model, blame
+from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Take
 from sl_queue.compute.spec import ComputeSpec

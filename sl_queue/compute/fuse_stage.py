@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
-from sl_queue.compute.model import Inputs, Model, blame
+from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
@@ -228,8 +229,8 @@ def fuse_stage(
     """Build the label holder's stage with initial weights.
 
     `take` says how to come by modules and a loss that are given in code; without it, as copies. `guards` are put in at
-    the cuts to these feature parties.
-    Raises JobError for labels, a loss or metrics that do not suit the model, ShapeError if it fails on the cuts.
+    the cuts to these feature parties. Raises JobError for labels, a loss or metrics that do not suit the model, and
+    ShapeError if it fails on the cuts.
     """
     party, layers = spec.party, spec.layers
 
@@ -240,8 +241,7 @@ def fuse_stage(
         scale: float | None = None,
     ) -> Inputs:
         numbers = [drawn(layers.seed, p, (rows, *cut), scale) for p, cut in layers.cuts.items()]
-        # In the graph, and no leaves of it, as in a step.
-        inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]
+        inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]  # in the graph, and no leaves of it
         return aggregated(inputs, layers.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
@@ -253,7 +253,7 @@ def fuse_stage(
         return model.try_out(sample(model.dtype, model.device, _RANGE_ROWS, scale))
 
     own = base_stage(spec, table, batches, take) if party in layers.cuts else None
-    modules = [model.module] + ([] if own is None else [own.module])
+    modules = [model.module, *([] if own is None else [own.module])]
     with model.drawing("loss trial", MicroBatch(0, 0)):
         objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
     peers = layers.feature_parties

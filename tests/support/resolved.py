@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from sl_queue.compute import base_stage as bases
-from sl_queue.compute import equality, model, reference
+from sl_queue.compute import building, equality, reference
 from sl_queue.compute import fingerprint as fingerprints
 from sl_queue.compute import fuse_stage as fuses
 from sl_queue.compute.base_stage import TorchBaseStage
@@ -39,14 +39,14 @@ def computes(job: Job, files: Sequence[PartyFile]) -> list[ComputeSpec]:
     return [compute_spec(job, file, importer) for file in files]
 
 
-def base_stage(job: Job, file: PartyFile, table: Table, batches: Batches) -> TorchBaseStage:
+def base_stage(job: Job, file: PartyFile, table: Table, batches: Batches, **more: Any) -> TorchBaseStage:
     """Build a base stage."""
-    return bases.base_stage(computes(job, [file])[0], table, batches)
+    return bases.base_stage(computes(job, [file])[0], table, batches, **more)
 
 
-def fuse_stage(job: Job, file: PartyFile, table: Table, batches: Batches) -> TorchFuseStage:
+def fuse_stage(job: Job, file: PartyFile, table: Table, batches: Batches, **more: Any) -> TorchFuseStage:
     """Build the label holder's stage."""
-    return fuses.fuse_stage(computes(job, [file])[0], table, batches)
+    return fuses.fuse_stage(computes(job, [file])[0], table, batches, **more)
 
 
 def fingerprint(job: Job, file: PartyFile, table: Table | None = None) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def fingerprint(job: Job, file: PartyFile, table: Table | None = None) -> dict[s
 
 def final_module(job: Job, file: PartyFile, path: Path) -> nn.Module:
     """Load a trained module."""
-    return model.final_module(computes(job, [file])[0], path)
+    return building.final_module(computes(job, [file])[0], path)
 
 
 def train_joined(
