@@ -37,7 +37,7 @@ def blame(what: str) -> Iterator[None]:
 
 
 def build_module(spec: ComputeSpec, part: Part, sample: Sample | None, take: Take | None = None) -> nn.Module:
-    """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
+    """Return the module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
     table = table_of(spec, part)
     where = f"party {spec.party!r}: [{part}] model = {named(table.model)!r}"
     model = table.model
@@ -62,7 +62,7 @@ def build_module(spec: ComputeSpec, part: Part, sample: Sample | None, take: Tak
 
 
 def final_module(spec: ComputeSpec, path: Path) -> nn.Module:
-    """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
+    """Load a trained module from its file in `final/`, in evaluation mode on the CPU; its stem says which part."""
     return settled(build_module(spec, part_of(path), None), spec.party, path)
 
 
@@ -72,7 +72,7 @@ def part_of(path: Path) -> Part:
 
 
 def device_of(spec: ComputeSpec) -> torch.device:
-    """The device that a party file asks for. Raises JobError if this machine does not have it."""
+    """Return the device that a party file asks for. Raises JobError if this machine does not have it."""
     try:
         device = torch.device(spec.device)
         torch.empty(0, device=device)
