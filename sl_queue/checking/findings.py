@@ -19,6 +19,12 @@ class Level(StrEnum):
     ERROR = "error"
 
 
+from rich.console import Console
+from rich.text import Text
+
+COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that the check looked at, and what it saw."""
@@ -53,3 +59,8 @@ class Check:  # mutable: it remembers the first error
         except SlQueueError as error:
             self.error(error)
             return None
+
+
+def show_finding(console: Console, finding: Finding) -> None:
+    """Print one line of `sl-queue check`."""
+    console.print(Text.assemble((f"{finding.level:8}", COLOURS[finding.level]), finding.text), soft_wrap=True)

@@ -95,7 +95,8 @@ def test_what_the_product_reads_by_name_is_the_system_s() -> None:
         if path.name != "environment.py"
         for match in pattern.finditer(path.read_text())
     }
-    assert found <= {"PATH", "name", "DEBUG"}  # `name` is of a tuple of the system's; DEBUG is set by --debug
+    set_for_workers = {"DEBUG", "EVENTS", "LOG_FORMAT"}  # by --debug, and by a command that starts workers
+    assert found <= {"PATH", "name", *set_for_workers}  # `name` is of a tuple of the system's
 
 
 @pytest.mark.parametrize("module", WORKERS)
