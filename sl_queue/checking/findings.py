@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
+from rich.console import Console
+from rich.text import Text
+
 from sl_queue.errors import SlQueueError
 
 T = TypeVar("T")
+COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
 
 
 class Level(StrEnum):
@@ -17,12 +21,6 @@ class Level(StrEnum):
     NOTE = "note"
     WARNING = "warning"
     ERROR = "error"
-
-
-from rich.console import Console
-from rich.text import Text
-
-COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
 
 
 @dataclass(frozen=True, slots=True)
