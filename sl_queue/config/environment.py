@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sl_queue.errors import JobError
@@ -52,6 +53,12 @@ def _level(text: str) -> str:
     return text.lower()
 
 
+def _format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise ValueError(text)
+    return text
+
+
 def _flag(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError(text)
@@ -83,6 +90,20 @@ LOG = Variable(
     "info",
     _level,
     "Level of a worker's log.",
+)
+LOG_FORMAT = Variable(
+    "SL_QUEUE_LOG_FORMAT",
+    "text or json: one event or log record a line, with its fields",
+    "text",
+    _format,
+    "Form of a worker's log.",
+)
+EVENTS = Variable(
+    "SL_QUEUE_EVENTS",
+    "a path: a file to which the worker appends its events, one a line in JSON",
+    None,
+    Path,
+    "Events of a worker for programs, beside its log.",
 )
 METRICS = Variable(
     "SL_QUEUE_METRICS_PORT",
@@ -135,7 +156,10 @@ RABBITMQ_SERVER = Variable(
     "The rabbitmq-server that `sl-queue chaos` and sl_queue.testing start; without it, the one that is installed.",
 )
 
-VARIABLES = (THREADS, LOG, METRICS, FINAL_EXIT, LOCAL, PARENT, BROKER, KEY, DEBUG, RABBITMQ_SERVER)
+VARIABLES = (
+    *(THREADS, LOG, LOG_FORMAT, EVENTS, METRICS, FINAL_EXIT, LOCAL, PARENT, BROKER, KEY, DEBUG),
+    RABBITMQ_SERVER,
+)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

@@ -29,7 +29,13 @@ from sl_queue.launch.connect import Channels, Connect, connector, key_file, requ
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
+from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.log import to_log
+from sl_queue.observe.meter import Meter
+from sl_queue.protocol import events
+from sl_queue.protocol.events import Observer
 from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.protocol.measures import Measures
 from sl_queue.protocol.messages import Role
 from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
@@ -53,6 +59,7 @@ def run_party(
     state: Path | None,
     key: Path | None = None,
     metrics: str | None = None,
+    observe: Observer = to_log,
 ) -> None:
     """One data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
 
@@ -71,7 +78,7 @@ def run_party(
     folder = _state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private)
+    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
 
 
 def serve_party(
@@ -86,6 +93,7 @@ def serve_party(
     *,
     private: bool = False,
     guards: Mapping[str, Guard] = MappingProxyType({}),
+    observe: Observer = to_log,
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
@@ -98,7 +106,7 @@ def serve_party(
         stack.callback(folder.close)
         if (done := folder.finished()) is not None and done.reported:
             compare_finished(job, spec, folder)
-            log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
+            observe(events.Finished(party, done.step, str(state / "final"), already=True))
             return
         rules = rules_to_keep(job, party, folder.begun_with)
         table = _table(spec)
@@ -108,10 +116,12 @@ def serve_party(
         spec = spec.with_secret(secret)
         folder.require(fingerprint(spec.compute, table, rules))
         rows = (table.n_rows, table.digest, table.id_type)
-        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version())
+        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
         batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
         pipeline = job.pipeline_of(batches)
         bounds = bounds_of(job, party, pipeline)
+        meter = None if metrics is None else Meter()
+        observe = fan_out(observe) if meter is None else fan_out(observe, meter)
         channel = PartyChannel(
             connect(party, bounds.prefetch),
             party,
@@ -122,16 +132,18 @@ def serve_party(
             depth=pipeline.depth,
             seal=seal,
             bounds=bounds,
+            observe=observe,
         )
         journal = Journal(state / "history.jsonl")
-        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, guards)
-        if metrics is not None:
-            stack.callback(_show(metrics, job, party, channel, worker).close)
+        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
+        if metrics is not None and meter is not None:
+            stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
-        worker.serve(train)
-        log.info("%s: finished; final weights in %s", party, state / "final")
+        observe(events.Ready(party))
+        final = worker.serve(train)
+        observe(events.Finished(party, final.step, str(state / "final")))
 
 
 def _table(spec: PartySpec) -> Table:
@@ -168,6 +180,7 @@ def _role(
     journal: Journal,
     identity: Identity,
     take: Take,
+    observe: Observer,
     guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
@@ -176,12 +189,12 @@ def _role(
         _remark(fuse.own)
         for found in advice(fuse, job.stops_on):
             log.warning("%s: %s", spec.party, found.text)
-        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
+        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
         return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker).train
     guard = guards.get(job.label_holder, UNGUARDED)
     base = base_stage(spec.compute, table, pipeline.batches, take, guard)
     _remark(base)
-    worker = Worker(identity, channel, base, folder, pipeline)
+    worker = Worker(identity, channel, base, folder, pipeline, observe=observe)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
 
@@ -209,7 +222,7 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> "HttpServer":
+def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter) -> "HttpServer":
     from sl_queue.observe.prometheus import (  # only who is observed loads the library
         PartyCollector,
         Training,
@@ -220,8 +233,10 @@ def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Wor
     def training() -> Training:
         return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)
 
-    def vitals() -> Vitals:
-        measures = channel.measures
-        return Vitals(measures.pulse_age_s, measures.broker)
+    def measures() -> Measures:
+        return meter.read(channel.counts, channel.silent_s, channel.pulse_age_s, channel.connectivity)
 
-    return serve(address, PartyCollector(job.name, party, lambda: channel.measures, training), vitals)
+    def vitals() -> Vitals:
+        return Vitals(channel.pulse_age_s, channel.connectivity)
+
+    return serve(address, PartyCollector(job.name, party, measures, training), vitals)

@@ -22,9 +22,11 @@ from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
+from sl_queue.launch.connect import MEMORY
 from sl_queue.local.digits import read_digits
-from sl_queue.local.threads import Result, run_local
+from sl_queue.local.threads import Result, run_threads
 from sl_queue.observe.console import Screen, stdout
+from sl_queue.protocol.messages import SCHEDULER
 
 MODELS = '''"""The demo's models, as one writes them in PyTorch."""
 
@@ -165,7 +167,8 @@ def _load(folder: Path, job: str, parties: list[str]) -> tuple[Job, list[PartyFi
 
 def _train(folder: Path, name: str, parties: list[str], screen: Screen) -> Result:
     job, party_files = _load(folder, name, parties)
-    return run_local(job, party_files, out=folder / "runs" / name, on_status=screen.status)
+    states = {role: folder / "runs" / name / role for role in (*job.parties, SCHEDULER)}
+    return run_threads(job, party_files, MEMORY, states, screen.status)
 
 
 def _joined(folder: Path) -> ReferenceRun:

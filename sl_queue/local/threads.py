@@ -28,6 +28,7 @@ from sl_queue.launch.party import compare_finished, serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
+from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder, holds_final
 
@@ -66,15 +67,15 @@ def run_local(
     parties: Sequence[PartyFile],
     broker: str = MEMORY,
     out: Path | str | None = None,
-    on_status: OnStatus | None = None,
+    on_status: Callable[[Mapping[str, Any]], None] | None = None,
     keys: Path | str | None = None,
 ) -> Result:
     """Train with every role as a thread of this process, and return the history and the trained modules.
 
     A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
-    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second,
-    with the newest 20 epochs.
+    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second, as
+    `sl-queue status --json` prints it, with the newest 20 epochs.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
 
@@ -93,7 +94,8 @@ def run_local(
         root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
         states = {role: root / role for role in (*job.parties, SCHEDULER)}
         folder = None if keys is None else Path(keys)
-        return run_threads(job, parties, broker, states, on_status or (lambda _: None), folder)
+        tell: OnStatus = (lambda _: None) if on_status is None else (lambda status: on_status(as_json(status)))
+        return run_threads(job, parties, broker, states, tell, folder)
 
 
 def run_threads(
@@ -198,7 +200,7 @@ class _Threads:
 
         self._guard("the scheduler", serve)
 
-    def _tell(self, status: Mapping[str, Any]) -> None:
+    def _tell(self, status: RunStatus) -> None:
         """Hand a status to the caller; what on_status raises goes back to it as it is."""
         try:
             self._on_status(status)
