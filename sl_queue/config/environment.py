@@ -103,7 +103,7 @@ EVENTS = Variable(
     "a path: a file to which the worker appends its events, one a line in JSON",
     None,
     Path,
-    "Events of a worker for programs, beside its log.",
+    "File of a worker's events; several workers of one machine may share it.",
 )
 METRICS = Variable(
     "SL_QUEUE_METRICS_PORT",
@@ -157,8 +157,8 @@ RABBITMQ_SERVER = Variable(
 )
 
 VARIABLES = (
-    *(THREADS, LOG, LOG_FORMAT, EVENTS, METRICS, FINAL_EXIT, LOCAL, PARENT, BROKER, KEY, DEBUG),
-    RABBITMQ_SERVER,
+    *(THREADS, LOG, LOG_FORMAT, EVENTS, METRICS, FINAL_EXIT, LOCAL, PARENT),
+    *(BROKER, KEY, DEBUG, RABBITMQ_SERVER),
 )
 
 
