@@ -18,6 +18,7 @@ check: $(INSTALLED)  ## What is checked without running anything: lint, format a
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 test: check  ## Everything that CI checks, some minutes: the static checks and all tests.
 	sh tests/obtain_broker.sh

@@ -5,13 +5,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-from rich.console import Console
-from rich.text import Text
-
 from sl_queue.errors import SlQueueError
 
 T = TypeVar("T")
-COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
 
 
 class Level(StrEnum):
@@ -57,8 +53,3 @@ class Check:  # mutable: it remembers the first error
         except SlQueueError as error:
             self.error(error)
             return None
-
-
-def show_finding(console: Console, finding: Finding) -> None:
-    """Print one line of `sl-queue check`."""
-    console.print(Text.assemble((f"{finding.level:8}", COLOURS[finding.level]), finding.text), soft_wrap=True)

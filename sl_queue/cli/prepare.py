@@ -17,11 +17,12 @@ def check(
 ) -> None:
     """Find everything that can be wrong before anything is started."""
     from sl_queue.checking.check import check_job
-    from sl_queue.checking.findings import show_finding
-    from sl_queue.observe.console import stdout
+    from sl_queue.observe.console import show_finding, stdout
 
     console = stdout()
-    raise typer.Exit(check_job(job, parties or [], broker, lambda finding: show_finding(console, finding)))
+    raise typer.Exit(
+        check_job(job, parties or [], broker, lambda found: show_finding(console, found.level, found.text))
+    )
 
 
 def plan(

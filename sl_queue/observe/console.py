@@ -218,3 +218,11 @@ def _refusal(name: str, party: PartyStatus, ago: str) -> str:
 def _plain(text: object) -> Text:
     """Take text of a peer, or of the scheduler, as characters and never as markup."""
     return Text(printable(str(text), LONGEST_LINE))
+
+
+COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
+
+
+def show_finding(console: Console, level: str, text: str) -> None:
+    """Print a line of `sl-queue check`."""
+    console.print(Text.assemble((f"{level:8}", COLOURS[level]), text), soft_wrap=True)
