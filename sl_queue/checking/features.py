@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import agree, table_spec
+from sl_queue.config.user_code import Importer
 from sl_queue.data.feature_report import describe, propose
 from sl_queue.data.feature_specs import Number
 from sl_queue.data.features import Fitted
@@ -31,7 +33,7 @@ class Proposal:
 
 def features_lines(job: Job, party_file: PartyFile) -> Iterator[str]:
     """Yield what [features] makes of the rows that the party would train on. Raises JobError."""
-    party_file.check(job)
+    agree(job, party_file)
     if party_file.features is None:
         yield (
             f"{party_file.party}: its file has no [features], so every column but id and label must be a number "
@@ -43,7 +45,7 @@ def features_lines(job: Job, party_file: PartyFile) -> Iterator[str]:
         aligned = None if party_file.state is None else read_aligned(party_file.state)
         if aligned is None:
             yield f"{party_file.party}: its rows are not aligned yet, so all of them are taken here"
-    table = read_table(job, party_file, None if aligned is None else aligned.positions)
+    table = read_table(table_spec(job, party_file, Importer()), None if aligned is None else aligned.positions)
     if table.fitted is None:
         yield f"{party_file.party}: the job gives it no cut, so it trains on no features"
         return
@@ -52,10 +54,10 @@ def features_lines(job: Job, party_file: PartyFile) -> Iterator[str]:
     yield from others
 
 
-def proposal(party_file: PartyFile) -> Proposal:
+def proposal(job: Job, party_file: PartyFile) -> Proposal:
     """Propose a [features] table from the raw table. Raises JobError if the file has one already."""
     if party_file.features is not None:
         raise JobError(
             f"party {party_file.party!r}: its file has a [features] already; take it out to have one proposed"
         )
-    return Proposal(propose(read_raw(party_file, {"*": Number()})))
+    return Proposal(propose(read_raw(table_spec(job, party_file, Importer()), {"*": Number()})))

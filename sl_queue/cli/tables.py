@@ -22,7 +22,7 @@ def features(
 
     agreed, file = Job.load(job), PartyFile.load(party)
     if write:
-        proposed = proposal(file)
+        proposed = proposal(agreed, file)
         proposed.write(party)
         print(proposed.text, end="")
         return

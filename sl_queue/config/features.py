@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sl_queue.config.schema import Declared
+from sl_queue.config.schema import Schema
 from sl_queue.data.feature_specs import Category, Date, Missing, Number, Part, Scale, Spec
 
 _OF = {
@@ -15,7 +15,7 @@ _OF = {
 }
 
 
-class FeatureFile(Declared):
+class FeatureFile(Schema):
     """One line of [features]."""
 
     kind: Literal["number", "category", "date"] = Field(description='"number", "category" or "date"')

@@ -11,9 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sl_queue.config.job import Job
-from sl_queue.config.party import PartyFile
 from sl_queue.data.ids import Ids, Positions
+from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_ids
 from sl_queue.errors import AlignmentError, JobError
 
@@ -55,12 +54,12 @@ def _shape(text: str) -> str:
     return re.sub(r"\d", "d", re.sub(r"[^\W\d_]", "a", re.sub(r"[^\w\-./ ]", "?", text)))
 
 
-def shared_rows(job: Job, files: Sequence[PartyFile]) -> Mapping[str, Positions]:
+def shared_rows(specs: Sequence[TableSpec]) -> Mapping[str, Positions]:
     """Intersect the ids of files at hand, in the clear: positions of the shared rows of each party, ascending.
 
     Raises JobError for tables whose ids cannot be read, AlignmentError for ids of different types.
     """
-    ids = {file.party: read_ids(job, file)[0] for file in files}
+    ids = {spec.party: read_ids(spec)[0] for spec in specs}
     types = {party: found.type for party, found in ids.items()}
     if len(set(types.values())) > 1:
         told = ", ".join(f"{party} {kind}" for party, kind in types.items())
@@ -73,6 +72,6 @@ def shared_rows(job: Job, files: Sequence[PartyFile]) -> Mapping[str, Positions]
         for other in ids.values():
             present &= pc.is_in(own.texts, other.texts).to_numpy(zero_copy_only=False)
         masks[party] = np.flatnonzero(present).astype(np.int64)
-    if files and not len(masks[files[0].party]):
+    if specs and not len(masks[specs[0].party]):
         raise JobError(f"no row is shared by {', '.join(masks)}; are the ids written alike?")
     return masks

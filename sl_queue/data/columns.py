@@ -9,13 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from sl_queue.config.party import DataFile
-from sl_queue.config.schema import nearest
 from sl_queue.data import files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
 from sl_queue.data.matrices import Array, Numbers, gaps, label_array, matrix, plain
+from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
+from sl_queue.protocol.text import nearest
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
@@ -51,7 +51,7 @@ class _Selection:
 
 
 def read_columns(
-    data: DataFile, where: str, *, features: bool, labels: bool, declared: Mapping[str, Spec] | None = None
+    data: FileSpec, where: str, *, features: bool, labels: bool, declared: Mapping[str, Spec] | None = None
 ) -> Columns:
     """Read ids, and features and labels if they are asked for; all faults that can be seen are returned.
 
@@ -71,7 +71,7 @@ def read_columns(
 
 
 def _read(
-    data: DataFile,
+    data: FileSpec,
     source: files.Source,
     where: str,
     *,
@@ -118,7 +118,7 @@ def _read(
 # Names ----------------------------------------------------------------------------------------------------------
 
 
-def _selected(data: DataFile, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
+def _selected(data: FileSpec, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
     wanted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if features and data.features is not None:
@@ -133,7 +133,7 @@ def _selected(data: DataFile, known: Sequence[str], *, features: bool, labels: b
     return _Selection(data.ids, wanted, data.label if labels else None, notes)
 
 
-def _matching(pattern: str, known: Sequence[str], data: DataFile) -> Iterator[str]:
+def _matching(pattern: str, known: Sequence[str], data: FileSpec) -> Iterator[str]:
     """Yield the columns that an entry of data.features stands for: itself, or all that match a pattern."""
     if pattern in known or not set("*?[") & set(pattern):
         yield pattern

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from sl_queue.config.csv_file import CsvFile
-from sl_queue.data.exactness import BITS
+from sl_queue.data.spec import CsvSpec
+from sl_queue.protocol.exactness import BITS
 
-COMMAS = CsvFile()
+COMMAS = CsvSpec()
 
 _BLOCK_BYTES = 2**24  # Arrow needs a whole row in one block, and some tables have very many columns
 _SCANNED_BYTES = 2**19  # at a time, for quotes: a few arrays of as many bytes fit into a processor's cache
@@ -39,7 +39,7 @@ _WHOLE = r"^\s*[+-]?\d{16,300}\s*$"  # shorter ones are exact in float64
 
 
 @contextmanager
-def plain(path: Path, dialect: CsvFile) -> Iterator[Path]:
+def plain(path: Path, dialect: CsvSpec) -> Iterator[Path]:
     """Give the name of the same file as UTF-8 without compression, for as long as it is read.
 
     What is neither is written to a temporary file, a block at a time.
@@ -63,7 +63,7 @@ def names_in(path: Path, delimiter: str = ",") -> list[str]:
         return next(filter(None, csv.reader(file, delimiter=delimiter)), [])
 
 
-def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: CsvFile = COMMAS) -> tuple[Any, list[str]]:
+def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: CsvSpec = COMMAS) -> tuple[Any, list[str]]:
     """Read these columns as an Arrow table, and say which faults the rows have; rows of another length are left out.
 
     Those among `texts` stay text, ids for instance, so that "001" does not become 1. Raises OSError, ArrowException.
@@ -95,7 +95,7 @@ def _parsing(delimiter: str, bad_row: Any = None) -> Any:
     return pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=bad_row)
 
 
-def _converting(dialect: CsvFile, selected: Sequence[str], types: Mapping[str, Any]) -> Any:
+def _converting(dialect: CsvSpec, selected: Sequence[str], types: Mapping[str, Any]) -> Any:
     convert = pa.csv.ConvertOptions(include_columns=list(selected), column_types=dict(types))
     convert.decimal_point = dialect.decimal
     if dialect.missing:
@@ -103,7 +103,7 @@ def _converting(dialect: CsvFile, selected: Sequence[str], types: Mapping[str, A
     return convert
 
 
-def _grouped(table: Any, dialect: CsvFile, texts: Sequence[str]) -> Any:
+def _grouped(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
     """Make numbers of columns whose thousands are written in groups, like 1.234,5; other text stays what it is."""
     if not dialect.thousands:
         return table
@@ -208,7 +208,7 @@ def _matching(column: Any, pattern: str) -> int:
     return pc.sum(pc.match_substring_regex(column, pattern)).as_py() or 0
 
 
-def rounded_when_read(path: Path, columns: Mapping[str, Any], dialect: CsvFile = COMMAS) -> dict[str, int]:
+def rounded_when_read(path: Path, columns: Mapping[str, Any], dialect: CsvSpec = COMMAS) -> dict[str, int]:
     """Count the whole numbers that Arrow has rounded because their column became float64, by column."""
     large = [name for name, column in columns.items() if pa.types.is_float64(column.type) and _is_large(column)]
     if not large:

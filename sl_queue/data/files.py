@@ -3,21 +3,18 @@
 import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from sl_queue.config.csv_file import CsvFile
-from sl_queue.config.party import DataFile
 from sl_queue.data import csv_file, row_files
+from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
 from sl_queue.errors import JobError
 
-Kind = Literal["csv", "parquet", "arrow", "svmlight", "tag:value"]
-
-_ENDINGS: Mapping[str, Kind] = {
+_ENDINGS: Mapping[str, FileKind] = {
     ".csv": "csv",
     ".csv.gz": "csv",
     ".tsv": "csv",
@@ -28,7 +25,7 @@ _ENDINGS: Mapping[str, Kind] = {
     ".svmlight": "svmlight",
     ".libsvm": "svmlight",
 }
-DESCRIBED: Mapping[Kind, str] = {
+DESCRIBED: Mapping[FileKind, str] = {
     "csv": "comma-separated UTF-8 text with a header",
     "parquet": "a Parquet file",
     "arrow": "an Arrow file",
@@ -55,7 +52,7 @@ class Source(Protocol):
         """Count the whole numbers that reading has rounded, by column."""
 
 
-def kind_of(data: DataFile, where: str) -> Kind:
+def kind_of(data: FileSpec, where: str) -> FileKind:
     """Return what kind of file a party's table is. Raises JobError if neither its name nor its party says so."""
     assert data.path is not None
     if data.format is not None:
@@ -73,13 +70,13 @@ def kind_of(data: DataFile, where: str) -> Kind:
 
 
 @contextmanager
-def opened(data: DataFile, path: Path, kind: Kind) -> Iterator[Source]:
+def opened(data: FileSpec, path: Path, kind: FileKind) -> Iterator[Source]:
     """Open a table. Raises OSError, EOFError, UnicodeError, ArrowException."""
     match kind:
         case "csv":
             dialect = data.csv
-            if ".tsv" in path.suffixes and "delimiter" not in dialect.model_fields_set:
-                dialect = dialect.model_copy(update={"delimiter": "\t"})
+            if ".tsv" in path.suffixes and not dialect.delimiter_given:
+                dialect = replace(dialect, delimiter="\t")
             with csv_file.plain(path, dialect) as text:
                 yield _Csv(text, dialect)
         case "parquet":
@@ -95,7 +92,7 @@ def opened(data: DataFile, path: Path, kind: Kind) -> Iterator[Source]:
 @dataclass(frozen=True, slots=True)
 class _Csv:
     path: Path
-    dialect: CsvFile
+    dialect: CsvSpec
     ids_are_text = True
 
     def fault(self) -> str | None:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sl_queue.config.party import DataFile, PartyFile, Rows
-from sl_queue.config.user_code import imported
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
 from sl_queue.data.feature_specs import Spec, resolve
 from sl_queue.data.given import features_of, ids_of, labels_of, raw_columns
 from sl_queue.data.matrices import Array, Numbers
+from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
+from sl_queue.ports import UserCode
 
 __all__ = ["Arrays", "Rows", "read_rows"]
 
@@ -37,35 +37,35 @@ class Arrays:
     specs: Mapping[str, Spec] | None = None  # what it says of each
 
 
-def read_rows(party_file: PartyFile, *, features: bool, labels: bool) -> Arrays:
+def read_rows(spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
     """Read the rows of a party; features and labels only if they are asked for.
 
     Raises JobError if nothing can be read; all other faults are returned.
     """
-    data, where, declared = party_file.data, f"party {party_file.party!r}", party_file.feature_specs
+    data, where, declared = spec.data, f"party {spec.party!r}", spec.declared
     if isinstance(data, Rows):
         return _given(data, f"{where}, data", declared, features=features, labels=labels)
     if data.source is not None:
         name = data.source if isinstance(data.source, str) else getattr(data.source, "__qualname__", "a callable")
         where = f"{where}, data.source = {name!r}"
-        return _given(_returned(data.source, party_file, where), where, declared, features=features, labels=labels)
+        return _given(_returned(data.source, spec.code, where), where, declared, features=features, labels=labels)
     return _read(data, f"{where}, {data.path}", declared, features=features, labels=labels)
 
 
-def read_raw(party_file: PartyFile, declared: Mapping[str, Spec]) -> Mapping[str, Any]:
+def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]:
     """Read the columns of a party's features as they are in its table, as Arrow arrays. Raises JobError."""
-    data, where = party_file.data, f"party {party_file.party!r}"
-    if isinstance(data, DataFile) and data.source is None:
+    data, where = spec.data, f"party {spec.party!r}"
+    if isinstance(data, FileSpec) and data.source is None:
         columns = read_columns(data, f"{where}, {data.path}", features=True, labels=False, declared=declared)
         refuse(f"{where}, {data.path}", columns.faults)
         return columns.raw or {}
-    rows = data if isinstance(data, Rows) else _returned(data.source, party_file, where)
+    rows = data if isinstance(data, Rows) else _returned(data.source, spec.code, where)
     found, faults = raw_columns(rows.features)
     refuse(where, faults)
     return found
 
 
-def _read(data: DataFile, where: str, declared: Mapping[str, Spec] | None, *, features: bool, labels: bool) -> Arrays:
+def _read(data: FileSpec, where: str, declared: Mapping[str, Spec] | None, *, features: bool, labels: bool) -> Arrays:
     """Read a file."""
     columns = read_columns(data, where, features=features, labels=labels, declared=declared)
     if columns.ids is not None:
@@ -102,10 +102,10 @@ def _given(rows: Rows, where: str, declared: Mapping[str, Spec] | None, *, featu
     return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
 
 
-def _returned(source: Any, party_file: PartyFile, where: str) -> Rows:
+def _returned(source: Any, code: UserCode, where: str) -> Rows:
     """Call the party's callable, with the party file's folder if it has a parameter of that name."""
-    function = imported(source, party_file.folder) if isinstance(source, str) else source
-    folder = party_file.folder or Path.cwd()
+    function = code.load(source) if isinstance(source, str) else source
+    folder = code.folder or Path.cwd()
     try:
         rows = function(folder=folder) if _takes_folder(function) else function()
     except Exception as error:

@@ -13,67 +13,64 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sl_queue.config.job import Job
-from sl_queue.config.party import DataFile, PartyFile
 from sl_queue.data.faults import refuse
 from sl_queue.data.features import Fitted, apply, fit
 from sl_queue.data.given import ids_of
 from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.rows import Arrays, read_rows
+from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
 from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
 from sl_queue.protocol.table import Table
 
 
-def read_table(job: Job, party_file: PartyFile, aligned: Positions | None = None, rules: int = RULES) -> Table:
+def read_table(spec: TableSpec, aligned: Positions | None = None, rules: int = RULES) -> Table:
     """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong.
 
     `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `rules`: those of the
     run, which choose the rows that are held out, and so those that [features] is fitted on.
     """
-    party, data = party_file.party, party_file.data
-    empty = isinstance(data, DataFile) and data.features == []
-    arrays = read_rows(party_file, features=job.cut(party) is not None and not empty, labels=party == job.label_holder)
-    ids, faults = _ids(job, party_file, arrays)
+    empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
+    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
+    ids, faults = _ids(spec, arrays)
     faults = [*arrays.faults, *faults]
-    if party == job.label_holder and arrays.labels is None and not faults:
-        faults.append(f"there are no labels, and {party!r} is the label holder")
+    if spec.labels and arrays.labels is None and not faults:
+        faults.append(f"there are no labels, and {spec.party!r} is the label holder")
     refuse(arrays.where, faults)
     assert ids is not None
     ids = ids if aligned is None else ids.only(aligned)
     texts = _texts(ids)
     row_keys, digest = _fingerprints(texts, pc.binary_length(ids.texts), ids.type)
-    hashes = id_hashes(texts, job.seed_of_holdout) if job.holdout else None
+    hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
     if arrays.raw is None:
         return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes)
-    training = job.batches(len(texts), hashes if rules != BY_POSITION else None).training_positions
+    training = spec.training(len(texts), hashes if rules != BY_POSITION else None)
     features, fitted = _made(arrays, ids.order, training)
     return Table(features, labels, row_keys, digest, ids.type, fitted.names, hashes, notes, fitted.as_json())
 
 
-def read_ids(job: Job, party_file: PartyFile) -> tuple[Ids, str]:
+def read_ids(spec: TableSpec) -> tuple[Ids, str]:
     """Read the ids of a party's rows alone; and say what complaints about them begin with. Raises JobError."""
-    arrays = read_rows(party_file, features=False, labels=False)
-    ids, faults = _ids(job, party_file, arrays)
+    arrays = read_rows(spec, features=False, labels=False)
+    ids, faults = _ids(spec, arrays)
     refuse(arrays.where, [*arrays.faults, *faults])
     assert ids is not None
     return ids, arrays.where
 
 
-def _ids(job: Job, party_file: PartyFile, arrays: Arrays) -> tuple[Ids | None, list[str]]:
+def _ids(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
     """Put ids into canonical order, as job and party say."""
     if arrays.ids is None:
         return None, []
-    data = party_file.data
-    id_type, duplicates = (data.id_type, data.duplicates) if isinstance(data, DataFile) else (None, "refuse")
+    data = spec.data if isinstance(spec.data, FileSpec) else FileSpec()
     return canonical_ids(
         arrays.ids,
         are_csv=arrays.ids_are_csv,
-        id_type=id_type,
-        normalise=job.alignment.normalise,
-        duplicates=duplicates,
+        id_type=data.id_type,
+        normalise=spec.normalise,
+        duplicates=data.duplicates,
     )
 
 

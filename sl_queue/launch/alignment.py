@@ -7,9 +7,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.job import Job
 from sl_queue.data.aligning import described, id_texts, ids_digest
 from sl_queue.data.ids import Ids as TableIds
+from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_ids
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.connect import Channels, Connect
@@ -36,7 +37,7 @@ def rule_of(job: Job) -> Rule:
 
 def align_party(
     job: Job,
-    party_file: PartyFile,
+    table: TableSpec,
     connect: Connect,
     state: Path,
     open_channels: Channels,
@@ -53,36 +54,36 @@ def align_party(
     """
     if job.alignment.method != "psi":
         return None
-    found, where = read_ids(job, party_file)
-    table, files = ids_digest(found), PartyFiles(state)
+    found, where = read_ids(table)
+    digest, files = ids_digest(found), PartyFiles(state)
     aligned = read_aligned(state)
     if aligned is not None:
-        aligned.require(table, where)
+        aligned.require(digest, where)
         files.forget()  # killed between the two, it would lie there for good
         if not confirm:
             return aligned
-    keys, token = files.keys(table, len(job.parties))
+    keys, token = files.keys(digest, len(job.parties))
     incarnation = secrets.token_hex(8)
     ids = Ids(len(found.texts), lambda: id_texts(found), found.type)
     with ExitStack() as stack:
-        channel = _channel(job, party_file.party, connect, incarnation, seal, observe)
+        channel = _channel(job, table.party, connect, incarnation, seal, observe)
         party = PartyAlignment(
-            party_file.party, incarnation, rule_of(job), ids, token, keys, files, channel, job.broker.patience,
+            table.party, incarnation, rule_of(job), ids, token, keys, files, channel, job.broker.patience,
             time.monotonic, version,
         )  # fmt: skip
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
         if aligned is None:
-            aligned = _converse(party, files, found, table)
+            aligned = _converse(party, files, found, digest)
         else:
             files.forget()
         party.confirm(aligned.session)
-    log.info("%s: %d of its %d rows are shared by all", party_file.party, len(aligned.positions), len(found.texts))
+    log.info("%s: %d of its %d rows are shared by all", table.party, len(aligned.positions), len(found.texts))
     return aligned
 
 
-def _converse(party: PartyAlignment, files: PartyFiles, found: TableIds, table: str) -> Aligned:
+def _converse(party: PartyAlignment, files: PartyFiles, found: TableIds, digest: str) -> Aligned:
     try:
         positions, session = party.serve()
     except AlignmentError as error:
@@ -91,7 +92,7 @@ def _converse(party: PartyAlignment, files: PartyFiles, found: TableIds, table: 
         told = f"those of {party.party!r} are {described(found)}"
         log.warning("%s: ids may be written differently; %s", party.party, told)
         raise AlignmentError(f"{error}: {told}") from None
-    aligned = Aligned(positions, table, len(found.texts), session)
+    aligned = Aligned(positions, digest, len(found.texts), session)
     files.conclude(aligned)
     return aligned
 

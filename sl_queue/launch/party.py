@@ -20,6 +20,8 @@ from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import PartySpec, resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
@@ -67,11 +69,11 @@ def run_party(
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
-    party_file.check(job)
-    if job.parties[party_file.party].role != role:
+    spec = resolve(job, party_file, Importer())
+    if spec.role != role:
         raise JobError(
-            f"party {party_file.party!r} has the role {job.parties[party_file.party].role!r} in the job, "
-            f"and this worker is for role {role!r}; start the other worker"
+            f"party {spec.party!r} has the role {spec.role!r} in the job, and this worker is for role {role!r}; "
+            "start the other worker"
         )
     url = party_file.broker_url(broker)
     require_network(url)
@@ -80,12 +82,12 @@ def run_party(
     folder = _state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    serve_party(job, party_file, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
+    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
 
 
 def serve_party(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     connect: Connect,
     state: Path,
     open_channels: Channels,
@@ -102,46 +104,20 @@ def serve_party(
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
     """
-    party, incarnation = party_file.party, secrets.token_hex(8)
+    party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
-        folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
-        stack.callback(folder.close)
-        if (done := folder.finished()) is not None and done.reported:
-            compare_finished(job, party_file, folder)
-            observe(events.Finished(party, done.step, str(state / "final"), already=True))
+        folder = stack.enter_context(Folder(state, job_digest=job.digest, party=party, job=job.canonical()))
+        if _has_finished(job, spec, folder, state, observe):
             return
-        rules = rules_to_keep(job, party, folder.begun_with)
-        aligned = _aligned(job, party_file, connect, state, open_channels, seal, observe)
-        table = _table(job, party_file, rules, aligned)
-        for note in table.notes:
-            log.info("%s: %s", party, note)
-        secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
-        folder.require(fingerprint(job, party_file, table, rules, secret))
-        write_features(state, table.fitted)
-        party_file = party_file.with_secret(secret)
-        rows = (table.n_rows, table.digest, table.id_type)
-        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
-        batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
-        pipeline = job.pipeline_of(batches)
-        bounds = bounds_of(job, party, pipeline)
+        aligned = _aligned(job, spec, connect, state, open_channels, seal, observe)
+        spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
+        identity = _identity(job, party, incarnation, table, rules)
+        pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
         meter = None if metrics is None else Meter()
         observe = fan_out(observe) if meter is None else fan_out(observe, meter)
-        channel = PartyChannel(
-            connect(party, bounds.prefetch),
-            party,
-            job.topology(),
-            incarnation,
-            patience_s=job.broker.patience,
-            persistent=job.broker.persistent,
-            depth=pipeline.depth,
-            seal=seal,
-            bounds=bounds,
-            observe=observe,
-        )
+        channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
         journal = Journal(state / "history.jsonl")
-        worker, train = _role(
-            job, party_file, table, pipeline, channel, folder, journal, identity, take, observe, guards
-        )
+        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
         if metrics is not None and meter is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
@@ -152,9 +128,63 @@ def serve_party(
         observe(events.Finished(party, final.step, str(state / "final")))
 
 
+def _has_finished(job: Job, spec: PartySpec, folder: Folder, state: Path, observe: Observer) -> bool:
+    """Return True, and say so, if the final weights lie here and the scheduler knows."""
+    done = folder.finished()
+    if done is None or not done.reported:
+        return False
+    compare_finished(job, spec, folder)
+    observe(events.Finished(spec.party, done.step, str(state / "final"), already=True))
+    return True
+
+
+def _identity(job: Job, party: str, incarnation: str, table: Table, rules: int) -> Identity:
+    rows = (table.n_rows, table.digest, table.id_type)
+    return Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
+
+
+def _prepared(
+    job: Job, spec: PartySpec, aligned: Aligned | None, folder: Folder, state: Path, *, private: bool
+) -> tuple[PartySpec, Table, int]:
+    """Return the spec with its secret, the rows and the rules of the run; `folder` agrees to go on with them."""
+    rules = rules_to_keep(job, spec.party, folder.begun_with)
+    table = _table(spec, rules, aligned)
+    for note in table.notes:
+        log.info("%s: %s", spec.party, note)
+    secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
+    spec = spec.with_secret(secret)
+    folder.require(fingerprint(spec.compute, table, rules))
+    write_features(state, table.fitted)
+    return spec, table, rules
+
+
+def _channel(
+    job: Job,
+    party: str,
+    connect: Connect,
+    incarnation: str,
+    pipeline: Pipeline,
+    seal: Seal | None,
+    observe: Observer,
+) -> PartyChannel:
+    bounds = bounds_of(job, party, pipeline)
+    return PartyChannel(
+        connect(party, bounds.prefetch),
+        party,
+        job.topology(),
+        incarnation,
+        patience_s=job.broker.patience,
+        persistent=job.broker.persistent,
+        depth=pipeline.depth,
+        seal=seal,
+        bounds=bounds,
+        observe=observe,
+    )
+
+
 def _aligned(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     connect: Connect,
     state: Path,
     open_channels: Channels,
@@ -162,21 +192,21 @@ def _aligned(
     observe: Observer,
 ) -> Aligned | None:
     """Find the rows that all parties hold."""
-    with _source_seeded(job, party_file):
-        return align_party(job, party_file, connect, state, open_channels, seal, observe, own_version())
+    with _source_seeded(spec):
+        return align_party(job, spec.table, connect, state, open_channels, seal, observe, own_version())
 
 
-def _table(job: Job, party_file: PartyFile, rules: int, aligned: Aligned | None) -> Table:
+def _table(spec: PartySpec, rules: int, aligned: Aligned | None) -> Table:
     """Read the party's rows."""
-    with _source_seeded(job, party_file):
-        return read_table(job, party_file, None if aligned is None else aligned.positions, rules)
+    with _source_seeded(spec):
+        return read_table(spec.table, None if aligned is None else aligned.positions, rules)
 
 
-def _source_seeded(job: Job, party_file: PartyFile) -> AbstractContextManager[None]:
+def _source_seeded(spec: PartySpec) -> AbstractContextManager[None]:
     """Let a source in Python draw random numbers, beside other parties of this process."""
-    if getattr(party_file.data, "source", None) is None:
+    if getattr(spec.table.data, "source", None) is None:
         return nullcontext()
-    return seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu"))
+    return seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu"))
 
 
 def own_version() -> str:
@@ -198,7 +228,7 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
 
 def _role(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     table: Table,
     pipeline: Pipeline,
     channel: PartyChannel,
@@ -210,31 +240,31 @@ def _role(
     guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
-    if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches, take, guards)
+    if spec.role == "label":
+        fuse = fuse_stage(spec.compute, table, pipeline.batches, take, guards)
         _remark(fuse.own)
-        for found in advice(job, fuse):
-            log.warning("%s: %s", party_file.party, found.text)
+        for found in advice(fuse, job.stops_on):
+            log.warning("%s: %s", spec.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
-        return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
+        return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker).train
     guard = guards.get(job.label_holder, UNGUARDED)
-    base = base_stage(job, party_file, table, pipeline.batches, take, guard)
+    base = base_stage(spec.compute, table, pipeline.batches, take, guard)
     _remark(base)
     worker = Worker(identity, channel, base, folder, pipeline, observe=observe)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
 
-def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
+def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """Raise CheckpointError if a run that has finished was trained on another table, or with other models.
 
     What is no longer there to compare, in a container whose data has gone for instance, is a line in the log.
     """
     try:
-        rules = rules_to_keep(job, party_file.party, folder.begun_with)
+        rules = rules_to_keep(job, spec.party, folder.begun_with)
         aligned = read_aligned(folder.path) if job.alignment.method == "psi" else None
-        folder.require(fingerprint(job, party_file, _table(job, party_file, rules, aligned), rules))
+        folder.require(fingerprint(spec.compute, _table(spec, rules, aligned), rules))
     except JobError as error:
-        log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
+        log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 
 
 def _remark(stage: TorchBaseStage | None) -> None:

@@ -1,16 +1,16 @@
 """The scheduler, put together. It needs no torch, and so is there again half a second after it was killed."""
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
-from sl_queue.config.party import BROKER, read_url
+from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.alignment import align_scheduler
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
@@ -46,9 +46,9 @@ def run_scheduler(
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
-    given = broker or os.environ.get(BROKER)
+    given = broker or BROKER.read()
     if given is None:
-        raise JobError(f"the scheduler needs a broker: give --broker URL or set {BROKER}")
+        raise JobError(f"the scheduler needs a broker: give --broker URL or set {BROKER.name}")
     url = read_url(given)
     require_network(url)
     seal = sealing(job, SCHEDULER, key_file(key), url)
@@ -87,43 +87,43 @@ def serve_scheduler(
 ) -> RunState:
     """The scheduler until every party has finished.
 
-    `late_s`: how long a run that had finished before waits for parties that have lost what it left.
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
+    Prometheus may ask, as `[HOST:]PORT`.
     """
     observe = fan_out(observe)
     with ExitStack() as stack:
-        ledger = RunFile(state, job.canonical(), job.digest)
-        stack.callback(ledger.close)
-        saved = ledger.load()
-        if saved is not None and saved.phase is Phase.FINISHED:
-            log.info("scheduler: run %s is already finished", saved.run)
-            ledger.save(saved)  # the history may have been lost
-            if not late_s:
-                return saved
-        plan = plan_of(job)
-        if job.alignment.method == "psi" and (saved is None or saved.agreed is None):
+        ledger = stack.enter_context(closing(RunFile(state, job.canonical(), job.digest)))
+        finished = _finished_before(ledger)
+        if finished is not None and not late_s:
+            return finished
+        if job.alignment.method == "psi" and finished is None:
             align_scheduler(job, connect, state, on_status, open_channels, seal, observe)
-        incarnation = secrets.token_hex(8)
-        link = connect(SCHEDULER, PREFETCH)
-        topology = job.topology()
-        channel = LinkSchedulerChannel(
-            link, topology, incarnation, patience_s=plan.patience_s, seal=seal, observe=observe
-        )
+        plan = plan_of(job)
+        about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
+        channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
         stack.callback(channel.close)
         if metrics is not None:
             on_status = _shown(metrics, channel, on_status, stack)
         try:
             channel.open()
         except BrokerUnreachable:
-            if saved is not None and saved.phase is Phase.FINISHED:
-                return saved
-            raise
+            if finished is None:
+                raise
+            return finished
         open_channels.add(channel)
         observe(events.Ready(SCHEDULER))
-        fresh_run = secrets.token_hex(6)
-        late_s = min(late_s, plan.patience_s)
-        about = (fresh_run, time.monotonic, on_status, late_s)
-        return Scheduler(plan, channel, ledger, *about, observe=observe).serve()
+        of_run = (secrets.token_hex(6), time.monotonic, on_status, min(late_s, plan.patience_s))
+        return Scheduler(plan, channel, ledger, *of_run, observe=observe).serve()
+
+
+def _finished_before(ledger: RunFile) -> RunState | None:
+    """Return the state of a run that has finished; its history is written again, for it may have been lost."""
+    saved = ledger.load()
+    if saved is None or saved.phase is not Phase.FINISHED:
+        return None
+    log.info("scheduler: run %s is already finished", saved.run)
+    ledger.save(saved)
+    return saved
 
 
 def plan_of(job: Job) -> Plan:

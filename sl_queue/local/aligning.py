@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import table_spec
+from sl_queue.config.user_code import Importer
 from sl_queue.errors import PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.alignment import align_party, align_scheduler
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
@@ -31,6 +33,7 @@ def align_threads(
     """
     require_all(job, parties)
     again = all(read_aligned(states[file.party]) is not None for file in parties)
+    importer = Importer()
     connect, channels = connector(job, broker), Channels()
     found: dict[str, Aligned] = {}
     errors: list[SlQueueError] = []
@@ -41,7 +44,7 @@ def align_threads(
     def party(file: PartyFile) -> None:
         state = states[file.party]
         with Folder(state, job_digest=job.digest, party=file.party, job=job.canonical()):
-            about = (job, file, connect, state, channels, seal_of(file.party, file), to_log)
+            about = (job, table_spec(job, file, importer), connect, state, channels, seal_of(file.party, file), to_log)
             aligned = align_party(*about, confirm=not again)
             assert aligned is not None
             found[file.party] = aligned

@@ -11,9 +11,10 @@ import torch
 import sl_queue
 from sl_queue.cli.main import app
 from sl_queue.data.features import Fitted
-from sl_queue.data.table import holdout_rows, read_table
+from sl_queue.data.table import holdout_rows
 from sl_queue.errors import CheckpointError, JobError
 from tests.support import raw_tables
+from tests.support.tables import read_table
 
 
 @pytest.fixture
