@@ -71,7 +71,7 @@ def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Csv
     convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
     delimiter = dialect.delimiter
     try:
-        return _grouped(pa.csv.read_csv(path, _reading(threads=True), _parsing(delimiter), convert), dialect, texts), []
+        return _cleaned(pa.csv.read_csv(path, _reading(threads=True), _parsing(delimiter), convert), dialect, texts), []
     except pa.ArrowInvalid as error:
         if not _BAD_ROW.search(str(error)):
             raise
@@ -84,7 +84,7 @@ def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Csv
     table = pa.csv.read_csv(path, _reading(threads=False), _parsing(delimiter, skip), convert)
     first = f", the first of them is row {numbers[0]} of the file" if numbers else ""
     faults = [f"{len(numbers)} rows have more or fewer fields than the header{first}"]
-    return _grouped(table, dialect, texts), faults
+    return _cleaned(table, dialect, texts), faults
 
 
 def _reading(*, threads: bool) -> Any:
@@ -101,6 +101,16 @@ def _converting(dialect: CsvSpec, selected: Sequence[str], types: Mapping[str, A
     if dialect.missing:
         convert.null_values = [*convert.null_values, *dialect.missing]
     return convert
+
+
+def _cleaned(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
+    """Make gaps of the texts that stand for one, and numbers of those that are written in groups."""
+    for place, name in enumerate(table.column_names):
+        column = table[name]
+        if dialect.missing and pa.types.is_string(column.type):
+            gap = pc.is_in(column, pa.array(dialect.missing, pa.string()))
+            table = table.set_column(place, name, pc.if_else(gap, pa.scalar(None, pa.string()), column))
+    return _grouped(table, dialect, texts)
 
 
 def _grouped(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
