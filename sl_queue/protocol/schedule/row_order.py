@@ -1,4 +1,4 @@
-"""Which rows are trained on when: a pure function of the job, the same on every party and every version.
+"""Order in which rows are trained on: a pure function of the job, the same on every party and every version.
 
 Positions count rows in canonical order (ascending id). An epoch's order sorts positions by a keyed 64-bit hash, so any
 epoch and any step can be computed without the ones before, and a resumed worker needs no random state.

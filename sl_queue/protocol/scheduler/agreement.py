@@ -1,4 +1,4 @@
-"""Whether a party that joins can train with the others: the same job, the same rows, the same run."""
+"""Admission of a party that joins: it must have the same job, the same rows and the same run as the others."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def _other_job(plan: Plan, sender: str, joined: Join) -> str | None:
 
 
 def _other_rows(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """A run that has begun says on which rows; before, those who are here are compared with each other."""
+    """Compare the party's rows with those the run was begun on; before it begins, with those of the parties here."""
     agreed = state.agreed
     if agreed is not None:
         if agreed.rows_digest == joined.rows_digest:
@@ -106,7 +106,7 @@ def _listed(parties: Sequence[str]) -> str:
 
 
 def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """The keys in which another canonical job differs from ours, each with both values."""
+    """List the keys in which another canonical job differs from ours, each with both values."""
     differing = sorted(differing_keys(here, there).items())
     return "; ".join(f"{key}: {_told(ours)} here, {_told(theirs)} there" for key, (ours, theirs) in differing)
 

@@ -1,4 +1,4 @@
-"""How a run ends before it has finished: a failure, a stop of the operator, a party that cannot be understood. Pure."""
+"""Endings of a run before it has finished: a failure, an operator's stop, an unreadable party. Pure."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What the scheduler knows of a run, and what can be read from it. Values only."""
+"""State of a run as the scheduler knows it, and what can be read from it. Values only."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -193,7 +193,7 @@ def result_of(line: Mapping[str, Any]) -> EpochResult:
 
 
 def number_text(value: float | None) -> str:
-    """A loss or a metric, four digits; a metric may have no value."""
+    """Format a loss or a metric with four digits; a metric may have no value."""
     return "-" if value is None else f"{value:.4f}"
 
 

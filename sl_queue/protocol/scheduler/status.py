@@ -1,4 +1,4 @@
-"""Where a run is, as the scheduler tells it: typed here, JSON on its way to the operator and for programs."""
+"""Status of a run, as the scheduler reports it: typed here, JSON on its way to the operator and for programs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
