@@ -1,4 +1,4 @@
-"""What both data roles share: join, resume from the own last checkpoint, train, commit, finish.
+"""Lifecycle that both data roles share: join, resume from their own last checkpoint, train, commit, finish.
 
 Killed at any moment, a worker that starts again runs through the same lines; nothing else is needed.
 """

@@ -35,7 +35,7 @@ class Ledger(Protocol):
     """The scheduler's memory on disk."""
 
     def load(self) -> RunState | None:
-        """What was saved last, or None."""
+        """Return the state that was saved last, or None."""
 
     def save(self, state: RunState) -> None:
         """Write durably, the new epochs to `history.jsonl`."""
