@@ -177,7 +177,7 @@ def _copy(loss: Loss) -> Loss:
 
 
 def _trials(output: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs that differ from row to row with labels that differ, if any do: near the labels, and near the model's."""
+    """Yield outputs that differ from row to row with labels that differ, if any do: near the labels and the model's."""
     first = labels.reshape(len(labels), -1)[:, 0]
     picked = torch.stack([first.argmin(), first.argmax(), torch.tensor(0), torch.tensor(len(labels) // 2)])
     few = labels[picked].to(output.device)

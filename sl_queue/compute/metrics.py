@@ -29,7 +29,7 @@ _Function = Callable[..., Tensor]  # of torchmetrics
 
 
 class Task(StrEnum):
-    """What is predicted; it decides which metrics there are."""
+    """Prediction task; it decides which metrics there are."""
 
     BINARY = "binary"  # one logit a row, or several independent ones, which are then pooled
     MULTICLASS = "multiclass"  # a logit for each class
@@ -62,7 +62,7 @@ def task_of(
 
 
 def metrics_of(names: Sequence[str], task: Task, where: str) -> dict[str, Metric]:
-    """The named metrics. Raises JobError for one that the task does not have."""
+    """Build the named metrics. Raises JobError for one that the task does not have."""
     wanted = [name for name in names if name != "loss"]  # which is always told
     known = _known(task) if wanted else {}
     for name in wanted:
@@ -172,7 +172,7 @@ def _known(task: Task) -> Mapping[str, Metric]:
 
 
 def _later(module: str, name: str) -> _Function:
-    """A function of torchmetrics, imported when it is first called: a restarted worker has no second to lose."""
+    """Wrap a function of torchmetrics, imported when first called: a restarted worker has no second to lose."""
 
     def function(*arguments: Tensor, **named: Any) -> Tensor:
         value: Tensor = getattr(import_module(f"torchmetrics.functional.{module}"), name)(*arguments, **named)

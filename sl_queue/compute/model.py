@@ -63,7 +63,7 @@ class Model:
 
     @classmethod
     def build(cls, spec: ComputeSpec, part: Part, sample: Sample, take: Take | None = None) -> "Model":
-        """The model with its initial weights, the same wherever and however often it is built.
+        """Build the model with its initial weights, the same wherever and however often it is built.
 
         `take` says how to come by a module that is given in code; without it, as a copy.
         """

@@ -15,13 +15,13 @@ _NEED_A_CLOSURE = {"lbfgs"}  # they evaluate the loss several times a step, and 
 
 
 def optimizer_names() -> dict[str, type[Optimizer]]:
-    """The optimizers that a party file may name."""
+    """Return the optimizers that a party file may name."""
     found = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
     return {c.__name__.lower(): c for c in found if c is not Optimizer and c.__name__.lower() not in _NEED_A_CLOSURE}
 
 
 def build_optimizer(module: nn.Module, settings: Mapping[str, Any], key: str) -> Optimizer | None:
-    """The optimizer that a party file describes at `key`; None for a module without parameters. Raises JobError."""
+    """Build the optimizer that a party file describes at `key`; None if the module has no parameters. Raises JobError."""
     named = dict(settings)
     name = named.pop("name", None)
     known = optimizer_names()
@@ -41,7 +41,7 @@ def build_optimizer(module: nn.Module, settings: Mapping[str, Any], key: str) ->
 
 
 def optimizer_state(optimizer: Optimizer, module: nn.Module, prefix: str) -> State:
-    """What the optimizer remembers of each parameter; its hyperparameters come from the party file."""
+    """Return the optimizer's state of each parameter; its hyperparameters come from the party file."""
     tensors, values = {}, {}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -53,7 +53,7 @@ def optimizer_state(optimizer: Optimizer, module: nn.Module, prefix: str) -> Sta
 
 
 def load_optimizer_state(optimizer: Optimizer, module: nn.Module, prefix: str, state: State) -> None:
-    """The inverse of `optimizer_state`, bit by bit: torch's own would cast everything to the parameter's dtype."""
+    """Restore what `optimizer_state` returned, bit by bit: torch's own would cast it to the parameter's dtype."""
     parameters = dict(module.named_parameters())
     optimizer.state.clear()
     for full_name, value in (*state.tensors.items(), *state.values.items()):
