@@ -89,7 +89,7 @@ def _with_secret(job: Job, file: PartyFile, spec: PartySpec) -> PartySpec:
 
 
 def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
-    """Whether all parties at hand hold the same ids."""
+    """Return True if all parties at hand hold the same ids."""
     if len({(p.table.digest, p.table.id_type) for p in parties.values()}) <= 1:
         if len(parties) > 1:
             check.ok(f"rows: {', '.join(parties)} hold the same ids")
@@ -102,7 +102,7 @@ def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
 
 
 def _say_what_is_not_joined(check: Check, job: Job) -> None:
-    """What makes a run another training than the joined one; it is repeated and resumed exactly all the same."""
+    """List what makes the run differ from joined training; it is repeated and resumed exactly all the same."""
     if job.pipeline.staleness:
         check.note(
             f"staleness = {job.pipeline.staleness}: activations are computed with weights of up to so many steps "
@@ -116,7 +116,7 @@ def _say_what_is_not_joined(check: Check, job: Job) -> None:
 
 
 def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
-    """The order of work from the first step on."""
+    """List the actions of the first steps, in order."""
     if batches is None:
         return
     pipeline = job.pipeline_of(batches)
