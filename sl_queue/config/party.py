@@ -41,7 +41,7 @@ _Path = Annotated[Path, Field(strict=False), AfterValidator(_from_folder)]
 
 
 def _named(what: str) -> Callable[[Any], Any]:
-    """A validator for what is named `module:callable` in a file, and may be the thing itself in code."""
+    """Return a validator for what is named `module:callable` in a file, and may be the thing itself in code."""
 
     def check(value: Any) -> Any:
         if callable(value) or (isinstance(value, str) and NAME.fullmatch(value)):
@@ -218,7 +218,7 @@ class PartyFile(Schema):
         return self._folder
 
     def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
-        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
+        """Return the broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
 
         `again`: it was read before, and may have changed.
         """
@@ -236,7 +236,7 @@ class PartyFile(Schema):
 
 
 def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
-    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
+    """Read a broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
 
     Raises JobError for a file that cannot be read, or that others may read, as a private key.
     """
@@ -251,7 +251,7 @@ def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> st
 
 
 def _url_problem(url: str) -> str | None:
-    """What is wrong with a broker's URL, without its password, or None."""
+    """Describe what is wrong with a broker's URL, without its password; None if nothing is."""
     if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
         return None
     return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"

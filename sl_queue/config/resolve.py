@@ -1,4 +1,4 @@
-"""What job, party file and user code come to for one party: checked together, and resolved into small frozen values.
+"""Resolution of job, party file and user code for one party: checked together, into small frozen values.
 
 Below the launch of a worker everything works on these, and nothing knows of files in TOML.
 """
