@@ -68,7 +68,7 @@ def _texts(ids: Ids) -> list[bytes]:
 
 
 def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
-    """The key of every row and the digest of all, from canonical ids as text and their lengths."""
+    """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
     everything = blake2b(f"{id_type} {len(texts)} ".encode())
     everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
     everything.update(b"".join(texts))
