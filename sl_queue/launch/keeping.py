@@ -1,4 +1,4 @@
-"""What a run keeps from its first checkpoint to its end: the rules and the secret that it was begun with."""
+"""Rules and secret that a run was begun with, kept from its first checkpoint to its end."""
 
 import logging
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the operator does from outside: read where a run is, and ask it to stop."""
+"""Operator's view from outside: read where a run is, and ask it to stop."""
 
 import queue
 import time

@@ -191,7 +191,7 @@ def own_version() -> str:
 
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
-    """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
+    """Bound what the peers of `party` may send it: activations to the label holder, gradients of its own cut back."""
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
         return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts)
@@ -211,7 +211,7 @@ def _role(
     observe: Observer,
     guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
-    """The worker of this party, and the loop it runs."""
+    """Return the worker of this party, and the loop it runs."""
     if spec.role == "label":
         fuse = fuse_stage(spec.compute, table, pipeline.batches, take, guards)
         _remark(fuse.own)

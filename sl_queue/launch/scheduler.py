@@ -41,7 +41,7 @@ def run_scheduler(
     metrics: str | None = None,
     observe: Observer = to_log,
 ) -> None:
-    """The scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
+    """Run the scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
@@ -84,7 +84,7 @@ def serve_scheduler(
     metrics: str | None = None,
     observe: Observer = to_log,
 ) -> RunState:
-    """The scheduler until every party has finished.
+    """Run the scheduler until every party has finished.
 
     `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
     Prometheus may ask, as `[HOST:]PORT`.
@@ -124,7 +124,7 @@ def _finished_before(ledger: RunFile) -> RunState | None:
 
 
 def plan_of(job: Job) -> Plan:
-    """What the scheduler must know of a job."""
+    """Return what the scheduler must know of a job."""
     rule = job.early_stopping
     early = None
     if rule is not None:
