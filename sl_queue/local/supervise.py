@@ -32,7 +32,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How patient supervision is."""
+    """Limits of supervision: how long it waits, how often it restarts."""
 
     first_pause_s: float = 0.5  # before a restart; doubled for every further crash at the same step
     longest_pause_s: float = 15.0
