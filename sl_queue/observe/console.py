@@ -1,5 +1,7 @@
-"""What the command shows: a progress bar while a run trains, and tables of what came out. Results go to stdout, the
-rest to stderr; where that is no terminal, an epoch is a line instead of a bar."""
+"""Output of the command: a progress bar while a run trains, and tables of what came out.
+
+Results go to stdout, the rest to stderr; where that is no terminal, an epoch is a line instead of a bar.
+"""
 
 import logging
 import sys
@@ -97,11 +99,11 @@ class Screen:
         logging.getLogger("sl_queue").removeHandler(self._log)
 
     def line(self, worker: str, text: str) -> None:
-        """A line that a worker wrote."""
+        """Print a line that a worker wrote."""
         self.console.print(Text.assemble((f"{worker}: ", "cyan"), text), soft_wrap=True)
 
     def status(self, status: RunStatus) -> None:
-        """The newest status of the run."""
+        """Show the newest status of the run."""
         rate = self._samples_per_s(status.samples)
         known = status.epoch if self._epochs is None or not self._tells_epochs else self._epochs
         for done in status.history:
@@ -160,7 +162,7 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def status_view(telling: Telling, wall: float) -> Group:
-    """Where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
+    """Render where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
     status = telling.run
     steps = "" if status.steps is None else f" of {status.steps}"
     done = f"{status.epoch} of {status.epochs} epochs, {status.step + 1}{steps} steps done"

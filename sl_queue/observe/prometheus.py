@@ -24,7 +24,7 @@ LOST_S = 30.0  # a connection that is lost is made again within that, unless som
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Where a party's training is."""
+    """Position of a party in its training."""
 
     run: str | None
     generation: int
