@@ -147,7 +147,7 @@ def run_chaos(
 
 @dataclass(frozen=True, slots=True)
 class _Harness:
-    """Where both runs take place."""
+    """Harness in which both runs take place."""
 
     job: Job
     job_file: Path
@@ -282,7 +282,7 @@ class _Injector:  # mutable: it remembers what it did
 
 
 def _committed(places: Mapping[str, Place]) -> Callable[[str], int]:
-    """The last step that a role has on disk; the scheduler, which computes none, goes on with everybody's newest."""
+    """Return the last step that a role has on disk; the scheduler, which computes none, has everybody's newest."""
 
     def newest(role: str) -> int:
         names = (path.stem for path in (places[role].state / "checkpoints").glob("step-*.safetensors"))
