@@ -1,4 +1,4 @@
-"""What every worker process does around its role: read its files, run, and leave with the right exit code."""
+"""Frame of every worker process around its role: read its files, run, and leave with the right exit code."""
 
 import argparse
 import ctypes
