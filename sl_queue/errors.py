@@ -58,7 +58,7 @@ class RemoteProtocolError(ProtocolError):
 
 
 class LocalProtocolError(ProtocolError):
-    """This program used the protocol wrongly: a bug in sl_queue, please report it."""
+    """Wrong use of the protocol by this program: a bug in sl_queue, please report it."""
 
     exit_code = 70
 
@@ -129,7 +129,7 @@ def _tree(error: type[SlQueueError]) -> dict[str, type[SlQueueError]]:
 
 
 def named(name: str) -> type[SlQueueError]:
-    """The error class of that name, or SlQueueError when a newer peer sends one that is unknown here."""
+    """Return the error class of that name, or SlQueueError for one of a newer peer that is unknown here."""
     return _tree(SlQueueError).get(name, SlQueueError)
 
 
