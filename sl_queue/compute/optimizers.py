@@ -21,7 +21,7 @@ def optimizer_names() -> dict[str, type[Optimizer]]:
 
 
 def build_optimizer(module: nn.Module, settings: Mapping[str, Any], key: str) -> Optimizer | None:
-    """Build the optimizer that a party file describes at `key`; None if the module has no parameters. Raises JobError."""
+    """Build the optimizer that a party file describes at `key`; None if nothing is to learn. Raises JobError."""
     named = dict(settings)
     name = named.pop("name", None)
     known = optimizer_names()
