@@ -1,4 +1,4 @@
-"""What a worker writes is its owner's alone, what others may read is no secret, and a shortage is no broken file."""
+"""Files of a worker are its owner's alone, what others may read is no secret, and a shortage is no broken file."""
 
 import errno
 import logging

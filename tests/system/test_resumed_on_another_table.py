@@ -30,7 +30,7 @@ def train(folder: Path, **options: Any) -> sl_queue.Result:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """The example in a folder of its own, trained for some of its epochs."""
+    """Train the example for some of its epochs, in a folder of its own."""
     write_credit(tmp_path)
     edit(tmp_path / "job.toml", "micro_batches = 4", "micro_batches = 4\ncheckpoint_every = 1")
     with pytest.raises(Enough):
