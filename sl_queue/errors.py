@@ -110,7 +110,7 @@ class NonFiniteError(ComputeError):
 
 
 class PeerFailed(SlQueueError):
-    """Another party failed, and the run with it; when that party is mended, starting the workers again resumes it."""
+    """Another party failed, and the run with it; when its cause is fixed, starting the workers again resumes it."""
 
     exit_code = 6
 

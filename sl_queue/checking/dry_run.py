@@ -213,7 +213,7 @@ def compare_with_joined(
 ) -> None:
     """Do the first steps split, again, and joined; `seconds` of computing for a micro-batch say how many there may be.
 
-    What `staleness` and a narrower dtype on the wire do on purpose is left out at first, and told apart.
+    What `staleness` and a narrower dtype on the wire do on purpose is left out at first, and reported apart.
     """
     step_s = seconds * batches.parts(0)
     steps = min(STEPS, batches.steps, max(1, int(COMPARING_S / COMPARED / max(step_s, 1e-9))))

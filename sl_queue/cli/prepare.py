@@ -92,7 +92,7 @@ def provision(
         bool, typer.Option("--client-certificates", help="Log in with certificates instead of passwords.")
     ] = False,
     rotate: Annotated[
-        list[str] | None, typer.Option(help="logins, certificates, authority or keys: make these anew.")
+        list[str] | None, typer.Option(help="logins, certificates, authority or keys: replace these.")
     ] = None,
 ) -> None:
     """Write everything a deployment needs: one folder for each party, one for the broker."""

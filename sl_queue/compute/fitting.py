@@ -164,7 +164,7 @@ def _tried(loss: Loss, form: Form, output: Tensor, labels: Tensor) -> _Tried | N
 
     try:
         value, other = value_of(labels), value_of(labels.roll(1, 0))
-    except Exception:  # of the user's code; when no form works, it is told by the trial that follows
+    except Exception:  # of the user's code; when no form works, the trial that follows reports it
         return None
     return _Tried(value, abs(value - other) > _SAME * abs(value)) if np.isfinite([value, other]).all() else None
 

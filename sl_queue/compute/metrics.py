@@ -63,7 +63,7 @@ def task_of(
 
 def metrics_of(names: Sequence[str], task: Task, where: str) -> dict[str, Metric]:
     """Build the named metrics. Raises JobError for one that the task does not have."""
-    wanted = [name for name in names if name != "loss"]  # which is always told
+    wanted = [name for name in names if name != "loss"]  # which is always reported
     known = _known(task) if wanted else {}
     for name in wanted:
         if name not in known:

@@ -94,7 +94,7 @@ class OwnedLoss:
                 if numbers.shape != tensor.shape:
                     raise CheckpointError(
                         f"party {self.party!r}: the checkpoint is of another loss: {name} differs; "
-                        "restore it, or start anew with another state folder"
+                        "restore it, or start from scratch with another state folder"
                     )
                 tensor.copy_(numbers)
 

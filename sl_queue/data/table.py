@@ -1,7 +1,7 @@
 """A party's table in canonical order: ascending id, numbers by value and text by its UTF-8 bytes.
 
 The order is the same at every party that holds the same ids, and so are the keys and the digest that are made of them.
-Both come from one hash over all ids, and neither yields the other: the digest is told to the scheduler when a party
+Both come from one hash over all ids, and neither yields the other: the digest is sent to the scheduler when a party
 joins, the keys never leave the party. Whoever does not know all ids can compute neither.
 """
 

@@ -5,7 +5,7 @@
     <role>/        ca.crt broker.url seal.key [client.crt client.key]     for each party, the scheduler, the operator
     security.toml  the public keys, to be pasted into the job
 
-What is there is kept, so that it may be run again after every change of the job; secrets are made anew only when asked.
+What is there is kept, so that it may be run again after every change of the job; secrets are replaced only when asked.
 """
 
 import datetime
@@ -27,7 +27,7 @@ from sl_queue.security.keys import PrivateKey, PublicKey, read_key
 
 PORT = 5671
 BROKER_AT = "/etc/sl_queue"  # where the broker's folder lies on its machine
-RENEW_DAYS = 30  # a certificate that ends sooner is made anew
+RENEW_DAYS = 30  # a certificate that ends sooner is replaced
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # RabbitMQ 4's own; 3.10 would take 128 MiB
 
 

@@ -58,8 +58,8 @@ def run_scheduler(
 
 
 @dataclass(slots=True)
-class _Epochs:  # mutable: it remembers what it told
-    """An event for each epoch that ends; what a resumed run brings is not told again."""
+class _Epochs:  # mutable: it remembers what it reported
+    """An event for each epoch that ends; what a resumed run brings is not reported again."""
 
     observe: Observer
     told: int | None = None

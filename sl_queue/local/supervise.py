@@ -238,5 +238,5 @@ def die_with_parent() -> None:
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the kernel was told
+    if os.getppid() != parent:  # it was gone before the kernel was asked
         os._exit(128 + signal.SIGKILL)

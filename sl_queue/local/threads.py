@@ -121,7 +121,7 @@ def run_threads(
             for path in sorted((states[party] / "final").glob("*.safetensors")):
                 try:
                     modules[party, path.stem] = trained_module(spec.compute, path, loan)
-                except SlQueueError as error:  # told to who asks for that module; the others are here
+                except SlQueueError as error:  # raised to whoever asks for that module; the others are here
                     modules[party, path.stem] = error
         return Result(history, modules, job.label_holder)
 

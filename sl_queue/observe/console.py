@@ -124,7 +124,7 @@ class Screen:
     def _samples_per_s(self, samples: int) -> float | None:
         now = time.monotonic()
         if self._samples and (samples == 0 or samples < self._samples[-1][1]):
-            self._samples.clear()  # nothing is trained yet; or the label holder was restarted, and counts anew
+            self._samples.clear()  # nothing is trained yet; or the label holder was restarted, and counts from zero
         self._samples.append((now, samples))
         while now - self._samples[0][0] > RATE_OVER_S and len(self._samples) > 2:
             self._samples.popleft()
@@ -172,7 +172,7 @@ def status_view(telling: Telling, wall: float) -> Group:
         f"{status.phase}: {done}",
     ]
     if not telling.silent:
-        head.append(f"told {_when(telling, wall)}")
+        head.append(f"reported {_when(telling, wall)}")
     if status.loss is not None:
         head.append(f"loss {number_text(status.loss)}")
     if status.reason:
@@ -200,7 +200,7 @@ def _silence(telling: Telling, wall: float) -> str:
     last = "" if age_s is None else f", {_when(telling, wall)}"
     return (
         f"the scheduler has said nothing for at least {telling.listened_s:.0f} s: it is gone, or it does not reach the "
-        f"broker, or the broker takes no messages (a resource alarm). This is the last that it told{last}; it may no "
+        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may no "
         "longer be so"
     )
 

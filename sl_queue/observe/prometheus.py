@@ -1,6 +1,6 @@
 """A running worker as Prometheus and a health check see it: `/metrics` and `/health`, read when somebody asks.
 
-Nothing is counted in here, and nothing is told of rows, tensors or secrets.
+Nothing is counted in here, and nothing is shown of rows, tensors or secrets.
 """
 
 from collections.abc import Callable, Iterable, Mapping

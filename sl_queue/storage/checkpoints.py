@@ -147,7 +147,7 @@ class Folder:
         return self._kept
 
     def keep(self, step: int | None) -> None:
-        """Keep the checkpoint of `step` until told otherwise, also by a worker that starts again."""
+        """Keep the checkpoint of `step` until another one is kept, also by a worker that starts again."""
         if step == self._kept:
             return
         with self._writing():
@@ -279,11 +279,11 @@ class Folder:
         if finished:
             raise CheckpointError(
                 f"party {party!r}: {path}: this run is finished, and it was trained with something else: {differing}. "
-                "Restore that to have its final weights, or train anew with another state folder"
+                "Restore that to have its final weights, or train from scratch with another state folder"
             )
         raise CheckpointError(
             f"party {party!r}: {path} was written with something else, and resuming would not give the same weights: "
-            f"{differing}. Restore that, or start anew with another state folder"
+            f"{differing}. Restore that, or start from scratch with another state folder"
         )
 
     def _locked(self) -> FileLock:

@@ -132,7 +132,7 @@ def run_chaos(
 ) -> Comparison:
     """Both runs; `party_files` by party. Raises JobError if `out` is not empty. Call from the main thread."""
     if out.exists() and any(out.iterdir()):
-        raise JobError(f"{out} is not empty; both runs must begin anew: give --out another folder")
+        raise JobError(f"{out} is not empty; both runs must begin from scratch: give --out another folder")
     roles = (*job.parties, SCHEDULER)
     with PrivateBroker() as broker:
         harness = _Harness(job, job_file, party_files, broker, say)

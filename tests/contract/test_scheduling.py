@@ -141,7 +141,7 @@ def test_a_state_that_is_lost_after_the_end_is_said_to_be_and_nobody_waits() -> 
     run = ToyRun().run()
     del run.stores["a"]
     began = time.monotonic()
-    with pytest.raises(CheckpointError, match="they are lost; to train anew"):
+    with pytest.raises(CheckpointError, match="they are lost; to train from scratch"):
         again(run, late_s=2.0, patience_s=60.0).run()
     assert time.monotonic() - began < 15
 

@@ -121,7 +121,7 @@ def test_a_state_that_is_lost_after_the_end_ends_with_what_to_do(trained: Path) 
     shutil.rmtree(job.parent / "run" / "bank")
     again = local(job, "--out", job.parent / "run")
     assert again.returncode == 4
-    assert "they are lost; to train anew" in again.stderr
+    assert "they are lost; to train from scratch" in again.stderr
 
 
 def test_another_job_on_the_same_folders_is_told_what_differs(trained: Path) -> None:

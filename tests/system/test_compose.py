@@ -260,7 +260,7 @@ def test_two_organisations_train_with_a_container_each_as_the_page_says(image: N
         organisation(feature)
         project.await_end("feature")
         assert project.inspect("feature")["RestartCount"] == 0
-        assert re.search(r"error: .*key.*\nexit code 3, told as 0 .*\n$", project.logs("feature"))
+        assert re.search(r"error: .*key.*\nexit code 3, reported as 0 .*\n$", project.logs("feature"))
         shutil.copy(tmp_path / "its.key", tmp_path / "bank" / "seal.key")
         organisation(feature)
         project.await_end("feature", "label", "coordinator")

@@ -294,7 +294,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_4(crew: Crew) -> None
     folder = crew.states / "bank" / "checkpoints"
     folder.chmod(0o500)
     assert crew.wait("bank") == EXIT_CHECKPOINT
-    assert "Permission denied" in crew.log("bank") and "mend the rights" in crew.log("bank")
+    assert "Permission denied" in crew.log("bank") and "fix the permissions" in crew.log("bank")
     assert everybody_else_was_told(crew, "Permission denied")
     folder.chmod(0o700)
     crew.start()

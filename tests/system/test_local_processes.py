@@ -215,7 +215,7 @@ def test_final_weights_that_are_lost_after_the_end_come_back(job: Path, broker_u
     shutil.rmtree(run.out / "bank")
     with started(job, broker_url, "run") as lost:
         assert lost.wait() == 4, lost.text
-    assert "they are lost; to train anew" in lost.text
+    assert "they are lost; to train from scratch" in lost.text
 
 
 def _phase(job: Path, broker_url: str) -> str:

@@ -62,7 +62,7 @@ def test_what_differs_is_said_with_both_remedies_and_the_broker_is_not_asked(beg
     told = str(caught.value)
     assert told.startswith("party 'bank': ")
     assert "columns 'age', 'income' moved to another place" in told
-    assert "Restore that, or start anew with another state folder" in told
+    assert "Restore that, or start from scratch with another state folder" in told
 
 
 def test_two_tables_that_changed_alike_are_refused_too(begun: Path) -> None:

@@ -103,7 +103,7 @@ def test_the_dead_are_not_described_as_living(tmp_path: Path, broker_url: str) -
         crew.start()
         crew.await_step("insurer", 8)
         code, said = status(crew)
-        assert code == 0 and "told now" in said and "here" in said
+        assert code == 0 and "reported now" in said and "here" in said
         crew.kill("bank")
         for _ in range(3):
             code, told = status(crew, "--json")

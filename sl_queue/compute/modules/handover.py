@@ -224,7 +224,7 @@ class Loan:
     def trained(self, party: str, part: str, make: Callable[[], nn.Module] | None) -> nn.Module | None:
         """Return the trained module, apart from the one that will be given back; None if none was trained here.
 
-        `make` is the callable of the party file, if it has one: what it makes anew is nobody's but ours.
+        `make` is the callable of the party file, if it has one: what it newly makes is nobody's but ours.
         Raises ComputeError if the module cannot be copied.
         """
         module = self._lent.get((party, part))

@@ -42,7 +42,7 @@ def _other_rows(plan: Plan, state: RunState, sender: str, joined: Join) -> str |
             return None
         return (
             f"the rows differ: {sender!r} has {joined.n_rows} rows, run {state.run} was begun on {agreed.n_rows}, and "
-            f"their ids are not the same; restore that table at {sender!r} and start its worker again, or train anew "
+            f"their ids differ; restore that table at {sender!r} and start its worker again, or train from scratch "
             "with new state folders everywhere"
         )
     for other in plan.parties:
@@ -83,7 +83,7 @@ def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str 
             f"the rules by which a run chooses its held-out rows differ: {older[1]!r} goes by rules {older[0]}, as an "
             f"earlier version of sl_queue or a run that one began does, and {newer[1]!r} by rules {newer[0]}. To go on "
             f"with the run, write rules = {older[0]} at the top of the job file of {newer[1]!r} (no digest changes); "
-            "to train anew, use this version of sl_queue and a new state folder everywhere"
+            "to train from scratch, use this version of sl_queue and a new state folder everywhere"
         )
     return None
 

@@ -82,11 +82,11 @@ class Member:
     stopped: bool = False
     refused: str | None = None  # why its newest worker may not join a run that goes on
     # what follows is not written to disk: it describes a moment
-    held: tuple[int, ...] | None = None  # None: it has not told this scheduler process yet
+    held: tuple[int, ...] | None = None  # None: it has not reported to this scheduler process yet
     step: int = BEFORE_FIRST_STEP
     loss: float | None = None
     samples: int = 0
-    rules: int | None = None  # None: it has not told this scheduler process yet
+    rules: int | None = None  # None: it has not reported to this scheduler process yet
     heard: float | None = None  # monotonic
     waiting: Waiting | None = None
     lost: Lost | None = None
