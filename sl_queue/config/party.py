@@ -19,12 +19,12 @@ from pydantic import (
     model_validator,
 )
 
+from sl_queue.config.privacy import PrivacyFile, about_defences
 from sl_queue.config.schema import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.config.security import read_secret
 from sl_queue.config.user_code import NAME
 from sl_queue.errors import JobError
 from sl_queue.protocol.broker_url import fault
-from sl_queue.protocol.fingerprints import SEED
 
 if TYPE_CHECKING:
     from sl_queue.config.job import Job
@@ -151,25 +151,6 @@ class SecurityFile(Declared):
     key: _Path = Field(description="the name of the file with this party's private key")
 
 
-class PrivacyFile(Declared):
-    """What keeps this party's own numbers from the other parties."""
-
-    secret: Any = Field(
-        default=None,
-        repr=False,
-        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
-    )
-
-    @field_validator("secret")
-    @classmethod
-    def _is_a_place(cls, value: Any, info: ValidationInfo) -> Path | str | None:
-        if value is None or value == SEED:
-            return None if value is None else SEED
-        if isinstance(value, str | Path) and str(value):
-            return _from_folder(Path(value), info)
-        raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
-
-
 class PartyFile(Declared):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
@@ -185,7 +166,7 @@ class PartyFile(Declared):
     device: str = Field(default="cpu", min_length=1, description='a torch device, for instance "cpu" or "cuda"')
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
-    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")
+    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret and defences")
 
     _folder: Path | None = PrivateAttr(None)
     _secret: bytes = PrivateAttr(b"")
@@ -256,7 +237,9 @@ class PartyFile(Declared):
                 f"its parties are {', '.join(known)}"
             )
         about_labels = _about_labels if self.party == job.label_holder else _about_no_labels
-        problems = [*_about_base(self, job), *about_labels(self, job)]
+        holds, holder = self.party == job.label_holder, job.label_holder
+        defences = about_defences(self.privacy, holds_labels=holds, party=self.party, label_holder=holder)
+        problems = [*_about_base(self, job), *about_labels(self, job), *defences]
         if problems:
             raise JobError("\n  ".join(f"party {self.party!r}: {problem}" for problem in problems))
 
