@@ -24,10 +24,21 @@ def auc(positive: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> floa
     n_negative = len(positive) - n_positive
     if not n_positive or not n_negative:
         return 0.5
-    _, place, counts = np.unique(score, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    one = (ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    one = (_ranks(score)[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
     return float(max(one, 1 - one))
+
+
+def _ranks(score: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the rank of each score, from 1; equal ones share the mean of theirs."""
+    order = np.argsort(score)
+    ascending = score[order]
+    if (ascending[1:] == ascending[:-1]).any():
+        _, place, counts = np.unique(score, return_inverse=True, return_counts=True)
+        shared: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[place]
+        return shared
+    ranks = np.empty(len(score))
+    ranks[order] = np.arange(1, len(score) + 1)
+    return ranks
 
 
 def each_class(labels: Classes, scores: Callable[[npt.NDArray[np.bool_]], npt.NDArray[np.float64]]) -> float:
@@ -52,8 +63,9 @@ def norm(gradients: Rows, labels: Classes) -> float:
     return each_class(labels, lambda _: lengths)
 
 
-def direction(unit: Rows, labels: Classes, rng: Rng, known: int = 5) -> float:
+def direction(unit: Rows, labels: Classes, rng: Rng) -> float:
     """Return the AUC of the likeness to one row whose class is known; the mean over a few such rows."""
+    known = 5 if len(np.unique(labels)) <= 2 else 1
 
     def score(of_class: npt.NDArray[np.bool_]) -> float:
         members = np.flatnonzero(of_class)
