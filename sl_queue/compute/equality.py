@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
-from sl_queue.compute.reference import Joined, train_joined
+from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.tensors import from_payload
 from sl_queue.ports import Table
@@ -43,7 +43,7 @@ def largest_difference(one: Weights, other: Weights) -> float:
     return max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
 
 
-def joined_weights(joined: Joined) -> Weights:
+def joined_weights(joined: ReferenceRun) -> Weights:
     """The weights of jointly trained modules, to compare."""
     bases = {_of(party): base.state_dict() for party, base in joined.bases.items()}
     return {**bases, "fuse": joined.fuse.state_dict()}
