@@ -72,6 +72,8 @@ class Table:
     columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
     hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
     notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
+    tokens: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, by a key of this party alone
+    truth: npt.NDArray[Any] | None = field(default=None, repr=False)  # the labels, where others stand in their place
 
     @property
     def n_rows(self) -> int:
@@ -140,6 +142,29 @@ class FuseStage(Protocol):
 
     def weights(self) -> Weights:
         """As BaseStage.weights."""
+
+
+class Meter(Protocol):
+    """Attacks on what a party sends, each epoch; nothing that is trained depends on it. Mutable: it gathers."""
+
+    def end_epoch(self) -> Mapping[str, Mapping[str, float]]:
+        """Return what each other party could read by what it was sent in this epoch; begins another one."""
+
+    def state(self) -> State:
+        """Return what a checkpoint must hold, for the same numbers to follow."""
+
+    def load(self, state: State) -> None:
+        """Become what `state()` described; forget everything if the checkpoint has nothing of it."""
+
+
+class Spending(Protocol):
+    """What a party may release, and has released."""
+
+    def begin(self, run: str, generation: int, epoch: int) -> None:
+        """Enter what an epoch releases, on disk, before any of it is sent. Raises JobError if a budget forbids it."""
+
+    def finish(self, run: str) -> None:
+        """Say on disk what the run has released, and what that is worth."""
 
 
 class Channel(Protocol):

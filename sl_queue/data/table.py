@@ -23,8 +23,11 @@ from sl_queue.ports import Table
 from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
 
 
-def read_table(job: Job, party_file: PartyFile) -> Table:
-    """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong."""
+def read_table(job: Job, party_file: PartyFile, token_key: bytes | None = None) -> Table:
+    """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong.
+
+    `token_key` makes the tokens of the rows' ids, for draws that a row keeps in other tables too.
+    """
     party, data = party_file.party, party_file.data
     id_type = data.id_type if isinstance(data, DataFile) else None
     empty = isinstance(data, DataFile) and data.features == []
@@ -42,7 +45,8 @@ def read_table(job: Job, party_file: PartyFile) -> Table:
     hashes = id_hashes(texts, job.seed_of_holdout) if job.holdout else None
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes)
+    tokens = None if token_key is None else _keyed(texts, token_key)
+    return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes, tokens)
 
 
 def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
@@ -75,9 +79,14 @@ def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.N
     everything.update(b"".join(texts))
     secret = everything.digest()
     key = blake2b(secret, person=b"sl_queue row key").digest()
-    keys = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in texts])
     digest = blake2b(secret, digest_size=32, person=b"sl_queue digest").hexdigest()
-    return np.frombuffer(keys, "<u8").astype(np.uint64), digest
+    return _keyed(texts, key), digest
+
+
+def _keyed(texts: list[bytes], key: bytes) -> npt.NDArray[np.uint64]:
+    """Return 64 bits of each text that depend on it and on the key alone."""
+    hashes = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in texts])
+    return np.frombuffer(hashes, "<u8").astype(np.uint64)
 
 
 def _ordered(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:

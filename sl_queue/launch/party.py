@@ -25,6 +25,8 @@ from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
+from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, settings_of, token_key
+from sl_queue.launch.spending import Spending
 from sl_queue.loops.feature_party import FeatureParty
 from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
@@ -36,6 +38,7 @@ from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
+from sl_queue.storage.secret_file import read_secret
 from sl_queue.transport.party_channel import PartyChannel
 
 if TYPE_CHECKING:
@@ -100,12 +103,14 @@ def serve_party(
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
         rules = rules_to_keep(job, party, folder.begun_with)
+        require_lasting_secret(party_file, state, private=private)
+        secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
+        party_file = party_file.with_secret(secret)
         table = _table(job, party_file)
         for note in table.notes:
             log.info("%s: %s", party, note)
-        secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
-        folder.require(fingerprint(job, party_file, table, rules, secret))
-        party_file = party_file.with_secret(secret)
+        defended = settings_of(party_file.privacy).fingerprint
+        folder.require({**fingerprint(job, party_file, table, rules, secret), **defended})
         rows = (table.n_rows, table.digest, table.id_type)
         identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version())
         batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
@@ -123,7 +128,10 @@ def serve_party(
             bounds=bounds,
         )
         journal = Journal(state / "history.jsonl")
+        parts = parts_of(job, party_file, table, batches)
+        guards = {**parts.guards, **guards}
         worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take, guards)
+        worker.meter, worker.spending = parts.meter, Spending.of(job, party_file, table, state, parts.meter)
         if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker).close)
         stack.callback(channel.close)
@@ -134,11 +142,15 @@ def serve_party(
 
 
 def _table(job: Job, party_file: PartyFile) -> Table:
-    """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
+    """Read the party's rows, with responses for labels if its file says so.
+
+    A source in Python may draw random numbers, beside other parties of this process.
+    """
+    key = token_key(job, party_file)
     if getattr(party_file.data, "source", None) is None:
-        return read_table(job, party_file)
+        return responded(job, party_file, read_table(job, party_file, key))
     with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
-        return read_table(job, party_file)
+        return responded(job, party_file, read_table(job, party_file, key))
 
 
 def own_version() -> str:
@@ -191,7 +203,10 @@ def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
     """
     try:
         rules = rules_to_keep(job, party_file.party, folder.begun_with)
-        folder.require(fingerprint(job, party_file, _table(job, party_file), rules))
+        chosen, defended = party_file.privacy.secret, settings_of(party_file.privacy).fingerprint
+        if isinstance(chosen, Path):
+            party_file = party_file.with_secret(read_secret(chosen))
+        folder.require({**fingerprint(job, party_file, _table(job, party_file), rules), **defended})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
 

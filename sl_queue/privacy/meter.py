@@ -99,6 +99,10 @@ class GradientMeter:
         members = [np.flatnonzero(self._labels == c) for c in self._scored]
         self._friends = [rng.choice(m, min(KNOWN, max(1, len(m) // 2)), replace=False) for m in members]
 
+    def samples(self, rows: Positions) -> npt.NDArray[np.bool_]:
+        """Say which of these rows of the table are looked at."""
+        return self._sample.places[rows] >= 0
+
     def saw_gradient(self, party: str, rows: Positions, gradient: npt.NDArray[np.float32]) -> None:
         """Take note of what is sent to a party for these rows of the table; shape (rows, *anything)."""
         self._add(self._gradients, party, rows, gradient)
@@ -200,6 +204,10 @@ class ActivationMeter:
         self._columns: Rows = whole[:, :: max(1, -(-whole.shape[1] // WIDTH))]
         self._raw = round(attacks.attribute_raw(self._columns, _rng(key, "raw", 0)), 4)
         self._seen: _Seen | None = None
+
+    def samples(self, rows: Positions) -> npt.NDArray[np.bool_]:
+        """Say which of these rows of the table are looked at."""
+        return self._sample.places[rows] >= 0
 
     def saw_activation(self, rows: Positions, activation: npt.NDArray[np.float32]) -> None:
         """Take note of what is sent for these rows of the table; shape (rows, *anything)."""

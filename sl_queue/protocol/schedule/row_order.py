@@ -114,6 +114,11 @@ class Batches:
         return split_holdout(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, self.holdout)
 
     @property
+    def training_positions(self) -> Positions:
+        """All rows that are not held out, in the order in which they are shuffled."""
+        return self._split[0]
+
+    @property
     def training_rows(self) -> int:
         return self.n_rows - self.holdout_rows
 

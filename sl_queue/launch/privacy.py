@@ -1,0 +1,167 @@
+"""What a party's [privacy] comes to: labels that were answered at random, guards at the cut, and a meter."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.privacy import MAX_NORM, GradientNoise, PrivacyFile
+from sl_queue.cut.guard import Guard
+from sl_queue.errors import JobError
+from sl_queue.ports import Table
+from sl_queue.privacy.draws import key_for, seed_secret
+from sl_queue.privacy.guards import (
+    ActivationDefence,
+    ActivationTap,
+    EpochMeter,
+    GradientDefence,
+    GradientTap,
+    Returning,
+    RowIndex,
+)
+from sl_queue.privacy.meter import ActivationMeter, GradientMeter
+from sl_queue.privacy.report import Settings
+from sl_queue.privacy.response import Response, classes_of, epsilon_for, rarest, respond
+from sl_queue.protocol.fingerprints import SEED
+from sl_queue.protocol.schedule.row_order import Batches
+
+log = logging.getLogger("sl_queue")
+
+
+def settings_of(file: PrivacyFile) -> Settings:
+    """Return what a file's [privacy] says, as values."""
+    gradients, activations = file.gradients, file.activations
+    return Settings(
+        labels=None if file.labels is None else file.labels.epsilon,
+        prior_ok=file.labels is not None and file.labels.prior_ok,
+        gradients=gradients.noise if isinstance(gradients, GradientNoise) else None,
+        max_norm=gradients == MAX_NORM,
+        clip=None if activations is None else activations.clip,
+        sigma=0.0 if activations is None else activations.sigma,
+        nopeek=file.nopeek,
+        meter=file.meter,
+        budget=file.budget,
+        delta=file.delta,
+    )
+
+
+def require_lasting_secret(party_file: PartyFile, state: Path, *, private: bool) -> None:
+    """Raise JobError if a `private` worker's defences would draw again after its state folder is gone."""
+    settings, chosen, party = settings_of(party_file.privacy), party_file.privacy.secret, party_file.party
+    if not private or not settings.draws or chosen == SEED:
+        return
+    inside = isinstance(chosen, Path) and state.resolve() in chosen.resolve().parents
+    if chosen is None or inside:
+        where = "in its state folder" if inside else "not named"
+        raise JobError(
+            f"party {party!r}: what [privacy] draws for a row must be the same in the next run, and its secret is "
+            f"{where}, where it does not outlive a run: make one with `sl-queue key --private --out {party}.secret`, "
+            f'and set [privacy] secret = "{party}.secret"'
+        )
+
+
+def token_key(job: Job, party_file: PartyFile) -> bytes | None:
+    """Return what keys the tokens of the party's rows; None if nothing is drawn for a row."""
+    return key_for(_base(job, party_file), party_file.party, "rows") if _per_row(party_file) else None
+
+
+def responded(job: Job, party_file: PartyFile, table: Table) -> Table:
+    """Return the table with responses for labels, if the file says so. Raises JobError if there can be none."""
+    settings, party = settings_of(party_file.privacy), party_file.party
+    if settings.labels is None or table.labels is None:
+        return table
+    assert table.tokens is not None
+    where = f"party {party!r}: [privacy] labels = {{ epsilon = {settings.labels:g} }}"
+    classes = classes_of(table.labels)
+    if classes is None:
+        raise JobError(
+            f"{where} needs classes, whole numbers, one a row; these labels are {table.labels.dtype} "
+            f"{table.labels.shape}: take it out, or write the labels as classes"
+        )
+    response = Response(settings.labels, classes)
+    rare = rarest(table.labels, response)
+    better = epsilon_for(rare.share, len(classes))
+    told = (
+        f"{where} with {100 * rare.share:.2g} % positives: {100 * rare.says:.3g} % of labels will say positive and "
+        f"{100 * rare.right:.2g} % of those are; raise epsilon above {better:g}"
+    )
+    if rare.hopeless and not settings.prior_ok:
+        raise JobError(f"{told}, or accept it with prior_ok = true")
+    if rare.doubtful:
+        log.warning("%s for most of them to be", told)
+    given = respond(table.labels, response, table.tokens, _base(job, party_file), party)
+    return replace(table, labels=given, truth=table.labels)
+
+
+def response_of(party_file: PartyFile, table: Table) -> Response | None:
+    """Return the response that a table's labels went through, for prediction to undo it; None if there was none."""
+    epsilon = settings_of(party_file.privacy).labels
+    classes = None if table.truth is None else classes_of(table.truth)
+    return None if epsilon is None or classes is None else Response(epsilon, classes)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is put into a worker."""
+
+    guards: Mapping[str, Guard]
+    meter: EpochMeter | None = None
+
+
+def parts_of(job: Job, party_file: PartyFile, table: Table, batches: Batches) -> Parts:
+    """Make the guards and the meter that a party's [privacy] asks for."""
+    holds_labels = party_file.party == job.label_holder
+    make = _parts_of_label_holder if holds_labels else _parts_of_feature_party
+    return make(job, party_file, table, batches, _base(job, party_file))
+
+
+def _parts_of_feature_party(job: Job, party_file: PartyFile, table: Table, batches: Batches, base: bytes) -> Parts:
+    settings, party, tap, meter = settings_of(party_file.privacy), party_file.party, None, None
+    if settings.meter and table.features is not None:
+        columns = ActivationMeter(table.features, batches.training_positions, key_for(base, party, "meter"))
+        tap, meter = ActivationTap(columns, RowIndex.of(table.row_keys)), EpochMeter(columns, job.label_holder)
+    defence = None if settings.clip is None else ActivationDefence(settings.clip, settings.sigma, base)
+    returning = Returning(settings.clip, settings.nopeek) if settings.clip is not None or settings.nopeek else None
+    if defence is None and tap is None and returning is None:
+        return Parts({})
+    return Parts({job.label_holder: Guard(defence, tap, None, returning)}, meter)
+
+
+def _parts_of_label_holder(job: Job, party_file: PartyFile, table: Table, batches: Batches, base: bytes) -> Parts:
+    settings, party, tap, meter, defence = settings_of(party_file.privacy), party_file.party, None, None, None
+    index = RowIndex.of(table.row_keys)
+    classes = class_numbers(table) if settings.meter else None
+    if classes is not None:
+        gradients = GradientMeter(classes, batches.training_positions, key_for(base, party, "meter"))
+        tap, meter = GradientTap(gradients, index), EpochMeter(gradients)
+    elif settings.meter:
+        log.warning("party %r: [privacy] meter reads classes, and these labels are none; nothing is measured", party)
+    if settings.max_norm or settings.gradients is not None:
+        assert table.tokens is not None
+        defence = GradientDefence(settings.gradients, index, table.tokens, base)
+    if tap is None and defence is None:
+        return Parts({})
+    return Parts(dict.fromkeys(job.feature_parties, Guard(defence, tap, tap)), meter)
+
+
+def class_numbers(table: Table) -> npt.NDArray[np.int64] | None:
+    """Return the true class of each row, counted from 0; None if labels are no classes."""
+    labels = table.labels if table.truth is None else table.truth
+    classes = None if labels is None else classes_of(labels)
+    if labels is None or classes is None:
+        return None
+    return np.searchsorted(np.array(classes), labels.reshape(-1).astype(np.float64)).astype(np.int64)
+
+
+def _per_row(party_file: PartyFile) -> bool:
+    settings = settings_of(party_file.privacy)
+    return settings.labels is not None or settings.max_norm or settings.gradients is not None
+
+
+def _base(job: Job, party_file: PartyFile) -> bytes:
+    """What keys all of a party's defences: its secret, or what anyone can compute of the job."""
+    return party_file.secret or seed_secret(job.seed, party_file.party)
