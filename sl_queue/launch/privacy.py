@@ -25,7 +25,7 @@ from sl_queue.privacy.guards import (
 )
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
 from sl_queue.privacy.report import Settings
-from sl_queue.privacy.response import Response, classes_of, epsilon_for, rarest, respond
+from sl_queue.privacy.response import Labels, Response, classes_of, epsilon_for, rarest, respond
 from sl_queue.protocol.fingerprints import SEED
 from sl_queue.protocol.schedule.row_order import Batches
 
@@ -136,7 +136,8 @@ def _parts_of_label_holder(job: Job, party_file: PartyFile, table: Table, batche
     index = RowIndex.of(table.row_keys)
     classes = class_numbers(table) if settings.meter else None
     if classes is not None:
-        gradients = GradientMeter(classes, batches.training_positions, key_for(base, party, "meter"))
+        given = None if table.labels is None or table.truth is None else numbered(table.labels, table.truth)
+        gradients = GradientMeter(classes, batches.training_positions, key_for(base, party, "meter"), given)
         tap, meter = GradientTap(gradients, index), EpochMeter(gradients)
     elif settings.meter:
         log.warning("party %r: [privacy] meter reads classes, and these labels are none; nothing is measured", party)
@@ -151,10 +152,13 @@ def _parts_of_label_holder(job: Job, party_file: PartyFile, table: Table, batche
 def class_numbers(table: Table) -> npt.NDArray[np.int64] | None:
     """Return the true class of each row, counted from 0; None if labels are no classes."""
     labels = table.labels if table.truth is None else table.truth
-    classes = None if labels is None else classes_of(labels)
-    if labels is None or classes is None:
-        return None
-    return np.searchsorted(np.array(classes), labels.reshape(-1).astype(np.float64)).astype(np.int64)
+    return None if labels is None or classes_of(labels) is None else numbered(labels, labels)
+
+
+def numbered(labels: Labels, among: Labels) -> npt.NDArray[np.int64]:
+    """Return the class of each label, counted from 0 in the order of the values of `among`."""
+    classes = np.unique(among).astype(np.float64)
+    return np.searchsorted(classes, labels.reshape(-1).astype(np.float64)).astype(np.int64)
 
 
 def _per_row(party_file: PartyFile) -> bool:

@@ -43,9 +43,16 @@ def _ranks(score: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def each_class(labels: Classes, scores: Callable[[npt.NDArray[np.bool_]], npt.NDArray[np.float64]]) -> float:
     """Return the mean AUC over the classes of what `scores` says of each against the rest; of two, of the rarer."""
+    classes = scored(labels)
+    return float(np.mean([auc(labels == c, scores(labels == c)) for c in classes])) if len(classes) else 0.5
+
+
+def scored(labels: Classes) -> Classes:
+    """Return the classes that an AUC is a mean over: of two the rarer, of more all, of one none."""
     classes, counts = np.unique(labels, return_counts=True)
-    chosen = classes[np.argsort(counts, kind="stable")][: 1 if len(classes) == 2 else None]
-    return float(np.mean([auc(labels == c, scores(labels == c)) for c in chosen])) if len(classes) > 1 else 0.5
+    if len(classes) < 2:
+        return classes[:0]
+    return classes[[int(counts.argmin())]] if len(classes) == 2 else classes
 
 
 def directions(rows: Rows) -> Rows:
@@ -70,29 +77,34 @@ def direction(unit: Rows, labels: Classes, rng: Rng) -> float:
     def score(of_class: npt.NDArray[np.bool_]) -> float:
         members = np.flatnonzero(of_class)
         chosen = rng.choice(members, min(known, len(members)), replace=False)
-        return float(np.mean([auc(of_class, unit @ unit[k]) for k in chosen]))
+        return float(np.mean([auc(of_class, likeness) for likeness in unit[chosen] @ unit.T]))
 
-    classes, counts = np.unique(labels, return_counts=True)
-    rarest_first = classes[np.argsort(counts, kind="stable")][: 1 if len(classes) == 2 else None]
-    return float(np.mean([score(labels == c) for c in rarest_first])) if len(classes) > 1 else 0.5
+    classes = scored(labels)
+    return float(np.mean([score(labels == c) for c in classes])) if len(classes) else 0.5
 
 
 def spectral(unit: Rows, labels: Classes) -> float:
     """Return the AUC of the main direction in which gradients differ: clustering, with no row known."""
+    few = main_directions(unit, len(np.unique(labels)))
+    return each_class(labels, lambda of_class: max(few, key=lambda along: auc(of_class, along))) if len(few) else 0.5
+
+
+def main_directions(unit: Rows, classes: int) -> Rows:
+    """Return the rows along the directions in which they differ most: one for two classes, else as many as classes."""
     if len(unit) < 2:
-        return 0.5
+        return np.zeros((0, len(unit)))
     centred = unit - unit.mean(0)
-    main = np.linalg.eigh(centred.T @ centred)[1]
-    if len(np.unique(labels)) <= 2:
-        along = centred @ main[:, -1]
-        return each_class(labels, lambda _: along)
-    few = centred @ main[:, -min(main.shape[1], len(np.unique(labels))) :]
-    return each_class(labels, lambda of_class: _best_column(few, of_class))
+    found: Rows = (centred @ np.linalg.eigh(centred.T @ centred)[1][:, -(1 if classes <= 2 else classes) :]).T
+    return found
 
 
-def _best_column(scores: Rows, of_class: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    best: npt.NDArray[np.float64] = max(scores.T, key=lambda column: auc(of_class, column))
-    return best
+def chance(scores: Rows, labels: Classes, rng: Rng) -> float:
+    """Return what the best of these scores, (attacks, rows), says of shuffled labels: above 0.5 by chance alone."""
+    found = []
+    for _ in range(_SHUFFLES):
+        shuffled = rng.permutation(labels)
+        found.append(max((each_class(shuffled, lambda _, s=s: s) for s in scores), default=0.5))  # type: ignore[misc]
+    return float(np.mean(found))
 
 
 def completion(rows: Rows, labels: Classes, rng: Rng, known: int = 40) -> float:
@@ -117,11 +129,6 @@ def one_of_each(unit: Rows, labels: Classes, rng: Rng) -> float:
     rest = np.setdiff1d(np.arange(len(labels)), known)
     nearest = classes[np.argmax(unit[rest] @ unit[known].T, axis=1)]
     return float((nearest == labels[rest]).mean()) if len(rest) else 1.0
-
-
-def chance(score: Callable[[Classes], float], labels: Classes, rng: Rng) -> float:
-    """Return what an attack says of shuffled labels: a two-sided AUC is above 0.5 by chance alone."""
-    return float(np.mean([score(rng.permutation(labels)) for _ in range(_SHUFFLES)]))
 
 
 # On activations -------------------------------------------------------------------------------------------------
@@ -167,7 +174,8 @@ def _recovered(seen: Rows, columns: Rows, rng: Rng, known: int, *, network: bool
 
 def _hidden(seen: Rows, shown: npt.NDArray[np.int64], rng: Rng) -> Rows:
     """Return the rows with a layer of ReLUs beside them: a network whose last layer alone is fitted."""
-    scaled = (seen - seen[shown].mean(0)) / (seen[shown].std(0) + 1e-12)
+    spread = seen[shown].std(0)
+    scaled = (seen - seen[shown].mean(0)) / np.where(spread > 0, spread, np.inf)
     weights = rng.standard_normal((seen.shape[1], _HIDDEN)) / np.sqrt(max(seen.shape[1], 1))
     return np.hstack([scaled, np.maximum(scaled @ weights + rng.standard_normal(_HIDDEN), 0)])
 

@@ -84,10 +84,12 @@ class _Sampled:
 class GradientMeter:
     """The label holder's: what each feature party reads of the labels. Mutable: it gathers, and adds up over epochs."""
 
-    def __init__(self, labels: Classes, training: Positions, key: bytes) -> None:
+    def __init__(self, labels: Classes, training: Positions, key: bytes, given: Classes | None = None) -> None:
+        """`given`: the classes that stand in the place of `labels`, after a response."""
         self._key, self._epoch = key, 0
         self._sample = _Sampled.of(sample(labels, training, key), len(labels))
         self._labels = labels[self._sample.positions]
+        self._given = None if given is None else given[self._sample.positions]
         self._gradients: dict[str, _Seen] = {}
         self._activations: dict[str, _Seen] = {}
         self._before: dict[str, npt.NDArray[np.float32]] = {}  # the gradients' rows of the epoch before
@@ -133,11 +135,6 @@ class GradientMeter:
     def _attacked(self, party: str, seen: _Seen) -> Found:
         here, labels, rng = seen.here, self._labels[seen.here], _rng(self._key, party, self._epoch)
         unit, norms = attacks.directions(seen.rows[here].astype(np.float64)), seen.norms[here].astype(np.float64)
-
-        def worst(labels: Classes) -> float:
-            found = (attacks.norm(norms[:, None], labels), attacks.direction(unit, labels, rng))
-            return max(*found, attacks.spectral(unit, labels))
-
         found = {
             "norm": attacks.norm(norms[:, None], labels),
             "direction": attacks.direction(unit, labels, rng),
@@ -151,7 +148,11 @@ class GradientMeter:
         if party in self._activations:
             own = self._activations[party]
             found["probe"] = attacks.completion(own.rows[own.here].astype(np.float64), self._labels[own.here], rng)
-        found["chance"] = attacks.chance(worst, labels, rng)
+        if self._given is not None:
+            given = self._given[here]
+            found["response"] = attacks.each_class(labels, lambda of_class: given == labels[of_class][0])
+        tried = [norms[None], attacks.main_directions(unit, 2), unit[:1] @ unit.T]
+        found["chance"] = attacks.chance(np.concatenate(tried), labels, rng)
         return {name: round(value, 4) for name, value in found.items()}
 
     def _patient(self, party: str, unit: Rows, here: npt.NDArray[np.bool_]) -> float:
