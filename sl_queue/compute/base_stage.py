@@ -24,10 +24,11 @@ from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import cast, dtype_name, take_rows
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError
-from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.party import LOSSES, BaseFile
 from sl_queue.config.user_code import files_of, module_of, parsed, source_of
 from sl_queue.cut.tensors import to_payload
-from sl_queue.ports import Table
 from sl_queue.protocol.fingerprints import RULES, SEED
+from sl_queue.protocol.table import Table
 
 _DIGEST_BYTES = 8
 _MANY = 256  # columns; more have one digest together, since every checkpoint holds all of them

@@ -27,9 +27,10 @@ from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import cast, described, dtype_name
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
-from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 _TRIAL_ROWS = 2
 _RANGE_ROWS = 64  # on which the range of the output is looked at

@@ -33,7 +33,7 @@ from sl_queue.config.job import BaseFile, FuseFile, Job, PartyFile, imported
 from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.cut.tensors import described, from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError, SlQueueError
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import MicroBatch, Payload
 
 log = logging.getLogger("sl_queue")

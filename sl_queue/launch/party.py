@@ -27,14 +27,13 @@ from sl_queue.launch.connect import Channels, Connect, connector, key_file, requ
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, settings_of, token_key
 from sl_queue.launch.spending import Spending
-from sl_queue.loops.feature_party import FeatureParty
-from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
-from sl_queue.ports import Table
+from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.protocol.fingerprints import BY_POSITION
-from sl_queue.protocol.messages import Kind
-from sl_queue.protocol.party.bounds import Bounds
+from sl_queue.protocol.messages import Role
+from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
@@ -98,7 +97,7 @@ def serve_party(
     with ExitStack() as stack:
         folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
         stack.callback(folder.close)
-        if (done := folder.finished()) is not None and done.told:
+        if (done := folder.finished()) is not None and done.reported:
             compare_finished(job, party_file, folder)
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
@@ -119,7 +118,7 @@ def serve_party(
         channel = PartyChannel(
             connect(party, bounds.prefetch),
             party,
-            job.feature_parties if party == job.label_holder else (job.label_holder,),
+            job.topology(),
             incarnation,
             patience_s=job.broker.patience,
             persistent=job.broker.persistent,
@@ -165,8 +164,8 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
-        return Bounds(pipeline, frozenset({Kind.ACTIVATION, Kind.HOLDOUT}), cuts)
-    return Bounds(pipeline, frozenset({Kind.GRADIENT}), {job.label_holder: job.cut(party) or ()})
+        return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts)
+    return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()})
 
 
 def _role(

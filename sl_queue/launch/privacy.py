@@ -12,7 +12,6 @@ from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.privacy import MAX_NORM, GradientNoise, PrivacyFile
 from sl_queue.cut.guard import Guard
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
 from sl_queue.privacy.draws import key_for, seed_secret
 from sl_queue.privacy.guards import (
     ActivationDefence,
@@ -28,6 +27,7 @@ from sl_queue.privacy.report import Settings
 from sl_queue.privacy.response import Labels, Response, classes_of, epsilon_for, rarest, respond
 from sl_queue.protocol.fingerprints import SEED
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.table import Table
 
 log = logging.getLogger("sl_queue")
 

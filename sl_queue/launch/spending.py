@@ -11,12 +11,13 @@ from typing import Any
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.errors import JobError
 from sl_queue.launch.privacy import response_of, settings_of
-from sl_queue.ports import Table
 from sl_queue.privacy.guards import EpochMeter
-from sl_queue.privacy.releases import Release, epochs_within, worth_of_activations, worth_of_labels
+from sl_queue.privacy.releases import epochs_within, worth_of_activations, worth_of_labels
 from sl_queue.privacy.report import Settings, report_of_columns, report_of_labels
 from sl_queue.privacy.response import Response
 from sl_queue.protocol.fingerprints import SEED
+from sl_queue.protocol.releases import Release
+from sl_queue.protocol.table import Table
 from sl_queue.storage.files import unusable, write_durably
 from sl_queue.storage.privacy_ledger import Ledger
 

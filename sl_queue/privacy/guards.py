@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sl_queue.cut.guard import Crossing
 from sl_queue.cut.tensors import from_payload, payload_view, to_payload
-from sl_queue.ports import State
 from sl_queue.privacy import defences
 from sl_queue.privacy.draws import Words, key_for, normal, normal_rows, normal_stream, row_words
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter, Positions
+from sl_queue.protocol.checkpoint import State
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,43 +1,14 @@
-"""What a party has released of its own, and what that is worth in all: over epochs, generations and earlier runs.
+"""The worth of what a party has released of its own, in all: over epochs, generations and earlier runs.
 
 A release counts whether it was of use or not. Every row is released once an epoch, in training or in evaluation, so an
 epoch of activations is one release of each row. What is drawn once for each row is one release for good.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
 from sl_queue.privacy.accounting import cap_of_epsilon, cap_of_gaussian, gaussian_epsilon, gaussian_mu
-
-Mechanism = Literal["labels", "gradients", "activations"]
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """One entry of `state/privacy.jsonl`; equal ones are the same release, repeated bit for bit."""
-
-    mechanism: Mechanism
-    job: str  # the beginning of its digest
-    run: str
-    generation: int  # a run that was forced back draws anew
-    epoch: int | None  # None: once for the whole run
-    secret: str  # a salted digest of what keys the draws
-    epsilon: float | None = None  # of a response
-    classes: tuple[float, ...] = ()  # of a response
-    clip: float | None = None  # of activations
-    sigma: float | None = None  # of activations; 0: no noise
-
-    def line(self) -> dict[str, Any]:
-        """Return it as JSON values, without what it does not have."""
-        values = asdict(self) | {"classes": list(self.classes) or None}
-        return {name: value for name, value in values.items() if value is not None}
-
-    @classmethod
-    def of_line(cls, line: dict[str, Any]) -> "Release":
-        """Read what `line` returned. Raises KeyError, TypeError for anything else."""
-        known = {name: line.get(name) for name in cls.__dataclass_fields__ if name in line or name == "epoch"}
-        return cls(**known | {"classes": tuple(line.get("classes") or ())})
+from sl_queue.protocol.releases import Release
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sl_queue.privacy.releases import Release, Worth, worth_of_activations, worth_of_labels
+from sl_queue.privacy.releases import Worth, worth_of_activations, worth_of_labels
+from sl_queue.protocol.releases import Release
 
 METRICS = "the metrics and losses in the history, as far as they are numbers over many rows"
 METER = "the meter's own numbers in the history, which are made from true labels over many rows"

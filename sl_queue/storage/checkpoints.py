@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
-from sl_queue.ports import Final, Saved, State, Weights
+from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.protocol.scheduler.agreement import told_difference
@@ -172,7 +172,7 @@ class Folder:
                 name, body = f"{stem}{_SUFFIX}", packed(tensors, {"format": "pt"})
                 write_durably(self._final / name, body)
                 digests[name] = sha256(body).hexdigest()
-        self._write_run(Final(run, step, incarnation, digests, told=False))
+        self._write_run(Final(run, step, incarnation, digests, reported=False))
 
     def finished(self) -> Final | None:
         """What `write_final` left; None if this party has not finished."""
@@ -190,15 +190,15 @@ class Folder:
             return None
         return final
 
-    def mark_told(self) -> None:
+    def mark_reported(self) -> None:
         """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
         final = self.finished()
         if final is None:
             raise LocalProtocolError("nothing final was written")
-        self._write_run(Final(final.run, final.step, final.incarnation, final.digests, told=True))
+        self._write_run(Final(final.run, final.step, final.incarnation, final.digests, reported=True))
 
     def _write_run(self, final: Final) -> None:
-        told = {"run": final.run, "step": final.step, "incarnation": final.incarnation, "told": final.told}
+        told = {"run": final.run, "step": final.step, "incarnation": final.incarnation, "told": final.reported}
         digests = {"digests": dict(final.digests), "fingerprint": self._fingerprint}
         body = json.dumps(self._owner | told | digests, indent=1)
         with self._writing():
@@ -318,7 +318,7 @@ def holds_final(path: Path, job_digest: str) -> bool:
         final, found = _read_final(path / "final")
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return final.told and found.get("job") == job_digest
+    return final.reported and found.get("job") == job_digest
 
 
 def _read_final(folder: Path) -> tuple[Final, Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sl_queue.errors import CheckpointError
-from sl_queue.privacy.releases import Release
+from sl_queue.protocol.releases import Release
 from sl_queue.storage.files import PRIVATE, unusable
 
 NAME = "privacy.jsonl"

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sl_queue.errors import CheckpointError, PartyBusy
+from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.history import History
-from sl_queue.protocol.messages import EpochResult
 from sl_queue.protocol.scheduler.agreement import told_difference
 from sl_queue.protocol.scheduler.state import Phase, RunState, history_line
 from sl_queue.storage.files import PRIVATE, is_passing, unusable, warn_of_readers, write_durably

@@ -13,7 +13,8 @@ import pika
 import pytest
 
 from sl_queue.errors import BrokerUnreachable, JobError, PartyBusy, SlQueueError, TransportError, Unroutable
-from sl_queue.protocol.messages import SCHEDULER, Kind, Stopped
+from sl_queue.protocol.control import Stopped
+from sl_queue.protocol.messages import SCHEDULER, Kind
 from sl_queue.testing.private_broker import binary, free_ports
 from sl_queue.testing.proxy import Proxy
 from sl_queue.transport.party_channel import PartyChannel
@@ -80,7 +81,7 @@ def test_a_commit_that_waits_for_confirms_says_so_and_gives_up_at_last(
     for other in (SCHEDULER, "insurer"):
         connect(other)
     link = RabbitLink(url, "bank", two_parties(), 0, limits=LIMITS)
-    channel = PartyChannel(link, "bank", ("insurer",), "b1", patience_s=0.2, persistent=False, depth=1)
+    channel = PartyChannel(link, "bank", two_parties(), "b1", patience_s=0.2, persistent=False, depth=1)
     channel.open()
     private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")  # as if its memory were used up
     try:

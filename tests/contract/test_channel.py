@@ -18,23 +18,14 @@ from sl_queue.errors import (
     RunStopped,
     TransportError,
 )
-from sl_queue.ports import Restarted
 from sl_queue.protocol.codec import decode, encode
-from sl_queue.protocol.messages import (
-    OPERATOR,
-    SCHEDULER,
-    Activation,
+from sl_queue.protocol.control import (
     Alive,
     Command,
-    Gradient,
-    Header,
-    Joined,
-    Kind,
+    Join,
     Lost,
     Message,
-    MicroBatch,
     Open,
-    Payload,
     Progress,
     Start,
     Status,
@@ -43,6 +34,8 @@ from sl_queue.protocol.messages import (
     Waiting,
     kind_of,
 )
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
+from sl_queue.protocol.party.orders import Restarted
 from sl_queue.protocol.scheduler.state import GIVE_UP
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery
@@ -80,14 +73,13 @@ class Post:
     told: list[tuple[str, Message]] = field(default_factory=list)
 
     def channel(self, party: str, patience_s: float = PATIENCE_S, depth: int = 2, adopt: bool = True) -> PartyChannel:
-        peers = TOPOLOGY.feature_parties if party == "label" else ("label",)
         link = self.broker.link(party, TOPOLOGY, 100)
         me = f"{party}1"
-        channel = PartyChannel(link, party, peers, me, patience_s=patience_s, persistent=False, depth=depth)
+        channel = PartyChannel(link, party, TOPOLOGY, me, patience_s=patience_s, persistent=False, depth=depth)
         channel.open()
         self.channels.append(channel)
         if adopt:
-            channel.adopt(Start(me, "r", (-1,)), -1)
+            channel.enter(Start(me, "r", (-1,)), -1)
         return channel
 
     def listen(self, who: str = SCHEDULER) -> None:
@@ -166,10 +158,10 @@ def test_receives_are_acknowledged_after_the_checkpoint_and_not_at_all_if_it_fai
 
     label.commit(1, no_room)
     with pytest.raises(OSError, match="disk full"):
-        label.settle()
+        label.wait_committed()
     left: list[int] = []
     label.commit(1, lambda: left.append(post.left("label", "a")))
-    label.settle()
+    label.wait_committed()
     assert left == [3], "while it was saved"
     assert post.left("label", "a") == 1, "of step 2, which is not committed"
 
@@ -203,9 +195,9 @@ def test_a_link_that_fails_while_a_channel_closes_leaves_no_commit_behind(post: 
             return True
 
     link = Failing(post.broker, "a", TOPOLOGY.senders_to("a"), 100)
-    bank = PartyChannel(link, "a", ("label",), "a1", patience_s=PATIENCE_S, persistent=False, depth=2)
+    bank = PartyChannel(link, "a", TOPOLOGY, "a1", patience_s=PATIENCE_S, persistent=False, depth=2)
     bank.open()
-    bank.adopt(Start("a1", "r", (-1,)), -1)
+    bank.enter(Start("a1", "r", (-1,)), -1)
     saved = threading.Event()
     began = threading.Event()
 
@@ -268,20 +260,20 @@ def test_a_message_of_the_next_generation_waits_until_that_is_adopted(post: Post
     label = post.channel("label")
     post.publish("label", "a", body(activation(0), "a", "label", generation=2))
     assert (post.left("label", "a"), post.broker.dead_letters) == (1, [])
-    label.adopt(Start("label1", "r", (-1, -1)), -1)
+    label.enter(Start("label1", "r", (-1, -1)), -1)
     assert label.receive("a", Kind.ACTIVATION, MicroBatch(0, 0)) == tensor(0, 0)
 
 
 def test_what_came_before_the_start_is_received_after_it(post: Post) -> None:
     label = post.channel("label", adopt=False)
     post.publish("label", "a", body(activation(0), "a", "label"), body(activation(0), "a", "label", run="old"))
-    label.adopt(Start("label1", "r", (-1,)), -1)
+    label.enter(Start("label1", "r", (-1,)), -1)
     assert label.receive("a", Kind.ACTIVATION, MicroBatch(0, 0)) == tensor(0, 0)
     assert (label.counts["stale"], post.broker.dead_letters) == (1, [])
 
 
 def test_nothing_is_sent_before_a_run_is_adopted(post: Post) -> None:
-    with pytest.raises(LocalProtocolError, match="before it adopted a run"):
+    with pytest.raises(LocalProtocolError, match="before it entered a run"):
         post.channel("a", adopt=False).send("label", activation(0))
 
 
@@ -363,7 +355,7 @@ def test_after_a_reconnect_the_newest_messages_are_sent_again_and_nothing_is_app
     assert label.counts["applied"] == 4
     assert label.counts["duplicates"] == 2
     label.commit(3, nothing)
-    label.settle()
+    label.wait_committed()
     assert post.left("label", "a") == 0
 
 
@@ -386,7 +378,7 @@ def test_a_waiting_worker_hears_the_orders_that_are_for_it_and_no_others(post: P
     bank = post.channel("a")
     post.command("a", Open("a0", 9))
     post.command("a", Open("a1", 3, keep=1))
-    assert bank.until(lambda orders: orders.open) == Open("a1", 3, keep=1)
+    assert bank.wait_for(lambda orders: orders.open) == Open("a1", 3, keep=1)
     post.command("a", Stop("a0", "of an earlier worker", error="RunStopped"))
     threading.Timer(0.05, lambda: post.command("a", Stop("a1", "ids differ", error="AlignmentError"))).start()
     with pytest.raises(AlignmentError, match="ids differ"):
@@ -401,14 +393,14 @@ def test_a_stop_ends_a_worker_after_its_step_and_one_without_a_step_after_the_ne
         post.publish("a", "label", body(Gradient(MicroBatch(step, 0), tensor(step)), "label", "a"))
         bank.receive("label", Kind.GRADIENT, MicroBatch(step, 0))
         bank.commit(step, nothing)
-        bank.settle()
+        bank.wait_committed()
     with pytest.raises(RunStopped, match="enough"):
         bank.receive("label", Kind.GRADIENT, MicroBatch(4, 0))
     post.publish("label", "a", body(activation(0), "a", "label"))
     label.receive("a", Kind.ACTIVATION, MicroBatch(0, 0))
     label.commit(1, nothing)
     with pytest.raises(RunStopped, match="enough"):
-        label.until(lambda orders: orders.finish)
+        label.wait_for(lambda orders: orders.finish)
 
 
 def test_a_new_generation_takes_a_waiting_worker_out_of_its_loop(post: Post) -> None:
@@ -416,33 +408,33 @@ def test_a_new_generation_takes_a_waiting_worker_out_of_its_loop(post: Post) -> 
     threading.Timer(0.05, lambda: post.command("a", Start("a1", "r", (-1, 3)))).start()
     with pytest.raises(Restarted) as restarted:
         bank.receive("label", Kind.GRADIENT, MicroBatch(4, 0))
-    assert restarted.value.start.bases == (-1, 3)
+    assert restarted.value.start.rollback_steps == (-1, 3)
 
 
 def test_a_scheduler_that_was_started_again_is_told_anew_who_is_here(post: Post) -> None:
     bank = post.channel("a", adopt=False)
     post.listen()
-    here = Joined("a1", {}, 9, "d", "integer", None, 0, ())
-    bank.introduce(lambda: here)
+    here = Join("a1", {}, 9, "d", "integer", None, 0, ())
+    bank.announce(lambda: here)
     for scheduler in ("s1", "s2"):
         post.publish("a", SCHEDULER, body(Alive(scheduler), SCHEDULER, "a"))
         post.publish("a", SCHEDULER, body(Alive(scheduler), SCHEDULER, "a"))
         threading.Timer(0.05, lambda: post.command("a", Open("a1", 0))).start()
-        bank.until(lambda orders: orders.open)
+        bank.wait_for(lambda orders: orders.open)
         post.command("a", Start("a1", "r", (-1,) * int(scheduler[1])))
-    assert [joined.to for joined in post.reported(Joined)] == ["", "s1", "s2"]
+    assert [joined.to for joined in post.reported(Join)] == ["", "s1", "s2"]
 
 
 def test_who_joined_an_earlier_scheduler_is_asked_again_before_it_is_believed(post: Post) -> None:
-    here = Joined("a0", {}, 9, "d", "integer", None, 0, ())
+    here = Join("a0", {}, 9, "d", "integer", None, 0, ())
     post.publish(SCHEDULER, "a", body(replace(here, to="s0"), "a", SCHEDULER), body(here, "a", SCHEDULER))
     channel = scheduler(post)
     assert channel.reports(timeout_s=0.0) == []
     assert post.left(SCHEDULER, "a") == 0
     bank = post.channel("a", adopt=False)
-    bank.introduce(lambda: replace(here, incarnation="a1"))
+    bank.announce(lambda: replace(here, incarnation="a1"))
     threading.Timer(0.1, lambda: post.command("a", Start("a1", "r"))).start()
-    bank.until(lambda orders: orders.start)
+    bank.wait_for(lambda orders: orders.start)
     assert channel.reports(timeout_s=1.0) == [("a", replace(here, incarnation="a1", to="s1"), False)]
 
 
@@ -489,7 +481,7 @@ def test_who_waits_for_whom_is_in_the_status_while_it_waits_and_a_slow_party_cha
 
 
 def scheduler(post: Post) -> LinkSchedulerChannel:
-    channel = LinkSchedulerChannel(post.broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY.parties, "s1", patience_s=PATIENCE_S)
+    channel = LinkSchedulerChannel(post.broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY, "s1", patience_s=PATIENCE_S)
     channel.open()
     post.channels.append(channel)
     return channel

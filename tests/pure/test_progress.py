@@ -10,8 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sl_queue.protocol.messages import (
-    OPERATOR,
+from sl_queue.protocol.control import (
     Alive,
     Command,
     EpochDone,
@@ -19,8 +18,7 @@ from sl_queue.protocol.messages import (
     Failed,
     Finish,
     Finished,
-    Joined,
-    Kind,
+    Join,
     Lost,
     Open,
     Progress,
@@ -31,6 +29,7 @@ from sl_queue.protocol.messages import (
     StopRequest,
     Waiting,
 )
+from sl_queue.protocol.messages import OPERATOR, Kind
 from sl_queue.protocol.party.orders import Orders
 from sl_queue.protocol.scheduler.agreement import differing_keys
 from sl_queue.protocol.scheduler.epochs import best_epoch
@@ -59,7 +58,7 @@ def plan(epochs: int = 4, early: EarlyStopping | None = None) -> Plan:
     return Plan(JOB, "label", ("a", "b"), epochs, patience_s=1.0, early_stopping=early)
 
 
-def joined(incarnation: str, held: tuple[int, ...] = (), **changes: Any) -> Joined:
+def joined(incarnation: str, held: tuple[int, ...] = (), **changes: Any) -> Join:
     values: dict[str, Any] = {
         "job": JOB,
         "n_rows": 10,
@@ -68,7 +67,7 @@ def joined(incarnation: str, held: tuple[int, ...] = (), **changes: Any) -> Join
         "run": None,
         "generation": 0,
     }
-    return Joined(incarnation, held=held, **(values | ({"run": "r"} if held else {}) | changes))
+    return Join(incarnation, held=held, **(values | ({"run": "r"} if held else {}) | changes))
 
 
 def epoch(number: int, loss: float | None = 0.5, step: int | None = None) -> EpochResult:
@@ -174,7 +173,7 @@ def test_a_scheduler_with_a_new_folder_goes_on_from_what_all_parties_hold() -> N
     mind.hear("a", joined("a1", held=(1, 3, 5), generation=1))
     mind.hear("b", joined("b1", held=(1, 3), generation=1))
     mind.hear("label", joined("label1", held=(1, 3, 5), generation=1, epochs=(epoch(0), epoch(1), epoch(2))))
-    assert mind.ordered(Start)["a"] == Start("a1", "r", bases=(3, 3))
+    assert mind.ordered(Start)["a"] == Start("a1", "r", rollback_steps=(3, 3))
     assert [result.epoch for result in mind.state.history] == [0, 1]
     assert mind.ordered(Open)["a"] == Open("a1", 3, known=2)
 
@@ -434,7 +433,7 @@ def test_a_message_that_is_asked_for_again_after_it_was_lost_takes_everyone_to_t
     mind.hear("a", waiting(1.0)).hear("label", lost(1.0))
     assert mind.orders == ()
     mind.hear("a", waiting(2.0)).hear("label", lost(2.0))
-    assert mind.ordered(Start) == {p: Start(f"{p}1", "r", bases=(1,)) for p in PARTIES}
+    assert mind.ordered(Start) == {p: Start(f"{p}1", "r", rollback_steps=(1,)) for p in PARTIES}
     assert mind.ordered(Open) == {p: Open(f"{p}1", 2, known=1) for p in PARTIES}
     assert [result.epoch for result in mind.state.history] == [0]
     assert all(member.committed == 1 for member in mind.state.members.values())
@@ -666,7 +665,7 @@ def test_any_interleaving_kills_and_stops_end_with_the_same_final_step(
 
 def test_a_new_generation_voids_what_was_opened_and_finished_and_an_old_one_nothing() -> None:
     orders = Orders().after(Start("a", "r")).after(Open("a", 5, keep=3)).after(Finish("a", 9))
-    assert orders.after(Start("a", "r", bases=(1,))) == Orders(start=Start("a", "r", bases=(1,)))
+    assert orders.after(Start("a", "r", rollback_steps=(1,))) == Orders(start=Start("a", "r", rollback_steps=(1,)))
     assert orders.after(Start("a", "r")) == orders
 
 

@@ -13,16 +13,8 @@ from sl_queue.errors import PeerFailed
 from sl_queue.launch.operator import Telling
 from sl_queue.loops.scheduling import describe
 from sl_queue.observe.console import history_table, status_view
-from sl_queue.protocol.messages import (
-    EpochDone,
-    EpochResult,
-    Failed,
-    Finished,
-    Kind,
-    Start,
-    Stop,
-    Waiting,
-)
+from sl_queue.protocol.control import EpochDone, EpochResult, Failed, Finished, Start, Stop, Waiting
+from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.scheduler.state import Phase
 from sl_queue.protocol.text import LONGEST, printable
 from tests.contract.test_channel import Post
@@ -120,6 +112,6 @@ def test_a_party_repeats_what_it_is_told_as_one_line() -> None:
     post.command("a", Stop("a0", "", error="RunStopped"))
     post.command("a", Stop("a1", HOSTILE + "x" * 600, error="PeerFailed"))
     with pytest.raises(PeerFailed) as failed:
-        bank.until(lambda orders: orders.finish)
+        bank.wait_for(lambda orders: orders.finish)
     assert is_a_line(str(failed.value)) and len(str(failed.value)) <= LONGEST
     bank.close()

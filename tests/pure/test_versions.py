@@ -8,7 +8,8 @@ import pytest
 
 from sl_queue.errors import AlignmentError
 from sl_queue.protocol.codec import VERSION, AnotherVersion, decode, encode
-from sl_queue.protocol.messages import SCHEDULER, Alive, Header, Joined, Kind, MicroBatch, Report, Start
+from sl_queue.protocol.control import Alive, Join, Report, Start
+from sl_queue.protocol.messages import SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.state import Phase
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.memory import MemoryBroker
@@ -77,9 +78,9 @@ class Foreigner:
 def test_a_party_ends_with_both_versions_named_when_a_peer_speaks_another_one() -> None:
     broker = MemoryBroker()
     link = broker.link("label", TOPOLOGY, 100)
-    label = PartyChannel(link, "label", ("a", "b"), "label1", patience_s=0.4, persistent=False, depth=1)
+    label = PartyChannel(link, "label", TOPOLOGY, "label1", patience_s=0.4, persistent=False, depth=1)
     label.open()
-    label.adopt(Start("label1", "r", (-1,)), -1)
+    label.enter(Start("label1", "r", (-1,)), -1)
     began = time.monotonic()
     try:
         with (
@@ -114,9 +115,9 @@ def _be_another() -> None:
 
 def test_a_worker_says_which_version_of_the_program_it_is_and_older_ones_need_not() -> None:
     broker = MemoryBroker()
-    channel = LinkSchedulerChannel(broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY.parties, "s1", patience_s=60.0)
+    channel = LinkSchedulerChannel(broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY, "s1", patience_s=60.0)
     channel.open()
-    told = [Joined("a1", {}, 9, "d", "integer", None, 0, (), to="s1", version=version) for version in ("", "0.2.0")]
+    told = [Join("a1", {}, 9, "d", "integer", None, 0, (), to="s1", version=version) for version in ("", "0.2.0")]
     for joined in told:
         body = encode(Header("", 0, Kind.REPORT, "a", SCHEDULER, FIRST), joined)
         broker.publish(SCHEDULER, "a", body, persistent=False, expires=False)
