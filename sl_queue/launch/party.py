@@ -15,7 +15,7 @@ from sl_queue.compute import seeds
 from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
-from sl_queue.compute.fuse_stage import fuse_stage
+from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.model import limit_threads
 from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.config.environment import LOCAL, THREADS
@@ -130,7 +130,12 @@ def serve_party(
         parts = parts_of(job, party_file, table, batches)
         guards = {**parts.guards, **guards}
         worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take, guards)
-        worker.meter, worker.spending = parts.meter, Spending.of(job, party_file, table, state, parts.meter)
+        stage = worker.stage
+
+        def truly() -> Mapping[str, float | None]:
+            return stage.truly if isinstance(stage, TorchFuseStage) else {}
+
+        worker.meter, worker.spending = parts.meter, Spending.of(job, party_file, table, state, parts.meter, truly)
         if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker).close)
         stack.callback(channel.close)

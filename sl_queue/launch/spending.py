@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -39,16 +39,25 @@ class Spending:
     secret: str  # a salted digest, or "seed"
     response: Response | None
     meter: EpochMeter | None
+    truly: Callable[[], Mapping[str, float | None]]  # the last metrics on true labels
     planned: bool = False  # whether the budget was compared with the whole run
     _entered: set[tuple[str, int, int]] = field(default_factory=set)
 
     @classmethod
-    def of(cls, job: Job, party_file: PartyFile, table: Table, state: Path, meter: EpochMeter | None) -> "Spending":
+    def of(
+        cls,
+        job: Job,
+        party_file: PartyFile,
+        table: Table,
+        state: Path,
+        meter: EpochMeter | None,
+        truly: Callable[[], Mapping[str, float | None]],
+    ) -> "Spending":
         """Make it of what lies in a state folder, and beside the secret if that is a file."""
         chosen = party_file.privacy.secret
         ledger = Ledger(state, chosen if isinstance(chosen, Path) else None)
         about = (job, party_file.party, settings_of(party_file.privacy), ledger, state / "final")
-        return cls(*about, _digest(party_file.secret), response_of(party_file, table), meter)
+        return cls(*about, _digest(party_file.secret), response_of(party_file, table), meter, truly)
 
     def begin(self, run: str, generation: int, epoch: int) -> None:
         """Enter what an epoch releases, on disk. Raises JobError if that would pass the budget."""
@@ -72,6 +81,8 @@ class Spending:
             report = report_of_columns(self.party, self.job.label_holder, *about)
         response = None if self.response is None else self._chances(self.response)
         found = {**report, "response": response, "measured": None if self.meter is None else self.meter.found}
+        if self.response is not None:
+            found["holdout_true"] = dict(self.truly())
         try:
             write_durably(self.final / REPORT, json.dumps(found, indent=1).encode())
         except OSError as error:
@@ -83,7 +94,7 @@ class Spending:
 
     def _due(self, run: str, generation: int, epoch: int) -> list[Release]:
         """What is released from the beginning of an epoch to its end, evaluation included."""
-        about = (self.job.digest[:_JOB], run)
+        about = (self.party, self.job.digest[:_JOB], run)
         found = []
         if self.response is not None:
             own = {"epsilon": self.response.epsilon, "classes": self.response.classes}

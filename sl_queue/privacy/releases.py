@@ -23,8 +23,10 @@ class Worth:
 
 def worth_of_labels(releases: Iterable[Release]) -> Worth:
     """Return what all responses are worth: each that was drawn on its own adds its epsilon, repeated or not."""
-    drawn = {(r.epsilon, r.classes, r.secret) for r in releases if r.mechanism == "labels" and r.epsilon is not None}
-    epsilon = sum(each or 0.0 for each, _, _ in drawn)
+    drawn = {
+        (r.epsilon, r.classes, r.secret, r.party) for r in releases if r.mechanism == "labels" and r.epsilon is not None
+    }
+    epsilon = sum(each or 0.0 for each, *_ in drawn)
     return Worth(len(drawn), epsilon, 0.0, cap_of_epsilon(epsilon))
 
 

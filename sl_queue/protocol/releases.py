@@ -11,6 +11,7 @@ class Release:
     """One entry of `state/privacy.jsonl`; equal ones are the same release, repeated bit for bit."""
 
     mechanism: Mechanism
+    party: str  # its name in the job
     job: str  # the beginning of its digest
     run: str
     generation: int  # a run that was forced back draws anew
