@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from benchmarks.measure import Trace
 from benchmarks.processes import Work, together
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
-from sl_queue.compute.model import limit_threads
+from sl_queue.compute.threads import limit_threads
 from sl_queue.config.job import Job
 from sl_queue.launch import party as party_launch
 from sl_queue.launch.connect import Channels, topology

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
+from sl_queue.compute.building import Inputs, blame
 from sl_queue.compute.losses import label_tensor
-from sl_queue.compute.model import Inputs, Model, blame
+from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
@@ -48,7 +49,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class PreparedTargets:
-    """What a micro-batch takes of the label holder alone."""
+    """The label holder's own share of a micro-batch: labels, and its base model's activation."""
 
     micro_batch: MicroBatch
     rows: CutRows
@@ -167,7 +168,7 @@ class TorchFuseStage:
         return label_tensor(self.table.truth[np.concatenate(positions)])
 
     def state(self) -> State:
-        """A copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
+        """Return a copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
         if self._losses:
             raise LocalProtocolError("a checkpoint in the middle of a step")
         states = [self.model.state(), self.objective.owned.state()] + ([] if self.own is None else [self.own.state()])
@@ -189,7 +190,7 @@ class TorchFuseStage:
         self._put_off = self._prepared = None
 
     def weights(self) -> Weights:
-        """The state_dict of the fuse model, and of the own base model if there is one."""
+        """Return the state_dict of the fuse model, and of the own base model if there is one."""
         return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
 
     def _own_backward(self) -> None:
@@ -201,14 +202,14 @@ class TorchFuseStage:
     def _arrived(
         self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows, where: str
     ) -> dict[str, Tensor]:
-        """The feature parties' activations in job order."""
+        """Return the feature parties' activations in job order."""
         missing = [party for party in self.cuts if party not in activations]
         if missing:
             raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
         return {party: cut.arrive(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
 
     def _fused(self, inputs: Mapping[str, Tensor], where: str) -> Tensor:
-        """The fuse model's output; inputs in job order, whatever order they came in."""
+        """Return the fuse model's output; inputs in job order, whatever order they came in."""
         with blame(f"{where}: aggregation {self.job.fuse.aggregation!r} failed"):
             joined = aggregated([inputs[party] for party in self.job.fused], self.job.fuse.aggregation)
         return self.model.run(joined, where)
@@ -240,8 +241,8 @@ def fuse_stage(
     """Build the label holder's stage with initial weights.
 
     `take` says how to come by modules and a loss that are given in code; without it, as copies. `guards` are put in at
-    the cuts to these feature parties.
-    Raises JobError for labels, a loss or metrics that do not suit the model, ShapeError if it fails on the cuts.
+    the cuts to these feature parties. Raises JobError for labels, a loss or metrics that do not suit the model, and
+    ShapeError if it fails on the cuts.
     """
     party = party_file.party
 
@@ -252,8 +253,7 @@ def fuse_stage(
         scale: float | None = None,
     ) -> Inputs:
         numbers = [drawn(job.seed, p, (rows, *(job.cut(p) or ())), scale) for p in job.fused]
-        # In the graph, and no leaves of it, as in a step.
-        inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]
+        inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]  # in the graph, and no leaves of it
         return aggregated(inputs, job.fuse.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
@@ -265,7 +265,7 @@ def fuse_stage(
         return model.try_out(sample(model.dtype, model.device, _RANGE_ROWS, scale))
 
     own = base_stage(job, party_file, table, batches, take) if party in job.fused else None
-    modules = [model.module] + ([] if own is None else [own.module])
+    modules = [model.module, *([] if own is None else [own.module])]
     with model.drawing("loss trial", MicroBatch(0, 0)):
         objective = objective_of(party_file, table, output, scaled, f"party {party!r}", modules, take)
     cuts = {peer: _cut(job, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in job.feature_parties}

@@ -16,8 +16,8 @@ from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
-from sl_queue.compute.model import limit_threads
 from sl_queue.compute.modules.handover import Take, itself
+from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.guard import UNGUARDED, Guard

@@ -1,11 +1,13 @@
 """A channel whose link fails while it is in use or being closed: what it leaves behind, and what it says."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
 from sl_queue.errors import BrokerUnreachable, SlQueueError, TransportError
+from sl_queue.protocol.control import Start
 from sl_queue.protocol.messages import SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery
@@ -70,3 +72,27 @@ def test_a_channel_that_could_not_be_opened_closes(role: str) -> None:
     link = failing(role)
     channel = channel_over(link)
     channel.close()
+
+
+def test_a_link_that_fails_while_a_channel_closes_leaves_no_commit_behind() -> None:
+    link = failing("a")
+    bank = channel_over(link)
+    assert isinstance(bank, PartyChannel)
+    bank.open()
+    bank.enter(Start("a1", "r", (-1,)), -1)
+    began, may_fail, saved = threading.Event(), threading.Event(), threading.Event()
+
+    def save() -> None:
+        began.set()
+        assert may_fail.wait(10.0)
+        time.sleep(0.2)  # a slow disk
+        saved.set()
+
+    bank.commit(1, save)
+    assert began.wait(10.0)
+    link.fail(notify=False)
+    may_fail.set()
+    bank.close()
+    assert saved.is_set(), "the state folder may be another worker's from now on"
+    with pytest.raises(TransportError):
+        link.publish("label", Kind.REPORT, "r", b"", persistent=False)
