@@ -37,12 +37,12 @@ class Telling:
 
     @property
     def over(self) -> bool:
-        """Whether the run has ended, so that nothing more is to be told."""
+        """True if the run has ended, so that no status follows."""
         return self.run["phase"] in ENDED
 
     @property
     def silent(self) -> bool:
-        """Whether a scheduler should be telling and does not."""
+        """True if a scheduler should be publishing its status and does not."""
         return not (self.fresh or self.over)
 
     @property
@@ -61,13 +61,13 @@ class Telling:
         return max(0.0, wall - told_at.replace(tzinfo=UTC).timestamp())
 
     def as_json(self, wall: float) -> dict[str, Any]:
-        """The status with when it was told, for programs."""
+        """Return the status with its age, for programs."""
         age_s = self.age_s(wall)
         return {**self.run, "fresh": self.fresh, "age_s": None if age_s is None else round(age_s, 3)}
 
 
 def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal | None = None) -> dict[str, Any] | None:
-    """The newest status that the scheduler published, which stays where it is; None if there is none.
+    """Return the newest status that the scheduler published, which stays where it is; None if there is none.
 
     It may be of a scheduler that is gone. Raises BrokerUnreachable; RemoteProtocolError if the job seals and the status
     cannot be opened.
@@ -138,7 +138,7 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
 
 
 def _nothing_to_stop(run: Mapping[str, Any] | None, asked: str) -> str:
-    """What is said where no scheduler runs. Raises PeerSilent where one should."""
+    """Return what the operator is shown where no scheduler runs. Raises PeerSilent where one should."""
     if asked:
         raise PeerSilent("the scheduler ended before it answered; ask again")
     phase = None if run is None else run["phase"]
@@ -150,7 +150,7 @@ def _nothing_to_stop(run: Mapping[str, Any] | None, asked: str) -> str:
 
 
 class _Statuses:
-    """What the scheduler publishes, one status after the other. The newest stays in its queue for the next who asks.
+    """The statuses that the scheduler publishes, one after the other. The newest stays in its queue.
 
     What cannot be read stays there as well: whoever only looks takes nothing away.
     """
@@ -175,7 +175,7 @@ class _Statuses:
         if isinstance(arrived, SlQueueError):
             raise arrived
         if self._newest is not None:
-            self._link.acknowledge([self._newest.tag])
+            self._link.acknowledge([self._newest.delivery.tag])
         self._newest = arrived
         status = arrived.message
         return status if isinstance(status, Status) else None

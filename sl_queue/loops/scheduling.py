@@ -78,9 +78,6 @@ class Scheduler:
             before_s, deaf_s = deaf_s, self.channel.outage_s()
             heard_since += deaf_s - before_s
             state, commands = self._reduce(excused(state, deaf_s - before_s), reports, now)
-            for party, reason in self.channel.foreign().items():
-                state, orders = foreign(self.plan, state, party, reason, now)
-                commands += orders
             if durable(state) != saved:
                 saved = durable(state)
                 self.ledger.save(saved)
@@ -106,6 +103,9 @@ class Scheduler:
         commands: list[tuple[str, Command]] = []
         for sender, report, redelivered in reports:
             state, orders = reduce(self.plan, state, sender, report, now, self.fresh_run, redelivered)
+            commands += orders
+        for party, reason in self.channel.foreign().items():
+            state, orders = foreign(self.plan, state, party, reason, now)
             commands += orders
         return state, commands
 

@@ -1,4 +1,4 @@
-"""Whom a worker waits for: who has been silent for how long is named, and given up in the end."""
+"""Sources that a worker waits for: silent ones are named with the time, and given up in the end."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ log = logging.getLogger("sl_queue")
 
 
 class Liveness:
-    """When each source was heard of last. Mutable; thread-safe, as every entry is one assignment.
+    """The time at which each source was heard last. Mutable; thread-safe, as every entry is one assignment.
 
     `is_unreadable`: True of a source of which nothing could be opened. `outage`: of the own link; while it lasts nobody
     can be heard, so it counts as nobody's silence.
@@ -33,7 +33,9 @@ class Liveness:
 
     def hear(self, sources: Iterable[str]) -> None:
         """Note that something came from these."""
-        self._heard.update(dict.fromkeys(sources, self._listened_s()))
+        now_s = self._listened_s()
+        for source in sources:
+            self._heard[source] = now_s
 
     def silence_s(self, source: str) -> float:
         """Seconds since anything was heard of `source`, without those in which nothing could be."""
@@ -50,14 +52,12 @@ class Liveness:
         outage = self._outage()
         if outage.reason:
             log.warning(
-                "%s: waiting for %s since %.0f s; the own link to the broker has been of no use for %.0f s: %s",
+                "%s: waiting for %s for %.0f s; the own link to the broker has been of no use for %.0f s: %s",
                 self._party, what, waited_s, outage.now_s, printable(outage.reason),
             )  # fmt: skip
             return
         silent_s = self.silence_s(source)
-        log.warning(
-            "%s: waiting for %s since %.0f s; last heard of it %.0f s ago", self._party, what, waited_s, silent_s
-        )
+        log.warning("%s: waiting for %s for %.0f s; last heard of it %.0f s ago", self._party, what, waited_s, silent_s)
         if silent_s <= GIVE_UP * self._patience_s:
             return  # also if nothing of it could be opened: whoever runs the broker can put in what nobody can open
         if self._is_unreadable(source):
@@ -74,8 +74,8 @@ class Liveness:
 
     def name_broker(self, waited_s: float) -> None:
         """Say that the broker confirms nothing. Raises BrokerUnreachable for one that has not for too long."""
-        why = printable(self._outage().reason) or "a resource alarm of it, or a receiver's full queue"
-        what = f"the broker to confirm what was sent since {waited_s:.0f} s: {why}"
+        why = printable(self._outage().reason) or "it may have a resource alarm, or a receiver's queue is full"
+        what = f"the broker to confirm what was sent for {waited_s:.0f} s: {why}"
         log.warning("%s: waiting for %s", self._party, what)
         if waited_s > GIVE_UP * self._patience_s:
             raise BrokerUnreachable(f"party {self._party!r} waited for {what}; start this worker again: it resumes")

@@ -28,24 +28,19 @@ log = logging.getLogger("sl_queue")
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A message that was read, with what is known of its way here."""
+    """A message that was read, with what is known of its way here; its header names the sender that it came from."""
 
-    sender: str
     header: Header
     message: Message
-    tag: Tag
-    redelivered: bool
-    size: int  # in bytes, as it came
+    delivery: Delivery
     met: bool  # sealed by a process of its sender that had not been heard of
 
 
 @dataclass(frozen=True, slots=True)
 class Spoilt:
-    """A delivery that is refused, with its header where that much could be read."""
+    """A delivery that cannot be used, with its header where that much could be read."""
 
-    sender: str
-    tag: Tag
-    size: int
+    delivery: Delivery
     reason: RemoteProtocolError
 
     @property
@@ -140,11 +135,11 @@ class Mail:
         except RemoteProtocolError as error:
             if isinstance(error, AnotherVersion):
                 self._versions.foreign(delivery.sender, error.speaks, time.monotonic())
-            self._reader.on_spoilt(Spoilt(delivery.sender, delivery.tag, len(delivery.body), error))
+            self._reader.on_spoilt(Spoilt(delivery, error))
             return
         self._versions.understood(delivery.sender)
         if self._is_late(letter, opened):
-            self._link.acknowledge([letter.tag])
+            self._link.acknowledge([delivery.tag])
             self._reader.on_late(letter)
         else:
             self._reader.on_letter(letter)
@@ -159,7 +154,7 @@ class Mail:
         opened = None if self._seal is None else self._seal.open(sender, body)
         header, message = decode(body if opened is None else opened.body, self._terms[sender])
         met = opened is not None and opened.met
-        return Letter(sender, header, message, delivery.tag, delivery.redelivered, size, met), opened
+        return Letter(header, message, delivery, met), opened
 
     def _is_late(self, letter: Letter, opened: Opened | None) -> bool:
         subject = subject_of(letter.message)

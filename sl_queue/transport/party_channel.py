@@ -159,7 +159,7 @@ class PartyChannel:
 
     @property
     def measures(self) -> Measures:
-        """What there is to observe."""
+        """Everything that can be observed of this channel."""
         silent_s = {peer: self._liveness.silence_s(peer) for peer in self._sources}
         return self._meter.read(self.counts, silent_s, self._mail.connectivity)
 
@@ -217,33 +217,34 @@ class PartyChannel:
     # What the mail and its link call ----------------------------------------------------------------------------
 
     def on_letter(self, letter: Letter) -> None:
-        message = letter.message
-        self._meter.count("received_bytes", letter.size)
-        if not letter.redelivered:  # what came before says nothing of now
-            self._liveness.hear((letter.sender,))
+        header, message, delivery = letter.header, letter.message, letter.delivery
+        self._meter.count("received_bytes", len(delivery.body))
+        if not delivery.redelivered:  # what came before says nothing of now
+            self._liveness.hear((header.sender,))
         with self._changed:
-            if letter.met and letter.sender == SCHEDULER:
+            if letter.met and header.sender == SCHEDULER:
                 self._timeline.announce = True
-            verdict = self._timeline.file(letter.header, message, letter.tag, letter.redelivered)
-            asked = isinstance(message, Waiting) and self._timeline.is_present(letter.header)
+            verdict = self._timeline.file(header, message, delivery.tag, delivery.redelivered)
             self._changed.notify_all()
-        self._carry_out(verdict, letter.sender)
-        if isinstance(message, Waiting) and asked:
-            self._send_again(letter.sender, message)
+        if verdict is not None:
+            self._carry_out(verdict, header.sender)
+        if isinstance(message, Waiting) and self._timeline.is_present(header):
+            self._send_again(header.sender, message)
 
     def on_late(self, letter: Letter) -> None:
-        self._meter.count("received_bytes", letter.size)
-        if letter.met and letter.sender == SCHEDULER:
+        self._meter.count("received_bytes", len(letter.delivery.body))
+        if letter.met and letter.header.sender == SCHEDULER:
             with self._changed:
                 self._timeline.announce = True
                 self._changed.notify_all()
 
     def on_spoilt(self, spoilt: Spoilt) -> None:
-        self._meter.count("received_bytes", spoilt.size)
+        delivery = spoilt.delivery
+        self._meter.count("received_bytes", len(delivery.body))
         with self._changed:
-            verdict = self._timeline.refuse(spoilt.tag, str(spoilt.reason), spoilt.header)
+            verdict = self._timeline.refuse(delivery.tag, str(spoilt.reason), spoilt.header)
             self._changed.notify_all()
-        self._carry_out(verdict, spoilt.sender)
+        self._carry_out(verdict, delivery.sender)
 
     def on_reconnect(self) -> None:
         self._meter.count("reconnects")

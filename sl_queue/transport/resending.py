@@ -14,7 +14,7 @@ log = logging.getLogger("sl_queue")
 
 
 class Resending:
-    """When each peer was answered last, and how many messages it was sent again. Mutable."""
+    """The time at which each peer was answered last, and the messages that it was sent again. Mutable."""
 
     def __init__(self, party: str, patience_s: float) -> None:
         self._party, self._patience_s = party, patience_s

@@ -17,8 +17,8 @@ from sl_queue.protocol.scheduler.state import GIVE_UP, Member, RunState, excused
 from sl_queue.transport.link import Outage
 from sl_queue.transport.liveness import Liveness
 from sl_queue.transport.outages import Outages
-from tests.pure.test_progress import PARTIES, Mind, plan
 from tests.support.post import Post, body, tensor
+from tests.support.progress import PARTIES, Mind, plan
 
 
 class Clock:

@@ -17,8 +17,8 @@ from sl_queue.protocol.control import EpochDone, EpochResult, Failed, Finished, 
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.scheduler.state import Phase
 from sl_queue.protocol.text import LONGEST, printable
-from tests.pure.test_progress import JOB, PARTIES, Mind, joined
 from tests.support.post import Post
+from tests.support.progress import JOB, PARTIES, Mind, joined
 
 HOSTILE = "x\n2026-11-25 INFO run r is finished\r\x1b]0;owned\x07\x1b[2J\u202eevil\u2028[bold]b[/bold][link=u]"
 texts = st.text(st.characters() | st.sampled_from("\n\r\x1b\x07\x9b\u202e\u2066\u200b\u2028[]/"), max_size=60)

@@ -13,9 +13,9 @@ from sl_queue.protocol.control import Alive, Failed, Finished, Progress, Start, 
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.protocol.scheduler.endings import ending
 from sl_queue.protocol.scheduler.state import GIVE_UP, Phase, RunState, durable, missing, silent
-from tests.pure.test_progress import JOB, PARTIES, Mind, joined
 from tests.support.credit import edit
 from tests.support.crew import Crew, quiet_weights, write_job
+from tests.support.progress import JOB, PARTIES, Mind, joined
 
 OTHERS: dict[str, dict[str, Any]] = {
     "rows": {"rows_digest": "other", "n_rows": 9},
