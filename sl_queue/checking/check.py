@@ -8,15 +8,18 @@ from pathlib import Path
 
 from sl_queue.checking.broker import MIB, brokers, message_sizes
 from sl_queue.checking.dry_run import Readable, compare_with_joined, dry_run
+from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.party import bounds_of
+from sl_queue.launch.privacy import responded, settings_of, token_key
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import differing_id_types
+from sl_queue.protocol.table import Table
 from sl_queue.storage.secret_file import read_secret
 
 SPELLED_OUT_STEPS = 3
@@ -44,9 +47,13 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
         tried = dry_run(check, job, parties, batches)
         if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
             check.attempt(lambda: compare_with_joined(check, job, parties, batches, tried.seconds))
+        if aligned and check.exit_code == 0 and job.label_holder in parties:
+            for warning in check.attempt(lambda: exposure(job, parties, batches)) or ():
+                check.warn(f"{job.label_holder}: {warning}")
         message_sizes(check, job, tried.payloads, batches)
     _say_who_is_missing(check, job, parties, files, unread)
     _say_what_is_not_joined(check, job)
+    _say_what_is_defended(check, files)
     _spell_out(check, job, batches)
     brokers(check, job, files, broker)
 
@@ -72,7 +79,7 @@ def _belongs(job: Job, file: PartyFile) -> bool:
 
 def _read(check: Check, job: Job, file: PartyFile) -> Readable | None:
     file_with_secret = check.attempt(lambda: _with_secret(job, file))
-    table = check.attempt(lambda: read_table(job, file))
+    table = None if file_with_secret is None else check.attempt(lambda: _table(job, file_with_secret))
     if table is None or file_with_secret is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
@@ -81,6 +88,11 @@ def _read(check: Check, job: Job, file: PartyFile) -> Readable | None:
     for note in table.notes:
         check.note(f"{file.party}: {note}")
     return Readable(file_with_secret, table)
+
+
+def _table(job: Job, file: PartyFile) -> Table:
+    """Read the rows as they are trained on, with responses for labels if the file says so."""
+    return responded(job, file, read_table(job, file, token_key(job, file)))
 
 
 def _with_secret(job: Job, file: PartyFile) -> PartyFile:
@@ -114,6 +126,17 @@ def _say_what_is_not_joined(check: Check, job: Job) -> None:
             f"[wire] dtype = {job.wire.dtype!r}: activations and gradients are rounded on their way; the final "
             "weights are near those of joined training, not equal"
         )
+
+
+def _say_what_is_defended(check: Check, files: Iterable[PartyFile]) -> None:
+    """Tell which defences change what is sent, and with it what is trained; they are no part of the comparison."""
+    for file in files:
+        changes = [key.removeprefix("privacy.") for key in settings_of(file.privacy).fingerprint if "labels" not in key]
+        if changes:
+            check.note(
+                f"{file.party}: [privacy] {', '.join(changes)} change what is sent; the final weights are not those of "
+                "joined training, and a comparison above is without them"
+            )
 
 
 def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:

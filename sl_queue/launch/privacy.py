@@ -1,7 +1,7 @@
 """What a party's [privacy] comes to: labels that were answered at random, guards at the cut, and a meter."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.privacy import MAX_NORM, GradientNoise, PrivacyFile
-from sl_queue.cut.guard import Guard
+from sl_queue.cut.guard import Guard, Tap
 from sl_queue.errors import JobError
 from sl_queue.privacy.draws import key_for, seed_secret
+from sl_queue.privacy.first_look import Both, FirstLook, Reading
 from sl_queue.privacy.guards import (
     ActivationDefence,
     ActivationTap,
@@ -66,7 +67,7 @@ def require_lasting_secret(party_file: PartyFile, state: Path, *, private: bool)
 
 def token_key(job: Job, party_file: PartyFile) -> bytes | None:
     """Return what keys the tokens of the party's rows; None if nothing is drawn for a row."""
-    return key_for(_base(job, party_file), party_file.party, "rows") if _per_row(party_file) else None
+    return key_for(_base(job, party_file), party_file.party, "rows") if defends_labels(party_file) else None
 
 
 def responded(job: Job, party_file: PartyFile, table: Table) -> Table:
@@ -134,8 +135,8 @@ def _parts_of_feature_party(job: Job, party_file: PartyFile, table: Table, batch
 def _parts_of_label_holder(job: Job, party_file: PartyFile, table: Table, batches: Batches, base: bytes) -> Parts:
     settings, party, tap, meter, defence = settings_of(party_file.privacy), party_file.party, None, None, None
     index = RowIndex.of(table.row_keys)
-    classes = class_numbers(table) if settings.meter else None
-    if classes is not None:
+    classes = class_numbers(table)
+    if settings.meter and classes is not None:
         given = None if table.labels is None or table.truth is None else numbered(table.labels, table.truth)
         gradients = GradientMeter(classes, batches.training_positions, key_for(base, party, "meter"), given)
         tap, meter = GradientTap(gradients, index), EpochMeter(gradients)
@@ -144,9 +145,24 @@ def _parts_of_label_holder(job: Job, party_file: PartyFile, table: Table, batche
     if settings.max_norm or settings.gradients is not None:
         assert table.tokens is not None
         defence = GradientDefence(settings.gradients, index, table.tokens, base)
-    if tap is None and defence is None:
+    leaving: Tap | None = tap
+    if not defends_labels(party_file) and classes is not None:
+        look = FirstLook.of(classes, index, batches.rows_in_epoch, _warner(party))
+        leaving = look if tap is None else Both(tap, look)
+    if leaving is None and defence is None:
         return Parts({})
-    return Parts(dict.fromkeys(job.feature_parties, Guard(defence, tap, tap)), meter)
+    return Parts(dict.fromkeys(job.feature_parties, Guard(defence, leaving, tap)), meter)
+
+
+def _warner(party: str) -> Callable[[Reading], None]:
+    """Return what says that labels can be read."""
+    return lambda reading: log.warning("%s: %s", party, reading.told())
+
+
+def defends_labels(party_file: PartyFile) -> bool:
+    """Return True if anything stands between the labels and the gradients that are sent."""
+    settings = settings_of(party_file.privacy)
+    return settings.labels is not None or settings.gradients is not None or settings.max_norm
 
 
 def class_numbers(table: Table) -> npt.NDArray[np.int64] | None:
@@ -159,11 +175,6 @@ def numbered(labels: Labels, among: Labels) -> npt.NDArray[np.int64]:
     """Return the class of each label, counted from 0 in the order of the values of `among`."""
     classes = np.unique(among).astype(np.float64)
     return np.searchsorted(classes, labels.reshape(-1).astype(np.float64)).astype(np.int64)
-
-
-def _per_row(party_file: PartyFile) -> bool:
-    settings = settings_of(party_file.privacy)
-    return settings.labels is not None or settings.max_norm or settings.gradients is not None
 
 
 def _base(job: Job, party_file: PartyFile) -> bytes:

@@ -114,7 +114,7 @@ class GradientTap:
         chosen = self.meter.samples(positions)
         if not chosen.any():
             return
-        numbers = _numbers(tensor, chosen)
+        numbers = numbers_of(tensor, chosen)
         if crossing.what == "gradient":
             self.meter.saw_gradient(crossing.receiver, positions[chosen], numbers)
         else:
@@ -133,10 +133,11 @@ class ActivationTap:
         positions = self.index(crossing.rows.keys)
         chosen = self.meter.samples(positions)
         if chosen.any():
-            self.meter.saw_activation(positions[chosen], _numbers(tensor, chosen))
+            self.meter.saw_activation(positions[chosen], numbers_of(tensor, chosen))
 
 
-def _numbers(tensor: Tensor, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+def numbers_of(tensor: Tensor, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """Return a copy of the chosen rows on the CPU."""
     found: npt.NDArray[np.float32] = tensor[torch.from_numpy(chosen).to(tensor.device)].float().cpu().numpy()
     return found
 
