@@ -11,15 +11,16 @@ from sl_queue.checking.dry_run import Readable, compare_with_joined, dry_run
 from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import PartySpec, resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.party import bounds_of
-from sl_queue.launch.privacy import responded, settings_of, token_key
+from sl_queue.launch.privacy import responded, token_key
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import differing_id_types
-from sl_queue.protocol.table import Table
 from sl_queue.storage.secret_file import read_secret
 
 SPELLED_OUT_STEPS = 3
@@ -38,8 +39,10 @@ def check_job(job_file: Path, party_files: Sequence[Path], broker: str | None, s
 
 def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
     """Check everything that takes a job; `unread` party files could not be read."""
-    readable = [file for file in files if check.attempt(lambda file=file: _belongs(job, file))]  # type: ignore[misc]
-    parties = {file.party: party for file in readable if (party := _read(check, job, file))}
+    importer = Importer()
+    resolved = [(file, check.attempt(lambda file=file: resolve(job, file, importer))) for file in files]  # type: ignore[misc]
+    readable = [(file, spec) for file, spec in resolved if spec is not None]
+    parties = {file.party: party for file, spec in readable if (party := _read(check, job, file, spec))}
     aligned = _compare_rows(check, parties)
     table = next(iter(parties.values())).table if parties else None
     batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.hashes))
@@ -47,13 +50,14 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
         tried = dry_run(check, job, parties, batches)
         if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
             check.attempt(lambda: compare_with_joined(check, job, parties, batches, tried.seconds))
-        if aligned and check.exit_code == 0 and job.label_holder in parties:
+        defended = [spec.privacy.defends_labels for _, spec in readable if spec.role == "label"]
+        if aligned and check.exit_code == 0 and job.label_holder in parties and not any(defended):
             for warning in check.attempt(lambda: exposure(job, parties, batches)) or ():
                 check.warn(f"{job.label_holder}: {warning}")
         message_sizes(check, job, tried.payloads, batches)
     _say_who_is_missing(check, job, parties, files, unread)
     _say_what_is_not_joined(check, job)
-    _say_what_is_defended(check, files)
+    _say_what_is_defended(check, [spec for _, spec in readable])
     _spell_out(check, job, batches)
     brokers(check, job, files, broker)
 
@@ -72,33 +76,25 @@ def _say_who_is_missing(
         check.note(f"not looked at: {', '.join(missing)} ({why})")
 
 
-def _belongs(job: Job, file: PartyFile) -> bool:
-    file.check(job)
-    return True
-
-
-def _read(check: Check, job: Job, file: PartyFile) -> Readable | None:
-    file_with_secret = check.attempt(lambda: _with_secret(job, file))
-    table = None if file_with_secret is None else check.attempt(lambda: _table(job, file_with_secret))
-    if table is None or file_with_secret is None:
+def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec) -> Readable | None:
+    with_secret = check.attempt(lambda: _with_secret(job, file, spec))
+    if with_secret is None:
+        return None
+    table = check.attempt(lambda: responded(with_secret, read_table(spec.table, token_key(with_secret))))
+    if table is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
     check.ok(f"{file.party}: {table.n_rows} rows, ids are {table.id_type}, {features}{labels}")
     for note in table.notes:
         check.note(f"{file.party}: {note}")
-    return Readable(file_with_secret, table)
+    return Readable(with_secret.compute, table)
 
 
-def _table(job: Job, file: PartyFile) -> Table:
-    """Read the rows as they are trained on, with responses for labels if the file says so."""
-    return responded(job, file, read_table(job, file, token_key(job, file)))
-
-
-def _with_secret(job: Job, file: PartyFile) -> PartyFile:
-    """Return the file with the secret that it names, if it names one."""
+def _with_secret(job: Job, file: PartyFile, spec: PartySpec) -> PartySpec:
+    """Return the party with the secret that its file names, if it names one."""
     path = file.privacy.secret
-    return file.with_secret(read_secret(path)) if isinstance(path, Path) and job.rules != BY_POSITION else file
+    return spec.with_secret(read_secret(path)) if isinstance(path, Path) and job.rules != BY_POSITION else spec
 
 
 def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
@@ -128,13 +124,13 @@ def _say_what_is_not_joined(check: Check, job: Job) -> None:
         )
 
 
-def _say_what_is_defended(check: Check, files: Iterable[PartyFile]) -> None:
+def _say_what_is_defended(check: Check, specs: Iterable[PartySpec]) -> None:
     """Tell which defences change what is sent, and with it what is trained; they are no part of the comparison."""
-    for file in files:
-        changes = [key.removeprefix("privacy.") for key in settings_of(file.privacy).fingerprint if "labels" not in key]
+    for spec in specs:
+        changes = [key.removeprefix("privacy.") for key in spec.privacy.fingerprint if "labels" not in key]
         if changes:
             check.note(
-                f"{file.party}: [privacy] {', '.join(changes)} change what is sent; the final weights are not those of "
+                f"{spec.party}: [privacy] {', '.join(changes)} change what is sent; the final weights are not those of "
                 "joined training, and a comparison above is without them"
             )
 

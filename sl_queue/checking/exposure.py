@@ -10,7 +10,7 @@ from sl_queue.compute.stand_ins import stand_in
 from sl_queue.config.job import Job
 from sl_queue.cut.guard import Guard
 from sl_queue.cut.rows import CutRows
-from sl_queue.launch.privacy import class_numbers, defends_labels
+from sl_queue.launch.privacy import class_numbers
 from sl_queue.privacy.first_look import FirstLook, Reading
 from sl_queue.privacy.guards import RowIndex
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -20,20 +20,20 @@ LONGEST_S = 10.0  # that is spent on rows
 
 
 def exposure(job: Job, parties: Mapping[str, Readable], batches: Batches) -> list[str]:
-    """Return a warning for each party that can read the labels, in its first steps; none if they are defended.
+    """Return a warning for each party that can read the labels, in its first steps.
 
     Nothing of it is kept. Parties whose files are not at hand get random numbers for activations.
     """
     label = parties[job.label_holder]
     classes = class_numbers(label.table)
-    if classes is None or defends_labels(label.file):
+    if classes is None:
         return []
     readings: list[Reading] = []
     look = FirstLook.of(classes, RowIndex.of(label.table.row_keys), batches.rows_in_epoch, readings.append)
     guards = dict.fromkeys(job.feature_parties, Guard(leaving=look))
-    fuse = fuse_stage(job, label.file, label.table, batches, None, guards)
+    fuse = fuse_stage(label.compute, label.table, batches, None, guards)
     here = {party: parties[party] for party in job.feature_parties if party in parties}
-    bases = {name: base_stage(job, party.file, party.table, batches) for name, party in here.items()}
+    bases = {name: base_stage(party.compute, party.table, batches) for name, party in here.items()}
     began = time.monotonic()
     for micro_batch in _first_epoch(batches):
         sent = {party: _activation(job, bases, party, label, batches, micro_batch) for party in job.feature_parties}

@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sl_queue.config.schema import Declared, shown
+from sl_queue.config.schema import Schema, shown
+from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.fingerprints import SEED
 
 MAX_NORM = "max-norm"
 
 
-class LabelResponse(Declared):
+class LabelResponse(Schema):
     """Every label answered at random, once for each row."""
 
     epsilon: float = Field(
@@ -21,13 +22,13 @@ class LabelResponse(Declared):
     prior_ok: bool = Field(default=False, description="true to go on although most rows that say positive will not be")
 
 
-class GradientNoise(Declared):
+class GradientNoise(Schema):
     """Noise on gradients in all directions, drawn once for each row."""
 
     noise: float = Field(gt=0, description="a number above 0: times the largest gradient of a micro-batch")
 
 
-class ActivationNoise(Declared):
+class ActivationNoise(Schema):
     """Activations clipped row by row, and noise on them."""
 
     clip: float = Field(gt=0, description="a number above 0: the largest norm of a row's activation")
@@ -36,7 +37,7 @@ class ActivationNoise(Declared):
     )
 
 
-class PrivacyFile(Declared):
+class PrivacyFile(Schema):
     """What keeps this party's own numbers from the other parties."""
 
     secret: Any = Field(
@@ -107,3 +108,20 @@ def about_defences(privacy: PrivacyFile, *, holds_labels: bool, party: str, labe
     ):
         own = "labels = { epsilon = ... }" if holds_labels else "activations = { clip = ..., sigma = ... }"
         yield f"privacy.budget = {privacy.budget:g} counts epsilon, and nothing here has one; set {own}"
+
+
+def settings_of(file: PrivacyFile) -> Settings:
+    """Return what a file's [privacy] says, as values."""
+    gradients, activations = file.gradients, file.activations
+    return Settings(
+        labels=None if file.labels is None else file.labels.epsilon,
+        prior_ok=file.labels is not None and file.labels.prior_ok,
+        gradients=gradients.noise if isinstance(gradients, GradientNoise) else None,
+        max_norm=gradients == MAX_NORM,
+        clip=None if activations is None else activations.clip,
+        sigma=0.0 if activations is None else activations.sigma,
+        nopeek=file.nopeek,
+        meter=file.meter,
+        budget=file.budget,
+        delta=file.delta,
+    )

@@ -20,16 +20,25 @@ from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import PartySpec, resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
-from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, settings_of, token_key
+from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
 from sl_queue.launch.spending import Spending
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
+from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.log import to_log
+from sl_queue.observe.meter import Meter
+from sl_queue.privacy.guards import EpochMeter
+from sl_queue.protocol import events
+from sl_queue.protocol.events import Observer
 from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.protocol.measures import Measures
 from sl_queue.protocol.messages import Role
 from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
@@ -54,16 +63,17 @@ def run_party(
     state: Path | None,
     key: Path | None = None,
     metrics: str | None = None,
+    observe: Observer = to_log,
 ) -> None:
     """One data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
-    party_file.check(job)
-    if job.parties[party_file.party].role != role:
+    spec = resolve(job, party_file, Importer())
+    if spec.role != role:
         raise JobError(
-            f"party {party_file.party!r} has the role {job.parties[party_file.party].role!r} in the job, "
-            f"and this worker is for role {role!r}; start the other worker"
+            f"party {spec.party!r} has the role {spec.role!r} in the job, and this worker is for role {role!r}; "
+            "start the other worker"
         )
     url = party_file.broker_url(broker)
     require_network(url)
@@ -72,12 +82,12 @@ def run_party(
     folder = _state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    serve_party(job, party_file, connect, folder, Channels(), seal, metrics, private=private)
+    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
 
 
 def serve_party(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     connect: Connect,
     state: Path,
     open_channels: Channels,
@@ -87,34 +97,36 @@ def serve_party(
     *,
     private: bool = False,
     guards: Mapping[str, Guard] = MappingProxyType({}),
+    observe: Observer = to_log,
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
     """
-    party, incarnation = party_file.party, secrets.token_hex(8)
+    party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
         folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
         stack.callback(folder.close)
         if (done := folder.finished()) is not None and done.reported:
-            compare_finished(job, party_file, folder)
-            log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
+            compare_finished(job, spec, folder)
+            observe(events.Finished(party, done.step, str(state / "final"), already=True))
             return
         rules = rules_to_keep(job, party, folder.begun_with)
-        require_lasting_secret(party_file, state, private=private)
-        secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
-        party_file = party_file.with_secret(secret)
-        table = _table(job, party_file)
+        require_lasting_secret(spec, state, private=private)
+        secret = secret_to_keep(party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
+        spec = spec.with_secret(secret)
+        table = _table(spec)
         for note in table.notes:
             log.info("%s: %s", party, note)
-        defended = settings_of(party_file.privacy).fingerprint
-        folder.require({**fingerprint(job, party_file, table, rules, secret), **defended})
+        folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint})
         rows = (table.n_rows, table.digest, table.id_type)
-        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version())
+        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
         batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
         pipeline = job.pipeline_of(batches)
         bounds = bounds_of(job, party, pipeline)
+        meter = None if metrics is None else Meter()
+        observe = fan_out(observe) if meter is None else fan_out(observe, meter)
         channel = PartyChannel(
             connect(party, bounds.prefetch),
             party,
@@ -125,36 +137,43 @@ def serve_party(
             depth=pipeline.depth,
             seal=seal,
             bounds=bounds,
+            observe=observe,
         )
         journal = Journal(state / "history.jsonl")
-        parts = parts_of(job, party_file, table, batches)
+        parts = parts_of(spec, table, batches)
         guards = {**parts.guards, **guards}
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take, guards)
-        stage = worker.stage
-
-        def truly() -> Mapping[str, float | None]:
-            return stage.truly if isinstance(stage, TorchFuseStage) else {}
-
-        worker.meter, worker.spending = parts.meter, Spending.of(job, party_file, table, state, parts.meter, truly)
-        if metrics is not None:
-            stack.callback(_show(metrics, job, party, channel, worker).close)
+        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
+        worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
+        if metrics is not None and meter is not None:
+            stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
-        worker.serve(train)
-        log.info("%s: finished; final weights in %s", party, state / "final")
+        observe(events.Ready(party))
+        final = worker.serve(train)
+        observe(events.Finished(party, final.step, str(state / "final")))
 
 
-def _table(job: Job, party_file: PartyFile) -> Table:
+def _table(spec: PartySpec) -> Table:
     """Read the party's rows, with responses for labels if its file says so.
 
     A source in Python may draw random numbers, beside other parties of this process.
     """
-    key = token_key(job, party_file)
-    if getattr(party_file.data, "source", None) is None:
-        return responded(job, party_file, read_table(job, party_file, key))
-    with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
-        return responded(job, party_file, read_table(job, party_file, key))
+    if getattr(spec.table.data, "source", None) is None:
+        return responded(spec, read_table(spec.table, token_key(spec)))
+    with seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu")):
+        return responded(spec, read_table(spec.table, token_key(spec)))
+
+
+def _spending(
+    job: Job, spec: PartySpec, table: Table, state: Path, meter: EpochMeter | None, worker: Worker
+) -> Spending:
+    stage = worker.stage
+
+    def truly() -> Mapping[str, float | None]:
+        return stage.truly if isinstance(stage, TorchFuseStage) else {}
+
+    return Spending.of(job, spec, table, state, meter, truly)
 
 
 def own_version() -> str:
@@ -175,7 +194,7 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
 
 def _role(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     table: Table,
     pipeline: Pipeline,
     channel: PartyChannel,
@@ -183,36 +202,36 @@ def _role(
     journal: Journal,
     identity: Identity,
     take: Take,
+    observe: Observer,
     guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
-    if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches, take, guards)
+    if spec.role == "label":
+        fuse = fuse_stage(spec.compute, table, pipeline.batches, take, guards)
         _remark(fuse.own)
-        for found in advice(job, fuse):
-            log.warning("%s: %s", party_file.party, found.text)
-        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
-        return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
+        for found in advice(fuse, job.stops_on):
+            log.warning("%s: %s", spec.party, found.text)
+        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
+        return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker).train
     guard = guards.get(job.label_holder, UNGUARDED)
-    base = base_stage(job, party_file, table, pipeline.batches, take, guard)
+    base = base_stage(spec.compute, table, pipeline.batches, take, guard)
     _remark(base)
-    worker = Worker(identity, channel, base, folder, pipeline)
+    worker = Worker(identity, channel, base, folder, pipeline, observe=observe)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
 
-def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
+def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """Raise CheckpointError if a run that has finished was trained on another table, or with other models.
 
     What is no longer there to compare, in a container whose data has gone for instance, is a line in the log.
     """
     try:
-        rules = rules_to_keep(job, party_file.party, folder.begun_with)
-        chosen, defended = party_file.privacy.secret, settings_of(party_file.privacy).fingerprint
-        if isinstance(chosen, Path):
-            party_file = party_file.with_secret(read_secret(chosen))
-        folder.require({**fingerprint(job, party_file, _table(job, party_file), rules), **defended})
+        rules = rules_to_keep(job, spec.party, folder.begun_with)
+        if isinstance(spec.chosen_secret, Path):
+            spec = spec.with_secret(read_secret(spec.chosen_secret))
+        folder.require({**fingerprint(spec.compute, _table(spec), rules), **spec.privacy.fingerprint})
     except JobError as error:
-        log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
+        log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 
 
 def _remark(stage: TorchBaseStage | None) -> None:
@@ -227,7 +246,7 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> "HttpServer":
+def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter) -> "HttpServer":
     from sl_queue.observe.prometheus import (  # only who is observed loads the library
         PartyCollector,
         Training,
@@ -238,8 +257,10 @@ def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Wor
     def training() -> Training:
         return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)
 
-    def vitals() -> Vitals:
-        measures = channel.measures
-        return Vitals(measures.pulse_age_s, measures.broker)
+    def measures() -> Measures:
+        return meter.read(channel.counts, channel.silent_s, channel.pulse_age_s, channel.connectivity)
 
-    return serve(address, PartyCollector(job.name, party, lambda: channel.measures, training), vitals)
+    def vitals() -> Vitals:
+        return Vitals(channel.pulse_age_s, channel.connectivity)
+
+    return serve(address, PartyCollector(job.name, party, measures, training), vitals)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.privacy import MAX_NORM, GradientNoise, PrivacyFile
+from sl_queue.config.resolve import PartySpec
 from sl_queue.cut.guard import Guard, Tap
 from sl_queue.errors import JobError
 from sl_queue.privacy.draws import key_for, seed_secret
@@ -24,7 +23,6 @@ from sl_queue.privacy.guards import (
     RowIndex,
 )
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
-from sl_queue.privacy.report import Settings
 from sl_queue.privacy.response import Labels, Response, classes_of, epsilon_for, rarest, respond
 from sl_queue.protocol.fingerprints import SEED
 from sl_queue.protocol.schedule.row_order import Batches
@@ -33,26 +31,9 @@ from sl_queue.protocol.table import Table
 log = logging.getLogger("sl_queue")
 
 
-def settings_of(file: PrivacyFile) -> Settings:
-    """Return what a file's [privacy] says, as values."""
-    gradients, activations = file.gradients, file.activations
-    return Settings(
-        labels=None if file.labels is None else file.labels.epsilon,
-        prior_ok=file.labels is not None and file.labels.prior_ok,
-        gradients=gradients.noise if isinstance(gradients, GradientNoise) else None,
-        max_norm=gradients == MAX_NORM,
-        clip=None if activations is None else activations.clip,
-        sigma=0.0 if activations is None else activations.sigma,
-        nopeek=file.nopeek,
-        meter=file.meter,
-        budget=file.budget,
-        delta=file.delta,
-    )
-
-
-def require_lasting_secret(party_file: PartyFile, state: Path, *, private: bool) -> None:
+def require_lasting_secret(spec: PartySpec, state: Path, *, private: bool) -> None:
     """Raise JobError if a `private` worker's defences would draw again after its state folder is gone."""
-    settings, chosen, party = settings_of(party_file.privacy), party_file.privacy.secret, party_file.party
+    settings, chosen, party = spec.privacy, spec.chosen_secret, spec.party
     if not private or not settings.draws or chosen == SEED:
         return
     inside = isinstance(chosen, Path) and state.resolve() in chosen.resolve().parents
@@ -65,14 +46,14 @@ def require_lasting_secret(party_file: PartyFile, state: Path, *, private: bool)
         )
 
 
-def token_key(job: Job, party_file: PartyFile) -> bytes | None:
+def token_key(spec: PartySpec) -> bytes | None:
     """Return what keys the tokens of the party's rows; None if nothing is drawn for a row."""
-    return key_for(_base(job, party_file), party_file.party, "rows") if defends_labels(party_file) else None
+    return key_for(_base(spec), spec.party, "rows") if spec.privacy.defends_labels else None
 
 
-def responded(job: Job, party_file: PartyFile, table: Table) -> Table:
+def responded(spec: PartySpec, table: Table) -> Table:
     """Return the table with responses for labels, if the file says so. Raises JobError if there can be none."""
-    settings, party = settings_of(party_file.privacy), party_file.party
+    settings, party = spec.privacy, spec.party
     if settings.labels is None or table.labels is None:
         return table
     assert table.tokens is not None
@@ -94,13 +75,13 @@ def responded(job: Job, party_file: PartyFile, table: Table) -> Table:
         raise JobError(f"{told}, or accept it with prior_ok = true")
     if rare.doubtful:
         log.warning("%s for most of them to be", told)
-    given = respond(table.labels, response, table.tokens, _base(job, party_file), party)
+    given = respond(table.labels, response, table.tokens, _base(spec), party)
     return replace(table, labels=given, truth=table.labels)
 
 
-def response_of(party_file: PartyFile, table: Table) -> Response | None:
+def response_of(spec: PartySpec, table: Table) -> Response | None:
     """Return the response that a table's labels went through, for prediction to undo it; None if there was none."""
-    epsilon = settings_of(party_file.privacy).labels
+    epsilon = spec.privacy.labels
     classes = None if table.truth is None else classes_of(table.truth)
     return None if epsilon is None or classes is None else Response(epsilon, classes)
 
@@ -113,27 +94,29 @@ class Parts:
     meter: EpochMeter | None = None
 
 
-def parts_of(job: Job, party_file: PartyFile, table: Table, batches: Batches) -> Parts:
+def parts_of(spec: PartySpec, table: Table, batches: Batches) -> Parts:
     """Make the guards and the meter that a party's [privacy] asks for."""
-    holds_labels = party_file.party == job.label_holder
-    make = _parts_of_label_holder if holds_labels else _parts_of_feature_party
-    return make(job, party_file, table, batches, _base(job, party_file))
+    make = _parts_of_label_holder if spec.role == "label" else _parts_of_feature_party
+    return make(spec, table, batches, _base(spec))
 
 
-def _parts_of_feature_party(job: Job, party_file: PartyFile, table: Table, batches: Batches, base: bytes) -> Parts:
-    settings, party, tap, meter = settings_of(party_file.privacy), party_file.party, None, None
+def _parts_of_feature_party(spec: PartySpec, table: Table, batches: Batches, base: bytes) -> Parts:
+    settings, party, tap, meter = spec.privacy, spec.party, None, None
     if settings.meter and table.features is not None:
         columns = ActivationMeter(table.features, batches.training_positions, key_for(base, party, "meter"))
-        tap, meter = ActivationTap(columns, RowIndex.of(table.row_keys)), EpochMeter(columns, job.label_holder)
+        tap, meter = (
+            ActivationTap(columns, RowIndex.of(table.row_keys)),
+            EpochMeter(columns, spec.peers[0]),
+        )
     defence = None if settings.clip is None else ActivationDefence(settings.clip, settings.sigma, base)
     returning = Returning(settings.clip, settings.nopeek) if settings.clip is not None or settings.nopeek else None
     if defence is None and tap is None and returning is None:
         return Parts({})
-    return Parts({job.label_holder: Guard(defence, tap, None, returning)}, meter)
+    return Parts({spec.peers[0]: Guard(defence, tap, None, returning)}, meter)
 
 
-def _parts_of_label_holder(job: Job, party_file: PartyFile, table: Table, batches: Batches, base: bytes) -> Parts:
-    settings, party, tap, meter, defence = settings_of(party_file.privacy), party_file.party, None, None, None
+def _parts_of_label_holder(spec: PartySpec, table: Table, batches: Batches, base: bytes) -> Parts:
+    settings, party, tap, meter, defence = spec.privacy, spec.party, None, None, None
     index = RowIndex.of(table.row_keys)
     classes = class_numbers(table)
     if settings.meter and classes is not None:
@@ -146,23 +129,17 @@ def _parts_of_label_holder(job: Job, party_file: PartyFile, table: Table, batche
         assert table.tokens is not None
         defence = GradientDefence(settings.gradients, index, table.tokens, base)
     leaving: Tap | None = tap
-    if not defends_labels(party_file) and classes is not None:
+    if not spec.privacy.defends_labels and classes is not None:
         look = FirstLook.of(classes, index, batches.rows_in_epoch, _warner(party))
         leaving = look if tap is None else Both(tap, look)
     if leaving is None and defence is None:
         return Parts({})
-    return Parts(dict.fromkeys(job.feature_parties, Guard(defence, leaving, tap)), meter)
+    return Parts(dict.fromkeys(spec.peers, Guard(defence, leaving, tap)), meter)
 
 
 def _warner(party: str) -> Callable[[Reading], None]:
     """Return what says that labels can be read."""
     return lambda reading: log.warning("%s: %s", party, reading.told())
-
-
-def defends_labels(party_file: PartyFile) -> bool:
-    """Return True if anything stands between the labels and the gradients that are sent."""
-    settings = settings_of(party_file.privacy)
-    return settings.labels is not None or settings.gradients is not None or settings.max_norm
 
 
 def class_numbers(table: Table) -> npt.NDArray[np.int64] | None:
@@ -177,6 +154,6 @@ def numbered(labels: Labels, among: Labels) -> npt.NDArray[np.int64]:
     return np.searchsorted(classes, labels.reshape(-1).astype(np.float64)).astype(np.int64)
 
 
-def _base(job: Job, party_file: PartyFile) -> bytes:
+def _base(spec: PartySpec) -> bytes:
     """What keys all of a party's defences: its secret, or what anyone can compute of the job."""
-    return party_file.secret or seed_secret(job.seed, party_file.party)
+    return spec.compute.secret or seed_secret(spec.compute.layers.seed, spec.party)

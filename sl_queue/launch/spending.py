@@ -8,13 +8,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.job import Job
+from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import JobError
-from sl_queue.launch.privacy import response_of, settings_of
+from sl_queue.launch.privacy import response_of
 from sl_queue.privacy.guards import EpochMeter
 from sl_queue.privacy.releases import epochs_within, worth_of_activations, worth_of_labels
-from sl_queue.privacy.report import Settings, report_of_columns, report_of_labels
+from sl_queue.privacy.report import report_of_columns, report_of_labels
 from sl_queue.privacy.response import Response
+from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.fingerprints import SEED
 from sl_queue.protocol.releases import Release
 from sl_queue.protocol.table import Table
@@ -47,17 +49,17 @@ class Spending:
     def of(
         cls,
         job: Job,
-        party_file: PartyFile,
+        spec: PartySpec,
         table: Table,
         state: Path,
         meter: EpochMeter | None,
         truly: Callable[[], Mapping[str, float | None]],
     ) -> "Spending":
         """Make it of what lies in a state folder, and beside the secret if that is a file."""
-        chosen = party_file.privacy.secret
+        chosen = spec.chosen_secret
         ledger = Ledger(state, chosen if isinstance(chosen, Path) else None)
-        about = (job, party_file.party, settings_of(party_file.privacy), ledger, state / "final")
-        return cls(*about, _digest(party_file.secret), response_of(party_file, table), meter, truly)
+        about = (job, spec.party, spec.privacy, ledger, state / "final")
+        return cls(*about, _digest(spec.compute.secret), response_of(spec, table), meter, truly)
 
     def begin(self, run: str, generation: int, epoch: int) -> None:
         """Enter what an epoch releases, on disk. Raises JobError if that would pass the budget."""

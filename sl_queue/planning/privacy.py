@@ -16,6 +16,8 @@ import numpy as np
 
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.privacy import PrivacyFile
+from sl_queue.config.resolve import table_spec
+from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError, JobError, SlQueueError
 from sl_queue.launch.privacy import class_numbers
@@ -99,12 +101,12 @@ def trial_of(job: Job, files: Sequence[PartyFile]) -> Trial:
     shapes = [job.cut(party) or () for party in job.feature_parties]
     wire = job.on_the_wire
     size = sum(2 * wire.bytes_of("float32", (1, *shape)) for shape in shapes if prod(shape))
-    return Trial(short, files, metric, size, _raw(short, files))
+    return Trial(short, files, metric, size, _raw(short, files, Importer()))
 
 
-def _raw(job: Job, files: Sequence[PartyFile]) -> dict[str, float]:
+def _raw(job: Job, files: Sequence[PartyFile], importer: Importer) -> dict[str, float]:
     """Return what each party's own columns say of the labels, with forty labels known: nothing defends that."""
-    tables = {file.party: read_table(job, file) for file in files}
+    tables = {file.party: read_table(table_spec(job, file, importer)) for file in files}
     holder = tables[job.label_holder]
     if len({(table.digest, table.id_type) for table in tables.values()}) > 1:
         raise AlignmentError("the parties' ids differ; `sl-queue check` with the same files says how")

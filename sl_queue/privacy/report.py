@@ -1,10 +1,10 @@
 """`final/privacy.json`: what a run has defended, against whom, how well, and what it has not. A lawyer can read it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sl_queue.privacy.releases import Worth, worth_of_activations, worth_of_labels
+from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.releases import Release
 
 METRICS = "the metrics and losses in the history, as far as they are numbers over many rows"
@@ -12,35 +12,6 @@ METER = "the meter's own numbers in the history, which are made from true labels
 MEMBERS = "who is in the run: the ids that all parties hold"
 WEIGHTS = "what the base model learns of a row and shows in the activations of other rows"
 COLUMNS = "what a party's own columns say of the labels without any training"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a party's [privacy] says, as values."""
-
-    labels: float | None = None  # epsilon
-    prior_ok: bool = False
-    gradients: float | None = None  # the level of noise in all directions
-    max_norm: bool = False
-    clip: float | None = None
-    sigma: float = 0.0
-    nopeek: float = 0.0
-    meter: bool = False
-    budget: float | None = None
-    delta: float = 1e-6
-
-    @property
-    def draws(self) -> bool:
-        """True if a defence draws, so that a secret must key it."""
-        return self.labels is not None or self.gradients is not None or self.max_norm or self.sigma > 0
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What changes the bits of a run, flat; empty without defences."""
-        gradients = "max-norm" if self.max_norm else self.gradients
-        clip = None if self.clip is None else f"clip {self.clip!r}, sigma {self.sigma!r}"
-        found = {"labels": self.labels, "gradients": gradients, "activations": clip, "nopeek": self.nopeek or None}
-        return {f"privacy.{name}": value for name, value in found.items() if value is not None}
 
 
 def report_of_labels(

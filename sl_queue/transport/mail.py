@@ -15,6 +15,7 @@ from typing import Protocol
 from sl_queue.errors import RemoteProtocolError, SlQueueError
 from sl_queue.protocol.codec import AnotherVersion, Terms, Unreadable, decode, encode
 from sl_queue.protocol.control import Message, addressee_of, subject_of
+from sl_queue.protocol.events import Observer, Received, Sent, ignore
 from sl_queue.protocol.measures import Connectivity
 from sl_queue.protocol.messages import Header
 from sl_queue.security.replays import ReplayFilter
@@ -86,11 +87,13 @@ class Mail:
         largest: Mapping[str, int] | None = None,
         seal: Seal | None = None,
         fresh_only: bool = False,
+        observe: Observer = ignore,
     ) -> None:
         self._link, self._terms, self._incarnation, self._patience_s = link, terms, incarnation, patience_s
         self._seal, self._fresh_only, self._replays = seal, fresh_only, ReplayFilter(seal)
         self._largest = {sender: size + OVERHEAD_BYTES for sender, size in (largest or {}).items()}
-        self._refusals, self._versions = Refusals(role, patience_s), Versions(patience_s)
+        self._role, self._observe = role, observe
+        self._refusals, self._versions = Refusals(role, patience_s, observe), Versions(patience_s)
         self._lock = threading.Lock()  # of the replay filter
         self._reader: Reader
 
@@ -112,15 +115,15 @@ class Mail:
 
     # What goes out ----------------------------------------------------------------------------------------------
 
-    def send(self, receiver: str, header: Header, message: Message, *, lasting: bool) -> int:
-        """Publish a report or command and return its size; one that is not `lasting` is forgotten after a patience.
+    def send(self, receiver: str, header: Header, message: Message, *, lasting: bool) -> None:
+        """Publish a report or command; one that is not `lasting` is forgotten after a patience.
 
         What lasts is kept by the broker even when it restarts.
         """
         body = self.sealed(receiver, header, message)
         expires_s = None if lasting else self._patience_s
+        self._observe(Sent(self._role, receiver, header.kind, len(body)))
         self._link.publish(receiver, header.kind, header.run, body, persistent=lasting, expires_s=expires_s)
-        return len(body)
 
     def sealed(self, receiver: str, header: Header, message: Message) -> bytes:
         """Return the bytes of a message as they travel."""
@@ -130,6 +133,7 @@ class Mail:
     # What comes in ----------------------------------------------------------------------------------------------
 
     def _on_delivery(self, delivery: Delivery) -> None:
+        self._observe(Received(self._role, delivery.sender, len(delivery.body), delivery.redelivered))
         try:
             letter, opened = self._read(delivery)
         except RemoteProtocolError as error:

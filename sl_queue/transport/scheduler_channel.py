@@ -14,6 +14,7 @@ from dataclasses import replace
 from sl_queue.errors import SlQueueError
 from sl_queue.protocol.codec import MAX_CONTROL_BYTES, Terms
 from sl_queue.protocol.control import Alive, Command, Report, Status, kind_of
+from sl_queue.protocol.events import Observer, ignore
 from sl_queue.protocol.measures import Connectivity
 from sl_queue.protocol.messages import SCHEDULER, Header, MicroBatch
 from sl_queue.protocol.topology import Topology
@@ -31,7 +32,14 @@ class LinkSchedulerChannel:
     """ports.SchedulerChannel over a link; `seal` keeps messages from the broker."""
 
     def __init__(
-        self, link: Link, topology: Topology, incarnation: str, *, patience_s: float, seal: Seal | None = None
+        self,
+        link: Link,
+        topology: Topology,
+        incarnation: str,
+        *,
+        patience_s: float,
+        seal: Seal | None = None,
+        observe: Observer = ignore,
     ) -> None:
         self._link, self._parties, self._incarnation = link, topology.parties, incarnation
         senders = topology.senders_to(SCHEDULER)
@@ -45,6 +53,7 @@ class LinkSchedulerChannel:
             largest=dict.fromkeys(senders, REPORT_BYTES),
             seal=seal,
             fresh_only=True,
+            observe=observe,
         )
         self._changed = threading.Condition()
         self._inbox: deque[tuple[str, Report, bool, Tag]] = deque()

@@ -12,6 +12,8 @@ from torch import nn
 
 import sl_queue
 from sl_queue.config.party import PartyFile
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.launch.privacy import require_lasting_secret, responded, token_key
@@ -140,9 +142,9 @@ def test_defences_change_what_is_trained_and_evaluation_is_defended_too(tmp_path
 
 
 def given_labels(party_file: PartyFile, secret: bytes) -> np.ndarray:
-    """The labels that a run trains on."""
-    party_file = party_file.with_secret(secret)
-    table = responded(job(), party_file, read_table(job(), party_file, token_key(job(), party_file)))
+    """Return the labels that a run trains on."""
+    spec = resolve(job(), party_file, Importer()).with_secret(secret)
+    table = responded(spec, read_table(spec.table, token_key(spec)))
     assert table.labels is not None
     assert table.truth is not None
     return table.labels
@@ -232,7 +234,10 @@ def test_a_deployed_party_that_draws_for_rows_needs_a_secret_that_outlives_its_f
     tmp_path: Path, defence: dict[str, Any]
 ) -> None:
     def require(**more: Any) -> None:
-        require_lasting_secret(files(defence | more, {})[-1], tmp_path / "state", private=True)
+        required(files(defence | more, {})[-1], private=True)
+
+    def required(party_file: PartyFile, *, private: bool) -> None:
+        require_lasting_secret(resolve(job(), party_file, Importer()), tmp_path / "state", private=private)
 
     with pytest.raises(JobError, match=r"party 'shop': .* not named.*sl-queue key --private --out shop\.secret"):
         require()
@@ -240,8 +245,8 @@ def test_a_deployed_party_that_draws_for_rows_needs_a_secret_that_outlives_its_f
         require(secret=tmp_path / "state" / "secret")
     require(secret=tmp_path / "secret")
     require(secret="seed")  # of which a warning says that it is public
-    require_lasting_secret(files(defence, {})[-1], tmp_path / "state", private=False)
-    require_lasting_secret(files({"meter": True}, {})[-1], tmp_path / "state", private=True)
+    required(files(defence, {})[-1], private=False)
+    required(files({"meter": True}, {})[-1], private=True)
 
 
 # The ledger and the budget --------------------------------------------------------------------------------------

@@ -182,10 +182,10 @@ def history_line(result: EpochResult) -> dict[str, Any]:
     }
 
 
-def epoch_text(line: Mapping[str, Any], epochs: int) -> str:
-    """The same as people read it."""
-    held_out = "".join(f"  held-out {name} {number_text(value)}" for name, value in (line["holdout"] or {}).items())
-    return f"epoch {line['epoch'] + 1}/{epochs}  loss {number_text(line['loss'])}{held_out}"
+def epoch_text(epoch: int, epochs: int, loss: float, holdout: Mapping[str, float | None] | None) -> str:
+    """Write an epoch as people read it."""
+    held_out = "".join(f"  held-out {name} {number_text(value)}" for name, value in (holdout or {}).items())
+    return f"epoch {epoch + 1}/{epochs}  loss {number_text(loss)}{held_out}"
 
 
 def result_of(line: Mapping[str, Any]) -> EpochResult:
