@@ -99,7 +99,16 @@ class TorchBaseStage:
         flight = self._in_flight.pop(micro_batch)
         tensor = self.cut.arrive(gradient, micro_batch, flight.rows)
         if tensor is not None:
-            self.differentiate(micro_batch, flight, tensor)
+            self.differentiate(micro_batch, flight, self._returned(micro_batch, flight, tensor))
+
+    def _returned(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> Tensor:
+        """The gradient of the model's own output, of which a defence may have sent another one."""
+        returning = self.cut.guard.returning
+        if returning is None:
+            return gradient
+        inputs = self.inputs(self.batches.rows(micro_batch))
+        share = len(flight.rows) / self.batches.rows_in_step(micro_batch.step)
+        return returning.apply(gradient, flight.activation, inputs, share)
 
     def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> None:
         """Do the backward pass of an activation; random draws in it are keyed by the micro-batch."""

@@ -19,12 +19,12 @@ from pydantic import (
 
 from sl_queue.compute.spec import NAMED_LOSSES
 from sl_queue.config.environment import BROKER
+from sl_queue.config.privacy import PrivacyFile
 from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, redacted, shown
 from sl_queue.config.user_code import NAME
 from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.broker_url import fault
-from sl_queue.protocol.fingerprints import SEED
 from sl_queue.protocol.text import nearest
 from sl_queue.security.private_file import read_secret
 
@@ -145,26 +145,6 @@ class SecurityFile(Schema):
     key: _Path = Field(description="the name of a file: this party's private key, as `sl-queue key` makes it")
 
 
-class PrivacyFile(Schema):
-    """Protection of this party's own numbers from the other parties."""
-
-    secret: Any = Field(
-        default=None,
-        repr=False,
-        description='the name of a file with 32 secret bytes, or "seed": keys this party\'s '
-        "random draws; without it, a new secret",
-    )
-
-    @field_validator("secret")
-    @classmethod
-    def _is_a_place(cls, value: Any, info: ValidationInfo) -> Path | str | None:
-        if value is None or value == SEED:
-            return None if value is None else SEED
-        if isinstance(value, str | Path) and str(value):
-            return _from_folder(Path(value), info)
-        raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
-
-
 class PartyFile(Schema):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
@@ -184,7 +164,7 @@ class PartyFile(Schema):
     )
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
-    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")
+    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret and defences")
 
     _folder: Path | None = PrivateAttr(None)
 

@@ -11,9 +11,11 @@ from typing import Literal, Self
 from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec
 from sl_queue.config.job import Job
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
+from sl_queue.config.privacy import about_defences, settings_of
 from sl_queue.config.user_code import Importer
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
+from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.text import nearest
 
 
@@ -26,6 +28,7 @@ class PartySpec:
     peers: tuple[str, ...]  # whom it exchanges tensors with
     table: TableSpec
     compute: ComputeSpec
+    privacy: Settings
     chosen_secret: Path | str | None  # what keys its draws, as its file says: a file, "seed", or nothing chosen
 
     def with_secret(self, secret: bytes) -> Self:
@@ -39,7 +42,15 @@ def resolve(job: Job, party_file: PartyFile, importer: Importer) -> PartySpec:
     party = party_file.party
     peers = job.feature_parties if party == job.label_holder else (job.label_holder,)
     table, compute = table_spec(job, party_file, importer), compute_spec(job, party_file, importer)
-    return PartySpec(party, job.parties[party].role, peers, table, compute, party_file.privacy.secret)
+    return PartySpec(
+        party,
+        job.parties[party].role,
+        peers,
+        table,
+        compute,
+        settings_of(party_file.privacy),
+        party_file.privacy.secret,
+    )
 
 
 def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec:
@@ -110,7 +121,9 @@ def agree(job: Job, party_file: PartyFile) -> None:
             f"its parties are {', '.join(known)}"
         )
     about_labels = _about_labels if party == job.label_holder else _about_no_labels
-    problems = [*_about_base(party_file, job), *about_labels(party_file, job)]
+    holder = job.label_holder
+    defences = about_defences(party_file.privacy, holds_labels=party == holder, party=party, label_holder=holder)
+    problems = [*_about_base(party_file, job), *about_labels(party_file, job), *defences]
     if problems:
         raise JobError("\n  ".join(f"party {party!r}: {problem}" for problem in problems))
 

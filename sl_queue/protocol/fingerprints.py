@@ -14,7 +14,9 @@ BY_POSITION = 1  # as the first version did: draws keyed by the job's seed alone
 SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names
-_FIRST = re.compile(r"torch|threads|device|fuse\.loss|(base|fuse)\.(model|(args|optimizer)\..+)")  # in every version
+_FIRST = re.compile(
+    r"torch|threads|device|fuse\.loss|privacy\..+|(base|fuse)\.(model|(args|optimizer)\..+)"
+)  # in every version
 _OF_THE_MACHINE = re.compile(
     r"torch|threads|device|secret|autocast|default_dtype|float32_matmul_precision|(base|fuse)(\.loss)?\.packages"
 )
