@@ -160,7 +160,7 @@ class TorchBaseStage:
 
     def weights(self) -> Weights:
         """The base model's own state_dict."""
-        return {"base": self.model.weights()}
+        return self.model.weights()
 
     def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
         """None for the live weights when all earlier updates are in them, else the copy of this version."""
@@ -227,7 +227,7 @@ def _stage(
         features = offers(party_file, table, dtype)[choice].features
         return gathered(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
-    model = Model.build(job, party_file, "base", sample, take)
+    model = Model.build(job, party_file, "base", sample, take, batches.steps)
     offer = offers(party_file, table, model.dtype)[choice]
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)

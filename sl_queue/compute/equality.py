@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
+from sl_queue.compute.model import LAST
 from sl_queue.compute.reference import Joined, train_joined
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.tensors import from_payload
@@ -75,6 +76,7 @@ def split_weights(
         _of(party) if part == "base" else part: {name: from_payload(payload) for name, payload in weights.items()}
         for party, stage in stages.items()
         for part, weights in stage.weights().items()
+        if not part.endswith(LAST)
     }
 
 

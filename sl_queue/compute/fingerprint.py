@@ -127,8 +127,17 @@ def _hash(body: bytes | memoryview) -> str:
 
 def _of_part(part: Literal["base", "fuse"], table: BaseFile, folder: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {f"{part}.model": named(table.model)}
-    for group in ("args", "optimizer"):
-        found |= {f"{part}.{group}.{k}": _plain(v, folder) for k, v in dict(getattr(table, group) or {}).items()}
+    for group in ("args", "optimizer", "schedule"):
+        value = getattr(table, group)
+        if isinstance(value, Mapping):
+            found |= {f"{part}.{group}.{k}": _plain(v, folder) for k, v in value.items()}
+        elif value is not None:
+            found |= {f"{part}.{group}": named(value)}
+            code = value if not isinstance(value, str) or ":" in value else None
+            found |= {} if code is None else _of_code(f"{part}.{group}", code, folder)
+    for key in ("groups", "clip_norm", "clip_value", "ema"):
+        if getattr(table, key):
+            found[f"{part}.{key}"] = _plain(getattr(table, key), folder)
     return found | _of_code(part, table.model, folder)
 
 

@@ -209,7 +209,7 @@ class TorchFuseStage:
 
     def weights(self) -> Weights:
         """The state_dict of the fuse model, and of the own base model if there is one."""
-        return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
+        return {**self.model.weights(), **({} if self.own is None else self.own.weights())}
 
     def _own_backward(self) -> None:
         """Do the backward pass of the own base model that was put off, if there is one."""
@@ -353,7 +353,7 @@ def fuse_stage(
         return aggregated(inputs, job.fuse.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
-    model = Model.build(job, party_file, "fuse", sample, take)
+    model = Model.build(job, party_file, "fuse", sample, take, batches.steps)
     output = model.try_out(sample(model.dtype, model.device), graph=True)
     if output.shape[:1] != (_TRIAL_ROWS,):
         raise ShapeError(

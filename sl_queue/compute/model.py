@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from sl_queue.compute.final_weights import settled
 from sl_queue.compute.fingerprint import named
+from sl_queue.compute.learning import Learning
 from sl_queue.compute.modules.demands import (
     leaves_beyond,
     leaves_of,
@@ -27,7 +28,7 @@ from sl_queue.compute.modules.handover import Copies, Take
 from sl_queue.compute.modules.saved_values import NotCarriedError
 from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
-from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from sl_queue.compute.optimizers import build_optimizer
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.config.job import BaseFile, FuseFile, Job, PartyFile, imported
 from sl_queue.cut.crossing import CROSSING
@@ -39,6 +40,7 @@ from sl_queue.protocol.messages import MicroBatch, Payload
 log = logging.getLogger("sl_queue")
 
 Part = Literal["base", "fuse"]
+LAST = "-last"  # of a file in `final/`: the weights of the last step, where those of the part itself are averages
 Inputs = Tensor | list[Tensor]
 Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
 
@@ -51,7 +53,7 @@ class Model:
     part: Part
     name: str  # as the party file names it: "bank:BaseModel"
     module: nn.Module
-    optimizer: Optimizer | None
+    learning: Learning | None  # None without parameters
     device: torch.device
     dtype: torch.dtype  # of its parameters: what floating inputs are cast to
     seed: int
@@ -60,10 +62,18 @@ class Model:
     known: bool = False  # whether all parameters were the optimizer's in the first step
     secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """What changes its parameters; None if it has none."""
+        return None if self.learning is None else self.learning.built.optimizer
+
     @classmethod
-    def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None) -> "Model":
+    def build(
+        cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None, steps: int = 1
+    ) -> "Model":
         """The model with its initial weights, the same wherever and however often it is built.
 
+        `steps` are those of the whole job, on which schedules depend.
         `take` says how to come by a module that is given in code; without it, as a copy.
         """
         table = _table(party_file, part)
@@ -72,7 +82,8 @@ class Model:
         where, name = f"party {party_file.party!r}: [{part}]", named(table.model)
         require_savable(module, f"{where} model = {name!r}")
         module.to(device)
-        optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
+        with seeded(key(job.seed, party_file.party, f"{part} optimizer"), device):
+            optimizer = build_optimizer(module, table.optimizer, f"{where} optimizer", table.groups, party_file.folder)
         if optimizer is not None and not module.training:
             log.warning(
                 "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics "
@@ -82,7 +93,10 @@ class Model:
             )
         begin_training(module)
         built = Built.of(module)
-        about = (party_file.party, part, name, module, optimizer, device, _dtype(module))
+        learning = None
+        if optimizer is not None:
+            learning = Learning.of(optimizer, module, part, table, steps, where, party_file.folder)
+        about = (party_file.party, part, name, module, learning, device, _dtype(module))
         return cls(*about, job.seed, built, secret=party_file.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
@@ -152,9 +166,16 @@ class Model:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, without gradients; afterwards every submodule is in the mode in which it was."""
-        with in_evaluation(self.module):
+        """Evaluation mode, without gradients, with the average of the weights where one is kept.
+
+        Afterwards every submodule is in the mode in which it was.
+        """
+        with in_evaluation(self.module), self.averaged():
             yield
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A scope in which the module has the weights to evaluate and to give away."""
+        return nullcontext() if self.learning is None else self.learning.averaged()
 
     def _require_known(self, reached: Iterable[Tensor] = ()) -> None:
         """Raise JobError if the module has parameters that the optimizer was not given, or `reached` others."""
@@ -181,12 +202,13 @@ class Model:
         if not self.known:
             self._require_known()
             self.known = True
-        if self.optimizer is not None:
-            quiet = steps_only_torch(self.optimizer)
+        if self.learning is not None:
+            optimizer = self.learning.built.optimizer
+            quiet = steps_only_torch(optimizer)
             scope = nullcontext() if quiet else self.drawing("update", MicroBatch(number, 0))
             with blame(f"party {self.party!r}: the optimizer of {self.name} failed"), scope:
-                self.optimizer.step()
-            for group in self.optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
+                self.learning.step(number)
+            for group in optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
                 for parameter in group["params"]:
                     parameter.grad = None
 
@@ -199,9 +221,9 @@ class Model:
         changes, lost = self.built.changes(self.module, f"{self.part}/")
         self._tell(lost)
         tensors = {f"{self.part}/module/{name}": self._payload(name, t) for name, t in _tensors(self.module)}
-        if self.optimizer is None:
+        if self.learning is None:
             return State({**tensors, **changes.tensors}, changes.values)
-        state = optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/")
+        state = self.learning.state()
         return State({**tensors, **changes.tensors, **state.tensors}, {**changes.values, **state.values})
 
     def load(self, state: State) -> None:
@@ -222,12 +244,22 @@ class Model:
         with torch.no_grad():
             for name, tensor in _tensors(self.module):
                 tensor.copy_(from_payload(saved[name]))
-        if self.optimizer is not None:
-            load_optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/", state)
-            self.optimizer.zero_grad(set_to_none=True)
+        if self.learning is not None:
+            self.learning.load(state)
+            self.learning.built.optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> dict[str, Payload]:
-        """The module's own state_dict."""
+    def weights(self) -> dict[str, dict[str, Payload]]:
+        """The module's own state_dict by the name of its part.
+
+        Where an average is kept, that is it, and the weights of the last step are there as the part's "-last".
+        """
+        with self.averaged():
+            found: dict[str, dict[str, Payload]] = {self.part: self._state_dict()}
+        if self.learning is not None and self.learning.average is not None:
+            found[f"{self.part}{LAST}"] = self._state_dict()
+        return found
+
+    def _state_dict(self) -> dict[str, Payload]:
         return {name: self._payload(name, tensor) for name, tensor in self.module.state_dict().items()}
 
     def _payload(self, name: str, tensor: Tensor) -> Payload:
@@ -291,7 +323,7 @@ def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
 
 
 def part_of(path: Path) -> Part:
-    return "fuse" if path.stem == "fuse" else "base"
+    return "fuse" if path.stem.removesuffix(LAST) == "fuse" else "base"
 
 
 def device_of(party_file: PartyFile) -> torch.device:

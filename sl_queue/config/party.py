@@ -19,6 +19,16 @@ from pydantic import (
     model_validator,
 )
 
+from sl_queue.config.learning import (
+    GROUPS,
+    OPTIMIZER,
+    SCHEDULE,
+    Decay,
+    GroupsSetting,
+    OptimizerSetting,
+    Positive,
+    ScheduleSetting,
+)
 from sl_queue.config.schema import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.config.security import read_secret
 from sl_queue.config.user_code import NAME
@@ -113,14 +123,22 @@ class BaseFile(Declared):
 
     model: _Model = Field(description="module:callable, returning a torch.nn.Module")
     args: dict[str, Any] = Field(default={}, description="a table of the model's arguments")
-    optimizer: dict[str, Any] = Field(default={}, description='a table like { name = "adam", lr = 1e-3 }')
+    optimizer: OptimizerSetting = Field(default={}, description=OPTIMIZER)
+    groups: GroupsSetting = Field(default=[], description=GROUPS)
+    schedule: ScheduleSetting = Field(default=None, description=SCHEDULE)
+    clip_norm: Positive | None = Field(default=None, description="a number above 0: the largest norm of a gradient")
+    clip_value: Positive | None = Field(default=None, description="a number above 0: the largest value of a gradient")
+    ema: Decay | None = Field(
+        default=None, description="a number between 0 and 1: by how much the average of the weights stays what it was"
+    )
 
-    @field_validator("optimizer")
-    @classmethod
-    def _has_a_name(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if value and not isinstance(value.get("name"), str):
-            raise ValueError('needs a name, that of a torch.optim class in lower case: { name = "adam", lr = 1e-3 }')
-        return value
+    @model_validator(mode="after")
+    def _learns_in_one_way(self) -> Self:
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("has both clip_norm and clip_value; take one of them out")
+        if self.groups and not isinstance(self.optimizer, dict):
+            raise ValueError("has groups, but an optimizer in code makes its own; take groups out")
+        return self
 
 
 class FuseFile(BaseFile):

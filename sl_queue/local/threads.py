@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sl_queue.compute.model import limit_threads
+from sl_queue.compute.model import LAST, limit_threads
 from sl_queue.compute.modules.handover import Loan, Take
 from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
@@ -114,6 +114,8 @@ def run_threads(
         modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
         for party in parties:
             for path in sorted((states[party.party] / "final").glob("*.safetensors")):
+                if path.stem.endswith(LAST):
+                    continue
                 try:
                     modules[party.party, path.stem] = trained_module(job, party, path, loan)
                 except SlQueueError as error:  # told to who asks for that module; the others are here
