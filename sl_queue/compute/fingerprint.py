@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import LOSSES, BaseFile
+from sl_queue.config.objective import LOSSES, loss_name
+from sl_queue.config.party import BaseFile
 from sl_queue.config.user_code import files_of, module_of, parsed, source_of
 from sl_queue.cut.tensors import to_payload
 from sl_queue.ports import Table
@@ -56,8 +57,11 @@ def fingerprint(
     if party_file.fuse is not None:
         loss: Any = party_file.fuse.loss
         found |= _of_part("fuse", party_file.fuse, folder)
-        found |= {"fuse.loss": named(loss), "fuse.outputs": getattr(party_file.fuse, "outputs", None)}
-        found |= _of_code("fuse.loss", None if isinstance(loss, str) and loss in LOSSES else loss, folder)
+        found |= {"fuse.loss": named(loss_name(loss)), "fuse.outputs": getattr(party_file.fuse, "outputs", None)}
+        if isinstance(loss, Mapping):
+            found |= {f"fuse.loss.{key}": value for key, value in loss.items() if key != "name"}
+        known = isinstance(loss, Mapping) or (isinstance(loss, str) and loss in LOSSES)
+        found |= _of_code("fuse.loss", None if known else loss, folder)
     return found
 
 

@@ -16,14 +16,16 @@ from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
 from sl_queue.compute.fitting import fitted, kind_of
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
-from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, targets, task_of, undefined
+from sl_queue.compute.metrics import check_targets, metrics_of, predictions, targets, task_of, undefined
 from sl_queue.compute.model import Inputs, Model, blame
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
+from sl_queue.compute.other_metrics import Metric, OfRawOutputs, Task
 from sl_queue.compute.outputs import Outputs, doubled, outputs_of
 from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
 from sl_queue.compute.stand_ins import drawn
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.objective import loss_name, metric_name
 from sl_queue.cut.crossing import Arrival, Promised, place, received, require_finite
 from sl_queue.cut.packing import Wire, asks_for_less, unused
 from sl_queue.cut.tensors import cast, described, lent
@@ -272,8 +274,14 @@ def why_not_finite(output: Tensor, model: str) -> str:
 
 def measured(objective: Objective, output: Tensor, labels: Tensor) -> dict[str, float | None]:
     """The metrics of the model's output for these rows, both on the CPU."""
-    scores, classes = predictions(objective.task, objective.outputs, output, labels)
-    return {name: metric(scores, classes) for name, metric in objective.metrics.items()}
+    of_raw = [metric for metric in objective.metrics.values() if isinstance(metric, OfRawOutputs)]
+    scores, classes = output, labels
+    if len(of_raw) < len(objective.metrics):
+        scores, classes = predictions(objective.task, objective.outputs, output, labels)
+    return {
+        name: metric(output, labels) if metric in of_raw else metric(scores, classes)
+        for name, metric in objective.metrics.items()
+    }
 
 
 def undefined_metrics(stage: TorchFuseStage) -> dict[str, str]:
@@ -305,7 +313,7 @@ def objective_of(
     fuse, tried = party_file.fuse, output.detach()
     loss = loss_of(party_file, output.device, take)
     owned = OwnedLoss.of(loss, models, party_file.party, where)
-    name: Any = fuse.loss
+    name: Any = loss_name(fuse.loss)
     check_labels(table.labels, tried, name, where)
     assert table.labels is not None
     kind = name if isinstance(name, str) and ":" not in name else kind_of(loss)
@@ -313,11 +321,14 @@ def objective_of(
         with owned.trial():
             fit, warnings, (value, of) = fitted(loss, name, tried, table.labels, where)
         require_no_parameters(value, of, models, where)
-        task = task_of(kind, tried, table.labels, fuse.metrics, fuse.outputs)
-        metrics = metrics_of(fuse.metrics, task, where)
-        check_targets(task, tried, table.labels, metrics, where)
+        wanted = list(map(metric_name, fuse.metrics))
+        task = Task(fuse.task) if fuse.task else task_of(kind, tried, table.labels, wanted, fuse.outputs)
+        classes = tried.shape[1] if tried.dim() > 1 else 2
+        metrics = metrics_of(fuse.metrics, task, where, party_file.folder, classes)
+        usual = [name for name, metric in metrics.items() if not isinstance(metric, OfRawOutputs)]
+        check_targets(task, tried, table.labels, usual, where)
         labels = label_tensor(table.labels)
-        if metrics:
+        if usual:
             targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None

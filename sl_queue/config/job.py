@@ -45,7 +45,7 @@ __all__ = [
 
 # Keys that came after the first version: left out of the canonical job while they have this value, their default, so
 # that the digest of a job that does not use them stays what it was. Dotted, as JSON holds them.
-LATER: dict[str, Any] = {"holdout_seed": None}
+LATER: dict[str, Any] = {"holdout_seed": None, "early_stopping.mode": None}
 
 MAX_PARTIES = 10_000  # more do not fit into one status
 RESERVED = (SCHEDULER, OPERATOR, "dead")  # names of other queues and routing keys
@@ -122,6 +122,9 @@ class JobEarlyStopping(Declared):
     metric: str = Field(description='"loss" or one of the label holder\'s metrics')
     patience: _Count = Field(description="a whole number of at least 1: epochs without improvement")
     min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
+    mode: Literal["min", "max"] | None = Field(
+        default=None, description='"min" or "max": which value of the metric is better; known of those with a name'
+    )
 
 
 class Job(Declared):
@@ -243,7 +246,7 @@ class Job(Declared):
         for dotted, default in LATER.items():
             *tables, key = dotted.split(".")
             table = reduce(lambda inner, name: inner[name], tables, values)
-            if table[key] == default:
+            if table is not None and table[key] == default:
                 del table[key]
         values["fuse"]["inputs"] = list(self.fused)  # a JSON object has no order, and that of the parties matters
         return values

@@ -29,6 +29,14 @@ from sl_queue.config.learning import (
     Positive,
     ScheduleSetting,
 )
+from sl_queue.config.objective import (
+    HIGHER_IS_BETTER,
+    LOSSES,
+    LOWER_IS_BETTER,
+    LossSetting,
+    MetricsSetting,
+    metric_name,
+)
 from sl_queue.config.schema import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
 from sl_queue.config.security import read_secret
 from sl_queue.config.user_code import NAME
@@ -39,7 +47,6 @@ from sl_queue.protocol.fingerprints import SEED
 if TYPE_CHECKING:
     from sl_queue.config.job import Job
 
-LOSSES = ("bce_with_logits", "cross_entropy", "mse")
 BROKER = "SL_QUEUE_BROKER"  # environment variable: overrides the broker of a party file
 
 _URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one"
@@ -144,23 +151,20 @@ class BaseFile(Declared):
 class FuseFile(BaseFile):
     """The fuse model with its optimizer, the loss, and what is measured on held-out rows."""
 
-    loss: Any = Field(description=f"{', '.join(LOSSES)} or module:callable")
-    metrics: list[str] = Field(default=[], description='a list of names, for instance ["auroc", "accuracy"]')
+    loss: LossSetting = Field(description=f"{', '.join(LOSSES)}, a table with such a name, or module:callable")
+    metrics: MetricsSetting = Field(
+        default=[],
+        description='a list of names, for instance ["auroc", "accuracy"], tables with one, or module:callable',
+    )
+    task: Literal["binary", "multiclass", "regression"] | None = Field(
+        default=None,
+        description='"binary", "multiclass" or "regression": what metrics measure; mostly found without it',
+    )
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = Field(
         default=None,
         description='"logits", "probabilities" or "log_probabilities": what the fuse model puts out, for a loss of '
         "your own and metrics of classes; mostly found without it",
     )
-
-    @field_validator("loss")
-    @classmethod
-    def _is_known(cls, value: Any) -> Any:
-        if value in LOSSES if isinstance(value, str) else callable(value):
-            return value
-        if isinstance(value, str) and NAME.fullmatch(value):
-            return value
-        advice = nearest(value, list(LOSSES)) if isinstance(value, str) else ""
-        raise ValueError(f"= {shown(value)}; {advice}it must be {', '.join(LOSSES)} or module:callable")
 
 
 class SecurityFile(Declared):
@@ -322,11 +326,17 @@ def _about_labels(party: PartyFile, job: "Job") -> Iterator[str]:
     if isinstance(data, DataFile) and data.source is None and data.label is None:
         yield "data.label is missing; the label holder names the column with the labels"
     rule = job.early_stopping
-    if rule is not None and party.fuse is not None and rule.metric not in (measured := ["loss", *party.fuse.metrics]):
+    if rule is None or party.fuse is None:
+        return
+    measured = ["loss", *map(metric_name, party.fuse.metrics)]
+    metric = rule.metric
+    if metric not in measured:
         yield (
-            f"early_stopping.metric = {rule.metric!r} is not measured; {nearest(rule.metric, measured)}"
+            f"early_stopping.metric = {metric!r} is not measured; {nearest(metric, measured)}"
             f"it must be {', '.join(measured)}, or be added to fuse.metrics"
         )
+    elif rule.mode is None and metric not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+        yield f'early_stopping.mode is missing: whether {metric!r} is better when it is larger; "min" or "max"'
 
 
 def _about_no_labels(party: PartyFile, job: "Job") -> Iterator[str]:

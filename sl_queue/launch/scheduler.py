@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sl_queue.config.job import Job
+from sl_queue.config.objective import LOWER_IS_BETTER
 from sl_queue.config.party import BROKER, read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
@@ -24,7 +25,6 @@ from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 log = logging.getLogger("sl_queue")
 
 LATE_S = 10.0  # a worker with its libraries has started after that
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
 
 OnStatus = Callable[[Mapping[str, Any]], None]
 
@@ -110,7 +110,8 @@ def plan_of(job: Job) -> Plan:
     rule = job.early_stopping
     early = None
     if rule is not None:
-        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, rule.metric in LOWER_IS_BETTER)
+        lower = rule.metric in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
+        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, lower)
     return Plan(
         job=job.canonical(),
         label_holder=job.label_holder,
