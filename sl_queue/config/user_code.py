@@ -176,7 +176,7 @@ def files_of(module: ModuleType, folder: Path | None) -> list[Path]:
 
 def _is_own(path: Path, folder: Path | None) -> bool:
     """Return True for a file of the user's: below `folder`, or nowhere that packages are installed to."""
-    if path.is_relative_to(Path(__file__).parent):
+    if path.is_relative_to(Path(__file__).parents[1]):
         return False
     below = folder is not None and path.is_relative_to(folder.absolute())
     parts = path.relative_to(folder.absolute()).parts if folder is not None and below else path.parts
