@@ -16,7 +16,7 @@ from sl_queue.config.party import BaseFile
 from sl_queue.config.user_code import imported
 from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.rates import Schedule
 
 Rate = Callable[[float, int, int], float]  # (a group's own learning rate, step, steps) -> the step's

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sl_queue.compute.modules.remembered import Memory, Remembered, put_back, same
+from sl_queue.compute.modules.put_back import put_back
+from sl_queue.compute.modules.remembered import Memory, Remembered, same
 from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
 from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload
 
 _SCALARS = (type(None), bool, int, float, str)

@@ -18,19 +18,20 @@ from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import base_stage
-from sl_queue.compute.fuse_stage import Objective, fuse_stage, measured
+from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.model import Model
+from sl_queue.compute.objective import Objective, measured
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.cut.tensors import gathered
+from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
-    """What joined training left."""
+class ReferenceRun:
+    """Weights and history that joined training left."""
 
     history: list[dict[str, Any]]  # one dict an epoch: epoch, step, loss, holdout
     losses: list[float]  # one a step
@@ -40,7 +41,7 @@ class Joined:
 
 def train_joined(
     job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int | None = None
-) -> Joined:
+) -> ReferenceRun:
     """Train all layers in this process for `steps` optimizer steps, or to the end of the job; staleness is ignored.
 
     `party_files` and `tables` are those of all parties. Raises what building a stage raises.
@@ -68,7 +69,7 @@ def train_joined(
         if model.learning is not None:
             model.learning.finish()
     bases = {party: model.module.eval() for party, model in whole.bases.items()}
-    return Joined(history, losses, bases, whole.fuse.module.eval())
+    return ReferenceRun(history, losses, bases, whole.fuse.module.eval())
 
 
 class _Cut:
@@ -120,7 +121,7 @@ class _Whole:
 
     @classmethod
     def build(cls, job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table], batches: Batches) -> "_Whole":
-        """The layers with their initial weights, built as the parties build them."""
+        """Return the layers with their initial weights, built as the parties build them."""
         missing = [party for party in job.parties if party not in files or party not in tables]
         if missing:
             raise JobError(f"joined training needs every party's file and table; missing: {', '.join(missing)}")
@@ -152,19 +153,19 @@ class _Whole:
         return loss.item() * len(rows)
 
     def activations(self, rows: Positions, purpose: str, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """The outputs of all base models for these rows, in job order."""
+        """Return the outputs of all base models for these rows, in job order."""
         found = {}
         for party in self.job.fused:
             base, features = self.bases[party], self.tables[party].features
             assert features is not None
             with base.drawing(purpose, micro_batch):
-                found[party] = base.module(gathered(features, rows, base.dtype, base.device))
+                found[party] = base.module(take_rows(features, rows, base.dtype, base.device))
         return found
 
     def loss(
         self, activations: list[Tensor], rows: Positions, purpose: str, micro_batch: MicroBatch
     ) -> tuple[Tensor, Tensor]:
-        """The mean loss over these rows, and the output."""
+        """Return the mean loss over these rows, and the output."""
         labels = self.objective.labels[torch.from_numpy(rows)].to(self.fuse.device)
         with self.fuse.drawing(purpose, micro_batch):
             output = self.fuse.module(aggregated(activations, self.job.fuse.aggregation))

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sl_queue.errors import JobError
@@ -51,6 +52,12 @@ def _level(text: str) -> str:
     return text.lower()
 
 
+def _format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise ValueError(text)
+    return text
+
+
 def _flag(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError(text)
@@ -72,6 +79,12 @@ THREADS = Variable(
     _whole(0, MOST_THREADS),
 )
 LOG = Variable("SL_QUEUE_LOG", f"{', '.join(LEVELS)}; debug has a line for every step", "info", _level)
+LOG_FORMAT = Variable(
+    "SL_QUEUE_LOG_FORMAT", "text or json: one event or log record a line, with its fields", "text", _format
+)
+EVENTS = Variable(
+    "SL_QUEUE_EVENTS", "a path: a file to which the worker appends its events, one a line in JSON", None, Path
+)
 METRICS = Variable(
     "SL_QUEUE_METRICS_PORT", "[HOST:]PORT, the port from 1 to 65535: where Prometheus may ask", None, _address
 )
@@ -91,7 +104,7 @@ PARENT = Variable(
     "SL_QUEUE_PARENT", "a process number: the process with which a worker ends", None, _whole(1, 999_999_999)
 )
 
-VARIABLES = (THREADS, LOG, METRICS, FINAL_EXIT, LOCAL, PARENT)
+VARIABLES = (THREADS, LOG, LOG_FORMAT, EVENTS, METRICS, FINAL_EXIT, LOCAL, PARENT)
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:

@@ -6,9 +6,6 @@ A function of the tensor alone, so whoever computes a message again sends the sa
 exact. float16 has one scale a message, a power of two that makes the largest number fit and keeps small gradients from
 vanishing; int8 has one a row. Without a narrower dtype nothing is lost.
 
-The gradient of a ReLU's zeros is never used. Where a base model ends in one, the bits that came with its activation
-also say which gradients are worth sending, and those come without bits of their own.
-
 An activation that the loss does not depend on has no gradient, which is not the same as a gradient of zeros: optimizers
 skip a parameter without one, but Adam, momentum and weight decay move it for zeros. Its message has no bytes.
 """
@@ -45,14 +42,14 @@ def plain_cast(array: Array, dtype: Any) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How the tensors of a job travel. float32 means: as the models compute them."""
+    """Format in which the tensors of a job travel. float32 means: as the models compute them."""
 
     dtype: Dtype = "float32"
     compress: Compress = "none"
     cast: Cast = field(default=plain_cast, compare=False, repr=False)  # between float32 and float16
 
     def pack(self, payload: Payload, *, relu: bool = False, wanted: Mask | None = None) -> Payload:
-        """The payload as it travels.
+        """Return the payload as it travels.
 
         `relu`: the zeros of this activation need no gradient. `wanted`: the values of this gradient that are used,
         where the activation has said so; the others may arrive as zeros.
@@ -71,7 +68,7 @@ class Wire:
         return Payload(payload.dtype, payload.shape, data, payload.rows, f"{narrow or payload.dtype}/{packing}")
 
     def _compressed(self, exact: Array, values: Array, relu: bool, wanted: Mask | None) -> tuple[str, bytes]:
-        """The way that is shortest, and its bytes."""
+        """Return the way that is shortest, and its bytes."""
         flat = values.reshape(-1)
         if wanted is not None:
             return "wanted", flat[wanted].tobytes()
@@ -87,7 +84,7 @@ class Wire:
         return "none", flat.tobytes()
 
     def unpack(self, payload: Payload, wanted: Mask | None = None) -> Payload:
-        """The payload as it was, apart from what narrower numbers lose; one that was not packed as it is.
+        """Return the payload as it was, apart from what narrower numbers lose; one that was not packed as it is.
 
         Its dtype and shape must have been compared with what is expected: they say how much is allocated. `wanted`:
         the values of this gradient that were asked for. Raises RemoteProtocolError.
@@ -119,7 +116,7 @@ AS_IT_IS: Final = Wire()
 
 
 def unused(dtype: str, shape: tuple[int, ...], rows: bytes) -> Payload:
-    """The gradient of an activation that the loss does not depend on: no bytes, however the job's tensors travel."""
+    """Return the gradient of an activation that the loss does not depend on: no bytes, however tensors travel."""
     return Payload(dtype, shape, b"", rows, f"{dtype}/unused")
 
 
@@ -131,30 +128,20 @@ def is_unused(payload: Payload) -> bool:
     return True
 
 
-def asks_for_less(payload: Payload) -> Mask | None:
-    """The values of an activation's gradient that are worth sending, if its message says so; it was unpacked before."""
-    if not payload.packing.endswith("/relu"):
-        return None
-    items = prod(payload.shape)
-    narrow = payload.packing.partition("/")[0]
-    start = 4 * payload.shape[0] if narrow == "int8" else 4 * (narrow == "float16" and payload.dtype != "float16")
-    return _mask(memoryview(payload.data)[start:], items, payload)
-
-
 def nonzero(array: Array) -> Mask:
-    """Which items are not zero; a negative zero counts as a number, so that nothing is lost."""
+    """Return which items are not zero; a negative zero counts as a number, so that nothing is lost."""
     mask: Mask = array.reshape(-1).view(_BITS[array.itemsize]) != 0
     return mask
 
 
 def _exact(payload: Payload) -> Array:
-    """The numbers of a payload; of dtypes that NumPy does not know, their bits."""
+    """Return the numbers of a payload; of dtypes that NumPy does not know, their bits."""
     dtype: Any = np.uint16 if payload.dtype == "bfloat16" else np.dtype(payload.dtype)
     return np.frombuffer(payload.data, dtype).reshape(payload.shape)
 
 
 def _item(dtype: str, narrow: str) -> Any:
-    """The type of the values that travel."""
+    """Return the type of the values that travel."""
     return np.float64 if narrow == dtype == "float64" else _ITEM[narrow]
 
 
@@ -223,7 +210,7 @@ def _values(
                 raise RemoteProtocolError(f"{payload}: zstd cannot restore {items * size} bytes") from None
             return np.frombuffer(body, item)
         case "bitmap" | "relu":
-            mask = _mask(data, items, payload)
+            mask = mask_of(data, items, payload)
             data = data[-(-items // 8) :]
         case "wanted" if wanted is not None:
             mask = wanted
@@ -234,7 +221,8 @@ def _values(
     return values
 
 
-def _mask(data: memoryview, items: int, payload: Payload) -> Mask:
+def mask_of(data: memoryview, items: int, payload: Payload) -> Mask:
+    """Read which of `items` values travel, a bit each. Raises RemoteProtocolError if bits are missing."""
     bits = np.frombuffer(_taken(data, -(-items // 8), payload), np.uint8)
     return np.unpackbits(bits, count=items).view(np.bool_)
 

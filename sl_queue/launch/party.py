@@ -2,10 +2,11 @@
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,22 +16,28 @@ from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse_stage import fuse_stage
-from sl_queue.compute.model import limit_threads
 from sl_queue.compute.modules.handover import Take, itself
+from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
-from sl_queue.loops.feature_party import FeatureParty
-from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
-from sl_queue.ports import Table
+from sl_queue.loops.training import FeatureParty, LabelHolder
+from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.log import to_log
+from sl_queue.observe.meter import Meter
+from sl_queue.protocol import events
+from sl_queue.protocol.events import Observer
 from sl_queue.protocol.fingerprints import BY_POSITION
-from sl_queue.protocol.messages import Kind
-from sl_queue.protocol.party.bounds import Bounds
+from sl_queue.protocol.measures import Measures
+from sl_queue.protocol.messages import Role
+from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
@@ -50,6 +57,7 @@ def run_party(
     state: Path | None,
     key: Path | None = None,
     metrics: str | None = None,
+    observe: Observer = to_log,
 ) -> None:
     """One data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
 
@@ -68,7 +76,7 @@ def run_party(
     folder = _state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    serve_party(job, party_file, connect, folder, Channels(), seal, metrics, private=private)
+    serve_party(job, party_file, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
 
 
 def serve_party(
@@ -82,19 +90,21 @@ def serve_party(
     take: Take = itself,
     *,
     private: bool = False,
+    guards: Mapping[str, Guard] = MappingProxyType({}),
+    observe: Observer = to_log,
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
-    its own, unless its file or the run in `state` says no.
+    its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
     """
     party, incarnation = party_file.party, secrets.token_hex(8)
     with ExitStack() as stack:
         folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
         stack.callback(folder.close)
-        if (done := folder.finished()) is not None and done.told:
+        if (done := folder.finished()) is not None and done.reported:
             compare_finished(job, party_file, folder)
-            log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
+            observe(events.Finished(party, done.step, str(state / "final"), already=True))
             return
         rules = rules_to_keep(job, party, folder.begun_with)
         table = _table(job, party_file)
@@ -104,30 +114,36 @@ def serve_party(
         folder.require(fingerprint(job, party_file, table, rules, secret))
         party_file = party_file.with_secret(secret)
         rows = (table.n_rows, table.digest, table.id_type)
-        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version())
+        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
         batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
         pipeline = job.pipeline_of(batches)
         bounds = bounds_of(job, party, pipeline)
+        meter = None if metrics is None else Meter()
+        observe = fan_out(observe) if meter is None else fan_out(observe, meter)
         channel = PartyChannel(
             connect(party, bounds.prefetch),
             party,
-            job.feature_parties if party == job.label_holder else (job.label_holder,),
+            job.topology(),
             incarnation,
             patience_s=job.broker.patience,
             persistent=job.broker.persistent,
             depth=pipeline.depth,
             seal=seal,
             bounds=bounds,
+            observe=observe,
         )
         journal = Journal(state / "history.jsonl")
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take)
-        if metrics is not None:
-            stack.callback(_show(metrics, job, party, channel, worker).close)
+        worker, train = _role(
+            job, party_file, table, pipeline, channel, folder, journal, identity, take, observe, guards
+        )
+        if metrics is not None and meter is not None:
+            stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
-        worker.serve(train)
-        log.info("%s: finished; final weights in %s", party, state / "final")
+        observe(events.Ready(party))
+        final = worker.serve(train)
+        observe(events.Finished(party, final.step, str(state / "final")))
 
 
 def _table(job: Job, party_file: PartyFile) -> Table:
@@ -150,8 +166,8 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
-        return Bounds(pipeline, frozenset({Kind.ACTIVATION, Kind.HOLDOUT}), cuts)
-    return Bounds(pipeline, frozenset({Kind.GRADIENT}), {job.label_holder: job.cut(party) or ()})
+        return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts)
+    return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()})
 
 
 def _role(
@@ -164,18 +180,21 @@ def _role(
     journal: Journal,
     identity: Identity,
     take: Take,
+    observe: Observer,
+    guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
+        fuse = fuse_stage(job, party_file, table, pipeline.batches, take, guards)
         _remark(fuse.own)
         for found in advice(job, fuse):
             log.warning("%s: %s", party_file.party, found.text)
-        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
+        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
-    base = base_stage(job, party_file, table, pipeline.batches, take)
+    guard = guards.get(job.label_holder, UNGUARDED)
+    base = base_stage(job, party_file, table, pipeline.batches, take, guard)
     _remark(base)
-    worker = Worker(identity, channel, base, folder, pipeline)
+    worker = Worker(identity, channel, base, folder, pipeline, observe=observe)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
 
@@ -203,7 +222,7 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> "HttpServer":
+def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter) -> "HttpServer":
     from sl_queue.observe.prometheus import (  # only who is observed loads the library
         PartyCollector,
         Training,
@@ -214,8 +233,10 @@ def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Wor
     def training() -> Training:
         return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)
 
-    def vitals() -> Vitals:
-        measures = channel.measures
-        return Vitals(measures.pulse_age_s, measures.broker)
+    def measures() -> Measures:
+        return meter.read(channel.counts, channel.silent_s, channel.pulse_age_s, channel.connectivity)
 
-    return serve(address, PartyCollector(job.name, party, lambda: channel.measures, training), vitals)
+    def vitals() -> Vitals:
+        return Vitals(channel.pulse_age_s, channel.connectivity)
+
+    return serve(address, PartyCollector(job.name, party, measures, training), vitals)

@@ -4,11 +4,10 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sl_queue.config.job import Job
 from sl_queue.config.objective import LOWER_IS_BETTER
@@ -16,8 +15,13 @@ from sl_queue.config.party import BROKER, read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
+from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.log import to_log
+from sl_queue.protocol import events
+from sl_queue.protocol.events import Observer
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.scheduler.state import EarlyStopping, Phase, Plan, RunState, epoch_text
+from sl_queue.protocol.scheduler.state import EarlyStopping, Phase, Plan, RunState
+from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
@@ -26,11 +30,16 @@ log = logging.getLogger("sl_queue")
 
 LATE_S = 10.0  # a worker with its libraries has started after that
 
-OnStatus = Callable[[Mapping[str, Any]], None]
+OnStatus = Callable[[RunStatus], None]
 
 
 def run_scheduler(
-    job: Job, broker: str | None, state: Path | None, key: Path | None = None, metrics: str | None = None
+    job: Job,
+    broker: str | None,
+    state: Path | None,
+    key: Path | None = None,
+    metrics: str | None = None,
+    observe: Observer = to_log,
 ) -> None:
     """The scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
 
@@ -44,22 +53,24 @@ def run_scheduler(
     seal = sealing(job, SCHEDULER, key_file(key), url)
     connect = connector(job, url, again=lambda: read_url(given, again=True))
     folder = state or Path("state/scheduler")
-    serve_scheduler(job, connect, folder, _Epochs().tell, Channels(), seal, metrics=metrics)
+    epochs = _Epochs(observe)
+    serve_scheduler(job, connect, folder, epochs.tell, Channels(), seal, metrics=metrics, observe=observe)
 
 
 @dataclass(slots=True)
 class _Epochs:  # mutable: it remembers what it told
-    """A log line for each epoch that ends; what a resumed run brings is not told again."""
+    """An event for each epoch that ends; what a resumed run brings is not told again."""
 
+    observe: Observer
     told: int | None = None
 
-    def tell(self, status: Mapping[str, Any]) -> None:
-        told = status["epoch"] if self.told is None else self.told
-        for epoch in status["history"]:
-            if epoch["epoch"] >= told:
-                text = epoch_text(epoch, status["epochs"])
-                log.info("scheduler: %s  after step %d, %.1f s", text, epoch["step"], epoch["seconds"])
-        self.told = status["epoch"]
+    def tell(self, status: RunStatus) -> None:
+        told = status.epoch if self.told is None else self.told
+        for done in status.history:
+            if done.epoch >= told:
+                numbers = (done.epoch, done.step, done.loss, done.holdout, done.seconds)
+                self.observe(events.EpochDone(SCHEDULER, *numbers, status.epochs))
+        self.told = status.epoch
 
 
 def serve_scheduler(
@@ -71,12 +82,14 @@ def serve_scheduler(
     seal: Seal | None = None,
     late_s: float = LATE_S,
     metrics: str | None = None,
+    observe: Observer = to_log,
 ) -> RunState:
     """The scheduler until every party has finished.
 
     `late_s`: how long a run that had finished before waits for parties that have lost what it left.
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
+    observe = fan_out(observe)
     with ExitStack() as stack:
         ledger = RunFile(state, job.canonical(), job.digest)
         stack.callback(ledger.close)
@@ -89,7 +102,10 @@ def serve_scheduler(
         plan = plan_of(job)
         incarnation = secrets.token_hex(8)
         link = connect(SCHEDULER, PREFETCH)
-        channel = LinkSchedulerChannel(link, plan.parties, incarnation, patience_s=plan.patience_s, seal=seal)
+        topology = job.topology()
+        channel = LinkSchedulerChannel(
+            link, topology, incarnation, patience_s=plan.patience_s, seal=seal, observe=observe
+        )
         stack.callback(channel.close)
         if metrics is not None:
             on_status = _shown(metrics, channel, on_status, stack)
@@ -100,9 +116,11 @@ def serve_scheduler(
                 return saved
             raise
         open_channels.add(channel)
+        observe(events.Ready(SCHEDULER))
         fresh_run = secrets.token_hex(6)
         late_s = min(late_s, plan.patience_s)
-        return Scheduler(plan, channel, ledger, fresh_run, time.monotonic, on_status, late_s).serve()
+        about = (fresh_run, time.monotonic, on_status, late_s)
+        return Scheduler(plan, channel, ledger, *about, observe=observe).serve()
 
 
 def plan_of(job: Job) -> Plan:
@@ -127,12 +145,12 @@ def _shown(address: str, channel: LinkSchedulerChannel, on_status: OnStatus, sta
     """Have the newest status, and whether the scheduler is alive, shown at that address."""
     from sl_queue.observe.prometheus import SchedulerCollector, Vitals, serve
 
-    newest: list[Mapping[str, Any]] = [{}]
+    newest: list[RunStatus | None] = [None]
 
     def vitals() -> Vitals:
         return Vitals(channel.pulse_age_s, channel.connectivity)
 
-    def tell(status: Mapping[str, Any]) -> None:
+    def tell(status: RunStatus) -> None:
         newest[0] = status
         on_status(status)
 

@@ -14,15 +14,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 from rich.table import Table as ScreenTable
-from sklearn.datasets import load_digits
 
 from sl_queue.compute.equality import joined_weights, largest_difference
-from sl_queue.compute.reference import Joined, train_joined
+from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
-from sl_queue.local.threads import Result, run_local
+from sl_queue.launch.connect import MEMORY
+from sl_queue.local.digits import read_digits
+from sl_queue.local.threads import Result, run_threads
 from sl_queue.observe.console import Screen, stdout
+from sl_queue.protocol.messages import SCHEDULER
 
 MODELS = '''"""The demo's models, as one writes them in PyTorch."""
 
@@ -130,14 +132,14 @@ def write_demo(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise JobError(f"--out {folder}: the folder holds other files; choose an empty or a new one")
     folder.mkdir(parents=True, exist_ok=True)
-    digits = load_digits()
-    ids = np.arange(len(digits.target))
-    pixels = (digits.images / 16).astype(np.float32)  # (rows, 8, 8), in [0, 1]
+    images, target = read_digits()
+    ids = np.arange(len(target))
+    pixels = (images / 16).astype(np.float32)  # (rows, 8, 8), in [0, 1]
     halves = {"left": pixels[:, :, :4], "right": pixels[:, :, 4:]}
     tables = {party: _half(ids, half) for party, half in halves.items()}
     pa.parquet.write_table(tables["left"], folder / FILES["left"])
     pa.csv.write_csv(tables["right"], folder / FILES["right"])
-    pa.csv.write_csv(pa.table({"image": ids, "digit": digits.target}), folder / "labels.csv")
+    pa.csv.write_csv(pa.table({"image": ids, "digit": target}), folder / "labels.csv")
     (folder / "models.py").write_text(MODELS)
     for party, path in FILES.items():
         (folder / f"{party}.toml").write_text(PARTY.format(party=party, path=path))
@@ -163,10 +165,11 @@ def _load(folder: Path, job: str, parties: list[str]) -> tuple[Job, list[PartyFi
 
 def _train(folder: Path, name: str, parties: list[str], screen: Screen) -> Result:
     job, party_files = _load(folder, name, parties)
-    return run_local(job, party_files, out=folder / "runs" / name, on_status=screen.status)
+    states = {role: folder / "runs" / name / role for role in (*job.parties, SCHEDULER)}
+    return run_threads(job, party_files, MEMORY, states, screen.status)
 
 
-def _joined(folder: Path) -> Joined:
+def _joined(folder: Path) -> ReferenceRun:
     job, party_files = _load(folder, "job", ["left", "right", "labels"])
     tables = {file.party: read_table(job, file) for file in party_files}
     return train_joined(job, party_files, tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes))

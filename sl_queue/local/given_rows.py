@@ -16,7 +16,7 @@ from sl_queue.data.given import ids_of
 from sl_queue.data.ids import canonical_ids
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
+from sl_queue.protocol.table import Table
 
 
 @dataclass(frozen=True, slots=True, eq=False)

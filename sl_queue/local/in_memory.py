@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
-from sl_queue.compute.fuse_stage import Objective, fuse_stage, measured
+from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.modules.handover import copied
 from sl_queue.compute.modules.state import in_evaluation
+from sl_queue.compute.objective import Objective, measured
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.cut.tensors import gathered
+from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
+from sl_queue.protocol.table import Table
 
 PART = 4096  # rows that go through the models at once
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def shape_of_cut(party_file: PartyFile, table: Table, module: nn.Module) -> tupl
     for choice in range(n_offers(_features(table))):
         tried = copied(module)
         features = offers(party_file, table, _dtype(tried))[choice].features
-        rows = gathered(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
+        rows = take_rows(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
         try:
             with seeded(key(0, party_file.party, "shape"), CPU), in_evaluation(tried):
                 output = tried(rows)
@@ -60,7 +61,7 @@ def outputs_of(
     with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad():
         for first in range(0, n_rows, PART):
             rows = np.arange(first, min(first + PART, n_rows))
-            inputs = [modules[p](gathered(taken[p], rows, _dtype(modules[p]), CPU)) for p in job.fused]
+            inputs = [modules[p](take_rows(taken[p], rows, _dtype(modules[p]), CPU)) for p in job.fused]
             found.append(fuse(aggregated(inputs, job.fuse.aggregation)))
     return torch.cat(found)
 
@@ -86,7 +87,7 @@ def _taken(file: PartyFile, table: Table, module: nn.Module) -> npt.NDArray[Any]
         features = offers(file, table, _dtype(module))[choice].features
         try:
             with seeded(key(0, file.party, "shape"), CPU), torch.no_grad():
-                module(gathered(features, np.arange(min(2, len(features))), _dtype(module), CPU))
+                module(take_rows(features, np.arange(min(2, len(features))), _dtype(module), CPU))
         except Exception as error:
             refused.append(error)
             continue

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sl_queue.compute.model import LAST, limit_threads
+from sl_queue.compute.building import LAST
 from sl_queue.compute.modules.handover import Loan, Take
 from sl_queue.compute.results import lend_given, trained_module
-from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
+from sl_queue.compute.threads import limit_threads, require_nothing_lost, thread_counts_kept
 from sl_queue.config.environment import THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
@@ -28,6 +28,7 @@ from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.local.progress import OnEpoch, shown
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
+from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder, holds_final
 
@@ -66,7 +67,7 @@ def run_local(
     parties: Sequence[PartyFile] | Mapping[str, PartyFile],
     broker: str = MEMORY,
     out: Path | str | None = None,
-    on_status: OnStatus | None = None,
+    on_status: Callable[[Mapping[str, Any]], None] | None = None,
     keys: Path | str | None = None,
     *,
     progress: bool = False,
@@ -76,9 +77,9 @@ def run_local(
 
     A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
-    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second,
-    with the newest 20 epochs; `on_epoch` gets the line of each epoch in history.jsonl, once and in order, also of those
-    that an earlier call has trained. `progress` shows a line on stderr.
+    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second, as
+    `sl-queue status --json` prints it, with the newest 20 epochs; `on_epoch` gets the line of each epoch in
+    history.jsonl, once and in order, also of those that an earlier call has trained. `progress` shows a line on stderr.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
 
@@ -100,7 +101,7 @@ def run_local(
         files = list(parties.values()) if isinstance(parties, Mapping) else list(parties)
         tell, close = shown(on_status, on_epoch, progress, states[SCHEDULER] / "history.jsonl")
         stack.callback(close)
-        return run_threads(job, files, broker, states, tell, folder)
+        return run_threads(job, files, broker, states, lambda status: tell(as_json(status)), folder)
 
 
 def run_threads(
@@ -202,7 +203,7 @@ class _Threads:
 
         self._guard("the scheduler", serve)
 
-    def _tell(self, status: Mapping[str, Any]) -> None:
+    def _tell(self, status: RunStatus) -> None:
         """Hand a status to the caller; what on_status raises goes back to it as it is."""
         try:
             self._on_status(status)

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sl_queue.compute.building import build_module
 from sl_queue.compute.final_weights import settled
-from sl_queue.compute.model import build_module
 from sl_queue.compute.modules.written import write_module
 from sl_queue.compute.optimizers import optimizer_names
 from sl_queue.config.job import Job, PartyFile

@@ -11,26 +11,26 @@ What a peer sent is never trusted: sizes are checked against the bytes that are 
 """
 
 import struct
-from dataclasses import asdict
-from math import prod
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final
 
 import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sl_queue.errors import LocalProtocolError, RemoteProtocolError
+from sl_queue.protocol.control import Command, Message, Report, Status, objection
 from sl_queue.protocol.messages import (
+    BEFORE_FIRST_STEP,
     Activation,
-    Command,
     Gradient,
     Header,
     Kind,
-    Message,
     MicroBatch,
     Payload,
-    Report,
-    Status,
+    Role,
+    kinds_between,
 )
+from sl_queue.protocol.topology import Topology
 
 VERSION: Final = 1
 ITEM_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -41,8 +41,10 @@ MAX_HEADER_BYTES: Final = 4096
 MAX_CONTROL_BYTES: Final = 8 * 1024 * 1024  # earlier versions told all epochs when they joined
 MAX_CONTROL_ITEMS: Final = 50_000  # in one list: epochs of a history; what does not fit is refused in milliseconds
 _FIELDS: Final = 11
-_KINDS: Final = frozenset(kind.value for kind in Kind)
+_KINDS: Final = {kind.value: kind for kind in Kind}
 _UNREADABLE: Final = (ValueError, TypeError, msgpack.UnpackException, RecursionError)
+_ON_THE_WIRE: Final = {"rollback_steps": "bases"}  # of a start: as the first version calls it
+_HERE: Final = {there: here for here, there in _ON_THE_WIRE.items()}
 OVERHEAD_BYTES: Final = MAX_HEADER_BYTES  # how much larger than its tensor a message may be
 
 
@@ -66,15 +68,50 @@ _reports: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminato
 _commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Status, Field(discriminator="type")])
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The messages that `receiver` takes of `sender`; one without a tensor has at most `control_bytes`."""
+
+    sender: str
+    receiver: str
+    roles: tuple[Role, Role]
+    kinds: frozenset[Kind]
+    control_bytes: int = MAX_CONTROL_BYTES
+
+    @staticmethod
+    def between(topology: Topology, sender: str, receiver: str, control_bytes: int = MAX_CONTROL_BYTES) -> "Terms":
+        """Return what `receiver` takes of `sender` in this job."""
+        roles = topology.role_of(sender), topology.role_of(receiver)
+        return Terms(sender, receiver, roles, kinds_between(*roles), control_bytes)
+
+    def require_header(self, header: Header) -> None:
+        """Raise RemoteProtocolError for a message of another sender, to another receiver, or of a kind not allowed."""
+        if header.sender != self.sender:
+            raise RemoteProtocolError(f"says it is from {header.sender!r:.100}, but came from {self.sender!r}")
+        if header.receiver != self.receiver:
+            raise RemoteProtocolError(f"is for {header.receiver!r:.100}, but came to {self.receiver!r}")
+        if header.kind in self.kinds:
+            return
+        if header.kind is Kind.COMMAND:
+            raise RemoteProtocolError(f"a command from {self.sender!r}; only the scheduler commands")
+        raise RemoteProtocolError(f"{header.kind} from {self.sender!r}, who sends none")
+
+    def require(self, message: Message) -> None:
+        """Raise RemoteProtocolError for a report or command that is not for the one to say to the other."""
+        problem = objection(message, *self.roles)
+        if problem is not None:
+            raise RemoteProtocolError(problem)
+
+
 def encode(header: Header, message: Message) -> bytes:
-    """The bytes of a message. Raises LocalProtocolError if it is too large to be one."""
+    """Return the bytes of a message. Raises LocalProtocolError if it is too large to be one."""
     description: tuple[Any, ...] | None
     match message:
         case Activation(_, payload) | Gradient(_, payload):
             packing = (payload.packing,) if payload.packing else ()
             description, data = (payload.dtype, payload.shape, payload.rows, *packing), payload.data
         case _:
-            description, data = None, msgpack.packb(asdict(message))
+            description, data = None, msgpack.packb(_fields_of(message))
     head = msgpack.packb(
         [
             VERSION,
@@ -96,15 +133,18 @@ def encode(header: Header, message: Message) -> bytes:
     return b"".join((head[:-2], struct.pack(">BI", 0xC6, size), data))  # the empty bin gives way to a bin 32
 
 
-def decode(body: bytes, control_bytes: int = MAX_CONTROL_BYTES) -> tuple[Header, Message]:
-    """Read a message; the tensor is a view of the bytes, and a message without one has at most `control_bytes`.
+def decode(body: bytes, terms: Terms | None = None) -> tuple[Header, Message]:
+    """Read a message; the tensor is a view of the bytes. Without `terms` anyone may say anything to anybody.
 
-    Raises RemoteProtocolError saying what is wrong with them: Unreadable with the header where that much is right,
+    Raises RemoteProtocolError saying what is wrong with it: Unreadable with the header where that much is right,
     AnotherVersion for a message of a program that speaks another version.
     """
-    header, description, data = _split(body)
+    header, description, data = _split(body, terms)
     if description is None:
-        return header, _control(header.kind, data, control_bytes)
+        message = _control(header.kind, data, MAX_CONTROL_BYTES if terms is None else terms.control_bytes)
+        if terms is not None:
+            terms.require(message)
+        return header, message
     if header.kind in (Kind.REPORT, Kind.COMMAND):
         raise RemoteProtocolError(f"a {header.kind} with a tensor")
     try:
@@ -116,8 +156,16 @@ def decode(body: bytes, control_bytes: int = MAX_CONTROL_BYTES) -> tuple[Header,
     return header, Activation(header.micro_batch, payload, holdout=header.kind is Kind.HOLDOUT)
 
 
-def _split(body: bytes) -> tuple[Header, Any, memoryview]:
-    """The header, the description and the bytes of the last element."""
+def _fields_of(message: Report | Command | Status) -> dict[str, Any]:
+    """Return the fields of a report or command under the names that every version reads."""
+    fields = asdict(message)
+    if message.type != "start":
+        return fields
+    return {_ON_THE_WIRE.get(name, name): value for name, value in fields.items()}
+
+
+def _split(body: bytes, terms: Terms | None) -> tuple[Header, Any, memoryview]:
+    """Return the header, the description and the bytes of the last element."""
     unpacker = msgpack.Unpacker(
         max_buffer_size=MAX_HEADER_BYTES,
         read_size=MAX_HEADER_BYTES,
@@ -139,6 +187,8 @@ def _split(body: bytes) -> tuple[Header, Any, memoryview]:
         header = _header([unpacker.unpack() for _ in range(8)])
     except _UNREADABLE as error:
         raise RemoteProtocolError(f"not a message of sl_queue: unreadable header ({type(error).__name__})") from None
+    if terms is not None:
+        terms.require_header(header)
     try:
         description, start = unpacker.unpack(), unpacker.tell()
     except _UNREADABLE as error:
@@ -148,7 +198,7 @@ def _split(body: bytes) -> tuple[Header, Any, memoryview]:
 
 
 def _last(header: Header, view: memoryview, start: int) -> memoryview:
-    """The bytes of the bin at `start`, which must end where the message ends."""
+    """Return the bytes of the bin at `start`, which must end where the message ends."""
     for marker, length in ((0xC6, ">I"), (0xC5, ">H"), (0xC4, ">B")):
         size = struct.calcsize(length)
         if len(view) >= start + 1 + size and view[start] == marker:
@@ -162,26 +212,32 @@ def _last(header: Header, view: memoryview, start: int) -> memoryview:
 
 def _header(fields: list[Any]) -> Header:
     run, generation, kind, sender, receiver, step, index, committed = fields
-    texts, counts = (run, kind, sender, receiver), (generation, step, index, committed)
-    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+    if not (type(run) is type(kind) is type(sender) is type(receiver) is str) or not (
+        type(generation) is type(step) is type(index) is type(committed) is int
+    ):
         raise RemoteProtocolError("not a message of sl_queue: a header field has the wrong type")
-    if min(generation, step, index) < 0 or committed < -1 or kind not in _KINDS:
+    known = _KINDS.get(kind)
+    if known is None or generation < 0 or step < 0 or index < 0 or committed < BEFORE_FIRST_STEP:
         raise RemoteProtocolError("not a message of sl_queue: a header field is out of range")
-    return Header(run, generation, Kind(kind), sender, receiver, MicroBatch(step, index), committed)
+    return Header(run, generation, known, sender, receiver, MicroBatch(step, index), committed)
 
 
 def _payload(description: Any, data: memoryview) -> Payload:
-    match description:
-        case [str(dtype), [*shape], bytes(rows), *packing] if all(type(n) is int and n > 0 for n in shape):
-            pass
-        case _:
+    if type(description) is not list or len(description) < 3:
+        raise RemoteProtocolError("the description of the tensor is malformed")
+    dtype, shape, rows, *packing = description
+    if type(dtype) is not str or type(shape) is not list or type(rows) is not bytes:
+        raise RemoteProtocolError("the description of the tensor is malformed")
+    size = ITEM_BYTES.get(dtype, 0)
+    for length in shape:
+        if type(length) is not int or length <= 0:
             raise RemoteProtocolError("the description of the tensor is malformed")
+        size *= length
     if dtype not in ITEM_BYTES:
         raise RemoteProtocolError(f"dtype {dtype[:20]!r} is not one of {', '.join(ITEM_BYTES)}")
-    size = prod(shape) * ITEM_BYTES[dtype]
+    if not packing and size == len(data):
+        return Payload(dtype, tuple(shape), data, rows)
     match packing:
-        case [] if size == len(data):
-            return Payload(dtype, tuple(shape), data, rows)
         case [str(how)] if how and shape and len(data) <= size + SCALE_BYTES * shape[0]:  # `unpack` knows the rest
             return Payload(dtype, tuple(shape), data, rows, how)
         case _:
@@ -196,6 +252,8 @@ def _control(kind: Kind, data: memoryview, most: int) -> Report | Command | Stat
     try:
         limits = {"max_array_len": MAX_CONTROL_ITEMS, "max_map_len": MAX_CONTROL_ITEMS, "max_ext_len": 0}
         fields = msgpack.unpackb(data, **limits)
+        if kind is Kind.COMMAND and isinstance(fields, dict) and fields.get("type") == "start":
+            fields = {_HERE.get(name, name): value for name, value in fields.items()}
         return _reports.validate_python(fields) if kind is Kind.REPORT else _commands.validate_python(fields)
     except (*_UNREADABLE, ValidationError) as error:
         raise RemoteProtocolError(f"unreadable {kind} ({type(error).__name__})") from None

@@ -68,7 +68,7 @@ class Seal:
         self._refused: set[str] = set()
 
     def seal(self, receiver: str, body: bytes) -> bytes:
-        """The bytes to publish; `receiver` alone can open them."""
+        """Return the bytes to publish; `receiver` alone can open them."""
         with self._lock:
             enc, context = self._context_to(receiver)
             sequence = self._sealed[receiver]
@@ -80,7 +80,7 @@ class Seal:
         return b"".join((prefix, context.seal(sequence, prefix, body)))
 
     def open(self, sender: str, sealed: bytes) -> Opened:
-        """What `sender` sealed for us. Raises RemoteProtocolError for anything else."""
+        """Return what `sender` sealed for us. Raises RemoteProtocolError for anything else."""
         try:
             prefix = sealed[: _PREFIX.size]
             if len(prefix) == _PREFIX.size and prefix[:3] == _MAGIC[:3] and prefix[3] != _VERSION:
@@ -120,7 +120,7 @@ class Seal:
             contexts.popitem(last=False)
 
     def never_opened(self, sender: str) -> bool:
-        """Whether messages of that sender came, and none of them could be opened."""
+        """Return True if messages of that sender came, and none of them could be opened."""
         return sender in self._refused and sender not in self._heard
 
     def _meet(self, sender: str, process: bytes, fresh: bool) -> bool:
@@ -136,7 +136,7 @@ class Seal:
         return process != known
 
     def _context_to(self, receiver: str) -> tuple[bytes, Context]:
-        """This process's context for sealing to `receiver`; called with the lock held."""
+        """Return this process's context for sealing to `receiver`; called with the lock held."""
         if receiver not in self._sending:
             info, ephemeral = _names(self._me, receiver), X25519PrivateKey.generate()
             key = self._key_of(receiver).seal
@@ -149,7 +149,7 @@ class Seal:
         return setup_receiver(self._cipher, enc, self._own.seal, info, self._key_of(sender).seal)
 
     def _verified(self, sender: str, prefix: bytes, body: bytes) -> bytes:
-        """The message without its signature, if that sender signs."""
+        """Return the message without its signature, if that sender signs."""
         key = self._key_of(sender).sign
         if key is None:
             return body
@@ -164,45 +164,6 @@ class Seal:
         if name not in self._keys:
             raise LocalProtocolError(f"[security.keys] has no key of {name!r}")
         return self._keys[name]
-
-
-class News:
-    """Tells a statement about the moment from one that was said before. Mutable: it remembers the latest of each.
-
-    It remembers the newest processes of each sender only. So that nothing of a forgotten one counts as new, this
-    process then becomes another one to that sender, and believes only who has heard of it.
-    """
-
-    def __init__(self, seal: Seal | None = None) -> None:
-        self._seal = seal
-        self._latest: defaultdict[str, OrderedDict[bytes, dict[str, int]]] = defaultdict(OrderedDict)
-        self._wary: set[str] = set()  # senders of whom a process was forgotten
-
-    def is_news(self, opened: Opened, subject: str) -> bool:
-        """Return True if this is later than all that the same process said about the subject; then remember it."""
-        sender, processes = opened.sender, self._latest[opened.sender]
-        known = processes.get(opened.process)
-        if known is None:
-            if sender in self._wary and not opened.fresh:
-                return False
-            known = processes[opened.process] = {}
-            self._forget_oldest(sender, processes)
-        processes.move_to_end(opened.process)
-        if opened.sequence <= known.get(subject, -1):
-            return False
-        known[subject] = opened.sequence
-        return True
-
-    def _forget_oldest(self, sender: str, processes: OrderedDict[bytes, dict[str, int]]) -> None:
-        if len(processes) > PROCESSES:
-            processes.popitem(last=False)
-            self._wary.add(sender)
-            if self._seal is not None:
-                self._seal.renew(sender)
-
-    def forget(self) -> None:
-        """What was not acknowledged comes again, and is to be taken again."""
-        self._latest.clear()
 
 
 def _names(sender: str, receiver: str) -> bytes:

@@ -17,7 +17,7 @@ from sl_queue.compute.reference import train_joined
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.party import Rows
 from sl_queue.errors import CheckpointError, JobError
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.rates import Schedule
 from sl_queue.protocol.schedule.row_order import row_order

@@ -18,6 +18,7 @@ from sl_queue.launch.connect import MEMORY, Channels, connector
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER, MicroBatch
+from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.storage.secret_file import read_secret, write_secret
 from tests.support.first_version import SGD, Enough, files, job, stop_after
 from tests.support.split import equal_weights
@@ -141,6 +142,9 @@ def deployed(folder: Path, on_status: Any = lambda _: None, **bank: Any) -> None
     agreed, connect, channels = job(broker={"patience": 5.0}), connector(job(), MEMORY), Channels()
     errors: dict[str, SlQueueError] = {}
 
+    def tell(status: RunStatus) -> None:
+        on_status(as_json(status))
+
     def guarded(role: str, serve: Any) -> threading.Thread:
         def run() -> None:
             try:
@@ -154,9 +158,7 @@ def deployed(folder: Path, on_status: Any = lambda _: None, **bank: Any) -> None
         return thread
 
     threads = [
-        guarded(
-            SCHEDULER, lambda: serve_scheduler(agreed, connect, folder / SCHEDULER, on_status, channels, late_s=0.0)
-        )
+        guarded(SCHEDULER, lambda: serve_scheduler(agreed, connect, folder / SCHEDULER, tell, channels, late_s=0.0))
     ]
     for file in files(**bank):
         state = folder / file.party

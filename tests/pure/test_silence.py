@@ -10,14 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import PeerSilent
-from sl_queue.protocol.messages import Alive, Gradient, Joined, MicroBatch
+from sl_queue.observe.log import to_log
+from sl_queue.protocol.control import Alive, Join
+from sl_queue.protocol.messages import Gradient, MicroBatch
 from sl_queue.protocol.scheduler.reducer import reduce
 from sl_queue.protocol.scheduler.state import GIVE_UP, Member, RunState, excused, silent
 from sl_queue.transport.link import Outage
-from sl_queue.transport.liveness import Patience
+from sl_queue.transport.liveness import Liveness
 from sl_queue.transport.outages import Outages
-from tests.contract.test_channel import Post, body, tensor
-from tests.pure.test_progress import PARTIES, Mind, plan
+from tests.support.post import Post, body, tensor
+from tests.support.progress import PARTIES, Mind, plan
 
 
 class Clock:
@@ -30,8 +32,8 @@ class Clock:
         return self.now
 
 
-def patient(clock: Clock, outages: Outages) -> Patience:
-    patience = Patience("bank", 1.0, lambda _: False, outages.read, clock)
+def patient(clock: Clock, outages: Outages) -> Liveness:
+    patience = Liveness("bank", 1.0, lambda _: False, outages.read, clock, to_log)
     patience.hear(["insurer"])
     return patience
 
@@ -95,7 +97,7 @@ def test_what_is_delivered_again_is_no_sign_of_life_of_a_party() -> None:
     mind = Mind().everyone_joins()
     for party in PARTIES:
         mind.hear(party, Alive(f"{party}1"), now=5.0)
-    again: list[Any] = [Alive("a1"), Joined("a1", mind.plan.job, 10, "d", "integer", "r", 0, (1,))]
+    again: list[Any] = [Alive("a1"), Join("a1", mind.plan.job, 10, "d", "integer", "r", 0, (1,))]
     for report in again:
         mind.state, _ = reduce(mind.plan, mind.state, "a", report, 60.0, "r", redelivered=True)
         assert mind.state.members["a"].heard == 5.0
@@ -107,13 +109,13 @@ def test_a_peer_whose_messages_are_delivered_again_is_not_heard() -> None:
     bank = post.channel("a", patience_s=60.0)
     gradient = body(Gradient(MicroBatch(0, 0), tensor(0)), "label", "a")
     post.broker.publish("a", "label", gradient, persistent=True, expires=False)
-    before_s = bank.measures.silent_s["label"]
+    before_s = bank.silent_s["label"]
     time.sleep(0.2)
     post.broker.crash()
     assert bank.counts["redelivered"] == 1
-    assert bank.measures.silent_s["label"] >= before_s + 0.2
+    assert bank.silent_s["label"] >= before_s + 0.2
     post.broker.publish("a", "label", gradient, persistent=True, expires=False)
-    assert bank.measures.silent_s["label"] < 0.2, "but what is new is heard"
+    assert bank.silent_s["label"] < 0.2, "but what is new is heard"
     bank.close()
 
 

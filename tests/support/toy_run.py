@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sl_queue.errors import SlQueueError
-from sl_queue.loops.feature_party import FeatureParty
-from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.scheduling import Scheduler
+from sl_queue.loops.training import FeatureParty, LabelHolder
+from sl_queue.observe.log import to_log
 from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import SCHEDULER, Kind
 from sl_queue.protocol.party.bounds import Bounds
@@ -129,10 +129,10 @@ class FaultyCheckpoints(MemoryCheckpoints):
         MemoryCheckpoints.write_final(self, *args, **kwargs)
         self.crash("after write_final")
 
-    def mark_told(self) -> None:
-        self.crash("before mark_told")
-        MemoryCheckpoints.mark_told(self)
-        self.crash("after mark_told")
+    def mark_reported(self) -> None:
+        self.crash("before mark_reported")
+        MemoryCheckpoints.mark_reported(self)
+        self.crash("after mark_reported")
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         self.crash("before save")
@@ -265,20 +265,23 @@ class ToyRun:
         with self._link(SCHEDULER, PREFETCH) as link:
             number = str(next(self._numbers))
             seal = self.seal_of(SCHEDULER)
-            channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s, seal=seal)
+            channel = LinkSchedulerChannel(
+                link, self.topology, number, patience_s=self.patience_s, seal=seal, observe=to_log
+            )
             channel.open()
             run, self.scheduler = f"run{number}", number
-            scheduler = Scheduler(plan, channel, self.ledger, run, time.monotonic, lambda _: None, self.late_s)
+            about = (run, time.monotonic, lambda _: None, self.late_s)
+            scheduler = Scheduler(plan, channel, self.ledger, *about, observe=to_log)
             try:
                 self.state = scheduler.serve()
             finally:
-                channel._closed.set()
+                channel._pulse.end()
 
     def _serve_party(self, party: str) -> None:
         pipeline, label = self.pipeline, self.topology.label_holder
         store = self.stores.setdefault(party, FaultyCheckpoints())
         store.crash = self.crashes.get(party, CrashAt())
-        if store.final is not None and store.final.told:
+        if store.final is not None and store.final.reported:
             return
         stage = self.stage(party)
         self.stages.setdefault(party, []).append(stage)
@@ -290,7 +293,7 @@ class ToyRun:
             channel = PartyChannel(
                 link,
                 party,
-                peers,
+                self.topology,
                 number,
                 patience_s=self.patience_s,
                 persistent=False,
@@ -298,12 +301,13 @@ class ToyRun:
                 seal=self.seal_of(party),
                 committer=self.committer(),
                 bounds=bounds,
+                observe=to_log,
             )
             channel.open()
-            identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer")
+            identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer", party=party)
             journal = self.journal if party == label else None
             self.journal.crash = self.crashes.get(label, CrashAt())
-            worker = Worker(identity, channel, stage, store, pipeline, journal=journal)
+            worker = Worker(identity, channel, stage, store, pipeline, journal=journal, observe=to_log)
             role = (
                 LabelHolder(peers, channel, stage, pipeline, worker)
                 if party == label
@@ -312,5 +316,5 @@ class ToyRun:
             try:
                 worker.serve(role.train)
             finally:
-                channel._closed.set()
+                channel._pulse.end()
                 self.counts[party] = channel.counts

@@ -83,7 +83,7 @@ class Memory:
         self._met: dict[int, Remembered] = {}
 
     def remember(self, value: Any) -> Remembered:
-        """A copy of what can change in `value`."""
+        """Return a copy of what can change in `value`."""
         if type(value) in _SCALARS:
             return Scalar(value)
         if id(value) in self._registered or isinstance(value, _HARMLESS):
@@ -118,7 +118,7 @@ class Memory:
         return Items(type(value).__name__, items, value, value.maxlen if isinstance(value, deque) else None)
 
     def _instance(self, value: Any, names: list[str]) -> Remembered:
-        """An object is plain if all that it holds is; one with a lock, a file or a thread in it is left alone."""
+        """Remember an object that holds plain values only; leave one with a lock, a file or a thread alone."""
         attributes = {name: self.remember(vars(value)[name]) for name in names}
         plain = all(not isinstance(a, Fixed) or self._is_harmless(a.held) for a in attributes.values())
         return Instance(attributes, value) if plain else Fixed(value)
@@ -149,7 +149,7 @@ def _is_key(key: Remembered) -> bool:
 
 
 def _own_names(value: Any) -> list[str] | None:
-    """The attributes of an object of the user's own or of a library that is built on torch; None of any other."""
+    """Return the attributes of an object of the user's own or of a library built on torch; None of any other."""
     if isinstance(value, nn.Module):
         return [n for n in vars(value) if n not in HOOKS]
     root = type(value).__module__.partition(".")[0]
@@ -162,7 +162,7 @@ HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
 
 def is_iterator(value: Any) -> bool:
-    """Whether a value stands somewhere in a sequence, which nothing can save."""
+    """Return True for an iterator: it stands somewhere in a sequence, which nothing can save."""
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
 
 
@@ -170,7 +170,7 @@ def is_iterator(value: Any) -> bool:
 
 
 def generator_state(value: Any) -> Any:
-    """The state of a generator of random numbers in plain values; None of anything else."""
+    """Return the state of a generator of random numbers in plain values; None of anything else."""
     if isinstance(value, torch.Generator):
         return value.get_state()
     if type(value) is Random:
@@ -193,7 +193,7 @@ def set_generator_state(value: Any, state: Any) -> None:
 
 
 def same(one: Remembered, other: Remembered) -> bool:
-    """Whether two memories are of equal values, bit for bit."""
+    """Return True if two memories are of equal values, bit for bit."""
     match one, other:
         case Scalar(a), Scalar(b):
             return type(a) is type(b) and (repr(a) == repr(b) if type(a) is float else bool(a == b))
@@ -210,7 +210,7 @@ def same(one: Remembered, other: Remembered) -> bool:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether values that are no state are the same: two references to one object, two names of a device."""
+    """Return True if values that are no state are the same: two references to one object, two names of a device."""
     if isinstance(one, ReferenceType) and isinstance(other, ReferenceType):
         return True
     return isinstance(one, _HARMLESS) and type(one) is type(other) and bool(one == other)
@@ -221,102 +221,3 @@ def _same_numbers(one: Numbers, other: Numbers) -> bool:
         return True
     a, b = one.copy, other.copy
     return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and bool(torch.equal(a, b))
-
-
-# Putting back ---------------------------------------------------------------------------------------------------
-
-
-def put_back(memory: Remembered, current: Any = None) -> Any:
-    """The value as it was: in the object that held it, or in `current` where that has the shape of it."""
-    match memory:
-        case Scalar(value):
-            return value
-        case Fixed(held):
-            return held
-        case Numbers():
-            return _numbers_back(memory, current if memory.held is None else memory.held)
-        case Items():
-            return items_back(memory, current if memory.held is None else memory.held)
-        case Instance():
-            return _instance_back(memory, current if memory.held is None else memory.held)
-
-
-def _numbers_back(memory: Numbers, target: Any) -> Any:
-    copy = memory.copy
-    if memory.kind == "number":
-        return copy.numpy()[()]
-    if memory.kind == "array":
-        if (
-            not isinstance(target, np.ndarray)
-            or target.shape != tuple(copy.shape)
-            or target.dtype != copy.numpy().dtype
-        ):
-            return copy.numpy().copy()
-        if target.flags.writeable:
-            target[...] = copy.numpy()
-        return target
-    if not isinstance(target, Tensor):
-        return copy.clone()
-    overwrite(target, copy)
-    return target
-
-
-def overwrite(tensor: Tensor, numbers: Tensor) -> None:
-    """Give a tensor these numbers, and their dtype, shape and device, whatever it has now."""
-    with torch.no_grad():
-        if tensor.dtype != numbers.dtype or tensor.shape != numbers.shape or tensor.layout != torch.strided:
-            tensor.data = numbers.detach().clone().to(tensor.device)
-        elif not _holds(tensor, numbers):
-            tensor.copy_(numbers)
-
-
-def _holds(tensor: Tensor, numbers: Tensor) -> bool:
-    """Whether a tensor need not be written to; then who else refers to it sees no change of its version."""
-    try:
-        return torch.equal(tensor, numbers.to(tensor.device))
-    except (RuntimeError, NotImplementedError):  # of a dtype or device that cannot be compared
-        return False
-
-
-def items_back(memory: Items, target: Any) -> Any:
-    fits = type(target) is CONTAINERS[memory.kind] and getattr(target, "maxlen", None) == memory.longest
-    if memory.kind in ("dict", "OrderedDict"):
-        keys = [put_back(key) for key in memory.items[::2]]
-        before = target if fits else {}
-        values = [put_back(value, before.get(k)) for k, value in zip(keys, memory.items[1::2], strict=True)]
-        return _refilled(target if fits else CONTAINERS[memory.kind](), dict(zip(keys, values, strict=True)))
-    there = list(target) if fits and len(target) == len(memory.items) else [None] * len(memory.items)
-    items = list(map(put_back, memory.items, there))
-    if memory.kind == "tuple" and fits and len(items) == len(target) and all(map(_is, items, target)):
-        return target
-    if memory.kind in ("tuple", "Size", "frozenset"):
-        return CONTAINERS[memory.kind](items)
-    if not fits:
-        target = deque(maxlen=memory.longest) if memory.kind == "deque" else CONTAINERS[memory.kind]()
-    target.clear()
-    target.update(items) if memory.kind == "set" else target.extend(items)
-    return target
-
-
-def _is(one: Any, other: Any) -> bool:
-    return one is other
-
-
-def _refilled(target: Any, items: Mapping[Any, Any]) -> Any:
-    target.clear()
-    target.update(items)
-    return target
-
-
-def _instance_back(memory: Instance, target: Any) -> Any:
-    if generator_state(target) is not None:
-        set_generator_state(target, put_back(memory.attributes["state"]))
-        return target
-    if target is None:
-        raise TypeError("an object that is not there")
-    there = vars(target)
-    values = {name: put_back(value, there.get(name)) for name, value in memory.attributes.items()}
-    for name in [name for name in there if name not in values and name not in HOOKS]:
-        del there[name]
-    there.update(values)
-    return target

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sl_queue.compute.modules.put_back import items_back, put_back
 from sl_queue.compute.modules.remembered import (
     CONTAINERS,
     Fixed,
@@ -14,8 +15,6 @@ from sl_queue.compute.modules.remembered import (
     Remembered,
     Scalar,
     generator_state,
-    items_back,
-    put_back,
     set_generator_state,
 )
 
@@ -72,7 +71,7 @@ def _carried(memory: Instance) -> Mapping[str, Remembered]:
 
 
 def read(value: Any, tensor_of: Callable[[str], Tensor], current: Any = None) -> Any:
-    """What `saved` was called for, put into `current` where that is of the same kind."""
+    """Return what `saved` was called for, put into `current` where that is of the same kind."""
     if not isinstance(value, dict):
         return value
     kind, content = next((k, v) for k, v in value.items() if k != "longest")

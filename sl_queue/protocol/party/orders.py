@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from sl_queue.protocol.messages import Command, Finish, Open, Start, Stop
+from sl_queue.protocol.control import Command, Finish, Open, Start, Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Orders:
     asked: Open | None = None  # the newest of all, also one that opens less: it says what the scheduler lacks
 
     def after(self, command: Command) -> "Orders":
-        """These orders with one more command; commands that came out of order never undo a later one."""
+        """Return these orders with one more command; commands that came out of order never undo a later one."""
         match command:
             case Start():
                 if self.start is not None and command.generation <= self.start.generation:
@@ -32,3 +32,11 @@ class Orders:
                 if self.stop is not None and command.error is None and (self.stop.error or command.after_step is None):
                     return self
                 return replace(self, stop=command)
+
+
+class Restarted(Exception):
+    """The scheduler began a new generation; unwind to the worker's outer loop and start from `start`."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(f"generation {start.generation} begins after step {start.rollback_steps[-1]}")
+        self.start = start
