@@ -12,6 +12,8 @@ from benchmarks.processes import Work, together
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.job import Job
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.launch.connect import Channels, topology
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
@@ -94,6 +96,6 @@ def _serve(plan: Plan, role: str, connect: Callable[[str, int], Link], state: Pa
         serve_scheduler(plan.job, connect, state, lambda _: None, Channels())
         return None
     trace, metrics = Trace(role), ("auroc",) if plan.job.holdout else ()
-    file = party_file(plan.workload, role, metrics)
-    serve_party(plan.job, file, connect, state, Channels(), observe=trace)
+    spec = resolve(plan.job, party_file(plan.workload, role, metrics), Importer())
+    serve_party(plan.job, spec, connect, state, Channels(), observe=trace)
     return trace

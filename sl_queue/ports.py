@@ -5,6 +5,8 @@ everything unacknowledged comes back, and everything already seen is dropped by 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
@@ -189,3 +191,17 @@ class Checkpoints(Protocol):
 
     def mark_reported(self) -> None:
         """Note that the broker has the final report: a worker that starts again has nothing left to do."""
+
+
+class UserCode(Protocol):
+    """The Python code of one party: its models, losses and sources, named as `module:callable`."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that is looked into first; None: installed packages only."""
+
+    def load(self, name: str) -> Any:
+        """Import the callable of that name. Thread-safe. Raises JobError."""
+
+    def module(self, name: str) -> ModuleType:
+        """Import the module of that callable. Raises JobError."""

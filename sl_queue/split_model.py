@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sl_queue.compute.metrics import predictions
 from sl_queue.compute.other_metrics import Task
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import Rows
+from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.local import in_memory, written_model
 from sl_queue.local.given_rows import Given, by_party, rows_of
@@ -213,7 +213,7 @@ class SplitModel:
     def _cut(self, file: PartyFile, given: Given) -> tuple[int, ...]:
         module = self.bases[file.party]
         made = module if isinstance(module, nn.Module) else written_model.made(file, "base")
-        return in_memory.shape_of_cut(file, given.table(), made)
+        return in_memory.shape_of_cut(file.party, given.table(), made)
 
     # What it has learned ----------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class SplitModel:
         files = {party: self._file(party, given[party]) for party in given}
         tables = {party: given[party].table() for party in given}
         modules = {**self.bases_, "fuse": self.fuse_}
-        output = in_memory.outputs_of(job, files, tables, modules)
+        output = in_memory.outputs_of(job, tables, modules)
         if ordered:
             holder = self.label_holder if self.label_holder in given else next(iter(given))
             found = torch.empty_like(output)

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sl_queue.compute.optimizer_state import BuiltOptimizer
-from sl_queue.config.party import BaseFile
-from sl_queue.config.user_code import imported
+from sl_queue.compute.spec import ModelSpec
 from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError
+from sl_queue.ports import UserCode
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.rates import Schedule
 
@@ -96,10 +96,17 @@ class Learning:
 
     @classmethod
     def of(
-        cls, optimizer: Optimizer, module: nn.Module, part: str, table: BaseFile, steps: int, where: str, folder: Any
+        cls,
+        optimizer: Optimizer,
+        module: nn.Module,
+        part: str,
+        table: ModelSpec,
+        steps: int,
+        where: str,
+        code: UserCode,
     ) -> "Learning":
         """Read a party file's table. Raises JobError for a schedule that cannot be used."""
-        rate = _rate(table.schedule, steps, where, folder)
+        rate = _rate(table.schedule, steps, where, code)
         rates: tuple[float, ...] = ()
         if rate is not None:
             without = [n for n, group in enumerate(optimizer.param_groups) if "lr" not in group]
@@ -164,12 +171,12 @@ class Learning:
             self.average.load(f"{self.part}/average", state)
 
 
-def _rate(schedule: Any, steps: int, where: str, folder: Any) -> Rate | None:
+def _rate(schedule: Any, steps: int, where: str, code: UserCode) -> Rate | None:
     if schedule is None:
         return None
     if isinstance(schedule, Mapping) or (isinstance(schedule, str) and ":" not in schedule):
         return Schedule.of(schedule if isinstance(schedule, Mapping) else {"name": schedule}).rate
-    factor = imported(schedule, folder) if isinstance(schedule, str) else schedule
+    factor = code.load(schedule) if isinstance(schedule, str) else schedule
     try:
         tried = float(factor(0, steps))
     except Exception as error:

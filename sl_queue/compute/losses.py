@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
 from sl_queue.compute.modules.handover import Copies, Take
-from sl_queue.config.job import PartyFile, imported
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.tensors import described
 from sl_queue.errors import JobError, ShapeError
 
@@ -85,11 +85,11 @@ LOSSES: Mapping[str, Loss] = {
 }
 
 
-def loss_of(party_file: PartyFile, device: torch.device, take: Take | None = None) -> Loss:
+def loss_of(spec: ComputeSpec, device: torch.device, take: Take | None = None) -> Loss:
     """The loss that a party file names or brings; `take` says how to come by one that is given in code."""
-    assert party_file.fuse is not None
-    loss: Any = party_file.fuse.loss
-    where = f"party {party_file.party!r}: [fuse] loss = {loss!r}"
+    assert spec.objective is not None
+    loss = spec.objective.loss
+    where = f"party {spec.party!r}: [fuse] loss = {loss!r}"
     if isinstance(loss, Mapping):
         return partial(LOSSES[loss["name"]], **{key: value for key, value in loss.items() if key != "name"})
     if isinstance(loss, str):
@@ -97,14 +97,14 @@ def loss_of(party_file: PartyFile, device: torch.device, take: Take | None = Non
             return LOSSES[loss]
         if ":" not in loss:
             raise JobError(f"{where} is unknown; allowed are {', '.join(LOSSES)} and module:callable")
-        loss = imported(loss, party_file.folder)
+        loss = spec.code.load(loss)
     if inspect.isclass(loss):  # torch.nn:L1Loss
         try:
             loss = loss()
         except TypeError as error:
             raise JobError(f"{where} cannot be built without arguments: {error}") from None
     elif not isinstance(loss, FunctionType):
-        loss = (take or Copies())(party_file.party, "loss", loss, made=False)
+        loss = (take or Copies())(spec.party, "loss", loss, made=False)
     return loss.to(device) if isinstance(loss, nn.Module) else loss
 
 

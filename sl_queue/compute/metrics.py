@@ -10,7 +10,6 @@ held-out row has, or every one.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
 from sl_queue.compute.losses import are_soft, check_classes, class_numbers, shaped
+from sl_queue.compute.names import metric_name
 from sl_queue.compute.other_metrics import Metric, Task, made, torchmetric
-from sl_queue.config.objective import metric_name
 from sl_queue.errors import ComputeError, JobError
+from sl_queue.ports import UserCode
 
 _OF_NUMBERS = {"mse", "rmse", "mae", "r2"}
 _OF_DIFFERENCES = {"auroc", "average_precision", "r2"}  # undefined where all targets are the same
@@ -55,9 +55,7 @@ def task_of(
     return Task.MULTICLASS if classes or soft else Task.BINARY
 
 
-def metrics_of(
-    wanted: Sequence[Any], task: Task, where: str, folder: Path | None = None, classes: int = 2
-) -> dict[str, Metric]:
+def metrics_of(wanted: Sequence[Any], task: Task, where: str, code: UserCode, classes: int) -> dict[str, Metric]:
     """The metrics by their names in the history: of ours, of torchmetrics, or in code.
 
     Raises JobError for one that the task does not have.
@@ -70,7 +68,7 @@ def metrics_of(
         if isinstance(metric, str) and metric in known:
             found[name] = known[metric]
         elif callable(metric) or ":" in (metric if isinstance(metric, str) else metric["name"]):
-            found[name] = made(metric, f"{where} [fuse] metrics: {name!r}", folder)
+            found[name] = made(metric, f"{where} [fuse] metrics: {name!r}", code)
         else:
             found[name] = torchmetric(metric, task, known, f"{where} [fuse] metrics", classes)
     return found

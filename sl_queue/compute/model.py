@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from sl_queue.compute.building import (
     LAST,
     Inputs,
-    Part,
     Sample,
     blame,
     build_module,
@@ -37,7 +36,7 @@ from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.optimizers import build_optimizer
 from sl_queue.compute.seeds import key, seeded
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.compute.spec import ComputeSpec, Part
 from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.cut.tensors import described, from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError
@@ -70,22 +69,21 @@ class Model:
         return None if self.learning is None else self.learning.built.optimizer
 
     @classmethod
-    def build(
-        cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None, steps: int = 1
-    ) -> "Model":
+    def build(cls, spec: ComputeSpec, part: Part, sample: Sample, take: Take | None = None, steps: int = 1) -> "Model":
         """Return the model with its initial weights, the same wherever and however often it is built.
 
-        `steps` are those of the whole job, on which schedules depend. `take` says how to come by a module that is given
-        in code; without it, as a copy.
+        `steps` are those of the whole job, on which schedules depend.
+
+        `take` says how to come by a module that is given in code; without it, as a copy.
         """
-        table = table_of(party_file, part)
-        device = device_of(party_file)
-        module = build_module(job, party_file, part, sample, take)
-        where, name = f"party {party_file.party!r}: [{part}]", named(table.model)
+        table = table_of(spec, part)
+        device = device_of(spec)
+        module = build_module(spec, part, sample, take)
+        where, name = f"party {spec.party!r}: [{part}]", named(table.model)
         require_savable(module, f"{where} model = {name!r}")
         module.to(device)
-        with seeded(key(job.seed, party_file.party, f"{part} optimizer"), device):
-            optimizer = build_optimizer(module, table.optimizer, f"{where} optimizer", table.groups, party_file.folder)
+        with seeded(key(spec.layers.seed, spec.party, f"{part} optimizer"), device):
+            optimizer = build_optimizer(module, table.optimizer, f"{where} optimizer", table.groups, spec.code)
         if optimizer is not None and not module.training:
             log.warning(
                 "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics "
@@ -97,9 +95,9 @@ class Model:
         built = Built.of(module)
         learning = None
         if optimizer is not None:
-            learning = Learning.of(optimizer, module, part, table, steps, where, party_file.folder)
-        about = (party_file.party, part, name, module, learning, device, dtype_of(module))
-        return cls(*about, job.seed, built, secret=party_file.secret)
+            learning = Learning.of(optimizer, module, part, table, steps, where, spec.code)
+        about = (spec.party, part, name, module, learning, device, dtype_of(module))
+        return cls(*about, spec.layers.seed, built, secret=spec.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Open a scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""

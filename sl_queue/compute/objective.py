@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,11 @@ from sl_queue.compute.fitting import fitted, kind_of
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import check_targets, metrics_of, predictions, targets, task_of, undefined
 from sl_queue.compute.modules.handover import Take
+from sl_queue.compute.names import loss_name, metric_name
 from sl_queue.compute.other_metrics import Metric, OfRawOutputs, Task
 from sl_queue.compute.outputs import Outputs, doubled, outputs_of
 from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
-from sl_queue.config.job import PartyFile
-from sl_queue.config.objective import loss_name, metric_name
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.errors import ShapeError
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
@@ -38,7 +37,7 @@ class Objective:
 
 
 def objective_of(
-    party_file: PartyFile,
+    spec: ComputeSpec,
     table: Table,
     output: Tensor,
     scaled: Callable[[float], Tensor],
@@ -51,11 +50,11 @@ def objective_of(
     `scaled(s)` is the output for activations s times as large. What the loss shares with one of `models` is theirs;
     `take` says how to come by a loss that is given in code. Raises JobError, or ComputeError for a loss that fails.
     """
-    assert party_file.fuse is not None
-    fuse, tried = party_file.fuse, output.detach()
-    loss = loss_of(party_file, output.device, take)
-    owned = OwnedLoss.of(loss, models, party_file.party, where)
-    name: Any = loss_name(fuse.loss)
+    assert spec.objective is not None
+    wanted, tried = spec.objective, output.detach()
+    loss = loss_of(spec, output.device, take)
+    owned = OwnedLoss.of(loss, models, spec.party, where)
+    name = loss_name(wanted.loss)
     check_labels(table.labels, tried, name, where)
     assert table.labels is not None
     kind = name if isinstance(name, str) and ":" not in name else kind_of(loss)
@@ -63,10 +62,9 @@ def objective_of(
         with owned.trial():
             fit, warnings, (value, of) = fitted(loss, name, tried, table.labels, where)
         require_no_parameters(value, of, models, where)
-        wanted = list(map(metric_name, fuse.metrics))
-        task = Task(fuse.task) if fuse.task else task_of(kind, tried, table.labels, wanted, fuse.outputs)
-        classes = tried.shape[1] if tried.dim() > 1 else 2
-        metrics = metrics_of(fuse.metrics, task, where, party_file.folder, classes)
+        names = list(map(metric_name, wanted.metrics))
+        task = Task(wanted.task) if wanted.task else task_of(kind, tried, table.labels, names, wanted.outputs)
+        metrics = metrics_of(wanted.metrics, task, where, spec.code, tried.shape[1] if tried.dim() > 1 else 2)
         usual = [name for name, metric in metrics.items() if not isinstance(metric, OfRawOutputs)]
         check_targets(task, tried, table.labels, usual, where)
         labels = label_tensor(table.labels)
@@ -74,7 +72,7 @@ def objective_of(
             targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
-    outputs = outputs_of(fuse.outputs, kind, task, list(metrics), output, scaled, where)
+    outputs = outputs_of(wanted.outputs, kind, task, list(metrics), output, scaled, where)
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
     warnings += [twice] if twice else []
     return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sl_queue.config.schema import nearest
-from sl_queue.config.user_code import imported
 from sl_queue.errors import JobError
+from sl_queue.ports import UserCode
+from sl_queue.protocol.text import nearest
 
 _NEED_A_CLOSURE = {"lbfgs"}
 _WHY_NOT = "evaluates the loss more than once a step, which no party can: none has the whole model; use another"
@@ -24,9 +24,9 @@ def optimizer_names() -> dict[str, type[Optimizer]]:
 
 
 def build_optimizer(
-    module: nn.Module, settings: Any, key: str, groups: Sequence[Mapping[str, Any]] = (), folder: Any = None
+    module: nn.Module, settings: Any, key: str, groups: Sequence[Mapping[str, Any]], code: UserCode
 ) -> Optimizer | None:
-    """The optimizer that a party file describes at `key`, or that its callable makes, which is looked for in `folder`.
+    """The optimizer that a party file describes at `key`, or that its callable makes, found by `code`.
 
     None for a module without parameters. Raises JobError.
     """
@@ -34,7 +34,7 @@ def build_optimizer(
         return None
     if isinstance(settings, Mapping) or not settings:
         return _of_torch(module, dict(settings or {}), groups, key)
-    return _made(module, settings, key, folder)
+    return _made(module, settings, key, code)
 
 
 # By name --------------------------------------------------------------------------------------------------------
@@ -128,10 +128,10 @@ def _require_options(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], 
 # In code --------------------------------------------------------------------------------------------------------
 
 
-def _made(module: nn.Module, make: Any, key: str, folder: Any) -> Optimizer:
+def _made(module: nn.Module, make: Any, key: str, code: UserCode) -> Optimizer:
     """The optimizer that a callable makes of the module."""
     told = make if isinstance(make, str) else getattr(make, "__qualname__", type(make).__name__)
-    make = imported(make, folder) if isinstance(make, str) else make
+    make = code.load(make) if isinstance(make, str) else make
     try:
         optimizer = make(module)
     except (Exception, SystemExit) as error:

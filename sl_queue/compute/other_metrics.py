@@ -5,15 +5,14 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sl_queue.config.schema import nearest
-from sl_queue.config.user_code import imported
 from sl_queue.errors import ComputeError, JobError
+from sl_queue.ports import UserCode
+from sl_queue.protocol.text import nearest
 
 Metric = Callable[[Tensor, Tensor], float | None]  # (predictions, targets), both on the CPU
 
@@ -45,11 +44,11 @@ class OfRawOutputs:
         return _number(found, self._name)
 
 
-def made(metric: Any, where: str, folder: Path | None) -> Metric:
+def made(metric: Any, where: str, code: UserCode) -> Metric:
     """A metric in code: a function, an object that is called, or a class that is built with the table's arguments."""
     options = {k: v for k, v in metric.items() if k not in ("name", "as")} if isinstance(metric, Mapping) else {}
     thing = metric["name"] if isinstance(metric, Mapping) else metric
-    thing = imported(thing, folder) if isinstance(thing, str) else thing
+    thing = code.load(thing) if isinstance(thing, str) else thing
     if inspect.isclass(thing):
         try:
             thing = thing(**options)

@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from sl_queue.config.schema import nearest, shown
+from sl_queue.compute.names import NAMED_LOSSES as LOSSES
+from sl_queue.compute.names import metric_name
+from sl_queue.config.schema import shown
 from sl_queue.config.user_code import NAME
+from sl_queue.protocol.text import nearest
 
 _ABOVE_0 = "a number above 0"
 _FLAG = "true or false"
@@ -42,44 +45,6 @@ OPTIONS: Mapping[str, Mapping[str, _Option]] = {  # of each loss that may be nam
     },
     "bce": {},
 }
-LOSSES = tuple(OPTIONS)
-LOWER_IS_BETTER = frozenset(
-    {
-        "loss",
-        "mse",
-        "mae",
-        "rmse",
-        "log_loss",
-        "mean_absolute_percentage_error",
-        "hamming_distance",
-        "calibration_error",
-    }
-)
-HIGHER_IS_BETTER = frozenset(
-    {"auroc", "accuracy", "f1", "fbeta", "precision", "recall", "average_precision", "r2", "specificity"}
-    | {
-        "cohen_kappa",
-        "matthews_corrcoef",
-        "jaccard_index",
-        "explained_variance",
-        "pearson_corrcoef",
-        "spearman_corrcoef",
-    }
-)
-
-
-def loss_name(loss: Any) -> Any:
-    """Return the name of a loss that is one of ours, and anything else as it is."""
-    return loss["name"] if isinstance(loss, Mapping) else loss
-
-
-def metric_name(metric: Any) -> str:
-    """Return the name under which a metric stands in the history."""
-    if isinstance(metric, Mapping):
-        return str(metric.get("as") or metric_name(metric["name"]))
-    if isinstance(metric, str):
-        return metric.rpartition(":")[2].rpartition(".")[2]
-    return getattr(metric, "__name__", type(metric).__name__)
 
 
 def _is_code(value: Any) -> bool:

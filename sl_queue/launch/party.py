@@ -20,6 +20,8 @@ from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import PartySpec, resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
@@ -63,11 +65,11 @@ def run_party(
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
-    party_file.check(job)
-    if job.parties[party_file.party].role != role:
+    spec = resolve(job, party_file, Importer())
+    if spec.role != role:
         raise JobError(
-            f"party {party_file.party!r} has the role {job.parties[party_file.party].role!r} in the job, "
-            f"and this worker is for role {role!r}; start the other worker"
+            f"party {spec.party!r} has the role {spec.role!r} in the job, and this worker is for role {role!r}; "
+            "start the other worker"
         )
     url = party_file.broker_url(broker)
     require_network(url)
@@ -76,12 +78,12 @@ def run_party(
     folder = _state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    serve_party(job, party_file, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
+    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
 
 
 def serve_party(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     connect: Connect,
     state: Path,
     open_channels: Channels,
@@ -98,21 +100,21 @@ def serve_party(
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
     """
-    party, incarnation = party_file.party, secrets.token_hex(8)
+    party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
         folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
         stack.callback(folder.close)
         if (done := folder.finished()) is not None and done.reported:
-            compare_finished(job, party_file, folder)
+            compare_finished(job, spec, folder)
             observe(events.Finished(party, done.step, str(state / "final"), already=True))
             return
         rules = rules_to_keep(job, party, folder.begun_with)
-        table = _table(job, party_file)
+        table = _table(spec)
         for note in table.notes:
             log.info("%s: %s", party, note)
-        secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
-        folder.require(fingerprint(job, party_file, table, rules, secret))
-        party_file = party_file.with_secret(secret)
+        secret = secret_to_keep(party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
+        spec = spec.with_secret(secret)
+        folder.require(fingerprint(spec.compute, table, rules))
         rows = (table.n_rows, table.digest, table.id_type)
         identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
         batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
@@ -133,9 +135,7 @@ def serve_party(
             observe=observe,
         )
         journal = Journal(state / "history.jsonl")
-        worker, train = _role(
-            job, party_file, table, pipeline, channel, folder, journal, identity, take, observe, guards
-        )
+        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
         if metrics is not None and meter is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
@@ -146,12 +146,12 @@ def serve_party(
         observe(events.Finished(party, final.step, str(state / "final")))
 
 
-def _table(job: Job, party_file: PartyFile) -> Table:
+def _table(spec: PartySpec) -> Table:
     """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
-    if getattr(party_file.data, "source", None) is None:
-        return read_table(job, party_file)
-    with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
-        return read_table(job, party_file)
+    if getattr(spec.table.data, "source", None) is None:
+        return read_table(spec.table)
+    with seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu")):
+        return read_table(spec.table)
 
 
 def own_version() -> str:
@@ -172,7 +172,7 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
 
 def _role(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     table: Table,
     pipeline: Pipeline,
     channel: PartyChannel,
@@ -184,30 +184,30 @@ def _role(
     guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
-    if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches, take, guards)
+    if spec.role == "label":
+        fuse = fuse_stage(spec.compute, table, pipeline.batches, take, guards)
         _remark(fuse.own)
-        for found in advice(job, fuse):
-            log.warning("%s: %s", party_file.party, found.text)
+        for found in advice(fuse, job.stops_on):
+            log.warning("%s: %s", spec.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
-        return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
+        return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker).train
     guard = guards.get(job.label_holder, UNGUARDED)
-    base = base_stage(job, party_file, table, pipeline.batches, take, guard)
+    base = base_stage(spec.compute, table, pipeline.batches, take, guard)
     _remark(base)
     worker = Worker(identity, channel, base, folder, pipeline, observe=observe)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
 
-def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
+def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """Raise CheckpointError if a run that has finished was trained on another table, or with other models.
 
     What is no longer there to compare, in a container whose data has gone for instance, is a line in the log.
     """
     try:
-        rules = rules_to_keep(job, party_file.party, folder.begun_with)
-        folder.require(fingerprint(job, party_file, _table(job, party_file), rules))
+        rules = rules_to_keep(job, spec.party, folder.begun_with)
+        folder.require(fingerprint(spec.compute, _table(spec), rules))
     except JobError as error:
-        log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
+        log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 
 
 def _remark(stage: TorchBaseStage | None) -> None:

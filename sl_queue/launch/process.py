@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sl_queue.config.environment import DEBUG
 from sl_queue.errors import RunStopped, SlQueueError
 
 INTERRUPTED = 130
-DEBUG = "SL_QUEUE_DEBUG"  # environment variable: 1 shows the traceback of every error
 
 
 def say(text: str) -> None:
@@ -37,7 +37,7 @@ def leaving(
         say(f"stopped: {stopped}")
         raise SystemExit(stopped.exit_code) from None
     except SlQueueError as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
+        if DEBUG.read():
             traceback.print_exc()
         on_end(error)
         say(f"error: {error}")

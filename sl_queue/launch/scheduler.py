@@ -1,7 +1,6 @@
 """The scheduler, put together. It needs no torch, and so is there again half a second after it was killed."""
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -9,9 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from sl_queue.compute.names import LOWER_IS_BETTER
+from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
-from sl_queue.config.objective import LOWER_IS_BETTER
-from sl_queue.config.party import BROKER, read_url
+from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
@@ -45,9 +45,9 @@ def run_scheduler(
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
-    given = broker or os.environ.get(BROKER)
+    given = broker or BROKER.read()
     if given is None:
-        raise JobError(f"the scheduler needs a broker: give --broker URL or set {BROKER}")
+        raise JobError(f"the scheduler needs a broker: give --broker URL or set {BROKER.name}")
     url = read_url(given)
     require_network(url)
     seal = sealing(job, SCHEDULER, key_file(key), url)

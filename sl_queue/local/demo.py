@@ -18,6 +18,8 @@ from rich.table import Table as ScreenTable
 from sl_queue.compute.equality import joined_weights, largest_difference
 from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import MEMORY
@@ -171,8 +173,12 @@ def _train(folder: Path, name: str, parties: list[str], screen: Screen) -> Resul
 
 def _joined(folder: Path) -> ReferenceRun:
     job, party_files = _load(folder, "job", ["left", "right", "labels"])
-    tables = {file.party: read_table(job, file) for file in party_files}
-    return train_joined(job, party_files, tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes))
+    importer = Importer()
+    specs = [resolve(job, file, importer) for file in party_files]
+    tables = {spec.party: read_table(spec.table) for spec in specs}
+    return train_joined(
+        [spec.compute for spec in specs], tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes)
+    )
 
 
 def _accuracy(history: list[dict[str, Any]]) -> str:

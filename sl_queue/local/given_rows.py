@@ -11,9 +11,11 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import Rows
+from sl_queue.config.resolve import table_spec
+from sl_queue.config.user_code import Importer
 from sl_queue.data.given import ids_of
 from sl_queue.data.ids import canonical_ids
+from sl_queue.data.spec import Rows
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.protocol.table import Table
@@ -43,7 +45,7 @@ class Given:
         role, others = ("label", "feature") if holds_labels else ("feature", "label")
         parties = {self.party: {"role": role, **cut}, other: {"role": others, "cut": [1]}}
         job = Job(name="rows", seed=0, epochs=1, batch_size=1, parties=parties)
-        return read_table(job, PartyFile(party=self.party, data=self.rows()))
+        return read_table(table_spec(job, PartyFile(party=self.party, data=self.rows()), Importer()))
 
     def order(self) -> npt.NDArray[np.int64]:
         """Where each row of the canonical order stands in the given one."""

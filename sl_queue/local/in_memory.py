@@ -15,7 +15,11 @@ from sl_queue.compute.modules.handover import copied
 from sl_queue.compute.modules.state import in_evaluation
 from sl_queue.compute.objective import Objective, measured
 from sl_queue.compute.seeds import key, seeded
+from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import compute_spec
+from sl_queue.config.user_code import Importer
+from sl_queue.cut.packing import Wire
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.table import Table
@@ -24,15 +28,15 @@ PART = 4096  # rows that go through the models at once
 CPU = torch.device("cpu")
 
 
-def shape_of_cut(party_file: PartyFile, table: Table, module: nn.Module) -> tuple[int, ...]:
+def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]:
     """Find the shape of one row's activation by trying a copy of the base model on a few rows. Raises JobError."""
     refused = []
     for choice in range(n_offers(_features(table))):
         tried = copied(module)
-        features = offers(party_file, table, _dtype(tried))[choice].features
+        features = offers(_alone(party), table, _dtype(tried))[choice].features
         rows = take_rows(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
         try:
-            with seeded(key(0, party_file.party, "shape"), CPU), in_evaluation(tried):
+            with seeded(key(0, party, "shape"), CPU), in_evaluation(tried):
                 output = tried(rows)
         except Exception as error:
             refused.append(f"{type(error).__name__}: {error}")
@@ -41,12 +45,10 @@ def shape_of_cut(party_file: PartyFile, table: Table, module: nn.Module) -> tupl
             return tuple(output.shape[1:])
         refused.append(f"it returns {type(output).__name__}; it must return one tensor (rows, ...)")
     told = "; and with the same numbers in another form: ".join(refused)
-    raise JobError(f"party {party_file.party!r}: the base model fails on two rows of its features: {told}")
+    raise JobError(f"party {party!r}: the base model fails on two rows of its features: {told}")
 
 
-def outputs_of(
-    job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table], modules: Mapping[str, nn.Module]
-) -> Tensor:
+def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.Module]) -> Tensor:
     """The fuse model's output for all rows of the tables, in canonical order, on the CPU.
 
     `modules` are trained ones by party, the fuse model under "fuse". Raises JobError if parties hold other rows.
@@ -56,7 +58,7 @@ def outputs_of(
         counts = ", ".join(f"{party} {tables[party].n_rows}" for party in job.fused)
         raise JobError(f"the parties' ids differ; rows: {counts}; give the same rows for each party")
     n_rows = tables[job.fused[0]].n_rows
-    taken = {party: _taken(files[party], tables[party], modules[party]) for party in job.fused}
+    taken = {party: _taken(party, tables[party], modules[party]) for party in job.fused}
     fuse, found = modules["fuse"], []
     with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad():
         for first in range(0, n_rows, PART):
@@ -77,22 +79,29 @@ def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict
 def objective_for(job: Job, file: PartyFile, table: Table) -> Objective:
     """The loss and the metrics, for the labels of a table."""
     whole = job.replace(holdout=0.0, early_stopping=None, batch_size=table.n_rows, pipeline={})
-    return fuse_stage(whole, file.replace(device="cpu"), table, whole.batches(table.n_rows)).objective
+    spec = compute_spec(whole, file.replace(device="cpu"), Importer())
+    return fuse_stage(spec, table, whole.batches(table.n_rows)).objective
 
 
-def _taken(file: PartyFile, table: Table, module: nn.Module) -> npt.NDArray[Any]:
+def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
     """The features in the form that the base model takes."""
     refused: list[Exception] = []
     for choice in range(n_offers(_features(table))):
-        features = offers(file, table, _dtype(module))[choice].features
+        features = offers(_alone(party), table, _dtype(module))[choice].features
         try:
-            with seeded(key(0, file.party, "shape"), CPU), torch.no_grad():
+            with seeded(key(0, party, "shape"), CPU), torch.no_grad():
                 module(take_rows(features, np.arange(min(2, len(features))), _dtype(module), CPU))
         except Exception as error:
             refused.append(error)
             continue
         return features
-    raise JobError(f"party {file.party!r}: the base model fails on its features: {refused[0]}") from refused[0]
+    raise JobError(f"party {party!r}: the base model fails on its features: {refused[0]}") from refused[0]
+
+
+def _alone(party: str) -> ComputeSpec:
+    """A party of which nothing but its rows and its base model is known."""
+    layers = LayersSpec("", 0, "", (), {}, "list", Wire(), 1, 0)
+    return ComputeSpec(party, layers, None, None, None, "cpu", Importer().within(None))
 
 
 def _features(table: Table) -> npt.NDArray[Any]:

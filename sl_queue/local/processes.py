@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sl_queue.config.environment import EVENTS, LOCAL, LOG_FORMAT
+from sl_queue.config.environment import BROKER, EVENTS, LOCAL, LOG_FORMAT, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
 from sl_queue.launch.operator import read_status
@@ -46,7 +46,7 @@ def run_processes(
     """
     follower = _Follower(job, broker, screen, seal)
     threads = str(shared_threads(len(job.parties)))
-    environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads, LOCAL.name: "1"}
+    environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1"}
     environ[LOG_FORMAT.name] = "text"  # their lines are shown to a person
     asked: Path | None = EVENTS.read()
     workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]

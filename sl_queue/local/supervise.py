@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sl_queue.config.environment import PARENT
 from sl_queue.errors import PeerFailed, SlQueueError, TransportError
 
-PARENT = "SL_QUEUE_PARENT"  # environment variable: the process with which a worker dies
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -92,7 +92,7 @@ class _Supervisor:  # mutable: it owns processes
         reason_of: Callable[[int], str | None],
     ) -> None:
         self._children = [_Child(worker) for worker in workers]
-        self._environ = {**environ, PARENT: str(os.getpid())}
+        self._environ = {**environ, PARENT.name: str(os.getpid())}
         self._on_line = on_line
         self._step_of = step_of
         self._limits = limits
@@ -234,9 +234,9 @@ def _ending(code: int) -> str:
 
 def die_with_parent() -> None:
     """End this process when the one that supervises it is gone, however that ended. Linux; elsewhere nothing."""
-    parent = os.environ.get(PARENT)
+    parent = PARENT.read()
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it was gone before the kernel was told
+    if os.getppid() != parent:  # it was gone before the kernel was told
         os._exit(128 + signal.SIGKILL)

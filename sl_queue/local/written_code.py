@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from sl_queue.config.user_code import files_of, parsed, source_of
+from sl_queue.compute.source_code import files_of, parsed, source_of
 from sl_queue.errors import JobError
 
 _PATH = "from pathlib import Path"
@@ -44,7 +44,8 @@ class CodeFile:
         if _is_script(module):
             self._take(target, where)
             return f"{self.name}:{qualname}"
-        self._copy(module)
+        if self._copy(module):
+            self.imports[module.__name__] = f"import {module.__name__}"
         return f"{module.__name__}:{qualname if _leads_to(module, qualname, target) else target.__name__}"
 
     def add_reader(self, part: str) -> None:
@@ -52,7 +53,7 @@ class CodeFile:
         self.imports |= {"Path": _PATH, "read_module": "from sl_queue.compute.modules.written import read_module"}
         self.parts[part] = (
             f'def {part}():\n    """Make the model as it was in the notebook."""\n'
-            f'    return read_module(Path(__file__).with_name("{part}.json"))'
+            f'    return read_module(Path(__file__).with_name("{part}.json"), globals())'
         )
 
     def add_rows(self) -> None:
@@ -74,11 +75,11 @@ class CodeFile:
         head = "\n\n".join(part for part in (imports, constants) if part)
         (self.folder / f"{self.name}.py").write_text(f"{head}\n\n\n{body}\n" if head else f"{body}\n")
 
-    def _copy(self, module: ModuleType) -> None:
-        """Copy the user's own files behind a module; installed packages have none."""
+    def _copy(self, module: ModuleType) -> bool:
+        """Copy the user's own files behind a module; False for an installed package, which has none."""
         files = files_of(module, None)
         if not files:
-            return
+            return False
         file = Path(str(module.__file__)).absolute()
         root = file.parents[module.__name__.count(".") + (file.name == "__init__.py")]
         for path in files:
@@ -86,6 +87,7 @@ class CodeFile:
             target.parent.mkdir(parents=True, exist_ok=True)
             if path != target:
                 shutil.copyfile(path, target)
+        return True
 
     def _take(self, thing: Any, where: str) -> None:
         """Take the source of a class or function of a script, and what it names there."""

@@ -28,9 +28,11 @@ from sl_queue.compute.final_weights import settled
 from sl_queue.compute.modules.written import write_module
 from sl_queue.compute.optimizers import optimizer_names
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import BaseFile, FuseFile, Rows
-from sl_queue.config.user_code import imported
+from sl_queue.config.party import BaseFile, FuseFile
+from sl_queue.config.resolve import compute_spec
+from sl_queue.config.user_code import Importer
 from sl_queue.data.given import features_of, labels_of
+from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.local.written_code import CodeFile
 
@@ -82,14 +84,14 @@ def load(folder: Path) -> tuple[Job, dict[str, PartyFile], dict[str, nn.Module],
 
 def made(file: PartyFile, part: Part) -> nn.Module:
     """A model of a party file, as it is before training."""
-    return build_module(_ANY, file, part, None)
+    return build_module(compute_spec(_ANY, file, Importer()), part, None)
 
 
 def resolved(thing: Any, file: PartyFile) -> Any:
     """What a party file names as module:callable, imported; anything else as it is."""
     if isinstance(thing, Mapping) and ":" in thing["name"]:
-        return {**thing, "name": imported(thing["name"], file.folder)}
-    return imported(thing, file.folder) if isinstance(thing, str) and ":" in thing else thing
+        return {**thing, "name": Importer().within(file.folder).load(thing["name"])}
+    return Importer().within(file.folder).load(thing) if isinstance(thing, str) and ":" in thing else thing
 
 
 # A party ----------------------------------------------------------------------------------------------------------

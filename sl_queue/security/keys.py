@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from sl_queue.config.security import read_secret
 from sl_queue.errors import JobError
+from sl_queue.security.private_file import read_secret
 
 _END = b"-----END PRIVATE KEY-----\n"
 _KEY_BYTES = 32

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import assert_never
 
-from sl_queue.config.environment import EVENTS, LOCAL, LOG_FORMAT
+from sl_queue.config.environment import BROKER, EVENTS, LOCAL, LOG_FORMAT, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import JobError
 from sl_queue.local.processes import Place, command, failure_in
@@ -164,7 +164,7 @@ class _Harness:
             workers = self._workers(places, proxies, self.broker.url(name))
             threads = str(shared_threads(len(self.job.parties)))
             events = out / "events.jsonl"
-            environ = {**os.environ, "SL_QUEUE_THREADS": threads, LOCAL.name: "1"}
+            environ = {**os.environ, THREADS.name: threads, LOCAL.name: "1"}
             environ |= {EVENTS.name: str(events), LOG_FORMAT.name: "text"}
             stack.enter_context(following(events, self._take(run_log)))
             patient = Limits(crashes=len(faults) + Limits().crashes)  # those that we cause ourselves are no crash loop
@@ -187,7 +187,7 @@ class _Harness:
 
     def _workers(self, places: Mapping[str, Place], proxies: Mapping[str, Proxy], url: str) -> list[Worker]:
         return [
-            Worker(role, command(self.job, role, self.job_file, place), {"SL_QUEUE_BROKER": proxies[role].url(url)})
+            Worker(role, command(self.job, role, self.job_file, place), {BROKER.name: proxies[role].url(url)})
             for role, place in places.items()
         ]
 

@@ -11,16 +11,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sl_queue.compute.fingerprint import fingerprint
-from sl_queue.compute.fuse_stage import fuse_stage
-from sl_queue.compute.reference import train_joined
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import Rows
+from sl_queue.data.spec import Rows
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.rates import Schedule
 from sl_queue.protocol.schedule.row_order import row_order
+from tests.support.resolved import fingerprint, fuse_stage, train_joined
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, furthest, table_of
 
 ROWS, BATCH, EPOCHS = 24, 8, 2

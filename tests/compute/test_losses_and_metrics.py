@@ -10,13 +10,14 @@ import torchmetrics
 from sklearn import metrics as sklearn
 from torch import Tensor, nn
 
-from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import Rows
+from sl_queue.config.resolve import agree
+from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.launch.scheduler import plan_of
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import MicroBatch
+from tests.support.resolved import fingerprint
 from tests.support.split import Parties, Stages, table_of
 
 ROWS = 40
@@ -249,7 +250,7 @@ def test_early_stopping_knows_which_value_of_a_named_metric_is_better() -> None:
         assert rule is not None
         assert rule.lower_is_better is lower
     job, file = stopping([off_by], metric="off_by", mode="min")
-    file.check(job)
+    agree(job, file)
     rule = plan_of(job).early_stopping
     assert rule is not None
     assert rule.lower_is_better
@@ -258,7 +259,7 @@ def test_early_stopping_knows_which_value_of_a_named_metric_is_better() -> None:
 def test_of_a_metric_in_code_early_stopping_has_to_be_said_which_value_is_better() -> None:
     job, file = stopping([off_by], metric="off_by")
     with pytest.raises(JobError, match=r"early_stopping.mode is missing: whether 'off_by' is better when it is larger"):
-        file.check(job)
+        agree(job, file)
     job, file = stopping([{"name": "fbeta", "beta": 2.0, "as": "f2"}], metric="ff2", mode="max")
     with pytest.raises(JobError, match=r"'ff2' is not measured; did you mean 'f2'\?"):
-        file.check(job)
+        agree(job, file)

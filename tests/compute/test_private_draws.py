@@ -13,6 +13,8 @@ from torch import nn
 
 import sl_queue
 from sl_queue.compute.seeds import key, seeded
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.errors import CheckpointError, JobError, SlQueueError
 from sl_queue.launch.connect import MEMORY, Channels, connector
 from sl_queue.launch.party import serve_party
@@ -163,7 +165,7 @@ def deployed(folder: Path, on_status: Any = lambda _: None, **bank: Any) -> None
     for file in files(**bank):
         state = folder / file.party
         serve = lambda file=file, state=state: serve_party(  # noqa: E731
-            agreed, file, connect, state, channels, private=True
+            agreed, resolve(agreed, file, Importer()), connect, state, channels, private=True
         )
         threads.append(guarded(file.party, serve))
     for thread in threads:
@@ -254,4 +256,4 @@ def test_no_checkpoint_and_no_representation_shows_a_secret(tmp_path: Path) -> N
     for path in kept:
         assert secret not in path.read_bytes()
         assert secret.hex() not in path.read_bytes().decode(errors="replace")
-    assert repr(secret)[2:10] not in repr(files()[0].with_secret(secret))
+    assert repr(secret)[2:10] not in repr(resolve(job(), files()[0], Importer()).with_secret(secret))

@@ -19,7 +19,6 @@ from torch.nn.parameter import is_lazy
 
 from sl_queue.compute.modules.remembered import HOOKS
 from sl_queue.compute.modules.state import LENT, OWN
-from sl_queue.config.user_code import imported
 from sl_queue.errors import JobError
 
 NameOf = Callable[[Any, str], str]  # (class or function, where it stands) -> module:name
@@ -35,11 +34,15 @@ def write_module(module: nn.Module, path: Path, name_of: NameOf, what: str) -> N
     path.write_text(json.dumps(tree, indent=1))
 
 
-def read_module(path: Path | str) -> nn.Module:
-    """The module that `write_module` wrote, in the mode in which it was; its classes are looked for beside the file."""
+def read_module(path: Path | str, names: Mapping[str, Any] | None = None) -> nn.Module:
+    """Read the module that `write_module` wrote, in the mode in which it was.
+
+    `names` are those of the module that reads it, `globals()`: its own classes, and modules that it has imported, which
+    may be others of the same name elsewhere in this process.
+    """
     path = Path(path)
     tensors = safetensors.torch.load_file(path.with_suffix(".safetensors"))
-    return _Reader(tensors, path.parent).module(json.loads(path.read_text()), "")
+    return _Reader(tensors, names or {}).module(json.loads(path.read_text()), "")
 
 
 @dataclass(slots=True)
@@ -118,14 +121,14 @@ class _Reader:
     """One pass over what was written. Mutable: it knows what it has made."""
 
     tensors: Mapping[str, Tensor]
-    folder: Path
+    names: Mapping[str, Any]
     made: dict[str, Any] = field(default_factory=dict)  # by path
 
     def module(self, tree: Mapping[str, Any], path: str) -> nn.Module:
         if "same" in tree:
             found: nn.Module = self.made[tree["same"]]
             return found
-        kind = _thing(tree["class"], self.folder)
+        kind = _thing(tree["class"], self.names)
         module: nn.Module = kind.__new__(kind)
         nn.Module.__init__(module)
         self.made[path] = module
@@ -171,17 +174,22 @@ class _Reader:
             case "same":
                 return self.made[content]
             case "code":
-                return _thing(content, self.folder)
+                return _thing(content, self.names)
         made = {"list": list, "tuple": tuple, "Size": torch.Size, "set": set, "frozenset": frozenset}[kind]
         return made([self._value(item) for item in content])
 
 
-def _thing(name: str, folder: Path) -> Any:
-    """A class or function by `module:name`."""
+def _thing(name: str, names: Mapping[str, Any]) -> Any:
+    """Find a class or function by `module:name`."""
     module, _, path = name.partition(":")
-    if module.partition(".")[0] not in ("torch", "builtins"):
-        return imported(name, folder)
-    found: Any = import_module(module)
-    for part in path.split("."):
+    first, *rest = module.split(".")
+    if module == names.get("__name__"):
+        found: Any = names[path.partition(".")[0]]
+        parts = path.split(".")[1:]
+    elif first in names:
+        found, parts = names[first], [*rest, *path.split(".")]
+    else:
+        found, parts = import_module(module), path.split(".")
+    for part in parts:
         found = getattr(found, part)
     return found
