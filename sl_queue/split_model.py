@@ -174,6 +174,8 @@ class SplitModel:
         table = Given(holder.party, given.ids, given.features, given.labels).table()
         objective = in_memory.objective_for(job, holder, table)
         self.task_, self.outputs_ = objective.task.value, objective.outputs.value
+        if objective.task is not Task.REGRESSION:
+            self.classes_ = np.arange(objective.shape[0] if objective.task is Task.MULTICLASS else 2)
 
     def _built(self, given: Mapping[str, Given], params: Mapping[str, Any]) -> tuple[Job, list[PartyFile]]:
         roles: dict[str, Any] = {party: {"role": "feature"} for party in self.bases}

@@ -166,7 +166,7 @@ def test_a_label_holder_without_a_base_model_brings_the_labels_alone() -> None:
     ("change", "words"),
     [
         (lambda x, y: ({"bank": x["bank"]}, y), "there are no rows for party 'insurer'"),
-        (lambda x, y: ({**x, "bnak": y}, y), "rows for 'bnak', which is no party here"),
+        (lambda x, y: ({**x, "bnak": y}, y), "rows for 'bnak', which is no party of this model"),
         (lambda x, y: (x, y[:-1]), "different numbers of rows: bank 60, insurer 60, labels 59"),
         (lambda x, y: ({**x, "bank": x["bank"][:, :2]}, y), "party 'bank': the base model fails on two rows"),
         (lambda x, y: (x["bank"], y), "features are one table; give a dict"),
@@ -320,7 +320,7 @@ def test_images_are_written_beside_a_source(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.LazyLinear(4))
     base(torch.zeros(2, 1, 6, 6))
-    model = model_of(bases={"bank": base}, fuse=Concatenated(4, 1), label_holder="court")
+    model = model_of(bases={"bank": base}, fuse=nn.Linear(4, 1), aggregation="sum", label_holder="court")
     model.fit({"bank": images}, np.arange(20) % 2)
     folder = model.write(tmp_path)
     files = [PartyFile.load(folder / party / f"{party}.toml") for party in ("bank", "court")]
