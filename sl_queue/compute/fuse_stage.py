@@ -6,7 +6,7 @@ gradients that others wait for are on their way.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from sl_queue.compute.stand_ins import drawn
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import cast, described, dtype_name
+from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -271,5 +271,4 @@ def _require_rows_first(output: Tensor, model: Model) -> None:
 
 def _cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
     dtypes = tuple(map(dtype_name, model.accepted()))
-    wire = replace(layers.wire, cast=cast)
-    return FuseCut(model.party, peer, layers.cut(peer) or (), dtypes, model.device, wire, guard)
+    return FuseCut(model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard)

@@ -102,38 +102,15 @@ def serve_party(
     """
     party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
-        folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
-        stack.callback(folder.close)
-        if (done := folder.finished()) is not None and done.reported:
-            compare_finished(job, spec, folder)
-            observe(events.Finished(party, done.step, str(state / "final"), already=True))
+        folder = stack.enter_context(Folder(state, job_digest=job.digest, party=party, job=job.canonical()))
+        if _has_finished(job, spec, folder, state, observe):
             return
-        rules = rules_to_keep(job, party, folder.begun_with)
-        table = _table(spec)
-        for note in table.notes:
-            log.info("%s: %s", party, note)
-        secret = secret_to_keep(party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
-        spec = spec.with_secret(secret)
-        folder.require(fingerprint(spec.compute, table, rules))
-        rows = (table.n_rows, table.digest, table.id_type)
-        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
-        batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
-        pipeline = job.pipeline_of(batches)
-        bounds = bounds_of(job, party, pipeline)
+        spec, table, rules = _prepared(job, spec, folder, state, private=private)
+        identity = _identity(job, party, incarnation, table, rules)
+        pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
         meter = None if metrics is None else Meter()
         observe = fan_out(observe) if meter is None else fan_out(observe, meter)
-        channel = PartyChannel(
-            connect(party, bounds.prefetch),
-            party,
-            job.topology(),
-            incarnation,
-            patience_s=job.broker.patience,
-            persistent=job.broker.persistent,
-            depth=pipeline.depth,
-            seal=seal,
-            bounds=bounds,
-            observe=observe,
-        )
+        channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
         journal = Journal(state / "history.jsonl")
         worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
         if metrics is not None and meter is not None:
@@ -144,6 +121,57 @@ def serve_party(
         observe(events.Ready(party))
         final = worker.serve(train)
         observe(events.Finished(party, final.step, str(state / "final")))
+
+
+def _has_finished(job: Job, spec: PartySpec, folder: Folder, state: Path, observe: Observer) -> bool:
+    """Return True, and say so, if the final weights lie here and the scheduler knows."""
+    done = folder.finished()
+    if done is None or not done.reported:
+        return False
+    compare_finished(job, spec, folder)
+    observe(events.Finished(spec.party, done.step, str(state / "final"), already=True))
+    return True
+
+
+def _identity(job: Job, party: str, incarnation: str, table: Table, rules: int) -> Identity:
+    rows = (table.n_rows, table.digest, table.id_type)
+    return Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
+
+
+def _prepared(job: Job, spec: PartySpec, folder: Folder, state: Path, *, private: bool) -> tuple[PartySpec, Table, int]:
+    """Return the spec with its secret, the rows and the rules of the run; `folder` agrees to go on with them."""
+    rules = rules_to_keep(job, spec.party, folder.begun_with)
+    table = _table(spec)
+    for note in table.notes:
+        log.info("%s: %s", spec.party, note)
+    secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
+    spec = spec.with_secret(secret)
+    folder.require(fingerprint(spec.compute, table, rules))
+    return spec, table, rules
+
+
+def _channel(
+    job: Job,
+    party: str,
+    connect: Connect,
+    incarnation: str,
+    pipeline: Pipeline,
+    seal: Seal | None,
+    observe: Observer,
+) -> PartyChannel:
+    bounds = bounds_of(job, party, pipeline)
+    return PartyChannel(
+        connect(party, bounds.prefetch),
+        party,
+        job.topology(),
+        incarnation,
+        patience_s=job.broker.patience,
+        persistent=job.broker.persistent,
+        depth=pipeline.depth,
+        seal=seal,
+        bounds=bounds,
+        observe=observe,
+    )
 
 
 def _table(spec: PartySpec) -> Table:

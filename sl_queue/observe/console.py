@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from sl_queue.checking.findings import Finding
 from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.scheduler.state import epoch_text, number_text
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus, Telling
@@ -224,7 +223,6 @@ def _plain(text: object) -> Text:
 COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
 
 
-def show_finding(console: Console, finding: Finding) -> None:
-    """One line of `sl-queue check`."""
-    colour = COLOURS[finding.level]
-    console.print(Text.assemble((f"{finding.level:8}", colour), finding.text), soft_wrap=True)
+def show_finding(console: Console, level: str, text: str) -> None:
+    """Print a line of `sl-queue check`."""
+    console.print(Text.assemble((f"{level:8}", COLOURS[level]), text), soft_wrap=True)
