@@ -174,7 +174,7 @@ class TorchBaseStage:
 
     def weights(self) -> Weights:
         """Return the base model's own state_dict."""
-        return {"base": self.model.weights()}
+        return self.model.weights()
 
     def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
         """None for the live weights when all earlier updates are in them, else the copy of this version."""
@@ -242,7 +242,7 @@ def _stage(
         features = offers(spec, table, dtype)[choice].features
         return take_rows(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
-    model = Model.build(spec, "base", sample, take)
+    model = Model.build(spec, "base", sample, take, batches.steps)
     offer = offers(spec, table, model.dtype)[choice]
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)

@@ -191,7 +191,7 @@ class TorchFuseStage:
 
     def weights(self) -> Weights:
         """Return the state_dict of the fuse model, and of the own base model if there is one."""
-        return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
+        return {**self.model.weights(), **({} if self.own is None else self.own.weights())}
 
     def _own_backward(self) -> None:
         """Do the backward pass of the own base model that was put off, if there is one."""
@@ -256,7 +256,7 @@ def fuse_stage(
         return aggregated(inputs, layers.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
-    model = Model.build(spec, "fuse", sample, take)
+    model = Model.build(spec, "fuse", sample, take, batches.steps)
     output = model.try_out(sample(model.dtype, model.device), graph=True)
     _require_rows_first(output, model)
 

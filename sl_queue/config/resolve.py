@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
+from sl_queue.compute.names import HIGHER_IS_BETTER, LOWER_IS_BETTER, metric_name
 from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec
 from sl_queue.config.job import Job
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
@@ -73,7 +74,7 @@ def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> Compute
         layers_of(job),
         _model(party_file.base),
         _model(fuse),
-        None if fuse is None else ObjectiveSpec(fuse.loss, tuple(fuse.metrics), fuse.outputs),
+        _objective(fuse),
         party_file.device,
         importer.within(party_file.folder),
         table_is_file=isinstance(party_file.data, DataFile) and party_file.data.source is None,
@@ -105,7 +106,16 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
 
 
 def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
-    return None if table is None else ModelSpec(table.model, table.args, table.optimizer)
+    if table is None:
+        return None
+    how = (table.optimizer, tuple(table.groups), table.schedule, table.clip_norm, table.clip_value, table.ema)
+    return ModelSpec(table.model, table.args, *how)
+
+
+def _objective(table: FuseFile | None) -> ObjectiveSpec | None:
+    if table is None:
+        return None
+    return ObjectiveSpec(table.loss, tuple(table.metrics), table.outputs, table.task)
 
 
 # What only job and party file together show ---------------------------------------------------------------------
@@ -149,11 +159,16 @@ def _about_labels(party: PartyFile, job: Job) -> Iterator[str]:
     if isinstance(data, DataFile) and data.source is None and data.label is None:
         yield "data.label is missing; the label holder names the column with the labels"
     rule = job.early_stopping
-    if rule is not None and party.fuse is not None and rule.metric not in (measured := ["loss", *party.fuse.metrics]):
+    if rule is None or party.fuse is None:
+        return
+    measured, metric = ["loss", *map(metric_name, party.fuse.metrics)], rule.metric
+    if metric not in measured:
         yield (
-            f"early_stopping.metric = {rule.metric!r} is not measured; {nearest(rule.metric, measured)}"
+            f"early_stopping.metric = {metric!r} is not measured; {nearest(metric, measured)}"
             f"it must be {', '.join(measured)}, or be added to fuse.metrics"
         )
+    elif rule.mode is None and metric not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+        yield f'early_stopping.mode is missing: whether {metric!r} is better when it is larger; "min" or "max"'
 
 
 def _about_no_labels(party: PartyFile, job: Job) -> Iterator[str]:
