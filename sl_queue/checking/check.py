@@ -94,7 +94,7 @@ def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec) -> Readable 
     with_secret = check.attempt(lambda: _with_secret(job, file, spec))
     if with_secret is None:
         return None
-    table = check.attempt(lambda: responded(with_secret, read_table(spec.table, token_key(with_secret))))
+    table = check.attempt(lambda: responded(with_secret, read_table(spec.table, token_key=token_key(with_secret))))
     if table is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"

@@ -13,6 +13,7 @@ from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
 from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
+from sl_queue.launch.alignment import align_scheduler
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
@@ -95,6 +96,8 @@ def serve_scheduler(
         finished = _finished_before(ledger)
         if finished is not None and not late_s:
             return finished
+        if job.alignment.method == "psi" and finished is None:
+            align_scheduler(job, connect, state, on_status, open_channels, seal, observe)
         plan = plan_of(job)
         about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
         channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)

@@ -52,6 +52,8 @@ def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str
             return f"the initial weights of {named[part]}, given in code, are others"
         case (part, _, "settings") if part in named:
             return f"the attributes of {named[part]}, given in code, are others"
+        case ("data", _, "fitted"):
+            return "what [features] learned of the training rows is another: the table has changed, or [features] has"
         case ("", _, "secret"):
             return _about_secret(found.get(key), own.get(key))
         case _:
