@@ -221,7 +221,7 @@ class UserCode(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """The folder that is looked into first; None: installed packages only."""
+        """Return the folder that is looked into first; None: installed packages only."""
 
     def load(self, name: str) -> Any:
         """Import the callable of that name. Thread-safe. Raises JobError."""

@@ -37,6 +37,20 @@ def check_job(job_file: Path, party_files: Sequence[Path], broker: str | None, s
     return check.exit_code
 
 
+def check(
+    job: Job, parties: Sequence[PartyFile] | Mapping[str, PartyFile] = (), broker: str | None = None
+) -> list[Finding]:
+    """Find everything that can be wrong with a job before anything is started, as `sl-queue check` does.
+
+    `parties` are those at hand; with all of them a few steps are done split and joined, and compared. Findings come in
+    the order in which they were made; those of level "error" would end a run.
+    """
+    found: list[Finding] = []
+    files = list(parties.values()) if isinstance(parties, Mapping) else list(parties)
+    _check_with_job(Check(found.append), job, files, broker, 0)
+    return found
+
+
 def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
     """Check everything that takes a job; `unread` party files could not be read."""
     importer = Importer()
@@ -80,7 +94,7 @@ def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec) -> Readable 
     with_secret = check.attempt(lambda: _with_secret(job, file, spec))
     if with_secret is None:
         return None
-    table = check.attempt(lambda: responded(with_secret, read_table(spec.table, token_key(with_secret))))
+    table = check.attempt(lambda: responded(with_secret, read_table(spec.table, token_key=token_key(with_secret))))
     if table is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"

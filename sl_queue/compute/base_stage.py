@@ -7,7 +7,7 @@ forward order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,9 @@ from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.crossing import BaseCut, place, require_shape
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import cast, dtype_name, take_rows
+from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError
 from sl_queue.protocol.checkpoint import State, Weights
-from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
 from sl_queue.protocol.table import Table
@@ -175,7 +174,7 @@ class TorchBaseStage:
 
     def weights(self) -> Weights:
         """Return the base model's own state_dict."""
-        return {"base": self.model.weights()}
+        return self.model.weights()
 
     def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
         """None for the live weights when all earlier updates are in them, else the copy of this version."""
@@ -243,29 +242,15 @@ def _stage(
         features = offers(spec, table, dtype)[choice].features
         return take_rows(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
-    model = Model.build(spec, "base", sample, take)
+    model = Model.build(spec, "base", sample, take, batches.steps)
     offer = offers(spec, table, model.dtype)[choice]
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)
     output = model.try_out(trial.to(model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
-    wire = replace(layers.wire, cast=cast)
-    cut = BaseCut(party, layers.label_holder, shape, model.dtype, model.device, wire, model.name, guard)
+    cut = BaseCut(party, layers.label_holder, shape, model.dtype, model.device, layers.wire, model.name, guard)
     require_shape(output, len(trial), cut, f"party {party!r}")
     if offer.fault is not None:
         raise JobError(offer.fault)
     if party in layers.feature_parties:
-        _require_fitting(spec, dtype_name(output.dtype), batches)
+        cut.require_fitting(output.dtype, batches.most_rows, layers.micro_batches)
     return TorchBaseStage(model, offer.features, table, batches, cut, offer.remark)
-
-
-def _require_fitting(spec: ComputeSpec, dtype: str, batches: Batches) -> None:
-    """Raise JobError if the activations of the largest micro-batch are more than a message carries."""
-    held_out = len(batches.holdout_part(0)) if batches.holdout_rows else 0
-    rows = max(held_out, -(-batches.rows_in_step(0) // batches.parts(0)))
-    layers = spec.layers
-    largest = layers.wire.bytes_of(dtype, (rows, *(layers.cut(spec.party) or ())))
-    if largest > MAX_TENSOR_BYTES:
-        raise JobError(
-            f"party {spec.party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a "
-            f"message carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {layers.micro_batches}"
-        )

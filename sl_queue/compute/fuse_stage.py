@@ -6,7 +6,7 @@ gradients that others wait for are on their way.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from sl_queue.compute.stand_ins import drawn
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import cast, described, dtype_name
+from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -191,7 +191,7 @@ class TorchFuseStage:
 
     def weights(self) -> Weights:
         """Return the state_dict of the fuse model, and of the own base model if there is one."""
-        return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
+        return {**self.model.weights(), **({} if self.own is None else self.own.weights())}
 
     def _own_backward(self) -> None:
         """Do the backward pass of the own base model that was put off, if there is one."""
@@ -256,7 +256,7 @@ def fuse_stage(
         return aggregated(inputs, layers.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
-    model = Model.build(spec, "fuse", sample, take)
+    model = Model.build(spec, "fuse", sample, take, batches.steps)
     output = model.try_out(sample(model.dtype, model.device), graph=True)
     _require_rows_first(output, model)
 
@@ -282,5 +282,4 @@ def _require_rows_first(output: Tensor, model: Model) -> None:
 
 def _cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
     dtypes = tuple(map(dtype_name, model.accepted()))
-    wire = replace(layers.wire, cast=cast)
-    return FuseCut(model.party, peer, layers.cut(peer) or (), dtypes, model.device, wire, guard)
+    return FuseCut(model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard)

@@ -4,14 +4,16 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from sl_queue.compute.names import LOWER_IS_BETTER
 from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
 from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
+from sl_queue.launch.alignment import align_scheduler
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
@@ -28,7 +30,6 @@ from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 log = logging.getLogger("sl_queue")
 
 LATE_S = 10.0  # a worker with its libraries has started after that
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
 
 OnStatus = Callable[[RunStatus], None]
 
@@ -86,41 +87,43 @@ def serve_scheduler(
 ) -> RunState:
     """The scheduler until every party has finished.
 
-    `late_s`: how long a run that had finished before waits for parties that have lost what it left.
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
+    Prometheus may ask, as `[HOST:]PORT`.
     """
     observe = fan_out(observe)
     with ExitStack() as stack:
-        ledger = RunFile(state, job.canonical(), job.digest)
-        stack.callback(ledger.close)
-        saved = ledger.load()
-        if saved is not None and saved.phase is Phase.FINISHED:
-            log.info("scheduler: run %s is already finished", saved.run)
-            ledger.save(saved)  # the history may have been lost
-            if not late_s:
-                return saved
+        ledger = stack.enter_context(closing(RunFile(state, job.canonical(), job.digest)))
+        finished = _finished_before(ledger)
+        if finished is not None and not late_s:
+            return finished
+        if job.alignment.method == "psi" and finished is None:
+            align_scheduler(job, connect, state, on_status, open_channels, seal, observe)
         plan = plan_of(job)
-        incarnation = secrets.token_hex(8)
-        link = connect(SCHEDULER, PREFETCH)
-        topology = job.topology()
-        channel = LinkSchedulerChannel(
-            link, topology, incarnation, patience_s=plan.patience_s, seal=seal, observe=observe
-        )
+        about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
+        channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
         stack.callback(channel.close)
         if metrics is not None:
             on_status = _shown(metrics, channel, on_status, stack)
         try:
             channel.open()
         except BrokerUnreachable:
-            if saved is not None and saved.phase is Phase.FINISHED:
-                return saved
-            raise
+            if finished is None:
+                raise
+            return finished
         open_channels.add(channel)
         observe(events.Ready(SCHEDULER))
-        fresh_run = secrets.token_hex(6)
-        late_s = min(late_s, plan.patience_s)
-        about = (fresh_run, time.monotonic, on_status, late_s)
-        return Scheduler(plan, channel, ledger, *about, observe=observe).serve()
+        of_run = (secrets.token_hex(6), time.monotonic, on_status, min(late_s, plan.patience_s))
+        return Scheduler(plan, channel, ledger, *of_run, observe=observe).serve()
+
+
+def _finished_before(ledger: RunFile) -> RunState | None:
+    """Return the state of a run that has finished; its history is written again, for it may have been lost."""
+    saved = ledger.load()
+    if saved is None or saved.phase is not Phase.FINISHED:
+        return None
+    log.info("scheduler: run %s is already finished", saved.run)
+    ledger.save(saved)
+    return saved
 
 
 def plan_of(job: Job) -> Plan:
@@ -128,7 +131,8 @@ def plan_of(job: Job) -> Plan:
     rule = job.early_stopping
     early = None
     if rule is not None:
-        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, rule.metric in LOWER_IS_BETTER)
+        lower = rule.metric in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
+        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, lower)
     return Plan(
         job=job.canonical(),
         label_holder=job.label_holder,

@@ -47,12 +47,12 @@ def run_processes(
     follower = _Follower(job, broker, screen, seal)
     threads = str(shared_threads(len(job.parties)))
     environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1"}
-    environ[LOG_FORMAT.name] = "text"  # their lines are shown to a person
+    environ |= {LOG_FORMAT.name: "text"}  # their lines are shown to a person
     asked: Path | None = EVENTS.read()
     workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
     with TemporaryDirectory(prefix="sl_queue-events-") as folder, follower:
         events = asked or Path(folder) / "events.jsonl"
-        environ[EVENTS.name] = str(events.absolute())
+        environ |= {EVENTS.name: str(events.absolute())}
         reason_of = partial(failure_in, events)
         return supervise(workers, environ, screen.line, follower.committed, reason_of=reason_of)
 

@@ -287,8 +287,6 @@ class PartyChannel:
             case None:
                 pass
 
-    # Publishing -------------------------------------------------------------------------------------------------
-
     def _beat(self) -> None:
         self._mail.log_refusals()
         self._resending.log_counts()
