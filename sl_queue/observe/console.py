@@ -241,7 +241,7 @@ def _plain(text: object) -> Text:
     return Text(printable(str(text), LONGEST_LINE))
 
 
-COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
+COLOURS = {"ok": "green", "note": "dim", "detail": "dim", "warning": "yellow", "error": "red"}
 
 
 def show_finding(console: Console, level: str, text: str) -> None:
