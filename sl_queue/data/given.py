@@ -175,7 +175,7 @@ def _is_masked(value: Any) -> bool:
 
 
 def _of_tensor(tensor: Any) -> Any:
-    """A torch tensor's numbers, whatever device, layout and graph it belongs to."""
+    """Return a torch tensor's numbers, whatever device, layout and graph it belongs to."""
     tensor = tensor.detach().cpu()
     tensor = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
     return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).resolve_conj().resolve_neg().numpy()
@@ -218,7 +218,7 @@ def _of_frame(frame: Any, what: str) -> Numbers:
 
 
 def _arrow(series: Any) -> Any:
-    """A column of one type as Arrow, missing values null."""
+    """Return a column of one type as Arrow, missing values null."""
     if isinstance(series, pa.Array | pa.ChunkedArray):
         return series
     if hasattr(series, "to_arrow"):

@@ -249,7 +249,7 @@ def _all_whole(ids: Any) -> bool:
 
 
 def _first_cast(ids: Any, *kinds: Any) -> Any | None:
-    """The ids as the first of these types that holds them all."""
+    """Cast the ids to the first of these types that holds them all."""
     for kind in kinds:
         try:
             return ids.cast(kind)

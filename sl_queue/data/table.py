@@ -1,7 +1,7 @@
 """A party's table in canonical order: ascending id, numbers by value and text by its UTF-8 bytes.
 
 The order is the same at every party that holds the same ids, and so are the keys and the digest that are made of them.
-Both come from one hash over all ids, and neither yields the other: the digest is told to the scheduler when a party
+Both come from one hash over all ids, and neither yields the other: the digest is sent to the scheduler when a party
 joins, the keys never leave the party. Whoever does not know all ids can compute neither.
 """
 
@@ -24,11 +24,14 @@ from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
 from sl_queue.protocol.table import Table
 
 
-def read_table(spec: TableSpec, aligned: Positions | None = None, rules: int = RULES) -> Table:
+def read_table(
+    spec: TableSpec, aligned: Positions | None = None, rules: int = RULES, token_key: bytes | None = None
+) -> Table:
     """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong.
 
     `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `rules`: those of the
-    run, which choose the rows that are held out, and so those that [features] is fitted on.
+    run, which choose the rows that are held out, and so those that [features] is fitted on. `token_key` makes the
+    tokens of the rows' ids, for draws that a row keeps in other tables too.
     """
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
     arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
@@ -44,11 +47,13 @@ def read_table(spec: TableSpec, aligned: Positions | None = None, rules: int = R
     hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    if arrays.raw is None:
-        return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes)
-    training = spec.training(len(texts), hashes if rules != BY_POSITION else None)
-    features, fitted = _made(arrays, ids.order, training)
-    return Table(features, labels, row_keys, digest, ids.type, fitted.names, hashes, notes, fitted.as_json())
+    tokens = None if token_key is None else _keyed(texts, token_key)
+    names, recipe = arrays.names, None
+    if arrays.raw is not None:
+        training = spec.training(len(texts), hashes if rules != BY_POSITION else None)
+        features, fitted = _made(arrays, ids.order, training)
+        names, recipe = fitted.names, fitted.as_json()
+    return Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, tokens, fitted=recipe)
 
 
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:
@@ -110,15 +115,20 @@ def _texts(ids: Ids) -> list[bytes]:
 
 
 def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
-    """The key of every row and the digest of all, from canonical ids as text and their lengths."""
+    """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
     everything = blake2b(f"{id_type} {len(texts)} ".encode())
     everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
     everything.update(b"".join(texts))
     secret = everything.digest()
     key = blake2b(secret, person=b"sl_queue row key").digest()
-    keys = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in texts])
     digest = blake2b(secret, digest_size=32, person=b"sl_queue digest").hexdigest()
-    return np.frombuffer(keys, "<u8").astype(np.uint64), digest
+    return _keyed(texts, key), digest
+
+
+def _keyed(texts: list[bytes], key: bytes) -> npt.NDArray[np.uint64]:
+    """Return 64 bits of each text that depend on it and on the key alone."""
+    hashes = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in texts])
+    return np.frombuffer(hashes, "<u8").astype(np.uint64)
 
 
 def _ordered(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:

@@ -1,4 +1,4 @@
-"""Which pipeline is fastest: every one played with what its actions cost here (costs.py), and what to paste."""
+"""Choice of the fastest pipeline: every one is played with what its actions cost here; prints what to paste."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

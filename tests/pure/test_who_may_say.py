@@ -1,4 +1,4 @@
-"""Who may say what to whom: one table, which the codec, the queues at the broker and their rights follow."""
+"""Table of who may say what to whom, which the codec, the queues at the broker and their rights follow."""
 
 from dataclasses import replace
 from itertools import product

@@ -1,8 +1,8 @@
 """The scheduler's mind: a pure reducer (state, event, now) -> (state, commands).
 
 Anything may arrive from anyone at any time, so the scheduler has no order of its own. Every report is an idempotent
-statement about the present; every command follows from the state alone, so whoever joins again is told everything
-anew. The state is written to disk before a command leaves and before a report is acknowledged.
+statement about the present; every command follows from the state alone, so whoever joins again hears everything
+again. The state is written to disk before a command leaves and before a report is acknowledged.
 """
 
 from dataclasses import replace
@@ -187,8 +187,8 @@ def _too_late(plan: Plan, state: RunState, sender: str, joined: Join, problem: s
         begin = Start(joined.incarnation, state.run, state.bases)
         return ((sender, begin), (sender, Finish(joined.incarnation, step)))
     lost = f"run {state.run!r} has finished, and party {sender!r} holds neither its final weights nor their checkpoint"
-    anew = "to train anew, give every party and the scheduler a new state folder"
-    return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {anew}", error="CheckpointError")),)
+    scratch = "to train from scratch, give every party and the scheduler a new state folder"
+    return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {scratch}", error="CheckpointError")),)
 
 
 def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Addressed]:
