@@ -20,7 +20,7 @@ from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
-from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
+from sl_queue.protocol.schedule.row_order import Hashes, held_out, id_hashes, split_by_id
 from sl_queue.protocol.table import Table
 
 
@@ -96,16 +96,34 @@ def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
 
     `seed` is the job's `holdout_seed`, or its `seed` if it has none. Raises JobError for ids that no table may have.
     """
+    order, hashes = _hashed(ids, seed, "holdout_rows")
+    mask = np.zeros(len(order), np.bool_)
+    mask[order[split_by_id(hashes, holdout)[1]]] = True
+    return mask
+
+
+def test_rows(ids: Any, seed: int, test: float) -> npt.NDArray[np.bool_]:
+    """Say which rows a job keeps for a test, as `holdout_rows` says which it holds out.
+
+    `seed` is the job's `holdout_seed`, or its `seed` if it has none. Raises JobError for ids that no table may have.
+    """
+    order, hashes = _hashed(ids, seed, "test_rows")
+    mask = np.zeros(len(order), np.bool_)
+    first = len(order) - held_out(len(order), test)
+    mask[order[np.argsort(hashes, kind="stable")[first:]]] = True
+    return mask
+
+
+def _hashed(ids: Any, seed: int, where: str) -> tuple[Positions, Hashes]:
+    """Return the canonical order of ids given in code, and the hashes that choose among them, in that order."""
     given, faults = ids_of(ids)
     found = None
     if given is not None:
         found, wrong = canonical_ids(given, are_csv=False, id_type=None)
         faults += wrong
-    refuse("holdout_rows", faults)
+    refuse(where, faults)
     assert found is not None
-    mask = np.zeros(len(found.order), np.bool_)
-    mask[found.order[split_by_id(id_hashes(_texts(found), seed), holdout)[1]]] = True
-    return mask
+    return found.order, id_hashes(_texts(found), seed)
 
 
 def _texts(ids: Ids) -> list[bytes]:

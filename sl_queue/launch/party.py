@@ -238,7 +238,7 @@ def own_version() -> str:
 
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
-    """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
+    """Return what the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
     leftover = MESSAGE_BYTES if job.alignment.method == "psi" else 0
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}

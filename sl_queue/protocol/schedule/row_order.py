@@ -97,6 +97,7 @@ class Batches:
     shuffle: bool = True
     drop_last: bool = False
     holdout_seed: int | None = None  # None: `seed`
+    test: float = 0.0  # share of rows that are neither trained on nor evaluated: those with the largest hashes
     hashes: Hashes | None = field(default=None, repr=False, compare=False)  # of the ids; None: held out by position
 
     def __post_init__(self) -> None:
@@ -108,10 +109,14 @@ class Batches:
             )
 
     @cached_property
-    def _split(self) -> tuple[Positions, Positions]:
+    def _split(self) -> tuple[Positions, Positions, Positions]:
+        """Positions to train on, held out and for a test, each ascending."""
         if self.hashes is not None:
-            return split_by_id(self.hashes, self.holdout)
-        return split_holdout(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, self.holdout)
+            order = np.argsort(self.hashes, kind="stable")
+        else:
+            order = row_order(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, _HOLDOUT)
+        first, last = self.holdout_rows, self.n_rows - self.test_rows
+        return np.sort(order[first:last]), np.sort(order[:first]), np.sort(order[last:])
 
     @property
     def rows_in_epoch(self) -> int:
@@ -129,8 +134,17 @@ class Batches:
         return self._split[1]
 
     @property
+    def test_positions(self) -> Positions:
+        """The rows that training never touches, ascending."""
+        return self._split[2]
+
+    @property
     def training_rows(self) -> int:
-        return self.n_rows - self.holdout_rows
+        return self.n_rows - self.holdout_rows - self.test_rows
+
+    @property
+    def test_rows(self) -> int:
+        return min(held_out(self.n_rows, self.test), self.n_rows - self.holdout_rows)
 
     @property
     def holdout_rows(self) -> int:
