@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from sl_queue.data.later import Later, TemporaryFolder
 from sl_queue.data.spec import CsvSpec
 from sl_queue.protocol.exactness import BITS
 
@@ -85,6 +86,34 @@ def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Csv
     first = f", the first of them is row {numbers[0]} of the file" if numbers else ""
     faults = [f"{len(numbers)} rows have more or fewer fields than the header{first}"]
     return _cleaned(table, dialect, texts), faults
+
+
+def later(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: CsvSpec = COMMAS) -> Later | None:
+    """Write these columns to a temporary Arrow file, a block at a time, and return them to be read from there.
+
+    None for a file that must be read as a whole to know the type of each column, or to count its faults.
+    """
+    folder = TemporaryFolder()
+    written = str(folder.path / "rows.arrow")
+    convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
+    try:
+        with (
+            pa.csv.open_csv(path, _reading(threads=True), _parsing(dialect.delimiter), convert) as reader,
+            pa.OSFile(written, "wb") as file,
+            pa.ipc.new_file(file, reader.schema) as writer,
+        ):
+            for batch in reader:
+                writer.write_batch(batch)
+    except pa.ArrowInvalid:
+        folder.remove()
+        return None
+
+    def load(name: str) -> Any:
+        with pa.memory_map(written) as mapped:
+            column = pa.ipc.open_file(mapped).read_all().select([name])
+            return _cleaned(column, dialect, texts)[name]
+
+    return Later(tuple(selected), load, folder)
 
 
 def _reading(*, threads: bool) -> Any:

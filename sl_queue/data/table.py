@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.faults import refuse
-from sl_queue.data.features import Fitted, apply, fit
+from sl_queue.data.features import Fitted, fit_and_apply
 from sl_queue.data.given import ids_of
 from sl_queue.data.ids import Ids, Positions, canonical_ids
+from sl_queue.data.later import Later
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
@@ -82,11 +83,9 @@ def _ids(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
 def _made(arrays: Arrays, order: Positions, training: Positions) -> tuple[npt.NDArray[Any], Fitted]:
     """Make numbers of raw columns as [features] says, fitted on the training rows alone."""
     assert arrays.raw is not None and arrays.specs is not None
-    taken = pa.array(order)
-    columns = {name: column.take(taken) for name, column in arrays.raw.items()}
-    fitted, faults = fit(arrays.specs, columns, training)
-    refuse(arrays.where, faults)
-    features, faults = apply(fitted, columns)
+    taken, raw = pa.array(order), arrays.raw
+    columns = Later(tuple(raw), lambda name: raw[name].take(taken))
+    fitted, features, faults = fit_and_apply(arrays.specs, columns, training, len(order))
     refuse(arrays.where, faults)
     return features, fitted
 
