@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from sl_queue.protocol.exactness import BITS
 COMMAS = CsvSpec()
 
 _BLOCK_BYTES = 2**24  # Arrow needs a whole row in one block, and some tables have very many columns
+_STREAMED_BYTES = 2**21  # of several blocks that Arrow reads ahead
 _SCANNED_BYTES = 2**19  # at a time, for quotes: a few arrays of as many bytes fit into a processor's cache
 _BAD_ROW = re.compile(r"Expected \d+ columns, got \d+")
 _BOM = b"\xef\xbb\xbf"
@@ -96,9 +97,10 @@ def later(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Cs
     folder = TemporaryFolder()
     written = str(folder.path / "rows.arrow")
     convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
+    reading = _reading(threads=True, block=_STREAMED_BYTES)
     try:
         with (
-            pa.csv.open_csv(path, _reading(threads=True), _parsing(dialect.delimiter), convert) as reader,
+            pa.csv.open_csv(path, reading, _parsing(dialect.delimiter), convert) as reader,
             pa.OSFile(written, "wb") as file,
             pa.ipc.new_file(file, reader.schema) as writer,
         ):
@@ -108,16 +110,18 @@ def later(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Cs
         folder.remove()
         return None
 
+    places = {name: place for place, name in enumerate(selected)}
+
     def load(name: str) -> Any:
-        with pa.memory_map(written) as mapped:
-            column = pa.ipc.open_file(mapped).read_all().select([name])
-            return _cleaned(column, dialect, texts)[name]
+        only = pa.ipc.IpcReadOptions(included_fields=[places[name]])
+        with pa.OSFile(written, "rb") as file:
+            return _cleaned(pa.ipc.open_file(file, options=only).read_all(), dialect, texts)[name]
 
     return Later(tuple(selected), load, folder)
 
 
-def _reading(*, threads: bool) -> Any:
-    return pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=threads)
+def _reading(*, threads: bool, block: int = _BLOCK_BYTES) -> Any:
+    return pa.csv.ReadOptions(block_size=block, use_threads=threads)
 
 
 def _parsing(delimiter: str, bad_row: Any = None) -> Any:
@@ -166,19 +170,24 @@ def quote_fault(path: Path, delimiter: str = ",") -> str | None:
     """Say where a quote opens a value that swallows the rows below it; None if none does."""
     sign = delimiter.encode()
     with path.open("rb") as file:
-        if not file.seek(0, 2):
+        if not _holds_a_quote(file):
             return None
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(b'"') < 0 or (len(sign) == 1 and _is_regular(content, sign)):
+            if len(sign) == 1 and _is_regular(content, sign):
                 return None
             return _swallowing(content, sign)
+
+
+def _holds_a_quote(file: BinaryIO) -> bool:
+    """Look a block at a time: what is mapped would count as memory of this process."""
+    return any(b'"' in block for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
 
 
 def _is_regular(content: mmap.mmap, sign: bytes) -> bool:
     """Return True if every other quote opens a value and every other one closes it; one pass over the bytes."""
     beside = np.zeros(256, np.bool_)  # the bytes that may stand before an opening and after a closing quote
     beside[[_QUOTE, *sign, *b"\r\n"]] = True
-    count, end, start = 0, len(content), content.find(b'"')
+    count, end, start = 0, len(content), _quote_from(content, 0)
     while 0 <= start < end:
         stop = min(start + _SCANNED_BYTES, end)
         before = sign if _starts(content, start) else content[start - 1 : start]
@@ -188,8 +197,18 @@ def _is_regular(content: mmap.mmap, sign: bytes) -> bool:
         if not (beside[block[opening - 1]].all() and beside[block[closing + 1]].all()):
             return False
         count += len(at)
-        start = content.find(b'"', stop)
+        start = _quote_from(content, stop)
     return count % 2 == 0
+
+
+def _quote_from(content: mmap.mmap, position: int) -> int:
+    """Find the next quote, -1 if there is none; what was looked at no longer counts as memory of this process."""
+    for first in range(position, len(content), _BLOCK_BYTES):
+        found = content.find(b'"', first, first + _BLOCK_BYTES)
+        if found >= 0:
+            return found
+        content.madvise(mmap.MADV_DONTNEED)
+    return -1
 
 
 def _starts(content: mmap.mmap, position: int) -> bool:

@@ -5,6 +5,7 @@ Both come from one hash over all ids, and neither yields the other: the digest i
 joins, the keys never leave the party. Whoever does not know all ids can compute neither.
 """
 
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -23,6 +24,8 @@ from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
 from sl_queue.protocol.schedule.row_order import Hashes, held_out, id_hashes, split_by_id
 from sl_queue.protocol.table import Table
+
+_SLICE = 1000  # ids that are Python objects at a time
 
 
 def read_table(
@@ -43,15 +46,14 @@ def read_table(
     refuse(arrays.where, faults)
     assert ids is not None
     ids = ids if aligned is None else ids.only(aligned)
-    texts = _texts(ids)
-    row_keys, digest = _fingerprints(texts, pc.binary_length(ids.texts), ids.type)
-    hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
+    row_keys, digest = _fingerprints(ids)
+    hashes = None if spec.holdout_seed is None else id_hashes(_texts(ids), spec.holdout_seed)
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    tokens = None if token_key is None else _keyed(texts, token_key)
+    tokens = None if token_key is None else _keyed(ids, token_key)
     names, recipe = arrays.names, None
     if arrays.raw is not None:
-        training = spec.training(len(texts), hashes if rules != BY_POSITION else None)
+        training = spec.training(len(ids.texts), hashes if rules != BY_POSITION else None)
         features, fitted = _made(arrays, ids.order, training)
         names, recipe = fitted.names, fitted.as_json()
     return Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, tokens, fitted=recipe)
@@ -125,27 +127,31 @@ def _hashed(ids: Any, seed: int, where: str) -> tuple[Positions, Hashes]:
     return found.order, id_hashes(_texts(found), seed)
 
 
-def _texts(ids: Ids) -> list[bytes]:
-    """Ids as text, in UTF-8."""
-    found: list[bytes] = ids.texts.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
-    return found
+def _texts(ids: Ids) -> Iterator[bytes]:
+    """Yield ids as text, in UTF-8; few of them are Python objects at a time."""
+    for first in range(0, len(ids.texts), _SLICE):
+        yield from ids.texts[first : first + _SLICE].cast(pa.large_binary()).to_pylist()
 
 
-def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
+def _fingerprints(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
     """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
-    everything = blake2b(f"{id_type} {len(texts)} ".encode())
+    everything = blake2b(f"{ids.type} {len(ids.texts)} ".encode())
+    lengths = pc.binary_length(ids.texts)
     everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
-    everything.update(b"".join(texts))
+    for text in _texts(ids):
+        everything.update(text)
     secret = everything.digest()
     key = blake2b(secret, person=b"sl_queue row key").digest()
     digest = blake2b(secret, digest_size=32, person=b"sl_queue digest").hexdigest()
-    return _keyed(texts, key), digest
+    return _keyed(ids, key), digest
 
 
-def _keyed(texts: list[bytes], key: bytes) -> npt.NDArray[np.uint64]:
-    """Return 64 bits of each text that depend on it and on the key alone."""
-    hashes = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in texts])
-    return np.frombuffer(hashes, "<u8").astype(np.uint64)
+def _keyed(ids: Ids, key: bytes) -> npt.NDArray[np.uint64]:
+    """Return 64 bits of each id that depend on it and on the key alone."""
+    hashes = bytearray()
+    for text in _texts(ids):
+        hashes += blake2b(text, digest_size=8, key=key).digest()
+    return np.frombuffer(bytes(hashes), "<u8").astype(np.uint64)
 
 
 def _ordered(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:

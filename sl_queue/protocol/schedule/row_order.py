@@ -60,8 +60,10 @@ def held_out(n_rows: int, holdout: float) -> int:
 def id_hashes(ids: Iterable[bytes], seed: int) -> Hashes:
     """Hash every id, as UTF-8 text, for the choice of held-out rows."""
     key = blake2b(str(seed).encode(), digest_size=32, person=b"sl_queue holdout").digest()
-    found = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in ids])
-    return np.frombuffer(found, "<u8").astype(np.uint64)
+    found = bytearray()
+    for text in ids:
+        found += blake2b(text, digest_size=8, key=key).digest()
+    return np.frombuffer(bytes(found), "<u8").astype(np.uint64)
 
 
 def split_by_id(hashes: Hashes, holdout: float) -> tuple[Positions, Positions]:
