@@ -110,12 +110,9 @@ def later(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Cs
         folder.remove()
         return None
 
-    places = {name: place for place, name in enumerate(selected)}
-
     def load(name: str) -> Any:
-        only = pa.ipc.IpcReadOptions(included_fields=[places[name]])
-        with pa.OSFile(written, "rb") as file:
-            return _cleaned(pa.ipc.open_file(file, options=only).read_all(), dialect, texts)[name]
+        with pa.memory_map(written) as mapped:  # of which only the pages of this column are read
+            return _cleaned(pa.ipc.open_file(mapped).read_all().select([name]), dialect, texts)[name]
 
     return Later(tuple(selected), load, folder)
 
