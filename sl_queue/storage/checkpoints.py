@@ -228,13 +228,13 @@ class Folder:
         self._held.discard(step)
 
     def _remove_leftovers(self) -> None:
-        """Of a worker that was killed while it wrote."""
+        """Remove what a worker left that was killed while it wrote."""
         for folder in (self._checkpoints, self._final):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()
 
     def _read(self, step: int) -> Stored | None:
-        """None, with a line in the log, for a file that is torn; CheckpointError for one that is another's."""
+        """Return None, with a line in the log, for a torn file. Raises CheckpointError for one that is another's."""
         path = self._file(step)
         try:
             stored = unsealed(path)
