@@ -1,4 +1,4 @@
-"""What trained modules make of rows that are at hand: outputs and measures, without a run."""
+"""Evaluation of trained modules on rows that are at hand: outputs and measures, without a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +49,7 @@ def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]
 
 
 def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.Module]) -> Tensor:
-    """The fuse model's output for all rows of the tables, in canonical order, on the CPU.
+    """Compute the fuse model's output for all rows of the tables, in canonical order, on the CPU.
 
     `modules` are trained ones by party, the fuse model under "fuse". Raises JobError if parties hold other rows.
     """
@@ -69,7 +69,7 @@ def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.M
 
 
 def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict[str, float | None]:
-    """Loss and metrics of an output for the labels of the label holder's table."""
+    """Compute loss and metrics of an output for the labels of the label holder's table."""
     objective = objective_for(job, file, table)
     with torch.no_grad():
         loss = objective.loss(output, objective.labels).item()
@@ -77,14 +77,14 @@ def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict
 
 
 def objective_for(job: Job, file: PartyFile, table: Table) -> Objective:
-    """The loss and the metrics, for the labels of a table."""
+    """Return the loss and the metrics, for the labels of a table."""
     whole = job.replace(holdout=0.0, early_stopping=None, batch_size=table.n_rows, pipeline={})
     spec = compute_spec(whole, file.replace(device="cpu"), Importer())
     return fuse_stage(spec, table, whole.batches(table.n_rows)).objective
 
 
 def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
-    """The features in the form that the base model takes."""
+    """Return the features in the form that the base model takes."""
     refused: list[Exception] = []
     for choice in range(n_offers(_features(table))):
         features = offers(_alone(party), table, _dtype(module))[choice].features
@@ -99,7 +99,7 @@ def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
 
 
 def _alone(party: str) -> ComputeSpec:
-    """A party of which nothing but its rows and its base model is known."""
+    """Return the spec of a party of which nothing but its rows and its base model is known."""
     layers = LayersSpec("", 0, "", (), {}, "list", Wire(), 1, 0)
     return ComputeSpec(party, layers, None, None, None, "cpu", Importer().within(None))
 
