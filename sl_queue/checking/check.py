@@ -168,7 +168,7 @@ def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
 
 
 def _first_steps(actions: Iterable[Action]) -> Iterator[Action]:
-    """Up to the third update or the first commit."""
+    """Return the actions up to the third update or the first commit."""
     for action in actions:
         yield action
         if isinstance(action, Commit) or action == Update(SPELLED_OUT_STEPS - 1):

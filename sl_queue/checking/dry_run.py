@@ -280,7 +280,7 @@ def _require_repeatable(once: Weights, again: Weights, steps: int) -> None:
 
 
 def _blamed(job: Job, trial: _Trial) -> str:
-    """Return what makes the difference, as far as it can be told."""
+    """Return what makes the difference, as far as it can be seen."""
     if job.pipeline.depth > 1:
         lock_step = job.model_copy(update={"pipeline": job.pipeline.model_copy(update={"depth": 1})})
         if trial.difference(lock_step) <= SAME_WITHIN:
