@@ -46,7 +46,7 @@ def _names(check: Check, job: Job, broker: str) -> None:
     names = topology(job, broker)
     for role in (SCHEDULER, *job.parties):
         queues = ", ".join(names.queue(role, sender) for sender in names.senders_to(role))
-        check.note(f"{role}: writes to exchange {names.exchange(role)}, reads queues {queues}")
+        check.detail(f"{role}: writes to exchange {names.exchange(role)}, reads queues {queues}")
 
 
 def brokers(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None) -> None:

@@ -15,6 +15,7 @@ class Level(StrEnum):
 
     OK = "ok"
     NOTE = "note"
+    DETAIL = "detail"  # for who runs the broker: names of queues
     WARNING = "warning"
     ERROR = "error"
 
@@ -38,6 +39,9 @@ class Check:  # mutable: it remembers the first error
 
     def note(self, text: str) -> None:
         self.say(Finding(Level.NOTE, text))
+
+    def detail(self, text: str) -> None:
+        self.say(Finding(Level.DETAIL, text))
 
     def warn(self, text: str) -> None:
         self.say(Finding(Level.WARNING, text))

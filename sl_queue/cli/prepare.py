@@ -14,15 +14,20 @@ def check(
     job: JobPath,
     parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
     broker: Broker = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also the names of exchanges and queues.")] = False,
 ) -> None:
-    """Find everything that can be wrong before anything is started."""
+    """Find everything that can be wrong before anything is started, and report on the tables at hand."""
     from sl_queue.checking.check import check_job
+    from sl_queue.checking.findings import Finding, Level
     from sl_queue.observe.console import show_finding, stdout
 
     console = stdout()
-    raise typer.Exit(
-        check_job(job, parties or [], broker, lambda found: show_finding(console, found.level, found.text))
-    )
+
+    def say(found: Finding) -> None:
+        if verbose or found.level is not Level.DETAIL:
+            show_finding(console, found.level, found.text)
+
+    raise typer.Exit(check_job(job, parties or [], broker, say))
 
 
 def plan(

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from sl_queue.protocol.alignment import ALIGNING
 from sl_queue.protocol.control import EpochResult
-from sl_queue.protocol.scheduler.state import epoch_text, number_text
+from sl_queue.protocol.scheduler.state import epoch_text, number_text, worst_reading
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus, Telling
 from sl_queue.protocol.text import printable
 
@@ -157,11 +157,15 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
     """Render one row an epoch."""
     metrics = list((history[0]["holdout"] or {}) if history else ())
     names = (_plain(f"held-out {name}") for name in metrics)
-    table = Table("epoch", "step", "loss", *(Column(name) for name in names), "seconds", box=None)
+    readers = sorted(history[0].get("leak") or {}) if history else []
+    columns = [Column(name) for name in (*names, *(_plain(f"read by {party}") for party in readers))]
+    table = Table("epoch", "step", "loss", *columns, "seconds", box=None)
     for epoch in history:
         held_out = [number_text((epoch["holdout"] or {}).get(name)) for name in metrics]
+        leak = epoch.get("leak") or {}
+        read = [number_text(worst_reading(leak.get(party) or {})) for party in readers]
         seconds = f"{epoch['seconds']:.1f}"
-        table.add_row(str(epoch["epoch"]), str(epoch["step"]), number_text(epoch["loss"]), *held_out, seconds)
+        table.add_row(str(epoch["epoch"]), str(epoch["step"]), number_text(epoch["loss"]), *held_out, *read, seconds)
     return table
 
 
@@ -179,6 +183,8 @@ def status_view(telling: Telling, wall: float) -> Group:
         head.append(f"reported {_when(telling, wall)}")
     if status.loss is not None:
         head.append(f"loss {number_text(status.loss)}")
+    if status.history and status.history[-1].leak:
+        head.append(_leak(status.history[-1].leak))
     if status.reason:
         head.append(f"reason: {status.reason}")
     table = Table("party", "state", "steps done", "committed", "silent", "waits for", box=None)
@@ -194,6 +200,15 @@ def status_view(telling: Telling, wall: float) -> Group:
         head.append(f"versions of sl_queue differ: {each}")
     refused = [_refusal(name, party, ago) for name, party in status.parties.items() if party.refused]
     return Group(*map(_plain, head), "", table, *map(_plain, refused))
+
+
+def _leak(leak: Mapping[str, Mapping[str, float]]) -> str:
+    """Say what the label holder's meter has found in the newest epoch."""
+    each = [
+        f"{party} AUC {number_text(worst_reading(found))} (chance {number_text(found.get('chance'))})"
+        for party, found in sorted(leak.items())
+    ]
+    return f"labels as read from gradients: {', '.join(each)}"
 
 
 FIXED = ("finished", "stopped", "refused", "not joined")  # what a party stays when nobody tells of it any more
@@ -226,7 +241,7 @@ def _plain(text: object) -> Text:
     return Text(printable(str(text), LONGEST_LINE))
 
 
-COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
+COLOURS = {"ok": "green", "note": "dim", "detail": "dim", "warning": "yellow", "error": "red"}
 
 
 def show_finding(console: Console, level: str, text: str) -> None:

@@ -124,6 +124,11 @@ class Batches:
         return self._split[0]
 
     @property
+    def holdout_positions(self) -> Positions:
+        """The rows that are held out, ascending."""
+        return self._split[1]
+
+    @property
     def training_rows(self) -> int:
         return self.n_rows - self.holdout_rows
 

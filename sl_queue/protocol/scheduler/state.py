@@ -188,6 +188,14 @@ def epoch_text(epoch: int, epochs: int, loss: float, holdout: Mapping[str, float
     return f"epoch {epoch + 1}/{epochs}  loss {number_text(loss)}{held_out}"
 
 
+BASE_LINES = ("chance", "probe", "probe_raw", "response", "one_of_each")  # of a meter: no attacks on gradients
+
+
+def worst_reading(found: Mapping[str, float]) -> float | None:
+    """Return the AUC of the best attack that a meter has tried on one party's gradients; None without any."""
+    return max((value for name, value in found.items() if name not in BASE_LINES), default=None)
+
+
 def result_of(line: Mapping[str, Any]) -> EpochResult:
     """Read a line of history.jsonl again. Raises KeyError, TypeError for anything else."""
     holdout = None if line["holdout"] is None else dict(line["holdout"])
