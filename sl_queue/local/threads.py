@@ -32,7 +32,8 @@ from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.security.sealing import Seal
-from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.final import holds_final
 
 log = logging.getLogger("sl_queue")
 
