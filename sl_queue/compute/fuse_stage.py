@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ _RANGE_ROWS = 64  # on which the range of the output is looked at
 class Evaluated:
     """One held-out micro-batch."""
 
-    rows: int
+    amount: float  # of its rows
     loss: float
     output: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
@@ -66,7 +67,8 @@ class TorchFuseStage:
     table: Table
     batches: Batches
     cuts: Mapping[str, FuseCut]  # to the feature parties, in job order
-    _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
+    _losses: list[tuple[float, float]] = field(default_factory=list)  # of the step so far: amount of rows, mean loss
+    _amounts: tuple[int, float] = (-1, 0.0)  # of the rows of a step
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
     _prepared: PreparedTargets | None = None
     _put_off: tuple[MicroBatch, InFlight, Tensor] | None = None  # the own base model's backward pass: its gradient
@@ -89,16 +91,17 @@ class TorchFuseStage:
             self.prepare(micro_batch)
         mine, self._prepared = self._prepared, None
         assert mine is not None
-        where, n_rows = place(self.model.party, micro_batch), len(mine.rows)
+        where, positions = place(self.model.party, micro_batch), self.batches.rows(micro_batch)
         inputs = {party: CutInput(t) for party, t in self._arrived(activations, micro_batch, mine.rows, where).items()}
         own = None if mine.flight is None else CutInput(mine.flight.activation.detach())
         hooks, entering = hooks_made(), inputs if own is None else {**inputs, self.model.party: own}
         entered = {party: each.enter() for party, each in entering.items()}
         with self.model.drawing("forward", micro_batch):
             output = self._fused(entered, where)
-            loss, value = self._loss(output, mine.labels, where)
-        self._differentiate(loss * (n_rows / self.batches.rows_in_step(micro_batch.step)), hooks, micro_batch)
-        self._losses.append((n_rows, value))
+            loss, value = self._loss(output, mine.labels, positions, where)
+        amount = self.objective.amount(positions)
+        self._differentiate(loss * (amount / (self._amount_of_step(micro_batch.step) or 1.0)), hooks, micro_batch)
+        self._losses.append((amount, value))
         self._step = micro_batch.step
         if mine.flight is not None and own is not None and own.gradient is not None:
             self._put_off = (micro_batch, mine.flight, own.gradient)
@@ -140,9 +143,9 @@ class TorchFuseStage:
         with self.model.evaluating(), loss.evaluating(), self.model.drawing("evaluate", micro_batch):
             output = self._fused(inputs, where)
             labels = self._labels(positions)
-            _, value = self._loss(output, labels, where)
+            _, value = self._loss(output, labels, positions, where)
         kept = (output.cpu(), labels.cpu()) if self.objective.metrics else (output.new_empty(0), labels.new_empty(0))
-        self._evaluated[micro_batch.index] = Evaluated(len(positions), value, *kept)
+        self._evaluated[micro_batch.index] = Evaluated(self.objective.amount(positions), value, *kept)
 
     def metrics(self) -> Mapping[str, float | None]:
         """Loss and metrics over all rows evaluated since the last call; None where these rows do not define one."""
@@ -150,10 +153,11 @@ class TorchFuseStage:
         if not parts:
             raise LocalProtocolError("metrics without an evaluation")
         self._evaluated.clear()
-        found: dict[str, float | None] = {"loss": _mean([(part.rows, part.loss) for part in parts])}
+        found: dict[str, float | None] = {"loss": _mean([(part.amount, part.loss) for part in parts])}
         if self.objective.metrics:
             output, labels = torch.cat([p.output for p in parts]), torch.cat([p.labels for p in parts])
-            found |= measured(self.objective, output, labels)
+            rows = np.concatenate([self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)])
+            found |= measured(self.objective, output, labels, rows)
         return found
 
     def state(self) -> State:
@@ -206,17 +210,27 @@ class TorchFuseStage:
     def _labels(self, positions: Positions) -> Tensor:
         return self.objective.labels[torch.from_numpy(positions)].to(self.model.device)
 
-    def _loss(self, output: Tensor, labels: Tensor, where: str) -> tuple[Tensor, float]:
+    def _amount_of_step(self, step: int) -> float:
+        """Return how much the rows of a step count together."""
+        if self.objective.weighting is None:
+            return float(self.batches.rows_in_step(step))
+        if self._amounts[0] != step:
+            parts = [self.batches.rows(MicroBatch(step, index)) for index in range(self.batches.parts(step))]
+            self._amounts = (step, sum(map(self.objective.amount, parts)))
+        return self._amounts[1]
+
+    def _loss(self, output: Tensor, labels: Tensor, positions: Positions, where: str) -> tuple[Tensor, float]:
         with blame(f"{where}: the loss failed"):
-            loss = self.objective.loss(output, labels)
+            loss = self.objective.loss_of(output, labels, positions)
             value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(f"{where}: the loss is {value}; {why_not_finite(output, self.model.name)}")
         return loss, value
 
 
-def _mean(losses: Sequence[tuple[int, float]]) -> float:
-    return sum(rows * loss for rows, loss in losses) / sum(rows for rows, _ in losses)
+def _mean(losses: Sequence[tuple[float, float]]) -> float:
+    """The mean of losses by the amounts of their rows; 0 of rows that count for nothing."""
+    return sum(amount * loss for amount, loss in losses) / (sum(amount for amount, _ in losses) or 1.0)
 
 
 def fuse_stage(

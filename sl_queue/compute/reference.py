@@ -50,16 +50,15 @@ def train_joined(
     history: list[dict[str, Any]] = []
     losses: list[float] = []
     for step in range(batches.steps if steps is None else steps):
-        n_rows = batches.rows_in_step(step)
-        summed = 0.0
-        for index in range(batches.parts(step)):
-            summed += whole.differentiate(MicroBatch(step, index), n_rows)
+        parts = [MicroBatch(step, index) for index in range(batches.parts(step))]
+        amount = sum(whole.objective.amount(batches.rows(micro_batch)) for micro_batch in parts) or 1.0
+        summed = sum(whole.differentiate(micro_batch, amount) for micro_batch in parts)
         for model in whole.models:
             if model.learning is not None:
                 with model.drawing("update", MicroBatch(step, 0)):
                     model.learning.step(step)
                 model.learning.built.optimizer.zero_grad()
-        losses.append(summed / n_rows)
+        losses.append(summed / amount)
         if batches.ends_epoch(step):
             epoch = batches.epoch_of(step)
             weights = [batches.rows_in_step(s) for s in range(step + 1 - batches.steps_per_epoch, step + 1)]
@@ -141,7 +140,7 @@ class _Whole:
     def models(self) -> list[Model]:
         return [*self.bases.values(), self.fuse]
 
-    def differentiate(self, micro_batch: MicroBatch, rows_in_step: int) -> float:
+    def differentiate(self, micro_batch: MicroBatch, amount_in_step: float) -> float:
         """Add a micro-batch's gradients to those of its step, and return the loss summed over its rows."""
         rows = self.batches.rows(micro_batch)
         cuts = {
@@ -150,10 +149,10 @@ class _Whole:
         }
         loss, _ = self.loss([cut.entered() for cut in cuts.values()], rows, "forward", micro_batch)
         with self.fuse.drawing("backward", micro_batch):
-            (loss * (len(rows) / rows_in_step)).backward()  # type: ignore[no-untyped-call]
+            (loss * (self.objective.amount(rows) / amount_in_step)).backward()  # type: ignore[no-untyped-call]
         for party, cut in cuts.items():
             cut.differentiate(self.bases[party], micro_batch)
-        return loss.item() * len(rows)
+        return loss.item() * self.objective.amount(rows)
 
     def activations(self, rows: Positions, purpose: str, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """Return the outputs of all base models for these rows, in job order."""
@@ -172,7 +171,7 @@ class _Whole:
         labels = self.objective.labels[torch.from_numpy(rows)].to(self.fuse.device)
         with self.fuse.drawing(purpose, micro_batch):
             output = self.fuse.module(aggregated(activations, self.layers.aggregation))
-            return self.objective.loss(output, labels), output
+            return self.objective.loss_of(output, labels, rows), output
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float | None] | None:
@@ -184,10 +183,11 @@ class _Whole:
             for scope in (*(model.evaluating() for model in self.models), self.objective.owned.evaluating()):
                 modes.enter_context(scope)
             found = [self._evaluated(rows, MicroBatch(step, index)) for index, rows in enumerate(parts)]
-        summed = sum(len(rows) * loss.item() for rows, (loss, _) in zip(parts, found, strict=True))
-        outputs = torch.cat([output for _, output in found]).cpu()
-        labels = self.objective.labels[torch.from_numpy(np.concatenate(parts))]
-        return {"loss": summed / self.batches.holdout_rows, **measured(self.objective, outputs, labels)}
+        amounts = [self.objective.amount(rows) for rows in parts]
+        summed = sum(amount * loss.item() for amount, (loss, _) in zip(amounts, found, strict=True))
+        outputs, everywhere = torch.cat([output for _, output in found]).cpu(), np.concatenate(parts)
+        labels = self.objective.labels[torch.from_numpy(everywhere)]
+        return {"loss": summed / (sum(amounts) or 1.0), **measured(self.objective, outputs, labels, everywhere)}
 
     def _evaluated(self, rows: Positions, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         found = self.activations(rows, "evaluate", micro_batch)

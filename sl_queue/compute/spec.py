@@ -62,6 +62,7 @@ class ObjectiveSpec:
     metrics: tuple[Any, ...] = ()  # names, tables with one, module:callable, or callables
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = None
     task: Literal["binary", "multiclass", "regression"] | None = None
+    missing: bool = False  # NaN labels are not known, and count for nothing
 
 
 @dataclass(frozen=True, slots=True)

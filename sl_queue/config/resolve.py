@@ -52,6 +52,7 @@ def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec
         labels=party_file.party == job.label_holder,
         holdout_seed=job.seed_of_holdout if job.holdout else None,
         code=importer.within(party_file.folder),
+        missing_labels=party_file.fuse is not None and party_file.fuse.missing_labels == "mask",
     )
 
 
@@ -67,7 +68,7 @@ def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> Compute
         party_file.device,
         importer.within(party_file.folder),
         table_is_file=isinstance(party_file.data, DataFile) and party_file.data.source is None,
-        label_column=party_file.data.label if isinstance(party_file.data, DataFile) else None,
+        label_column=_label_column(party_file.data),
     )
 
 
@@ -91,7 +92,13 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
     if isinstance(data, Rows):
         return data
     features = None if data.features is None else tuple(data.features)
-    return FileSpec(data.path, data.id, features, data.label, data.id_type, data.source)
+    label = tuple(data.label) if isinstance(data.label, list) else data.label
+    return FileSpec(data.path, data.id, features, label, data.id_type, data.source, data.weight)
+
+
+def _label_column(data: DataFile | Rows) -> str | None:
+    label = data.label if isinstance(data, DataFile) else None
+    return ", ".join(label) if isinstance(label, list) else label
 
 
 def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
@@ -104,7 +111,7 @@ def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
 def _objective(table: FuseFile | None) -> ObjectiveSpec | None:
     if table is None:
         return None
-    return ObjectiveSpec(table.loss, tuple(table.metrics), table.outputs, table.task)
+    return ObjectiveSpec(table.loss, tuple(table.metrics), table.outputs, table.task, table.missing_labels == "mask")
 
 
 # What only job and party file together show ---------------------------------------------------------------------
@@ -164,3 +171,5 @@ def _about_no_labels(party: PartyFile, job: Job) -> Iterator[str]:
         yield f"[fuse] has no use; the label holder {job.label_holder!r} has the fuse model"
     if isinstance(party.data, DataFile) and party.data.label is not None:
         yield f"data.label has no use; only {job.label_holder!r} has labels (data.features can leave a column out)"
+    if isinstance(party.data, DataFile) and party.data.weight is not None:
+        yield f"data.weight has no use; {job.label_holder!r} says how much each row counts"

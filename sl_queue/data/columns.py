@@ -3,11 +3,13 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -30,7 +32,8 @@ class Columns:
     ids_are_csv: bool  # text that may mean whole numbers
     names: tuple[str, ...]  # of the features
     features: Array | None = field(repr=False)  # (rows, columns)
-    labels: Array | None = field(repr=False)  # (rows,)
+    labels: Array | None = field(repr=False)  # (rows,), or (rows, columns) of several
+    weights: Array | None = field(repr=False)  # (rows,)
     notes: tuple[str, ...]  # what a person should know of a table that can be trained on
     faults: tuple[str, ...]  # what is wrong with it
 
@@ -41,15 +44,17 @@ class _Selection:
 
     ids: str
     features: tuple[str, ...]
-    labels: str | None
+    labels: tuple[str, ...]
+    weight: str | None
+    missing: bool  # labels may be
     notes: tuple[str, ...]
 
     @property
     def names(self) -> list[str]:
-        return [self.ids, *self.features, *([] if self.labels is None else [self.labels])]
+        return [self.ids, *self.features, *self.labels, *([] if self.weight is None else [self.weight])]
 
 
-def read_columns(data: FileSpec, where: str, *, features: bool, labels: bool) -> Columns:
+def read_columns(data: FileSpec, where: str, *, features: bool, labels: bool, missing: bool = False) -> Columns:
     """Read ids, and features and labels if they are asked for; all faults that can be seen are returned.
 
     Raises JobError that begins with `where` if nothing can be read.
@@ -59,7 +64,8 @@ def read_columns(data: FileSpec, where: str, *, features: bool, labels: bool) ->
     if not is_csv and data.path.suffix.lower() != ".parquet":
         raise JobError(f"{where}: the name of a table ends in .csv or .parquet; for anything else use data.source")
     try:
-        return _read(data, data.path, where, is_csv=is_csv, features=features, labels=labels)
+        selecting = partial(_selected, data, features=features, labels=labels, missing=missing)
+        return _read(data, data.path, where, selecting, is_csv=is_csv, features=features)
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
     except (OSError, csv.Error, pa.ArrowException) as error:
@@ -68,11 +74,19 @@ def read_columns(data: FileSpec, where: str, *, features: bool, labels: bool) ->
         raise JobError(f"{where}: cannot be read ({reason}); is it {kind}?") from None
 
 
-def _read(data: FileSpec, path: Path, where: str, *, is_csv: bool, features: bool, labels: bool) -> Columns:
+def _read(
+    data: FileSpec,
+    path: Path,
+    where: str,
+    selecting: Callable[[Sequence[str]], _Selection],
+    *,
+    is_csv: bool,
+    features: bool,
+) -> Columns:
     if is_csv and (fault := csv_file.quote_fault(path)):  # before names are read: an open quote makes rows a name
         refuse(where, [fault])
     known = csv_file.names_in(path) if is_csv else list(pa.parquet.read_schema(path).names)
-    selection = _selected(data, known, features=features, labels=labels)
+    selection = selecting(known)
     faults = list(_about_names(selection.names, known))
     if features and not selection.features and data.id in known:
         faults.append("there are no features: no column besides those of id and label")
@@ -90,6 +104,7 @@ def _read(data: FileSpec, path: Path, where: str, *, is_csv: bool, features: boo
         selection.features,
         found.features.array,
         found.labels,
+        found.weights,
         (*selection.notes, *found.features.notes),
         (*faults, *found.faults),
     )
@@ -103,19 +118,21 @@ def _parquet(path: Path, selected: list[str]) -> Any:
 # Names ----------------------------------------------------------------------------------------------------------
 
 
-def _selected(data: FileSpec, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
+def _selected(data: FileSpec, known: Sequence[str], *, features: bool, labels: bool, missing: bool) -> _Selection:
     assert data.id is not None
     wanted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    targets = (data.label,) if isinstance(data.label, str) else data.label or ()
+    taken = (data.id, *targets, data.weight)
     if features and data.features is not None:
         wanted = tuple(data.features)
     elif features:
-        others = [(i, name) for i, name in enumerate(known, 1) if name not in (data.id, data.label)]
+        others = [(i, name) for i, name in enumerate(known, 1) if name not in taken]
         nameless = [(i, name) for i, name in others if _NAMELESS.fullmatch(name)]
         wanted = tuple(dict.fromkeys(name for _, name in others if not _NAMELESS.fullmatch(name)))
         if nameless:
             notes = (_left_out(nameless),)
-    return _Selection(data.id, wanted, data.label if labels else None, notes)
+    return _Selection(data.id, wanted, targets if labels else (), data.weight if labels else None, missing, notes)
 
 
 def _left_out(columns: Sequence[tuple[int, str]]) -> str:
@@ -161,6 +178,7 @@ def _separator(known: list[str]) -> str:
 class _Found:
     features: Numbers
     labels: Array | None
+    weights: Array | None
     faults: tuple[str, ...]
 
 
@@ -169,12 +187,27 @@ def _numbers(selection: _Selection, columns: dict[str, Any]) -> _Found:
     own = {name: columns[name] for name in selection.features if name in columns}
     features = matrix(own, "list only the others as data.features") if own else Numbers(None)
     faults = list(features.faults)
-    labels = None
-    if selection.labels in columns:
-        column, where = columns[selection.labels], f"label column {selection.labels!r}"
-        labels, wrong = label_array(column, where)
+    targets: list[Array | None] = []
+    for name in selection.labels:
+        if name in columns:
+            array, wrong = label_array(columns[name], f"label column {name!r}", missing=selection.missing)
+            targets.append(array)
+            faults += wrong
+    weights = None
+    if selection.weight is not None and selection.weight in columns:
+        weights, wrong = label_array(columns[selection.weight], f"weight column {selection.weight!r}")
         faults += wrong
-    return _Found(features, labels, (*faults, *gaps(columns)))
+    may_miss = selection.labels if selection.missing else ()
+    faults += gaps({name: column for name, column in columns.items() if name not in may_miss})
+    return _Found(features, _side_by_side(targets, len(selection.labels)), weights, tuple(faults))
+
+
+def _side_by_side(arrays: Sequence[Array | None], wanted: int) -> Array | None:
+    """One label column as (rows,), several as (rows, columns); None if one of them is not there."""
+    there = [array for array in arrays if array is not None]
+    if not there or len(there) < wanted:
+        return None
+    return there[0] if wanted == 1 else np.stack(there, axis=1)
 
 
 def _rounded(path: Path, columns: dict[str, Any]) -> Iterator[str]:

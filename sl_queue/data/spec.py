@@ -18,6 +18,7 @@ class Rows:
     ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
     features: Any = field(default=None, repr=False)  # (rows, *anything); floating ones are cast to the model's dtype
     labels: Any = field(default=None, repr=False)  # (rows,) or (rows, *anything)
+    weights: Any = field(default=None, repr=False)  # (rows,): how much each row counts in loss and metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,10 @@ class FileSpec:
     path: Path | None = None
     id: str | None = None  # the names of columns
     features: tuple[str, ...] | None = None  # None: all but id and label
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None
     id_type: Literal["text", "integer"] | None = None
     source: Any = None  # module:callable, or the callable itself
+    weight: str | None = None  # of the column that says how much each row counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +44,4 @@ class TableSpec:
     labels: bool  # the party is the label holder
     holdout_seed: int | None  # chooses the held-out rows; None: no row is held out
     code: UserCode  # finds a source that is named as module:callable
+    missing_labels: bool = False  # a label may be missing: NaN in the table

@@ -41,7 +41,8 @@ def read_table(spec: TableSpec) -> Table:
     hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes)
+    weights = _ordered(arrays.weights, ids.order)
+    return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes, weights)
 
 
 def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:

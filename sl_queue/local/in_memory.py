@@ -72,8 +72,9 @@ def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict
     """Loss and metrics of an output for the labels of the label holder's table."""
     objective = objective_for(job, file, table)
     with torch.no_grad():
-        loss = objective.loss(output, objective.labels).item()
-    return {"loss": loss, **measured(objective, output, objective.labels)}
+        rows = np.arange(table.n_rows)
+        loss = objective.loss_of(output, objective.labels, rows).item()
+    return {"loss": loss, **measured(objective, output, objective.labels, rows)}
 
 
 def objective_for(job: Job, file: PartyFile, table: Table) -> Objective:

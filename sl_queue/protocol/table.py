@@ -19,6 +19,7 @@ class Table:
     columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
     hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
     notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
+    weights: npt.NDArray[Any] | None = field(default=None, repr=False)  # (rows,): how much each counts; None: all alike
 
     @property
     def n_rows(self) -> int:
