@@ -60,6 +60,12 @@ class FuseStage(Protocol):
         does not fit the cut layer or belongs to other rows, NonFiniteError naming the party or the loss.
         """
 
+    def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
+        """Return the gradients of the step's earlier micro-batches that had to wait for its last one, and forget them.
+
+        Where all rows of a step are fused at once, `forward_backward` returns nothing for any but the last.
+        """
+
     def update(self) -> float:
         """One optimizer step; returns the step's loss, the mean over its rows."""
 

@@ -56,6 +56,14 @@ class PreparedTargets:
     flight: InFlight | None = field(repr=False)  # of its base model
 
 
+@dataclass(frozen=True, slots=True)
+class GatheredInputs:
+    """A micro-batch that is here in full."""
+
+    targets: PreparedTargets
+    inputs: Mapping[str, CutInput]  # of all parties with a base model
+
+
 @dataclass(slots=True)
 class TorchFuseStage:
     """ports.FuseStage over torch. Mutable: it holds the models and the sums of the step and of the evaluation."""
@@ -71,7 +79,11 @@ class TorchFuseStage:
     _amounts: tuple[int, float] = (-1, 0.0)  # of the rows of a step
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
     _prepared: PreparedTargets | None = None
-    _put_off: tuple[MicroBatch, InFlight, Tensor] | None = None  # the own base model's backward pass: its gradient
+    _put_off: list[tuple[MicroBatch, InFlight, Tensor | None]] = field(
+        default_factory=list
+    )  # the own base's backward passes
+    _gathered: list["GatheredInputs"] = field(default_factory=list)  # of a step whose rows are fused at once
+    _late: list[tuple[MicroBatch, Mapping[str, Payload]]] = field(default_factory=list)  # gradients not yet sent
     _step: int = 0  # of the last micro-batch
 
     def prepare(self, micro_batch: MicroBatch) -> None:
@@ -91,21 +103,50 @@ class TorchFuseStage:
             self.prepare(micro_batch)
         mine, self._prepared = self._prepared, None
         assert mine is not None
-        where, positions = place(self.model.party, micro_batch), self.batches.rows(micro_batch)
-        inputs = {party: CutInput(t) for party, t in self._arrived(activations, micro_batch, mine.rows, where).items()}
-        own = None if mine.flight is None else CutInput(mine.flight.activation.detach())
-        hooks, entering = hooks_made(), inputs if own is None else {**inputs, self.model.party: own}
-        entered = {party: each.enter() for party, each in entering.items()}
-        with self.model.drawing("forward", micro_batch):
-            output = self._fused(entered, where)
-            loss, value = self._loss(output, mine.labels, positions, where)
+        arrived = self._arrived(activations, micro_batch, mine.rows, place(self.model.party, micro_batch))
+        inputs = {party: CutInput(tensor) for party, tensor in arrived.items()}
+        if mine.flight is not None:
+            inputs[self.model.party] = CutInput(mine.flight.activation.detach())
+        self._gathered = [*(self._gathered if micro_batch.index else ()), GatheredInputs(mine, inputs)]
+        if self.layers.whole_batch and micro_batch.index + 1 < self.batches.parts(micro_batch.step):
+            return {}
+        parts, self._gathered = self._gathered if self.layers.whole_batch else self._gathered[-1:], []
+        self._fuse(parts)
+        *self._late, (_, answers) = [(part.targets.micro_batch, self._answers(part)) for part in parts]
+        return answers
+
+    def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
+        """Return the gradients that had to wait for the last micro-batch of their step, and forget them."""
+        late, self._late = self._late, []
+        return late
+
+    def _fuse(self, parts: Sequence["GatheredInputs"]) -> None:
+        """Do the forward and the backward pass of these micro-batches' rows, all at once."""
+        first, last = parts[0].targets.micro_batch, parts[-1].targets.micro_batch
+        where, positions = (
+            place(self.model.party, last),
+            _joined([self.batches.rows(p.targets.micro_batch) for p in parts]),
+        )
+        hooks = hooks_made()
+        entered = [{party: each.enter() for party, each in part.inputs.items()} for part in parts]
+        inputs = entered[0] if len(parts) == 1 else {p: torch.cat([each[p] for each in entered]) for p in entered[0]}
+        labels = parts[0].targets.labels if len(parts) == 1 else torch.cat([part.targets.labels for part in parts])
+        with self.model.drawing("forward", first):
+            output = self._fused(inputs, where)
+            loss, value = self._loss(output, labels, positions, where)
         amount = self.objective.amount(positions)
-        self._differentiate(loss * (amount / (self._amount_of_step(micro_batch.step) or 1.0)), hooks, micro_batch)
+        self._differentiate(loss * (amount / (self._amount_of_step(last.step) or 1.0)), hooks, first)
         self._losses.append((amount, value))
-        self._step = micro_batch.step
-        if mine.flight is not None and own is not None and own.gradient is not None:
-            self._put_off = (micro_batch, mine.flight, own.gradient)
-        return {p: cut.leave(inputs[p].gradient, micro_batch, mine.rows) for p, cut in self.cuts.items()}
+        self._step = last.step
+        for part in parts:
+            own = part.inputs.get(self.model.party)
+            if part.targets.flight is not None and own is not None:
+                self._put_off.append((part.targets.micro_batch, part.targets.flight, own.gradient))
+
+    def _answers(self, part: "GatheredInputs") -> Mapping[str, Payload]:
+        """The gradients of a micro-batch's activations, as they are sent."""
+        about = (part.targets.micro_batch, part.targets.rows)
+        return {party: cut.leave(part.inputs[party].gradient, *about) for party, cut in self.cuts.items()}
 
     def _differentiate(self, loss: Tensor, hooks: int, micro_batch: MicroBatch) -> None:
         """Do the backward pass from the loss to the activations; random draws in it are keyed by the micro-batch."""
@@ -180,7 +221,9 @@ class TorchFuseStage:
         self._evaluated.clear()
         for cut in self.cuts.values():
             cut.forget()
-        self._put_off = self._prepared = None
+        self._prepared = None
+        for waiting in (self._put_off, self._gathered, self._late):
+            waiting.clear()
 
     def weights(self) -> Weights:
         """Return the state_dict of the fuse model, and of the own base model if there is one."""
@@ -188,9 +231,10 @@ class TorchFuseStage:
 
     def _own_backward(self) -> None:
         """Do the backward pass of the own base model that was put off, if there is one."""
-        if self._put_off is not None and self.own is not None:
-            put_off, self._put_off = self._put_off, None
-            self.own.differentiate(*put_off)
+        put_off, self._put_off = self._put_off, []
+        for each in put_off:
+            assert self.own is not None
+            self.own.differentiate(*each)
 
     def _arrived(
         self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows, where: str
@@ -226,6 +270,10 @@ class TorchFuseStage:
         if not math.isfinite(value):
             raise NonFiniteError(f"{where}: the loss is {value}; {why_not_finite(output, self.model.name)}")
         return loss, value
+
+
+def _joined(positions: Sequence[Positions]) -> Positions:
+    return positions[0] if len(positions) == 1 else np.concatenate(positions)
 
 
 def _mean(losses: Sequence[tuple[float, float]]) -> float:

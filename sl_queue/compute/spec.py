@@ -24,6 +24,7 @@ class LayersSpec:
     wire: Wire  # how activations and gradients travel
     micro_batches: int
     staleness: int
+    whole_batch: bool = False  # fuse model and loss see all rows of a step at once
 
     @property
     def parties(self) -> tuple[str, ...]:

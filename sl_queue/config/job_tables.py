@@ -34,6 +34,10 @@ class JobFuse(Schema):
         default="list",
         description='"list", "concat", "sum" or "mean": how activations become the input of the fuse model',
     )
+    whole_batch: bool = Field(
+        default=False,
+        description="true or false: fuse model and loss see all rows of a step at once, however it is cut",
+    )
 
 
 class JobPipeline(Schema):

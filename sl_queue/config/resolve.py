@@ -85,6 +85,7 @@ def layers_of(job: Job) -> LayersSpec:
         wire=job.on_the_wire,
         micro_batches=job.pipeline.micro_batches,
         staleness=job.pipeline.staleness,
+        whole_batch=job.fuse.whole_batch,
     )
 
 

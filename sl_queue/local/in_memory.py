@@ -37,7 +37,7 @@ def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]
         rows = take_rows(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
         try:
             with seeded(key(0, party, "shape"), CPU), in_evaluation(tried):
-                output = tried(rows)
+                output = _output(tried(rows))
         except Exception as error:
             refused.append(f"{type(error).__name__}: {error}")
             continue
@@ -63,7 +63,7 @@ def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.M
     with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad():
         for first in range(0, n_rows, PART):
             rows = np.arange(first, min(first + PART, n_rows))
-            inputs = [modules[p](take_rows(taken[p], rows, _dtype(modules[p]), CPU)) for p in job.fused]
+            inputs = [_output(modules[p](take_rows(taken[p], rows, _dtype(modules[p]), CPU))) for p in job.fused]
             found.append(fuse(aggregated(inputs, job.fuse.aggregation)))
     return torch.cat(found)
 
@@ -97,6 +97,11 @@ def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
             continue
         return features
     raise JobError(f"party {party!r}: the base model fails on its features: {refused[0]}") from refused[0]
+
+
+def _output(found: Any) -> Any:
+    """What crosses the cut of what a base model returns: without its penalty."""
+    return found[0] if isinstance(found, tuple) and len(found) == 2 else found
 
 
 def _alone(party: str) -> ComputeSpec:

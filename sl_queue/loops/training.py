@@ -90,8 +90,9 @@ class LabelHolder:
 
     def _fuse(self, micro_batch: MicroBatch) -> None:
         gradients = self.stage.forward_backward(micro_batch, self._gather(Kind.ACTIVATION, micro_batch))
-        for party, gradient in gradients.items():
-            self.channel.send(party, Gradient(micro_batch, gradient))
+        for answered, found in (*self.stage.late_gradients(), (micro_batch, gradients)):
+            for party, gradient in found.items():
+                self.channel.send(party, Gradient(answered, gradient))
 
     def _gather(self, kind: Kind, micro_batch: MicroBatch) -> dict[str, Payload]:
         """Receive one activation of each feature party, by key: order of arrival means nothing."""

@@ -59,6 +59,9 @@ class ToyStage:
         self.gradients = digest(self.gradients, joined, micro_batch)
         return {party: payload("gradient", joined, party) for party in activations}
 
+    def late_gradients(self) -> tuple[tuple[MicroBatch, Mapping[str, Payload]], ...]:
+        return ()
+
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         self.evaluated = digest(self.evaluated, *(bytes(a.data) for _, a in sorted(activations.items())))
 
