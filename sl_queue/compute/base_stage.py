@@ -99,7 +99,17 @@ class TorchBaseStage:
         if next(iter(self._in_flight), None) != micro_batch or micro_batch.step != self._updates:
             raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
         flight = self._in_flight.pop(micro_batch)
-        self.differentiate(micro_batch, flight, self.cut.arrive(gradient, micro_batch, flight.rows))
+        tensor = self.cut.arrive(gradient, micro_batch, flight.rows)
+        self.differentiate(micro_batch, flight, None if tensor is None else self._returned(micro_batch, flight, tensor))
+
+    def _returned(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> Tensor:
+        """Return the gradient of the model's own output, of which a defence may have sent another one."""
+        returning = self.cut.guard.returning
+        if returning is None:
+            return gradient
+        inputs = self.inputs(self.batches.rows(micro_batch))
+        share = len(flight.rows) / self.batches.rows_in_step(micro_batch.step)
+        return returning.apply(gradient, flight.activation, inputs, share)
 
     def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor | None) -> None:
         """Do the backward pass of an activation and of a penalty; random draws in it are keyed by the micro-batch.

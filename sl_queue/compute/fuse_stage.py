@@ -15,6 +15,7 @@ from torch import Tensor
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
 from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.losses import label_tensor
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
@@ -75,6 +76,7 @@ class TorchFuseStage:
     table: Table
     batches: Batches
     cuts: Mapping[str, FuseCut]  # to the feature parties, in job order
+    truly: Mapping[str, float | None] = field(default_factory=dict)  # the last metrics on true labels, for this party
     _losses: list[tuple[float, float]] = field(default_factory=list)  # of the step so far: amount of rows, mean loss
     _amounts: tuple[int, float] = (-1, 0.0)  # of the rows of a step
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
@@ -144,7 +146,7 @@ class TorchFuseStage:
                 self._put_off.append((part.targets.micro_batch, part.targets.flight, own.gradient))
 
     def _answers(self, part: "GatheredInputs") -> Mapping[str, Payload]:
-        """The gradients of a micro-batch's activations, as they are sent."""
+        """Return the gradients of a micro-batch's activations, as they are sent."""
         about = (part.targets.micro_batch, part.targets.rows)
         return {party: cut.leave(part.inputs[party].gradient, *about) for party, cut in self.cuts.items()}
 
@@ -199,6 +201,8 @@ class TorchFuseStage:
             output, labels = torch.cat([p.output for p in parts]), torch.cat([p.labels for p in parts])
             rows = np.concatenate([self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)])
             found |= measured(self.objective, output, labels, rows)
+            if self.table.truth is not None:
+                self.truly = measured(self.objective, output, label_tensor(self.table.truth[rows]), rows)
         return found
 
     def state(self) -> State:
@@ -277,7 +281,7 @@ def _joined(positions: Sequence[Positions]) -> Positions:
 
 
 def _mean(losses: Sequence[tuple[float, float]]) -> float:
-    """The mean of losses by the amounts of their rows; 0 of rows that count for nothing."""
+    """Return the mean of losses by the amounts of their rows; 0 of rows that count for nothing."""
     return sum(amount * loss for amount, loss in losses) / (sum(amount for amount, _ in losses) or 1.0)
 
 

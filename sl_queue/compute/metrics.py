@@ -56,7 +56,7 @@ def task_of(
 
 
 def metrics_of(wanted: Sequence[Any], task: Task, where: str, code: UserCode, classes: int) -> dict[str, Metric]:
-    """The metrics by their names in the history: of ours, of torchmetrics, or in code.
+    """Return the metrics by their names in the history: of ours, of torchmetrics, or in code.
 
     Raises JobError for one that the task does not have.
     """
@@ -175,7 +175,7 @@ def _known(task: Task) -> Mapping[str, Metric]:
 
 
 def _later(module: str, name: str) -> _Function:
-    """A function of torchmetrics, imported when it is first called: a restarted worker has no second to lose."""
+    """Wrap a function of torchmetrics, imported when first called: a restarted worker has no second to lose."""
 
     def function(*arguments: Tensor, **named: Any) -> Tensor:
         value: Tensor = getattr(import_module(f"torchmetrics.functional.{module}"), name)(*arguments, **named)

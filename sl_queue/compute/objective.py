@@ -1,4 +1,4 @@
-"""What is learned and measured: the loss against the labels, and the metrics; tried out before anything is trained."""
+"""Objective of a run: the loss against the labels, and the metrics; tried out before anything is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,7 +104,7 @@ def objective_of(
 
 
 def _labelled(labels: npt.NDArray[Any] | None, missing: bool, where: str) -> npt.NDArray[Any] | None:
-    """The rows whose labels are all known: what a loss is tried out on. Raises JobError if there are none."""
+    """Return the rows whose labels are all known: what a loss is tried out on. Raises JobError if there are none."""
     if labels is None or not missing:
         return labels
     found = labels[known_rows(labels)]
@@ -116,7 +116,7 @@ def _labelled(labels: npt.NDArray[Any] | None, missing: bool, where: str) -> npt
 def _weighted(
     wanted: Sequence[Any], metrics: Mapping[str, Metric], task: Task, where: str
 ) -> Mapping[str, WeightedMetric]:
-    """The same metrics for rows that do not count alike. Raises JobError for one that knows no weights."""
+    """Return the same metrics for rows that do not count alike. Raises JobError for one that knows no weights."""
     there = weighted_metrics(task)
     asked = {metric_name(metric): metric for metric in wanted}
     for name in metrics:
@@ -147,7 +147,7 @@ def measured(
 def _measured_by_weight(
     objective: Objective, weighting: Weighting, output: Tensor, labels: Tensor, positions: Positions
 ) -> dict[str, float | None]:
-    """The metrics where rows do not count alike; labels that are not known are left out."""
+    """Return the metrics where rows do not count alike; labels that are not known are left out."""
     rows = torch.from_numpy(positions)
     scores, targets = predictions(objective.task, objective.outputs, output, torch.nan_to_num(labels))
     each = len(targets) // len(labels)

@@ -59,14 +59,14 @@ def _fbeta(guessed: Tensor, targets: Tensor, weights: Tensor, beta: float) -> fl
 
 
 def _macro(metric: Callable[[Tensor, Tensor], float], scores: Tensor, targets: Tensor) -> float:
-    """The mean over the classes that are there or were guessed."""
+    """Return the mean over the classes that are there or were guessed."""
     guessed = scores.argmax(1)
     there = [c for c in range(scores.shape[1]) if bool(((targets == c) | (guessed == c)).any())]
     return sum(metric((guessed == c).long(), (targets == c).long()) for c in there) / len(there)
 
 
 def _each_class(metric: WeightedMetric) -> WeightedMetric:
-    """The mean of one class against the rest, over the classes that define it."""
+    """Return the mean of one class against the rest, over the classes that define it."""
 
     def mean(scores: Tensor, targets: Tensor, weights: Tensor) -> float | None:
         found = [metric(scores[:, c], (targets == c).long(), weights) for c in range(scores.shape[1])]
@@ -77,7 +77,7 @@ def _each_class(metric: WeightedMetric) -> WeightedMetric:
 
 
 def _curve(scores: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The weights of ones and zeros above each threshold, highest first; None if there is only one of the two."""
+    """Return the weights of ones and zeros above each threshold, highest first; None if there is only one kind."""
     order = scores.argsort(descending=True, stable=True)
     scores, targets, weights = scores[order], targets[order], weights[order].double()
     ends = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])

@@ -109,12 +109,12 @@ def _amounts(
 
 
 def _class_weights(loss: Loss) -> Any:
-    """The weights of the classes, of our own cross-entropy."""
+    """Return the weights of the classes, of our own cross-entropy."""
     return loss.keywords.get("weight") if isinstance(loss, partial) and loss.func is LOSSES["cross_entropy"] else None
 
 
 def _unreduced(fit: FittedLoss) -> FittedLoss | None:
-    """The same loss for each label, None of a loss of the user's own."""
+    """Return the same loss for each label, None of a loss of the user's own."""
     loss: Any = fit.loss
     kind = kind_of(loss)
     if kind in LOSSES.values() or (kind in ELEMENTWISE | CLASSES_TAKEN and not isinstance(loss, nn.Module)):

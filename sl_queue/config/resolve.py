@@ -1,4 +1,4 @@
-"""What job, party file and user code come to for one party: checked together, and resolved into small frozen values.
+"""Resolution of job, party file and user code for one party: checked together, into small frozen values.
 
 Below the launch of a worker everything works on these, and nothing knows of files in TOML.
 """
@@ -10,11 +10,14 @@ from typing import Literal, Self
 
 from sl_queue.compute.names import HIGHER_IS_BETTER, LOWER_IS_BETTER, metric_name
 from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec
+from sl_queue.config.features import specs_of
 from sl_queue.config.job import Job
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
+from sl_queue.config.privacy import about_defences, settings_of
 from sl_queue.config.user_code import Importer
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
+from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.text import nearest
 
 
@@ -27,6 +30,7 @@ class PartySpec:
     peers: tuple[str, ...]  # whom it exchanges tensors with
     table: TableSpec
     compute: ComputeSpec
+    privacy: Settings
     chosen_secret: Path | str | None  # what keys its draws, as its file says: a file, "seed", or nothing chosen
 
     def with_secret(self, secret: bytes) -> Self:
@@ -40,7 +44,15 @@ def resolve(job: Job, party_file: PartyFile, importer: Importer) -> PartySpec:
     party = party_file.party
     peers = job.feature_parties if party == job.label_holder else (job.label_holder,)
     table, compute = table_spec(job, party_file, importer), compute_spec(job, party_file, importer)
-    return PartySpec(party, job.parties[party].role, peers, table, compute, party_file.privacy.secret)
+    return PartySpec(
+        party,
+        job.parties[party].role,
+        peers,
+        table,
+        compute,
+        settings_of(party_file.privacy),
+        party_file.privacy.secret,
+    )
 
 
 def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec:
@@ -52,6 +64,9 @@ def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec
         labels=party_file.party == job.label_holder,
         holdout_seed=job.seed_of_holdout if job.holdout else None,
         code=importer.within(party_file.folder),
+        declared=specs_of(party_file.features),
+        normalise=tuple(job.alignment.normalise),
+        training=lambda n_rows, hashes: job.batches(n_rows, hashes).training_positions,
         missing_labels=party_file.fuse is not None and party_file.fuse.missing_labels == "mask",
     )
 
@@ -93,8 +108,19 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
     if isinstance(data, Rows):
         return data
     features = None if data.features is None else tuple(data.features)
-    label = tuple(data.label) if isinstance(data.label, list) else data.label
-    return FileSpec(data.path, data.id, features, label, data.id_type, data.source, data.weight)
+    return FileSpec(
+        data.path,
+        data.ids,
+        features,
+        tuple(data.label) if isinstance(data.label, list) else data.label,
+        data.id_type,
+        data.source,
+        data.format,
+        data.csv.spec(),
+        tuple(data.exclude),
+        data.duplicates,
+        data.weight,
+    )
 
 
 def _label_column(data: DataFile | Rows) -> str | None:
@@ -128,7 +154,9 @@ def agree(job: Job, party_file: PartyFile) -> None:
             f"its parties are {', '.join(known)}"
         )
     about_labels = _about_labels if party == job.label_holder else _about_no_labels
-    problems = [*_about_base(party_file, job), *about_labels(party_file, job)]
+    holder = job.label_holder
+    defences = about_defences(party_file.privacy, holds_labels=party == holder, party=party, label_holder=holder)
+    problems = [*_about_base(party_file, job), *about_labels(party_file, job), *defences]
     if problems:
         raise JobError("\n  ".join(f"party {party!r}: {problem}" for problem in problems))
 

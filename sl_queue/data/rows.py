@@ -4,6 +4,7 @@ Faults name the party, the file, the column and the count of bad rows, and never
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
-from sl_queue.data.given import features_of, ids_of, labels_of
+from sl_queue.data.feature_specs import Spec, resolve
+from sl_queue.data.given import features_of, ids_of, labels_of, raw_columns
 from sl_queue.data.matrices import Array, Numbers
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
@@ -33,6 +35,8 @@ class Arrays:
     names: tuple[str, ...] | None = None  # of the columns of the features, where they have names
     notes: tuple[str, ...] = ()  # what a person should know of rows that can be trained on
     faults: tuple[str, ...] = ()  # what is wrong with them
+    raw: Mapping[str, Any] | None = field(default=None, repr=False)  # columns for [features] to make numbers of
+    specs: Mapping[str, Spec] | None = None  # what it says of each
     weights: Array | None = field(default=None, repr=False)  # (rows,)
 
 
@@ -51,17 +55,32 @@ def read_rows(spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
     return _read(data, f"{where}, {data.path}", spec, features=features, labels=labels)
 
 
+def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]:
+    """Read the columns of a party's features as they are in its table, as Arrow arrays. Raises JobError."""
+    data, where = spec.data, f"party {spec.party!r}"
+    if isinstance(data, FileSpec) and data.source is None:
+        columns = read_columns(data, f"{where}, {data.path}", features=True, labels=False, declared=declared)
+        refuse(f"{where}, {data.path}", columns.faults)
+        return columns.raw or {}
+    rows = data if isinstance(data, Rows) else _returned(data.source, spec.code, where)
+    found, faults = raw_columns(rows.features)
+    refuse(where, faults)
+    return found
+
+
 def _read(data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
     """Read a file."""
-    columns = read_columns(data, where, features=features, labels=labels, missing=spec.missing_labels)
+    missing = spec.missing_labels
+    columns = read_columns(data, where, features=features, labels=labels, declared=spec.declared, missing=missing)
     if columns.ids is not None:
-        _require_rows(len(columns.ids), where)
-    found = labels_of(columns.labels, f"label column {data.label!r}", missing=spec.missing_labels)
+        _require_rows(len(columns.ids[0] if isinstance(columns.ids, list) else columns.ids), where)
+    found = labels_of(columns.labels, f"label column {data.label!r}", missing=missing)
     weights = _weights(columns.weights, f"weight column {data.weight!r}")
     faults = (*columns.faults, *found.faults, *weights.faults)
     names = columns.names if columns.features is not None else None
     csv, notes = columns.ids_are_csv, columns.notes
-    return Arrays(where, columns.ids, csv, columns.features, found.array, names, notes, faults, weights.array)
+    raw = (columns.raw, columns.specs, weights.array)
+    return Arrays(where, columns.ids, csv, columns.features, found.array, names, notes, faults, *raw)
 
 
 def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
@@ -69,7 +88,12 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
     ids, wrong = ids_of(rows.ids)
     if ids is not None:
         _require_rows(len(ids), where)
-    found = features_of(rows.features) if features else Numbers(None)
+    raw, specs, declared = None, None, spec.declared
+    if declared is not None and features and rows.features is not None:
+        raw, more = raw_columns(rows.features)
+        specs, undeclared = resolve(declared, list(raw))
+        wrong += [*more, *undeclared]
+    found = features_of(rows.features) if features and raw is None else Numbers(None)
     if features and rows.features is None:
         wrong.append("features are missing; the job gives this party a cut, so its base model needs them")
     targets = labels_of(rows.labels, missing=spec.missing_labels) if labels else Numbers(None)
@@ -78,8 +102,10 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
     for name, array in (("features", found.array), ("labels", targets.array), ("weights", weights.array)):
         if array is not None and ids is not None and len(array) != len(ids):
             faults.append(f"there are {len(ids)} ids, but {name} for {len(array)} rows")
-    about = (found.names, found.notes, tuple(faults), weights.array)
-    return Arrays(where, ids, False, found.array, targets.array, *about)
+    if raw and ids is not None and any(len(column) != len(ids) for column in raw.values()):
+        faults.append(f"there are {len(ids)} ids, but features for another number of rows")
+    more_of_it = (found.names, found.notes, tuple(faults), raw, specs, weights.array)
+    return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
 
 
 def _weights(values: Any, what: str) -> Numbers:

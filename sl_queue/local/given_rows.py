@@ -35,11 +35,11 @@ class Given:
         return len(self.ids)
 
     def rows(self) -> Rows:
-        """The same as a party file takes it."""
+        """Return the same as a party file takes it."""
         return Rows(self.ids, self.features, self.labels)
 
     def table(self) -> Table:
-        """The same in canonical order. Raises JobError for rows that cannot be trained on."""
+        """Return the same in canonical order. Raises JobError for rows that cannot be trained on."""
         holds_labels, other = self.labels is not None, f"{self.party[:60]}-or"
         cut = {} if self.features is None else {"cut": [1]}
         role, others = ("label", "feature") if holds_labels else ("feature", "label")
@@ -94,7 +94,7 @@ def by_party(
 
 
 def rows_of(given: Given) -> Rows:
-    """The rows as a party file takes them."""
+    """Return the rows as a party file takes them."""
     return given.rows()
 
 
@@ -114,7 +114,7 @@ def _tables(features: Any, parties: Mapping[str, Any], columns: Any) -> dict[str
 
 
 def _stacked(table: Any) -> Any:
-    """A dataset as one array."""
+    """Return a dataset as one array."""
     if isinstance(table, TensorDataset):
         return table.tensors[0]
     if isinstance(table, Dataset):
@@ -157,7 +157,7 @@ def _given(party: str, table: Any, id: str | None, ids: Any) -> Given:
 
 
 def _labels_alone(party: str, table: Any, labels: Any, id: str | None, ids: Any) -> Given:
-    """The rows of a label holder without a base model."""
+    """Return the rows of a label holder without a base model."""
     if id is not None and ids is None:
         if table is not None:
             ids = _column(table, id)

@@ -49,7 +49,7 @@ def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]
 
 
 def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.Module]) -> Tensor:
-    """The fuse model's output for all rows of the tables, in canonical order, on the CPU.
+    """Return the fuse model's output for all rows of the tables, in canonical order, on the CPU.
 
     `modules` are trained ones by party, the fuse model under "fuse". Raises JobError if parties hold other rows.
     """
@@ -78,14 +78,14 @@ def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict
 
 
 def objective_for(job: Job, file: PartyFile, table: Table) -> Objective:
-    """The loss and the metrics, for the labels of a table."""
+    """Return the loss and the metrics, for the labels of a table."""
     whole = job.replace(holdout=0.0, early_stopping=None, batch_size=table.n_rows, pipeline={})
     spec = compute_spec(whole, file.replace(device="cpu"), Importer())
     return fuse_stage(spec, table, whole.batches(table.n_rows)).objective
 
 
 def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
-    """The features in the form that the base model takes."""
+    """Return the features in the form that the base model takes."""
     refused: list[Exception] = []
     for choice in range(n_offers(_features(table))):
         features = offers(_alone(party), table, _dtype(module))[choice].features
@@ -100,12 +100,12 @@ def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
 
 
 def _output(found: Any) -> Any:
-    """What crosses the cut of what a base model returns: without its penalty."""
+    """Return what crosses the cut of what a base model returns: without its penalty."""
     return found[0] if isinstance(found, tuple) and len(found) == 2 else found
 
 
 def _alone(party: str) -> ComputeSpec:
-    """A party of which nothing but its rows and its base model is known."""
+    """Return a party of which nothing but its rows and its base model is known."""
     layers = LayersSpec("", 0, "", (), {}, "list", Wire(), 1, 0)
     return ComputeSpec(party, layers, None, None, None, "cpu", Importer().within(None))
 

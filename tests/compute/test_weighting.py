@@ -67,7 +67,7 @@ def trained(run: Parties) -> Stages:
 
 
 def step_of(run: Parties, loss: Any, step: int = 0) -> dict[str, nn.Module]:
-    """The first step in plain PyTorch, all rows of it at once; `loss` is of outputs and positions."""
+    """Return the first step in plain PyTorch, all rows of it at once; `loss` is of outputs and positions."""
     import copy
 
     modules = {name: copy.deepcopy(module) for name, module in run.given.items()}

@@ -58,7 +58,7 @@ def run_of(own: bool = False, whole: bool = True, loss: Any = ranking, **pipelin
 
 
 def plain(run: Parties) -> dict[str, nn.Module]:
-    """The joined layers trained on whole batches in plain PyTorch."""
+    """Return the joined layers trained on whole batches in plain PyTorch."""
     modules = {name: copy.deepcopy(module).train() for name, module in run.given.items()}
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules.values()]
     labels = torch.from_numpy(run.tables[run.job.label_holder].labels)

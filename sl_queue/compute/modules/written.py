@@ -91,7 +91,7 @@ class _Writer:
         return {"tensor": path, "learns": tensor.requires_grad, "persistent": persistent}
 
     def value(self, value: Any, path: str) -> Any:
-        """A plain attribute as JSON."""
+        """Return a plain attribute as JSON."""
         if type(value) in _SCALARS:
             return value
         if type(value) in (list, tuple, torch.Size, set, frozenset):
