@@ -75,6 +75,12 @@ class FuseStage(Protocol):
     def metrics(self) -> Mapping[str, float | None]:
         """Return the loss and metrics over all rows evaluated since the last call, and forget these rows."""
 
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        """Return the metrics of the epoch's training passes, and forget these; None if they are not asked for."""
+
+    def evaluation_tables(self) -> Mapping[str, list[list[float]]] | None:
+        """Return what a person looks at of the last evaluation."""
+
     def state(self) -> State:
         """As BaseStage.state."""
 

@@ -15,14 +15,16 @@ from torch import Tensor
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
 from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.epoch_tables import Rows
 from sl_queue.compute.losses import label_tensor
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
-from sl_queue.compute.objective import Objective, measured, objective_of, why_not_finite
+from sl_queue.compute.objective import Objective, measured, objective_of, tabulated, why_not_finite
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.compute.stand_ins import drawn
+from sl_queue.compute.training_outputs import TrainingOutputs
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
@@ -76,6 +78,8 @@ class TorchFuseStage:
     table: Table
     batches: Batches
     cuts: Mapping[str, FuseCut]  # to the feature parties, in job order
+    trained: TrainingOutputs  # of the epoch so far
+    tables: Mapping[str, Rows] | None = None  # of the last evaluation
     truly: Mapping[str, float | None] = field(default_factory=dict)  # the last metrics on true labels, for this party
     _losses: list[tuple[float, float]] = field(default_factory=list)  # of the step so far: amount of rows, mean loss
     _amounts: tuple[int, float] = (-1, 0.0)  # of the rows of a step
@@ -136,6 +140,7 @@ class TorchFuseStage:
         with self.model.drawing("forward", first):
             output = self._fused(inputs, where)
             loss, value = self._loss(output, labels, positions, where)
+        self.trained.add(output, positions)
         amount = self.objective.amount(positions)
         self._differentiate(loss * (amount / (self._amount_of_step(last.step) or 1.0)), hooks, first)
         self._losses.append((amount, value))
@@ -196,20 +201,36 @@ class TorchFuseStage:
         if not parts:
             raise LocalProtocolError("metrics without an evaluation")
         self._evaluated.clear()
+        self.tables = None
         found: dict[str, float | None] = {"loss": _mean([(part.amount, part.loss) for part in parts])}
         if self.objective.metrics:
             output, labels = torch.cat([p.output for p in parts]), torch.cat([p.labels for p in parts])
             rows = np.concatenate([self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)])
             found |= measured(self.objective, output, labels, rows)
+            self.tables = tabulated(self.objective, output, labels, rows)
             if self.table.truth is not None:
                 self.truly = measured(self.objective, output, label_tensor(self.table.truth[rows]), rows)
         return found
+
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        """Return the metrics of the epoch's training passes, and forget them; None if they are not asked for."""
+        found = self.trained.take()
+        if found is None:
+            return None
+        output, rows = found
+        return measured(self.objective, output, self.objective.labels[torch.from_numpy(rows)], rows)
+
+    def evaluation_tables(self) -> Mapping[str, Rows] | None:
+        """Return what a person looks at of the last evaluation; None of numbers, and without metrics."""
+        return self.tables
 
     def state(self) -> State:
         """Return a copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
         if self._losses:
             raise LocalProtocolError("a checkpoint in the middle of a step")
-        states = [self.model.state(), self.objective.owned.state()] + ([] if self.own is None else [self.own.state()])
+        states = [self.model.state(), self.objective.owned.state(), self.trained.state()] + (
+            [] if self.own is None else [self.own.state()]
+        )
         return State(
             {name: tensor for state in states for name, tensor in state.tensors.items()},
             {name: value for state in states for name, value in state.values.items()},
@@ -219,6 +240,7 @@ class TorchFuseStage:
         """Become what `state` described."""
         self.model.load(state)
         self.objective.owned.load(state)
+        self.trained.load(state)
         if self.own is not None:
             self.own.load(state)
         self._losses.clear()
@@ -324,7 +346,9 @@ def fuse_stage(
         objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
     peers = layers.feature_parties
     cuts = {peer: _cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
-    return TorchFuseStage(layers, model, own, objective, table, batches, cuts)
+    assert spec.objective is not None
+    trained = TrainingOutputs(spec.objective.train_metrics and bool(objective.metrics))
+    return TorchFuseStage(layers, model, own, objective, table, batches, cuts, trained)
 
 
 def _require_rows_first(output: Tensor, model: Model) -> None:

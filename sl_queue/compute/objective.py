@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from sl_queue.compute.epoch_tables import Rows, tables_of
 from sl_queue.compute.fitting import fitted, kind_of
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import check_targets, metrics_of, predictions, targets, task_of, undefined
@@ -144,20 +145,37 @@ def measured(
     }
 
 
+def tabulated(objective: Objective, output: Tensor, labels: Tensor, positions: Positions) -> dict[str, Rows] | None:
+    """Return the tables of the model's output for these rows, both on the CPU; None of numbers."""
+    if objective.task is Task.REGRESSION or all(isinstance(m, OfRawOutputs) for m in objective.metrics.values()):
+        return None
+    scores, targets = predictions(objective.task, objective.outputs, output, torch.nan_to_num(labels))
+    known, weights = torch.ones(len(targets), dtype=torch.bool), None
+    if objective.weighting is not None:
+        known, weights = _counted(objective.weighting, len(targets), labels, positions)
+    return tables_of(objective.task, scores[known], targets[known], weights)
+
+
+def _counted(
+    weighting: Weighting, n_targets: int, labels: Tensor, positions: Positions
+) -> tuple[Tensor, Tensor | None]:
+    """Return which of the flat targets are known, and the weights of those."""
+    rows, each = torch.from_numpy(positions), n_targets // len(labels)
+    known = torch.ones(n_targets, dtype=torch.bool)
+    if weighting.known is not None:
+        known = weighting.known[rows].reshape(len(labels), -1).expand(-1, each).reshape(-1)
+    return known, None if weighting.weights is None else weighting.weights[rows].repeat_interleave(each)[known]
+
+
 def _measured_by_weight(
     objective: Objective, weighting: Weighting, output: Tensor, labels: Tensor, positions: Positions
 ) -> dict[str, float | None]:
     """Return the metrics where rows do not count alike; labels that are not known are left out."""
-    rows = torch.from_numpy(positions)
     scores, targets = predictions(objective.task, objective.outputs, output, torch.nan_to_num(labels))
-    each = len(targets) // len(labels)
-    known = torch.ones(len(targets), dtype=torch.bool)
-    if weighting.known is not None:
-        known = weighting.known[rows].reshape(len(labels), -1).expand(-1, each).reshape(-1)
+    known, weights = _counted(weighting, len(targets), labels, positions)
     if not bool(known.any()):
         return dict.fromkeys(objective.metrics)
-    if weighting.weights is not None:
-        weights = weighting.weights[rows].repeat_interleave(each)[known]
+    if weights is not None:
         return {name: metric(scores[known], targets[known], weights) for name, metric in objective.weighted.items()}
     whole = known_rows(labels.numpy())
     return {

@@ -64,6 +64,7 @@ class ObjectiveSpec:
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = None
     task: Literal["binary", "multiclass", "regression"] | None = None
     missing: bool = False  # NaN labels are not known, and count for nothing
+    train_metrics: bool = False  # metrics of training rows too
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,9 @@ class FuseFile(BaseFile):
         description='a list of names, for instance ["auroc", "accuracy"], of tables with one, or of module:callable: '
         "what is measured on held-out rows",
     )
+    train_metrics: bool = Field(
+        default=False, description="true or false: metrics of the training passes too, as `train` in the history"
+    )
     missing_labels: Literal["refuse", "mask"] = Field(
         default="refuse", description='"refuse" or "mask": labels that are NaN or empty; masked ones count for nothing'
     )

@@ -138,7 +138,8 @@ def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
 def _objective(table: FuseFile | None) -> ObjectiveSpec | None:
     if table is None:
         return None
-    return ObjectiveSpec(table.loss, tuple(table.metrics), table.outputs, table.task, table.missing_labels == "mask")
+    about = (table.outputs, table.task, table.missing_labels == "mask", table.train_metrics)
+    return ObjectiveSpec(table.loss, tuple(table.metrics), *about)
 
 
 # What only job and party file together show ---------------------------------------------------------------------
@@ -184,13 +185,15 @@ def _about_labels(party: PartyFile, job: Job) -> Iterator[str]:
     rule = job.early_stopping
     if rule is None or party.fuse is None:
         return
-    measured, metric = ["loss", *map(metric_name, party.fuse.metrics)], rule.metric
+    names = list(map(metric_name, party.fuse.metrics))
+    of_training = ["train_loss", *(f"train_{name}" for name in names if party.fuse.train_metrics)]
+    measured, metric = ["loss", *names, *of_training], rule.metric
     if metric not in measured:
         yield (
             f"early_stopping.metric = {metric!r} is not measured; {nearest(metric, measured)}"
             f"it must be {', '.join(measured)}, or be added to fuse.metrics"
         )
-    elif rule.mode is None and metric not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+    elif rule.mode is None and metric.removeprefix("train_") not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
         yield f'early_stopping.mode is missing: whether {metric!r} is better when it is larger; "min" or "max"'
 
 

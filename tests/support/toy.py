@@ -69,6 +69,12 @@ class ToyStage:
         value, self.evaluated = int.from_bytes(self.evaluated[:4], "big") / 2**32, b""
         return {"loss": value}
 
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        return None
+
+    def evaluation_tables(self) -> Mapping[str, list[list[float]]] | None:
+        return None
+
     def update(self) -> float:
         self.weights_, self.gradients = digest(self.weights_, self.gradients), b""
         return int.from_bytes(self.weights_[:4], "big") / 2**32
