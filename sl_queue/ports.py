@@ -6,7 +6,6 @@ everything unacknowledged comes back, and everything already seen is dropped by 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -27,7 +26,6 @@ from sl_queue.protocol.messages import (
     Status,
 )
 from sl_queue.protocol.party.orders import Orders
-from sl_queue.protocol.schedule.row_order import Positions
 
 T = TypeVar("T")
 
@@ -78,10 +76,6 @@ class Table:
     @property
     def n_rows(self) -> int:
         return len(self.row_keys)
-
-    def rows_digest(self, positions: Positions) -> bytes:
-        """Eight bytes that name these rows in this order, and tell no id to who does not hold them all."""
-        return blake2b(self.row_keys[positions].tobytes(), digest_size=8).digest()
 
 
 Weights = Mapping[str, Mapping[str, Payload]]

@@ -14,7 +14,7 @@ from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.party import bounds_of
 from sl_queue.protocol.fingerprints import BY_POSITION
-from sl_queue.protocol.schedule.pipeline import Action, Commit, Update, notation
+from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import differing_id_types
 from sl_queue.storage.secret_file import read_secret

@@ -20,6 +20,7 @@ from sl_queue.compute.equality import (
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.stand_ins import stand_in
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.cut.rows import CutRows
 from sl_queue.errors import ComputeError, JobError, NonFiniteError, SlQueueError
 from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -147,7 +148,7 @@ def _activations(
 ) -> _Activations:
     """The activations that were seen; stand-ins of other parties."""
     positions = batches.rows(micro_batch)
-    rows = table.rows_digest(positions)
+    rows = CutRows.of(table.row_keys, positions).digest
     payloads = {name: seen[name] for name in job.feature_parties if name in seen and seen[name].rows == rows}
     made_up = tuple(name for name in job.feature_parties if name not in payloads)
     for name in made_up:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sl_queue.compute.fuse_stage import TorchFuseStage, undefined_metrics
+from sl_queue.compute.fuse_stage import TorchFuseStage
+from sl_queue.compute.objective import undefined_metrics
 from sl_queue.config.job import Job
 
 
@@ -27,7 +28,7 @@ def advice(job: Job, stage: TorchFuseStage) -> Iterator[Advice]:
         )
     rule = job.early_stopping
     reasons: dict[str, list[str]] = {}
-    for name, why in undefined_metrics(stage).items():
+    for name, why in undefined_metrics(stage.objective, stage.batches).items():
         if rule is not None and rule.metric == name:
             yield Advice(
                 f"early_stopping.metric = {name!r}: {why}, so {name} is undefined and never stops the run; take a "

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.model import Inputs, Model, blame
-from sl_queue.compute.modules.graph import ends_in_relu, hooks_made
+from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Take
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.cut.crossing import Promised, place, received_gradient, require_cut, require_finite
-from sl_queue.cut.packing import Mask, Wire, asks_for_less
-from sl_queue.cut.tensors import cast, dtype_name, gathered, lent
+from sl_queue.cut.crossing import BaseCut, place, require_shape
+from sl_queue.cut.guard import UNGUARDED, Guard
+from sl_queue.cut.rows import CutRows
+from sl_queue.cut.tensors import cast, dtype_name, take_rows
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError
 from sl_queue.ports import State, Table, Weights
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
@@ -36,17 +37,16 @@ class InFlight:
     activation: Tensor = field(repr=False)
     hooks: int  # `hooks_made()` before the forward pass
     weights: Mapping[str, Tensor] | None = field(repr=False)  # the copy it was computed with; None: the live ones
-    rows: bytes  # the digest of its rows
-    wanted: Mask | None = field(default=None, repr=False)  # the values of its gradient that were asked for; None: all
+    rows: CutRows
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
-    """What a micro-batch takes of this party's table."""
+class PreparedRows:
+    """A micro-batch's rows of this party's table."""
 
     micro_batch: MicroBatch
     inputs: Tensor = field(repr=False)  # (rows, *anything)
-    rows: bytes  # their digest
+    rows: CutRows
 
 
 @dataclass(slots=True)
@@ -57,12 +57,10 @@ class TorchBaseStage:
     features: npt.NDArray[np.generic] = field(repr=False)  # (all rows, *anything)
     table: Table
     batches: Batches
-    cut: tuple[int, ...]
-    label_holder: str
-    wire: Wire
+    cut: BaseCut  # to the label holder
     remark: str | None = None  # what a person should know of the features as the model gets them
     _updates: int = 0  # applied since the initial weights
-    _prepared: Own | None = None
+    _prepared: PreparedRows | None = None
     _in_flight: dict[MicroBatch, InFlight] = field(default_factory=dict)
     _copy: Mapping[str, Tensor] | None = None  # of the weights as they are now, if a forward has run ahead
 
@@ -73,20 +71,20 @@ class TorchBaseStage:
     def prepare(self, micro_batch: MicroBatch) -> None:
         """Look up the micro-batch's rows, for `forward`."""
         positions = self.batches.rows(micro_batch)
-        self._prepared = Own(micro_batch, self.inputs(positions), self.table.rows_digest(positions))
+        rows = CutRows.of(self.table.row_keys, positions)
+        self._prepared = PreparedRows(micro_batch, self.inputs(positions), rows)
 
     def forward(self, micro_batch: MicroBatch) -> Payload:
         """The activation of a training micro-batch, shape (rows, *cut); random draws are keyed by the micro-batch."""
         if self._prepared is None or self._prepared.micro_batch != micro_batch:
             self.prepare(micro_batch)
-        own, self._prepared = self._prepared, None
-        assert own is not None
+        prepared, self._prepared = self._prepared, None
+        assert prepared is not None
         weights, hooks = self._weights_of(micro_batch.step), hooks_made()
         with self.model.drawing("forward", micro_batch):
-            activation = self.activation(own.inputs, place(self.model.party, micro_batch), weights)
-        relu = self.wire.compress == "bitmap" and ends_in_relu(activation)  # nothing else asks, and it makes hooks
-        payload = self.wire.pack(lent(activation, own.rows), relu=relu)
-        self._in_flight[micro_batch] = InFlight(activation, hooks, weights, own.rows, asks_for_less(payload))
+            activation = self.model.run(prepared.inputs, place(self.model.party, micro_batch), weights)
+        payload = self.cut.leave(activation, micro_batch, prepared.rows)
+        self._in_flight[micro_batch] = InFlight(activation, hooks, weights, prepared.rows)
         return payload
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
@@ -97,10 +95,8 @@ class TorchBaseStage:
         """
         if next(iter(self._in_flight), None) != micro_batch or micro_batch.step != self._updates:
             raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
-        flight, where = self._in_flight.pop(micro_batch), place(self.model.party, micro_batch)
-        shape, dtypes = tuple(flight.activation.shape), (flight.activation.dtype,)
-        promised = Promised("gradient", self.label_holder, dtypes, shape, flight.rows, self.wire, flight.wanted)
-        tensor = received_gradient(gradient, promised, self.model.device, where)
+        flight = self._in_flight.pop(micro_batch)
+        tensor = self.cut.arrive(gradient, micro_batch, flight.rows)
         if tensor is not None:
             self.differentiate(micro_batch, flight, tensor)
 
@@ -123,26 +119,33 @@ class TorchBaseStage:
 
     def predict(self, micro_batch: MicroBatch) -> Payload:
         """The activation of held-out rows in evaluation mode."""
-        positions = self.batches.holdout_part(micro_batch.index)
-        return self.wire.pack(lent(self.prediction(micro_batch), self.table.rows_digest(positions)))
+        return self.cut.leave(*self._prediction(micro_batch))
 
     def prediction(self, micro_batch: MicroBatch) -> Tensor:
         """As `predict`, for a fuse model in the same process."""
+        activation, _, rows = self._prediction(micro_batch)
+        self.cut.check(activation, micro_batch, rows)
+        return activation
+
+    def _prediction(self, micro_batch: MicroBatch) -> tuple[Tensor, MicroBatch, CutRows]:
+        """The output for held-out rows, of that micro-batch, and the rows."""
         positions = self.batches.holdout_part(micro_batch.index)
+        rows = CutRows.of(self.table.row_keys, positions, held_out=True)
         with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
-            return self.activation(self.inputs(positions), f"{place(self.model.party, micro_batch)} (held-out rows)")
+            where = f"{place(self.model.party, micro_batch)} (held-out rows)"
+            return self.model.run(self.inputs(positions), where), micro_batch, rows
 
     def inputs(self, positions: Positions) -> Tensor:
         """These rows of the table, for the model."""
-        return gathered(self.features, positions, self.model.dtype, self.model.device)
+        return take_rows(self.features, positions, self.model.dtype, self.model.device)
 
-    def activation(self, inputs: Tensor, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The base model's output, with its graph, checked against the cut layer."""
-        n_rows = len(inputs)
-        activation = self.model.run(inputs, where, weights)
-        require_cut(activation, n_rows, self.cut, self.model.dtype, where, self.model.name)
-        require_finite(activation, f"{where}: activation", f"lower the learning rate, or check {self.model.name}")
-        return activation
+    def fused_in_place(self, micro_batch: MicroBatch, positions: Positions, rows: CutRows) -> InFlight:
+        """The activation of a training micro-batch for a fuse model in the same process: nothing of it crosses."""
+        hooks = hooks_made()
+        with self.model.drawing("forward", micro_batch):
+            activation = self.model.run(self.inputs(positions), place(self.model.party, micro_batch))
+        self.cut.check(activation, micro_batch, rows)
+        return InFlight(activation, hooks, None, rows)
 
     def state(self) -> State:
         """A copy of everything that a step changes."""
@@ -156,6 +159,7 @@ class TorchBaseStage:
         self.model.load(state)
         self._updates = state.values["updates"]
         self._in_flight.clear()
+        self.cut.forget()
         self._copy = self._prepared = None
 
     def weights(self) -> Weights:
@@ -193,12 +197,17 @@ class TorchBaseStage:
 
 
 def base_stage(
-    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
+    job: Job,
+    party_file: PartyFile,
+    table: Table,
+    batches: Batches,
+    take: Take | None = None,
+    guard: Guard = UNGUARDED,
 ) -> TorchBaseStage:
     """Build a party's base stage with initial weights, and find out in which form its model takes the features.
 
-    `take` says how to come by a module that is given in code; without it, as a copy. Raises JobError, and ShapeError
-    if the model takes none or its output is not the cut.
+    `take` says how to come by a module that is given in code; without it, as a copy. `guard` is put in at its cut.
+    Raises JobError, and ShapeError if the model takes none or its output is not the cut.
     """
     party = party_file.party
     if job.cut(party) is None or table.features is None:
@@ -207,7 +216,7 @@ def base_stage(
     refused: list[ComputeError] = []
     for choice in range(n_offers(table.features)):
         try:
-            return _stage(job, party_file, table, batches, choice, take)
+            return _stage(job, party_file, table, batches, choice, take, guard)
         except ComputeError as error:
             refused.append(error)
     first, *others = refused
@@ -217,28 +226,35 @@ def base_stage(
 
 
 def _stage(
-    job: Job, party_file: PartyFile, table: Table, batches: Batches, choice: int, take: Take | None
+    job: Job,
+    party_file: PartyFile,
+    table: Table,
+    batches: Batches,
+    choice: int,
+    take: Take | None,
+    guard: Guard,
 ) -> TorchBaseStage:
     """The base stage on one of the forms that features are offered in. Raises ComputeError if its model refuses it."""
-    party, cut = party_file.party, job.cut(party_file.party)
-    assert cut is not None
+    party, shape = party_file.party, job.cut(party_file.party)
+    assert shape is not None
 
     def sample(dtype: torch.dtype) -> Inputs:
         features = offers(party_file, table, dtype)[choice].features
-        return gathered(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
+        return take_rows(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
     model = Model.build(job, party_file, "base", sample, take)
     offer = offers(party_file, table, model.dtype)[choice]
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)
     output = model.try_out(trial.to(model.device), ahead=job.pipeline.staleness > 0 and party != job.label_holder)
-    require_cut(output, len(trial), cut, model.dtype, f"party {party!r}", model.name)
+    wire = replace(job.on_the_wire, cast=cast)
+    cut = BaseCut(party, job.label_holder, shape, model.dtype, model.device, wire, model.name, guard)
+    require_shape(output, len(trial), cut, f"party {party!r}")
     if offer.fault is not None:
         raise JobError(offer.fault)
     if party in job.feature_parties:
         _require_fitting(job, party, dtype_name(output.dtype), batches)
-    wire = replace(job.on_the_wire, cast=cast)
-    return TorchBaseStage(model, offer.features, table, batches, cut, job.label_holder, wire, offer.remark)
+    return TorchBaseStage(model, offer.features, table, batches, cut, offer.remark)
 
 
 def _require_fitting(job: Job, party: str, dtype: str, batches: Batches) -> None:

@@ -11,13 +11,23 @@ from torch import Tensor
 
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
-from sl_queue.compute.reference import Joined, train_joined
+from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.tensors import from_payload
 from sl_queue.ports import Table
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
-from sl_queue.protocol.schedule.pipeline import Action, Backward, Evaluate, Forward, Fuse, Pipeline, Update
+from sl_queue.protocol.schedule.actions import (
+    Action,
+    Backward,
+    Forward,
+    Fuse,
+    Predict,
+    Prepare,
+    Score,
+    Update,
+)
+from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # of each module, "fuse" or "base of <party>", its state_dict
@@ -43,7 +53,7 @@ def largest_difference(one: Weights, other: Weights) -> float:
     return max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
 
 
-def joined_weights(joined: Joined) -> Weights:
+def joined_weights(joined: ReferenceRun) -> Weights:
     """The weights of jointly trained modules, to compare."""
     bases = {_of(party): base.state_dict() for party, base in joined.bases.items()}
     return {**bases, "fuse": joined.fuse.state_dict()}
@@ -101,48 +111,45 @@ class _Rehearsal:
             roles = [role for role in roles if next(role, None) is not None]
 
     def _feature_party(self, party: str) -> Iterator[str]:
-        """The loop of roles/feature_party.py; yields while it waits."""
+        """The loop of a feature party in loops/training.py; yields while it waits."""
         stage = self.bases[party]
         for action in self._first_steps(self.pipeline.feature_actions):
             match action:
+                case Prepare(micro_batch):
+                    stage.prepare(micro_batch)
                 case Forward(micro_batch):
                     self._send(party, Activation(micro_batch, stage.forward(micro_batch)))
-                    following = self.pipeline.batches.after(micro_batch)
-                    if following is not None:
-                        stage.prepare(following)
                 case Backward(micro_batch):
                     while (Kind.GRADIENT, party, micro_batch) not in self.on_their_way:
                         yield party
                     stage.backward(micro_batch, self._receive(Kind.GRADIENT, party, micro_batch))
                 case Update():
                     stage.update()
-                case Evaluate():
-                    for micro_batch in action.micro_batches():
-                        self._send(party, Activation(micro_batch, stage.predict(micro_batch), holdout=True))
+                case Predict(micro_batch):
+                    self._send(party, Activation(micro_batch, stage.predict(micro_batch), holdout=True))
 
     def _label_holder(self) -> Iterator[str]:
-        """The loop of roles/label_holder.py; yields while it waits."""
+        """The loop of the label holder there; yields while it waits."""
         for action in self._first_steps(self.pipeline.label_actions):
             match action:
-                case Fuse(micro_batch):
+                case Prepare(micro_batch):
                     self.fuse.prepare(micro_batch)
+                case Fuse(micro_batch):
                     yield from self._until_all(Kind.ACTIVATION, micro_batch)
                     activations = self._gather(Kind.ACTIVATION, micro_batch)
                     for party, gradient in self.fuse.forward_backward(micro_batch, activations).items():
                         self._send(party, Gradient(micro_batch, gradient))
                 case Update():
                     self.fuse.update()
-                case Evaluate():
-                    for micro_batch in action.micro_batches():
-                        yield from self._until_all(Kind.HOLDOUT, micro_batch)
-                        self.fuse.evaluate(micro_batch, self._gather(Kind.HOLDOUT, micro_batch))
-                    self.fuse.metrics()
+                case Score(micro_batch):
+                    yield from self._until_all(Kind.HOLDOUT, micro_batch)
+                    self.fuse.evaluate(micro_batch, self._gather(Kind.HOLDOUT, micro_batch))
 
     def _first_steps(self, actions: Callable[[int], Iterator[Action]]) -> Iterator[Action]:
         """The actions up to the last update, and the evaluation that may follow it."""
         trained = False
         for action in actions(0):
-            if trained and not isinstance(action, Evaluate):
+            if trained and not isinstance(action, Predict | Score):
                 return
             yield action
             trained = trained or action == Update(self.steps - 1)

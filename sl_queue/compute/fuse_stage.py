@@ -5,28 +5,25 @@ gradients that others wait for are on their way.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
-from sl_queue.compute.fitting import fitted, kind_of
-from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
-from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, targets, task_of, undefined
 from sl_queue.compute.model import Inputs, Model, blame
+from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
-from sl_queue.compute.outputs import Outputs, doubled, outputs_of
-from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
+from sl_queue.compute.objective import Objective, measured, objective_of, why_not_finite
 from sl_queue.compute.stand_ins import drawn
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.cut.crossing import Arrival, Promised, place, received, require_finite
-from sl_queue.cut.packing import Wire, asks_for_less, unused
-from sl_queue.cut.tensors import cast, described, lent
+from sl_queue.cut.crossing import FuseCut, place
+from sl_queue.cut.guard import UNGUARDED, Guard
+from sl_queue.cut.rows import CutRows
+from sl_queue.cut.tensors import cast, described, dtype_name
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.ports import State, Table, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -34,21 +31,6 @@ from sl_queue.protocol.schedule.row_order import Batches, Positions
 
 _TRIAL_ROWS = 2
 _RANGE_ROWS = 64  # on which the range of the output is looked at
-_LARGE = 1e9  # an output that has left every reasonable scale
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What is learned and measured: the loss against these labels, and the metrics."""
-
-    loss: Loss
-    owned: OwnedLoss  # what the loss keeps
-    labels: Tensor = field(repr=False)  # all rows as the table has them, on the CPU
-    task: Task
-    metrics: Mapping[str, Metric]
-    outputs: Outputs
-    shape: tuple[int, ...]  # of one row's output
-    warnings: Sequence[str] = ()  # of what is allowed and was probably not meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +44,11 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class PreparedTargets:
     """What a micro-batch takes of the label holder alone."""
 
     micro_batch: MicroBatch
-    rows: bytes  # their digest
+    rows: CutRows
     labels: Tensor = field(repr=False)  # (rows,) or (rows, *anything)
     flight: InFlight | None = field(repr=False)  # of its base model
 
@@ -81,25 +63,20 @@ class TorchFuseStage:
     objective: Objective
     table: Table
     batches: Batches
-    wire: Wire
+    cuts: Mapping[str, FuseCut]  # to the feature parties, in job order
     _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
-    _prepared: Own | None = None
+    _prepared: PreparedTargets | None = None
     _put_off: tuple[MicroBatch, InFlight, Tensor] | None = None  # the own base model's backward pass: its gradient
     _step: int = 0  # of the last micro-batch
 
     def prepare(self, micro_batch: MicroBatch) -> None:
         """Rows, labels and the own base model's forward pass, for `forward_backward`."""
         self._own_backward()
-        positions, flight = self.batches.rows(micro_batch), None
-        rows = self.table.rows_digest(positions)
-        if self.own is not None:
-            hooks = hooks_made()
-            with self.own.model.drawing("forward", micro_batch):
-                inputs = self.own.inputs(positions)
-                activation = self.own.activation(inputs, place(self.model.party, micro_batch))
-            flight = InFlight(activation, hooks, None, rows)
-        self._prepared = Own(micro_batch, rows, self._labels(positions), flight)
+        positions = self.batches.rows(micro_batch)
+        rows = CutRows.of(self.table.row_keys, positions)
+        flight = None if self.own is None else self.own.fused_in_place(micro_batch, positions, rows)
+        self._prepared = PreparedTargets(micro_batch, rows, self._labels(positions), flight)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
         """Loss and gradients of one micro-batch, weighted by its share of the step's rows.
@@ -110,24 +87,20 @@ class TorchFuseStage:
             self.prepare(micro_batch)
         mine, self._prepared = self._prepared, None
         assert mine is not None
-        where, n_rows = place(self.model.party, micro_batch), len(mine.labels)
-        tensors = self._received(activations, mine.rows, n_rows, where)
-        arrivals = {party: Arrival(tensor) for party, tensor in tensors.items()}
-        own = None if mine.flight is None else Arrival(mine.flight.activation.detach())
-        hooks, entering = hooks_made(), arrivals if own is None else {**arrivals, self.model.party: own}
-        inputs = {party: arrival.enter() for party, arrival in entering.items()}
+        where, n_rows = place(self.model.party, micro_batch), len(mine.rows)
+        inputs = {party: CutInput(t) for party, t in self._arrived(activations, micro_batch, mine.rows, where).items()}
+        own = None if mine.flight is None else CutInput(mine.flight.activation.detach())
+        hooks, entering = hooks_made(), inputs if own is None else {**inputs, self.model.party: own}
+        entered = {party: each.enter() for party, each in entering.items()}
         with self.model.drawing("forward", micro_batch):
-            output = self._fused(inputs, where)
+            output = self._fused(entered, where)
             loss, value = self._loss(output, mine.labels, where)
         self._differentiate(loss * (n_rows / self.batches.rows_in_step(micro_batch.step)), hooks, micro_batch)
         self._losses.append((n_rows, value))
         self._step = micro_batch.step
         if mine.flight is not None and own is not None and own.gradient is not None:
             self._put_off = (micro_batch, mine.flight, own.gradient)
-        return {
-            party: self._answer(arrival, activations[party], mine.rows, f"{where}: gradient for party {party!r}")
-            for party, arrival in arrivals.items()
-        }
+        return {p: cut.leave(inputs[p].gradient, micro_batch, mine.rows) for p, cut in self.cuts.items()}
 
     def _differentiate(self, loss: Tensor, hooks: int, micro_batch: MicroBatch) -> None:
         """Do the backward pass from the loss to the activations; random draws in it are keyed by the micro-batch."""
@@ -140,13 +113,6 @@ class TorchFuseStage:
         scope = self.model.differentiating(loss, hooks, micro_batch)
         with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
             torch.autograd.backward(loss)
-
-    def _answer(self, arrival: Arrival, activation: Payload, rows: bytes, what: str) -> Payload:
-        """The gradient of an activation, as it travels."""
-        if arrival.gradient is None:
-            return unused(activation.dtype, activation.shape, rows)
-        require_finite(arrival.gradient, what, "lower the learning rate, or check the loss")
-        return self.wire.pack(lent(arrival.gradient, rows), wanted=asks_for_less(activation))
 
     def update(self) -> float:
         """One optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
@@ -164,7 +130,8 @@ class TorchFuseStage:
         """Add held-out rows to the running evaluation; their outputs stay in memory until `metrics`."""
         positions = self.batches.holdout_part(micro_batch.index)
         where = f"{place(self.model.party, micro_batch)} (held-out rows)"
-        inputs = self._received(activations, self.table.rows_digest(positions), len(positions), where)
+        rows = CutRows.of(self.table.row_keys, positions, held_out=True)
+        inputs = self._arrived(activations, micro_batch, rows, where)
         if self.own is not None:
             inputs[self.model.party] = self.own.prediction(micro_batch)
         loss = self.objective.owned
@@ -205,6 +172,8 @@ class TorchFuseStage:
             self.own.load(state)
         self._losses.clear()
         self._evaluated.clear()
+        for cut in self.cuts.values():
+            cut.forget()
         self._put_off = self._prepared = None
 
     def weights(self) -> Weights:
@@ -217,18 +186,14 @@ class TorchFuseStage:
             put_off, self._put_off = self._put_off, None
             self.own.differentiate(*put_off)
 
-    def _received(self, activations: Mapping[str, Payload], rows: bytes, n_rows: int, where: str) -> dict[str, Tensor]:
-        """The feature parties' activations in job order, checked, as tensors of their own."""
-        missing = [party for party in self.job.feature_parties if party not in activations]
+    def _arrived(
+        self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows, where: str
+    ) -> dict[str, Tensor]:
+        """The feature parties' activations in job order."""
+        missing = [party for party in self.cuts if party not in activations]
         if missing:
             raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
-        dtypes = self.model.accepted()
-        found = {}
-        for party in self.job.feature_parties:
-            shape = (n_rows, *(self.job.cut(party) or ()))
-            promised = Promised("activation", party, dtypes, shape, rows, self.wire)
-            found[party] = received(activations[party], promised, self.model.device, where)
-        return found
+        return {party: cut.arrive(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
 
     def _fused(self, inputs: Mapping[str, Tensor], where: str) -> Tensor:
         """The fuse model's output; inputs in job order, whatever order they came in."""
@@ -248,95 +213,22 @@ class TorchFuseStage:
         return loss, value
 
 
-def why_not_finite(output: Tensor, model: str) -> str:
-    """Return where a loss that is not finite comes from, as far as the output shows it, and what to do."""
-    finite = output.detach().isfinite()
-    if not finite.all():
-        bad = int((~finite.reshape(len(output), -1).all(1)).sum())
-        return (
-            f"the output of {model} holds NaN or infinity in {bad} of {len(output)} rows, of finite activations: look "
-            "in it for a division by zero, a logarithm or root of zero or less, or weights that a learning rate too "
-            "high has driven away"
-        )
-    largest = float(output.detach().abs().max())
-    if largest > _LARGE:
-        return (
-            f"the output of {model} has grown to {largest:.0e}: lower the learning rate, or bring features and labels "
-            "to a scale near 1"
-        )
-    return (
-        f"the output of {model} is finite, so the loss makes it: look in it for a division by zero, a logarithm or "
-        "root of zero or less, and for labels that it is not made for"
-    )
-
-
-def measured(objective: Objective, output: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """The metrics of the model's output for these rows, both on the CPU."""
-    scores, classes = predictions(objective.task, objective.outputs, output, labels)
-    return {name: metric(scores, classes) for name, metric in objective.metrics.items()}
-
-
-def undefined_metrics(stage: TorchFuseStage) -> dict[str, str]:
-    """Return which metrics the held-out rows do not define, and why; their labels alone decide it."""
-    objective, batches = stage.objective, stage.batches
-    if not objective.metrics or not batches.holdout_rows:
-        return {}
-    parts = [torch.from_numpy(batches.holdout_part(index)) for index in range(batches.holdout_parts)]
-    labels = objective.labels[torch.cat(parts)]
-    output = torch.empty(len(labels), *objective.shape, device="meta")  # whose shape alone is looked at
-    return undefined(objective.metrics, objective.task, targets(objective.task, output, labels))
-
-
-def objective_of(
-    party_file: PartyFile,
-    table: Table,
-    output: Tensor,
-    scaled: Callable[[float], Tensor],
-    where: str,
-    models: Sequence[nn.Module] = (),
-    take: Take | None = None,
-) -> Objective:
-    """Loss, labels and metrics, tried out on the fuse model's `output` for a few rows, with its graph.
-
-    `scaled(s)` is the output for activations s times as large. What the loss shares with one of `models` is theirs;
-    `take` says how to come by a loss that is given in code. Raises JobError, or ComputeError for a loss that fails.
-    """
-    assert party_file.fuse is not None
-    fuse, tried = party_file.fuse, output.detach()
-    loss = loss_of(party_file, output.device, take)
-    owned = OwnedLoss.of(loss, models, party_file.party, where)
-    name: Any = fuse.loss
-    check_labels(table.labels, tried, name, where)
-    assert table.labels is not None
-    kind = name if isinstance(name, str) and ":" not in name else kind_of(loss)
-    try:
-        with owned.trial():
-            fit, warnings, (value, of) = fitted(loss, name, tried, table.labels, where)
-        require_no_parameters(value, of, models, where)
-        task = task_of(kind, tried, table.labels, fuse.metrics, fuse.outputs)
-        metrics = metrics_of(fuse.metrics, task, where)
-        check_targets(task, tried, table.labels, metrics, where)
-        labels = label_tensor(table.labels)
-        if metrics:
-            targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
-    except ShapeError as error:
-        raise ShapeError(f"{where}: {error}") from None
-    outputs = outputs_of(fuse.outputs, kind, task, list(metrics), output, scaled, where)
-    twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
-    warnings += [twice] if twice else []
-    return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings)
-
-
 def _mean(losses: Sequence[tuple[int, float]]) -> float:
     return sum(rows * loss for rows, loss in losses) / sum(rows for rows, _ in losses)
 
 
 def fuse_stage(
-    job: Job, party_file: PartyFile, table: Table, batches: Batches, take: Take | None = None
+    job: Job,
+    party_file: PartyFile,
+    table: Table,
+    batches: Batches,
+    take: Take | None = None,
+    guards: Mapping[str, Guard] | None = None,
 ) -> TorchFuseStage:
-    """The label holder's stage with initial weights.
+    """Build the label holder's stage with initial weights.
 
-    `take` says how to come by modules and a loss that are given in code; without it, as copies.
+    `take` says how to come by modules and a loss that are given in code; without it, as copies. `guards` are put in at
+    the cuts to these feature parties.
     Raises JobError for labels, a loss or metrics that do not suit the model, ShapeError if it fails on the cuts.
     """
     party = party_file.party
@@ -355,11 +247,7 @@ def fuse_stage(
     take = take or Copies()  # of fuse model and loss together: one may hold the other
     model = Model.build(job, party_file, "fuse", sample, take)
     output = model.try_out(sample(model.dtype, model.device), graph=True)
-    if output.shape[:1] != (_TRIAL_ROWS,):
-        raise ShapeError(
-            f"party {party!r}: {model.name} returns {described(output)} for {_TRIAL_ROWS} rows; "
-            "its first axis must be the rows"
-        )
+    _require_rows_first(output, model)
 
     def scaled(scale: float) -> Tensor:
         return model.try_out(sample(model.dtype, model.device, _RANGE_ROWS, scale))
@@ -368,4 +256,19 @@ def fuse_stage(
     modules = [model.module] + ([] if own is None else [own.module])
     with model.drawing("loss trial", MicroBatch(0, 0)):
         objective = objective_of(party_file, table, output, scaled, f"party {party!r}", modules, take)
-    return TorchFuseStage(job, model, own, objective, table, batches, replace(job.on_the_wire, cast=cast))
+    cuts = {peer: _cut(job, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in job.feature_parties}
+    return TorchFuseStage(job, model, own, objective, table, batches, cuts)
+
+
+def _require_rows_first(output: Tensor, model: Model) -> None:
+    if output.shape[:1] != (_TRIAL_ROWS,):
+        raise ShapeError(
+            f"party {model.party!r}: {model.name} returns {described(output)} for {_TRIAL_ROWS} rows; "
+            "its first axis must be the rows"
+        )
+
+
+def _cut(job: Job, model: Model, peer: str, guard: Guard) -> FuseCut:
+    dtypes = tuple(map(dtype_name, model.accepted()))
+    wire = replace(job.on_the_wire, cast=cast)
+    return FuseCut(model.party, peer, job.cut(peer) or (), dtypes, model.device, wire, guard)

@@ -30,7 +30,7 @@ from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.config.job import BaseFile, FuseFile, Job, PartyFile, imported
-from sl_queue.cut.crossing import CROSSING
+from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.cut.tensors import described, from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError, SlQueueError
 from sl_queue.ports import State
@@ -100,8 +100,8 @@ class Model:
     def accepted(self) -> tuple[torch.dtype, ...]:
         """The dtypes of activations that the module may be given: its own, or narrower ones if it is made for them."""
         if not any(True for _ in self.module.parameters()):
-            return CROSSING
-        return (self.dtype, *(dtype for dtype in CROSSING if dtype.itemsize < self.dtype.itemsize))
+            return CROSSING_DTYPES
+        return (self.dtype, *(dtype for dtype in CROSSING_DTYPES if dtype.itemsize < self.dtype.itemsize))
 
     def run(self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The module's output, with other `weights` in the place of its parameters if given."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import base_stage
-from sl_queue.compute.fuse_stage import Objective, fuse_stage, measured
+from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.model import Model
+from sl_queue.compute.objective import Objective, measured
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.cut.tensors import gathered
+from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
 from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch
@@ -29,7 +30,7 @@ from sl_queue.protocol.schedule.row_order import Batches, Positions
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class ReferenceRun:
     """What joined training left."""
 
     history: list[dict[str, Any]]  # one dict an epoch: epoch, step, loss, holdout
@@ -40,7 +41,7 @@ class Joined:
 
 def train_joined(
     job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int | None = None
-) -> Joined:
+) -> ReferenceRun:
     """Train all layers in this process for `steps` optimizer steps, or to the end of the job; staleness is ignored.
 
     `party_files` and `tables` are those of all parties. Raises what building a stage raises.
@@ -65,7 +66,7 @@ def train_joined(
             mean = float(np.average(losses[-batches.steps_per_epoch :], weights=weights))
             history.append({"epoch": epoch, "step": step, "loss": mean, "holdout": whole.evaluate(step)})
     bases = {party: model.module.eval() for party, model in whole.bases.items()}
-    return Joined(history, losses, bases, whole.fuse.module.eval())
+    return ReferenceRun(history, losses, bases, whole.fuse.module.eval())
 
 
 class _Cut:
@@ -155,7 +156,7 @@ class _Whole:
             base, features = self.bases[party], self.tables[party].features
             assert features is not None
             with base.drawing(purpose, micro_batch):
-                found[party] = base.module(gathered(features, rows, base.dtype, base.device))
+                found[party] = base.module(take_rows(features, rows, base.dtype, base.device))
         return found
 
     def loss(

@@ -1,130 +1,255 @@
-"""What crosses the cut layer, checked on both sides: dtype, shape, rows, and that every number is one."""
+"""The cut to one peer: whatever crosses it leaves and arrives here, checked, defended, watched and packed.
 
-from collections.abc import Sequence
+Out: check shape and numbers -> defence -> tap -> pack. In: compare with what is expected -> unpack -> finite -> tap.
+"""
+
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sl_queue.cut.packing import AS_IT_IS, Mask, Wire, is_unused
-from sl_queue.cut.tensors import described, dtype_name, from_payload, is_finite
-from sl_queue.errors import NonFiniteError, RemoteProtocolError, ShapeError
-from sl_queue.protocol.messages import Payload
+from sl_queue.cut.guard import UNGUARDED, Crossing, Defence, Guard, Tap
+from sl_queue.cut.packing import Mask, Wire, is_unused, unused
+from sl_queue.cut.relu import ends_in_relu, gradient_mask
+from sl_queue.cut.rows import CutRows
+from sl_queue.cut.tensors import described, dtype_name, from_payload, is_finite, payload_view
+from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
+from sl_queue.protocol.messages import MicroBatch, Payload
 
-CROSSING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CROSSING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Cut(Protocol):
+    """One per peer, and the only place that knows what crosses. Used by one thread."""
+
+    def leave(self, tensor: Tensor, micro_batch: MicroBatch, rows: CutRows) -> Payload:
+        """Return what is sent to the peer; to be encoded before the tensor is changed.
+
+        Raises ShapeError and NonFiniteError for a tensor that must not leave.
+        """
+
+    def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor | None:
+        """Return what the peer has sent, as a tensor of its own. Raises RemoteProtocolError, which names the peer."""
+
+    def forget(self) -> None:
+        """Await nothing: whatever is in flight will be computed again."""
 
 
 def place(party: str, micro_batch: object) -> str:
-    """How every error about a micro-batch begins."""
+    """Return how every error about a micro-batch begins."""
     return f"party {party!r}, micro-batch {micro_batch}"
 
 
-def require_cut(
-    activation: Tensor, rows: int, cut: tuple[int, ...], dtype: torch.dtype, where: str, model: str
-) -> None:
-    """Raise ShapeError unless a base model's own output is what the job promises."""
-    if activation.dtype not in CROSSING or tuple(activation.shape) != (rows, *cut):
-        promised = activation.dtype if activation.dtype in CROSSING else dtype
+@dataclass(slots=True)
+class BaseCut:
+    """A feature party's cut: its activations leave, their gradients arrive.
+
+    Mutable: it remembers what the gradient of an activation in flight has to be.
+    """
+
+    party: str
+    peer: str
+    shape: tuple[int, ...]  # of one row
+    dtype: torch.dtype  # of the base model's parameters
+    device: torch.device
+    wire: Wire
+    model: str  # the base model's name
+    guard: Guard = UNGUARDED
+    _awaited: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
+
+    def check(self, activation: Tensor, micro_batch: MicroBatch, rows: CutRows) -> None:
+        """Raise ShapeError unless an activation is what the job promises, NonFiniteError if it is not finite."""
+        require_shape(activation, len(rows), self, f"{place(self.party, micro_batch)}{_held_out(rows)}")
+        if not is_finite(activation):
+            raise NonFiniteError(
+                f"{place(self.party, micro_batch)}{_held_out(rows)}: activation holds NaN or infinity; lower the "
+                f"learning rate, or check {self.model}"
+            )
+
+    def leave(self, tensor: Tensor, micro_batch: MicroBatch, rows: CutRows) -> Payload:
+        """Return the activation as it travels; a training one is awaited back as a gradient."""
+        self.check(tensor, micro_batch, rows)
+        sent = _guarded(self.guard, tensor, Crossing("activation", self.party, self.peer, micro_batch, rows))
+        if rows.held_out:
+            return self.wire.pack(payload_view(sent, rows.digest))
+        # Nothing else asks for a ReLU, and asking makes hooks. A defended activation shows other zeros than the ReLU's.
+        relu = self.wire.compress == "bitmap" and self.guard.defence is None and ends_in_relu(tensor)
+        payload = self.wire.pack(payload_view(sent, rows.digest), relu=relu)
+        self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
+        return payload
+
+    def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor | None:
+        """Return the gradient of an activation; None if the loss does not depend on it."""
+        expected = self._awaited.pop(micro_batch, None)
+        if expected is None:
+            raise LocalProtocolError(f"{place(self.party, micro_batch)}: a gradient of an activation that never left")
+        crossing = Crossing("gradient", self.peer, self.party, micro_batch, rows)
+        _compare(payload, expected, crossing)
+        if _has_no_gradient(payload, crossing):
+            return None
+        return _check_and_unpack(payload, expected, self.wire, self.device, self.guard, crossing)
+
+    def forget(self) -> None:
+        """Await no gradient."""
+        self._awaited.clear()
+
+
+@dataclass(slots=True)
+class FuseCut:
+    """The label holder's cut to one feature party: activations arrive, their gradients leave.
+
+    Mutable: it remembers how the gradient of an activation that has arrived is to be sent.
+    """
+
+    party: str
+    peer: str
+    shape: tuple[int, ...]  # of one row
+    dtypes: tuple[str, ...]  # of the activations that the fuse model may be given; the first is named in errors
+    device: torch.device
+    wire: Wire
+    guard: Guard = UNGUARDED
+    _owed: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
+
+    def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor:
+        """Return an activation of the peer."""
+        crossing = Crossing("activation", self.peer, self.party, micro_batch, rows)
+        expected = _Expected(self.dtypes, (len(rows), *self.shape), None)
+        _compare(payload, expected, crossing)
+        tensor = _check_and_unpack(payload, expected, self.wire, self.device, self.guard, crossing)
+        if not rows.held_out:
+            self._owed[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
+        return tensor
+
+    def leave(self, tensor: Tensor | None, micro_batch: MicroBatch, rows: CutRows) -> Payload:
+        """Return the gradient of the activation that has arrived; None: the loss does not depend on it.
+
+        Then it is a message of no bytes, which is not a gradient of zeros.
+        """
+        owed = self._owed.pop(micro_batch, None)
+        if owed is None:
+            raise LocalProtocolError(f"{place(self.party, micro_batch)}: a gradient of no activation of {self.peer!r}")
+        if tensor is None:
+            return unused(owed.dtypes[0], owed.shape, rows.digest)
+        if not is_finite(tensor):
+            raise NonFiniteError(
+                f"{place(self.party, micro_batch)}: gradient for party {self.peer!r} holds NaN or infinity; lower the "
+                "learning rate, or check the loss"
+            )
+        sent = _guarded(self.guard, tensor, Crossing("gradient", self.party, self.peer, micro_batch, rows))
+        return self.wire.pack(payload_view(sent, rows.digest), wanted=owed.wanted)
+
+    def forget(self) -> None:
+        """Owe no gradient."""
+        self._owed.clear()
+
+
+def require_shape(activation: Tensor, rows: int, cut: BaseCut, where: str) -> None:
+    """Raise ShapeError unless a base model's output for `rows` rows is what the job promises."""
+    if activation.dtype not in CROSSING_DTYPES or tuple(activation.shape) != (rows, *cut.shape):
+        promised = activation.dtype if activation.dtype in CROSSING_DTYPES else cut.dtype
+        shape = f"(rows, {', '.join(map(str, cut.shape))})" if cut.shape else "(rows,)"
         raise ShapeError(
-            f"{where}: activation is {described(activation)}, the cut layer is "
-            f"{dtype_name(promised)} {_with_rows(cut)}; check {model}"
+            f"{where}: activation is {described(activation)}, the cut layer is {dtype_name(promised)} {shape}; "
+            f"check {cut.model}"
         )
 
 
-def require_finite(tensor: Tensor, what: str, advice: str) -> None:
-    """Raise NonFiniteError if one of this party's own numbers is none."""
-    if not is_finite(tensor):
-        raise NonFiniteError(f"{what} holds NaN or infinity; {advice}")
+# Out ------------------------------------------------------------------------------------------------------------
+
+
+def _guarded(guard: Guard, tensor: Tensor, crossing: Crossing) -> Tensor:
+    """Return what leaves in the place of a tensor, and show it to the tap."""
+    if guard is UNGUARDED:
+        return tensor
+    sent = tensor.detach()
+    if guard.defence is not None:
+        sent = _defended(guard.defence, sent, crossing)
+    if guard.leaving is not None:
+        _show(guard.leaving, sent, crossing)
+    return sent
+
+
+def _defended(defence: Defence, tensor: Tensor, crossing: Crossing) -> Tensor:
+    before = tensor._version
+    with torch.no_grad():
+        sent = defence.apply(tensor, crossing)
+    where = f"{place(crossing.sender, crossing.micro_batch)}: the defence {type(defence).__name__}"
+    if tensor._version != before:
+        raise ComputeError(f"{where} changes the {crossing.what} in place; it must return another tensor")
+    if sent.dtype != tensor.dtype or sent.shape != tensor.shape:
+        raise ShapeError(f"{where} returns {described(sent)} for {described(tensor)}; it must keep dtype and shape")
+    if not is_finite(sent):
+        raise NonFiniteError(f"{where} returns NaN or infinity for a finite {crossing.what}; check its scale")
+    return sent
+
+
+def _show(tap: Tap, tensor: Tensor, crossing: Crossing) -> None:
+    before = tensor._version
+    with torch.no_grad():
+        tap.see(tensor, crossing)
+    if tensor._version != before:
+        where = place(crossing.sender, crossing.micro_batch)
+        raise ComputeError(f"{where}: the tap {type(tap).__name__} changes the {crossing.what} in place")
+
+
+# In -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Promised:
-    """What a payload of a peer has to be."""
+class _Expected:
+    """What a tensor of a peer has to be, or a gradient for it."""
 
-    what: str  # "activation" or "gradient"
-    sender: str
-    dtypes: Sequence[torch.dtype]  # any of them; the first is named in errors
+    dtypes: tuple[str, ...]  # any of them
     shape: tuple[int, ...]
-    rows: bytes  # the digest of its rows
-    wire: Wire = AS_IT_IS
-    wanted: Mask | None = field(default=None, repr=False)  # the values of a gradient that were asked for; None: all
+    wanted: Mask | None = field(repr=False)  # the values of a gradient that were asked for; None: all
 
 
-def received(payload: Payload, promised: Promised, device: torch.device, where: str) -> Tensor:
-    """Check all that a peer's tensor declares, and return it. Raises RemoteProtocolError, which names the peer."""
-    blame = _compared(payload, promised, where)
+def _compare(payload: Payload, expected: _Expected, crossing: Crossing) -> None:
+    """Raise RemoteProtocolError unless dtype, shape and rows are what is expected."""
+    if payload.dtype not in expected.dtypes or payload.shape != expected.shape:
+        dtype = payload.dtype if payload.dtype in expected.dtypes else expected.dtypes[0]
+        raise RemoteProtocolError(
+            f"{_blame(crossing)} is {payload}, expected {dtype} {expected.shape}; compare job and models"
+        )
+    if payload.rows != crossing.rows.digest:
+        digests = f"digest {payload.rows.hex() or 'missing'}, expected {crossing.rows.digest.hex()}"
+        raise RemoteProtocolError(
+            f"{_blame(crossing)} belongs to other rows ({digests}): a table has changed since the run began; "
+            "start anew from the same rows"
+        )
+
+
+def _has_no_gradient(payload: Payload, crossing: Crossing) -> bool:
+    """Return True for the gradient of an activation that the loss does not depend on."""
     try:
-        tensor = from_payload(promised.wire.unpack(payload, promised.wanted), device)
+        return is_unused(payload)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{_blame(crossing)}: {error}") from None
+
+
+def _check_and_unpack(
+    payload: Payload, expected: _Expected, wire: Wire, device: torch.device, guard: Guard, crossing: Crossing
+) -> Tensor:
+    """Return the tensor of a payload that has been compared, and show it to the tap."""
+    try:
+        tensor = from_payload(wire.unpack(payload, expected.wanted), device)
     except (RemoteProtocolError, ValueError) as error:
-        raise RemoteProtocolError(f"{blame}: {error}") from None
+        raise RemoteProtocolError(f"{_blame(crossing)}: {error}") from None
     if not is_finite(tensor):
-        raise RemoteProtocolError(f"{blame} holds NaN or infinity; look at the model and learning rate there")
+        raise RemoteProtocolError(
+            f"{_blame(crossing)} holds NaN or infinity; look at the model and learning rate there"
+        )
+    if guard.arriving is not None:
+        _show(guard.arriving, tensor, crossing)
     return tensor
 
 
-def received_gradient(payload: Payload, promised: Promised, device: torch.device, where: str) -> Tensor | None:
-    """As `received`, for a gradient; None if the loss does not depend on the activation."""
-    blame = _compared(payload, promised, where)
-    try:
-        if is_unused(payload):
-            return None
-    except RemoteProtocolError as error:
-        raise RemoteProtocolError(f"{blame}: {error}") from None
-    return received(payload, promised, device, where)
+def _blame(crossing: Crossing) -> str:
+    """Return how every error about a tensor of a peer begins."""
+    here = f"{place(crossing.receiver, crossing.micro_batch)}{_held_out(crossing.rows)}"
+    return f"{here}: {crossing.what} of party {crossing.sender!r}"
 
 
-def _compared(payload: Payload, promised: Promised, where: str) -> str:
-    """Compare dtype, shape and rows with what was promised, and return how every error about this tensor begins."""
-    blame = f"{where}: {promised.what} of party {promised.sender!r}"
-    dtypes = [dtype_name(dtype) for dtype in promised.dtypes]
-    if payload.dtype not in dtypes or payload.shape != promised.shape:
-        dtype = payload.dtype if payload.dtype in dtypes else dtypes[0]
-        raise RemoteProtocolError(f"{blame} is {payload}, expected {dtype} {promised.shape}; compare job and models")
-    if payload.rows != promised.rows:
-        digests = f"digest {payload.rows.hex() or 'missing'}, expected {promised.rows.hex()}"
-        raise RemoteProtocolError(
-            f"{blame} belongs to other rows ({digests}): a table has changed since the run began; "
-            "start anew from the same rows"
-        )
-    return blame
-
-
-class Arrival:
-    """An activation on its way into the fuse model's graph, and its gradient once the backward pass has been there.
-
-    The gradient stays None if the loss does not depend on the activation. Mutable for that. Not a leaf of the graph,
-    since models may change their inputs in place, as they may when joined.
-    """
-
-    def __init__(self, activation: Tensor) -> None:
-        self._waiting = [activation]
-        self.gradient: Tensor | None = None
-
-    def enter(self) -> Tensor:
-        """Return the activation as a tensor whose gradient will be kept here; once."""
-        anchor = torch.empty(0, requires_grad=True)
-        entered: Tensor = _Entrance.apply(anchor, self)  # type: ignore[no-untyped-call]
-        return entered
-
-
-class _Entrance(torch.autograd.Function):
-    """Outputs a tensor that came from nowhere in this graph; keeps what the backward pass brings."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, arrival: Arrival) -> Tensor:
-        ctx.arrival = arrival
-        ctx.set_materialize_grads(False)  # an operator of the fuse model may return None for it
-        return arrival._waiting.pop()  # not kept: the graph would hold itself
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:
-        ctx.arrival.gradient = gradient
-        return None, None
-
-
-ENTRANCE: type = _Entrance._backward_cls  # its node in a graph
-
-
-def _with_rows(cut: tuple[int, ...]) -> str:
-    return f"(rows, {', '.join(map(str, cut))})" if cut else "(rows,)"
+def _held_out(rows: CutRows) -> str:
+    return " (held-out rows)" if rows.held_out else ""

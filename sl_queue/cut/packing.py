@@ -6,9 +6,6 @@ A function of the tensor alone, so whoever computes a message again sends the sa
 exact. float16 has one scale a message, a power of two that makes the largest number fit and keeps small gradients from
 vanishing; int8 has one a row. Without a narrower dtype nothing is lost.
 
-The gradient of a ReLU's zeros is never used. Where a base model ends in one, the bits that came with its activation
-also say which gradients are worth sending, and those come without bits of their own.
-
 An activation that the loss does not depend on has no gradient, which is not the same as a gradient of zeros: optimizers
 skip a parameter without one, but Adam, momentum and weight decay move it for zeros. Its message has no bytes.
 """
@@ -131,16 +128,6 @@ def is_unused(payload: Payload) -> bool:
     return True
 
 
-def asks_for_less(payload: Payload) -> Mask | None:
-    """The values of an activation's gradient that are worth sending, if its message says so; it was unpacked before."""
-    if not payload.packing.endswith("/relu"):
-        return None
-    items = prod(payload.shape)
-    narrow = payload.packing.partition("/")[0]
-    start = 4 * payload.shape[0] if narrow == "int8" else 4 * (narrow == "float16" and payload.dtype != "float16")
-    return _mask(memoryview(payload.data)[start:], items, payload)
-
-
 def nonzero(array: Array) -> Mask:
     """Which items are not zero; a negative zero counts as a number, so that nothing is lost."""
     mask: Mask = array.reshape(-1).view(_BITS[array.itemsize]) != 0
@@ -223,7 +210,7 @@ def _values(
                 raise RemoteProtocolError(f"{payload}: zstd cannot restore {items * size} bytes") from None
             return np.frombuffer(body, item)
         case "bitmap" | "relu":
-            mask = _mask(data, items, payload)
+            mask = mask_of(data, items, payload)
             data = data[-(-items // 8) :]
         case "wanted" if wanted is not None:
             mask = wanted
@@ -234,7 +221,8 @@ def _values(
     return values
 
 
-def _mask(data: memoryview, items: int, payload: Payload) -> Mask:
+def mask_of(data: memoryview, items: int, payload: Payload) -> Mask:
+    """Read which of `items` values travel, a bit each. Raises RemoteProtocolError if bits are missing."""
     bits = np.frombuffer(_taken(data, -(-items // 8), payload), np.uint8)
     return np.unpackbits(bits, count=items).view(np.bool_)
 

@@ -34,7 +34,7 @@ def to_payload(tensor: Tensor, rows: bytes = b"") -> Payload:
     return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), _numbers(tensor).tobytes(), rows)
 
 
-def lent(tensor: Tensor, rows: bytes) -> Payload:
+def payload_view(tensor: Tensor, rows: bytes) -> Payload:
     """A tensor in C order without a copy where none has to be made: to be encoded before the tensor is changed."""
     numbers = np.ascontiguousarray(_numbers(tensor))
     return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), numbers.reshape(-1).view(np.uint8).data, rows)
@@ -86,7 +86,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def gathered(array: npt.NDArray[Any], positions: Positions, dtype: torch.dtype, device: torch.device) -> Tensor:
+def take_rows(array: npt.NDArray[Any], positions: Positions, dtype: torch.dtype, device: torch.device) -> Tensor:
     """These rows of an array; floating ones are cast to `dtype`, integers stay what they are (for embeddings)."""
     rows = torch.from_numpy(np.take(array, positions, axis=0))
     return rows.to(device, dtype) if rows.is_floating_point() else rows.to(device)

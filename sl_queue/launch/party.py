@@ -2,10 +2,11 @@
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,13 +20,13 @@ from sl_queue.compute.model import limit_threads
 from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
-from sl_queue.loops.feature_party import FeatureParty
-from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.ports import Table
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.messages import Kind
@@ -82,11 +83,12 @@ def serve_party(
     take: Take = itself,
     *,
     private: bool = False,
+    guards: Mapping[str, Guard] = MappingProxyType({}),
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
-    its own, unless its file or the run in `state` says no.
+    its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
     """
     party, incarnation = party_file.party, secrets.token_hex(8)
     with ExitStack() as stack:
@@ -120,7 +122,7 @@ def serve_party(
             bounds=bounds,
         )
         journal = Journal(state / "history.jsonl")
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take)
+        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take, guards)
         if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker).close)
         stack.callback(channel.close)
@@ -164,16 +166,18 @@ def _role(
     journal: Journal,
     identity: Identity,
     take: Take,
+    guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
     if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches, take)
+        fuse = fuse_stage(job, party_file, table, pipeline.batches, take, guards)
         _remark(fuse.own)
         for found in advice(job, fuse):
             log.warning("%s: %s", party_file.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
         return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
-    base = base_stage(job, party_file, table, pipeline.batches, take)
+    guard = guards.get(job.label_holder, UNGUARDED)
+    base = base_stage(job, party_file, table, pipeline.batches, take, guard)
     _remark(base)
     worker = Worker(identity, channel, base, folder, pipeline)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train

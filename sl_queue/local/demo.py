@@ -17,7 +17,7 @@ from rich.table import Table as ScreenTable
 from sklearn.datasets import load_digits
 
 from sl_queue.compute.equality import joined_weights, largest_difference
-from sl_queue.compute.reference import Joined, train_joined
+from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
@@ -166,7 +166,7 @@ def _train(folder: Path, name: str, parties: list[str], screen: Screen) -> Resul
     return run_local(job, party_files, out=folder / "runs" / name, on_status=screen.status)
 
 
-def _joined(folder: Path) -> Joined:
+def _joined(folder: Path) -> ReferenceRun:
     job, party_files = _load(folder, "job", ["left", "right", "labels"])
     tables = {file.party: read_table(job, file) for file in party_files}
     return train_joined(job, party_files, tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes))

@@ -18,7 +18,8 @@ from typing import TypeVar
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.config.job import Job, JobPipeline, JobWire, PartyFile
-from sl_queue.cut.packing import Mask, Wire, asks_for_less
+from sl_queue.cut.packing import Mask, Wire
+from sl_queue.cut.relu import gradient_mask
 from sl_queue.cut.tensors import cast
 from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts
 from sl_queue.planning.stopwatch import Stopwatch, copying
@@ -176,8 +177,8 @@ class _Stages:
         """Whose activations come out of a ReLU; the last thing that is asked of these stages."""
         found = {}
         for party, base in self.bases.items():
-            base.wire = Wire(compress="bitmap")
-            found[party] = asks_for_less(base.forward(MicroBatch(4 * STEPS, 0))) is not None
+            base.cut.wire = Wire(compress="bitmap")
+            found[party] = gradient_mask(base.forward(MicroBatch(4 * STEPS, 0))) is not None
         return found
 
 
@@ -213,7 +214,7 @@ def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Han
     for place, sample in enumerate(measured.samples):
         for party, activation in sample.activations.items():
             relu = measured.relu[party]
-            wanted = asks_for_less(wire.pack(activation, relu=relu))
+            wanted = gradient_mask(wire.pack(activation, relu=relu))
             there[party, place] = _Travel.of(wire, activation, relu, None)
             back[party, place] = _Travel.of(wire, sample.gradients[party], relu=False, wanted=wanted)
 

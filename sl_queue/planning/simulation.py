@@ -10,14 +10,14 @@ after it has waited takes longer, the longer it has waited: its caches are cold,
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import assert_never
 
-from sl_queue.planning.costs import COLD_S, LABEL, Costs
-from sl_queue.protocol.messages import MicroBatch
-from sl_queue.protocol.schedule.pipeline import Backward, Begin, Commit, Evaluate, Forward, Fuse, Pipeline, Update
+from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs
+from sl_queue.protocol.messages import Kind, MicroBatch
+from sl_queue.protocol.schedule.actions import EFFECTS, Action, Begin, Commit, Predict, Score, Update, Work
+from sl_queue.protocol.schedule.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,9 @@ class Prediction:
         return 1.0 - max(self.busy.values())
 
 
+Message = tuple[str, Kind | None, MicroBatch]  # feature party, kind (None: a checkpoint on its way to disk), which
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     seconds: float
@@ -40,18 +43,18 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Await:
-    message: tuple[str, str, MicroBatch]  # party, kind, which
+    message: Message
 
 
 @dataclass(frozen=True, slots=True)
 class _Send:
-    message: tuple[str, str, MicroBatch]
+    message: Message
     size: float  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Save:
-    done: tuple[str, str, MicroBatch]  # awaited as a message is
+    done: Message  # awaited as a message is
 
 
 _Script = Generator["_Work | _Await | _Send | _Save", None, None]
@@ -71,15 +74,16 @@ class _Simulation:
         self._numbers = itertools.count()
         self._computing: dict[str, float] = {}  # seconds of work left, by worker or line
         self._due: list[tuple[float, int, _Send]] = []  # messages under way
-        self._arrived: set[tuple[str, str, MicroBatch]] = set()
-        self._awaited: dict[tuple[str, str, MicroBatch], tuple[str, float]] = {}  # by whom, since when
+        self._arrived: set[Message] = set()
+        self._awaited: dict[Message, tuple[str, float]] = {}  # by whom, since when
         self._chill: dict[str, float] = {}
         self._lines: dict[str, deque[tuple[float, Callable[[], None]]]] = {}  # seconds of work, and what follows it
         self._link_free: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._updates: list[tuple[float, dict[str, float]]] = []
-        self._scripts: dict[str, _Script] = {LABEL: self._label()}
-        self._scripts |= {party: self._feature(party) for party in costs.features}
+        self._work = {party: _feature_work(costs, party) for party in costs.features} | {LABEL: _label_work(costs)}
+        self._scripts: dict[str, _Script] = {LABEL: self._script(LABEL, pipeline.label_actions(0))}
+        self._scripts |= {party: self._script(party, pipeline.feature_actions(0)) for party in costs.features}
 
     def run(self, warm_up: int) -> Prediction:
         for worker in self._scripts:
@@ -94,62 +98,44 @@ class _Simulation:
 
     # The workers ------------------------------------------------------------------------------------------------
 
-    def _feature(self, party: str) -> _Script:
+    def _script(self, worker: str, actions: Iterable[Action]) -> _Script:
+        """Play the effects of a worker's actions, as the loops have them."""
+        peers = tuple(self._costs.features) if worker == LABEL else (worker,)
+        saving: _Save | None = None
+        for action in actions:
+            effect = EFFECTS[type(action)]
+            if isinstance(action, Commit):
+                saving = _Save((worker, None, MicroBatch(action.step, 0)))
+                yield saving
+                continue
+            micro_batch, rows = self._micro_batch(action)
+            for peer in peers if effect.awaits is not None else ():
+                yield _Await((peer, effect.awaits, micro_batch))
+                if saving is not None:
+                    yield _Await(saving.done)
+                    saving = None
+            if effect.work is not None:
+                yield _Work(self._work[worker][effect.work](rows))
+            for peer in peers if effect.sends is not None else ():
+                yield _Send((peer, effect.sends, micro_batch), self._size(peer, effect.sends, rows))
+            if worker == LABEL and isinstance(action, Update):
+                self._updates.append((self._now, dict(self._busy)))
+
+    def _micro_batch(self, action: Action) -> tuple[MicroBatch, int]:
+        """Return the key of an action's messages, and its rows."""
+        match action:
+            case Begin() | Update() | Commit():
+                return MicroBatch(0, 0), 0
+            case Predict(micro_batch) | Score(micro_batch):
+                return micro_batch, self._pipeline.batches.holdout_sizes[micro_batch.index]
+            case _:
+                return action.micro_batch, self._pipeline.batches.sizes(action.micro_batch.step)[
+                    action.micro_batch.index
+                ]
+
+    def _size(self, party: str, kind: Kind | None, rows: int) -> float:
         costs = self._costs.features[party]
-        saving: _Save | None = None
-        for action in self._pipeline.feature_actions(0):
-            match action:
-                case Forward(micro_batch):
-                    rows = self._rows(micro_batch)
-                    yield _Work(costs.forward(rows))
-                    yield _Send((party, "activation", micro_batch), costs.activation_bytes(rows))
-                    yield _Work(costs.prepare(rows))
-                case Backward(micro_batch):
-                    yield _Await((party, "gradient", micro_batch))
-                    if saving is not None:
-                        yield _Await(saving.done)
-                        saving = None
-                    yield _Work(costs.backward(self._rows(micro_batch)))
-                case Update():
-                    yield _Work(costs.update_s)
-                case Commit(step):
-                    saving = _Save((party, "commit", MicroBatch(step, 0)))
-                    yield saving
-                case Begin() | Evaluate() | Fuse():
-                    pass  # what happens once an epoch is not looked at
-                case _:
-                    assert_never(action)
-
-    def _label(self) -> _Script:
-        saving: _Save | None = None
-        for action in self._pipeline.label_actions(0):
-            match action:
-                case Fuse(micro_batch):
-                    rows = self._rows(micro_batch)
-                    yield _Work(self._costs.fuse_prepare(rows))
-                    for party in self._costs.features:
-                        yield _Await((party, "activation", micro_batch))
-                        if saving is not None:
-                            yield _Await(saving.done)
-                            saving = None
-                    yield _Work(self._costs.fuse(rows))
-                    for party, costs in self._costs.features.items():
-                        yield _Send((party, "gradient", micro_batch), costs.gradient_bytes(rows))
-                case Update():
-                    yield _Work(self._costs.fuse_update_s)
-                    self._updates.append((self._now, dict(self._busy)))
-                case Commit(step):
-                    saving = _Save((LABEL, "commit", MicroBatch(step, 0)))
-                    yield saving
-                case Begin() | Evaluate() | Forward() | Backward():
-                    pass
-                case _:
-                    assert_never(action)
-
-    def _rows(self, micro_batch: MicroBatch) -> int:
-        batches = self._pipeline.batches
-        size, larger = divmod(batches.rows_in_step(micro_batch.step), batches.parts(micro_batch.step))
-        return size + (micro_batch.index < larger)
+        return (costs.gradient_bytes if kind is Kind.GRADIENT else costs.activation_bytes)(rows)
 
     # The clock --------------------------------------------------------------------------------------------------
 
@@ -199,7 +185,7 @@ class _Simulation:
             moment, _, sent = heapq.heappop(self._due)
             self._pass(moment, rate)
             party, kind, _ = sent.message
-            receiver = LABEL if kind == "activation" else party
+            receiver = party if kind is Kind.GRADIENT else LABEL
             self._queue(f"driver of {receiver}", self._costs.driver(sent.size), lambda: self._deliver(sent.message))
             return
         assert first is not None
@@ -243,10 +229,32 @@ class _Simulation:
         self._link_free[line] = free
         heapq.heappush(self._due, (free + self._costs.rtt_s / 2, next(self._numbers), sent))
 
-    def _deliver(self, message: tuple[str, str, MicroBatch]) -> None:
+    def _deliver(self, message: Message) -> None:
         if message not in self._awaited:
             self._arrived.add(message)
             return
         worker, since = self._awaited.pop(message)
         self._chill[worker] = 1.0 + (self._costs.chill - 1.0) * min(1.0, (self._now - since) / COLD_S)
         self._advance(worker)
+
+
+def _feature_work(costs: Costs, party: str) -> Mapping[Work, Affine]:
+    """Seconds by the rows of an action; a forward in evaluation mode counts as one in training."""
+    each = costs.features[party]
+    return {
+        "prepare": each.prepare,
+        "forward": each.forward,
+        "backward": each.backward,
+        "predict": each.forward,
+        "update": Affine(each.update_s),
+    }
+
+
+def _label_work(costs: Costs) -> Mapping[Work, Affine]:
+    """Seconds by the rows of an action; an evaluation counts as a step without its update."""
+    return {
+        "prepare": costs.fuse_prepare,
+        "fuse": costs.fuse,
+        "score": costs.fuse,
+        "update": Affine(costs.fuse_update_s),
+    }

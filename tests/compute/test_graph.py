@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
-from sl_queue.compute.modules.graph import ends_in_relu, hooks_made, runs_only_torch, steps_only_torch
+from sl_queue.compute.modules.graph import hooks_made, runs_only_torch, steps_only_torch
+from sl_queue.cut.relu import ends_in_relu
 from tests.support.split import Concatenated, Parties, equal_weights, parties
 
 ROWS = torch.linspace(-1, 1, 24).reshape(4, 6)

@@ -11,8 +11,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
 from sl_queue.compute.fitting import Form, fitted
-from sl_queue.compute.fuse_stage import why_not_finite
 from sl_queue.compute.losses import floor_of, loss_of
+from sl_queue.compute.objective import why_not_finite
 from sl_queue.errors import ComputeError, JobError, NonFiniteError, ShapeError
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, furthest, parties
 

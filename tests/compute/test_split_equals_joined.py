@@ -13,7 +13,7 @@ from sl_queue.compute.model import limit_threads
 from sl_queue.compute.reference import train_joined
 from sl_queue.compute.seeds import key
 from sl_queue.protocol.messages import MicroBatch
-from sl_queue.protocol.schedule.pipeline import Forward, Update
+from sl_queue.protocol.schedule.actions import Forward, Update
 from sl_queue.protocol.schedule.row_order import row_order
 from tests.support.split import SGD, Concatenated, Parties, equal_weights, furthest, parties
 

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 import sl_queue
-from sl_queue.cut.packing import Compress, Dtype, Wire, asks_for_less, nonzero, plain_cast
+from sl_queue.cut.packing import Compress, Dtype, Wire, nonzero, plain_cast
+from sl_queue.cut.relu import gradient_mask
 from sl_queue.cut.tensors import cast
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.codec import decode, encode
@@ -89,7 +90,7 @@ def test_gradients_of_a_relus_zeros_stay_at_home_and_the_others_are_those_that_t
     wire: Wire, payload: Payload, seed: int
 ) -> None:
     activation = wire.pack(payload, relu=True)
-    wanted = asks_for_less(activation)
+    wanted = gradient_mask(activation)
     if wanted is None:
         assert not activation.packing.endswith("relu")
         return

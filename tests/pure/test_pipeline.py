@@ -10,18 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sl_queue.protocol.messages import Kind, MicroBatch
-from sl_queue.protocol.schedule.pipeline import (
-    Action,
+from sl_queue.protocol.schedule.actions import (
     Backward,
     Begin,
     Commit,
-    Evaluate,
+    FeatureAction,
     Forward,
     Fuse,
-    Pipeline,
+    LabelAction,
+    Predict,
+    Prepare,
+    Score,
     Update,
     notation,
 )
+from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
 
 
@@ -46,9 +49,9 @@ def test_the_known_pipelines_are_what_they_are_called(pipeline: Pipeline, writte
 def test_the_label_holder_and_the_end_of_an_epoch_are_written_like_this() -> None:
     pipeline = Pipeline(Batches(10, 7, 2, 4, 2, holdout=0.2), 2, 0, checkpoint_every=1)
     assert notation(pipeline.feature_actions(1)) == (
-        "|0 F1.0 F1.1 B1.0 B1.1 U1 E0 C1 |1 F2.0 F2.1 B2.0 B2.1 U2 C2 |1 F3.0 F3.1 B3.0 B3.1 U3 E1 C3"
+        "|0 F1.0 F1.1 B1.0 B1.1 U1 P1.0 C1 |1 F2.0 F2.1 B2.0 B2.1 U2 C2 |1 F3.0 F3.1 B3.0 B3.1 U3 P3.0 C3"
     )
-    assert notation(pipeline.label_actions(2)) == "|1 X2.0 X2.1 U2 C2 |1 X3.0 X3.1 U3 E1 C3"
+    assert notation(pipeline.label_actions(2)) == "|1 X2.0 X2.1 U2 C2 |1 X3.0 X3.1 U3 S3.0 C3"
 
 
 @st.composite
@@ -62,6 +65,14 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
         rows, 7, draw(st.integers(1, 3)), batch_size, micro_batches, holdout, drop_last=draw(st.booleans())
     )
     return Pipeline(batches, draw(st.integers(1, 8)), draw(st.integers(0, 4)), draw(st.integers(1, 9)))
+
+
+def feature_actions(pipeline: Pipeline) -> list[FeatureAction]:
+    return list(pipeline.feature_actions(0))
+
+
+def label_actions(pipeline: Pipeline) -> list[LabelAction]:
+    return list(pipeline.label_actions(0))
 
 
 def all_micro_batches(pipeline: Pipeline) -> list[MicroBatch]:
@@ -94,10 +105,10 @@ def test_the_window_never_exceeds_depth_and_no_forward_runs_further_ahead_than_s
                 assert step == updates
                 assert not any(micro_batch.step == step for micro_batch in in_flight)
                 updates += 1
-            case Begin() | Evaluate() | Commit():
+            case Begin() | Predict() | Commit():
                 assert not in_flight, f"in flight at {action}"
-            case Fuse():
-                raise AssertionError("a feature party does not fuse")
+            case Prepare():
+                pass
 
 
 @given(pipelines())
@@ -125,16 +136,17 @@ def test_the_next_forward_comes_as_soon_as_the_window_allows_it(pipeline: Pipeli
 @given(pipelines())
 def test_commits_come_every_few_steps_and_at_the_end_of_each_epoch_after_its_evaluation(pipeline: Pipeline) -> None:
     batches = pipeline.batches
-    for actions in (list(pipeline.feature_actions(0)), list(pipeline.label_actions(0))):
+    for kind, actions in ((Predict, feature_actions(pipeline)), (Score, label_actions(pipeline))):
         commits = [a.step for a in actions if isinstance(a, Commit)]
         assert commits == [s for s in range(batches.steps) if pipeline.commits(s)]
         assert all(b - a <= pipeline.checkpoint_every for a, b in zip([-1, *commits], commits, strict=False))
-        evaluated = [a for a in actions if isinstance(a, Evaluate)]
-        assert [a.epoch for a in evaluated] == (list(range(batches.epochs)) if batches.holdout_rows else [])
-        for action in evaluated:
-            assert actions[actions.index(action) - 1] == Update(action.step)
-            assert actions[actions.index(action) + 1] == Commit(action.step)
-            assert [m.index for m in action.micro_batches()] == list(range(batches.holdout_parts))
+        for place, action in enumerate(actions):
+            if isinstance(action, Commit):
+                first = place - (batches.holdout_parts if batches.ends_epoch(action.step) else 0)
+                held_out = [kind(MicroBatch(action.step, index)) for index in range(place - first)]
+                assert actions[first:place] == held_out
+                assert actions[first - 1] == Update(action.step)
+        assert sum(isinstance(a, Predict | Score) for a in actions) == batches.holdout_parts * batches.epochs
         for before, begin in zip([None, *actions], actions, strict=False):
             if isinstance(begin, Begin):
                 assert before is None or isinstance(before, Commit)
@@ -154,9 +166,24 @@ def test_resumed_after_any_commit_the_actions_are_the_tail_of_all_actions(pipeli
 def test_the_label_holder_meets_micro_batches_in_the_order_of_the_forwards(pipeline: Pipeline) -> None:
     fused = [a.micro_batch for a in pipeline.label_actions(0) if isinstance(a, Fuse)]
     assert fused == [a.micro_batch for a in pipeline.feature_actions(0) if isinstance(a, Forward)]
-    assert [a for a in pipeline.label_actions(0) if not isinstance(a, Fuse)] == [
-        a for a in pipeline.feature_actions(0) if not isinstance(a, Forward | Backward)
+    others = [a for a in pipeline.label_actions(0) if not isinstance(a, Prepare | Fuse)]
+    assert [Predict(a.micro_batch) if isinstance(a, Score) else a for a in others] == [
+        a for a in pipeline.feature_actions(0) if not isinstance(a, Prepare | Forward | Backward)
     ]
+
+
+@given(pipelines())
+def test_a_micro_batch_is_prepared_before_its_messages_are_awaited(pipeline: Pipeline) -> None:
+    feature, label = feature_actions(pipeline), label_actions(pipeline)
+    for before, action in itertools.pairwise(feature):
+        if isinstance(before, Forward):
+            following = pipeline.batches.after(before.micro_batch)
+            assert isinstance(action, Prepare) == (following is not None)
+            assert following is None or action == Prepare(following)
+    assert sum(isinstance(a, Prepare) for a in feature) == sum(isinstance(a, Forward) for a in feature) - 1
+    for before, action in itertools.pairwise(label):
+        assert isinstance(before, Prepare) == isinstance(action, Fuse)
+        assert not isinstance(action, Fuse) or before == Prepare(action.micro_batch)
 
 
 # Deadlock -----------------------------------------------------------------------------------------------------
@@ -188,7 +215,7 @@ class Queue:
             self.unacknowledged.append(self.waiting.popleft())
 
 
-def feature(actions: Iterator[Action], inbox: Queue, outbox: Queue) -> Iterator[bool]:
+def feature(actions: Iterator[FeatureAction], inbox: Queue, outbox: Queue) -> Iterator[bool]:
     """A feature party; yields True when it has done something, False while it waits."""
     for action in actions:
         match action:
@@ -197,9 +224,8 @@ def feature(actions: Iterator[Action], inbox: Queue, outbox: Queue) -> Iterator[
             case Backward(micro_batch):
                 while not inbox.has(Kind.GRADIENT, micro_batch):
                     yield False
-            case Evaluate():
-                for micro_batch in action.micro_batches():
-                    outbox.publish(Kind.HOLDOUT, micro_batch)
+            case Predict(micro_batch):
+                outbox.publish(Kind.HOLDOUT, micro_batch)
             case Commit(step):
                 inbox.acknowledge(step)
             case _:
@@ -207,7 +233,7 @@ def feature(actions: Iterator[Action], inbox: Queue, outbox: Queue) -> Iterator[
         yield True
 
 
-def label(actions: Iterator[Action], inboxes: list[Queue], outboxes: list[Queue]) -> Iterator[bool]:
+def label(actions: Iterator[LabelAction], inboxes: list[Queue], outboxes: list[Queue]) -> Iterator[bool]:
     """The label holder, likewise."""
     for action in actions:
         match action:
@@ -216,10 +242,9 @@ def label(actions: Iterator[Action], inboxes: list[Queue], outboxes: list[Queue]
                     yield False
                 for outbox in outboxes:
                     outbox.publish(Kind.GRADIENT, micro_batch)
-            case Evaluate():
-                for micro_batch in action.micro_batches():
-                    while not all(inbox.has(Kind.HOLDOUT, micro_batch) for inbox in inboxes):
-                        yield False
+            case Score(micro_batch):
+                while not all(inbox.has(Kind.HOLDOUT, micro_batch) for inbox in inboxes):
+                    yield False
             case Commit(step):
                 for inbox in inboxes:
                     inbox.acknowledge(step)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.bounds import Bounds, out_of_reach
 from sl_queue.protocol.party.mailbox import Acknowledge, Mailbox, Reject
-from sl_queue.protocol.schedule.pipeline import Backward, Commit, Evaluate, Forward, Pipeline
+from sl_queue.protocol.schedule.actions import Backward, Commit, Forward, Predict
+from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
 from tests.pure.test_pipeline import pipelines
 
@@ -32,8 +33,8 @@ def sent(pipeline: Pipeline, committed: int) -> list[Key]:
     for action in takewhile(lambda action: not isinstance(action, Commit), actions):
         if isinstance(action, Forward):
             keys.append((Kind.ACTIVATION, action.micro_batch))
-        if isinstance(action, Evaluate):
-            keys += [(Kind.HOLDOUT, micro_batch) for micro_batch in action.micro_batches()]
+        if isinstance(action, Predict):
+            keys.append((Kind.HOLDOUT, action.micro_batch))
     ahead = takewhile(lambda action: not isinstance(action, Backward | Commit), actions)
     return keys + [(Kind.ACTIVATION, action.micro_batch) for action in ahead if isinstance(action, Forward)]
 

@@ -15,7 +15,8 @@ from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.party import Rows
 from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch, Payload
-from sl_queue.protocol.schedule.pipeline import Backward, Commit, Evaluate, Forward, Fuse, Pipeline, Update
+from sl_queue.protocol.schedule.actions import Backward, Commit, Forward, Fuse, Predict, Prepare, Score, Update
+from sl_queue.protocol.schedule.pipeline import Pipeline
 
 SGD = {"name": "sgd", "lr": 0.1}
 
@@ -82,11 +83,10 @@ class Stages:
         stage = self.bases[party]
         for action in pipeline.feature_actions(first):
             match action:
+                case Prepare(micro_batch):
+                    stage.prepare(micro_batch)
                 case Forward(micro_batch):
                     self.under_way["activation", party, micro_batch] = stage.forward(micro_batch)
-                    following = pipeline.batches.after(micro_batch)
-                    if following is not None:
-                        stage.prepare(following)
                 case Backward(micro_batch):
                     key = ("gradient", party, micro_batch)
                     while key not in self.under_way:
@@ -94,17 +94,17 @@ class Stages:
                     stage.backward(micro_batch, self.under_way.pop(key))
                 case Update():
                     stage.update()
-                case Evaluate():
-                    for micro_batch in action.micro_batches():
-                        self.under_way["holdout", party, micro_batch] = stage.predict(micro_batch)
+                case Predict(micro_batch):
+                    self.under_way["holdout", party, micro_batch] = stage.predict(micro_batch)
                 case Commit(step) if step == stop_after:
                     return
 
     def _label(self, pipeline: Pipeline, first: int, stop_after: int | None) -> Iterator[str]:
         for action in pipeline.label_actions(first):
             match action:
-                case Fuse(micro_batch):
+                case Prepare(micro_batch):
                     self.fuse.prepare(micro_batch)
+                case Fuse(micro_batch):
                     keys = [("activation", party, micro_batch) for party in self.bases]
                     while not all(key in self.under_way for key in keys):
                         yield f"label holder waits for {micro_batch}"
@@ -113,15 +113,16 @@ class Stages:
                     self.under_way |= {("gradient", party, micro_batch): g for party, g in gradients.items()}
                 case Update():
                     self.losses.append(self.fuse.update())
-                case Evaluate():
-                    for micro_batch in action.micro_batches():
-                        keys = [("holdout", party, micro_batch) for party in self.bases]
-                        while not all(key in self.under_way for key in keys):
-                            yield f"label holder waits for held-out {micro_batch}"
-                        self.fuse.evaluate(micro_batch, {key[1]: self.under_way.pop(key) for key in keys})
-                    self.evaluations.append(self.fuse.metrics())
-                case Commit(step) if step == stop_after:
-                    return
+                case Score(micro_batch):
+                    keys = [("holdout", party, micro_batch) for party in self.bases]
+                    while not all(key in self.under_way for key in keys):
+                        yield f"label holder waits for held-out {micro_batch}"
+                    self.fuse.evaluate(micro_batch, {key[1]: self.under_way.pop(key) for key in keys})
+                case Commit(step):
+                    if pipeline.batches.ends_epoch(step) and pipeline.batches.holdout_rows:
+                        self.evaluations.append(self.fuse.metrics())
+                    if step == stop_after:
+                        return
 
 
 def parties(

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sl_queue.errors import SlQueueError
-from sl_queue.loops.feature_party import FeatureParty
-from sl_queue.loops.label_holder import LabelHolder
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.scheduling import Scheduler
+from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import SCHEDULER, Kind
 from sl_queue.protocol.party.bounds import Bounds

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
-from sl_queue.cut.crossing import ENTRANCE
+from sl_queue.compute.modules.cut_input import GRADIENT_TAP
 
 _ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # adds to a leaf's gradient
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may run Python for any operator
@@ -67,7 +67,7 @@ def steps_only_torch(optimizer: Optimizer) -> bool:
 @cache
 def _saved_by(kind: type) -> tuple[str, ...] | None:
     """Return the attributes with the saved tensors of a kind of node; None for one that is not torch's own."""
-    if kind is ENTRANCE:
+    if kind is GRADIENT_TAP:
         return ()
     if getattr(torch._C._functions, kind.__name__, None) is not kind:
         return None
@@ -84,42 +84,3 @@ def _unpacked_by_python(saved: Any) -> bool:
 def _is_plain_leaf(leaf: Tensor) -> bool:
     """Tell whether a leaf has no hooks; those put on its AccumulateGrad node before the forward pass are not seen."""
     return type(leaf) in _PLAIN and not leaf._backward_hooks and not leaf._post_accumulate_grad_hooks
-
-
-# A ReLU's gradient ----------------------------------------------------------------------------------------------
-
-_SAME_NUMBERS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0"}
-
-
-def ends_in_relu(activation: Tensor) -> bool:
-    """Return True if a ReLU gave these numbers, apart from their shape, and nothing but it will see their gradient.
-
-    What the gradients of its zeros are then has no effect. A hook on the activation, or a gradient that is retained,
-    sees all of them.
-    """
-    node = activation.grad_fn
-    if node is not None and node.name() in _SAME_NUMBERS:
-        relu = activation._base  # None for one view of another: what hooks are between them cannot be seen
-        if relu is None or relu.grad_fn is not node.next_functions[0][0]:
-            return False
-        return not _is_watched(activation) and ends_in_relu(relu)
-    return node is not None and node.name() == "ReluBackward0" and not _is_watched(activation)
-
-
-def _is_watched(tensor: Tensor) -> bool:
-    """Tell whether anything looks at the gradient of a tensor with a node."""
-    assert tensor.grad_fn is not None
-    if tensor._backward_hooks or tensor.retains_grad:
-        return True
-    node = tensor.grad_fn
-    for handle in (node.register_hook(_nothing), node.register_prehook(_nothing)):  # all hooks of a kind share a dict
-        hooks = handle.hooks_dict_ref()
-        others = hooks is None or len(hooks) > 1
-        handle.remove()
-        if others:
-            return True
-    return False
-
-
-def _nothing(*_: Any) -> None:
-    """Change no gradient."""

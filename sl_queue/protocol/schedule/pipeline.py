@@ -13,70 +13,25 @@ Which weights a forward uses follows from these actions alone, never from timing
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.schedule.actions import (
+    Backward,
+    Begin,
+    Commit,
+    FeatureAction,
+    Forward,
+    Fuse,
+    LabelAction,
+    Predict,
+    Prepare,
+    Score,
+    Update,
+)
 from sl_queue.protocol.schedule.row_order import Batches
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """Wait until the scheduler has opened the epoch."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Feature party: compute and send an activation."""
-
-    micro_batch: MicroBatch
-
-
-@dataclass(frozen=True, slots=True)
-class Backward:
-    """Feature party: await and apply a gradient."""
-
-    micro_batch: MicroBatch
-
-
-@dataclass(frozen=True, slots=True)
-class Fuse:
-    """Label holder: await all activations, compute the loss, send all gradients."""
-
-    micro_batch: MicroBatch
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """One optimizer step."""
-
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluate:
-    """Forward the held-out rows with the weights after the epoch's last `step`."""
-
-    epoch: int
-    step: int
-    parts: int
-
-    def micro_batches(self) -> Iterator[MicroBatch]:
-        """The keys under which held-out activations are filed."""
-        return (MicroBatch(self.step, index) for index in range(self.parts))
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Confirm, save, acknowledge: nothing is in flight."""
-
-    step: int
-
-
-Action = Begin | Forward | Backward | Fuse | Update | Evaluate | Commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +69,25 @@ class Pipeline:
         """Whether a checkpoint follows the step: every `checkpoint_every` steps and at each epoch's end."""
         return (step + 1) % self.checkpoint_every == 0 or self.batches.ends_epoch(step)
 
-    def feature_actions(self, first_step: int) -> Iterator[Action]:
-        """What a feature party does from `first_step` (a step after a commit) to the end of the run."""
+    def feature_actions(self, first_step: int) -> Iterator[FeatureAction]:
+        """Return what a feature party does from `first_step` (a step after a commit) to the end of the run."""
         for first, last in self._stretches(first_step):
             yield Begin(self.batches.epoch_of(first))
             yield from self._window(first, last)
-            yield from self._close(last)
+            yield from map(Predict, self._held_out(last))
+            yield Commit(last)
 
-    def label_actions(self, first_step: int) -> Iterator[Action]:
-        """What the label holder does; it meets the micro-batches in the order in which feature parties send them."""
+    def label_actions(self, first_step: int) -> Iterator[LabelAction]:
+        """Return what the label holder does; it meets micro-batches in the order in which feature parties send them."""
         for first, last in self._stretches(first_step):
             yield Begin(self.batches.epoch_of(first))
             for step in range(first, last + 1):
                 for index in range(self.batches.parts(step)):
+                    yield Prepare(MicroBatch(step, index))
                     yield Fuse(MicroBatch(step, index))
                 yield Update(step)
-            yield from self._close(last)
+            yield from map(Score, self._held_out(last))
+            yield Commit(last)
 
     def _stretches(self, first_step: int) -> Iterator[tuple[int, int]]:
         """The run from `first_step` on, cut into (first, last) steps between two commits."""
@@ -139,7 +97,7 @@ class Pipeline:
                 yield first, step
                 first = step + 1
 
-    def _window(self, first: int, last: int) -> Iterator[Action]:
+    def _window(self, first: int, last: int) -> Iterator[FeatureAction]:
         """The sliding window from an empty pipeline before `first` to an empty one after `last`."""
         forwards = deque(MicroBatch(s, i) for s in range(first, last + 1) for i in range(self.batches.parts(s)))
         in_flight: deque[MicroBatch] = deque()
@@ -148,6 +106,8 @@ class Pipeline:
             if forwards and len(in_flight) < self.depth and forwards[0].step - updates <= self.staleness:
                 in_flight.append(forwards.popleft())
                 yield Forward(in_flight[-1])
+                if (following := self.batches.after(in_flight[-1])) is not None:
+                    yield Prepare(following)
                 continue
             oldest = in_flight.popleft()
             yield Backward(oldest)
@@ -155,10 +115,10 @@ class Pipeline:
                 yield Update(oldest.step)
                 updates += 1
 
-    def _close(self, last: int) -> Iterator[Action]:
-        if self.batches.ends_epoch(last) and self.batches.holdout_rows:
-            yield Evaluate(self.batches.epoch_of(last), last, self.batches.holdout_parts)
-        yield Commit(last)
+    def _held_out(self, last: int) -> Iterator[MicroBatch]:
+        """The keys under which activations of held-out rows are filed, if an epoch ends with step `last`."""
+        parts = self.batches.holdout_parts if self.batches.ends_epoch(last) else 0
+        return (MicroBatch(last, index) for index in range(parts))
 
     def reach(self, committed: int) -> Reach:
         """What a peer may have sent while `committed`, a step after which there is a commit, is the last on disk."""
@@ -186,26 +146,3 @@ class Pipeline:
         """
         stretch = min(self.checkpoint_every, self.batches.steps_per_epoch) * self.batches.micro_batches
         return stretch + self.depth + self.batches.holdout_parts
-
-
-def notation(actions: Iterable[Action]) -> str:
-    """`F0.0 B0.0 U0`: one word per action; X fuse, E evaluate, C commit; the beginning of an epoch is a bar."""
-    return " ".join(_word(action) for action in actions)
-
-
-def _word(action: Action) -> str:
-    match action:
-        case Begin(epoch):
-            return f"|{epoch}"
-        case Forward(micro_batch):
-            return f"F{micro_batch}"
-        case Backward(micro_batch):
-            return f"B{micro_batch}"
-        case Fuse(micro_batch):
-            return f"X{micro_batch}"
-        case Update(step):
-            return f"U{step}"
-        case Evaluate(epoch, _, _):
-            return f"E{epoch}"
-        case Commit(step):
-            return f"C{step}"

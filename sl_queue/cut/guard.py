@@ -1,0 +1,52 @@
+"""What may be put in at the cut: a defence that changes what leaves, and taps that see what leaves and what arrives."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from sl_queue.cut.rows import CutRows
+from sl_queue.protocol.messages import MicroBatch
+
+Crosses = Literal["activation", "gradient"]
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """One tensor's way over the cut: all that a defence may key its draws by, besides a secret of its own."""
+
+    what: Crosses
+    sender: str
+    receiver: str
+    micro_batch: MicroBatch
+    rows: CutRows
+
+
+class Defence(Protocol):
+    """Changes the tensor that leaves.
+
+    A pure function of the tensor and of its crossing, with nothing remembered and no draw from a global generator: a
+    message that is computed again after a crash must have the same bits.
+    """
+
+    def apply(self, tensor: Tensor, crossing: Crossing) -> Tensor:
+        """Return what leaves in the place of `tensor`, which stays as it is: of its dtype and shape, and finite."""
+
+
+class Tap(Protocol):
+    """Sees tensors at the cut and changes nothing; may look at a sample of its own choice."""
+
+    def see(self, tensor: Tensor, crossing: Crossing) -> None:
+        """Look at what leaves, before it is packed, or at what has arrived; keep a copy, never a view."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What is put in at the cut to one peer."""
+
+    defence: Defence | None = None
+    leaving: Tap | None = None
+    arriving: Tap | None = None
+
+
+UNGUARDED = Guard()
