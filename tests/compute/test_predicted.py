@@ -52,5 +52,5 @@ def test_the_file_has_the_order_of_the_ids_and_no_row_for_those_without_a_predic
 
 
 def test_a_name_that_says_no_form_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="ends in .parquet or .csv"):
+    with pytest.raises(JobError, match=r"ends in \.parquet or \.csv"):
         write_predictions(tmp_path / "out.xlsx", "id", pa.array([1]), np.array([0]), {})
