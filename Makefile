@@ -1,34 +1,44 @@
-# make demo: install and train the built-in example offline.   make test: everything that CI checks.
+# `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 TORCH_INDEX ?=    # where PyTorch keeps its builds without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test bench chaos install clean
+.DEFAULT_GOAL := demo
+.PHONY: help demo check test test-pure bench chaos picture install clean
 
-demo: $(INSTALLED)
+help:  ## This list.
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(INSTALLED)  ## Install, and train the built-in example offline (the default).
 	$(BIN)/sl-queue demo
 
-test: $(INSTALLED)
-	sh tests/obtain_broker.sh
+check: $(INSTALLED)  ## What is checked without running anything: lint, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test: check  ## Everything that CI checks, some minutes: the static checks and all tests.
+	sh tests/obtain_broker.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # two files at a time: they mostly wait
 
-# How fast it is here against the alternatives, in under ten minutes; tables and plots in benchmarks/results.
-bench: $(INSTALLED)
+test-pure: $(INSTALLED)  ## The tests that need neither torch nor a broker, in seconds.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pure -q -n 2 --dist worksteal
+
+bench: $(INSTALLED)  ## How fast it is here against the alternatives, in under ten minutes: benchmarks/results.
 	sh tests/obtain_broker.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c ops/constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
-# A few minutes: thirty workers killed, three times the broker, connections cut, and not one bit of the weights differs.
-chaos: $(INSTALLED)
+chaos: $(INSTALLED)  ## A few minutes of killed workers, broker and connections: not one bit of the weights differs.
 	sh tests/obtain_broker.sh
 	cd examples/credit && $(CURDIR)/$(BIN)/sl-queue chaos chaos.toml bank.toml insurer.toml --kills 30 --broker-restarts 3 --cuts 6 --seed 1
 
-install: $(INSTALLED)
+picture: $(INSTALLED)  ## Draw docs/house.svg, the packages and what they import.
+	$(BIN)/python ops/picture.py
+
+install: $(INSTALLED)  ## The product, its tests and tools, into .venv.
 
 $(INSTALLED): pyproject.toml ops/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -38,5 +48,5 @@ $(INSTALLED): pyproject.toml ops/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c ops/constraints.txt -e '.[test]'
 	touch $(INSTALLED)
 
-clean:
+clean:  ## Remove what was installed and cached.
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from benchmarks.measure import Trace
 from benchmarks.processes import Work, together
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
-from sl_queue.compute.model import limit_threads
+from sl_queue.compute.threads import limit_threads
 from sl_queue.config.job import Job
 from sl_queue.launch import party as party_launch
 from sl_queue.launch.connect import Channels, topology
 from sl_queue.launch.scheduler import serve_scheduler
-from sl_queue.protocol.messages import SCHEDULER, EpochDone, Kind, MicroBatch, Payload
+from sl_queue.protocol.control import EpochDone
+from sl_queue.protocol.messages import SCHEDULER, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.orders import Orders
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
@@ -53,17 +54,17 @@ class TimedChannel(PartyChannel):
         with self._trace.waiting():
             return super().receive(sender, kind, micro_batch)
 
-    def until(self, decision: Callable[[Orders], T | None]) -> T:
+    def wait_for(self, decision: Callable[[Orders], T | None]) -> T:
         with self._trace.waiting():
-            return super().until(decision)
+            return super().wait_for(decision)
 
     def commit(self, step: int, save: Callable[[], None]) -> None:
         with self._trace.committing():
             super().commit(step, save)
 
-    def settle(self) -> None:
+    def wait_committed(self) -> None:
         with self._trace.committing():
-            super().settle()
+            super().wait_committed()
 
     def progress(self, report: Any) -> None:
         self._trace.mark(report.step)

@@ -5,80 +5,15 @@ everything unacknowledged comes back, and everything already seen is dropped by 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
+from sl_queue.protocol.control import Command, Join, Progress, Report, Start, Status
 from sl_queue.protocol.history import History
-from sl_queue.protocol.messages import (
-    Activation,
-    Command,
-    Gradient,
-    Joined,
-    Kind,
-    MicroBatch,
-    Payload,
-    Progress,
-    Report,
-    Start,
-    Status,
-)
+from sl_queue.protocol.messages import Activation, Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.orders import Orders
 
 T = TypeVar("T")
-
-SAVABLE = (  # dtypes of tensors that Checkpoints can keep, and a file in `final/` can hold
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "float8_e4m3fnuz",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-    "complex64",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint64",
-    "uint32",
-    "uint16",
-    "uint8",
-    "bool",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Everything a stage needs to go on: tensors by name, and JSON values that JSON gives back exactly."""
-
-    tensors: Mapping[str, Payload] = field(repr=False)
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A party's own rows in canonical order (ascending id); nothing of it is ever sent."""
-
-    features: npt.NDArray[Any] | None = field(repr=False)  # (rows, *anything); None: the label holder has labels only
-    labels: npt.NDArray[Any] | None = field(repr=False)  # (rows,) or (rows, *anything)
-    row_keys: npt.NDArray[np.uint64] = field(repr=False)  # a secret keyed hash of each id, the same at every party
-    digest: str  # of all ids; what parties compare when they join, hexadecimal
-    id_type: str  # "integer" or "text"
-    columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
-    hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
-    notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.row_keys)
-
-
-Weights = Mapping[str, Mapping[str, Payload]]
 
 
 class BaseStage(Protocol):
@@ -161,10 +96,10 @@ class Channel(Protocol):
         `receive` raises what ended it.
         """
 
-    def settle(self) -> None:
+    def wait_committed(self) -> None:
         """Block until the last commit has ended. Raises what `save` did, and like `receive`."""
 
-    def introduce(self, describe: Callable[[], Joined]) -> None:
+    def announce(self, describe: Callable[[], Join]) -> None:
         """Tell the scheduler who is here; told again after a reconnect and to a new scheduler."""
 
     def report(self, report: Report) -> None:
@@ -176,13 +111,13 @@ class Channel(Protocol):
     def flush(self) -> None:
         """Block until the broker has confirmed everything sent and reported so far."""
 
-    def until(self, decision: Callable[[Orders], T | None]) -> T:
+    def wait_for(self, decision: Callable[[Orders], T | None]) -> T:
         """Block until the scheduler's orders satisfy `decision`, and return what it returned.
 
         Raises RunStopped and Restarted like `receive`; TransportError when the broker is lost for good.
         """
 
-    def adopt(self, start: Start, resume_step: int) -> None:
+    def enter(self, start: Start, resume_step: int) -> None:
         """Enter the run and generation of `start` with everything up to `resume_step` already applied."""
 
 
@@ -204,7 +139,7 @@ class SchedulerChannel(Protocol):
     def outage_s(self) -> float:
         """Seconds, all in all, in which the own connection could not carry anything."""
 
-    def strangers(self) -> Sequence[str]:
+    def unreadable_senders(self) -> Sequence[str]:
         """Parties in whose name messages came, of which none could be opened."""
 
     def foreign(self) -> Mapping[str, str]:
@@ -219,28 +154,6 @@ class HistoryLog(Protocol):
 
     def write(self, history: History) -> None:
         """Have these epochs on disk and no others; costs as much as what is new."""
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A checkpoint as read from disk."""
-
-    run: str
-    generation: int
-    step: int
-    state: State
-    values: Mapping[str, Any]  # what the role added: the label holder's newest epoch
-
-
-@dataclass(frozen=True, slots=True)
-class Final:
-    """What a finished party left in `final/`."""
-
-    run: str
-    step: int
-    incarnation: str  # of the worker that finished
-    digests: Mapping[str, str]  # SHA-256 by file name, hexadecimal
-    told: bool  # the broker has the report that says so
 
 
 class Checkpoints(Protocol):
@@ -274,47 +187,5 @@ class Checkpoints(Protocol):
     def finished(self) -> Final | None:
         """What `write_final` left; None if this party has not finished."""
 
-    def mark_told(self) -> None:
+    def mark_reported(self) -> None:
         """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Connectivity:
-    """The connection between a worker and its broker."""
-
-    connected: bool
-    changed_s: float  # since it was made or lost; inf while there never was one
-    certificates: Mapping[str, float]  # Unix time at which they end: "broker", and "own" of who logs in with one
-
-    @property
-    def lost_s(self) -> float:
-        """Seconds without a connection: 0 with one, inf while there never was one."""
-        return 0.0 if self.connected else self.changed_s
-
-
-IN_PROCESS = Connectivity(connected=True, changed_s=0.0, certificates={})  # memory://
-
-
-@dataclass(frozen=True, slots=True)
-class Measures:
-    """Numbers of a party's channel since its process started; `busy_s` and all of `waited_s` add up to `age_s`."""
-
-    age_s: float
-    busy_s: float
-    pulse_age_s: float  # since its own thread was last alive
-    waited_s: Mapping[tuple[str, str], float]  # by (source, what for)
-    silent_s: Mapping[str, float]  # since anything was heard, by peer
-    messages: Mapping[str, int]  # data messages applied, redelivered, duplicates, stale, rejected
-    sent_bytes: int
-    received_bytes: int
-    commits: int
-    reconnects: int
-    broker: Connectivity
-
-
-class Restarted(Exception):
-    """The scheduler began a new generation; unwind to the worker's outer loop and start from `start`."""
-
-    def __init__(self, start: Start) -> None:
-        super().__init__(f"generation {start.generation} begins after step {start.bases[-1]}")
-        self.start = start

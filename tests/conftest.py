@@ -3,14 +3,24 @@
 import os
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.support.broker import GIVEN, Broker, own_broker
 
+ROOMS = Path(__file__).parent
+
 settings.register_profile("ours", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("ours")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the name of its folder, as registered in pyproject.toml."""
+    for item in items:
+        if item.path.is_relative_to(ROOMS):
+            item.add_marker(item.path.relative_to(ROOMS).parts[0])
 
 
 @pytest.fixture(scope="session")

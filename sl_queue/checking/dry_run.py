@@ -22,9 +22,9 @@ from sl_queue.compute.stand_ins import stand_in
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.rows import CutRows
 from sl_queue.errors import ComputeError, JobError, NonFiniteError, SlQueueError
-from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.table import Table
 
 T = TypeVar("T")
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from sl_queue.compute.building import Inputs, blame
 from sl_queue.compute.inputs import n_offers, offers
-from sl_queue.compute.model import Inputs, Model, blame
+from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Take
 from sl_queue.config.job import Job, PartyFile
@@ -24,10 +25,11 @@ from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import cast, dtype_name, take_rows
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError
-from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.tensors import from_payload
-from sl_queue.ports import Table
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.schedule.actions import (
@@ -29,6 +28,7 @@ from sl_queue.protocol.schedule.actions import (
 )
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.table import Table
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # of each module, "fuse" or "base of <party>", its state_dict
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
-from sl_queue.compute.model import Inputs, Model, blame
+from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
@@ -25,9 +26,10 @@ from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import cast, described, dtype_name
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
-from sl_queue.ports import State, Table, Weights
+from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 _TRIAL_ROWS = 2
 _RANGE_ROWS = 64  # on which the range of the output is looked at
@@ -228,8 +230,8 @@ def fuse_stage(
     """Build the label holder's stage with initial weights.
 
     `take` says how to come by modules and a loss that are given in code; without it, as copies. `guards` are put in at
-    the cuts to these feature parties.
-    Raises JobError for labels, a loss or metrics that do not suit the model, ShapeError if it fails on the cuts.
+    the cuts to these feature parties. Raises JobError for labels, a loss or metrics that do not suit the model, and
+    ShapeError if it fails on the cuts.
     """
     party = party_file.party
 
@@ -240,8 +242,7 @@ def fuse_stage(
         scale: float | None = None,
     ) -> Inputs:
         numbers = [drawn(job.seed, p, (rows, *(job.cut(p) or ())), scale) for p in job.fused]
-        # In the graph, and no leaves of it, as in a step.
-        inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]
+        inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]  # in the graph, and no leaves of it
         return aggregated(inputs, job.fuse.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
@@ -253,7 +254,7 @@ def fuse_stage(
         return model.try_out(sample(model.dtype, model.device, _RANGE_ROWS, scale))
 
     own = base_stage(job, party_file, table, batches, take) if party in job.fused else None
-    modules = [model.module] + ([] if own is None else [own.module])
+    modules = [model.module, *([] if own is None else [own.module])]
     with model.drawing("loss trial", MicroBatch(0, 0)):
         objective = objective_of(party_file, table, output, scaled, f"party {party!r}", modules, take)
     cuts = {peer: _cut(job, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in job.feature_parties}

@@ -17,7 +17,7 @@ import torch
 from sl_queue.config.job import DataFile, PartyFile
 from sl_queue.cut.tensors import dtype_name
 from sl_queue.data.exactness import BITS, rounded
-from sl_queue.ports import Table
+from sl_queue.protocol.table import Table
 
 Array = npt.NDArray[Any]
 

@@ -1,20 +1,26 @@
 """One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from sl_queue.compute.final_weights import settled
-from sl_queue.compute.fingerprint import named
+from sl_queue.compute.building import (
+    Inputs,
+    Part,
+    Sample,
+    blame,
+    build_module,
+    device_of,
+    dtype_of,
+    table_of,
+    tensors_of,
+)
+from sl_queue.compute.code_digest import named
 from sl_queue.compute.modules.demands import (
     leaves_beyond,
     leaves_of,
@@ -23,24 +29,20 @@ from sl_queue.compute.modules.demands import (
     require_within_reach,
 )
 from sl_queue.compute.modules.graph import runs_only_torch, steps_only_torch
-from sl_queue.compute.modules.handover import Copies, Take
+from sl_queue.compute.modules.handover import Take
 from sl_queue.compute.modules.saved_values import NotCarriedError
 from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from sl_queue.compute.seeds import key, seeded
-from sl_queue.config.job import BaseFile, FuseFile, Job, PartyFile, imported
+from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.cut.tensors import described, from_payload, to_payload
-from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError, SlQueueError
-from sl_queue.ports import State
+from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError
+from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import MicroBatch, Payload
 
 log = logging.getLogger("sl_queue")
-
-Part = Literal["base", "fuse"]
-Inputs = Tensor | list[Tensor]
-Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class Model:
 
         `take` says how to come by a module that is given in code; without it, as a copy.
         """
-        table = _table(party_file, part)
+        table = table_of(party_file, part)
         device = device_of(party_file)
         module = build_module(job, party_file, part, sample, take)
         where, name = f"party {party_file.party!r}: [{part}]", named(table.model)
@@ -82,7 +84,7 @@ class Model:
             )
         begin_training(module)
         built = Built.of(module)
-        about = (party_file.party, part, name, module, optimizer, device, _dtype(module))
+        about = (party_file.party, part, name, module, optimizer, device, dtype_of(module))
         return cls(*about, job.seed, built, secret=party_file.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
@@ -198,7 +200,7 @@ class Model:
         self._require_known()
         changes, lost = self.built.changes(self.module, f"{self.part}/")
         self._tell(lost)
-        tensors = {f"{self.part}/module/{name}": self._payload(name, t) for name, t in _tensors(self.module)}
+        tensors = {f"{self.part}/module/{name}": self._payload(name, t) for name, t in tensors_of(self.module)}
         if self.optimizer is None:
             return State({**tensors, **changes.tensors}, changes.values)
         state = optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/")
@@ -220,7 +222,7 @@ class Model:
             )
         self.built.load(self.module, state, f"{self.part}/", self.party)
         with torch.no_grad():
-            for name, tensor in _tensors(self.module):
+            for name, tensor in tensors_of(self.module):
                 tensor.copy_(from_payload(saved[name]))
         if self.optimizer is not None:
             load_optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/", state)
@@ -238,100 +240,6 @@ class Model:
                 f"party {self.party!r}: {self.name} has made its {name!r} {described(tensor)} "
                 f"({tensor.layout}), which cannot be saved: {error}"
             ) from error
-
-
-@contextmanager
-def blame(what: str) -> Iterator[None]:
-    """Turn whatever a user's module, loss or optimizer raises in here into a ComputeError that begins with `what`.
-
-    `sys.exit` too: it would end this worker with a code of the model's own, and nobody would tell the others. Not
-    Ctrl-C, which is for the whole process.
-    """
-    try:
-        yield
-    except (SlQueueError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-# From party file to module --------------------------------------------------------------------------------------
-
-
-def build_module(
-    job: Job, party_file: PartyFile, part: Part, sample: Sample | None, take: Take | None = None
-) -> nn.Module:
-    """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
-    table = _table(party_file, part)
-    where = f"party {party_file.party!r}: [{part}] model = {named(table.model)!r}"
-    model = table.model
-    if isinstance(model, str):
-        with seeded(key(job.seed, "", "import"), torch.device("cpu")):  # its file may draw, or call torch.manual_seed
-            model = imported(model, party_file.folder)
-    with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
-        try:
-            module = model if isinstance(model, nn.Module) else model(**table.args)
-        except (Exception, SystemExit) as error:
-            raise JobError(f"{where} with args = {dict(table.args)} fails: {type(error).__name__}: {error}") from error
-        if not isinstance(module, nn.Module):
-            raise JobError(f"{where} returns {type(module).__name__}; it must return a torch.nn.Module")
-        module = (take or Copies())(party_file.party, part, module, made=module is not model)
-        if sample is not None and _is_lazy(module):
-            with blame(f"{where} fails on its input"), in_evaluation(module):
-                module(sample(_dtype(module)))
-    for name, value in () if _is_lazy(module) else module.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise JobError(f"{where}: its state_dict holds {name!r}, a {type(value).__name__}; only tensors are saved")
-    return module
-
-
-def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
-    """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
-    return settled(build_module(job, party_file, part_of(path), None), party_file.party, path)
-
-
-def part_of(path: Path) -> Part:
-    return "fuse" if path.stem == "fuse" else "base"
-
-
-def device_of(party_file: PartyFile) -> torch.device:
-    """The device that a party file asks for. Raises JobError if this machine does not have it."""
-    try:
-        device = torch.device(party_file.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise JobError(
-            f"party {party_file.party!r}: device = {party_file.device!r} cannot be used here with "
-            f"torch {torch.__version__}: {reason}; use 'cpu', or install a torch that has it"
-        ) from None
-    return device
-
-
-def limit_threads(n: int | None) -> None:
-    """Let torch compute with `n` threads in the calling thread; None leaves torch's choice."""
-    if n is not None:
-        torch.set_num_threads(n)
-
-
-def _table(party_file: PartyFile, part: Part) -> BaseFile | FuseFile:
-    table = party_file.base if part == "base" else party_file.fuse
-    if table is None:
-        raise JobError(f"party {party_file.party!r}: [{part}] is missing")
-    return table
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a module once, under its first name."""
-    return chain(module.named_parameters(), module.named_buffers())
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
-
-
-def _is_lazy(module: nn.Module) -> bool:
-    return any(is_lazy(tensor) for _, tensor in _tensors(module))
 
 
 def _described(inputs: Inputs) -> str:

@@ -15,8 +15,8 @@ from sl_queue.compute.outputs import Outputs, doubled, outputs_of
 from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
 from sl_queue.config.job import PartyFile
 from sl_queue.errors import ShapeError
-from sl_queue.ports import Table
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.table import Table
 
 _LARGE = 1e9  # an output that has left every reasonable scale
 

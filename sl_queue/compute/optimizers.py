@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, JobError
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 
 _NEED_A_CLOSURE = {"lbfgs"}  # they evaluate the loss several times a step, and no party has the whole loss
 

@@ -114,7 +114,12 @@ def outputs_of(
     asked = [name for name in metrics if name in _DEPENDING[task]]
     if found is not None or not asked:
         return found or Outputs.LOGITS
-    match _range(task, scaled):
+    return _by_range(_range(task, scaled), asked, key)
+
+
+def _by_range(found: str, asked: Sequence[str], key: str) -> Outputs:
+    """Return the meaning of an output that shows it by its range. Raises JobError if it may be either."""
+    match found:
         case "distribution":
             return Outputs.PROBABILITIES
         case "unit":

@@ -19,7 +19,7 @@ from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, in_evaluation
 from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, JobError
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 
 _PREFIX = "loss/"
 _ADVICE = "give the loss's parameters to the fuse model, whose optimizer trains them, or let them require no gradient"

@@ -24,9 +24,9 @@ from sl_queue.compute.objective import Objective, measured
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches, Positions
+from sl_queue.protocol.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
+from sl_queue.compute.building import Part, build_module, final_module, part_of
 from sl_queue.compute.final_weights import settled
-from sl_queue.compute.model import Part, build_module, final_module, part_of
 from sl_queue.compute.modules.handover import Loan
 from sl_queue.config.job import Job, PartyFile, imported
 from sl_queue.errors import JobError

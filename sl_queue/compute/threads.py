@@ -19,6 +19,12 @@ from sl_queue.errors import JobError
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "maia", "ipu", "privateuseone")
 
 
+def limit_threads(n: int | None) -> None:
+    """Let torch compute with `n` threads in the calling thread; None leaves torch's choice."""
+    if n is not None:
+        torch.set_num_threads(n)
+
+
 def require_nothing_lost(devices: Iterable[str]) -> None:
     """Raise JobError if the calling thread has set what threads that it starts would silently do without.
 

@@ -19,8 +19,8 @@ from sl_queue.data.faults import refuse
 from sl_queue.data.given import ids_of
 from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.rows import read_rows
-from sl_queue.ports import Table
 from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
+from sl_queue.protocol.table import Table
 
 
 def read_table(job: Job, party_file: PartyFile) -> Table:

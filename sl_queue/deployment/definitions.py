@@ -14,7 +14,7 @@ from hmac import compare_digest
 from typing import Any
 
 from sl_queue.config.job import Job
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.names import dead_letter_arguments, inbox_arguments
 
@@ -53,7 +53,7 @@ def rights_of(topology: Topology, role: str) -> Rights:
     exchange = topology.exchange(role)
     queues = [topology.queue(role, sender) for sender in topology.senders_to(role)]
     keys = [
-        rf"[^.]+\.({'|'.join(kinds_between(topology, role, receiver))})\.{re.escape(receiver)}"
+        rf"[^.]+\.({'|'.join(sorted(topology.kinds_between(role, receiver)))})\.{re.escape(receiver)}"
         for receiver in topology.receivers_of(role)
     ]
     return Rights(
@@ -99,15 +99,6 @@ def is_hash_of(password: str, password_hash: str) -> bool:
     """Whether `hashed` made this of that password."""
     salt = b64decode(password_hash)[:_SALT_BYTES]
     return compare_digest(hashed(password, salt), password_hash)
-
-
-def kinds_between(topology: Topology, sender: str, receiver: str) -> Sequence[Kind]:
-    """What the one may send the other."""
-    if SCHEDULER in (sender, receiver) or OPERATOR in (sender, receiver):
-        return (Kind.COMMAND, Kind.REPORT) if sender == SCHEDULER else (Kind.REPORT,)
-    if sender == topology.label_holder:
-        return (Kind.GRADIENT, Kind.REPORT)
-    return (Kind.ACTIVATION, Kind.HOLDOUT, Kind.REPORT)
 
 
 def _any_of(names: Sequence[str]) -> str:

@@ -8,14 +8,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sl_queue.config.job import Job
-from sl_queue.errors import BrokerUnreachable, PeerFailed, PeerSilent
+from sl_queue.errors import BrokerUnreachable, PeerFailed, PeerSilent, SlQueueError
 from sl_queue.launch.connect import connector, require_network
-from sl_queue.protocol.codec import decode, encode
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, Status, StopRequest
+from sl_queue.protocol.codec import Terms
+from sl_queue.protocol.control import Status, StopRequest
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.state import Phase
 from sl_queue.protocol.text import printable
 from sl_queue.security.sealing import Seal
-from sl_queue.transport.link import Delivery
+from sl_queue.transport.mail import Letter, Mail, Spoilt
 from sl_queue.transport.retry import Limits
 
 TIMEOUT_S = 3.0  # the scheduler tells where the run is several times a second
@@ -149,35 +150,60 @@ def _nothing_to_stop(run: Mapping[str, Any] | None, asked: str) -> str:
 
 
 class _Statuses:
-    """What the scheduler tells, one status after the other. The newest stays in its queue for the next who asks."""
+    """What the scheduler publishes, one status after the other. The newest stays in its queue for the next who asks.
+
+    What cannot be read stays there as well: whoever only looks takes nothing away.
+    """
 
     def __init__(self, job: Job, broker: str, seal: Seal | None) -> None:
-        self._seal = seal
-        self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._newest: Delivery | None = None
+        self._arrived: queue.SimpleQueue[Letter | SlQueueError] = queue.SimpleQueue()
+        self._newest: Letter | None = None
         self._link = connector(job, broker, PATIENCE)(OPERATOR, 2)
-        self._link.open(self._arrived.put, lambda: None, lambda _: None)
+        terms = {SCHEDULER: Terms.between(job.topology(), SCHEDULER, OPERATOR)}
+        self._mail = Mail(self._link, OPERATOR, terms, "", patience_s=ANSWER_S, seal=seal)
+        self._mail.open(self)
 
     def next(self, timeout_s: float = TIMEOUT_S) -> Status | None:
-        """The next one; None if none comes. The first may be what an earlier scheduler left behind."""
+        """Return the next one; None if none comes. The first may be what an earlier scheduler left behind.
+
+        Raises BrokerUnreachable if the link has failed, RemoteProtocolError for what cannot be read.
+        """
         try:
-            delivery = self._arrived.get(timeout=timeout_s)
+            arrived = self._arrived.get(timeout=timeout_s)
         except queue.Empty:
             return None
+        if isinstance(arrived, SlQueueError):
+            raise arrived
         if self._newest is not None:
             self._link.acknowledge([self._newest.tag])
-        self._newest = delivery
-        _, status = decode(delivery.body if self._seal is None else self._seal.open(SCHEDULER, delivery.body).body)
+        self._newest = arrived
+        status = arrived.message
         return status if isinstance(status, Status) else None
 
     def answer(self, request: StopRequest) -> None:
-        """Raises BrokerUnreachable."""
-        body = encode(Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0)), request)
-        if self._seal is not None:
-            body = self._seal.seal(SCHEDULER, body)
-        self._link.publish(SCHEDULER, Kind.REPORT, "", body, persistent=False, expires_s=ANSWER_S)
+        """Send the scheduler a request. Raises BrokerUnreachable if the broker does not confirm it."""
+        header = Header("", 0, Kind.REPORT, OPERATOR, SCHEDULER, MicroBatch(0, 0))
+        self._mail.send(SCHEDULER, header, request, lasting=False)
         if not self._link.flush(timeout_s=10.0):
             raise BrokerUnreachable("the broker did not confirm the request within 10 s; ask again")
 
     def close(self) -> None:
-        self._link.close()  # the newest is unacknowledged, so it goes back
+        """Leave; the newest status is unacknowledged, so it goes back."""
+        self._link.close()
+
+    # What the mail and its link call ----------------------------------------------------------------------------
+
+    def on_letter(self, letter: Letter) -> None:
+        self._arrived.put(letter)
+
+    def on_late(self, letter: Letter) -> None:
+        pass  # a status is never late
+
+    def on_spoilt(self, spoilt: Spoilt) -> None:
+        self._arrived.put(spoilt.reason)
+
+    def on_reconnect(self) -> None:
+        pass  # the newest comes again
+
+    def on_failure(self, error: SlQueueError) -> None:
+        self._arrived.put(error)

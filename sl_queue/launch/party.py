@@ -16,8 +16,8 @@ from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse_stage import fuse_stage
-from sl_queue.compute.model import limit_threads
 from sl_queue.compute.modules.handover import Take, itself
+from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.guard import UNGUARDED, Guard
@@ -27,11 +27,11 @@ from sl_queue.launch.connect import Channels, Connect, connector, key_file, requ
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
-from sl_queue.ports import Table
 from sl_queue.protocol.fingerprints import BY_POSITION
-from sl_queue.protocol.messages import Kind
-from sl_queue.protocol.party.bounds import Bounds
+from sl_queue.protocol.messages import Role
+from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
@@ -94,7 +94,7 @@ def serve_party(
     with ExitStack() as stack:
         folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
         stack.callback(folder.close)
-        if (done := folder.finished()) is not None and done.told:
+        if (done := folder.finished()) is not None and done.reported:
             compare_finished(job, party_file, folder)
             log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
             return
@@ -113,7 +113,7 @@ def serve_party(
         channel = PartyChannel(
             connect(party, bounds.prefetch),
             party,
-            job.feature_parties if party == job.label_holder else (job.label_holder,),
+            job.topology(),
             incarnation,
             patience_s=job.broker.patience,
             persistent=job.broker.persistent,
@@ -152,8 +152,8 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
-        return Bounds(pipeline, frozenset({Kind.ACTIVATION, Kind.HOLDOUT}), cuts)
-    return Bounds(pipeline, frozenset({Kind.GRADIENT}), {job.label_holder: job.cut(party) or ()})
+        return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts)
+    return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()})
 
 
 def _role(

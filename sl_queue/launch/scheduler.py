@@ -89,7 +89,7 @@ def serve_scheduler(
         plan = plan_of(job)
         incarnation = secrets.token_hex(8)
         link = connect(SCHEDULER, PREFETCH)
-        channel = LinkSchedulerChannel(link, plan.parties, incarnation, patience_s=plan.patience_s, seal=seal)
+        channel = LinkSchedulerChannel(link, job.topology(), incarnation, patience_s=plan.patience_s, seal=seal)
         stack.callback(channel.close)
         if metrics is not None:
             on_status = _shown(metrics, channel, on_status, stack)

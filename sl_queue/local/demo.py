@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 from rich.table import Table as ScreenTable
-from sklearn.datasets import load_digits
 
 from sl_queue.compute.equality import joined_weights, largest_difference
 from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
+from sl_queue.local.digits import read_digits
 from sl_queue.local.threads import Result, run_local
 from sl_queue.observe.console import Screen, stdout
 
@@ -130,14 +130,14 @@ def write_demo(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise JobError(f"--out {folder}: the folder holds other files; choose an empty or a new one")
     folder.mkdir(parents=True, exist_ok=True)
-    digits = load_digits()
-    ids = np.arange(len(digits.target))
-    pixels = (digits.images / 16).astype(np.float32)  # (rows, 8, 8), in [0, 1]
+    images, target = read_digits()
+    ids = np.arange(len(target))
+    pixels = (images / 16).astype(np.float32)  # (rows, 8, 8), in [0, 1]
     halves = {"left": pixels[:, :, :4], "right": pixels[:, :, 4:]}
     tables = {party: _half(ids, half) for party, half in halves.items()}
     pa.parquet.write_table(tables["left"], folder / FILES["left"])
     pa.csv.write_csv(tables["right"], folder / FILES["right"])
-    pa.csv.write_csv(pa.table({"image": ids, "digit": digits.target}), folder / "labels.csv")
+    pa.csv.write_csv(pa.table({"image": ids, "digit": target}), folder / "labels.csv")
     (folder / "models.py").write_text(MODELS)
     for party, path in FILES.items():
         (folder / f"{party}.toml").write_text(PARTY.format(party=party, path=path))

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sl_queue.compute.model import limit_threads
 from sl_queue.compute.modules.handover import Loan, Take
 from sl_queue.compute.results import lend_given, trained_module
-from sl_queue.compute.threads import require_nothing_lost, thread_counts_kept
+from sl_queue.compute.threads import limit_threads, require_nothing_lost, thread_counts_kept
 from sl_queue.config.environment import THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError

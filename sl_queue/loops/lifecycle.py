@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sl_queue.errors import CheckpointError, ComputeError, PeerFailed, RunStopped, SlQueueError, TransportError
-from sl_queue.ports import BaseStage, Channel, Checkpoints, Final, FuseStage, HistoryLog, Restarted, Saved
-from sl_queue.protocol.history import History
-from sl_queue.protocol.messages import (
-    BEFORE_FIRST_STEP,
+from sl_queue.ports import BaseStage, Channel, Checkpoints, FuseStage, HistoryLog
+from sl_queue.protocol.checkpoint import Final, Saved
+from sl_queue.protocol.control import (
     Command,
     EpochDone,
     EpochResult,
@@ -21,13 +20,15 @@ from sl_queue.protocol.messages import (
     Failed,
     Finish,
     Finished,
-    Joined,
+    Join,
     Open,
     Progress,
     Start,
     Stopped,
 )
-from sl_queue.protocol.party.orders import Orders
+from sl_queue.protocol.history import History
+from sl_queue.protocol.messages import BEFORE_FIRST_STEP
+from sl_queue.protocol.party.orders import Orders, Restarted
 from sl_queue.protocol.schedule.pipeline import Pipeline
 
 T = TypeVar("T", bound=Command)
@@ -84,7 +85,7 @@ class Worker:
             final = self.checkpoints.finished() or self._train(train)
             self.channel.report(Finished(final.incarnation, final.digests))
             self.channel.flush()
-            self.checkpoints.mark_told()
+            self.checkpoints.mark_reported()
             return final
         except (RunStopped, PeerFailed):
             self.channel.report(Stopped(self.identity.incarnation, self.committed))
@@ -105,14 +106,14 @@ class Worker:
             return self._trained(train)
         except (RunStopped, PeerFailed):
             with suppress(RunStopped, PeerFailed, Restarted, TransportError):  # but a disk that is full is told
-                self.channel.settle()
+                self.channel.wait_committed()
             raise
 
     def _trained(self, train: Callable[[int], None]) -> Final:
         fresh = self.stage.state()
         self._remember(self.checkpoints.newest())
-        self.channel.introduce(self._describe)
-        start = self.channel.until(lambda orders: orders.start)
+        self.channel.announce(self._describe)
+        start = self.channel.wait_for(lambda orders: orders.start)
         while True:
             self._resume(start, fresh)
             try:
@@ -122,7 +123,7 @@ class Worker:
             except Restarted as restarted:
                 start = restarted.start
                 with suppress(Restarted):
-                    self.channel.settle()
+                    self.channel.wait_committed()
 
     def may_begin(self, epoch: int) -> bool:
         """Block until the scheduler opens the epoch; False if the run ends before it."""
@@ -134,7 +135,7 @@ class Worker:
 
         order = self._until(decision)
         if isinstance(order, Open) and order.keep != self.checkpoints.kept:
-            self.channel.settle()  # not while another is being written
+            self.channel.wait_committed()  # not while another is being written
             self.checkpoints.keep(order.keep)
         return isinstance(order, Open)
 
@@ -145,7 +146,7 @@ class Worker:
             return decision(orders) or self._lack(orders)
 
         while True:
-            order: T | _Lack = self.channel.until(next_order)
+            order: T | _Lack = self.channel.wait_for(next_order)
             if not isinstance(order, _Lack):
                 return order
             self.channel.report(Epochs(self.identity.incarnation, self.generation, self._page(order.known)))
@@ -180,7 +181,7 @@ class Worker:
         The scheduler is told when it is on disk.
         """
         assert self.run is not None
-        self.channel.settle()
+        self.channel.wait_committed()
         history = self.history if ended is None else self.history.after(ended)
         values = {"last_epoch": [_as_json(e) for e in history.newest(1)], "running": dict(self.running)}
         state, run, generation = self.stage.state(), self.run, self.generation
@@ -205,11 +206,11 @@ class Worker:
     def _progress(self, step: int, loss: float | None) -> Progress:
         return Progress(self.identity.incarnation, self.generation, step, self.held, loss, self.samples)
 
-    def _describe(self) -> Joined:
+    def _describe(self) -> Join:
         me = self.identity
         about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
         newest = self.history.newest()
-        return Joined(*about, self.run, self.generation, self.held, newest, version=me.version, rules=me.rules)
+        return Join(*about, self.run, self.generation, self.held, newest, version=me.version, rules=me.rules)
 
     def _remember(self, saved: Saved | None) -> None:
         """Become what a checkpoint says, or what nobody has trained yet."""
@@ -245,13 +246,13 @@ class Worker:
         self._remember(saved)
         self.stage.load(fresh if saved is None else saved.state)
         self.run, self.generation = start.run, start.generation
-        self.channel.adopt(start, self.committed)
+        self.channel.enter(start, self.committed)
         self.channel.report(self._progress(self.committed, None))
 
     def _finish(self, step: int) -> Final:
         """Write the final weights: those after `step`, which early stopping may have chosen."""
         assert self.run is not None
-        self.channel.settle()
+        self.channel.wait_committed()
         if step != self.committed:
             self.stage.load(self.checkpoints.load(step).state)
         self.checkpoints.write_final(

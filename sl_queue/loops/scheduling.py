@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 from sl_queue.errors import AlignmentError, PeerSilent, named
 from sl_queue.ports import SchedulerChannel
-from sl_queue.protocol.messages import OPERATOR, Command, Report, Status
+from sl_queue.protocol.control import Command, Report, Status
+from sl_queue.protocol.messages import OPERATOR
+from sl_queue.protocol.scheduler.endings import ending, foreign
 from sl_queue.protocol.scheduler.epochs import standing_of
-from sl_queue.protocol.scheduler.reducer import disagree, ending, reduce, standing_orders
+from sl_queue.protocol.scheduler.reducer import reduce, standing_orders
 from sl_queue.protocol.scheduler.state import (
     Member,
     Phase,
@@ -76,8 +78,8 @@ class Scheduler:
             before_s, deaf_s = deaf_s, self.channel.outage_s()
             heard_since += deaf_s - before_s
             state, commands = self._reduce(excused(state, deaf_s - before_s), reports, now)
-            for reason in self.channel.foreign().values():
-                state, orders = disagree(self.plan, state, reason)
+            for party, reason in self.channel.foreign().items():
+                state, orders = foreign(self.plan, state, party, reason, now)
                 commands += orders
             if durable(state) != saved:
                 saved = durable(state)
@@ -140,7 +142,10 @@ class Scheduler:
 
     def _require_signs_of_life(self, state: RunState, began: float, now: float) -> None:
         gone = silent(self.plan, state, began, now)
-        strangers = sorted({*gone}.intersection(self.channel.strangers()))
+        for party, reason in self.channel.foreign().items():
+            if party in gone:
+                raise AlignmentError(reason)
+        strangers = sorted({*gone}.intersection(self.channel.unreadable_senders()))
         if strangers:  # not before: whoever runs the broker can put in what nobody can open
             raise AlignmentError(
                 f"no message of {', '.join(strangers)} can be opened: their job and the scheduler's do not have the "

@@ -9,7 +9,8 @@ from typing import assert_never
 
 from sl_queue.loops.lifecycle import Worker
 from sl_queue.ports import BaseStage, Channel, FuseStage
-from sl_queue.protocol.messages import Activation, EpochResult, Gradient, Kind, MicroBatch, Payload
+from sl_queue.protocol.control import EpochResult
+from sl_queue.protocol.messages import Activation, Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.schedule.actions import Backward, Begin, Commit, Forward, Fuse, Predict, Prepare, Score, Update
 from sl_queue.protocol.schedule.pipeline import Pipeline
 

@@ -1,6 +1,6 @@
 """An HTTP server for whoever watches a worker, which shares none of the worker's limits.
 
-The law: it has one thread, at most `MOST` connections, and each for at most `PATIENCE_S`. Anybody who reaches the port
+The law: it has one thread, at most `MOST` connections, and each for at most `patience_s`. Anybody who reaches the port
 may hold connections without end; they take the place of each other, never one of the worker's own descriptors or
 threads. Where all places are taken, the oldest connection that has not asked yet gives way to the newest: a watcher
 asks in its first packet, so it is served beside any number of idle ones.
@@ -49,15 +49,20 @@ class _Connection:  # mutable: what has come of the request, and what is left of
 class HttpServer:
     """Pages by path, at HOST:PORT, in a thread of its own from the constructor to `close`. Raises OSError.
 
-    `clock`: monotonic seconds.
+    `clock`: monotonic seconds. `patience_s`: for one connection.
     """
 
     def __init__(
-        self, host: str, port: int, pages: Mapping[str, Page], clock: Callable[[], float] = time.monotonic
+        self,
+        host: str,
+        port: int,
+        pages: Mapping[str, Page],
+        clock: Callable[[], float] = time.monotonic,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         if not 0 <= port <= MOST_PORT:  # getaddrinfo would take another one instead
             raise OSError(f"a port is a number up to {MOST_PORT}")
-        self._pages, self._clock = pages, clock
+        self._pages, self._clock, self._patience_s = pages, clock, patience_s
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self._listener = socket.create_server(where[:2], family=family, backlog=BACKLOG)
         self._listener.setblocking(False)
@@ -119,7 +124,7 @@ class HttpServer:
         accepted.setblocking(False)
         if len(self._connections) >= MOST:
             self._drop(next((each for each in self._connections if each.answer is None), next(iter(self._connections))))
-        connection = _Connection(accepted, self._clock() + PATIENCE_S)
+        connection = _Connection(accepted, self._clock() + self._patience_s)
         self._connections[connection] = None
         self._selector.register(accepted, selectors.EVENT_READ, connection)
         self._go_on(connection)  # a watcher's request is often here already

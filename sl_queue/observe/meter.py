@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sl_queue.ports import Connectivity, Measures
+from sl_queue.protocol.measures import Connectivity, Measures
 
 NS = 1e9
 

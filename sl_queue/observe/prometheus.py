@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from sl_queue.errors import JobError
 from sl_queue.observe.http_server import Answer, HttpServer
-from sl_queue.ports import Connectivity, Measures
+from sl_queue.protocol.measures import Connectivity, Measures
 
 PULSE_S = 60.0  # a pulse beats several times a second; without one for so long a worker is not alive
 UNHEALTHY = "503 Service Unavailable"

@@ -23,10 +23,10 @@ from sl_queue.cut.relu import gradient_mask
 from sl_queue.cut.tensors import cast
 from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts
 from sl_queue.planning.stopwatch import Stopwatch, copying
-from sl_queue.ports import Table
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.table import Table
 from sl_queue.storage.checkpoints import Folder
 
 T = TypeVar("T")

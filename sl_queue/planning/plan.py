@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sl_queue.compute.model import limit_threads
+from sl_queue.compute.threads import limit_threads
 from sl_queue.config.job import Job, JobPipeline, PartyFile
 from sl_queue.cut.packing import Wire
 from sl_queue.data.table import read_table

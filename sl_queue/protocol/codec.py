@@ -11,7 +11,7 @@ What a peer sent is never trusted: sizes are checked against the bytes that are 
 """
 
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Annotated, Any, Final
 
@@ -19,18 +19,9 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sl_queue.errors import LocalProtocolError, RemoteProtocolError
-from sl_queue.protocol.messages import (
-    Activation,
-    Command,
-    Gradient,
-    Header,
-    Kind,
-    Message,
-    MicroBatch,
-    Payload,
-    Report,
-    Status,
-)
+from sl_queue.protocol.control import Command, Message, Report, Status, objection
+from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload, Role, kinds_between
+from sl_queue.protocol.topology import Topology
 
 VERSION: Final = 1
 ITEM_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -43,6 +34,8 @@ MAX_CONTROL_ITEMS: Final = 50_000  # in one list: epochs of a history; what does
 _FIELDS: Final = 11
 _KINDS: Final = frozenset(kind.value for kind in Kind)
 _UNREADABLE: Final = (ValueError, TypeError, msgpack.UnpackException, RecursionError)
+_ON_THE_WIRE: Final = {"rollback_steps": "bases"}  # of a start: as the first version calls it
+_HERE: Final = {there: here for here, there in _ON_THE_WIRE.items()}
 OVERHEAD_BYTES: Final = MAX_HEADER_BYTES  # how much larger than its tensor a message may be
 
 
@@ -66,15 +59,50 @@ _reports: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminato
 _commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Status, Field(discriminator="type")])
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What `receiver` takes of `sender`: who the two are, and how large a message without a tensor may be."""
+
+    sender: str
+    receiver: str
+    roles: tuple[Role, Role]
+    kinds: frozenset[Kind]
+    control_bytes: int = MAX_CONTROL_BYTES
+
+    @staticmethod
+    def between(topology: Topology, sender: str, receiver: str, control_bytes: int = MAX_CONTROL_BYTES) -> "Terms":
+        """Return what `receiver` takes of `sender` in this job."""
+        roles = topology.role_of(sender), topology.role_of(receiver)
+        return Terms(sender, receiver, roles, kinds_between(*roles), control_bytes)
+
+    def require_header(self, header: Header) -> None:
+        """Raise RemoteProtocolError for a message of another sender, to another receiver, or of a kind not allowed."""
+        if header.sender != self.sender:
+            raise RemoteProtocolError(f"says it is from {header.sender!r:.100}, but came from {self.sender!r}")
+        if header.receiver != self.receiver:
+            raise RemoteProtocolError(f"is for {header.receiver!r:.100}, but came to {self.receiver!r}")
+        if header.kind in self.kinds:
+            return
+        if header.kind is Kind.COMMAND:
+            raise RemoteProtocolError(f"a command from {self.sender!r}; only the scheduler commands")
+        raise RemoteProtocolError(f"{header.kind} from {self.sender!r}, who sends none")
+
+    def require(self, message: Message) -> None:
+        """Raise RemoteProtocolError for a report or command that is not for the one to say to the other."""
+        problem = objection(message, *self.roles)
+        if problem is not None:
+            raise RemoteProtocolError(problem)
+
+
 def encode(header: Header, message: Message) -> bytes:
-    """The bytes of a message. Raises LocalProtocolError if it is too large to be one."""
+    """Return the bytes of a message. Raises LocalProtocolError if it is too large to be one."""
     description: tuple[Any, ...] | None
     match message:
         case Activation(_, payload) | Gradient(_, payload):
             packing = (payload.packing,) if payload.packing else ()
             description, data = (payload.dtype, payload.shape, payload.rows, *packing), payload.data
         case _:
-            description, data = None, msgpack.packb(asdict(message))
+            description, data = None, msgpack.packb(_fields_of(message))
     head = msgpack.packb(
         [
             VERSION,
@@ -96,15 +124,18 @@ def encode(header: Header, message: Message) -> bytes:
     return b"".join((head[:-2], struct.pack(">BI", 0xC6, size), data))  # the empty bin gives way to a bin 32
 
 
-def decode(body: bytes, control_bytes: int = MAX_CONTROL_BYTES) -> tuple[Header, Message]:
-    """Read a message; the tensor is a view of the bytes, and a message without one has at most `control_bytes`.
+def decode(body: bytes, terms: Terms | None = None) -> tuple[Header, Message]:
+    """Read a message; the tensor is a view of the bytes. Without `terms` anyone may say anything to anybody.
 
-    Raises RemoteProtocolError saying what is wrong with them: Unreadable with the header where that much is right,
+    Raises RemoteProtocolError saying what is wrong with it: Unreadable with the header where that much is right,
     AnotherVersion for a message of a program that speaks another version.
     """
-    header, description, data = _split(body)
+    header, description, data = _split(body, terms)
     if description is None:
-        return header, _control(header.kind, data, control_bytes)
+        message = _control(header.kind, data, MAX_CONTROL_BYTES if terms is None else terms.control_bytes)
+        if terms is not None:
+            terms.require(message)
+        return header, message
     if header.kind in (Kind.REPORT, Kind.COMMAND):
         raise RemoteProtocolError(f"a {header.kind} with a tensor")
     try:
@@ -116,8 +147,16 @@ def decode(body: bytes, control_bytes: int = MAX_CONTROL_BYTES) -> tuple[Header,
     return header, Activation(header.micro_batch, payload, holdout=header.kind is Kind.HOLDOUT)
 
 
-def _split(body: bytes) -> tuple[Header, Any, memoryview]:
-    """The header, the description and the bytes of the last element."""
+def _fields_of(message: Report | Command | Status) -> dict[str, Any]:
+    """Return the fields of a report or command under the names that every version reads."""
+    fields = asdict(message)
+    if message.type != "start":
+        return fields
+    return {_ON_THE_WIRE.get(name, name): value for name, value in fields.items()}
+
+
+def _split(body: bytes, terms: Terms | None) -> tuple[Header, Any, memoryview]:
+    """Return the header, the description and the bytes of the last element."""
     unpacker = msgpack.Unpacker(
         max_buffer_size=MAX_HEADER_BYTES,
         read_size=MAX_HEADER_BYTES,
@@ -139,6 +178,8 @@ def _split(body: bytes) -> tuple[Header, Any, memoryview]:
         header = _header([unpacker.unpack() for _ in range(8)])
     except _UNREADABLE as error:
         raise RemoteProtocolError(f"not a message of sl_queue: unreadable header ({type(error).__name__})") from None
+    if terms is not None:
+        terms.require_header(header)
     try:
         description, start = unpacker.unpack(), unpacker.tell()
     except _UNREADABLE as error:
@@ -196,6 +237,8 @@ def _control(kind: Kind, data: memoryview, most: int) -> Report | Command | Stat
     try:
         limits = {"max_array_len": MAX_CONTROL_ITEMS, "max_map_len": MAX_CONTROL_ITEMS, "max_ext_len": 0}
         fields = msgpack.unpackb(data, **limits)
+        if kind is Kind.COMMAND and isinstance(fields, dict) and fields.get("type") == "start":
+            fields = {_HERE.get(name, name): value for name, value in fields.items()}
         return _reports.validate_python(fields) if kind is Kind.REPORT else _commands.validate_python(fields)
     except (*_UNREADABLE, ValidationError) as error:
         raise RemoteProtocolError(f"unreadable {kind} ({type(error).__name__})") from None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import overload
 
-from sl_queue.protocol.messages import EpochResult
+from sl_queue.protocol.control import EpochResult
 
 NEWEST = 20  # epochs that a status shows and a worker that joins brings along
 PAGE = 200  # epochs in one message, where the scheduler lacks more

@@ -1,4 +1,4 @@
-"""What travels: an Activation to the label holder, a Gradient back, a Report, a Command from the scheduler.
+"""The ground of every message: who speaks to whom, of what kind, and under which name; activations and gradients.
 
 A message is known by its header (run, generation, kind, sender, receiver, micro-batch). Two data messages with equal
 headers are the same message, whatever brought the second one here. Reports and commands are idempotent statements
@@ -8,12 +8,21 @@ about the present, so they need no key.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Final
 
 SCHEDULER = "scheduler"
 OPERATOR = "operator"  # the person at the command line: `sl-queue status` and `sl-queue stop`
 
 BEFORE_FIRST_STEP = -1  # the step of the checkpoint that everybody holds: the initial weights
+
+
+class Role(StrEnum):
+    """What somebody is in a job."""
+
+    SCHEDULER = SCHEDULER
+    OPERATOR = OPERATOR
+    LABEL_HOLDER = "label holder"
+    FEATURE_PARTY = "feature party"
 
 
 class Kind(StrEnum):
@@ -24,6 +33,31 @@ class Kind(StrEnum):
     GRADIENT = "gradient"
     REPORT = "report"
     COMMAND = "command"
+
+
+PARTIES: Final = (Role.LABEL_HOLDER, Role.FEATURE_PARTY)
+ALL_KINDS: Final = frozenset(Kind)
+
+WHO_MAY_SAY: Final[Mapping[Kind, frozenset[tuple[Role, Role]]]] = {  # (from, to); control.py is narrower for reports
+    Kind.ACTIVATION: frozenset({(Role.FEATURE_PARTY, Role.LABEL_HOLDER)}),
+    Kind.HOLDOUT: frozenset({(Role.FEATURE_PARTY, Role.LABEL_HOLDER)}),
+    Kind.GRADIENT: frozenset({(Role.LABEL_HOLDER, Role.FEATURE_PARTY)}),
+    Kind.REPORT: frozenset(
+        {
+            (Role.FEATURE_PARTY, Role.LABEL_HOLDER),
+            (Role.LABEL_HOLDER, Role.FEATURE_PARTY),
+            (Role.OPERATOR, Role.SCHEDULER),
+            *((party, Role.SCHEDULER) for party in PARTIES),
+            *((Role.SCHEDULER, party) for party in PARTIES),
+        }
+    ),
+    Kind.COMMAND: frozenset((Role.SCHEDULER, receiver) for receiver in (*PARTIES, Role.OPERATOR)),
+}
+
+
+def kinds_between(sender: Role, receiver: Role) -> frozenset[Kind]:
+    """Return what the one may send the other."""
+    return frozenset(kind for kind, allowed in WHO_MAY_SAY.items() if (sender, receiver) in allowed)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -87,219 +121,6 @@ class Gradient:
         return Kind.GRADIENT
 
 
-# Reports ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class EpochResult:
-    """What the label holder measured in one epoch; `step` is the epoch's last step, `loss` the mean over its rows."""
-
-    epoch: int
-    step: int
-    loss: float
-    holdout: Mapping[str, float | None] | None = None  # None for a metric that these rows do not define
-    seconds: float = 0.0  # as the scheduler saw it pass
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A worker is here: what it was asked to train, on which rows, and what it already holds.
-
-    Sent at every start and after every reconnect, so that a scheduler that lost its memory can learn everything anew.
-    One that was meant for an earlier scheduler may have been left behind by a worker that is gone.
-    """
-
-    incarnation: str  # drawn anew by every worker process: commands to an earlier one are void
-    job: Mapping[str, Any]  # the canonical job, for naming the keys that differ
-    n_rows: int
-    rows_digest: str  # keyed digest of all row ids in canonical order, hexadecimal
-    id_type: str  # "integer" or "text"
-    run: str | None  # None: nothing on disk
-    generation: int
-    held: tuple[int, ...]  # the steps whose checkpoints are on disk, ascending
-    epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's history; the rest on request
-    to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
-    version: str = ""  # of sl_queue, for people; empty before there was such a field
-    rules: int = 1  # how it computes what it chooses, such as held-out rows; what the first version does not say is 1
-    type: Literal["joined"] = "joined"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a worker is: the step it computes, the last one it committed, and the checkpoints it holds."""
-
-    incarnation: str
-    generation: int
-    step: int
-    held: tuple[int, ...]
-    loss: float | None = None
-    samples: int = 0  # rows trained on since this worker process started
-    type: Literal["progress"] = "progress"
-
-
-@dataclass(frozen=True, slots=True)
-class EpochDone:
-    """The label holder has committed an epoch and evaluated it."""
-
-    incarnation: str
-    generation: int
-    result: EpochResult
-    type: Literal["epoch_done"] = "epoch_done"
-
-
-@dataclass(frozen=True, slots=True)
-class Epochs:
-    """Consecutive epochs of the label holder's history, from one that the scheduler lacks on; as many as a page has."""
-
-    incarnation: str
-    generation: int
-    results: tuple[EpochResult, ...]
-    type: Literal["epochs"] = "epochs"
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """The sender waits for a message: sent to its source, which sends it again if it has it, and to the scheduler."""
-
-    incarnation: str
-    generation: int
-    source: str
-    kind: Kind
-    step: int
-    index: int
-    seconds: float
-    silent: float  # seconds since anything was heard from the source
-    type: Literal["waiting"] = "waiting"
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The sender was asked for a message that it sent in the past and no longer has."""
-
-    incarnation: str
-    generation: int
-    receiver: str
-    kind: Kind
-    step: int
-    index: int
-    asked_s: float  # how long the receiver had waited when it asked: tells a second question from a second delivery
-    type: Literal["lost"] = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class Alive:
-    """A sign of life from a worker's I/O, also while it computes; goes to every peer."""
-
-    incarnation: str
-    type: Literal["alive"] = "alive"
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A worker ends for a reason that a restart does not mend."""
-
-    incarnation: str
-    error: str  # class name
-    message: str
-    type: Literal["failed"] = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """A worker ended on purpose after committing `step`."""
-
-    incarnation: str
-    step: int
-    type: Literal["stopped"] = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A worker has written its final weights."""
-
-    incarnation: str
-    digests: Mapping[str, str]  # file name -> SHA-256, hexadecimal
-    type: Literal["finished"] = "finished"
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequest:
-    """The operator asks for an orderly stop at the next commit."""
-
-    to: str  # the incarnation of the scheduler that the operator has heard of; none other believes it
-    type: Literal["stop_request"] = "stop_request"
-
-
-Report = Joined | Progress | EpochDone | Epochs | Waiting | Lost | Alive | Failed | Stopped | Finished | StopRequest
-
-
-# Commands -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Train: resume from your newest checkpoint that the present generation admits."""
-
-    incarnation: str
-    run: str
-    bases: tuple[int, ...] = ()  # for generation 1, 2, ...: the step of the common checkpoint at which it began
-    type: Literal["start"] = "start"
-
-    @property
-    def generation(self) -> int:
-        return len(self.bases)
-
-    def admits(self, generation: int, step: int) -> bool:
-        """Whether a checkpoint written in `generation` after `step` belongs to the present timeline."""
-        return all(step <= base for base in self.bases[generation:])
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Epochs up to and including `through` may be trained; keep the checkpoint of step `keep`, if any, for later."""
-
-    incarnation: str
-    through: int
-    keep: int | None = None
-    known: int | None = None  # epochs that the scheduler knows: the label holder answers with those that come next
-    type: Literal["open"] = "open"
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Everyone has committed: the weights after `step` are final."""
-
-    incarnation: str
-    step: int
-    type: Literal["finish"] = "finish"
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End: at once with `error`, else after committing `after_step` (None: at the next commit)."""
-
-    incarnation: str
-    reason: str
-    after_step: int | None = None
-    error: str | None = None  # class name to raise
-    type: Literal["stop"] = "stop"
-
-
-Command = Start | Open | Finish | Stop
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Where the run is, as the scheduler last saw it; published for the operator."""
-
-    run: Mapping[str, Any]
-    incarnation: str = ""  # of the scheduler
-    type: Literal["status"] = "status"
-
-
-Message = Activation | Gradient | Report | Command | Status
-
-
 @dataclass(frozen=True, slots=True)
 class Header:
     """What every message carries, and for data messages the name it is known by."""
@@ -311,14 +132,3 @@ class Header:
     receiver: str
     micro_batch: MicroBatch
     committed: int = BEFORE_FIRST_STEP  # what the sender has on disk: it will never ask for anything up to this step
-
-
-def kind_of(message: Message) -> Kind:
-    """What a message is filed and routed as."""
-    match message:
-        case Activation() | Gradient():
-            return message.kind
-        case Start() | Open() | Finish() | Stop() | Status():
-            return Kind.COMMAND
-        case _:
-            return Kind.REPORT

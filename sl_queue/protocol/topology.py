@@ -5,7 +5,7 @@ So rights, prefetch and back-pressure are per party: party P writes to `x.P`, re
 
 from dataclasses import dataclass
 
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind, Role, kinds_between
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,21 @@ class Topology:
 
     def senders_to(self, receiver: str) -> tuple[str, ...]:
         """Whose messages `receiver` consumes; the first queue serves as the lock of the party."""
-        if receiver == SCHEDULER:
-            return (*self.parties, OPERATOR)
-        if receiver == OPERATOR:
-            return (SCHEDULER,)
-        if receiver == self.label_holder:
-            return (SCHEDULER, *self.feature_parties)
-        return (SCHEDULER, self.label_holder)
+        return tuple(s for s in (SCHEDULER, *self.parties, OPERATOR) if self.kinds_between(s, receiver))
 
     def receivers_of(self, sender: str) -> tuple[str, ...]:
         """To whom `sender` publishes."""
         return tuple(r for r in (SCHEDULER, OPERATOR, *self.parties) if r != sender and sender in self.senders_to(r))
+
+    def kinds_between(self, sender: str, receiver: str) -> frozenset[Kind]:
+        """Return what the one may send the other."""
+        return kinds_between(self.role_of(sender), self.role_of(receiver))
+
+    def role_of(self, name: str) -> Role:
+        """Return what somebody is in this job."""
+        if name in (SCHEDULER, OPERATOR):
+            return Role(name)
+        return Role.LABEL_HOLDER if name == self.label_holder else Role.FEATURE_PARTY
 
     @property
     def parties(self) -> tuple[str, ...]:

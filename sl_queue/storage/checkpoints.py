@@ -4,10 +4,8 @@ The law: a checkpoint is on disk, whole, before anything that it covers is ackno
 ones before as they were. The initial weights are never on disk; they follow from the job.
 """
 
-import fcntl
 import json
 import logging
-import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock
+
 from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
-from sl_queue.ports import Final, Saved, State, Weights
+from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.protocol.scheduler.agreement import told_difference
-from sl_queue.storage.files import is_passing, unusable, warn_of_readers, write_durably
+from sl_queue.storage.files import Held, is_passing, lock, unusable, warn_of_readers, write_durably
 from sl_queue.storage.tensor_file import Stored, TornFileError, packed, sealed, unsealed
 
 log = logging.getLogger("sl_queue")
@@ -59,7 +59,7 @@ class Folder:
             for folder in (path, self._checkpoints, self._final):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             warn_of_readers(path)
-            self._unlock = weakref.finalize(self, os.close, self._locked(path / "lock"))
+            self._unlock = weakref.finalize(self, self._locked().release)
         try:
             with self._writing():
                 self._remove_leftovers()
@@ -172,7 +172,7 @@ class Folder:
                 name, body = f"{stem}{_SUFFIX}", packed(tensors, {"format": "pt"})
                 write_durably(self._final / name, body)
                 digests[name] = sha256(body).hexdigest()
-        self._write_run(Final(run, step, incarnation, digests, told=False))
+        self._write_run(Final(run, step, incarnation, digests, reported=False))
 
     def finished(self) -> Final | None:
         """What `write_final` left; None if this party has not finished."""
@@ -190,15 +190,15 @@ class Folder:
             return None
         return final
 
-    def mark_told(self) -> None:
+    def mark_reported(self) -> None:
         """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
         final = self.finished()
         if final is None:
             raise LocalProtocolError("nothing final was written")
-        self._write_run(Final(final.run, final.step, final.incarnation, final.digests, told=True))
+        self._write_run(Final(final.run, final.step, final.incarnation, final.digests, reported=True))
 
     def _write_run(self, final: Final) -> None:
-        told = {"run": final.run, "step": final.step, "incarnation": final.incarnation, "told": final.told}
+        told = {"run": final.run, "step": final.step, "incarnation": final.incarnation, "told": final.reported}
         digests = {"digests": dict(final.digests), "fingerprint": self._fingerprint}
         body = json.dumps(self._owner | told | digests, indent=1)
         with self._writing():
@@ -287,21 +287,14 @@ class Folder:
             f"{differing}. Restore that, or start anew with another state folder"
         )
 
-    def _locked(self, path: Path) -> int:
-        """The lock's file descriptor; the lock goes when it is closed, however the worker ends."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    def _locked(self) -> FileLock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 20).decode(errors="replace")
-            os.close(descriptor)
+            return lock(self._path)
+        except Held as held:
             raise PartyBusy(
-                f"another worker (process {holder or 'unknown'}) serves party {self._owner['party']!r} "
+                f"another worker (process {held.holder}) serves party {self._owner['party']!r} "
                 f"with {self._path}; stop it first, or leave it to go on"
             ) from None
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        return descriptor
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -318,7 +311,7 @@ def holds_final(path: Path, job_digest: str) -> bool:
         final, found = _read_final(path / "final")
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return final.told and found.get("job") == job_digest
+    return final.reported and found.get("job") == job_digest
 
 
 def _read_final(folder: Path) -> tuple[Final, Mapping[str, Any]]:

@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from sl_queue.errors import CheckpointError, ResourceShortage, SlQueueError
 
 PRIVATE = 0o600
@@ -33,6 +35,33 @@ def write_durably(path: Path, body: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+class Held(Exception):
+    """A lock that another worker holds. `holder`: its process number, or "unknown"."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+def lock(folder: Path) -> FileLock:
+    """Lock a folder for this process until `release`, or until the process ends in whatever way.
+
+    Raises Held if another process, or another caller in this one, has it; OSError if its file cannot be used.
+    """
+    path = folder / "lock"
+    taken = FileLock(path, blocking=False, mode=PRIVATE, thread_local=False, fallback_to_soft=False)
+    try:
+        taken.acquire()
+    except Timeout:
+        raise Held(path.read_text(errors="replace")[:20] or "unknown") from None
+    try:
+        path.write_text(str(os.getpid()))
+    except OSError:
+        taken.release()
+        raise
+    return taken
 
 
 def is_passing(error: BaseException) -> bool:

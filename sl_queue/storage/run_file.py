@@ -4,9 +4,7 @@ The law: the history is written first. A crash in between leaves an epoch that n
 back fewer than there were; the label holder tells those again.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,11 +13,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sl_queue.errors import CheckpointError, PartyBusy
+from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.history import History
-from sl_queue.protocol.messages import EpochResult
 from sl_queue.protocol.scheduler.agreement import told_difference
 from sl_queue.protocol.scheduler.state import Phase, RunState, history_line
-from sl_queue.storage.files import PRIVATE, is_passing, unusable, warn_of_readers, write_durably
+from sl_queue.storage.files import Held, is_passing, lock, unusable, warn_of_readers, write_durably
 from sl_queue.storage.history_file import HistoryFile
 
 _states: TypeAdapter[RunState] = TypeAdapter(RunState)
@@ -28,7 +26,7 @@ _ELSEWHERE = ("history", "standing")  # of a state: in a file of its own, and wh
 
 
 class RunFile:
-    """One scheduler's state folder; locked while this object lives."""
+    """One scheduler's state folder; locked until `close`, or while this object lives."""
 
     def __init__(self, folder: Path, job: Mapping[str, Any], job_digest: str) -> None:
         self._folder, self._job, self._job_digest = folder, job, job_digest
@@ -36,18 +34,17 @@ class RunFile:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             warn_of_readers(folder)
-            self._lock = os.fdopen(os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, PRIVATE), "w")
+            self._lock = lock(folder)
+        except Held as held:
+            raise PartyBusy(
+                f"another scheduler (process {held.holder}) uses {folder}; stop it, or give this one another --state"
+            ) from None
         except OSError as error:
             raise unusable(folder, error) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise PartyBusy(f"another scheduler uses {folder}; stop it, or give this one another --state") from None
 
     def close(self) -> None:
         """Let another scheduler use the folder."""
-        self._lock.close()
+        self._lock.release()
 
     def load(self) -> RunState | None:
         path = self._folder / "run.json"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NewType, Protocol
 
 from sl_queue.errors import SlQueueError
-from sl_queue.ports import Connectivity
+from sl_queue.protocol.measures import Connectivity
 from sl_queue.protocol.messages import Kind
 
 Tag = NewType("Tag", tuple[int, int, int])  # (connection, channel or queue, delivery): void after a reconnect

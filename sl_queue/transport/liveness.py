@@ -12,10 +12,10 @@ from sl_queue.transport.link import Outage
 log = logging.getLogger("sl_queue")
 
 
-class Patience:
+class Liveness:
     """When each source was heard of last. Mutable; thread-safe, as every entry is one assignment.
 
-    `is_stranger`: whether nothing that a source sent could be opened. `outage`: of the own link; while it lasts nobody
+    `is_unreadable`: True of a source of which nothing could be opened. `outage`: of the own link; while it lasts nobody
     can be heard, so it counts as nobody's silence.
     """
 
@@ -23,11 +23,11 @@ class Patience:
         self,
         party: str,
         patience_s: float,
-        is_stranger: Callable[[str], bool],
+        is_unreadable: Callable[[str], bool],
         outage: Callable[[], Outage] = Outage,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._party, self._patience_s, self._is_stranger = party, patience_s, is_stranger
+        self._party, self._patience_s, self._is_unreadable = party, patience_s, is_unreadable
         self._outage, self._clock = outage, clock
         self._heard: dict[str, float] = {}  # by a clock that stands still while the link is down
 
@@ -42,8 +42,11 @@ class Patience:
     def _listened_s(self) -> float:
         return self._clock() - self._outage().total_s
 
-    def name(self, source: str, what: str, waited_s: float) -> None:
-        """Say whom we wait for. Raises PeerSilent or AlignmentError for one who has been silent for too long."""
+    def name(self, source: str, what: str, waited_s: float, foreign: str | None = None) -> None:
+        """Log whom we wait for; `foreign`: it speaks another version, and what to do.
+
+        Raises PeerSilent or AlignmentError for one who has been silent for too long.
+        """
         outage = self._outage()
         if outage.reason:
             log.warning(
@@ -57,11 +60,13 @@ class Patience:
         )
         if silent_s <= GIVE_UP * self._patience_s:
             return  # also if nothing of it could be opened: whoever runs the broker can put in what nobody can open
-        if self._is_stranger(source):
+        if self._is_unreadable(source):
             raise AlignmentError(
                 f"no message of {source!r} can be opened by party {self._party!r}: their jobs do not have the same "
                 "[security]; every party needs the same job file"
             )
+        if foreign is not None:
+            raise AlignmentError(foreign)
         raise PeerSilent(
             f"party {self._party!r} waits for {what}, which has been silent for {silent_s:.0f} s "
             f"({GIVE_UP} times patience); start that worker and this one again: the run resumes"

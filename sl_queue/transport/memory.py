@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sl_queue.errors import PartyBusy, SlQueueError, TransportError
-from sl_queue.ports import IN_PROCESS, Connectivity
+from sl_queue.protocol.measures import IN_PROCESS, Connectivity
 from sl_queue.protocol.messages import OPERATOR, Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery, Outage, Tag

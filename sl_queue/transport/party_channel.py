@@ -4,66 +4,42 @@ Two threads meet here under one lock: the worker (send, receive) and the link (d
 pulse, tells peers and scheduler a few times a second that this worker is alive and where it is. A fourth commits: the
 broker's confirms and the disk take their time while the pipeline fills again, and the first message of the next step
 is not given out before. So a worker that is killed meanwhile repeats no more than the steps between two commits, and
-prefetch stays what it is. What is decided under the lock (protocol/timeline) is done outside of it.
+prefetch stays what it is. What is decided under the lock (protocol/party/timeline) is done outside of it.
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import replace
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
-from sl_queue.errors import (
-    AlignmentError,
-    RemoteProtocolError,
-    RunStopped,
-    SlQueueError,
-    named,
-)
+from sl_queue.errors import AlignmentError, RunStopped, SlQueueError, named
 from sl_queue.observe.meter import Meter
-from sl_queue.ports import Measures, Restarted
-from sl_queue.protocol.codec import AnotherVersion, Unreadable, decode, encode
-from sl_queue.protocol.messages import (
-    SCHEDULER,
-    Activation,
-    Alive,
-    Finish,
-    Gradient,
-    Header,
-    Joined,
-    Kind,
-    Message,
-    MicroBatch,
-    Open,
-    Payload,
-    Progress,
-    Report,
-    Start,
-    Stop,
-    Waiting,
-)
+from sl_queue.protocol.codec import Terms
+from sl_queue.protocol.control import Join, Progress, Report, Start, Waiting
+from sl_queue.protocol.measures import Measures
+from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER, Activation, Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.bounds import Bounds, control_bytes
 from sl_queue.protocol.party.mailbox import Acknowledge, Reject, Verdict
-from sl_queue.protocol.party.orders import Orders
+from sl_queue.protocol.party.orders import Orders, Restarted
 from sl_queue.protocol.party.timeline import Timeline
 from sl_queue.protocol.text import printable
-from sl_queue.security.sealing import OVERHEAD_BYTES, News, Opened, Seal
-from sl_queue.transport.link import Delivery, Link, Tag
-from sl_queue.transport.liveness import Patience
-from sl_queue.transport.refusals import Refusals
-from sl_queue.transport.sparing import Sparing
-from sl_queue.transport.versions import Versions
+from sl_queue.protocol.topology import Topology
+from sl_queue.security.sealing import Seal
+from sl_queue.transport.commits import Commits
+from sl_queue.transport.link import Link, Tag
+from sl_queue.transport.liveness import Liveness
+from sl_queue.transport.mail import Letter, Mail, Spoilt
+from sl_queue.transport.pulse import Pulse
+from sl_queue.transport.reporting import Reports
+from sl_queue.transport.resending import Resending
+from sl_queue.transport.shared import Shared
 
 T = TypeVar("T")
 
-PULSE_S = 0.25  # how often progress is told
 OUTBOX_BYTES = 256 * 1024 * 1024  # sent and not yet committed by the receiver; what is older is lost with the broker
-
-ANSWERS = 40  # of a peer's questions in one patience: it asks no more than half as often
 
 log = logging.getLogger("sl_queue")
 
@@ -79,7 +55,7 @@ class PartyChannel:
         self,
         link: Link,
         party: str,
-        peers: tuple[str, ...],
+        topology: Topology,
         incarnation: str,
         *,
         patience_s: float,
@@ -89,137 +65,91 @@ class PartyChannel:
         committer: Executor | None = None,
         bounds: Bounds | None = None,
     ) -> None:
-        self._link, self._party, self._sources, self._incarnation = link, party, (SCHEDULER, *peers), incarnation
+        self._link, self._party = link, party
+        self._sources = topology.senders_to(party)
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
-        self._seal, self._news, self._meter = seal, News(seal), Meter()
-        self._refusals, self._versions = Refusals(party, patience_s), Versions(patience_s)
-        self._largest = {} if bounds is None else {s: bounds.largest_bytes(s) + OVERHEAD_BYTES for s in self._sources}
-        self._answered: dict[str, float] = {}  # when each peer's last question was, monotonic
-        self._resent = Sparing(patience_s)
-        self._changed = threading.Condition()
-        self._timeline: Timeline[Tag] = Timeline(party, peers, incarnation, OUTBOX_BYTES, bounds)
-        self._patience = Patience(
-            party, patience_s, lambda source: seal is not None and seal.never_opened(source), link.outage
+        terms = {sender: Terms.between(topology, sender, party, control_bytes(sender)) for sender in self._sources}
+        largest = {} if bounds is None else {sender: bounds.largest_bytes(sender) for sender in self._sources}
+        self._mail = Mail(link, party, terms, incarnation, patience_s=patience_s, largest=largest, seal=seal)
+        self._timeline: Timeline[Tag] = Timeline(party, incarnation, OUTBOX_BYTES, bounds)
+        self._changed, self._meter = threading.Condition(), Meter()
+        self._liveness = Liveness(party, patience_s, self._mail.is_unreadable, link.outage)
+        self._liveness.hear(self._sources)  # so that whoever observes may ask before it is open
+        shared = Shared(
+            party, incarnation, patience_s, link, self._mail, self._timeline, self._changed, self._liveness, self._meter
         )
-        self._patience.hear(self._sources)  # so that whoever observes may ask before it is open
+        committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
+        self._reports, self._commits = Reports(shared, self._sources), Commits(shared, committer, self._check)
+        self._resending = Resending(party, patience_s)
         self._failure: SlQueueError | None = None
-        self._describe: Callable[[], Joined] | None = None
-        self._progress: Progress | None = None
-        self._telling = threading.RLock()  # entered again where memory:// delivers on the publisher's thread
-        self._committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
-        self._commit_under_way: Future[None] | None = None
-        self._closed = threading.Event()
-        self._pulse = threading.Thread(target=self._beat, name=f"{party}-pulse", daemon=True)
+        self._pulse = Pulse(party, self._reports.every_s, self._beat, first_s=self._reports.every_s)
 
     def open(self) -> None:
         """Connect and consume. Raises BrokerUnreachable, PartyBusy."""
-        self._patience.hear(self._sources)
-        self._link.open(self._on_delivery, self._on_reconnect, self._on_failure)
-        self._patience.hear(self._sources)
+        self._liveness.hear(self._sources)
+        self._mail.open(self)
+        self._liveness.hear(self._sources)
         self._pulse.start()
 
     def close(self) -> None:
         """Flush what was published, then leave; unacknowledged messages stay at the broker."""
-        self._closed.set()
+        self._pulse.end()
         try:
-            if self._failure is None:
-                with suppress(SlQueueError):  # the link has failed a moment ago
-                    self._link.flush(timeout_s=5.0)
+            self._mail.close(failed=self._failure is not None)
         finally:
-            self._link.close()
-            self._tell_counts(all_of_it=True)
-            self._committer.shutdown()  # once this returns, the state folder may become another worker's
-            if self._pulse.ident is not None:
-                self._pulse.join()
+            self._resending.log_counts(all_of_it=True)
+            self._commits.close()  # once this returns, the state folder may become another worker's
+            self._pulse.join()
 
     # What the worker calls --------------------------------------------------------------------------------------
 
     def send(self, receiver: str, message: Activation | Gradient) -> None:
-        body = self._encode(receiver, message)
+        body = self._mail.sealed(receiver, self._timeline.header(receiver, message), message)
         with self._changed:
             self._timeline.outbox.keep(receiver, message.kind, message.micro_batch, body)
         self._publish(receiver, message.kind, body)
 
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         what = f"{kind} {micro_batch} of party {sender!r}"
-
-        def ask(seconds: float) -> None:
-            with self._changed:
-                unusable = self._timeline.mailbox.ask(sender, kind, micro_batch)
-            if unusable is not None and seconds >= self._patience_s:
-                raise RemoteProtocolError(
-                    f"party {self._party!r} waits for {what}; whatever comes of it is refused: {unusable}; "
-                    "compare job, models and versions of both parties"
-                )
-            waiting = self._timeline.waiting(sender, kind, micro_batch, seconds, self._patience.silence_s(sender))
-            self._tell(sender, waiting)
-            self._tell(SCHEDULER, waiting)
-
+        ask = partial(self._reports.ask, sender, kind, micro_batch)
         with self._meter.waiting(sender, kind):
             payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
-        self.settle()
+        self.wait_committed()
         return payload
 
     def commit(self, step: int, save: Callable[[], None]) -> None:
-        self.settle()
-        self._commit_under_way = self._committer.submit(self._commit, step, save, self._link.mark())
-        self._commit_under_way.add_done_callback(lambda _: self._notify())
+        self.wait_committed()
+        self._commits.begin(step, save)
 
-    def settle(self) -> None:
-        commit, self._commit_under_way = self._commit_under_way, None
-        if commit is not None:
-            with self._meter.waiting("disk", "commit"):
-                commit.result()
-
-    def _commit(self, step: int, save: Callable[[], None], mark: int) -> None:
-        """The law: sends are confirmed, then the checkpoint is on disk, then receives are acknowledged."""
-        self._await_confirms(mark)
-        save()
-        with self._changed:
-            tags = self._timeline.commit(step)
-        self._link.acknowledge(tags)
-        self._meter.count("commits")
+    def wait_committed(self) -> None:
+        self._commits.wait()
 
     def flush(self) -> None:
-        with self._meter.waiting("broker", "confirm"):
-            self._await_confirms(self._link.mark())
+        self._commits.flush()
 
-    def _await_confirms(self, mark: int) -> None:
-        """Of what was sent up to the mark: there is always more, and it would never end."""
-        began, name_at = time.monotonic(), self._patience_s
-        while not self._link.flush(min(1.0, self._patience_s), mark):
-            with self._changed:
-                self._check()
-            waited = time.monotonic() - began
-            if waited >= name_at:
-                name_at += self._patience_s
-                self._patience.name_broker(waited)
-
-    def introduce(self, describe: Callable[[], Joined]) -> None:
-        self._describe, self._timeline.introduce = describe, True
-        self._introduce_if_needed()
+    def announce(self, describe: Callable[[], Join]) -> None:
+        self._reports.announce(describe)
 
     def report(self, report: Report) -> None:
-        self._tell_progress()  # what is told last is the newest
-        self._publish(SCHEDULER, Kind.REPORT, self._encode(SCHEDULER, report), persistent=True)
+        self._reports.report(report)
 
     def progress(self, report: Progress) -> None:
-        with self._changed:
-            self._progress = report
-            counts = dict(self._timeline.mailbox.counts)
-        log.debug("%s: step %d is done; messages of this process so far: %s", self._party, report.step, counts)
+        self._reports.progress(report)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s: step %d is done; messages of this process so far: %s", self._party, report.step, self.counts)
 
-    def until(self, decision: Callable[[Orders], T | None]) -> T:
+    def wait_for(self, decision: Callable[[Orders], T | None]) -> T:
         def ask(_: float) -> None:
-            self._timeline.introduce = True
+            self._reports.announce_again()
 
         with self._meter.waiting(SCHEDULER, "order"):
             return self._wait(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)
 
-    def adopt(self, start: Start, resume_step: int) -> None:
+    def enter(self, start: Start, resume_step: int) -> None:
         with self._changed:
-            verdicts = self._timeline.adopt(start, resume_step)
-        self._carry_out(verdicts, self._party)
+            verdicts = self._timeline.enter(start, resume_step)
+        for verdict in verdicts:
+            self._carry_out(verdict, self._party)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -230,8 +160,8 @@ class PartyChannel:
     @property
     def measures(self) -> Measures:
         """What there is to observe."""
-        silent_s = {peer: self._patience.silence_s(peer) for peer in self._sources}
-        return self._meter.read(self.counts, silent_s, self._link.connectivity)
+        silent_s = {peer: self._liveness.silence_s(peer) for peer in self._sources}
+        return self._meter.read(self.counts, silent_s, self._mail.connectivity)
 
     # Waiting ----------------------------------------------------------------------------------------------------
 
@@ -246,9 +176,9 @@ class PartyChannel:
                 taken = take()
                 if taken is not None:
                     return taken
-                if not self._timeline.introduce:
+                if not self._timeline.announce:
                     self._changed.wait(min(0.5, pause_s))
-            self._introduce_if_needed()
+            self._reports.announce_if_needed()
             waited = time.monotonic() - began
             if waited >= ask_at:
                 ask(waited)
@@ -256,20 +186,26 @@ class PartyChannel:
                 ask_at = waited + pause_s
             if waited >= name_at:
                 name_at += self._patience_s
-                self._require_one_version()
-                self._patience.name(source, what, waited)
+                self._name(source, what, waited)
 
-    def _require_one_version(self) -> None:
-        """Raise AlignmentError for a peer that has spoken nothing but another version for a patience."""
-        for reason in self._versions.named(time.monotonic()).values():
-            raise AlignmentError(reason)
+    def _name(self, source: str, what: str, waited_s: float) -> None:
+        """Log whom we wait for. Raises AlignmentError for a peer of another version, unless the run was going on.
+
+        Then that peer alone is refused, and waited for like one that is silent.
+        """
+        foreign = self._mail.foreign()
+        for sender, reason in foreign.items():
+            if not self._mail.has_understood(sender) and self._timeline.committed == BEFORE_FIRST_STEP:
+                raise AlignmentError(reason)
+            log.warning("%s: refuses what comes of %r: %s", self._party, sender, reason)
+        self._liveness.name(source, what, waited_s, foreign.get(source))
 
     def _check(self) -> None:
         """Raise what ends or redirects the worker; called with the lock held."""
         if self._failure is not None:
             raise self._failure
-        if self._commit_under_way is not None and self._commit_under_way.done():
-            self.settle()
+        if self._commits.has_ended:
+            self.wait_committed()
         stop = self._timeline.orders.stop
         if stop is not None and stop.error is not None:
             raise named(stop.error)(printable(stop.reason))
@@ -278,104 +214,38 @@ class PartyChannel:
         if self._timeline.newer is not None:
             raise Restarted(self._timeline.newer)
 
-    def _introduce_if_needed(self) -> None:
-        with self._changed:
-            again, self._timeline.introduce = self._timeline.introduce, False
-            scheduler = self._timeline.scheduler_incarnation or ""
-        if again and self._describe is not None:
-            self.report(replace(self._describe(), to=scheduler))
+    # What the mail and its link call ----------------------------------------------------------------------------
 
-    # What the link calls ----------------------------------------------------------------------------------------
-
-    def _on_delivery(self, delivery: Delivery) -> None:
-        self._meter.count("received_bytes", len(delivery.body))
-        try:
-            opened, header, message = self._read(delivery)
-        except RemoteProtocolError as error:
-            self._refuse(delivery, error)
-            return
-        if not delivery.redelivered:  # what came before says nothing of now
-            self._patience.hear((delivery.sender,))
-        self._versions.understood(delivery.sender)
+    def on_letter(self, letter: Letter) -> None:
+        message = letter.message
+        self._meter.count("received_bytes", letter.size)
+        if not letter.redelivered:  # what came before says nothing of now
+            self._liveness.hear((letter.sender,))
         with self._changed:
-            late = opened is not None and self._is_late(delivery.sender, message, opened)
-            verdict = Acknowledge((delivery.tag,)) if late else self._file(delivery, header, message)
-            answers = isinstance(message, Waiting) and not isinstance(verdict, Reject)
-            answers = answers and self._timeline.is_present(header)
+            if letter.met and letter.sender == SCHEDULER:
+                self._timeline.announce = True
+            verdict = self._timeline.file(letter.header, message, letter.tag, letter.redelivered)
+            asked = isinstance(message, Waiting) and self._timeline.is_present(letter.header)
             self._changed.notify_all()
-        self._carry_out([verdict], delivery.sender)
-        if isinstance(message, Waiting) and answers:
-            self._send_again(delivery.sender, message)
+        self._carry_out(verdict, letter.sender)
+        if isinstance(message, Waiting) and asked:
+            self._send_again(letter.sender, message)
 
-    def _read(self, delivery: Delivery) -> tuple[Opened | None, Header, Message]:
-        """Open and decode a delivery. Raises RemoteProtocolError, before it is looked at if it is too large."""
-        sender, size = delivery.sender, len(delivery.body)
-        most = self._largest.get(sender, size)
-        if size > most:
-            raise RemoteProtocolError(f"a message of {size} bytes; the largest that {sender!r} sends has {most}")
-        opened = None if self._seal is None else self._seal.open(sender, delivery.body)
-        header, message = decode(delivery.body if opened is None else opened.body, control_bytes(sender))
-        return opened, header, message
+    def on_late(self, letter: Letter) -> None:
+        self._meter.count("received_bytes", letter.size)
+        if letter.met and letter.sender == SCHEDULER:
+            with self._changed:
+                self._timeline.announce = True
+                self._changed.notify_all()
 
-    def _refuse(self, delivery: Delivery, error: RemoteProtocolError) -> None:
-        """Refuse what cannot be read."""
-        if isinstance(error, AnotherVersion):
-            self._versions.foreign(delivery.sender, error.speaks, time.monotonic())
+    def on_spoilt(self, spoilt: Spoilt) -> None:
+        self._meter.count("received_bytes", spoilt.size)
         with self._changed:
-            verdict: Verdict[Tag]
-            if isinstance(error, Unreadable):
-                verdict = self._timeline.refuse_unreadable(delivery.sender, error.header, delivery.tag, str(error))
-            else:
-                verdict = self._timeline.refuse(delivery.tag, str(error))
+            verdict = self._timeline.refuse(spoilt.tag, str(spoilt.reason), spoilt.header)
             self._changed.notify_all()
-        self._carry_out([verdict], delivery.sender)
+        self._carry_out(verdict, spoilt.sender)
 
-    def _file(self, delivery: Delivery, header: Header, message: Message) -> Verdict[Tag]:
-        return self._timeline.file(delivery.sender, header, message, delivery.tag, delivery.redelivered)
-
-    def _is_late(self, sender: str, message: Message, opened: Opened) -> bool:
-        """Whether a command was given before; a scheduler that we had not heard of is told who is here."""
-        if sender == SCHEDULER and opened.met:
-            self._timeline.introduce = True
-        return isinstance(message, Start | Open | Finish | Stop) and not self._news.is_news(opened, "command")
-
-    def _send_again(self, receiver: str, waiting: Waiting) -> None:
-        """A peer waits for something that we may have sent: send it and all after it again, or say that it is lost."""
-        now = time.monotonic()
-        if now - self._answered.get(receiver, -math.inf) < self._patience_s / ANSWERS:
-            return  # it asks again; who asks without end has no more sent than it can read
-        self._answered[receiver] = now
-        with self._changed:
-            again, lost = self._timeline.answer(receiver, waiting)
-        for (_, kind, _), body in again:
-            self._publish(receiver, kind, body)
-        if again and self._resent.note(receiver, len(again), now):
-            first = f"{waiting.kind} {MicroBatch(waiting.step, waiting.index)}"
-            log.info("%s: sent %d messages again to party %r, from %s on", self._party, len(again), receiver, first)
-        if lost is not None:
-            self.report(lost)
-
-    def _tell_counts(self, *, all_of_it: bool = False) -> None:
-        """Log what has happened too often to be logged each time."""
-        now = time.monotonic()
-        self._refusals.tell(now, all_of_it=all_of_it)
-        for receiver, count, seconds in self._resent.due(now, all_of_it=all_of_it):
-            log.info("%s: sent %d messages again to party %r in %.0f s", self._party, count, receiver, seconds)
-
-    def _carry_out(self, verdicts: list[Verdict[Tag]], sender: str) -> None:
-        for verdict in verdicts:
-            match verdict:
-                case Acknowledge(tags):
-                    self._link.acknowledge(tags)
-                case Reject(tag, reason, by):
-                    if self._refusals.note(by or sender, reason, time.monotonic()):
-                        self._link.reject(tag, reason)
-                    else:
-                        self._link.acknowledge([tag])
-                case None:
-                    pass
-
-    def _on_reconnect(self) -> None:
+    def on_reconnect(self) -> None:
         self._meter.count("reconnects")
         with self._changed:
             again = self._timeline.disconnect(self._depth)
@@ -383,59 +253,44 @@ class PartyChannel:
         for (receiver, kind, _), body in again:
             self._publish(receiver, kind, body)
 
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _on_failure(self, error: SlQueueError) -> None:
+    def on_failure(self, error: SlQueueError) -> None:
         with self._changed:
             self._failure = error
             self._changed.notify_all()
 
-    fail = _on_failure  # also for who composes several roles in one process
+    fail = on_failure  # also for who composes several roles in one process
+
+    def _send_again(self, receiver: str, waiting: Waiting) -> None:
+        """Send again what a peer waits for and all after it, or report that it is lost."""
+        if not self._resending.may_answer(receiver):
+            return
+        with self._changed:
+            again, lost = self._timeline.answer(receiver, waiting)
+        for (_, kind, _), body in again:
+            self._publish(receiver, kind, body)
+        self._resending.log_first(receiver, waiting, len(again))
+        if lost is not None:
+            self.report(lost)
+
+    def _carry_out(self, verdict: Verdict[Tag], sender: str) -> None:
+        match verdict:
+            case Acknowledge(tags):
+                self._link.acknowledge(tags)
+            case Reject(tag, reason, by):
+                self._mail.refuse(by or sender, tag, reason)
+            case None:
+                pass
 
     # Publishing -------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        """The pulse: progress as soon as there is some, a sign of life a few times per patience."""
-        alive_every_s = min(self._patience_s / 4, 5.0)
-        alive_at = 0.0
-        while not self._closed.wait(min(PULSE_S, alive_every_s)):
-            self._meter.beat()
-            self._tell_counts()
-            if self._failure is not None:
-                return
-            try:
-                self._tell_progress()
-                if time.monotonic() >= alive_at:
-                    alive_at = time.monotonic() + alive_every_s
-                    for peer in self._sources:
-                        self._tell(peer, Alive(self._incarnation))
-            except SlQueueError:
-                return  # the link has failed or is closed: the worker's thread says so
+        self._meter.beat()
+        self._mail.log_refusals()
+        self._resending.log_counts()
+        if self._failure is not None:
+            raise self._failure
+        self._reports.beat()
 
-    def _tell_progress(self) -> None:
-        """Taken and told as one, so that no other thread tells something newer in between."""
-        with self._telling:
-            with self._changed:
-                progress, self._progress = self._progress, None
-            if progress is not None:
-                self._tell(SCHEDULER, progress)
-
-    def _tell(self, receiver: str, report: Report) -> None:
-        """A report that is worth nothing later: not stored by the broker, and forgotten when it is old."""
-        body = self._encode(receiver, report)
+    def _publish(self, receiver: str, kind: Kind, body: bytes) -> None:
         self._meter.count("sent_bytes", len(body))
-        self._link.publish(
-            receiver, Kind.REPORT, self._timeline.run, body, persistent=False, expires_s=self._patience_s
-        )
-
-    def _publish(self, receiver: str, kind: Kind, body: bytes, *, persistent: bool | None = None) -> None:
-        self._meter.count("sent_bytes", len(body))
-        self._link.publish(
-            receiver, kind, self._timeline.run, body, persistent=self._persistent if persistent is None else persistent
-        )
-
-    def _encode(self, receiver: str, message: Message) -> bytes:
-        body = encode(self._timeline.header(receiver, message), message)
-        return body if self._seal is None else self._seal.seal(receiver, body)
+        self._link.publish(receiver, kind, self._timeline.run, body, persistent=self._persistent)

@@ -17,12 +17,13 @@ class _Foreign:
 class Versions:
     """What was last heard of each sender that could not be understood. Mutable; `now` is monotonic, in seconds.
 
-    Thread-safe as far as one thread writes: every change is one assignment.
+    Thread-safe as far as one thread writes: every change is one operation.
     """
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
         self._foreign: dict[str, _Foreign] = {}
+        self._understood: set[str] = set()
 
     def foreign(self, sender: str, speaks: str, now: float) -> None:
         """Remember that `sender` sent a message of another version."""
@@ -31,11 +32,17 @@ class Versions:
 
     def understood(self, sender: str) -> None:
         """Remember that `sender` sent a message of our version."""
+        if sender not in self._understood:
+            self._understood.add(sender)
         if self._foreign:
             self._foreign.pop(sender, None)
 
+    def has_understood(self, sender: str) -> bool:
+        """Return True if any message of `sender` was of our version."""
+        return sender in self._understood
+
     def named(self, now: float) -> dict[str, str]:
-        """Say of each sender that has spoken nothing but another version for a patience, what that means."""
+        """Return what it means, of each sender that has spoken nothing but another version for a patience."""
         patience_s = self._patience_s
         return {
             sender: f"party {sender!r} speaks {known.speaks}: a run needs one version at every party; stop all "

@@ -22,7 +22,7 @@ from torch import nn
 
 from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
-from sl_queue.ports import Final, Saved, State
+from sl_queue.protocol.checkpoint import Final, Saved, State
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, Payload
 from sl_queue.protocol.scheduler.state import RunState
 from sl_queue.storage.checkpoints import Folder, holds_final
@@ -171,7 +171,7 @@ def test_no_cut_and_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
 SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload
 from sl_queue.protocol.scheduler.state import RunState
 from sl_queue.storage.checkpoints import Folder, holds_final
@@ -368,7 +368,7 @@ def test_final_weights_load_straight_into_the_module_and_say_that_the_party_has_
     weights = {"base": {name: to_payload(tensor) for name, tensor in module.state_dict().items()}}
     with folder(tmp_path) as checkpoints:
         checkpoints.write_final(weights, run="run", step=49, incarnation="first")
-        checkpoints.mark_told()
+        checkpoints.mark_reported()
     written = tmp_path / "final" / "base.safetensors"
     other = Tied().to(torch.bfloat16)
     other.load_state_dict(load_file(written))
@@ -376,9 +376,9 @@ def test_final_weights_load_straight_into_the_module_and_say_that_the_party_has_
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
     with folder(tmp_path) as checkpoints:
         digests = {"base.safetensors": sha256(written.read_bytes()).hexdigest()}
-        assert checkpoints.finished() == Final("run", 49, "first", digests, told=True)
+        assert checkpoints.finished() == Final("run", 49, "first", digests, reported=True)
         checkpoints.write_final(weights, run="run", step=49, incarnation="second")
-        assert checkpoints.finished() == Final("run", 49, "second", digests, told=False)
+        assert checkpoints.finished() == Final("run", 49, "second", digests, reported=False)
 
 
 def test_finishing_is_told_last(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_finishing_is_told_last(tmp_path: Path) -> None:
             checkpoints.write_final(big, run="run", step=49, incarnation="i")
         assert checkpoints.finished() is None
         with pytest.raises(LocalProtocolError):
-            checkpoints.mark_told()
+            checkpoints.mark_reported()
 
 
 def test_an_unreadable_note_of_finishing_is_as_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -406,7 +406,7 @@ def test_final_weights_that_were_altered_are_as_none(tmp_path: Path, caplog: pyt
     with folder(tmp_path) as checkpoints:
         checkpoints.write_final(weights, run="run", step=49, incarnation="i")
         assert not holds_final(tmp_path, "a" * 64), "the scheduler does not know"
-        checkpoints.mark_told()
+        checkpoints.mark_reported()
         assert holds_final(tmp_path, "a" * 64) and not holds_final(tmp_path, "b" * 64)
         file = tmp_path / "final" / "base.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"c")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import sl_queue
 from sl_queue.errors import CheckpointError
+from sl_queue.protocol.control import Join
 from sl_queue.protocol.fingerprints import rules_of
-from sl_queue.protocol.messages import Joined
 from sl_queue.protocol.scheduler.agreement import disagreement
 from sl_queue.protocol.scheduler.state import Member, Plan, RunState
 from sl_queue.storage.tensor_file import sealed, unsealed
@@ -106,8 +106,8 @@ def test_a_run_under_the_first_rules_gives_no_private_draws_to_who_asks_for_them
         sl_queue.run_local(first_version.job(), first_version.files(privacy={"secret": "secret"}), out=folder)
 
 
-def joined(**changes: object) -> Joined:
-    return Joined(**({"incarnation": "i", "job": {}, "n_rows": 5, "rows_digest": "d", "id_type": "text", "run": None,
+def joined(**changes: object) -> Join:
+    return Join(**({"incarnation": "i", "job": {}, "n_rows": 5, "rows_digest": "d", "id_type": "text", "run": None,
                       "generation": 0, "held": ()} | changes))  # type: ignore[arg-type]  # fmt: skip
 
 

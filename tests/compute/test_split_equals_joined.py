@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.model import limit_threads
 from sl_queue.compute.reference import train_joined
 from sl_queue.compute.seeds import key
+from sl_queue.compute.threads import limit_threads
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.actions import Forward, Update
 from sl_queue.protocol.schedule.row_order import row_order

@@ -21,7 +21,7 @@ from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.exactness import rounded
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError, ShapeError
-from sl_queue.ports import Table
+from sl_queue.protocol.table import Table
 
 JOB = Job(
     name="t",

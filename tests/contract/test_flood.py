@@ -9,21 +9,8 @@ import pytest
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
 from sl_queue.protocol.codec import encode
-from sl_queue.protocol.messages import (
-    SCHEDULER,
-    Activation,
-    Alive,
-    Failed,
-    Gradient,
-    Header,
-    Kind,
-    Message,
-    MicroBatch,
-    Payload,
-    Start,
-    Waiting,
-    kind_of,
-)
+from sl_queue.protocol.control import Alive, Failed, Message, Start, Waiting, kind_of
+from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.bounds import QUESTION_BYTES, Bounds
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
@@ -60,13 +47,13 @@ class Label:
         self.broker = MemoryBroker()
         link = self.broker.link("label", TOPOLOGY, BOUNDS.prefetch)
         about = {"patience_s": patience_s, "persistent": False, "depth": 2, "bounds": BOUNDS}
-        self.channel = PartyChannel(link, "label", ("a", "b"), "label1", **about)  # type: ignore[arg-type]
+        self.channel = PartyChannel(link, "label", TOPOLOGY, "label1", **about)  # type: ignore[arg-type]
         self.channel.open()
         if adopt:
-            self.adopt()
+            self.enter()
 
-    def adopt(self) -> None:
-        self.channel.adopt(Start("label1", "r", (-1,)), -1)
+    def enter(self) -> None:
+        self.channel.enter(Start("label1", "r", (-1,)), -1)
 
     def publish(self, *bodies: bytes, sender: str = "a") -> None:
         for each in bodies:
@@ -117,7 +104,7 @@ def test_a_flood_stops_no_run(label: Label, flood: str) -> None:
 def test_a_flood_before_the_start_stops_no_run_after_it(flood: str) -> None:
     label = Label(adopt=False)
     label.publish(*map(FLOODS[flood], range(MANY)))
-    label.adopt()
+    label.enter()
     try:
         assert label.left() <= 2 * PIPELINE.depth
         assert label.receives()
@@ -193,7 +180,7 @@ def test_questions_without_end_are_answered_now_and_then(label: Label) -> None:
 def scheduler() -> Iterator[tuple[LinkSchedulerChannel, MemoryBroker]]:
     broker = MemoryBroker()
     link = broker.link(SCHEDULER, TOPOLOGY, PREFETCH)
-    channel = LinkSchedulerChannel(link, TOPOLOGY.parties, "s1", patience_s=PATIENCE_S)
+    channel = LinkSchedulerChannel(link, TOPOLOGY, "s1", patience_s=PATIENCE_S)
     channel.open()
     yield channel, broker
     channel.close()

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily
 
 from sl_queue.observe.meter import Meter
 from sl_queue.observe.prometheus import PartyCollector, Training
-from sl_queue.ports import IN_PROCESS, Measures
+from sl_queue.protocol.measures import IN_PROCESS, Measures
 
 SOURCES = ("insurer", "disk", "broker")
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sl_queue.errors import JobError
 from sl_queue.observe.prometheus import PartyCollector, SchedulerCollector, Training, Vitals, serve
-from sl_queue.ports import IN_PROCESS, Connectivity, Measures
+from sl_queue.protocol.measures import IN_PROCESS, Connectivity, Measures
 from sl_queue.testing.private_broker import free_ports
 from tests.support.crew import CHECKPOINT_EVERY, ROLES, Crew, write_job
 from tests.support.links import await_that

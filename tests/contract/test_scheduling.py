@@ -11,18 +11,8 @@ import pytest
 
 from sl_queue.errors import CheckpointError, PeerFailed, PeerSilent, RunStopped, SlQueueError
 from sl_queue.protocol.codec import encode
-from sl_queue.protocol.messages import (
-    OPERATOR,
-    SCHEDULER,
-    Failed,
-    Finished,
-    Header,
-    Joined,
-    Kind,
-    MicroBatch,
-    Report,
-    StopRequest,
-)
+from sl_queue.protocol.control import Failed, Finished, Join, Report, StopRequest
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.state import EarlyStopping, Phase, RunState
 from sl_queue.transport.memory import MemoryBroker
 from tests.support.toy import ToyStage
@@ -56,7 +46,7 @@ def ask_to_stop(run: ToyRun) -> None:
 def test_what_workers_of_another_job_or_run_left_in_the_queues_misleads_no_scheduler() -> None:
     run = ToyRun()
     for party in run.topology.parties:
-        report(run.broker, party, Joined("gone", {"name": "other"}, 5, "d", "text", "old", 3, (7,), to="gone"))
+        report(run.broker, party, Join("gone", {"name": "other"}, 5, "d", "text", "old", 3, (7,), to="gone"))
         report(run.broker, party, Failed("gone", "ComputeError", "of long ago"))
         report(run.broker, party, Finished("gone", {}))
     assert run.run().weights() == ToyRun().run().weights()

@@ -26,23 +26,17 @@ from sl_queue.protocol.codec import (
     decode,
     encode,
 )
-from sl_queue.protocol.messages import (
-    Activation,
+from sl_queue.protocol.control import (
     Alive,
     EpochDone,
     EpochResult,
     Failed,
     Finish,
     Finished,
-    Gradient,
-    Header,
-    Joined,
-    Kind,
+    Join,
     Lost,
     Message,
-    MicroBatch,
     Open,
-    Payload,
     Progress,
     Start,
     Status,
@@ -52,6 +46,7 @@ from sl_queue.protocol.messages import (
     Waiting,
     kind_of,
 )
+from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
 
 # Round trip ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +80,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Activation, micro_batches, payloads(), st.booleans()),
     st.builds(Gradient, micro_batches, payloads()),
     st.builds(
-        Joined,
+        Join,
         names,
         jobs,
         counts,
@@ -139,7 +134,10 @@ def test_any_msgpack_reader_reads_it_and_the_last_element_is_the_tensor(told: tu
         assert data == payload.data
     else:
         assert fields[9] is None
-        assert msgpack.unpackb(data) == msgpack.unpackb(msgpack.packb(asdict(message)))
+        values = msgpack.unpackb(msgpack.packb(asdict(message)))
+        if isinstance(message, Start):
+            values["bases"] = values.pop("rollback_steps")  # as the first version calls it
+        assert msgpack.unpackb(data) == values
 
 
 @given(sent())
@@ -181,7 +179,7 @@ def samples() -> list[bytes]:
         Activation(where, payload),
         Activation(where, payload, holdout=True),
         Gradient(where, payload),
-        Joined("i", {"name": "toy", "parties": {"a": {"cut": [3]}}}, 9, "d", "integer", "r", 1, (1, 3), (result,)),
+        Join("i", {"name": "toy", "parties": {"a": {"cut": [3]}}}, 9, "d", "integer", "r", 1, (1, 3), (result,)),
         Progress("i", 0, 4, (1, 3), 0.5, 9),
         EpochDone("i", 0, result),
         Waiting("i", 0, "a", Kind.GRADIENT, 3, 1, 0.5, 0.25),
@@ -343,7 +341,7 @@ def test_another_version_of_the_protocol_is_told(version: Any) -> None:
 
 GIB = (2**30).to_bytes(4, "big")
 HEAD = msgpack.packb([VERSION, "r", 0, "report", "bank", "scheduler", 0, 0, -1, None, b""])[:-2]
-JOINED = asdict(Joined("i", {}, 1, "", "", None, 0, ()))
+JOINED = asdict(Join("i", {}, 1, "", "", None, 0, ()))
 
 
 def control(data: bytes, kind: str = "report") -> bytes:
@@ -352,7 +350,7 @@ def control(data: bytes, kind: str = "report") -> bytes:
 
 
 def with_list(key: str, item: bytes, count: int) -> bytes:
-    """A Joined whose `key` is a list of `count` times `item`."""
+    """A Join whose `key` is a list of `count` times `item`."""
     rest = msgpack.packb({k: v for k, v in JOINED.items() if k != key})
     array = b"\xdd" + count.to_bytes(4, "big") + item * count
     return control(bytes([rest[0] + 1]) + rest[1:] + msgpack.packb(key) + array)
@@ -399,7 +397,7 @@ def test_a_bomb_is_refused_quickly_in_little_memory(body: bytes) -> None:
 
 def test_the_longest_list_that_is_allowed_is_read() -> None:
     _, message = decode(with_list("held", b"\x01", MAX_CONTROL_ITEMS))
-    assert isinstance(message, Joined)
+    assert isinstance(message, Join)
     assert len(message.held) == MAX_CONTROL_ITEMS
 
 

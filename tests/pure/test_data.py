@@ -18,8 +18,8 @@ from sl_queue.cut.rows import CutRows
 from sl_queue.data.rows import Rows
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
-from sl_queue.ports import Table
 from sl_queue.protocol.schedule.row_order import Positions
+from sl_queue.protocol.table import Table
 
 JOB = Job(
     name="credit",

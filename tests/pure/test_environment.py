@@ -93,12 +93,6 @@ def test_the_health_check_says_it_too() -> None:
     assert (done.returncode, "SL_QUEUE_METRICS_PORT = 'http'" in done.stderr) == (2, True)
 
 
-def test_a_command_says_it_too(tmp_path: Path) -> None:
-    program = "from sl_queue.local.threads import shared_threads; from sl_queue.launch.process import leaving\n"
-    done = run("-c", f"{program}with leaving(): shared_threads(2)", SL_QUEUE_THREADS="abc")
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-
-
 def test_a_worker_with_keys_leaves_no_core_dump() -> None:
     program = (
         "import ctypes, os, resource, signal\n"

@@ -40,7 +40,7 @@ OWNERS = {  # beginnings of module names
     "pika": ("sl_queue.transport.rabbitmq", "sl_queue.transport.retry"),
     "tenacity": ("sl_queue.transport.retry",),
     "msgpack": ("sl_queue.protocol.codec",),
-    "typer": ("sl_queue.cli.main",),
+    "typer": ("sl_queue.cli.",),
 }
 IMPURE = ("asyncio", "io", "logging", "os", "pathlib", "random", "secrets", "socket", "subprocess", "threading", "time")
 

@@ -97,7 +97,7 @@ class MailboxMachine(RuleBasedStateMachine):
         if self.adopted and copy.generation == self.generation and copy.key[2].step > self.committed:
             self.here.add(copy.key)
         message = Activation(copy.key[2], payload(copy.key, copy.generation))
-        self.carry_out([self.mailbox.file(copy.key[0], header(copy.key, copy.generation), message, copy.tag)])
+        self.carry_out([self.mailbox.file(header(copy.key, copy.generation), message, copy.tag)])
 
     @precondition(lambda self: self.adopted)
     @rule(key=keys)
@@ -138,7 +138,7 @@ class MailboxMachine(RuleBasedStateMachine):
         self.adopted, self.given = True, set()
         delivered = [c for c in self.broker if c.tag is not None and c.generation == self.generation]
         self.here = {c.key for c in delivered if c.key[2].step > self.committed}
-        self.carry_out(self.mailbox.adopt("r", self.generation, self.committed))
+        self.carry_out(self.mailbox.enter("r", self.generation, self.committed))
 
     # What must hold -------------------------------------------------------------------------------------------
 
@@ -185,26 +185,12 @@ KEY: Key = ("a", Kind.ACTIVATION, MicroBatch(3, 0))
 
 def box(committed: int = -1) -> Mailbox[str]:
     mailbox: Mailbox[str] = Mailbox("label")
-    mailbox.adopt("r", 1, committed)
+    mailbox.enter("r", 1, committed)
     return mailbox
 
 
-def file(mailbox: Mailbox[str], header: Header, tag: str, sender: str = "a") -> Verdict[str]:
-    return mailbox.file(sender, header, Activation(header.micro_batch, payload(KEY, 1)), tag)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
-    [
-        ({"sender": "b"}, "says it is from 'b', but came from 'a'"),
-        ({"receiver": "bank"}, "is for 'bank', but came to 'label'"),
-    ],
-)
-def test_what_is_not_ours_is_rejected_with_the_reason_and_counted(wrong: dict[str, str], reason: str) -> None:
-    mailbox = box()
-    assert file(mailbox, replace(header(KEY, 1), **wrong), "t") == Reject("t", reason)
-    assert mailbox.counts == {"rejected": 1}
-    assert mailbox.take(*KEY) is None
+def file(mailbox: Mailbox[str], header: Header, tag: str) -> Verdict[str]:
+    return mailbox.file(header, Activation(header.micro_batch, payload(KEY, 1)), tag)
 
 
 @pytest.mark.parametrize("left", [{"run": "other"}, {"generation": 0}])
@@ -244,7 +230,7 @@ def test_what_came_before_the_run_was_adopted_is_decided_then() -> None:
     assert file(mailbox, header(KEY, 1), "ours") is None
     assert file(mailbox, header(KEY, 1, run="other"), "theirs") is None
     assert file(mailbox, header(("a", Kind.ACTIVATION, MicroBatch(2, 0)), 1), "done") is None
-    verdicts = mailbox.adopt("r", 1, 2)
+    verdicts = mailbox.enter("r", 1, 2)
     assert verdicts == [None, Acknowledge(("theirs",)), Acknowledge(("done",))]
     assert mailbox.take(*KEY) == payload(KEY, 1)
 
@@ -253,7 +239,7 @@ def test_what_came_for_the_next_generation_waits_for_it_and_what_is_held_of_this
     mailbox = box()
     file(mailbox, header(KEY, 1), "old")
     assert file(mailbox, header(KEY, 2), "new") is None
-    assert mailbox.adopt("r", 2, -1) == [Acknowledge(("old",)), None]
+    assert mailbox.enter("r", 2, -1) == [Acknowledge(("old",)), None]
     assert mailbox.take(*KEY) == payload(KEY, 1)
 
 
@@ -289,7 +275,7 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule(step=st.integers(-1, STEPS))
     def adopt(self, step: int) -> None:
         self.kept, self.sent, self.resumed_at = [], set(), step
-        self.outbox.adopt(step)
+        self.outbox.enter(step)
 
     @rule(key=keys)
     def ask(self, key: Key) -> None:

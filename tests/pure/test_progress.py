@@ -1,26 +1,21 @@
 """The scheduler's reducer: whatever arrives in whatever order, a run begins when all agree and ends when all have."""
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from math import inf, nan
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sl_queue.protocol.messages import (
-    OPERATOR,
+from sl_queue.protocol.control import (
     Alive,
-    Command,
     EpochDone,
     EpochResult,
     Failed,
     Finish,
     Finished,
-    Joined,
-    Kind,
     Lost,
     Open,
     Progress,
@@ -31,15 +26,14 @@ from sl_queue.protocol.messages import (
     StopRequest,
     Waiting,
 )
+from sl_queue.protocol.messages import OPERATOR, Kind
 from sl_queue.protocol.party.orders import Orders
 from sl_queue.protocol.scheduler.agreement import differing_keys
 from sl_queue.protocol.scheduler.epochs import best_epoch
-from sl_queue.protocol.scheduler.reducer import reduce, standing_orders
 from sl_queue.protocol.scheduler.state import (
     GIVE_UP,
     EarlyStopping,
     Phase,
-    Plan,
     RunState,
     durable,
     history_line,
@@ -48,61 +42,7 @@ from sl_queue.protocol.scheduler.state import (
     silent,
     untold,
 )
-
-JOB: dict[str, Any] = {"name": "toy", "epochs": 4, "pipeline": {"depth": 2, "staleness": 0}}
-PARTIES = ("a", "b", "label")
-C = TypeVar("C", Start, Open, Finish, Stop)
-STEPS = 2  # per epoch; every epoch ends with a commit
-
-
-def plan(epochs: int = 4, early: EarlyStopping | None = None) -> Plan:
-    return Plan(JOB, "label", ("a", "b"), epochs, patience_s=1.0, early_stopping=early)
-
-
-def joined(incarnation: str, held: tuple[int, ...] = (), **changes: Any) -> Joined:
-    values: dict[str, Any] = {
-        "job": JOB,
-        "n_rows": 10,
-        "rows_digest": "d",
-        "id_type": "integer",
-        "run": None,
-        "generation": 0,
-    }
-    return Joined(incarnation, held=held, **(values | ({"run": "r"} if held else {}) | changes))
-
-
-def epoch(number: int, loss: float | None = 0.5, step: int | None = None) -> EpochResult:
-    return EpochResult(number, STEPS * (number + 1) - 1 if step is None else step, 0.1, {"loss": loss})
-
-
-@dataclass(slots=True)
-class Mind:
-    """A scheduler's state, and what it ordered last."""
-
-    plan: Plan = field(default_factory=plan)
-    state: RunState = field(default_factory=RunState)
-    orders: tuple[tuple[str, Command], ...] = ()
-
-    def hear(self, sender: str, *reports: Report, now: float = 0.0) -> "Mind":
-        self.orders = ()
-        for report in reports:
-            self.state, orders = reduce(self.plan, self.state, sender, report, now, "r")
-            self.orders += orders
-        return self
-
-    def everyone_joins(self, **changes: Any) -> "Mind":
-        for party in PARTIES:
-            self.hear(party, joined(f"{party}1", **changes))
-        return self
-
-    def ordered(self, kind: type[C]) -> dict[str, C]:
-        return {party: order for party, order in self.orders if isinstance(order, kind)}
-
-    def restart(self) -> "Mind":
-        self.state = restarted(durable(self.state), 0.0)
-        self.orders = standing_orders(self.plan, self.state)
-        return self
-
+from tests.support.progress import JOB, PARTIES, STEPS, Mind, decide, epoch, joined, plan
 
 # Joining ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +114,7 @@ def test_a_scheduler_with_a_new_folder_goes_on_from_what_all_parties_hold() -> N
     mind.hear("a", joined("a1", held=(1, 3, 5), generation=1))
     mind.hear("b", joined("b1", held=(1, 3), generation=1))
     mind.hear("label", joined("label1", held=(1, 3, 5), generation=1, epochs=(epoch(0), epoch(1), epoch(2))))
-    assert mind.ordered(Start)["a"] == Start("a1", "r", bases=(3, 3))
+    assert mind.ordered(Start)["a"] == Start("a1", "r", rollback_steps=(3, 3))
     assert [result.epoch for result in mind.state.history] == [0, 1]
     assert mind.ordered(Open)["a"] == Open("a1", 3, known=2)
 
@@ -221,22 +161,6 @@ def test_a_line_of_history_has_the_holdout_only_if_there_is_one() -> None:
 
 
 # Early stopping -----------------------------------------------------------------------------------------------
-
-
-def decide(rule: EarlyStopping, values: Sequence[float | None]) -> tuple[int, int]:
-    """Written down again: (epochs trained, the epoch whose weights are final) of a run that measures `values`."""
-    best: int | None = None
-    without_gain = 0
-    for number, value in enumerate(values):
-        if value is None or value != value:  # undefined: neither a gain nor an epoch without one
-            continue
-        old = inf if best is None else values[best]
-        assert old is not None
-        gain = inf if best is None else (old - value if rule.lower_is_better else value - old)
-        best, without_gain = (number, 0) if gain > rule.min_delta else (best, without_gain + 1)
-        if without_gain == rule.patience:
-            return number + 1, best if best is not None else number
-    return len(values), len(values) - 1 if best is None else best
 
 
 metrics = st.none() | st.just(nan) | st.sampled_from([-inf, inf, 0.0, 0.1, 0.2, 0.5, 0.51, 1.0])
@@ -434,7 +358,7 @@ def test_a_message_that_is_asked_for_again_after_it_was_lost_takes_everyone_to_t
     mind.hear("a", waiting(1.0)).hear("label", lost(1.0))
     assert mind.orders == ()
     mind.hear("a", waiting(2.0)).hear("label", lost(2.0))
-    assert mind.ordered(Start) == {p: Start(f"{p}1", "r", bases=(1,)) for p in PARTIES}
+    assert mind.ordered(Start) == {p: Start(f"{p}1", "r", rollback_steps=(1,)) for p in PARTIES}
     assert mind.ordered(Open) == {p: Open(f"{p}1", 2, known=1) for p in PARTIES}
     assert [result.epoch for result in mind.state.history] == [0]
     assert all(member.committed == 1 for member in mind.state.members.values())
@@ -503,170 +427,12 @@ def test_the_state_on_disk_has_nothing_of_a_moment_and_a_running_run_goes_on_fro
     assert (again.phase, again.history, again.epoch_began) == (Phase.RUNNING, mind.state.history, 7.0)
 
 
-# Every interleaving -------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Party:
-    """What a worker does, told in reports: joins, commits an epoch at a time, stops or finishes when ordered."""
-
-    name: str
-    life: int = 0
-    held: tuple[int, ...] = ()
-    epochs: tuple[EpochResult, ...] = ()
-    orders: Orders = field(default_factory=Orders)
-    out: deque[Report] = field(default_factory=deque)
-    introduce: bool = True
-    final: int | None = None
-    ended: bool = False
-
-    @property
-    def me(self) -> str:
-        return f"{self.name}{self.life}"
-
-    def killed(self) -> None:
-        """And started again; what it reported is at the broker."""
-        if not self.ended:
-            self.life, self.orders, self.introduce = self.life + 1, Orders(), True
-
-    def act(self, losses: Sequence[float], label: "Party") -> None:
-        """One thing that a worker of this party would do next."""
-        if self.ended:
-            return
-        stop, start, finish = self.orders.stop, self.orders.start, self.orders.finish
-        if self.introduce:
-            self.introduce = False
-            run = "r" if self.held else None
-            self.out.append(joined(self.me, held=self.held, run=run, epochs=self.epochs))
-        elif stop is not None and (stop.error or self._reached(stop)):
-            self.ended = True
-            self.out.append(Stopped(self.me, max(self.held, default=-1)))
-        elif start is not None and finish is not None:
-            assert finish.step in self.held
-            self.final, self.ended = finish.step, True
-            self.out.append(Finished(self.me, {}))
-        elif self._may_train() and (len(self.held) < len(label.held) or label._may_train()):
-            self._commit(losses)
-
-    def _may_train(self) -> bool:
-        """Whether its next epoch is open to it. A feature party gets gradients only of what the label holder trains."""
-        stop, start, opened = self.orders.stop, self.orders.start, self.orders.open
-        if self.ended or self.introduce or start is None or opened is None:
-            return False
-        return opened.through >= len(self.held) and not (stop is not None and self._reached(stop))
-
-    def _reached(self, stop: Stop) -> bool:
-        return stop.after_step is not None and max(self.held, default=-1) >= stop.after_step
-
-    def _commit(self, losses: Sequence[float]) -> None:
-        number = len(self.held)
-        result = epoch(number, losses[number])
-        self.held = (*self.held, result.step)
-        if self.name == "label":
-            self.epochs = (*self.epochs, result)
-            stop = self.orders.stop
-            if stop is not None and stop.after_step is None:
-                self.orders = replace(self.orders, stop=replace(stop, after_step=result.step))
-        self.out.append(Progress(self.me, 0, result.step, self.held))
-        if self.name == "label":
-            self.out.append(EpochDone(self.me, 0, result))
-
-
-@dataclass(slots=True)
-class World:
-    """Parties, a broker that keeps what was told, and a scheduler that is killed between any two things it does."""
-
-    mind: Mind
-    losses: Sequence[float]
-    parties: dict[str, Party] = field(default_factory=lambda: {name: Party(name) for name in PARTIES})
-
-    def hear(self, party: Party, die: str = "") -> None:
-        """The scheduler reduces a report, saves, orders and acknowledges, or is killed on the way."""
-        if not party.out or self.mind.state.phase is Phase.STOPPED:
-            return  # a scheduler that has stopped hears nothing; its next process will
-        self.mind.hear(party.name, party.out[0])
-        if die != "before the orders":
-            self.deliver()
-        if not die:
-            party.out.popleft()
-        else:
-            self.mind.restart()
-            self.deliver()
-            for other in self.parties.values():
-                other.introduce = True
-
-    def deliver(self) -> None:
-        committed = {p.name: max(p.held, default=-1) for p in self.parties.values()}
-        for name, order in self.mind.orders:
-            if isinstance(order, Finish):
-                assert len(set(committed.values())) == 1, "a Finish before all have committed"
-            party = self.parties[name]
-            if order.incarnation == party.me:
-                party.orders = party.orders.after(order)
-
-    def settle(self) -> None:
-        """Everyone goes on undisturbed until nothing more happens."""
-        for _ in range(200):
-            before = (self.mind.state, {p.name: replace(p, out=deque(p.out)) for p in self.parties.values()})
-            for party in self.parties.values():
-                party.act(self.losses, self.parties["label"])
-                for _ in range(len(party.out)):
-                    self.hear(party)
-            if before == (self.mind.state, self.parties):
-                return
-        raise AssertionError("the run does not come to rest")
-
-
-moves = st.tuples(
-    st.sampled_from(PARTIES), st.sampled_from(["act", "hear", "act", "hear", "kill", "die", "die late", "stop"])
-)
-
-
-@given(st.lists(moves, max_size=60), st.sampled_from([None, 1, 2]), st.lists(st.floats(0, 1), min_size=5, max_size=5))
-@settings(max_examples=300, deadline=None)
-@example([(party, move) for party in PARTIES for move in ("act", "hear")] + [("a", "stop")], None, [0.0] * 5)
-def test_any_interleaving_kills_and_stops_end_with_the_same_final_step(
-    story: list[tuple[str, str]], patience: int | None, losses: list[float]
-) -> None:
-    early = None if patience is None else EarlyStopping("loss", patience, 0.0, lower_is_better=True)
-    world = World(Mind(plan(len(losses), early)), losses)
-    for name, move in story:
-        party = world.parties[name]
-        match move:
-            case "act":
-                party.act(losses, world.parties["label"])
-            case "hear":
-                world.hear(party)
-            case "kill":
-                party.killed()
-            case "die":
-                world.hear(party, "before the orders")
-            case "die late":
-                world.hear(party, "before the acknowledgement")
-            case "stop":
-                world.mind.hear(OPERATOR, StopRequest("s"))
-                world.deliver()
-    world.settle()
-    if world.mind.state.phase is Phase.STOPPED:
-        unfinished = [p for p in world.parties.values() if p.final is None]
-        assert len({max(p.held, default=-1) for p in unfinished}) <= 1, "not all stopped after the same step"
-        world.mind.restart()
-        for party in unfinished:
-            party.ended = False
-            party.killed()
-        world.settle()
-    assert world.mind.state.phase is Phase.FINISHED
-    trained, best = (len(losses), len(losses) - 1) if early is None else decide(early, losses)
-    assert [r.epoch for r in world.mind.state.history] == list(range(trained))
-    assert {p.final for p in world.parties.values()} == {STEPS * (best + 1) - 1}
-
-
 # What a worker makes of orders --------------------------------------------------------------------------------
 
 
 def test_a_new_generation_voids_what_was_opened_and_finished_and_an_old_one_nothing() -> None:
     orders = Orders().after(Start("a", "r")).after(Open("a", 5, keep=3)).after(Finish("a", 9))
-    assert orders.after(Start("a", "r", bases=(1,))) == Orders(start=Start("a", "r", bases=(1,)))
+    assert orders.after(Start("a", "r", rollback_steps=(1,))) == Orders(start=Start("a", "r", rollback_steps=(1,)))
     assert orders.after(Start("a", "r")) == orders
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sl_queue.errors import AlignmentError, JobError, RemoteProtocolError
 from sl_queue.security.hpke import Cipher, setup_receiver
 from sl_queue.security.keys import PrivateKey, PublicKey, read_key, write_key
-from sl_queue.security.sealing import _MAGIC, _PREFIX, OVERHEAD_BYTES, News, Seal, _names
+from sl_queue.security.replays import ReplayFilter
+from sl_queue.security.sealing import _MAGIC, _PREFIX, OVERHEAD_BYTES, Seal, _names
 
 NAMES = ("bank", "insurer", "scheduler")
 OWN = {name: PrivateKey.generate(signs=name == "scheduler") for name in NAMES}
@@ -173,15 +174,15 @@ def test_after_a_restart_they_know_of_each_other_again_whatever_the_broker_bring
 
 
 def test_a_statement_is_news_once_and_an_older_one_never_again() -> None:
-    bank, scheduler, news = process("bank"), process("scheduler"), News()
+    bank, scheduler, news = process("bank"), process("scheduler"), ReplayFilter()
     first, second = (scheduler.open("bank", bank.seal("scheduler", b"")) for _ in range(2))
     restarted = scheduler.open("bank", process("bank").seal("scheduler", b""))
-    assert news.is_news(second, "joined")
-    assert not news.is_news(second, "joined") and not news.is_news(first, "joined")
-    assert news.is_news(first, "progress")
-    assert news.is_news(restarted, "joined")
+    assert news.is_new(second, "joined")
+    assert not news.is_new(second, "joined") and not news.is_new(first, "joined")
+    assert news.is_new(first, "progress")
+    assert news.is_new(restarted, "joined")
     news.forget()
-    assert news.is_news(first, "joined")
+    assert news.is_new(first, "joined")
 
 
 # Key files --------------------------------------------------------------------------------------------------------

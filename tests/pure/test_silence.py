@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import PeerSilent
-from sl_queue.protocol.messages import Alive, Gradient, Joined, MicroBatch
+from sl_queue.protocol.control import Alive, Join
+from sl_queue.protocol.messages import Gradient, MicroBatch
 from sl_queue.protocol.scheduler.reducer import reduce
 from sl_queue.protocol.scheduler.state import GIVE_UP, Member, RunState, excused, silent
 from sl_queue.transport.link import Outage
-from sl_queue.transport.liveness import Patience
+from sl_queue.transport.liveness import Liveness
 from sl_queue.transport.outages import Outages
-from tests.contract.test_channel import Post, body, tensor
 from tests.pure.test_progress import PARTIES, Mind, plan
+from tests.support.post import Post, body, tensor
 
 
 class Clock:
@@ -30,8 +31,8 @@ class Clock:
         return self.now
 
 
-def patient(clock: Clock, outages: Outages) -> Patience:
-    patience = Patience("bank", 1.0, lambda _: False, outages.read, clock)
+def patient(clock: Clock, outages: Outages) -> Liveness:
+    patience = Liveness("bank", 1.0, lambda _: False, outages.read, clock)
     patience.hear(["insurer"])
     return patience
 
@@ -95,7 +96,7 @@ def test_what_is_delivered_again_is_no_sign_of_life_of_a_party() -> None:
     mind = Mind().everyone_joins()
     for party in PARTIES:
         mind.hear(party, Alive(f"{party}1"), now=5.0)
-    again: list[Any] = [Alive("a1"), Joined("a1", mind.plan.job, 10, "d", "integer", "r", 0, (1,))]
+    again: list[Any] = [Alive("a1"), Join("a1", mind.plan.job, 10, "d", "integer", "r", 0, (1,))]
     for report in again:
         mind.state, _ = reduce(mind.plan, mind.state, "a", report, 60.0, "r", redelivered=True)
         assert mind.state.members["a"].heard == 5.0

@@ -13,20 +13,12 @@ from sl_queue.errors import PeerFailed
 from sl_queue.launch.operator import Telling
 from sl_queue.loops.scheduling import describe
 from sl_queue.observe.console import history_table, status_view
-from sl_queue.protocol.messages import (
-    EpochDone,
-    EpochResult,
-    Failed,
-    Finished,
-    Kind,
-    Start,
-    Stop,
-    Waiting,
-)
+from sl_queue.protocol.control import EpochDone, EpochResult, Failed, Finished, Start, Stop, Waiting
+from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.scheduler.state import Phase
 from sl_queue.protocol.text import LONGEST, printable
-from tests.contract.test_channel import Post
 from tests.pure.test_progress import JOB, PARTIES, Mind, joined
+from tests.support.post import Post
 
 HOSTILE = "x\n2026-11-25 INFO run r is finished\r\x1b]0;owned\x07\x1b[2J\u202eevil\u2028[bold]b[/bold][link=u]"
 texts = st.text(st.characters() | st.sampled_from("\n\r\x1b\x07\x9b\u202e\u2066\u200b\u2028[]/"), max_size=60)
@@ -120,6 +112,6 @@ def test_a_party_repeats_what_it_is_told_as_one_line() -> None:
     post.command("a", Stop("a0", "", error="RunStopped"))
     post.command("a", Stop("a1", HOSTILE + "x" * 600, error="PeerFailed"))
     with pytest.raises(PeerFailed) as failed:
-        bank.until(lambda orders: orders.finish)
+        bank.wait_for(lambda orders: orders.finish)
     assert is_a_line(str(failed.value)) and len(str(failed.value)) <= LONGEST
     bank.close()

@@ -8,14 +8,16 @@ import pytest
 
 from sl_queue.errors import AlignmentError
 from sl_queue.protocol.codec import VERSION, AnotherVersion, decode, encode
-from sl_queue.protocol.messages import SCHEDULER, Alive, Header, Joined, Kind, MicroBatch, Report, Start
-from sl_queue.protocol.scheduler.state import Phase
+from sl_queue.protocol.control import Alive, Join, Report, Start
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
+from sl_queue.protocol.scheduler.endings import foreign
+from sl_queue.protocol.scheduler.state import GIVE_UP, Phase, Plan, RunState
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.party_channel import PartyChannel
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 from sl_queue.transport.versions import Versions
-from tests.support.toy_run import ToyRun
+from tests.support.toy_run import CrashAt, ToyRun
 
 TOPOLOGY = Topology("label", ("a", "b"))
 FIRST = MicroBatch(0, 0)
@@ -77,9 +79,9 @@ class Foreigner:
 def test_a_party_ends_with_both_versions_named_when_a_peer_speaks_another_one() -> None:
     broker = MemoryBroker()
     link = broker.link("label", TOPOLOGY, 100)
-    label = PartyChannel(link, "label", ("a", "b"), "label1", patience_s=0.4, persistent=False, depth=1)
+    label = PartyChannel(link, "label", TOPOLOGY, "label1", patience_s=0.4, persistent=False, depth=1)
     label.open()
-    label.adopt(Start("label1", "r", (-1,)), -1)
+    label.enter(Start("label1", "r", (-1,)), -1)
     began = time.monotonic()
     try:
         with (
@@ -107,6 +109,66 @@ def test_a_scheduler_fails_the_run_with_both_versions_named_and_tells_the_others
     assert run.ledger.state.phase is Phase.FAILED and "speaks protocol 2" in (run.ledger.state.reason or "")
 
 
+def test_a_worker_of_another_version_in_a_run_that_goes_on_is_refused_alone() -> None:
+    """Party a is killed and started again in another version by mistake, then in the right one."""
+    run = ToyRun(patience_s=0.4, crashes={"a": CrashAt(40)})
+    lives: list[str] = []
+    refused: list[str | None] = []
+
+    def start(role: str, _: object) -> None:
+        if role == "a":
+            lives.append(role)
+            if len(lives) == 2:
+                with Foreigner(run.broker, (SCHEDULER, "label"), 0.05):
+                    time.sleep(3 * 0.4)
+                    assert run.ledger.state is not None
+                    refused.append(run.ledger.state.members["a"].refused)
+
+    run.on_start = start
+    run.run(timeout_s=30.0)
+    assert len(lives) == 2 and "speaks protocol 2, this program speaks 1" in str(refused[0])
+    assert run.errors == [] and run.weights() == ToyRun().run().weights()
+
+
+def test_a_party_that_has_committed_waits_for_a_peer_of_another_version_and_names_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = MemoryBroker()
+    link = broker.link("label", TOPOLOGY, 100)
+    label = PartyChannel(link, "label", TOPOLOGY, "label1", patience_s=0.1, persistent=False, depth=1)
+    label.open()
+    label.enter(Start("label1", "r", (-1,)), 5)
+    began = time.monotonic()
+    try:
+        with Foreigner(broker, ("label",), 0.02), pytest.raises(AlignmentError, match="'a' speaks protocol 2"):
+            label.receive("a", Kind.ACTIVATION, MicroBatch(6, 0))
+    finally:
+        label.close()
+    assert time.monotonic() - began > GIVE_UP * 0.1, "as long as for one that is silent"
+    assert "label: refuses what comes of 'a': party 'a' speaks protocol 2" in caplog.text
+
+
+PLAN = Plan({"name": "toy"}, "label", ("a", "b"), 3, 60.0)
+
+
+@pytest.mark.parametrize("phase", [Phase.RUNNING, Phase.STOPPING])
+def test_the_scheduler_refuses_a_party_of_another_version_without_ending_a_run_that_goes_on(phase: Phase) -> None:
+    state, orders = foreign(PLAN, RunState(phase, run="r"), "a", "speaks protocol 2", 7.0)
+    assert (state.phase, state.members["a"].refused, state.members["a"].refused_at, orders) == (
+        phase,
+        "speaks protocol 2",
+        7.0,
+        (),
+    )
+    assert foreign(PLAN, state, "a", "speaks protocol 2", 8.0)[0] is state, "once"
+
+
+def test_an_operator_of_another_version_ends_no_run_and_no_gathering() -> None:
+    for phase in Phase:
+        state = RunState(phase)
+        assert foreign(PLAN, state, OPERATOR, "speaks protocol 2", 7.0) == (state, ())
+
+
 def _be_another() -> None:
     """End where the worker of another version takes over."""
     raise AlignmentError("a is of another version")
@@ -114,9 +176,9 @@ def _be_another() -> None:
 
 def test_a_worker_says_which_version_of_the_program_it_is_and_older_ones_need_not() -> None:
     broker = MemoryBroker()
-    channel = LinkSchedulerChannel(broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY.parties, "s1", patience_s=60.0)
+    channel = LinkSchedulerChannel(broker.link(SCHEDULER, TOPOLOGY), TOPOLOGY, "s1", patience_s=60.0)
     channel.open()
-    told = [Joined("a1", {}, 9, "d", "integer", None, 0, (), to="s1", version=version) for version in ("", "0.2.0")]
+    told = [Join("a1", {}, 9, "d", "integer", None, 0, (), to="s1", version=version) for version in ("", "0.2.0")]
     for joined in told:
         body = encode(Header("", 0, Kind.REPORT, "a", SCHEDULER, FIRST), joined)
         broker.publish(SCHEDULER, "a", body, persistent=False, expires=False)

@@ -121,7 +121,7 @@ class Window:  # mutable
             message = self.unacknowledged[self.tags] = self.ready.popleft()
             header = message.header
             what = Gradient if header.kind is Kind.GRADIENT else Activation
-            self.obey([self.mailbox.file("a", header, what(header.micro_batch, message.payload), self.tags)])
+            self.obey([self.mailbox.file(header, what(header.micro_batch, message.payload), self.tags)])
 
     def obey(self, verdicts: list[object]) -> None:
         for verdict in verdicts:
@@ -150,7 +150,7 @@ def test_whatever_a_peer_sends_the_window_has_room_or_holds_the_message_that_is_
     bounds = Bounds(pipeline, FEATURE_KINDS)
     window = Window(Mailbox("label", bounds), bounds.prefetch)
     if adopted:
-        window.obey(window.mailbox.adopt("r", 1, -1))
+        window.obey(window.mailbox.enter("r", 1, -1))
     for message in data.draw(st.lists(anything(pipeline), max_size=40)):
         for copy in range(data.draw(st.sampled_from([1, 1, 2, bounds.prefetch]))):
             where = replace(message.header.micro_batch, step=message.header.micro_batch.step + copy)
@@ -158,7 +158,7 @@ def test_whatever_a_peer_sends_the_window_has_room_or_holds_the_message_that_is_
         if data.draw(st.integers(0, 9)) == 0:
             window.reconnect()
     if not adopted:
-        window.obey(window.mailbox.adopt("r", 1, -1))
+        window.obey(window.mailbox.enter("r", 1, -1))
         window.deliver()
     assert_goes_on(window, pipeline)
 
@@ -186,14 +186,14 @@ PIPELINE = Pipeline(BATCHES, depth=2, staleness=0, checkpoint_every=2)
 
 def box(kinds: frozenset[Kind] = FEATURE_KINDS, committed: int = -1) -> Mailbox[int]:
     mailbox: Mailbox[int] = Mailbox("label", Bounds(PIPELINE, kinds, {"a": CUT}))
-    mailbox.adopt("r", 1, committed)
+    mailbox.enter("r", 1, committed)
     return mailbox
 
 
 def file(mailbox: Mailbox[int], sent: Payload, tag: int = 1, **changes: object) -> object:
     header = replace(Header("r", 1, Kind.ACTIVATION, "a", "label", MicroBatch(0, 0)), **changes)  # type: ignore[arg-type]
     what = Gradient if header.kind is Kind.GRADIENT else Activation
-    return mailbox.file("a", header, what(header.micro_batch, sent), tag)
+    return mailbox.file(header, what(header.micro_batch, sent), tag)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,6 @@ def test_of_a_newer_generation_as_many_are_kept_as_a_peer_sends_unanswered_and_t
     assert file(mailbox, payload(2), 9, generation=2, micro_batch=MicroBatch(0, 0)) == Acknowledge((9,)), "a copy"
     assert file(mailbox, payload(2), 5, generation=3) == Acknowledge((0, 1)), "its sender has left generation 2"
     assert file(mailbox, payload(2), 6, generation=2) == Acknowledge((6,))
-    assert mailbox.adopt("r", 3, -1) == [None]
+    assert mailbox.enter("r", 3, -1) == [None]
     assert mailbox.take("a", Kind.ACTIVATION, MicroBatch(0, 0)) == payload(2)
     assert mailbox.counts == Counter(stale=6, applied=1)

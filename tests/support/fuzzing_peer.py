@@ -29,25 +29,17 @@ from sl_queue.launch.connect import sealing, topology
 from sl_queue.launch.party import bounds_of
 from sl_queue.local.threads import run_local
 from sl_queue.protocol.codec import encode
-from sl_queue.protocol.messages import (
-    OPERATOR,
-    SCHEDULER,
-    Activation,
+from sl_queue.protocol.control import (
     Alive,
     EpochDone,
     EpochResult,
     Failed,
     Finish,
     Finished,
-    Gradient,
-    Header,
-    Joined,
-    Kind,
+    Join,
     Lost,
     Message,
-    MicroBatch,
     Open,
-    Payload,
     Progress,
     Start,
     Status,
@@ -57,6 +49,7 @@ from sl_queue.protocol.messages import (
     Waiting,
     kind_of,
 )
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.security.sealing import Seal
 from sl_queue.testing.private_broker import PrivateBroker
 from tests.support.credit import FILES, edit, write_credit
@@ -144,7 +137,7 @@ class Fuzzer:
         result = EpochResult(number, number, float("nan"), {text[:50]: float("inf")})
         return r.choice(
             [
-                Joined(text, {"name": text}, number, text, text, text, abs(number), (number,), (result,) * 50, text),
+                Join(text, {"name": text}, number, text, text, text, abs(number), (number,), (result,) * 50, text),
                 Progress(text, abs(number), number, (number,) * 100, float("nan"), number),
                 EpochDone(text, 0, result),
                 Waiting(text, 0, self.me, Kind.GRADIENT, r.randrange(self.steps), 0, float("inf"), -1.0),

@@ -13,10 +13,10 @@ from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.party import Rows
-from sl_queue.ports import Table
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.actions import Backward, Commit, Forward, Fuse, Predict, Prepare, Score, Update
 from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.table import Table
 
 SGD = {"name": "sgd", "lr": 0.1}
 

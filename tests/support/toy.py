@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
-from sl_queue.ports import Final, Saved, State, Weights
+from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 
 
@@ -116,11 +116,11 @@ class MemoryCheckpoints:
 
     def write_final(self, weights: Weights, *, run: str, step: int, incarnation: str) -> None:
         self.final_weights = weights
-        self.final = Final(run, step, incarnation, {}, told=False)
+        self.final = Final(run, step, incarnation, {}, reported=False)
 
     def finished(self) -> Final | None:
         return self.final
 
-    def mark_told(self) -> None:
+    def mark_reported(self) -> None:
         assert self.final is not None
-        self.final = replace(self.final, told=True)
+        self.final = replace(self.final, reported=True)

@@ -128,10 +128,10 @@ class FaultyCheckpoints(MemoryCheckpoints):
         MemoryCheckpoints.write_final(self, *args, **kwargs)
         self.crash("after write_final")
 
-    def mark_told(self) -> None:
-        self.crash("before mark_told")
-        MemoryCheckpoints.mark_told(self)
-        self.crash("after mark_told")
+    def mark_reported(self) -> None:
+        self.crash("before mark_reported")
+        MemoryCheckpoints.mark_reported(self)
+        self.crash("after mark_reported")
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         self.crash("before save")
@@ -264,20 +264,20 @@ class ToyRun:
         with self._link(SCHEDULER, PREFETCH) as link:
             number = str(next(self._numbers))
             seal = self.seal_of(SCHEDULER)
-            channel = LinkSchedulerChannel(link, plan.parties, number, patience_s=self.patience_s, seal=seal)
+            channel = LinkSchedulerChannel(link, self.topology, number, patience_s=self.patience_s, seal=seal)
             channel.open()
             run, self.scheduler = f"run{number}", number
             scheduler = Scheduler(plan, channel, self.ledger, run, time.monotonic, lambda _: None, self.late_s)
             try:
                 self.state = scheduler.serve()
             finally:
-                channel._closed.set()
+                channel._pulse.end()
 
     def _serve_party(self, party: str) -> None:
         pipeline, label = self.pipeline, self.topology.label_holder
         store = self.stores.setdefault(party, FaultyCheckpoints())
         store.crash = self.crashes.get(party, CrashAt())
-        if store.final is not None and store.final.told:
+        if store.final is not None and store.final.reported:
             return
         stage = self.stage(party)
         self.stages.setdefault(party, []).append(stage)
@@ -289,7 +289,7 @@ class ToyRun:
             channel = PartyChannel(
                 link,
                 party,
-                peers,
+                self.topology,
                 number,
                 patience_s=self.patience_s,
                 persistent=False,
@@ -311,5 +311,5 @@ class ToyRun:
             try:
                 worker.serve(role.train)
             finally:
-                channel._closed.set()
+                channel._pulse.end()
                 self.counts[party] = channel.counts

@@ -70,6 +70,15 @@ def test_without_held_out_rows_the_history_has_only_the_loss(job: Path) -> None:
     assert all(json.loads(line)["holdout"] is None for line in history)
 
 
+def test_a_wrong_environment_variable_is_one_line() -> None:
+    program = "from sl_queue.local.threads import shared_threads; from sl_queue.launch.process import leaving\n"
+    command = [sys.executable, "-c", f"{program}with leaving(): shared_threads(2)"]
+    env = environment(SL_QUEUE_THREADS="abc")
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "SL_QUEUE_THREADS = 'abc'" in done.stderr
+
+
 def test_a_finished_run_says_so_and_exits_0(job: Path) -> None:
     first = local(job, "--out", job.parent / "run")
     again = local(job, "--out", job.parent / "run")

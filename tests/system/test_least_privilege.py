@@ -18,7 +18,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker, NackError, ProbableAccessDeniedError
 
 from sl_queue.config.job import Job
-from sl_queue.deployment.definitions import QUEUE_BYTES, definitions, hashed, kinds_between, roles, user_of
+from sl_queue.deployment.definitions import QUEUE_BYTES, definitions, hashed, roles, user_of
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.link import RabbitLink
@@ -216,7 +216,7 @@ def test_with_the_least_rights_every_role_can_do_its_work(deployed: Deployed) ->
     try:
         for sender, inbox in links.items():
             for receiver in names.receivers_of(sender):
-                for kind in kinds_between(names, sender, receiver):
+                for kind in names.kinds_between(sender, receiver):
                     inbox.link.publish(receiver, kind, "run", b"x", persistent=False)
                     sent[receiver] += 1
             assert inbox.link.flush(10.0)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from sl_queue.errors import PeerFailed, RunStopped, SlQueueError, TransportError, failure, named
 from sl_queue.loops.scheduling import describe
-from sl_queue.protocol.messages import OPERATOR, Alive, Failed, Finished, Progress, Start, Stop, StopRequest
-from sl_queue.protocol.scheduler.reducer import ending
+from sl_queue.protocol.control import Alive, Failed, Finished, Progress, Start, Stop, StopRequest
+from sl_queue.protocol.messages import OPERATOR
+from sl_queue.protocol.scheduler.endings import ending
 from sl_queue.protocol.scheduler.state import GIVE_UP, Phase, RunState, durable, missing, silent
 from tests.pure.test_progress import JOB, PARTIES, Mind, joined
 from tests.support.credit import edit

@@ -13,7 +13,7 @@ import pytest
 
 from sl_queue.config.party import read_url
 from sl_queue.errors import CheckpointError, JobError, ResourceShortage, TransportError
-from sl_queue.ports import State
+from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload
 from sl_queue.protocol.scheduler.state import RunState
 from sl_queue.security.keys import PrivateKey, read_key, write_key
@@ -46,7 +46,7 @@ def write_all(path: Path) -> None:
         bank.save(3, State(TENSORS, {}), run="r", generation=0, values={})
         bank.keep(3)
         bank.write_final({"base": TENSORS}, run="r", step=3, incarnation="i")
-        bank.mark_told()
+        bank.mark_reported()
     scheduler = RunFile(path / "scheduler", {}, "d")
     scheduler.save(RunState())
     scheduler.close()

@@ -11,7 +11,8 @@ import pytest
 
 from sl_queue.errors import AlignmentError
 from sl_queue.protocol.codec import encode
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, StopRequest
+from sl_queue.protocol.control import StopRequest
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.security.hpke import Cipher
 from sl_queue.security.keys import PrivateKey
 from sl_queue.security.sealing import Seal

@@ -100,7 +100,10 @@ BAD = {
 
 @pytest.mark.parametrize("url", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_every_way_in_says_what_is_wrong_in_words_of_its_own(entry: str, url: str, tmp_path: Path) -> None:
+def test_every_way_in_says_what_is_wrong_in_words_of_its_own(
+    entry: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the scheduler makes its folder
     (tmp_path / "url").write_text(f"{url}\n")
     (tmp_path / "url").chmod(0o600)
     written = [f"file:{tmp_path / 'url'}"] if entry == "scheduler" else []  # the command has read it before

@@ -12,7 +12,8 @@ from sl_queue.config.job import Job
 from sl_queue.launch.connect import connector
 from sl_queue.launch.operator import Telling, watch_status
 from sl_queue.protocol.codec import encode
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch, Status
+from sl_queue.protocol.control import Status
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.transport.link import Link
 from tests.contract.test_scheduling import until
 from tests.support.broker import Broker

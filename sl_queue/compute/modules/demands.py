@@ -12,7 +12,7 @@ from sl_queue.compute.modules.remembered import is_iterator
 from sl_queue.compute.modules.state import Built, Contents
 from sl_queue.cut.tensors import described, dtype_name, to_payload
 from sl_queue.errors import JobError
-from sl_queue.ports import SAVABLE
+from sl_queue.protocol.checkpoint import SAVABLE
 
 
 def require_savable(module: nn.Module, where: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sl_queue.compute.modules.put_back import items_back, put_back
 from sl_queue.compute.modules.remembered import (
     CONTAINERS,
     Fixed,
@@ -14,8 +15,6 @@ from sl_queue.compute.modules.remembered import (
     Remembered,
     Scalar,
     generator_state,
-    items_back,
-    put_back,
     set_generator_state,
 )
 

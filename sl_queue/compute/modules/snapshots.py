@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sl_queue.compute.modules.remembered import Remembered, overwrite, put_back
+from sl_queue.compute.modules.put_back import overwrite, put_back
+from sl_queue.compute.modules.remembered import Remembered
 from sl_queue.compute.modules.state import LENT, OWN, Contents, plain_attributes, set_attribute
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.modules.remembered import Memory, Remembered, put_back, same
+from sl_queue.compute.modules.put_back import put_back
+from sl_queue.compute.modules.remembered import Memory, Remembered, same
 from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
 from sl_queue.cut.tensors import described, dtype_name, from_payload, to_payload
 from sl_queue.errors import CheckpointError
-from sl_queue.ports import SAVABLE, State
+from sl_queue.protocol.checkpoint import SAVABLE, State
 from sl_queue.protocol.messages import Payload
 
 LENT = "_sl_queue_lent"  # an attribute of a module while a run trains it

@@ -16,7 +16,7 @@ from math import prod
 from typing import Final
 
 from sl_queue.protocol.codec import ITEM_BYTES, OVERHEAD_BYTES
-from sl_queue.protocol.messages import SCHEDULER, Kind, MicroBatch, Payload
+from sl_queue.protocol.messages import SCHEDULER, WHO_MAY_SAY, Kind, MicroBatch, Payload, Role
 from sl_queue.protocol.schedule.pipeline import Pipeline, Reach
 
 CROSSING: Final = ("float64", "float32", "float16", "bfloat16")  # dtypes of activations and gradients
@@ -28,6 +28,12 @@ COMMAND_BYTES: Final = 1024 * 1024  # the largest command of the scheduler
 def control_bytes(sender: str) -> int:
     """The largest message without a tensor that `sender` may send to a party."""
     return COMMAND_BYTES if sender == SCHEDULER else QUESTION_BYTES
+
+
+def tensors_to(role: Role) -> frozenset[Kind]:
+    """Return the kinds of tensors that a party of this role is sent."""
+    allowed = ((kind, pairs) for kind, pairs in WHO_MAY_SAY.items() if kind not in (Kind.REPORT, Kind.COMMAND))
+    return frozenset(kind for kind, pairs in allowed if any(receiver is role for _, receiver in pairs))
 
 
 @dataclass(frozen=True, slots=True)

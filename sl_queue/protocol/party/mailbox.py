@@ -79,14 +79,14 @@ class Mailbox(Generic[Tag]):
         self._committed = BEFORE_FIRST_STEP
         self._reach: Reach | None = None
         self._held: dict[Key, _Held[Tag]] = {}
-        # by sender; before a run is adopted of any, afterwards of one newer generation only
+        # by sender; before a run is entered of any, afterwards of one newer generation only
         self._early: defaultdict[str, dict[tuple[str, int, Kind, MicroBatch], _Early[Tag]]] = defaultdict(dict)
         self._asked: Key | None = None  # what was asked for last
         self._unusable: list[str] = []  # why it was refused; at most once each time it was asked for
         self._answered = True
         self.counts: Counter[str] = Counter()
 
-    def adopt(self, run: str, generation: int, committed: int) -> list[Verdict[Tag]]:
+    def enter(self, run: str, generation: int, committed: int) -> list[Verdict[Tag]]:
         """Enter a run and generation, with everything up to step `committed` already applied."""
         dropped = tuple(held.tag for held in self._held.values() if held.tag is not None)
         early = [message for waiting in self._early.values() for message in waiting.values()]
@@ -102,12 +102,8 @@ class Mailbox(Generic[Tag]):
         self._committed = committed
         self._reach = None if self._bounds is None else self._bounds.pipeline.reach(committed)
 
-    def file(self, sender: str, header: Header, message: Activation | Gradient, tag: Tag) -> Verdict[Tag]:
-        """Decide about one delivery from the queue of `sender`."""
-        if header.sender != sender:
-            return self._reject(tag, f"says it is from {header.sender!r:.100}, but came from {sender!r}")
-        if header.receiver != self._party:
-            return self._reject(tag, f"is for {header.receiver!r:.100}, but came to {self._party!r}")
+    def file(self, header: Header, message: Activation | Gradient, tag: Tag) -> Verdict[Tag]:
+        """Decide about one delivery; the codec has compared its header with whose queue it came from."""
         return self._file(header, message.payload, tag)
 
     def _file(self, header: Header, payload: Payload, tag: Tag) -> Verdict[Tag]:
@@ -229,7 +225,7 @@ class Outbox:
         self._sent: dict[tuple[str, Kind], MicroBatch] = {}
         self._resumed_at = BEFORE_FIRST_STEP
 
-    def adopt(self, committed: int) -> None:
+    def enter(self, committed: int) -> None:
         """A new timeline begins: what was sent is void, and nothing up to step `committed` will be sent again."""
         self._kept.clear()
         self._sent.clear()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from sl_queue.protocol.messages import Command, Finish, Open, Start, Stop
+from sl_queue.protocol.control import Command, Finish, Open, Start, Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +32,11 @@ class Orders:
                 if self.stop is not None and command.error is None and (self.stop.error or command.after_step is None):
                     return self
                 return replace(self, stop=command)
+
+
+class Restarted(Exception):
+    """The scheduler began a new generation; unwind to the worker's outer loop and start from `start`."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(f"generation {start.generation} begins after step {start.rollback_steps[-1]}")
+        self.start = start

@@ -7,48 +7,32 @@ from dataclasses import replace
 from typing import Generic
 
 from sl_queue.errors import LocalProtocolError
-from sl_queue.protocol.messages import (
-    BEFORE_FIRST_STEP,
-    SCHEDULER,
-    Activation,
-    Alive,
-    Finish,
-    Gradient,
-    Header,
-    Kind,
-    Lost,
-    Message,
-    MicroBatch,
-    Open,
-    Start,
-    Stop,
-    Waiting,
-    kind_of,
-)
+from sl_queue.protocol.control import Alive, Finish, Lost, Message, Open, Start, Stop, Waiting, kind_of
+from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch
 from sl_queue.protocol.party.bounds import Bounds
 from sl_queue.protocol.party.mailbox import Acknowledge, Key, Mailbox, Outbox, Reject, Tag, Verdict
 from sl_queue.protocol.party.orders import Orders
+
+_NOWHERE = MicroBatch(0, 0)  # reports and commands are of no micro-batch
 
 
 class Timeline(Generic[Tag]):
     """One party's part of a run and generation. Mutable: it is the memory of one process.
 
-    `introduce`: the scheduler is to be told (again) who is here. `keep_bytes`: sent and not yet committed by the
+    `announce`: the scheduler is to be told (again) who is here. `keep_bytes`: sent and not yet committed by the
     receiver; what is older is lost with the broker.
     """
 
-    def __init__(
-        self, party: str, peers: tuple[str, ...], incarnation: str, keep_bytes: int, bounds: Bounds | None = None
-    ) -> None:
-        self._party, self._peers, self._incarnation = party, peers, incarnation
-        self._start: Start | None = None  # the one adopted
+    def __init__(self, party: str, incarnation: str, keep_bytes: int, bounds: Bounds | None = None) -> None:
+        self._party, self._incarnation = party, incarnation
+        self._start: Start | None = None  # the one that was entered
         self._peer_committed: dict[str, int] = {}
         self.mailbox: Mailbox[Tag] = Mailbox(party, bounds)
         self.outbox = Outbox(keep_bytes)
         self.orders = Orders()
         self.committed = BEFORE_FIRST_STEP
         self.scheduler_incarnation: str | None = None
-        self.introduce = False
+        self.announce = False
 
     @property
     def run(self) -> str:
@@ -60,18 +44,19 @@ class Timeline(Generic[Tag]):
 
     @property
     def newer(self) -> Start | None:
-        """The order to begin a newer generation than the one adopted."""
+        """The order to begin a newer generation than the one entered."""
         ordered = self.orders.start
         if self._start is None or ordered is None or ordered.generation <= self._start.generation:
             return None
         return ordered
 
-    def adopt(self, start: Start, resume_step: int) -> list[Verdict[Tag]]:
+    def enter(self, start: Start, resume_step: int) -> list[Verdict[Tag]]:
         """Enter a run and generation, with everything up to `resume_step` on disk."""
-        self._start, self.committed = start, resume_step
+        self.committed = resume_step  # before the generation that it is said with: see `header`
+        self._start = start
         self._peer_committed.clear()
-        self.outbox.adopt(resume_step)
-        return self.mailbox.adopt(start.run, start.generation, resume_step)
+        self.outbox.enter(resume_step)
+        return self.mailbox.enter(start.run, start.generation, resume_step)
 
     def commit(self, step: int) -> tuple[Tag, ...]:
         """Everything up to `step` is on disk: what may be acknowledged. A stop at the next commit meant this one."""
@@ -84,18 +69,26 @@ class Timeline(Generic[Tag]):
     def disconnect(self, count: int) -> list[tuple[Key, bytes]]:
         """The connection was lost: the last `count` messages to each receiver, which it may have lost with it."""
         self.mailbox.disconnect()
-        self.introduce = True
+        self.announce = True
         return list(self.outbox.newest(count))
 
     # What goes out ----------------------------------------------------------------------------------------------
 
     def header(self, receiver: str, message: Message) -> Header:
-        """Raises LocalProtocolError for a tensor before a run is adopted."""
-        kind = kind_of(message)
-        if kind in (Kind.ACTIVATION, Kind.HOLDOUT, Kind.GRADIENT) and self._start is None:
-            raise LocalProtocolError(f"party {self._party!r} sends a {kind} before it adopted a run")
-        where = message.micro_batch if isinstance(message, Activation | Gradient) else MicroBatch(0, 0)
-        return Header(self.run, self.generation, kind, self._party, receiver, where, self.committed)
+        """Return the header of a message; any thread may ask for it. Raises LocalProtocolError before a run is entered.
+
+        What is said to be committed in a generation is never more than that: peers forget what they have sent up to it.
+        """
+        kind, start = kind_of(message), self._start
+        if isinstance(message, Activation | Gradient):
+            if start is None:
+                raise LocalProtocolError(f"party {self._party!r} sends a {kind} before it entered a run")
+            where = message.micro_batch
+        else:
+            where = _NOWHERE
+        if start is None:
+            return Header("", 0, kind, self._party, receiver, where, self.committed)
+        return Header(start.run, start.generation, kind, self._party, receiver, where, self.committed)
 
     def waiting(self, sender: str, kind: Kind, micro_batch: MicroBatch, seconds: float, silent_s: float) -> Waiting:
         """What is told of a wait for a message."""
@@ -113,43 +106,30 @@ class Timeline(Generic[Tag]):
 
     # What comes in ----------------------------------------------------------------------------------------------
 
-    def file(self, sender: str, header: Header, message: Message, tag: Tag, redelivered: bool) -> Verdict[Tag]:
-        """Decide about one delivery from the queue of `sender`."""
-        if header.sender != sender:
-            return self.refuse(tag, f"says it is from {header.sender!r:.100}, but came from {sender!r}")
-        if isinstance(message, Activation | Gradient):
-            if sender not in self._peers:
-                return self.refuse(tag, f"{header.kind} from {sender!r}, who sends none")
-            self._note_committed(header)
-            self.mailbox.counts["redelivered"] += redelivered
-            return self.mailbox.file(sender, header, message, tag)
+    def file(self, header: Header, message: Message, tag: Tag, redelivered: bool) -> Verdict[Tag]:
+        """Decide about one delivery; the codec has compared who says what with the rights of its sender."""
         match message:
-            case Start() | Open() | Finish() | Stop():
-                if sender != SCHEDULER:
-                    return self.refuse(tag, f"a command from {sender!r}; only the scheduler commands")
-                if message.incarnation == self._incarnation:
-                    self.orders = self.orders.after(message)
+            case Activation() | Gradient():
+                self._note_committed(header)
+                self.mailbox.counts["redelivered"] += redelivered
+                return self.mailbox.file(header, message, tag)
+            case Start() | Open() | Finish() | Stop() if message.incarnation == self._incarnation:
+                self.orders = self.orders.after(message)
             case Alive(incarnation):
                 self._note_committed(header)
-                if sender == SCHEDULER and incarnation != self.scheduler_incarnation:
-                    self.introduce = True
+                if header.sender == SCHEDULER and incarnation != self.scheduler_incarnation:
+                    self.announce = True
                     self.scheduler_incarnation = incarnation
-            case Waiting():
-                pass  # the channel sends the answer
             case _:
-                return self.refuse(tag, f"{type(message).__name__} is not meant for a party")
+                pass  # a question, which the channel answers, or an order to an earlier process
         return Acknowledge((tag,))
 
-    def refuse(self, tag: Tag, reason: str) -> Reject[Tag]:
-        """Count a delivery that is not ours."""
+    def refuse(self, tag: Tag, reason: str, header: Header | None = None) -> Reject[Tag]:
+        """Count a delivery that could not be read; with its header, it may be that of the awaited message."""
+        if header is not None:
+            return self.mailbox.refuse(header, tag, reason)
         self.mailbox.counts["rejected"] += 1
         return Reject(tag, reason)
-
-    def refuse_unreadable(self, sender: str, header: Header, tag: Tag, reason: str) -> Reject[Tag]:
-        """Count a delivery of which only the header could be read, which may be that of the awaited message."""
-        if header.sender == sender and sender in self._peers:
-            return self.mailbox.refuse(header, tag, reason)
-        return self.refuse(tag, reason)
 
     def is_present(self, header: Header) -> bool:
         """Whether it is of the run and generation that this party is in."""

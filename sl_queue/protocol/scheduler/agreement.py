@@ -4,14 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sl_queue.protocol.messages import Joined
+from sl_queue.protocol.control import Join
 from sl_queue.protocol.scheduler.state import Member, Plan, RunState
 from sl_queue.protocol.text import LONGEST_NAME, printable
 
 MAX_KEYS = 10  # of two jobs, named one by one
 
 
-def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+def disagreement(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
     """Why this party cannot train with the others, or None; `state` is from before it joined."""
     return (
         _other_job(plan, sender, joined)
@@ -21,7 +21,7 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Joined) -> st
     )
 
 
-def _other_job(plan: Plan, sender: str, joined: Joined) -> str | None:
+def _other_job(plan: Plan, sender: str, joined: Join) -> str | None:
     differing = sorted(differing_keys(joined.job, plan.job).items())
     if not differing:
         return None
@@ -34,7 +34,7 @@ def _other_job(plan: Plan, sender: str, joined: Joined) -> str | None:
     return f"the job files differ, and every party needs the same one: {told}{further}"
 
 
-def _other_rows(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+def _other_rows(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
     """A run that has begun says on which rows; before, those who are here are compared with each other."""
     agreed = state.agreed
     if agreed is not None:
@@ -58,7 +58,7 @@ def _other_rows(plan: Plan, state: RunState, sender: str, joined: Joined) -> str
     return None
 
 
-def _other_run(state: RunState, sender: str, joined: Joined) -> str | None:
+def _other_run(state: RunState, sender: str, joined: Join) -> str | None:
     if joined.run is not None and joined.run != printable(joined.run, LONGEST_NAME):
         return f"the state folder of {sender!r} names no run of sl_queue; give that worker its own folder, or a new one"
     runs = {p: m.run for p, m in state.members.items() if m.run is not None and p != sender}
@@ -72,7 +72,7 @@ def _other_run(state: RunState, sender: str, joined: Joined) -> str | None:
     return None
 
 
-def _other_rules(plan: Plan, state: RunState, sender: str, joined: Joined) -> str | None:
+def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
     """Parties that choose held-out rows differently would not agree on a single micro-batch."""
     others = {p: m.rules for p, m in state.members.items() if p in plan.parties and p != sender and m.here}
     for other, rules in others.items():

@@ -8,8 +8,8 @@ epoch and keeps the weights of that.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from sl_queue.protocol.messages import EpochResult, Finish, Open
-from sl_queue.protocol.scheduler.state import EarlyStopping, Orders, Plan, RunState, Standing, incarnations
+from sl_queue.protocol.control import EpochResult, Finish, Open
+from sl_queue.protocol.scheduler.state import Addressed, EarlyStopping, Plan, RunState, Standing, incarnations
 from sl_queue.protocol.text import LONGEST_NAME, printable
 
 MAX_METRICS = 100  # of one epoch
@@ -79,7 +79,7 @@ def all_committed(plan: Plan, state: RunState) -> bool:
     return all(m.finished is not None or m.committed >= last for m in members)
 
 
-def recorded(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now: float) -> tuple[RunState, Orders]:
+def recorded(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now: float) -> tuple[RunState, Addressed]:
     """Append what is new to the history, and open what may follow.
 
     Where epochs are missing in between, the label holder is told again how many are known, and answers with those.
@@ -109,7 +109,7 @@ def _named(result: EpochResult) -> dict[str, float | None] | None:
     return {printable(name, LONGEST_NAME): value for name, value in list(result.holdout.items())[:MAX_METRICS]}
 
 
-def finishing(plan: Plan, state: RunState) -> Orders:
+def finishing(plan: Plan, state: RunState) -> Addressed:
     """Order the end, once everyone has committed the last step."""
     step = final_step(plan, state)
     if step is None or not all_committed(plan, state):

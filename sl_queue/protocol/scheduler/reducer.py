@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from sl_queue.errors import failure
-from sl_queue.protocol.messages import (
-    OPERATOR,
+from sl_queue.protocol.control import (
     Alive,
     Command,
     EpochDone,
@@ -19,7 +18,7 @@ from sl_queue.protocol.messages import (
     Failed,
     Finish,
     Finished,
-    Joined,
+    Join,
     Lost,
     Progress,
     Report,
@@ -29,17 +28,18 @@ from sl_queue.protocol.messages import (
     StopRequest,
     Waiting,
 )
+from sl_queue.protocol.messages import OPERATOR
 from sl_queue.protocol.scheduler.agreement import disagreement
+from sl_queue.protocol.scheduler.endings import at_once, ended, fail, stop, stopped
 from sl_queue.protocol.scheduler.epochs import all_committed, final_step, finishing, opening, recorded, standing_of
 from sl_queue.protocol.scheduler.state import (
+    Addressed,
     Agreed,
     Member,
-    Orders,
     Phase,
     Plan,
     RunState,
     changed,
-    gone,
     incarnations,
     missing,
     newest_common,
@@ -50,18 +50,18 @@ from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
 
 def reduce(
     plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str, redelivered: bool = False
-) -> tuple[RunState, Orders]:
+) -> tuple[RunState, Addressed]:
     """One report of one party (or of the operator). `fresh_run` names the run if this report begins one.
 
     What is delivered again says nothing of whether its sender is still alive.
     """
     if isinstance(report, StopRequest):
-        return _stop(plan, state)
+        return stop(plan, state)
     if sender == OPERATOR or sender not in plan.parties:
         return state, ()
     member = state.members.get(sender, Member())
     heard = member.heard if redelivered else now
-    if isinstance(report, Joined):
+    if isinstance(report, Join):
         return _join(plan, state, sender, report, heard, now, fresh_run)
     if report.incarnation != member.incarnation or not (member.here or isinstance(report, Finished)):
         return state, ()  # of an earlier worker of that party; one that has finished will not join again
@@ -79,48 +79,45 @@ def reduce(
             return (changed(state, sender, waiting=report) if source in plan.parties else state), ()
         case Lost():
             return _lost(plan, state, sender, report)
-        case Failed(_, error, message):
-            state = changed(state, sender, stopped=True)
-            who, said = f"party {sender!r}", printable(message, LONGEST)
-            reason = said if said.startswith(who) else f"{who}: {said}"
-            return _fail(plan, state, failure(error), reason, failed=sender)
+        case Failed():
+            return _failed(plan, state, sender, report)
         case Stopped(_, step):
-            return _stopped(plan, state, sender, step)
+            return stopped(plan, state, sender, step)
         case Finished(_, digests):
-            return _ended(plan, changed(state, sender, finished=digests, waiting=None)), ()
+            return ended(plan, changed(state, sender, finished=digests, waiting=None)), ()
         case _:
             assert_never(report)
 
 
-def standing_orders(plan: Plan, state: RunState) -> Orders:
+def _failed(plan: Plan, state: RunState, sender: str, report: Failed) -> tuple[RunState, Addressed]:
+    state = changed(state, sender, stopped=True)
+    who, said = f"party {sender!r}", printable(report.message, LONGEST)
+    reason = said if said.startswith(who) else f"{who}: {said}"
+    return fail(plan, state, failure(report.error), reason, failed=sender)
+
+
+def standing_orders(plan: Plan, state: RunState) -> Addressed:
     """What everyone should have been told by now; a scheduler that comes back may have been killed before it was."""
     return tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
-
-
-def disagree(plan: Plan, state: RunState, reason: str) -> tuple[RunState, Orders]:
-    """End the run because a party cannot be understood, though it is there."""
-    if state.phase is Phase.STOPPED:
-        return state, ()
-    return _fail(plan, state, "AlignmentError", reason)
 
 
 # Joining ------------------------------------------------------------------------------------------------------
 
 
 def _join(
-    plan: Plan, state: RunState, sender: str, joined: Joined, heard: float | None, now: float, fresh_run: str
-) -> tuple[RunState, Orders]:
+    plan: Plan, state: RunState, sender: str, joined: Join, heard: float | None, now: float, fresh_run: str
+) -> tuple[RunState, Addressed]:
     before = state
     state = _entered(state, sender, joined, heard)
     if state.phase in (Phase.FAILED, Phase.STOPPED):
-        return state, ((sender, _at_once(state, joined.incarnation)),)
+        return state, ((sender, at_once(state, joined.incarnation)),)
     problem = disagreement(plan, before, sender, joined)
     if state.phase is Phase.FINISHED:
         return changed(state, sender, finished=None), _too_late(plan, state, sender, joined, problem)
     if problem is not None and (before.agreed is not None or before.phase is not Phase.GATHERING):
         return _refused(plan, before, sender, joined.incarnation, problem, now)
     if problem is not None:
-        return _fail(plan, state, "AlignmentError", problem)
+        return fail(plan, state, "AlignmentError", problem)
     if state.phase is Phase.GATHERING:
         if missing(plan, state):
             return state, ()
@@ -132,7 +129,7 @@ def _join(
     return state, (*_all_orders(plan, state, sender), *orders, *finishing(plan, state))
 
 
-def _entered(state: RunState, sender: str, joined: Joined, heard: float | None) -> RunState:
+def _entered(state: RunState, sender: str, joined: Join, heard: float | None) -> RunState:
     """Note what a worker says of itself."""
     return changed(
         state,
@@ -159,7 +156,7 @@ def _entered(state: RunState, sender: str, joined: Joined, heard: float | None) 
 
 def _refused(
     plan: Plan, state: RunState, sender: str, incarnation: str, problem: str, now: float
-) -> tuple[RunState, Orders]:
+) -> tuple[RunState, Addressed]:
     """Send a worker away that does not fit the run which the others are in; they wait for one that does.
 
     Nothing that was known of its party is forgotten, and it is no sign of life of the worker that is awaited. If all
@@ -167,11 +164,11 @@ def _refused(
     """
     state = changed(state, sender, refused=problem, refused_at=now)
     if all(state.members.get(party, Member()).refused is not None for party in plan.parties):
-        state, _ = _fail(plan, state, "AlignmentError", problem)
+        state, _ = fail(plan, state, "AlignmentError", problem)
     return state, ((sender, Stop(incarnation, problem, error="AlignmentError")),)
 
 
-def _too_late(plan: Plan, state: RunState, sender: str, joined: Joined, problem: str | None) -> Orders:
+def _too_late(plan: Plan, state: RunState, sender: str, joined: Join, problem: str | None) -> Addressed:
     """Of a run that has finished: who holds the checkpoint of the final weights writes them again."""
     step = final_step(plan, state)
     if problem is not None:
@@ -184,7 +181,7 @@ def _too_late(plan: Plan, state: RunState, sender: str, joined: Joined, problem:
     return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {anew}", error="CheckpointError")),)
 
 
-def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Orders]:
+def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Addressed]:
     """Add the epochs that the label holder remembers, as far as they belong to the present timeline."""
     label_holder = state.members.get(plan.label_holder, Member())
     timeline = Start("", "", state.bases)
@@ -204,7 +201,7 @@ def _begin(state: RunState, fresh_run: str) -> RunState:
     return replace(state, phase=Phase.RUNNING, run=state.run or fresh_run)
 
 
-def _all_orders(plan: Plan, state: RunState, party: str) -> Orders:
+def _all_orders(plan: Plan, state: RunState, party: str) -> Addressed:
     """Everything a party that (re)joins must know."""
     incarnation = dict(incarnations(plan, state)).get(party)
     if incarnation is None or state.run is None or state.phase not in (Phase.RUNNING, Phase.STOPPING):
@@ -223,14 +220,14 @@ def _all_orders(plan: Plan, state: RunState, party: str) -> Orders:
 
 def _measured(
     plan: Plan, state: RunState, sender: str, generation: int, results: tuple[EpochResult, ...], now: float
-) -> tuple[RunState, Orders]:
+) -> tuple[RunState, Addressed]:
     """Take what the label holder measured in the present generation."""
     if generation != state.generation or sender != plan.label_holder:
         return state, ()
     return recorded(plan, state, results, now)
 
 
-def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tuple[RunState, Orders]:
+def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tuple[RunState, Addressed]:
     if report.generation != state.generation:
         return state, ()
     committed = state.members[sender].committed
@@ -245,7 +242,7 @@ def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tup
 # The last line of recovery ------------------------------------------------------------------------------------
 
 
-def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunState, Orders]:
+def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunState, Addressed]:
     """A message is lost when its receiver asks for it again after its sender said that it no longer has it."""
     if report.generation != state.generation or state.phase not in (Phase.RUNNING, Phase.STOPPING):
         return state, ()
@@ -263,60 +260,3 @@ def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunSt
     standing = standing_of(plan, history)
     state = replace(state, bases=(*state.bases, base), members=members, history=history, standing=standing)
     return state, standing_orders(plan, state)
-
-
-# Endings ------------------------------------------------------------------------------------------------------
-
-
-def _fail(plan: Plan, state: RunState, error: str, reason: str, failed: str | None = None) -> tuple[RunState, Orders]:
-    """Stop everyone at once but the party that failed; without one the parties disagree."""
-    if state.phase in (Phase.FAILED, Phase.FINISHED):
-        return state, ()
-    state = replace(state, phase=Phase.FAILED, reason=reason, error=error, failed=failed)
-    return state, tuple((p, _at_once(state, i)) for p, i in incarnations(plan, state) if p != failed)
-
-
-def _at_once(state: RunState, incarnation: str) -> Stop:
-    return Stop(incarnation, state.reason or "stopped", error=ending(state))
-
-
-def ending(state: RunState) -> str:
-    """Name the error with which a run that failed or was stopped ends for who has not failed itself."""
-    if state.error is None:
-        return "RunStopped"
-    return "PeerFailed" if state.failed is not None else state.error
-
-
-def _stop(plan: Plan, state: RunState) -> tuple[RunState, Orders]:
-    reason = "stopped by the operator; start the workers again to resume"
-    if state.phase is Phase.GATHERING:
-        state = replace(state, phase=Phase.STOPPED, reason=reason)
-        return state, tuple((p, _at_once(state, i)) for p, i in incarnations(plan, state))
-    if state.phase is not Phase.RUNNING:
-        return state, ()
-    state = replace(state, phase=Phase.STOPPING, reason=reason)
-    stops = tuple((p, Stop(i, reason)) for p, i in incarnations(plan, state) if p == plan.label_holder)
-    return state, stops
-
-
-def _stopped(plan: Plan, state: RunState, sender: str, step: int) -> tuple[RunState, Orders]:
-    """The label holder stops first, at its next commit; then everyone knows the step after which to stop."""
-    state = changed(state, sender, stopped=True)
-    if state.phase is not Phase.STOPPING:
-        return state, ()  # a worker that was interrupted, not one that was told to stop
-    if sender != plan.label_holder:
-        return _ended(plan, state), ()
-    state = replace(state, stop_after=step)
-    reason = state.reason or "stopped"
-    stops = tuple((p, Stop(i, reason, after_step=step)) for p, i in incarnations(plan, state) if p != sender)
-    return _ended(plan, state), stops
-
-
-def _ended(plan: Plan, state: RunState) -> RunState:
-    """Whether that was the last party."""
-    members = [state.members.get(p, Member()) for p in plan.parties]
-    if all(m.finished is not None for m in members):
-        return replace(state, phase=Phase.FINISHED, reason=None)
-    if state.phase is Phase.STOPPING and all(gone(state, m) for m in members):
-        return replace(state, phase=Phase.STOPPED)
-    return state

@@ -5,14 +5,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from sl_queue.protocol.control import Command, EpochResult, Lost, Waiting
 from sl_queue.protocol.history import History
-from sl_queue.protocol.messages import (
-    BEFORE_FIRST_STEP,
-    Command,
-    EpochResult,
-    Lost,
-    Waiting,
-)
+from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 
 GIVE_UP = 10  # patiences after which whoever waits for one that is silent ends with PeerSilent
 
@@ -148,7 +143,7 @@ class RunState:
         return len(self.bases)
 
 
-Orders = tuple[tuple[str, Command], ...]
+Addressed = tuple[tuple[str, Command], ...]
 
 
 def durable(state: RunState) -> RunState:

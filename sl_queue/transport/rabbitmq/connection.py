@@ -1,6 +1,6 @@
 """pika made awaitable: a connection and its channels on one asyncio loop. Driver exceptions end here.
 
-pika is used by one thread only, the one that runs the loop.
+Used by one thread at a time, whichever has the link's turn (turns.py).
 """
 
 import asyncio

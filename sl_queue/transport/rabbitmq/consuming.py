@@ -1,6 +1,6 @@
 """What comes in on one connection: deliveries of each sender's queue, and what becomes of them.
 
-All but `reject` runs on the link's I/O thread.
+`acknowledge` runs on the thread that has the link's turn, `reject` on any, all else on the link's I/O thread.
 """
 
 import logging
@@ -13,7 +13,7 @@ from sl_queue.errors import PartyBusy, SlQueueError
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.transport.link import Delivery, Tag
 from sl_queue.transport.rabbitmq.connection import Channel, Connection
-from sl_queue.transport.rabbitmq.endpoint import End, Place
+from sl_queue.transport.rabbitmq.endpoint import End, Endpoint
 from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused
 from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
@@ -29,21 +29,21 @@ class _Busy(Exception):
     """Another consumer has the queue."""
 
 
-class Inboxes:
+class Consumer:
     """The queues of a party, one a sender. Mutable: it knows what is delivered and not acknowledged."""
 
     def __init__(
         self,
         session: int,
-        place: Place,
+        endpoint: Endpoint,
         connection: Connection,
         unconfirmed: Unconfirmed,
         on_delivery: Callable[[Delivery], None],
         end: End,
     ) -> None:
-        self._session, self._place, self._connection = session, place, connection
+        self._session, self._endpoint, self._connection = session, endpoint, connection
         self._unconfirmed, self._on_delivery, self._end = unconfirmed, on_delivery, end
-        self._senders = place.topology.senders_to(place.party)
+        self._senders = endpoint.topology.senders_to(endpoint.party)
         self._channels: dict[int, Channel] = {}
         self._held: list[dict[int, tuple[bytes, int]]] = [{} for _ in self._senders]  # tag -> head and size
         self.delivered = False  # whether anything was
@@ -55,7 +55,7 @@ class Inboxes:
 
     async def _take(self, queue: int, busy_s: float) -> None:
         """Become the one consumer of a queue; the first queue is the lock of the party."""
-        who = self._place.who
+        who = self._endpoint.who
         try:
             await persist(
                 lambda: self._consume(queue),
@@ -66,17 +66,17 @@ class Inboxes:
             )
         except _Busy:
             raise PartyBusy(
-                f"another worker already serves {who} at {self._place.address}, and did not end within "
+                f"another worker already serves {who} at {self._endpoint.address}, and did not end within "
                 f"{busy_s:.0f} s; stop one of the two"
             ) from None
 
     async def _consume(self, queue: int) -> None:
-        place = self._place
-        name = place.topology.queue(place.party, self._senders[queue])
+        endpoint = self._endpoint
+        name = endpoint.topology.queue(endpoint.party, self._senders[queue])
         channel = self._channels[queue] = await self._connection.channel()
         channel.on_closed = lambda why: self._end(str(why))
-        await channel.prefetch(place.prefetch if place.prefetch <= MOST_PREFETCH else 0)
-        counted = place.queue_type == "quorum" and queue == 0 and place.party != OPERATOR
+        await channel.prefetch(endpoint.prefetch if endpoint.prefetch <= MOST_PREFETCH else 0)
+        counted = endpoint.queue_type == "quorum" and queue == 0 and endpoint.party != OPERATOR
         if counted:
             await self._require_consumers(channel, name, 0)
         try:
@@ -84,13 +84,15 @@ class Inboxes:
                 name,
                 lambda tag, redelivered, body: self._deliver(queue, tag, redelivered, body),
                 lambda: self._end(f"queue {name!r} was deleted or moved"),
-                exclusive=place.queue_type == "classic" and place.party != OPERATOR,
+                exclusive=endpoint.queue_type == "classic" and endpoint.party != OPERATOR,
             )
         except Refused as refused:
             if refused.code == ACCESS_REFUSED and "exclusive" in refused.text:
                 raise _Busy(refused.text) from None
             if refused.code == ACCESS_REFUSED:
-                raise Denied(f"user {place.address.user!r} needs the read right on {name!r} ({refused.text})") from None
+                raise Denied(
+                    f"user {endpoint.address.user!r} needs the read right on {name!r} ({refused.text})"
+                ) from None
             raise Lost(refused.text) from None
         if counted:
             await self._require_consumers(channel, name, 1)
@@ -108,7 +110,7 @@ class Inboxes:
         try:
             self._on_delivery(Delivery(self._senders[queue], body, Tag((self._session, queue, tag)), redelivered))
         except Exception as error:
-            log.exception("%s: a delivery could not be taken", self._place.who)
+            log.exception("%s: a delivery could not be taken", self._endpoint.who)
             self._end("a delivery could not be taken", SlQueueError(f"{type(error).__name__}: {error}"))
 
     def acknowledge(self, tags: Sequence[Tag]) -> None:
@@ -138,11 +140,11 @@ class Inboxes:
         if held is None:
             return
         head, size = held
-        place = self._place
-        name = place.topology.queue(place.party, self._senders[queue])
+        endpoint = self._endpoint
+        name = endpoint.topology.queue(endpoint.party, self._senders[queue])
         letter = Outgoing(
-            exchange=place.topology.dead_exchange(place.party),
-            routing_key=f"rejected.dead.{place.party}",
+            exchange=endpoint.topology.dead_exchange(endpoint.party),
+            routing_key=f"rejected.dead.{endpoint.party}",
             body=head,
             persistent=False,  # it is for people, and must not cost the disk of the broker
             headers={"x-reason": reason[:1000], "x-size": size, "x-queue": name},

@@ -12,7 +12,7 @@ from sl_queue.transport.retry import Limits
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Endpoint:
     """Whose connection it is, where to, and what may be waiting in it."""
 
     address: Address

@@ -106,7 +106,7 @@ class Housekeeping:
 
     def put_back(self, party: str) -> Back:
         """Publish what `party` refused into the queues that it came from. What cannot go back stays where it is."""
-        name, own = self._names.dead_letters(party), self._inboxes(party)
+        name, own = self._names.dead_letters(party), self._consumer(party)
         count, left = 0, dict[str, int]()
         rights = f"the read right on {name!r}, and the write right on the default exchange"
         with self._channel(rights) as channel, self._channel(rights) as out:
@@ -126,7 +126,7 @@ class Housekeeping:
         with self._channel(f"the read right on {name!r}") as channel:
             return int(channel.queue_purge(name).method.message_count) if _look_up(channel, name) else 0
 
-    def _inboxes(self, party: str) -> frozenset[str]:
+    def _consumer(self, party: str) -> frozenset[str]:
         return frozenset(self._names.queue(party, sender) for sender in self._names.senders_to(party))
 
     # What is left -----------------------------------------------------------------------------------------------

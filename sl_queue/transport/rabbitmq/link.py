@@ -1,35 +1,34 @@
 """A party's link to RabbitMQ: survives lost connections and broker restarts. `Link`'s contract is in link.py.
 
-One I/O thread runs an asyncio loop and owns the driver; the worker computes in another one, so heartbeats go on
-whatever it does. Other threads leave what they want done and wake the loop, once for many. Only a small message is
-sent by the thread that publishes it, if the I/O thread sleeps: to wake that one, and to pass Python's lock to and fro,
-takes longer, and made small steps up to a sixth slower. A large one is copied beside the computation.
+One I/O thread runs an asyncio loop; the worker computes in another one, so heartbeats go on whatever it does. Other
+threads leave what they want done and wake the loop, once for many. Only a small message is sent by the thread that
+publishes it, if the I/O thread sleeps: to wake that one, and to pass Python's lock to and fro, takes longer. A large
+one is copied beside the computation. The driver is used by whoever has the turn (turns.py).
 """
 
 import asyncio
 import concurrent.futures
 import itertools
 import logging
-import selectors
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from sl_queue.errors import BrokerUnreachable, ResourceShortage, SlQueueError, TransportError
-from sl_queue.ports import Connectivity
+from sl_queue.protocol.measures import Connectivity
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery, Outage, Tag
 from sl_queue.transport.outages import Outages
 from sl_queue.transport.rabbitmq.address import HEARTBEAT_S
-from sl_queue.transport.rabbitmq.endpoint import BRIEF_S, Denials, Ended, Place
+from sl_queue.transport.rabbitmq.endpoint import BRIEF_S, Denials, Ended, Endpoint
 from sl_queue.transport.rabbitmq.failures import Denied, Lost
 from sl_queue.transport.rabbitmq.names import QueueType
 from sl_queue.transport.rabbitmq.nodes import Nodes
 from sl_queue.transport.rabbitmq.session import Session
+from sl_queue.transport.rabbitmq.turns import Turns
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import CONNECTING, Limits, pause_s, persist
 
@@ -37,22 +36,6 @@ SMALL_BYTES = 64 * 1024  # a message that its publisher sends itself
 FRUITLESS_SESSIONS = 20  # in a row, and the link gives up: connecting works, but nothing else does
 
 log = logging.getLogger("sl_queue")
-
-
-class Turns(selectors.DefaultSelector):
-    """The I/O thread's selector. Who has the `turn` may use the driver: that thread, whenever it is awake."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.turn = threading.Lock()
-
-    def select(self, timeout: float | None = None) -> Any:
-        """As every selector's; meanwhile the turn is free."""
-        self.turn.release()
-        try:
-            return super().select(timeout)
-        finally:
-            self.turn.acquire()
 
 
 class RabbitLink:
@@ -77,7 +60,9 @@ class RabbitLink:
         again: Callable[[], str] | None = None,
     ) -> None:
         self._nodes = Nodes(url, again)
-        self._place = Place(self._nodes.first, party, topology, prefetch, queue_type, limits)  # where it is, or was
+        self._endpoint = Endpoint(
+            self._nodes.first, party, topology, prefetch, queue_type, limits
+        )  # where it is, or was
         self._unconfirmed, self._outages = Unconfirmed(), Outages()
         self._lock = threading.Lock()
         self._acknowledged: list[Tag] = []
@@ -115,9 +100,9 @@ class RabbitLink:
     def publish(
         self, receiver: str, kind: Kind, run: str, body: bytes, *, persistent: bool, expires_s: float | None = None
     ) -> None:
-        names = self._place.topology
+        names = self._endpoint.topology
         message = Outgoing(
-            exchange=names.exchange(self._place.party),
+            exchange=names.exchange(self._endpoint.party),
             routing_key=names.routing_key(run, kind, receiver),
             body=body,
             persistent=persistent,
@@ -171,10 +156,10 @@ class RabbitLink:
         self.close()
 
     def _closing(self) -> TransportError:
-        return TransportError(f"the link of {self._place.who} is closed")
+        return TransportError(f"the link of {self._endpoint.who} is closed")
 
     def _wake(self, *, may_send: bool = False) -> None:
-        """Have it done: soon by the I/O thread, or here and now."""
+        """Run pending I/O inline if the I/O thread is idle and the message is small, else wake it."""
         if may_send and self._turns.turn.acquire(blocking=False):
             try:
                 self._work()
@@ -199,7 +184,7 @@ class RabbitLink:
             ):
                 runner.run(self._live())
         except OSError as error:  # no descriptor for the loop itself: whoever opens must not wait for ever
-            self._fail(ResourceShortage(f"{self._place.who} cannot connect: {error.strerror}; start it again"))
+            self._fail(ResourceShortage(f"{self._endpoint.who} cannot connect: {error.strerror}; start it again"))
 
     def _work(self) -> None:
         """With the turn: hand what other threads left to the session; without one, acknowledgements are void anyway."""
@@ -225,7 +210,7 @@ class RabbitLink:
         except SlQueueError as error:
             self._fail(error)
         except Exception as error:
-            log.exception("%s: the link failed", self._place.who)
+            log.exception("%s: the link failed", self._endpoint.who)
             self._fail(SlQueueError(f"{type(error).__name__}: {error}"))
         finally:
             if self._session is not None:
@@ -234,7 +219,7 @@ class RabbitLink:
                 self._opened.set_exception(self._closing())
 
     async def _serve(self) -> None:
-        limits, fruitless = self._place.limits, 0
+        limits, fruitless = self._endpoint.limits, 0
         denied = Denials(limits.lost_s)
         session = await self._connect(limits.first_s, limits.busy_s, on=Lost, before_deliveries=lambda: None)
         self._opened.set_result(None)
@@ -252,20 +237,20 @@ class RabbitLink:
             what = "lost the broker (%s); connecting again"
             if ended.denied:
                 what = f"the broker refuses a message (%s); publishing again for {limits.lost_s:.0f} s at most"
-            log.warning(f"%s: {what}", self._place.who, ended.reason)
+            log.warning(f"%s: {what}", self._endpoint.who, ended.reason)
             times = denied.count if ended.denied else fruitless
             await self._pause(ended, times, brief=time.monotonic() - began < BRIEF_S)
             busy_s = limits.busy_s + 2 * HEARTBEAT_S  # until the broker has noticed that our last connection is lost
             session = await self._connect(
                 limits.lost_s, busy_s, on=(Lost, Denied), before_deliveries=self._on_reconnect
             )
-            log.info("%s: connected again", self._place.who)
+            log.info("%s: connected again", self._endpoint.who)
 
     async def _pause(self, ended: Ended, times: int, *, brief: bool) -> None:
         """Between two sessions; longer and longer while they confirm and deliver nothing."""
         if times >= FRUITLESS_SESSIONS and not ended.denied:
             raise BrokerUnreachable(
-                f"lost the broker at {self._place.address} {times} times as soon as it was reached; "
+                f"lost the broker at {self._endpoint.address} {times} times as soon as it was reached; "
                 f"the last time: {ended.reason}"
             )
         if brief:
@@ -280,9 +265,9 @@ class RabbitLink:
         before_deliveries: Callable[[], None],
     ) -> Session:
         async def attempt() -> Session:
-            self._place = replace(self._place, address=self._nodes.next())
+            self._endpoint = replace(self._endpoint, address=self._nodes.next())
             number = next(self._numbers)
-            session = Session(number, self._place, self._unconfirmed, self._on_delivery, self._outages)
+            session = Session(number, self._endpoint, self._unconfirmed, self._on_delivery, self._outages)
             self._session = session
             try:
                 await session.begin(before_deliveries, busy_s)
@@ -293,12 +278,12 @@ class RabbitLink:
             self._changed_at, self._certificates = time.monotonic(), session.certificates
             return session
 
-        who = self._place.who
+        who = self._endpoint.who
         say = f"{who}: no connection to the broker at {self._nodes}"
         try:
             return await persist(attempt, on=on, limit_s=limit_s, pauses=CONNECTING, say=say)
         except Denied as denied:
-            raise BrokerUnreachable(f"the broker at {self._place.address} refuses {who}: {denied}") from None
+            raise BrokerUnreachable(f"the broker at {self._endpoint.address} refuses {who}: {denied}") from None
         except Lost as lost:
             raise BrokerUnreachable(
                 f"{who} cannot use the broker at {self._nodes}: {lost}; tried for {limit_s:.0f} s, "

@@ -9,7 +9,7 @@ from itertools import takewhile
 from sl_queue.errors import JobError, SlQueueError, TransportError, Unroutable
 from sl_queue.transport.link import Tag
 from sl_queue.transport.rabbitmq.connection import Channel, Connection
-from sl_queue.transport.rabbitmq.endpoint import End, Place
+from sl_queue.transport.rabbitmq.endpoint import End, Endpoint
 from sl_queue.transport.rabbitmq.failures import Lost, Refused
 from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED, declare
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
@@ -20,7 +20,7 @@ IN_FLIGHT_BYTES = 64 * 1024 * 1024  # given to pika and not confirmed: pika copi
 log = logging.getLogger("sl_queue")
 
 
-class Outlet:
+class Publisher:
     """The way out. Mutable: it knows what is sent and not confirmed on its channel.
 
     A queue that is full or missing pauses what is for that queue, and nothing else.
@@ -30,13 +30,13 @@ class Outlet:
 
     def __init__(
         self,
-        place: Place,
+        endpoint: Endpoint,
         connection: Connection,
         unconfirmed: Unconfirmed,
         acknowledge: Callable[[Sequence[Tag]], None],
         end: End,
     ) -> None:
-        self._place, self._connection, self._unconfirmed = place, connection, unconfirmed
+        self._endpoint, self._connection, self._unconfirmed = endpoint, connection, unconfirmed
         self._acknowledge, self._end = acknowledge, end
         self._out: Channel | None = None
         self._open = False  # whether publishing may begin
@@ -114,7 +114,7 @@ class Outlet:
         """The broker has no queue for a message, or its queue is full: try again after a pause."""
         unroutable = number in self._returned
         self._returned.discard(number)
-        limits = self._place.limits
+        limits = self._endpoint.limits
         now = time.monotonic()
         message.troubles += 1
         message.troubled_since = message.troubled_since or now
@@ -130,17 +130,17 @@ class Outlet:
         if message.to not in self._paused and self._open:
             wait_s = pause_s(message.troubles, PUBLISHING)
             why = "no queue is bound; declaring it again" if unroutable else "the queue is full"
-            log.warning("%s: %s: %s; publishing again in %.1f s", self._place.who, where, why, wait_s)
+            log.warning("%s: %s: %s; publishing again in %.1f s", self._endpoint.who, where, why, wait_s)
             self._paused[message.to] = asyncio.create_task(self._mend(message.to, wait_s))
 
     async def _mend(self, to: str, wait_s: float) -> None:
         """Have what is for that queue published again, after a pause and with the queue declared."""
         await asyncio.sleep(wait_s)
-        place = self._place
+        endpoint = self._endpoint
         try:
             async with self._mending:  # one at a time: there is one channel for it
-                await declare(self._connection, place.topology, place.party, place.queue_type)
-                if place.queue_type == "quorum":
+                await declare(self._connection, endpoint.topology, endpoint.party, endpoint.queue_type)
+                if endpoint.queue_type == "quorum":
                     await self._publish_anew()
         except Lost as lost:
             self._end(str(lost))
@@ -165,7 +165,7 @@ class Outlet:
                 "max_message_size at the broker"
             )
         elif isinstance(why, Refused) and why.code == ACCESS_REFUSED:
-            exchange = self._place.topology.exchange(self._place.party)
-            user = self._place.address.user
+            exchange = self._endpoint.topology.exchange(self._endpoint.party)
+            user = self._endpoint.address.user
             self._end(f"user {user!r} needs the write right on {exchange!r} ({why.text})", denied=True)
         self._end(str(why), error)

@@ -14,19 +14,8 @@ from sl_queue.config.job import MAX_PARTIES, Job
 from sl_queue.cut.packing import Compress, Dtype, unused
 from sl_queue.errors import JobError, LocalProtocolError
 from sl_queue.protocol.codec import MAX_RANK, MAX_TENSOR_BYTES, decode, encode
-from sl_queue.protocol.messages import (
-    SCHEDULER,
-    Activation,
-    EpochResult,
-    Gradient,
-    Header,
-    Joined,
-    Kind,
-    Message,
-    MicroBatch,
-    Payload,
-    kind_of,
-)
+from sl_queue.protocol.control import EpochResult, Join, Message, kind_of
+from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
 from tests.support.split import Concatenated, parties
 
 WORDS = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789_-", min_size=1, max_size=64)
@@ -140,7 +129,7 @@ def test_whatever_a_valid_job_can_make_is_read(made: Job, rows: int, step: int, 
     draw, micro_batch = np.random.default_rng(seed), MicroBatch(step, step)
     result = EpochResult(made.epochs, step, 0.5, {"loss": None, "auroc": 1.0})
     for party in made.parties:
-        joined = Joined("ab", made.canonical(), LARGE, "f" * 64, "integer", "f" * 12, LARGE, (step,), (result,))
+        joined = Join("ab", made.canonical(), LARGE, "f" * 64, "integer", "f" * 12, LARGE, (step,), (result,))
         accepted(party, SCHEDULER, joined)
     for party in made.feature_parties:
         shape = (rows, *(made.cut(party) or ()))

@@ -1,0 +1,115 @@
+"""The commands that come before a run: check, plan, key and provision."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sl_queue.cli.options import Broker, JobPath, PartyPaths
+from sl_queue.errors import JobError
+
+
+def check(
+    job: JobPath,
+    parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
+    broker: Broker = None,
+) -> None:
+    """Find everything that can be wrong before anything is started."""
+    from sl_queue.checking.check import check_job
+    from sl_queue.observe.console import show_finding, stdout
+
+    console = stdout()
+    raise typer.Exit(check_job(job, parties or [], broker, lambda finding: show_finding(console, finding)))
+
+
+def plan(
+    job: JobPath,
+    parties: PartyPaths,
+    rtt: Annotated[float, typer.Option(min=0, help="Milliseconds from a feature party to the broker and back.")] = 0.0,
+    bandwidth: Annotated[float | None, typer.Option(min=0.001, help="Mbit/s of that link; default: no limit.")] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="Cores that all parties share, if on one machine.")] = None,
+) -> None:
+    """Measure a few steps here, and rank the pipelines: which [pipeline] and [wire] are fastest over that link."""
+    from sl_queue.config.job import Job, PartyFile
+    from sl_queue.planning.measuring import Link
+    from sl_queue.planning.plan import lines, plan_job
+
+    found = plan_job(Job.load(job), [PartyFile.load(path) for path in parties], Link(rtt, bandwidth, cores))
+    print("\n".join(lines(found)))
+
+
+def key(
+    out: Annotated[Path, typer.Option(help="The file for the private key; it must not be there yet.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A party of the job, scheduler or operator.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a secret for a party's random draws instead; it has no NAME.")
+    ] = False,
+) -> None:
+    """Make a key for sealing messages; prints the public part, for the job."""
+    if private == (name is not None):
+        told = "a secret has no NAME: leave it out" if private else "whose key? give the NAME of a party, or --private"
+        raise JobError(told)
+    if private:
+        _make_secret(out)
+    else:
+        _make_key(str(name), out)
+
+
+def _make_secret(out: Path) -> None:
+    from sl_queue.storage.secret_file import write_secret
+
+    write_secret(out)
+    print(f"# {out} stays with its party, beside its file; a run that was begun with it goes on only with it")
+    print(f"[privacy]\nsecret = {json.dumps(str(out))}")
+
+
+def _make_key(name: str, out: Path) -> None:
+    from sl_queue.protocol.messages import SCHEDULER
+    from sl_queue.security.keys import PrivateKey, write_key
+
+    made = PrivateKey.generate(signs=name == SCHEDULER)
+    write_key(out, made)
+    print(f"[security.keys.{name}]")
+    for field, text in made.public.texts().items():
+        print(f'{field} = "{text}"')
+
+
+def provision(
+    job: JobPath,
+    broker_host: Annotated[
+        list[str], typer.Option(help="Name or address of the broker; again for each further node, tried in turn.")
+    ],
+    out: Annotated[Path, typer.Option(help="A folder for all folders; what is there is kept.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the broker listens.")] = 5671,
+    at: Annotated[str, typer.Option(help="Where a role's folder will lie; '.' if its worker is started in it.")] = ".",
+    broker_at: Annotated[str, typer.Option(help="Where the broker's folder will lie.")] = "/etc/sl_queue",
+    client_certificates: Annotated[
+        bool, typer.Option("--client-certificates", help="Log in with certificates instead of passwords.")
+    ] = False,
+    rotate: Annotated[
+        list[str] | None, typer.Option(help="logins, certificates, authority or keys: make these anew.")
+    ] = None,
+) -> None:
+    """Write everything a deployment needs: one folder for each party, one for the broker."""
+    from datetime import UTC, datetime
+
+    from sl_queue.config.job import Job
+    from sl_queue.deployment.provision import Place, Secret, provision
+
+    kinds = [kind.value for kind in Secret]
+    unknown = [name for name in rotate or [] if name not in kinds]
+    if unknown:
+        raise JobError(f"--rotate {unknown[0]}: it must be {', '.join(kinds)}")
+    agreed = Job.load(job)
+    place = Place(tuple(broker_host), port, at, broker_at, client_certificates)
+    keys = provision(agreed, place, out, frozenset(Secret(name) for name in rotate or []), datetime.now(UTC))
+    print(f"{out / 'broker'}: for {broker_at} on the machine of the broker")
+    for role in keys:
+        print(f"{out / role}: for {role}")
+    print(f"{out / 'authority'}: keep ca.key away from all of them")
+    listed = {name: public.model_dump(exclude_none=True) for name, public in agreed.security.keys.items()}
+    if listed != {name: public.texts() for name, public in keys.items()}:
+        print(f"{out / 'security.toml'}: put this into {job}, at every party, and messages are sealed")

@@ -1,0 +1,147 @@
+"""The commands that train on this machine: demo, local and chaos."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sl_queue.cli.options import MEMORY, Broker, JobPath, PartyPaths, read_broker_url
+from sl_queue.errors import JobError, RunStopped
+
+if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
+    from sl_queue.config.job import Job, PartyFile
+    from sl_queue.local.processes import Place
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default: a new temporary one.")] = None,
+) -> None:
+    """Train on scikit-learn's digits, offline: the joint model beats each party alone."""
+    from sl_queue.local.demo import run_demo
+
+    run_demo(out)
+
+
+def local(
+    job: JobPath,
+    parties: PartyPaths,
+    broker: Broker = None,
+    out: Annotated[
+        Path | None, typer.Option(help="State under OUT/<party> and OUT/scheduler; default: the party files' state.")
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it."),
+    ] = None,
+) -> None:
+    """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
+    from sl_queue.config.job import Job, PartyFile
+    from sl_queue.observe.console import history_table, stdout
+
+    agreed = Job.load(job)
+    files = {path: PartyFile.load(path) for path in parties}
+    from sl_queue.local.threads import (
+        require_all,  # not before: torch takes seconds to import, and the files may be wrong
+    )
+
+    require_all(agreed, list(files.values()))
+    places = _places(agreed, files, out)
+    url = read_broker_url(broker or MEMORY)
+    if url.startswith(MEMORY):
+        history = _run_threads(agreed, list(files.values()), places)
+    else:
+        history = _run_processes(agreed, job, list(files.values()), places, url, keys)
+    console = stdout()
+    console.print(history_table(history))
+    for role, place in places.items():
+        for weights in _final_weights(place.state):
+            console.print(f"{role}: {weights}", soft_wrap=True)
+
+
+def chaos(
+    job: JobPath,
+    parties: PartyPaths,
+    kills: Annotated[int, typer.Option(min=0, help="Workers killed with SIGKILL.")] = 6,
+    broker_restarts: Annotated[int, typer.Option(min=0, help="The broker killed, and started on its data.")] = 1,
+    cuts: Annotated[int, typer.Option(min=0, help="Connections cut, delayed or half-open.")] = 2,
+    seed: Annotated[int, typer.Option(help="Which faults come when.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for both runs, empty or new; default: a temporary one.")
+    ] = None,
+) -> None:
+    """Train once in peace and once under faults, with a private broker: not one bit of the weights may differ."""
+    from tempfile import TemporaryDirectory
+
+    from sl_queue.config.job import Job, PartyFile
+    from sl_queue.local.threads import require_all
+    from sl_queue.observe.console import stdout
+    from sl_queue.testing.chaos import Storm, run_chaos
+    from sl_queue.testing.report import report
+
+    agreed = Job.load(job)
+    files = {path: PartyFile.load(path) for path in parties}
+    require_all(agreed, list(files.values()))
+    paths = {file.party: path for path, file in files.items()}
+    storm = Storm(kills, broker_restarts, cuts, seed)
+    with TemporaryDirectory(prefix="sl_queue-chaos-") as temporary:
+        verdict = run_chaos(agreed, job, paths, out or Path(temporary), storm, lambda text: print(text, flush=True))
+    stdout().print(report(verdict), soft_wrap=True)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _places(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":
+    """Each role's file and state folder; without --out the scheduler's is beside the label holder's."""
+    from sl_queue.local.processes import Place
+    from sl_queue.protocol.messages import SCHEDULER
+
+    places = {}
+    for path, file in files.items():
+        state = file.state if out is None else out / file.party
+        if state is None:
+            raise JobError(f"{path}: party {file.party!r} has no `state` folder; set it, or give --out DIR")
+        places[file.party] = Place(path, state)
+    beside = places[job.label_holder].state.parent if out is None else out
+    return {**places, SCHEDULER: Place(None, beside / SCHEDULER)}
+
+
+def _run_threads(job: "Job", files: "list[PartyFile]", places: "dict[str, Place]") -> list[dict[str, Any]]:
+    from sl_queue.local.threads import run_threads
+    from sl_queue.observe.console import Screen
+
+    states = {role: place.state for role, place in places.items()}
+    with Screen() as screen:
+        return run_threads(job, files, MEMORY, states, screen.status).history
+
+
+def _run_processes(
+    job: "Job", job_file: Path, files: "list[PartyFile]", places: "dict[str, Place]", broker: str, keys: Path | None
+) -> list[dict[str, Any]]:
+    from dataclasses import replace
+
+    from sl_queue.launch.connect import sealing
+    from sl_queue.local.processes import read_history, run_processes
+    from sl_queue.local.threads import compare_with_finished, have_finished, key_in
+    from sl_queue.observe.console import Screen
+    from sl_queue.protocol.messages import OPERATOR, SCHEDULER
+
+    states = {role: place.state for role, place in places.items()}
+    if have_finished(job, states):
+        compare_with_finished(job, files, states)
+        print("already finished: every party holds its final weights", file=sys.stderr)
+        return read_history(places[SCHEDULER].state)
+    places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
+    seal = sealing(job, OPERATOR, key_in(keys, OPERATOR), broker)
+    with Screen(epochs=False) as screen:
+        failure = run_processes(job, job_file, places, broker, screen, seal)
+    if failure is not None:
+        print(f"error: {failure.worker}: {failure.reason}", file=sys.stderr)
+        raise typer.Exit(failure.exit_code)
+    if not all(_final_weights(places[party].state) for party in job.parties):
+        raise RunStopped("before the last epoch, as asked; the same command resumes")
+    return read_history(places[SCHEDULER].state)
+
+
+def _final_weights(state: Path) -> list[Path]:
+    return sorted((state / "final").glob("*.safetensors"))

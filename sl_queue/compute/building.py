@@ -1,0 +1,111 @@
+"""From a party file to a module: imported or given, built with keyed draws, on the device that the party has."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sl_queue.compute.code_digest import named
+from sl_queue.compute.final_weights import settled
+from sl_queue.compute.modules.handover import Copies, Take
+from sl_queue.compute.modules.state import in_evaluation
+from sl_queue.compute.seeds import key, seeded
+from sl_queue.config.job import BaseFile, FuseFile, Job, PartyFile, imported
+from sl_queue.errors import ComputeError, JobError, SlQueueError
+
+Part = Literal["base", "fuse"]
+Inputs = Tensor | list[Tensor]
+Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn whatever a user's module, loss or optimizer raises in here into a ComputeError that begins with `what`.
+
+    `sys.exit` too: it would end this worker with a code of the model's own, and nobody would tell the others. Not
+    Ctrl-C, which is for the whole process.
+    """
+    try:
+        yield
+    except (SlQueueError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def build_module(
+    job: Job, party_file: PartyFile, part: Part, sample: Sample | None, take: Take | None = None
+) -> nn.Module:
+    """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
+    table = table_of(party_file, part)
+    where = f"party {party_file.party!r}: [{part}] model = {named(table.model)!r}"
+    model = table.model
+    if isinstance(model, str):
+        with seeded(key(job.seed, "", "import"), torch.device("cpu")):  # its file may draw, or call torch.manual_seed
+            model = imported(model, party_file.folder)
+    with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
+        try:
+            module = model if isinstance(model, nn.Module) else model(**table.args)
+        except (Exception, SystemExit) as error:
+            raise JobError(f"{where} with args = {dict(table.args)} fails: {type(error).__name__}: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise JobError(f"{where} returns {type(module).__name__}; it must return a torch.nn.Module")
+        module = (take or Copies())(party_file.party, part, module, made=module is not model)
+        if sample is not None and _is_lazy(module):
+            with blame(f"{where} fails on its input"), in_evaluation(module):
+                module(sample(dtype_of(module)))
+    for name, value in () if _is_lazy(module) else module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise JobError(f"{where}: its state_dict holds {name!r}, a {type(value).__name__}; only tensors are saved")
+    return module
+
+
+def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
+    """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
+    return settled(build_module(job, party_file, part_of(path), None), party_file.party, path)
+
+
+def part_of(path: Path) -> Part:
+    """Tell by its stem which part a file in `final/` holds."""
+    return "fuse" if path.stem == "fuse" else "base"
+
+
+def device_of(party_file: PartyFile) -> torch.device:
+    """The device that a party file asks for. Raises JobError if this machine does not have it."""
+    try:
+        device = torch.device(party_file.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"party {party_file.party!r}: device = {party_file.device!r} cannot be used here with "
+            f"torch {torch.__version__}: {reason}; use 'cpu', or install a torch that has it"
+        ) from None
+    return device
+
+
+def table_of(party_file: PartyFile, part: Part) -> BaseFile | FuseFile:
+    """Return the [base] or [fuse] table of a party file. Raises JobError if it is missing."""
+    table = party_file.base if part == "base" else party_file.fuse
+    if table is None:
+        raise JobError(f"party {party_file.party!r}: [{part}] is missing")
+    return table
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a module once, under its first name."""
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Return the dtype of its floating parameters; float32 if it has none."""
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(is_lazy(tensor) for _, tensor in tensors_of(module))

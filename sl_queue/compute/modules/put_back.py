@@ -1,0 +1,118 @@
+"""Remembered values put back in place: into the objects that held them, as far as those are still there."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sl_queue.compute.modules.remembered import (
+    CONTAINERS,
+    HOOKS,
+    Fixed,
+    Instance,
+    Items,
+    Numbers,
+    Remembered,
+    Scalar,
+    generator_state,
+    set_generator_state,
+)
+
+
+def put_back(memory: Remembered, current: Any = None) -> Any:
+    """The value as it was: in the object that held it, or in `current` where that has the shape of it."""
+    match memory:
+        case Scalar(value):
+            return value
+        case Fixed(held):
+            return held
+        case Numbers():
+            return _numbers_back(memory, current if memory.held is None else memory.held)
+        case Items():
+            return items_back(memory, current if memory.held is None else memory.held)
+        case Instance():
+            return _instance_back(memory, current if memory.held is None else memory.held)
+
+
+def _numbers_back(memory: Numbers, target: Any) -> Any:
+    copy = memory.copy
+    if memory.kind == "number":
+        return copy.numpy()[()]
+    if memory.kind == "array":
+        if (
+            not isinstance(target, np.ndarray)
+            or target.shape != tuple(copy.shape)
+            or target.dtype != copy.numpy().dtype
+        ):
+            return copy.numpy().copy()
+        if target.flags.writeable:
+            target[...] = copy.numpy()
+        return target
+    if not isinstance(target, Tensor):
+        return copy.clone()
+    overwrite(target, copy)
+    return target
+
+
+def overwrite(tensor: Tensor, numbers: Tensor) -> None:
+    """Give a tensor these numbers, and their dtype, shape and device, whatever it has now."""
+    with torch.no_grad():
+        if tensor.dtype != numbers.dtype or tensor.shape != numbers.shape or tensor.layout != torch.strided:
+            tensor.data = numbers.detach().clone().to(tensor.device)
+        elif not _holds(tensor, numbers):
+            tensor.copy_(numbers)
+
+
+def _holds(tensor: Tensor, numbers: Tensor) -> bool:
+    """Whether a tensor need not be written to; then who else refers to it sees no change of its version."""
+    try:
+        return torch.equal(tensor, numbers.to(tensor.device))
+    except (RuntimeError, NotImplementedError):  # of a dtype or device that cannot be compared
+        return False
+
+
+def items_back(memory: Items, target: Any) -> Any:
+    fits = type(target) is CONTAINERS[memory.kind] and getattr(target, "maxlen", None) == memory.longest
+    if memory.kind in ("dict", "OrderedDict"):
+        keys = [put_back(key) for key in memory.items[::2]]
+        before = target if fits else {}
+        values = [put_back(value, before.get(k)) for k, value in zip(keys, memory.items[1::2], strict=True)]
+        return _refilled(target if fits else CONTAINERS[memory.kind](), dict(zip(keys, values, strict=True)))
+    there = list(target) if fits and len(target) == len(memory.items) else [None] * len(memory.items)
+    items = list(map(put_back, memory.items, there))
+    if memory.kind == "tuple" and fits and len(items) == len(target) and all(map(_is, items, target)):
+        return target
+    if memory.kind in ("tuple", "Size", "frozenset"):
+        return CONTAINERS[memory.kind](items)
+    if not fits:
+        target = deque(maxlen=memory.longest) if memory.kind == "deque" else CONTAINERS[memory.kind]()
+    target.clear()
+    target.update(items) if memory.kind == "set" else target.extend(items)
+    return target
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _refilled(target: Any, items: Mapping[Any, Any]) -> Any:
+    target.clear()
+    target.update(items)
+    return target
+
+
+def _instance_back(memory: Instance, target: Any) -> Any:
+    if generator_state(target) is not None:
+        set_generator_state(target, put_back(memory.attributes["state"]))
+        return target
+    if target is None:
+        raise TypeError("an object that is not there")
+    there = vars(target)
+    values = {name: put_back(value, there.get(name)) for name, value in memory.attributes.items()}
+    for name in [name for name in there if name not in values and name not in HOOKS]:
+        del there[name]
+    there.update(values)
+    return target

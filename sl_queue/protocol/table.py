@@ -1,0 +1,25 @@
+"""A party's own rows, in the order in which every party has them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A party's own rows in canonical order (ascending id); nothing of it is ever sent."""
+
+    features: npt.NDArray[Any] | None = field(repr=False)  # (rows, *anything); None: the label holder has labels only
+    labels: npt.NDArray[Any] | None = field(repr=False)  # (rows,) or (rows, *anything)
+    row_keys: npt.NDArray[np.uint64] = field(repr=False)  # a secret keyed hash of each id, the same at every party
+    digest: str  # of all ids; what parties compare when they join, hexadecimal
+    id_type: str  # "integer" or "text"
+    columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
+    hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
+    notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.row_keys)

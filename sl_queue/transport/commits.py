@@ -1,0 +1,73 @@
+"""The recovery law at a commit, one at a time and beside what comes next.
+
+Sends are confirmed, then the checkpoint is on disk, then receives are acknowledged.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+
+from sl_queue.transport.shared import Shared
+
+
+class Commits:
+    """The commit that is under way, if any. Mutable; used by the worker's thread alone.
+
+    `check` raises what ends a worker that waits; it is called with the lock held.
+    """
+
+    def __init__(self, shared: Shared, executor: Executor, check: Callable[[], None]) -> None:
+        self._link, self._timeline, self._changed = shared.link, shared.timeline, shared.changed
+        self._liveness, self._meter, self._patience_s = shared.liveness, shared.meter, shared.patience_s
+        self._executor, self._check = executor, check
+        self._under_way: Future[None] | None = None
+
+    def begin(self, step: int, save: Callable[[], None]) -> None:
+        """Commit `step` on the executor; the one before has been waited for."""
+        self._under_way = self._executor.submit(partial(self._commit, step, save, self._link.mark()))
+        self._under_way.add_done_callback(self._notify)
+
+    @property
+    def has_ended(self) -> bool:
+        """True if one has ended that nobody has waited for."""
+        return self._under_way is not None and self._under_way.done()
+
+    def wait(self) -> None:
+        """Block until the last one has ended. Raises what it raised, once."""
+        commit, self._under_way = self._under_way, None
+        if commit is not None:
+            with self._meter.waiting("disk", "commit"):
+                commit.result()
+
+    def flush(self) -> None:
+        """Block until the broker has confirmed everything sent so far."""
+        with self._meter.waiting("broker", "confirm"):
+            self._await_confirms(self._link.mark())
+
+    def close(self) -> None:
+        """Block until nothing runs any more."""
+        self._executor.shutdown()
+
+    def _commit(self, step: int, save: Callable[[], None], mark: int) -> None:
+        self._await_confirms(mark)
+        save()
+        with self._changed:
+            tags = self._timeline.commit(step)
+        self._link.acknowledge(tags)
+        self._meter.count("commits")
+
+    def _await_confirms(self, mark: int) -> None:
+        """Block until what was sent up to the mark is confirmed: there is always more, and it would never end."""
+        began, name_at = time.monotonic(), self._patience_s
+        while not self._link.flush(min(1.0, self._patience_s), mark):
+            with self._changed:
+                self._check()
+            waited = time.monotonic() - began
+            if waited >= name_at:
+                name_at += self._patience_s
+                self._liveness.name_broker(waited)
+
+    def _notify(self, _: Future[None]) -> None:
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,15 @@
+"""What tests of channels share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.post import Post
+
+
+@pytest.fixture
+def post() -> Iterator[Post]:
+    post = Post()
+    yield post
+    for channel in post.channels:
+        channel.close()
