@@ -10,7 +10,7 @@ Aggregation = Literal["list", "concat", "sum", "mean"]
 
 
 def aggregated(activations: list[Tensor], aggregation: Aggregation) -> list[Tensor] | Tensor:
-    """The fuse model's input from the activations in job order, each (rows, *cut).
+    """Return the fuse model's input from the activations in job order, each (rows, *cut).
 
     `list` hands them over as they are; `concat` joins them along the first axis after the rows; `sum` and `mean` need
     equal cuts. Sums are taken in job order, so that they are the same bits everywhere.

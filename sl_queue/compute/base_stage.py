@@ -77,7 +77,7 @@ class TorchBaseStage:
         self._prepared = PreparedRows(micro_batch, self.inputs(positions), rows)
 
     def forward(self, micro_batch: MicroBatch) -> Payload:
-        """The activation of a training micro-batch, shape (rows, *cut); random draws are keyed by the micro-batch."""
+        """Return the activation of a training micro-batch, as it is sent; random draws are keyed by the micro-batch."""
         if self._prepared is None or self._prepared.micro_batch != micro_batch:
             self.prepare(micro_batch)
         prepared, self._prepared = self._prepared, None
@@ -120,7 +120,7 @@ class TorchBaseStage:
         self._copy = None
 
     def predict(self, micro_batch: MicroBatch) -> Payload:
-        """The activation of held-out rows in evaluation mode."""
+        """Return the activation of held-out rows in evaluation mode."""
         return self.cut.leave(*self._prediction(micro_batch))
 
     def prediction(self, micro_batch: MicroBatch) -> Tensor:
@@ -130,7 +130,7 @@ class TorchBaseStage:
         return activation
 
     def _prediction(self, micro_batch: MicroBatch) -> tuple[Tensor, MicroBatch, CutRows]:
-        """The output for held-out rows, of that micro-batch, and the rows."""
+        """Return the output for held-out rows, of that micro-batch, and the rows."""
         positions = self.batches.holdout_part(micro_batch.index)
         rows = CutRows.of(self.table.row_keys, positions, held_out=True)
         with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
@@ -138,11 +138,11 @@ class TorchBaseStage:
             return self.model.run(self.inputs(positions), where), micro_batch, rows
 
     def inputs(self, positions: Positions) -> Tensor:
-        """These rows of the table, for the model."""
+        """Return these rows of the table, for the model."""
         return take_rows(self.features, positions, self.model.dtype, self.model.device)
 
     def fused_in_place(self, micro_batch: MicroBatch, positions: Positions, rows: CutRows) -> InFlight:
-        """The activation of a training micro-batch for a fuse model in the same process: nothing of it crosses."""
+        """Compute a training micro-batch's activation for a fuse model in the same process: nothing crosses."""
         hooks = hooks_made()
         with self.model.drawing("forward", micro_batch):
             activation = self.model.run(self.inputs(positions), place(self.model.party, micro_batch))
@@ -150,7 +150,7 @@ class TorchBaseStage:
         return InFlight(activation, hooks, None, rows)
 
     def state(self) -> State:
-        """A copy of everything that a step changes."""
+        """Return a copy of everything that a step changes."""
         if self._in_flight:
             raise LocalProtocolError(f"a checkpoint with {self._flying()} in flight")
         state = self.model.state()
@@ -165,7 +165,7 @@ class TorchBaseStage:
         self._copy = self._prepared = None
 
     def weights(self) -> Weights:
-        """The base model's own state_dict."""
+        """Return the base model's own state_dict."""
         return {"base": self.model.weights()}
 
     def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
@@ -236,7 +236,7 @@ def _stage(
     take: Take | None,
     guard: Guard,
 ) -> TorchBaseStage:
-    """The base stage on one of the forms that features are offered in. Raises ComputeError if its model refuses it."""
+    """Build the stage on one of the forms that features are offered in. Raises ComputeError if its model refuses it."""
     party, shape = party_file.party, job.cut(party_file.party)
     assert shape is not None
 

@@ -41,7 +41,7 @@ def blame(what: str) -> Iterator[None]:
 def build_module(
     job: Job, party_file: PartyFile, part: Part, sample: Sample | None, take: Take | None = None
 ) -> nn.Module:
-    """The module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
+    """Return the module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
     table = table_of(party_file, part)
     where = f"party {party_file.party!r}: [{part}] model = {named(table.model)!r}"
     model = table.model
@@ -66,7 +66,7 @@ def build_module(
 
 
 def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
-    """The trained module from its file in `final/`, in evaluation mode on the CPU; the file's stem says which part."""
+    """Load a trained module from its file in `final/`, in evaluation mode on the CPU; its stem says which part."""
     return settled(build_module(job, party_file, part_of(path), None), party_file.party, path)
 
 
@@ -76,7 +76,7 @@ def part_of(path: Path) -> Part:
 
 
 def device_of(party_file: PartyFile) -> torch.device:
-    """The device that a party file asks for. Raises JobError if this machine does not have it."""
+    """Return the device that a party file asks for. Raises JobError if this machine does not have it."""
     try:
         device = torch.device(party_file.device)
         torch.empty(0, device=device)

@@ -84,7 +84,7 @@ def _content(cell: CellType) -> Any:
 
 
 def _of_module(module: ModuleType, folder: Path | None) -> Iterator[str]:
-    """A digest of the user's files behind a module; the version of the package, if it is an installed one."""
+    """Return a digest of the user's files behind a module; the version of the package, if it is an installed one."""
     files = files_of(module, folder)
     package = module.__name__.partition(".")[0]
     if files:
@@ -95,7 +95,7 @@ def _of_module(module: ModuleType, folder: Path | None) -> Iterator[str]:
 
 
 def _sources(thing: Any, seen: set[str]) -> Iterator[str]:
-    """The syntax of a class or function of a script, and of the script's others that it names."""
+    """Return the syntax of a class or function of a script, and of the script's others that it names."""
     seen.add(thing.__qualname__)
     source = source_of(thing)
     try:
@@ -131,7 +131,7 @@ def _instructions(code: CodeType) -> str:
 
 
 def _syntax(path: Path) -> str:
-    """A file's syntax without comments, layout and docstrings; its bytes if it is not Python."""
+    """Return a file's syntax without comments, layout and docstrings; its bytes if it is not Python."""
     body = path.read_bytes()
     try:
         return f"{path.name} {_dump(parsed(body))}"

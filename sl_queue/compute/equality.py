@@ -48,13 +48,13 @@ def first_step_difference(
 
 
 def largest_difference(one: Weights, other: Weights) -> float:
-    """The largest difference of any weight. Raises KeyError if the modules are not the same ones."""
+    """Return the largest difference of any weight. Raises KeyError if the modules are not the same ones."""
     pairs = [(tensor, other[module][name]) for module, weights in one.items() for name, tensor in weights.items()]
     return max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
 
 
 def joined_weights(joined: ReferenceRun) -> Weights:
-    """The weights of jointly trained modules, to compare."""
+    """Return the weights of jointly trained modules, to compare."""
     bases = {_of(party): base.state_dict() for party, base in joined.bases.items()}
     return {**bases, "fuse": joined.fuse.state_dict()}
 
@@ -111,7 +111,7 @@ class _Rehearsal:
             roles = [role for role in roles if next(role, None) is not None]
 
     def _feature_party(self, party: str) -> Iterator[str]:
-        """The loop of a feature party in loops/training.py; yields while it waits."""
+        """Play the loop of a feature party in loops/training.py; yields while it waits."""
         stage = self.bases[party]
         for action in self._first_steps(self.pipeline.feature_actions):
             match action:
@@ -129,7 +129,7 @@ class _Rehearsal:
                     self._send(party, Activation(micro_batch, stage.predict(micro_batch), holdout=True))
 
     def _label_holder(self) -> Iterator[str]:
-        """The loop of the label holder there; yields while it waits."""
+        """Play the loop of the label holder there; yields while it waits."""
         for action in self._first_steps(self.pipeline.label_actions):
             match action:
                 case Prepare(micro_batch):
@@ -146,7 +146,7 @@ class _Rehearsal:
                     self.fuse.evaluate(micro_batch, self._gather(Kind.HOLDOUT, micro_batch))
 
     def _first_steps(self, actions: Callable[[int], Iterator[Action]]) -> Iterator[Action]:
-        """The actions up to the last update, and the evaluation that may follow it."""
+        """Return the actions up to the last update, and the evaluation that may follow it."""
         trained = False
         for action in actions(0):
             if trained and not isinstance(action, Predict | Score):

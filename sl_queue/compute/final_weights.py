@@ -14,7 +14,7 @@ from sl_queue.errors import CheckpointError
 
 
 def settled(module: nn.Module, party: str, path: Path) -> nn.Module:
-    """The module with the weights of a file, whose buffers may have other shapes than a new module's."""
+    """Return the module with the weights of a file, whose buffers may have other shapes than a new module's."""
     weights = safetensors.torch.load_file(path)
     lazy = any(map(is_lazy, (*module.parameters(), *module.buffers())))
     own = {} if lazy else module.state_dict()

@@ -53,7 +53,7 @@ def fingerprint(
 
 
 def _autocast(device: str) -> str:
-    """The dtype of the calling thread's autocast on a type of device, or "off"."""
+    """Return the dtype of the calling thread's autocast on a type of device, or "off"."""
     try:
         return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
     except RuntimeError:  # no device of torch's: building the model says so
@@ -96,7 +96,7 @@ def _described(array: npt.NDArray[Any]) -> str:
 
 
 def _digest(array: npt.NDArray[Any]) -> str:
-    """A digest of an array's values in C order, little-endian."""
+    """Return a digest of an array's values in C order, little-endian."""
     plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     return digest_of(plain.reshape(-1).view(np.uint8).data)
 
@@ -112,7 +112,7 @@ def _of_part(part: Literal["base", "fuse"], table: BaseFile, folder: Path | None
 
 
 def _of_code(key: str, thing: Any, folder: Path | None) -> dict[str, Any]:
-    """What a model or loss is made of, besides its name."""
+    """Return what a model or loss is made of, besides its name."""
     codes = set() if thing is None else set(code_digests(thing, folder))
     given = thing if isinstance(thing, nn.Module) else None
     return {
@@ -124,7 +124,7 @@ def _of_code(key: str, thing: Any, folder: Path | None) -> dict[str, Any]:
 
 
 def _of_weights(module: nn.Module) -> str:
-    """The parameters and buffers of a module given in code, before anything is trained."""
+    """Return the parameters and buffers of a module given in code, before anything is trained."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return digest_of("\n".join(f"{name} {_of_tensor(tensor)}" for name, tensor in tensors).encode())
 
@@ -146,7 +146,7 @@ def _of_settings(module: nn.Module) -> str:
 
 
 def _plain(value: Any, folder: Path | None) -> Any:
-    """An argument as JSON holds it; a digest of an array, and name and code of anything else."""
+    """Return an argument as JSON holds it; a digest of an array, and name and code of anything else."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):

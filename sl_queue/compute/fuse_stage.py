@@ -47,7 +47,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class PreparedTargets:
-    """What a micro-batch takes of the label holder alone."""
+    """The label holder's own share of a micro-batch: labels, and its base model's activation."""
 
     micro_batch: MicroBatch
     rows: CutRows
@@ -157,7 +157,7 @@ class TorchFuseStage:
         return found
 
     def state(self) -> State:
-        """A copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
+        """Return a copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
         if self._losses:
             raise LocalProtocolError("a checkpoint in the middle of a step")
         states = [self.model.state(), self.objective.owned.state()] + ([] if self.own is None else [self.own.state()])
@@ -179,7 +179,7 @@ class TorchFuseStage:
         self._put_off = self._prepared = None
 
     def weights(self) -> Weights:
-        """The state_dict of the fuse model, and of the own base model if there is one."""
+        """Return the state_dict of the fuse model, and of the own base model if there is one."""
         return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
 
     def _own_backward(self) -> None:
@@ -191,14 +191,14 @@ class TorchFuseStage:
     def _arrived(
         self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows, where: str
     ) -> dict[str, Tensor]:
-        """The feature parties' activations in job order."""
+        """Return the feature parties' activations in job order."""
         missing = [party for party in self.cuts if party not in activations]
         if missing:
             raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
         return {party: cut.arrive(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
 
     def _fused(self, inputs: Mapping[str, Tensor], where: str) -> Tensor:
-        """The fuse model's output; inputs in job order, whatever order they came in."""
+        """Return the fuse model's output; inputs in job order, whatever order they came in."""
         with blame(f"{where}: aggregation {self.job.fuse.aggregation!r} failed"):
             joined = aggregated([inputs[party] for party in self.job.fused], self.job.fuse.aggregation)
         return self.model.run(joined, where)

@@ -64,7 +64,7 @@ class Model:
 
     @classmethod
     def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None) -> "Model":
-        """The model with its initial weights, the same wherever and however often it is built.
+        """Return the model with its initial weights, the same wherever and however often it is built.
 
         `take` says how to come by a module that is given in code; without it, as a copy.
         """
@@ -88,7 +88,7 @@ class Model:
         return cls(*about, job.seed, built, secret=party_file.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
-        """A scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
+        """Open a scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
         return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch, self.secret), self.device)
 
     def differentiating(self, root: Tensor, hooks_before: int, micro_batch: MicroBatch) -> AbstractContextManager[None]:
@@ -100,13 +100,13 @@ class Model:
         return nullcontext() if runs_only_torch(root, hooks_before) else self.drawing("backward", micro_batch)
 
     def accepted(self) -> tuple[torch.dtype, ...]:
-        """The dtypes of activations that the module may be given: its own, or narrower ones if it is made for them."""
+        """Return the dtypes of activations that the module may be given: its own, or narrower ones."""
         if not any(True for _ in self.module.parameters()):
             return CROSSING_DTYPES
         return (self.dtype, *(dtype for dtype in CROSSING_DTYPES if dtype.itemsize < self.dtype.itemsize))
 
     def run(self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The module's output, with other `weights` in the place of its parameters if given."""
+        """Return the module's output, with other `weights` in the place of its parameters if given."""
         with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
             if weights is None:
                 output = self.module(inputs)
@@ -117,7 +117,7 @@ class Model:
         return output
 
     def try_out(self, inputs: Inputs, *, ahead: bool = False, graph: bool = False) -> Tensor:
-        """The output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails.
+        """Return the output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails.
 
         Raises JobError for what a run could not train or save; with `ahead` also for a module that does not run on
         other weights than its own.
@@ -136,7 +136,7 @@ class Model:
         return output if graph else output.detach()
 
     def _trial(self, inputs: Inputs, weights: Mapping[str, Tensor] | None) -> Tensor:
-        """The output in evaluation mode, with its graph."""
+        """Return the output in evaluation mode, with its graph."""
         with in_evaluation(self.module), torch.enable_grad(), self.drawing("trial", MicroBatch(0, 0)):
             return self.run(inputs, f"party {self.party!r}", weights)
 
@@ -154,7 +154,7 @@ class Model:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, without gradients; afterwards every submodule is in the mode in which it was."""
+        """Enter evaluation mode without gradients; afterwards every submodule is in the mode in which it was."""
         with in_evaluation(self.module):
             yield
 
@@ -193,7 +193,7 @@ class Model:
                     parameter.grad = None
 
     def state(self) -> State:
-        """A copy of parameters, of all buffers, the ones that a state_dict leaves out too, and of the optimizer.
+        """Return a copy of parameters, of all buffers, the ones that a state_dict leaves out too, and of the optimizer.
 
         And of what else differs from the module as it was built: modes, what is frozen, plain attributes.
         """
@@ -229,7 +229,7 @@ class Model:
             self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Payload]:
-        """The module's own state_dict."""
+        """Return the module's own state_dict."""
         return {name: self._payload(name, tensor) for name, tensor in self.module.state_dict().items()}
 
     def _payload(self, name: str, tensor: Tensor) -> Payload:

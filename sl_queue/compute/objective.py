@@ -23,7 +23,7 @@ _LARGE = 1e9  # an output that has left every reasonable scale
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is learned and measured: the loss against these labels, and the metrics."""
+    """Goal of a run: the loss against these labels, and the metrics."""
 
     loss: Loss
     owned: OwnedLoss  # what the loss keeps
@@ -76,7 +76,7 @@ def objective_of(
 
 
 def measured(objective: Objective, output: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """The metrics of the model's output for these rows, both on the CPU."""
+    """Return the metrics of the model's output for these rows, both on the CPU."""
     scores, classes = predictions(objective.task, objective.outputs, output, labels)
     return {name: metric(scores, classes) for name, metric in objective.metrics.items()}
 

@@ -31,7 +31,7 @@ from sl_queue.protocol.table import Table
 
 @dataclass(frozen=True, slots=True)
 class ReferenceRun:
-    """What joined training left."""
+    """Weights and history that joined training left."""
 
     history: list[dict[str, Any]]  # one dict an epoch: epoch, step, loss, holdout
     losses: list[float]  # one a step
@@ -118,7 +118,7 @@ class _Whole:
 
     @classmethod
     def build(cls, job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table], batches: Batches) -> "_Whole":
-        """The layers with their initial weights, built as the parties build them."""
+        """Return the layers with their initial weights, built as the parties build them."""
         missing = [party for party in job.parties if party not in files or party not in tables]
         if missing:
             raise JobError(f"joined training needs every party's file and table; missing: {', '.join(missing)}")
@@ -150,7 +150,7 @@ class _Whole:
         return loss.item() * len(rows)
 
     def activations(self, rows: Positions, purpose: str, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """The outputs of all base models for these rows, in job order."""
+        """Return the outputs of all base models for these rows, in job order."""
         found = {}
         for party in self.job.fused:
             base, features = self.bases[party], self.tables[party].features
@@ -162,7 +162,7 @@ class _Whole:
     def loss(
         self, activations: list[Tensor], rows: Positions, purpose: str, micro_batch: MicroBatch
     ) -> tuple[Tensor, Tensor]:
-        """The mean loss over these rows, and the output."""
+        """Return the mean loss over these rows, and the output."""
         labels = self.objective.labels[torch.from_numpy(rows)].to(self.fuse.device)
         with self.fuse.drawing(purpose, micro_batch):
             output = self.fuse.module(aggregated(activations, self.job.fuse.aggregation))

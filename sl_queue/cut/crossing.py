@@ -198,7 +198,7 @@ def _show(tap: Tap, tensor: Tensor, crossing: Crossing) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What a tensor of a peer has to be, or a gradient for it."""
+    """Description that a tensor of a peer, or a gradient for it, has to meet."""
 
     dtypes: tuple[str, ...]  # any of them
     shape: tuple[int, ...]

@@ -42,7 +42,7 @@ class Tap(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What is put in at the cut to one peer."""
+    """Defence and taps at the cut to one peer."""
 
     defence: Defence | None = None
     leaving: Tap | None = None

@@ -42,14 +42,14 @@ def plain_cast(array: Array, dtype: Any) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How the tensors of a job travel. float32 means: as the models compute them."""
+    """Format in which the tensors of a job travel. float32 means: as the models compute them."""
 
     dtype: Dtype = "float32"
     compress: Compress = "none"
     cast: Cast = field(default=plain_cast, compare=False, repr=False)  # between float32 and float16
 
     def pack(self, payload: Payload, *, relu: bool = False, wanted: Mask | None = None) -> Payload:
-        """The payload as it travels.
+        """Return the payload as it travels.
 
         `relu`: the zeros of this activation need no gradient. `wanted`: the values of this gradient that are used,
         where the activation has said so; the others may arrive as zeros.
@@ -68,7 +68,7 @@ class Wire:
         return Payload(payload.dtype, payload.shape, data, payload.rows, f"{narrow or payload.dtype}/{packing}")
 
     def _compressed(self, exact: Array, values: Array, relu: bool, wanted: Mask | None) -> tuple[str, bytes]:
-        """The way that is shortest, and its bytes."""
+        """Return the way that is shortest, and its bytes."""
         flat = values.reshape(-1)
         if wanted is not None:
             return "wanted", flat[wanted].tobytes()
@@ -84,7 +84,7 @@ class Wire:
         return "none", flat.tobytes()
 
     def unpack(self, payload: Payload, wanted: Mask | None = None) -> Payload:
-        """The payload as it was, apart from what narrower numbers lose; one that was not packed as it is.
+        """Return the payload as it was, apart from what narrower numbers lose; one that was not packed as it is.
 
         Its dtype and shape must have been compared with what is expected: they say how much is allocated. `wanted`:
         the values of this gradient that were asked for. Raises RemoteProtocolError.
@@ -116,7 +116,7 @@ AS_IT_IS: Final = Wire()
 
 
 def unused(dtype: str, shape: tuple[int, ...], rows: bytes) -> Payload:
-    """The gradient of an activation that the loss does not depend on: no bytes, however the job's tensors travel."""
+    """Return the gradient of an activation that the loss does not depend on: no bytes, however tensors travel."""
     return Payload(dtype, shape, b"", rows, f"{dtype}/unused")
 
 
@@ -129,19 +129,19 @@ def is_unused(payload: Payload) -> bool:
 
 
 def nonzero(array: Array) -> Mask:
-    """Which items are not zero; a negative zero counts as a number, so that nothing is lost."""
+    """Return which items are not zero; a negative zero counts as a number, so that nothing is lost."""
     mask: Mask = array.reshape(-1).view(_BITS[array.itemsize]) != 0
     return mask
 
 
 def _exact(payload: Payload) -> Array:
-    """The numbers of a payload; of dtypes that NumPy does not know, their bits."""
+    """Return the numbers of a payload; of dtypes that NumPy does not know, their bits."""
     dtype: Any = np.uint16 if payload.dtype == "bfloat16" else np.dtype(payload.dtype)
     return np.frombuffer(payload.data, dtype).reshape(payload.shape)
 
 
 def _item(dtype: str, narrow: str) -> Any:
-    """The type of the values that travel."""
+    """Return the type of the values that travel."""
     return np.float64 if narrow == dtype == "float64" else _ITEM[narrow]
 
 

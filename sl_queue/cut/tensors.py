@@ -30,12 +30,12 @@ def described(tensor: Tensor | Payload) -> str:
 
 
 def to_payload(tensor: Tensor, rows: bytes = b"") -> Payload:
-    """A copy of a tensor in C order, detached from its graph and from its device."""
+    """Return a copy of a tensor in C order, detached from its graph and from its device."""
     return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), _numbers(tensor).tobytes(), rows)
 
 
 def payload_view(tensor: Tensor, rows: bytes) -> Payload:
-    """A tensor in C order without a copy where none has to be made: to be encoded before the tensor is changed."""
+    """View a tensor in C order, without a copy where none has to be made; encode it before the tensor is changed."""
     numbers = np.ascontiguousarray(_numbers(tensor))
     return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), numbers.reshape(-1).view(np.uint8).data, rows)
 
@@ -50,7 +50,7 @@ def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
 
 
 def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor:
-    """A tensor of its own on `device`, copied once into memory aligned as torch aligns it.
+    """Return a tensor of its own on `device`, copied once into memory aligned as torch aligns it.
 
     Raises ValueError when the declared dtype and shape do not account for the bytes that are there.
     """
@@ -79,7 +79,7 @@ def cast(array: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; one pass when it does not."""
+    """Return True if a tensor holds neither NaN nor infinity; one pass when it does not."""
     tensor = tensor.detach()
     if math.isfinite(tensor.sum().item()):  # finite numbers may have an infinite sum, but not the other way round
         return True
@@ -87,6 +87,6 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def take_rows(array: npt.NDArray[Any], positions: Positions, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """These rows of an array; floating ones are cast to `dtype`, integers stay what they are (for embeddings)."""
+    """Take these rows of an array; floating ones are cast to `dtype`, integers stay what they are (for embeddings)."""
     rows = torch.from_numpy(np.take(array, positions, axis=0))
     return rows.to(device, dtype) if rows.is_floating_point() else rows.to(device)

@@ -38,7 +38,7 @@ log = logging.getLogger("sl_queue")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a worker says of itself when it joins."""
+    """Description that a worker gives of itself when it joins."""
 
     incarnation: str
     job: Mapping[str, Any]  # canonical
@@ -198,7 +198,7 @@ class Worker:
         self.channel.commit(step, save)
 
     def advance(self, step: int, rows: int, loss: float | None = None) -> None:
-        """An optimizer step is done: tell the scheduler some time soon."""
+        """Report soon that an optimizer step is done."""
         self.samples += rows
         self.step = step
         self.channel.progress(self._progress(step, loss))

@@ -21,12 +21,12 @@ class Affine:
         return Affine(self.fixed + other.fixed, self.each + other.each)
 
     def of(self, count: "Affine") -> "Affine":
-        """This cost where the count follows from another one."""
+        """Return this cost where the count follows from another one."""
         return Affine(self(count.fixed), self.each * count.each)
 
     @classmethod
     def through(cls, one: tuple[float, float], other: tuple[float, float]) -> "Affine":
-        """The line through two measured (count, seconds), never falling and never below zero."""
+        """Return the line through two measured (count, seconds), never falling and never below zero."""
         (few, little), (many, much) = sorted((one, other))
         each = max(0.0, (much - little) / (many - few)) if many > few else 0.0
         return cls(max(0.0, little - each * few), each)
@@ -34,7 +34,7 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class FeatureCosts:
-    """What a feature party's micro-batch costs, by its rows, and its messages' sizes."""
+    """Costs of a feature party's micro-batch by its rows, and sizes of its messages."""
 
     forward: Affine
     backward: Affine
@@ -55,9 +55,9 @@ class Costs:
     fuse_prepare: Affine  # before it waits for activations, by rows
     handling: Affine  # of one message by the broker, by bytes
     driver: Affine = Affine()  # of one message by the driver of a worker, at either end
-    beside: Affine = Affine()  # what it costs of shared cores while nobody waits for it, by bytes
-    chill: float = 1.0  # how many times as long everything takes a worker that is cold
-    crowd: float = 1.0  # and who shares cores with one other that computes; with each further one as much again
+    overhead: Affine = Affine()  # CPU time of a message on shared cores while nobody waits for it, by bytes
+    cold_factor: float = 1.0  # slowdown of a worker with cold caches
+    contention: float = 1.0  # slowdown beside one other that computes on shared cores; more with each further one
     rtt_s: float = 0.0
     bytes_per_s: float | None = None  # of a party's link, each way; None: no limit
     cores: int | None = None  # that all parties and the broker share; None: enough for each

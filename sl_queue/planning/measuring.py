@@ -34,15 +34,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Handling:
-    """What a message costs in seconds, by bytes."""
+    """Cost of a message in seconds, by bytes."""
 
     driver: Affine  # at each end
     broker: Affine
-    beside: Affine  # CPU time beyond the way of the message: much is spent when it has arrived
+    overhead: Affine  # CPU time beyond the way of the message: much is spent when it has arrived
 
 
 # RabbitMQ 3.10 on two cores, as `python -m benchmarks plan` measures it.
-HANDLING = Handling(driver=Affine(0.17e-3, 0.3e-9), broker=Affine(0.1e-3, 0.3e-9), beside=Affine(0.1e-3, 0.5e-9))
+HANDLING = Handling(driver=Affine(0.17e-3, 0.3e-9), broker=Affine(0.1e-3, 0.3e-9), overhead=Affine(0.1e-3, 0.5e-9))
 
 STEPS = 8  # measured, after as many to warm up
 PARTS = 8  # of a batch, for the cost of small micro-batches
@@ -51,7 +51,7 @@ PLAYED = 50  # steps of a simulation between two commits, at most
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What lies between a feature party and the broker, and how many cores everybody shares (None: nobody shares)."""
+    """Link between a feature party and the broker, and the number of cores that all share (None: nobody shares)."""
 
     rtt_ms: float = 0.0
     mbit_s: float | None = None
@@ -60,7 +60,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was measured with micro-batches of one size."""
+    """Measurements with micro-batches of one size."""
 
     rows: int
     clock: Stopwatch = field(repr=False)
@@ -73,13 +73,13 @@ class Measured:
     """A few steps, with a whole batch at once and in parts."""
 
     samples: tuple[Sample, Sample]
-    chill: float  # how many times as long everything takes after a pause
-    crowd: float  # and beside one other that computes on this machine
+    cold_factor: float  # slowdown after a pause
+    contention: float  # slowdown beside one other that computes on this machine
     relu: Mapping[str, bool]  # whose zeros ask for no gradient
     commit_s: float
 
     def line(self, value: Callable[[Sample], float]) -> Affine:
-        """A cost by the rows of a micro-batch."""
+        """Return a cost by the rows of a micro-batch."""
         one, other = self.samples
         return Affine.through((one.rows, value(one)), (other.rows, value(other)))
 
@@ -88,16 +88,16 @@ def measure(job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table
     """Run a few steps of every stage in this thread."""
     n_rows = tables[job.label_holder].n_rows
     plain = {"wire": JobWire(), "holdout": 0.0, "early_stopping": None, "epochs": 1_000_000}
-    samples, chills, crowds = [], [], []
+    samples, cold_factors, contentions = [], [], []
     for parts in (1, min(PARTS, job.batch_size)):
         changed = job.model_copy(update={**plain, "pipeline": JobPipeline(micro_batches=parts)})
         stages = _Stages.build(changed, files, tables, changed.batches(n_rows))
         samples.append(stages.sample())
-        chills.append(stages.chill(samples[-1]))
-        crowds.append(stages.crowd(samples[-1]))
+        cold_factors.append(stages.cold_factor(samples[-1]))
+        contentions.append(stages.contention(samples[-1]))
     with TemporaryDirectory(prefix="sl_queue-plan-") as folder:
         commit_s = stages.commit_s(Path(folder))
-    return Measured((samples[0], samples[1]), chills[0], crowds[0], stages.relu(), commit_s)
+    return Measured((samples[0], samples[1]), cold_factors[0], contentions[0], stages.relu(), commit_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +117,20 @@ class _Stages:
         return cls(fuse, bases, batches)
 
     def sample(self) -> Sample:
-        """A few steps, after as many to warm up."""
+        """Run a few steps, after as many to warm up."""
         self._steps(Stopwatch(), range(STEPS))
         clock = Stopwatch()
         sent, back = self._steps(clock, range(STEPS, 2 * STEPS))
         return Sample(len(self.batches.rows(MicroBatch(0, 0))), clock, sent, back)
 
-    def chill(self, sample: Sample) -> float:
-        """How many times as long a step takes whose every action comes after a pause."""
+    def cold_factor(self, sample: Sample) -> float:
+        """Return the slowdown of a step whose every action comes after a pause."""
         clock = Stopwatch(COLD_S)
         self._steps(clock, range(2 * STEPS, 3 * STEPS))
         return clock.times_as_long_as(sample.clock)
 
-    def crowd(self, sample: Sample) -> float:
-        """How many times as long a step takes while another core does nothing but copy."""
+    def contention(self, sample: Sample) -> float:
+        """Return the slowdown of a step while another core does nothing but copy."""
         if os.cpu_count() == 1:
             return 1.0
         clock = Stopwatch()
@@ -139,7 +139,7 @@ class _Stages:
         return clock.times_as_long_as(sample.clock)
 
     def _steps(self, clock: Stopwatch, steps: range) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
-        """The activations and gradients of the last one's first micro-batch, which is as large as any."""
+        """Return the activations and gradients of the last one's first micro-batch, which is as large as any."""
         for step in steps:
             for index in reversed(range(self.batches.parts(step))):
                 sent, back = self._micro_batch(clock, MicroBatch(step, index))
@@ -163,7 +163,7 @@ class _Stages:
         return sent, back
 
     def commit_s(self, folder: Path) -> float:
-        """How long the slowest party's checkpoint takes on this machine's disk."""
+        """Measure the slowest party's checkpoint on this machine's disk, in seconds."""
         seconds = []
         stages: list[TorchFuseStage | TorchBaseStage] = [self.fuse, *self.bases.values()]
         for number, stage in enumerate(stages):
@@ -174,7 +174,7 @@ class _Stages:
         return max(seconds)
 
     def relu(self) -> Mapping[str, bool]:
-        """Whose activations come out of a ReLU; the last thing that is asked of these stages."""
+        """Name the parties whose activations come out of a ReLU; the last thing that is asked of these stages."""
         found = {}
         for party, base in self.bases.items():
             base.cut.wire = Wire(compress="bitmap")
@@ -187,7 +187,7 @@ class _Stages:
 
 @dataclass(frozen=True, slots=True)
 class _Travel:
-    """What a message costs those at its ends, and its bytes."""
+    """Cost of a message to those at its ends, and its bytes."""
 
     pack_s: float
     unpack_s: float
@@ -208,17 +208,26 @@ class _Travel:
         return cls(pack_s + encode_s, decode_s + unpack_s, len(body))
 
 
-def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Handling = HANDLING) -> Costs:
-    """What the simulation has to know."""
-    wire, there, back = replace(wire, cast=cast), {}, {}
+_Travels = Mapping[tuple[str, int], _Travel]  # by party and place among the samples
+
+
+def _travels(measured: Measured, wire: Wire) -> tuple[_Travels, _Travels]:
+    """Measure what the activations and the gradients of each party and sample cost on their way."""
+    there, back = {}, {}
     for place, sample in enumerate(measured.samples):
         for party, activation in sample.activations.items():
             relu = measured.relu[party]
             wanted = gradient_mask(wire.pack(activation, relu=relu))
             there[party, place] = _Travel.of(wire, activation, relu, None)
             back[party, place] = _Travel.of(wire, sample.gradients[party], relu=False, wanted=wanted)
+    return there, back
 
-    def line(travels: Mapping[tuple[str, int], _Travel], party: str, value: Callable[[_Travel], float]) -> Affine:
+
+def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Handling = HANDLING) -> Costs:
+    """Return what the simulation has to know."""
+    there, back = _travels(measured, replace(wire, cast=cast))
+
+    def line(travels: _Travels, party: str, value: Callable[[_Travel], float]) -> Affine:
         few, many = measured.samples
         return Affine.through((few.rows, value(travels[party, 0])), (many.rows, value(travels[party, 1])))
 
@@ -246,9 +255,9 @@ def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Han
         fuse_prepare=measured.line(lambda sample: sample.clock.median(LABEL, "prepare")),
         handling=handling.broker,
         driver=handling.driver,
-        beside=handling.beside,
-        chill=measured.chill,
-        crowd=measured.crowd,
+        overhead=handling.overhead,
+        cold_factor=measured.cold_factor,
+        contention=measured.contention,
         rtt_s=rtt_s,
         bytes_per_s=None if link.mbit_s is None else link.mbit_s * 1e6 / 8,
         cores=link.cores,

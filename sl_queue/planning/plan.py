@@ -31,13 +31,13 @@ class Candidate:
 
     @property
     def exact(self) -> bool:
-        """Whether it gives the weights of joined training."""
+        """Return True if it gives the weights of joined training."""
         return self.pipeline.staleness == 0 and self.wire.dtype == "float32"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was found, fastest first."""
+    """Candidates that were found, fastest first."""
 
     candidates: tuple[Candidate, ...]
     present: Candidate  # what the job says now
@@ -69,7 +69,7 @@ def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handlin
 
 
 def _orders(job: Job) -> Iterator[JobPipeline]:
-    """The pipelines worth looking at, simple ones first."""
+    """Return the pipelines worth looking at, simple ones first."""
     every = job.pipeline.checkpoint_every
     for parts in (n for n in MICRO_BATCHES if n <= job.batch_size):
         for depth in sorted({1, 2, parts} if parts > 1 else {1}):
@@ -92,7 +92,7 @@ def _simplest(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def played(job: Job, costs: Costs, order: JobPipeline) -> Prediction:
-    """What that pipeline would come to."""
+    """Return what that pipeline would come to."""
     every = between_commits(order)
     steps = every + max(every, 2 * WARM_UP)
     batches = Batches(job.batch_size * steps, job.seed, 1, job.batch_size, order.micro_batches)
@@ -104,7 +104,7 @@ def played(job: Job, costs: Costs, order: JobPipeline) -> Prediction:
 
 
 def lines(plan: Plan, shown: int = 12) -> Iterator[str]:
-    """The ranking, and the tables to paste."""
+    """Write the ranking, and the tables to paste."""
     yield f"{'ms a step':>10} {'bubble':>7}  {'micro_batches':>13} {'depth':>5} {'staleness':>9}  wire"
     rows = [*plan.candidates[:shown], *([plan.exact] if plan.exact not in plan.candidates[:shown] else [])]
     for candidate in rows:

@@ -22,7 +22,7 @@ from sl_queue.protocol.schedule.pipeline import Pipeline
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a simulated run came to."""
+    """Outcome of a simulated run."""
 
     step_s: float
     busy: Mapping[str, float]  # by party, LABEL for the label holder: share of the time
@@ -76,7 +76,7 @@ class _Simulation:
         self._due: list[tuple[float, int, _Send]] = []  # messages under way
         self._arrived: set[Message] = set()
         self._awaited: dict[Message, tuple[str, float]] = {}  # by whom, since when
-        self._chill: dict[str, float] = {}
+        self._cold_factor: dict[str, float] = {}
         self._lines: dict[str, deque[tuple[float, Callable[[], None]]]] = {}  # seconds of work, and what follows it
         self._link_free: dict[str, float] = {}
         self._busy: dict[str, float] = {}
@@ -144,12 +144,12 @@ class _Simulation:
         for wish in self._scripts[worker]:
             match wish:
                 case _Work(seconds):
-                    self._computing[worker] = seconds * self._chill.get(worker, 1.0)
+                    self._computing[worker] = seconds * self._cold_factor.get(worker, 1.0)
                     return
                 case _Await(message):
                     if message in self._arrived:
                         self._arrived.discard(message)
-                        self._chill[worker] = 1.0
+                        self._cold_factor[worker] = 1.0
                         continue
                     self._awaited[message] = worker, self._now
                     return
@@ -158,7 +158,7 @@ class _Simulation:
                 case _Send():
                     self._leave(worker, wish)
                     if self._costs.cores is not None:
-                        self._computing[f"beside {next(self._numbers)}"] = self._costs.beside(wish.size)
+                        self._computing[f"overhead {next(self._numbers)}"] = self._costs.overhead(wish.size)
 
     def _leave(self, worker: str, sent: _Send) -> None:
         """Through the sender's driver, then through the broker, then over the link."""
@@ -197,12 +197,12 @@ class _Simulation:
             self._handled(first)
 
     def _rate(self) -> float:
-        """How fast everyone who computes now gets on, as a share of how fast one alone does."""
+        """Return the speed of everyone who computes now, as a share of that of one alone."""
         cores, computing = self._costs.cores, len(self._computing)
         if cores is None or computing <= 1:
             return 1.0
         others = min(computing, cores) - 1
-        return min(1.0, cores / computing) / (1.0 + (self._costs.crowd - 1.0) * others)
+        return min(1.0, cores / computing) / (1.0 + (self._costs.contention - 1.0) * others)
 
     def _pass(self, moment: float, rate: float) -> None:
         passed, self._now = moment - self._now, moment
@@ -234,7 +234,7 @@ class _Simulation:
             self._arrived.add(message)
             return
         worker, since = self._awaited.pop(message)
-        self._chill[worker] = 1.0 + (self._costs.chill - 1.0) * min(1.0, (self._now - since) / COLD_S)
+        self._cold_factor[worker] = 1.0 + (self._costs.cold_factor - 1.0) * min(1.0, (self._now - since) / COLD_S)
         self._advance(worker)
 
 

@@ -14,13 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import quote
 
 from sl_queue.errors import BrokerUnreachable, JobError
+from sl_queue.testing.broker_contents import HOST, USER, Contents
 
 START_S = 90.0  # a loaded machine with two cores needs 20
-HOST = "127.0.0.1"
-USER = "sl_queue"
 COOKIE = ".erlang.cookie"
 SERVER = "SL_QUEUE_RABBITMQ_SERVER"
 
@@ -36,39 +34,6 @@ def find_server() -> Path | None:
     candidates = (os.environ.get(SERVER), *_SERVERS, shutil.which("rabbitmq-server"))
     found = [Path(path) for path in candidates if path is not None and os.access(path, os.X_OK)]
     return found[0] if found else None
-
-
-class Contents:
-    """What a broker of our own holds, changed by Erlang expressions. Mutable: it remembers its virtual hosts."""
-
-    port: int
-    _password: str
-    _vhosts: list[str]
-
-    def url(self, vhost: str = "/") -> str:
-        """Where a client finds that virtual host, which is made if it is not there."""
-        if vhost not in self._vhosts:
-            self.evaluate(adding_vhost(vhost))
-            self._vhosts.append(vhost)
-        return f"amqp://{USER}:{self._password}@{HOST}:{self.port}/{quote(vhost, safe='')}"
-
-    def delete_vhost(self, vhost: str) -> None:
-        """Remove a virtual host with all its queues."""
-        self._vhosts.remove(vhost)
-        self.evaluate(deleting_vhost(vhost))
-
-    def add_user(self, name: str, password: str, vhost: str, configure: str, write: str, read: str) -> None:
-        """A user with these rights (regular expressions of names) on a virtual host."""
-        self.evaluate(adding_user(name, password, vhost, configure, write, read))
-
-    def evaluate(self, expression: str) -> str:
-        """What an Erlang expression gives inside the broker, as text."""
-        raise NotImplementedError
-
-    def _restore_vhosts(self) -> None:
-        """After a start, perhaps without the data of before."""
-        for vhost in self._vhosts[1:]:
-            self.evaluate(adding_vhost(vhost))
 
 
 class PrivateBroker(Contents):  # mutable: it owns processes
@@ -286,30 +251,3 @@ def answers(port: int) -> bool:
             return connection.recv(1) == b"\x01"  # a method frame: connection.start
     except OSError:
         return False
-
-
-def binary(text: str) -> str:
-    """Text as an Erlang binary."""
-    return "<<" + ",".join(str(byte) for byte in text.encode()) + ">>"
-
-
-def adding_vhost(vhost: str) -> str:
-    """The Erlang expression that makes a virtual host, if it is not there, and lets us use it."""
-    return f"rabbit_vhost:add({binary(vhost)}, {binary(USER)}), {_permitting(USER, vhost, '.*', '.*', '.*')}"
-
-
-def deleting_vhost(vhost: str) -> str:
-    """The Erlang expression that removes a virtual host."""
-    return f"rabbit_vhost:delete({binary(vhost)}, {binary(USER)})"
-
-
-def adding_user(name: str, password: str, vhost: str, configure: str, write: str, read: str) -> str:
-    """The Erlang expression that makes a user, or changes one that is there."""
-    user = f"#{{name => {binary(name)}, password => {binary(password)}, tags => []}}"
-    made = f"rabbit_auth_backend_internal:put_user({user}, {binary(USER)})"
-    return f"{made}, {_permitting(name, vhost, configure, write, read)}"
-
-
-def _permitting(user: str, vhost: str, configure: str, write: str, read: str) -> str:
-    arguments = ", ".join(binary(text) for text in (user, vhost, configure, write, read, USER))
-    return f"rabbit_auth_backend_internal:set_permissions({arguments})"

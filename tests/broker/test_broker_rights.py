@@ -11,7 +11,7 @@ from sl_queue.checking.check import check_job
 from sl_queue.checking.findings import Finding, Level
 from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable
-from sl_queue.testing.private_broker import binary
+from sl_queue.testing.broker_contents import binary
 from sl_queue.transport.rabbitmq.endpoint import BRIEF_S, Denials, Ended
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.rabbitmq.names import channels_needed

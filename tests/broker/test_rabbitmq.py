@@ -10,7 +10,7 @@ import pytest
 from sl_queue.errors import BrokerUnreachable, TransportError
 from sl_queue.protocol.control import Stopped
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.testing.private_broker import binary
+from sl_queue.testing.broker_contents import binary
 from sl_queue.testing.proxy import Proxy
 from sl_queue.transport.party_channel import PartyChannel
 from sl_queue.transport.rabbitmq.link import RabbitLink

@@ -72,6 +72,7 @@ class Guarded:
     """Guards of all parties, and what their taps saw."""
 
     defended: bool = True
+    parties: Parties = field(default_factory=lambda: made())  # drawn once: workers are threads
     left: Album = field(default_factory=Album)
     arrived: Album = field(default_factory=Album)
 
@@ -81,8 +82,8 @@ class Guarded:
 
     def stage(self, party: str) -> Any:
         """A stage of its own, as a worker that starts again has one."""
-        run = made()
-        job, file, table, batches = run.job, run.files[party], run.tables[party], run.job.batches(ROWS)
+        job, file, table = self.parties.job, self.parties.files[party], self.parties.tables[party]
+        batches = job.batches(ROWS)
         if party == "label":
             guards = {peer: self.guard(party) for peer in job.feature_parties}
             return fuse_stage(job, file, table, batches, guards=guards)

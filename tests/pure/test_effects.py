@@ -8,7 +8,8 @@ from hypothesis import given, settings
 
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
-from sl_queue.protocol.messages import Activation, Gradient, Kind, MicroBatch, Open, Payload
+from sl_queue.protocol.control import Open
+from sl_queue.protocol.messages import Activation, Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.orders import Orders
 from sl_queue.protocol.schedule.actions import EFFECTS, Action, Begin, Commit, Update
 from sl_queue.protocol.schedule.pipeline import Pipeline
@@ -37,10 +38,10 @@ class Recorder:
         self.deeds.append(("work", "commit", step))
         save()
 
-    def until(self, decision: Callable[[Orders], Any]) -> Any:
+    def wait_for(self, decision: Callable[[Orders], Any]) -> Any:
         return decision(Orders(open=Open("s", through=1_000_000)))
 
-    def settle(self) -> None:
+    def wait_committed(self) -> None:
         pass
 
     def report(self, report: Any) -> None:

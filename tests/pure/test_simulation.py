@@ -84,23 +84,23 @@ def test_a_driver_takes_one_message_after_the_other() -> None:
 
 
 def test_who_has_waited_is_slower_afterwards() -> None:
-    assert step_s(pipeline(), costs(1.0, 1.0, chill=1.5)) == pytest.approx(1.5 * 3.0), "everybody always waits"
-    hardly = costs(COLD_S / 10, COLD_S / 10, chill=2.0)
+    assert step_s(pipeline(), costs(1.0, 1.0, cold_factor=1.5)) == pytest.approx(1.5 * 3.0), "everybody always waits"
+    hardly = costs(COLD_S / 10, COLD_S / 10, cold_factor=2.0)
     assert 1.0 < step_s(pipeline(), hardly) / (3 * COLD_S / 10) < 1.5, "the shorter it was, the less"
-    assert simulate(pipeline(1, 9, 8), costs(1.0, 4.0, chill=1.5), warm_up=8).step_s == pytest.approx(4.0)
+    assert simulate(pipeline(1, 9, 8), costs(1.0, 4.0, cold_factor=1.5), warm_up=8).step_s == pytest.approx(4.0)
 
 
 def test_who_computes_beside_others_is_slower() -> None:
-    assert step_s(pipeline(), costs(1.0, 1.0, crowd=1.5)) == pytest.approx(3.0), "each has a machine of its own"
-    assert step_s(pipeline(), costs(1.0, 1.0, crowd=1.5, cores=4)) == pytest.approx(3.0), "one after the other"
+    assert step_s(pipeline(), costs(1.0, 1.0, contention=1.5)) == pytest.approx(3.0), "each has a machine of its own"
+    assert step_s(pipeline(), costs(1.0, 1.0, contention=1.5, cores=4)) == pytest.approx(3.0), "one after the other"
     two = costs(1.0, 1.0, parties=2, cores=4)
-    assert step_s(pipeline(), replace(two, crowd=1.5)) == pytest.approx(1.5 * 2.0 + 1.0)
-    assert step_s(pipeline(), replace(two, crowd=1.5, cores=1)) == pytest.approx(2 * 2.0 + 1.0)
+    assert step_s(pipeline(), replace(two, contention=1.5)) == pytest.approx(1.5 * 2.0 + 1.0)
+    assert step_s(pipeline(), replace(two, contention=1.5, cores=1)) == pytest.approx(2 * 2.0 + 1.0)
 
 
 def test_what_a_message_costs_beside_its_way_is_felt_where_cores_are_shared() -> None:
-    assert step_s(pipeline(), costs(1.0, 1.0, beside=Affine(1.0))) == pytest.approx(3.0)
-    assert step_s(pipeline(), costs(1.0, 1.0, beside=Affine(1.0), cores=1)) == pytest.approx(3.0 + 2.0)
+    assert step_s(pipeline(), costs(1.0, 1.0, overhead=Affine(1.0))) == pytest.approx(3.0)
+    assert step_s(pipeline(), costs(1.0, 1.0, overhead=Affine(1.0), cores=1)) == pytest.approx(3.0 + 2.0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,16 +12,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from sl_queue.errors import BrokerUnreachable
-from sl_queue.testing.private_broker import (
-    HOST,
-    START_S,
-    USER,
-    Contents,
-    PrivateBroker,
-    answers,
-    find_server,
-    free_ports,
-)
+from sl_queue.testing.broker_contents import HOST, USER, Contents
+from sl_queue.testing.private_broker import START_S, PrivateBroker, answers, find_server, free_ports
 from tests.support.secured import TLS, TlsBroker
 
 GIVEN = "SL_QUEUE_TEST_BROKER"

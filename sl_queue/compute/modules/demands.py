@@ -34,7 +34,7 @@ def require_savable(module: nn.Module, where: str) -> None:
 
 
 def _problem(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being saved; None if nothing does."""
+    """Return what keeps a tensor from being saved; None if nothing does."""
     if tensor.is_quantized:
         return "quantized"
     if tensor.layout != torch.strided:
@@ -52,7 +52,7 @@ def _problem(tensor: Tensor) -> str | None:
 
 
 def leaves_of(output: Tensor) -> list[Tensor]:
-    """The tensors at which a backward pass from `output` ends, and whose gradients it adds to."""
+    """Return the tensors at which a backward pass from `output` ends, and whose gradients it adds to."""
     found, nodes = [], [output.grad_fn]
     met = set(nodes)
     while nodes:
@@ -69,7 +69,7 @@ def leaves_of(output: Tensor) -> list[Tensor]:
 
 
 def leaves_beyond(output: Tensor, inputs: Tensor | list[Tensor]) -> list[Tensor]:
-    """The leaves that a module's output comes of, apart from those of its inputs."""
+    """Return the leaves that a module's output comes of, apart from those of its inputs."""
     given = [leaf for each in (inputs if isinstance(inputs, list) else [inputs]) for leaf in leaves_of(each)]
     return [leaf for leaf in leaves_of(output) if not any(leaf is each for each in given)]
 

@@ -26,7 +26,7 @@ class Take(Protocol):
     """How a stage comes by a model or a loss that a party file brings."""
 
     def __call__(self, party: str, part: str, thing: T, made: bool) -> T:
-        """The object to train. `made`: a callable of the file has just made it."""
+        """Return the object to train. `made`: a callable of the file has just made it."""
 
 
 def itself(party: str, part: str, thing: T, made: bool) -> T:
@@ -41,7 +41,7 @@ class Copies:
         self._memo: dict[int, Any] = {}
 
     def __call__(self, party: str, part: str, thing: T, made: bool) -> T:
-        """A copy of what was given in code. Raises JobError if it cannot be copied."""
+        """Return a copy of what was given in code. Raises JobError if it cannot be copied."""
         if made:
             return thing
         try:
@@ -56,7 +56,7 @@ class Copies:
 
 
 def copied(thing: T, memo: dict[int, Any] | None = None, anyhow: bool = False) -> T:
-    """A deep copy, with the hooks on parameters too; functions that refer to the original refer to the copy.
+    """Return a deep copy, with the hooks on parameters too; functions that refer to the original refer to the copy.
 
     Tensors that were computed are copied without their graph. `anyhow`: what cannot be copied, a lock, is shared.
     """
@@ -81,7 +81,7 @@ def copied(thing: T, memo: dict[int, Any] | None = None, anyhow: bool = False) -
 
 
 def _uncopyable(module: nn.Module, memo: Mapping[int, Any]) -> Iterator[Any]:
-    """The plain attributes of a module that have no copy."""
+    """Return the plain attributes of a module that have no copy."""
     for name, value in vars(module).items():
         if name not in OWN and not isinstance(value, nn.Module):
             try:
@@ -102,7 +102,7 @@ def _rebind_functions(twin: nn.Module, module: nn.Module, memo: Mapping[int, Any
 
 
 def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
-    """The function with copies of modules and tensors in the place of what it refers to."""
+    """Return the function with copies of modules and tensors in the place of what it refers to."""
 
     def twin(value: Any) -> Any:
         return memo.get(id(value), value) if isinstance(value, nn.Module | Tensor) else value
@@ -133,7 +133,7 @@ def _copy_hooks(parameter: Tensor, twin: Tensor, memo: Mapping[int, Any]) -> Non
 
 
 def modules_in(thing: Any, depth: int = _DEPTH) -> list[nn.Module]:
-    """The modules that a model or a loss is, or holds: as a method's owner, an argument, an attribute."""
+    """Return the modules that a model or a loss is, or holds: as a method's owner, an argument, an attribute."""
     if isinstance(thing, nn.Module):
         return [thing]
     if depth == 0 or isinstance(thing, type | Tensor | str | bytes):
@@ -222,7 +222,7 @@ class Loan:
             self._lent.clear()
 
     def trained(self, party: str, part: str, make: Callable[[], nn.Module] | None) -> nn.Module | None:
-        """The trained module, apart from the one that will be given back; None if none was trained here.
+        """Return the trained module, apart from the one that will be given back; None if none was trained here.
 
         `make` is the callable of the party file, if it has one: what it makes anew is nobody's but ours.
         Raises ComputeError if the module cannot be copied.

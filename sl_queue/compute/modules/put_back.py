@@ -23,7 +23,7 @@ from sl_queue.compute.modules.remembered import (
 
 
 def put_back(memory: Remembered, current: Any = None) -> Any:
-    """The value as it was: in the object that held it, or in `current` where that has the shape of it."""
+    """Return the value as it was: in the object that held it, or in `current` where that has the shape of it."""
     match memory:
         case Scalar(value):
             return value
@@ -67,7 +67,7 @@ def overwrite(tensor: Tensor, numbers: Tensor) -> None:
 
 
 def _holds(tensor: Tensor, numbers: Tensor) -> bool:
-    """Whether a tensor need not be written to; then who else refers to it sees no change of its version."""
+    """Return True if a tensor need not be written to; then its version does not change for others either."""
     try:
         return torch.equal(tensor, numbers.to(tensor.device))
     except (RuntimeError, NotImplementedError):  # of a dtype or device that cannot be compared

@@ -83,7 +83,7 @@ class Memory:
         self._met: dict[int, Remembered] = {}
 
     def remember(self, value: Any) -> Remembered:
-        """A copy of what can change in `value`."""
+        """Return a copy of what can change in `value`."""
         if type(value) in _SCALARS:
             return Scalar(value)
         if id(value) in self._registered or isinstance(value, _HARMLESS):
@@ -118,7 +118,7 @@ class Memory:
         return Items(type(value).__name__, items, value, value.maxlen if isinstance(value, deque) else None)
 
     def _instance(self, value: Any, names: list[str]) -> Remembered:
-        """An object is plain if all that it holds is; one with a lock, a file or a thread in it is left alone."""
+        """Remember an object that holds plain values only; leave one with a lock, a file or a thread alone."""
         attributes = {name: self.remember(vars(value)[name]) for name in names}
         plain = all(not isinstance(a, Fixed) or self._is_harmless(a.held) for a in attributes.values())
         return Instance(attributes, value) if plain else Fixed(value)
@@ -149,7 +149,7 @@ def _is_key(key: Remembered) -> bool:
 
 
 def _own_names(value: Any) -> list[str] | None:
-    """The attributes of an object of the user's own or of a library that is built on torch; None of any other."""
+    """Return the attributes of an object of the user's own or of a library built on torch; None of any other."""
     if isinstance(value, nn.Module):
         return [n for n in vars(value) if n not in HOOKS]
     root = type(value).__module__.partition(".")[0]
@@ -162,7 +162,7 @@ HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
 
 def is_iterator(value: Any) -> bool:
-    """Whether a value stands somewhere in a sequence, which nothing can save."""
+    """Return True for an iterator: it stands somewhere in a sequence, which nothing can save."""
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
 
 
@@ -170,7 +170,7 @@ def is_iterator(value: Any) -> bool:
 
 
 def generator_state(value: Any) -> Any:
-    """The state of a generator of random numbers in plain values; None of anything else."""
+    """Return the state of a generator of random numbers in plain values; None of anything else."""
     if isinstance(value, torch.Generator):
         return value.get_state()
     if type(value) is Random:
@@ -193,7 +193,7 @@ def set_generator_state(value: Any, state: Any) -> None:
 
 
 def same(one: Remembered, other: Remembered) -> bool:
-    """Whether two memories are of equal values, bit for bit."""
+    """Return True if two memories are of equal values, bit for bit."""
     match one, other:
         case Scalar(a), Scalar(b):
             return type(a) is type(b) and (repr(a) == repr(b) if type(a) is float else bool(a == b))
@@ -210,7 +210,7 @@ def same(one: Remembered, other: Remembered) -> bool:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether values that are no state are the same: two references to one object, two names of a device."""
+    """Return True if values that are no state are the same: two references to one object, two names of a device."""
     if isinstance(one, ReferenceType) and isinstance(other, ReferenceType):
         return True
     return isinstance(one, _HARMLESS) and type(one) is type(other) and bool(one == other)

@@ -71,7 +71,7 @@ def _carried(memory: Instance) -> Mapping[str, Remembered]:
 
 
 def read(value: Any, tensor_of: Callable[[str], Tensor], current: Any = None) -> Any:
-    """What `saved` was called for, put into `current` where that is of the same kind."""
+    """Return what `saved` was called for, put into `current` where that is of the same kind."""
     if not isinstance(value, dict):
         return value
     kind, content = next((k, v) for k, v in value.items() if k != "longest")

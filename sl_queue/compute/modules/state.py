@@ -26,7 +26,7 @@ OWN = frozenset(vars(nn.Module())) | {LENT}  # of torch, or ours: kept by other 
 
 @contextmanager
 def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each submodule is in the mode in which it was."""
+    """Enter evaluation mode without gradients; afterwards each submodule is in the mode in which it was."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -49,7 +49,7 @@ def begin_training(module: nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What is registered in a module, by name; gone through once, since torch does it for each kind anew."""
+    """Contents registered in a module, by name; gone through once, since torch does it again for each kind."""
 
     modules: Mapping[str, nn.Module]
     parameters: Mapping[str, nn.Parameter]
@@ -71,7 +71,7 @@ class Contents:
         return cls(modules, parameters, buffers)
 
     def attributes(self) -> dict[str, Any]:
-        """The plain attributes of all submodules by their paths, as objects."""
+        """Return the plain attributes of all submodules by their paths, as objects."""
         return {
             join(name, key): value
             for name, each in self.modules.items()
@@ -79,23 +79,23 @@ class Contents:
         }
 
     def remembered(self) -> dict[str, Remembered]:
-        """Copies of what can change in the plain attributes."""
+        """Return copies of what can change in the plain attributes."""
         memory = self.memory()
         return {path: memory.remember(value) for path, value in self.attributes().items()}
 
     def memory(self) -> Memory:
-        """A memory that passes over what is registered: a state names that in another way than as an attribute."""
+        """Return a memory that passes over what is registered: a state names that otherwise than as an attribute."""
         registered = (*self.modules.values(), *self.parameters.values(), *self.buffers.values())
         return Memory({id(each): each for each in registered})
 
 
 def join(name: str, attribute: str) -> str:
-    """The path of an attribute of a submodule."""
+    """Return the path of an attribute of a submodule."""
     return f"{name}.{attribute}" if name else attribute
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of one module."""
+    """Return the plain attributes of one module."""
     if isinstance(module, torch.jit.ScriptModule):
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         return {name: getattr(module, name) for name in sorted(_scripted_names(module) - OWN - tensors.keys())}
@@ -104,13 +104,13 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _scripted_names(module: nn.Module) -> set[str]:
-    """The attributes of a scripted module, which live outside of Python."""
+    """Return the attributes of a scripted module, which live outside of Python."""
     kind = getattr(module, "_concrete_type", None)
     return set() if kind is None else set(kind.get_attributes()) - set(dict(module.named_children()))
 
 
 def _derived(module: nn.Module) -> set[str]:
-    """The attributes that torch's own weight_norm, spectral_norm and prune compute from parameters in each forward."""
+    """Name attributes that torch's own weight_norm, spectral_norm and prune compute from parameters in each forward."""
     hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils.")]
     return {str(getattr(hook, "_tensor_name", getattr(hook, "name", ""))) for hook in hooks}
 
@@ -142,7 +142,7 @@ class Built:
         return cls(now.remembered(), buffers, _modes(now), _learning(now))
 
     def changes(self, module: nn.Module, prefix: str) -> tuple[State, list[NotCarriedError]]:
-        """What differs now, apart from numbers in parameters and buffers; and what differs and cannot be carried."""
+        """Return what differs now, apart from numbers in parameters and buffers, and what of it cannot be carried."""
         tensors: dict[str, Payload] = {}
         found: dict[str, Any] = {}
         lost = []
@@ -172,7 +172,7 @@ class Built:
         return State(tensors, {f"{prefix}{key}": value for key, value in values.items() if value}), lost
 
     def _changed_buffers(self, now: Contents) -> dict[str, bool | None]:
-        """The buffers that are not as they were built: whether a state_dict has them, None for those that are gone."""
+        """Return buffers that are not as they were built: whether a state_dict has them, None for those now gone."""
         changed: dict[str, bool | None] = {}
         for name, buffer in now.buffers.items():
             if self.buffers.get(name) != described(buffer):
@@ -244,7 +244,7 @@ class Built:
 
 
 def split(path: str) -> tuple[str, str]:
-    """The submodule and the attribute that a path names."""
+    """Return the submodule and the attribute that a path names."""
     owner, _, name = path.rpartition(".")
     return owner, name
 

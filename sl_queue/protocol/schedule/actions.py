@@ -83,7 +83,7 @@ Work = Literal["prepare", "forward", "backward", "fuse", "update", "predict", "s
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What an action does, in this order: awaits one message of each peer, works, sends one to each peer.
+    """Messages and work of an action, in this order: it awaits one message of each peer, works, sends one to each.
 
     A message has the key of the action's micro-batch. The work of a commit overlaps the actions that follow it, up to
     the first that awaits a message.

@@ -48,11 +48,11 @@ class Reach:
     holdout_parts: int  # micro-batches of held-out rows that follow step `closes`
 
     def admits(self, micro_batch: MicroBatch) -> bool:
-        """True for the key of a training micro-batch within reach."""
+        """Return True for the key of a training micro-batch within reach."""
         return self.committed < micro_batch.step and micro_batch <= self.opening
 
     def admits_holdout(self, micro_batch: MicroBatch) -> bool:
-        """True for the key of a held-out micro-batch within reach."""
+        """Return True for the key of a held-out micro-batch within reach."""
         return micro_batch.step == self.closes > self.committed and micro_batch.index < self.holdout_parts
 
 
@@ -66,7 +66,7 @@ class Pipeline:
     checkpoint_every: int  # steps
 
     def commits(self, step: int) -> bool:
-        """Whether a checkpoint follows the step: every `checkpoint_every` steps and at each epoch's end."""
+        """Tell whether a checkpoint follows the step: every `checkpoint_every` steps and at each epoch's end."""
         return (step + 1) % self.checkpoint_every == 0 or self.batches.ends_epoch(step)
 
     def feature_actions(self, first_step: int) -> Iterator[FeatureAction]:
@@ -90,7 +90,7 @@ class Pipeline:
             yield Commit(last)
 
     def _stretches(self, first_step: int) -> Iterator[tuple[int, int]]:
-        """The run from `first_step` on, cut into (first, last) steps between two commits."""
+        """Cut the run from `first_step` on into (first, last) steps between two commits."""
         first = first_step
         for step in range(first_step, self.batches.steps):
             if self.commits(step):
@@ -98,7 +98,7 @@ class Pipeline:
                 first = step + 1
 
     def _window(self, first: int, last: int) -> Iterator[FeatureAction]:
-        """The sliding window from an empty pipeline before `first` to an empty one after `last`."""
+        """Slide the window from an empty pipeline before `first` to an empty one after `last`."""
         forwards = deque(MicroBatch(s, i) for s in range(first, last + 1) for i in range(self.batches.parts(s)))
         in_flight: deque[MicroBatch] = deque()
         updates = first
@@ -116,12 +116,12 @@ class Pipeline:
                 updates += 1
 
     def _held_out(self, last: int) -> Iterator[MicroBatch]:
-        """The keys under which activations of held-out rows are filed, if an epoch ends with step `last`."""
+        """Return the keys under which activations of held-out rows are filed, if an epoch ends with step `last`."""
         parts = self.batches.holdout_parts if self.batches.ends_epoch(last) else 0
         return (MicroBatch(last, index) for index in range(parts))
 
     def reach(self, committed: int) -> Reach:
-        """What a peer may have sent while `committed`, a step after which there is a commit, is the last on disk."""
+        """Return what a peer may have sent while `committed`, a step with a commit after it, is the last on disk."""
         stretches = self._stretches(committed + 1)
         this, following = next(stretches, None), next(stretches, None)
         if this is None:
@@ -132,14 +132,14 @@ class Pipeline:
         return Reach(committed, closes, last if following is None else self._opening(*following), held_out)
 
     def _opening(self, first: int, last: int) -> MicroBatch:
-        """The last micro-batch that `_window` sends before it awaits an answer."""
+        """Return the last micro-batch that `_window` sends before it awaits an answer."""
         steps = range(first, min(last, first + self.staleness) + 1)
         *_, opening = islice((MicroBatch(s, i) for s in steps for i in range(self.batches.parts(s))), self.depth)
         return opening
 
     @property
     def prefetch(self) -> int:
-        """How many messages of one sender may be unacknowledged: fewer would deadlock the run.
+        """Bound the unacknowledged messages of one sender: fewer would deadlock the run.
 
         Between two commits: every activation or gradient, the held-out activations, and the window's first messages
         of the next stretch, which may arrive before the commit. As many as the keys of any `reach`, or more.

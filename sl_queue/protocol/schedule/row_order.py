@@ -41,7 +41,7 @@ def _key(*words: int) -> np.uint64:
 
 
 def row_order(n_rows: int, seed: int, epoch: int) -> Positions:
-    """The order in which epoch `epoch` (from 0) visits `n_rows` training rows, as positions in canonical order.
+    """Return the order in which epoch `epoch` (from 0) visits `n_rows` training rows, as positions in canonical order.
 
     Shape (n_rows,), int64, a permutation. With a holdout, positions count the rows that are left for training, still
     in canonical order.
@@ -53,7 +53,7 @@ def row_order(n_rows: int, seed: int, epoch: int) -> Positions:
 
 
 def held_out(n_rows: int, holdout: float) -> int:
-    """How many rows are held out."""
+    """Return the number of rows that are held out."""
     return round(holdout * n_rows)
 
 
@@ -138,16 +138,16 @@ class Batches:
         return (step + 1) % self.steps_per_epoch == 0
 
     def last_step(self, epoch: int) -> int:
-        """The last step of an epoch."""
+        """Return the last step of an epoch."""
         return (epoch + 1) * self.steps_per_epoch - 1
 
     def rows_in_step(self, step: int) -> int:
-        """How many rows the step trains on."""
+        """Return the number of rows that the step trains on."""
         first = (step % self.steps_per_epoch) * self.batch_size
         return min(self.batch_size, self.training_rows - first)
 
     def parts(self, step: int) -> int:
-        """How many micro-batches the step has."""
+        """Return the number of micro-batches of the step."""
         return min(self.micro_batches, self.rows_in_step(step))
 
     def sizes(self, step: int) -> tuple[int, ...]:
@@ -163,14 +163,14 @@ class Batches:
         return full, last
 
     def rows(self, micro_batch: MicroBatch) -> Positions:
-        """The rows of a training micro-batch, in training order."""
+        """Return the rows of a training micro-batch, in training order."""
         step, index = micro_batch.step, micro_batch.index
         first = (step % self.steps_per_epoch) * self.batch_size
         start, stop = _part(self.rows_in_step(step), self.parts(step), index)
         return self._order(self.epoch_of(step))[first + start : first + stop]
 
     def after(self, micro_batch: MicroBatch) -> MicroBatch | None:
-        """The next training micro-batch; None after the run's last."""
+        """Return the next training micro-batch; None after the run's last."""
         step, index = micro_batch.step, micro_batch.index + 1
         if index < self.parts(step):
             return MicroBatch(step, index)
@@ -178,11 +178,11 @@ class Batches:
 
     @property
     def holdout_parts(self) -> int:
-        """How many held-out micro-batches an evaluation has; each as large as a training one, but the last."""
+        """Number of held-out micro-batches of an evaluation; each as large as a training one, but the last."""
         return -(-self.holdout_rows // self._holdout_size)
 
     def holdout_part(self, index: int) -> Positions:
-        """The rows of held-out micro-batch `index`, in canonical order."""
+        """Return the rows of held-out micro-batch `index`, in canonical order."""
         size = self._holdout_size
         return self._split[1][index * size : (index + 1) * size]
 
