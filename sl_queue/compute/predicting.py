@@ -16,12 +16,13 @@ from torch import Tensor
 
 from sl_queue.compute.aggregation import Aggregation, aggregated
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.model import Model, blame
+from sl_queue.compute.building import blame
+from sl_queue.compute.model import Model
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.packing import is_unused, unused
 from sl_queue.cut.rows import CutRows, RowKeys
 from sl_queue.errors import RemoteProtocolError, ShapeError
-from sl_queue.ports import State, Weights
+from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches
 

@@ -47,6 +47,7 @@ class Identity:
     id_type: str
     rules: int = 1  # how it computes what it chooses, see protocol/fingerprints
     version: str = ""  # of sl_queue
+    weights: str = ""  # in a prediction: the run whose trained weights it brings
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,8 @@ class Worker:
         me = self.identity
         about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
         newest = self.history.newest()
-        return Join(*about, self.run, self.generation, self.held, newest, version=me.version, rules=me.rules)
+        held = (self.run, self.generation, self.held, newest)
+        return Join(*about, *held, version=me.version, rules=me.rules, weights=me.weights)
 
     def _remember(self, saved: Saved | None) -> None:
         """Become what a checkpoint says, or what nobody has trained yet."""
