@@ -18,10 +18,11 @@ check: $(INSTALLED)  ## What is checked without running anything: lint, format a
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 test: check  ## Everything that CI checks, some minutes: the static checks and all tests.
 	sh tests/obtain_broker.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # two files at a time: they mostly wait
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time, in tests/conftest.py's order
 
 test-pure: $(INSTALLED)  ## The tests that need neither torch nor a broker, in seconds.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pure -q -n 2 --dist worksteal

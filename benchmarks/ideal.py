@@ -6,6 +6,8 @@ from benchmarks.processes import together
 from benchmarks.training import Variant
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
 from sl_queue.config.job import JobPipeline
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.planning.costs import Affine
 from sl_queue.planning.measuring import Handling, Link, costs_of, measure
@@ -24,7 +26,10 @@ def _played(workload: Workload, variants: Sequence[Variant]) -> list[float]:
     torch.set_num_threads(1)
     job = job_of(workload, 1)
     files = {party: party_file(workload, party) for party in (*workload.feature_parties, LABEL)}
-    measured = measure(job, files, {party: read_table(job, file) for party, file in files.items()})
+    importer = Importer()
+    specs = {party: resolve(job, file, importer) for party, file in files.items()}
+    tables = {party: read_table(spec.table) for party, spec in specs.items()}
+    measured = measure(job, {party: spec.compute for party, spec in specs.items()}, tables)
     found = []
     for variant in variants:
         link = Link() if variant.speed is None else Link(variant.speed.rtt_ms, variant.speed.mbit_s)

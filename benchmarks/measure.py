@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
+from sl_queue.protocol.events import EpochDone, Event, Sent, StepDone, Waited
+
 WARM_UP = 0.1  # share of the steps that does not count
 
 
@@ -26,7 +28,7 @@ class Mark:
 
 @dataclass(slots=True)
 class Trace:
-    """What one party did; mutable while it trains."""
+    """The steps, waits and bytes of one party, from its events or marked by hand; mutable while it trains."""
 
     party: str
     marks: list[Mark] = field(default_factory=list)
@@ -34,6 +36,20 @@ class Trace:
     committing_s: float = 0.0  # held up by a checkpoint that is being written
     sent_bytes: int = 0
     holdout: Mapping[str, float | None] | None = None  # of the last epoch, at the label holder
+
+    def __call__(self, event: Event, /) -> None:
+        """Take in an event of the party."""
+        match event:
+            case Sent():
+                self.sent_bytes += event.bytes
+            case Waited(source="disk"):
+                self.committing_s += event.seconds
+            case Waited():
+                self.waited_s += event.seconds
+            case StepDone():
+                self.mark(event.step)
+            case EpochDone():
+                self.holdout = event.holdout
 
     def mark(self, step: int) -> None:
         spent = (time.process_time(), self.waited_s, self.committing_s, self.sent_bytes)
@@ -47,15 +63,6 @@ class Trace:
             yield
         finally:
             self.waited_s += time.monotonic() - began
-
-    @contextmanager
-    def committing(self) -> Iterator[None]:
-        """Count the time that the body takes as held up by a checkpoint."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.committing_s += time.monotonic() - began
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD_2, Comparison, Variant, run
 from benchmarks.workloads import LABEL, SMALL, W1, Workload, job_of, party_file
 from sl_queue.config.job import JobPipeline
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
 from sl_queue.data.table import read_table
 from sl_queue.planning.costs import Affine
@@ -92,8 +94,10 @@ def predicted(workload: Workload, ways: Mapping[Speed | None, Handling]) -> dict
     torch.set_num_threads(1)
     job = job_of(workload, 1)
     files = {party: party_file(workload, party) for party in (*workload.feature_parties, LABEL)}
-    tables = {party: read_table(job, file) for party, file in files.items()}
-    measured = measure(job, files, tables)
+    importer = Importer()
+    specs = {party: resolve(job, file, importer) for party, file in files.items()}
+    tables = {party: read_table(spec.table) for party, spec in specs.items()}
+    measured = measure(job, {party: spec.compute for party, spec in specs.items()}, tables)
     found = {}
     for speed in SPEEDS:
         link = Link(0.0 if speed is None else speed.rtt_ms, cores=os.cpu_count())

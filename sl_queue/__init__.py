@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sl_queue.config.job import Job, PartyFile
-    from sl_queue.data.rows import Rows
+    from sl_queue.data.spec import Rows
     from sl_queue.data.table import holdout_rows
     from sl_queue.errors import (
         AlignmentError,
@@ -60,7 +60,7 @@ _HOMES = {
     "Job": "config.job",
     "PartyFile": "config.job",
     "Result": "local.threads",
-    "Rows": "data.rows",
+    "Rows": "data.spec",
     "holdout_rows": "data.table",
     "row_order": "protocol.schedule.row_order",
     "run_local": "local.threads",

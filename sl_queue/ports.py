@@ -5,6 +5,8 @@ everything unacknowledged comes back, and everything already seen is dropped by 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
@@ -23,7 +25,7 @@ class BaseStage(Protocol):
         """Do what the next forward needs and no peer decides; for the time in which messages travel. No effect."""
 
     def forward(self, micro_batch: MicroBatch) -> Payload:
-        """The activation of a training micro-batch, shape (rows, *cut), with the digest of its row ids."""
+        """Return the activation of a training micro-batch, shape (rows, *cut), with the digest of its row ids."""
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
         """Add the gradient of a micro-batch to the parameters' gradients; called once per forward, in forward order."""
@@ -32,16 +34,16 @@ class BaseStage(Protocol):
         """Apply the accumulated gradients: one optimizer step."""
 
     def predict(self, micro_batch: MicroBatch) -> Payload:
-        """The activation of held-out rows in evaluation mode; micro_batch.index counts the held-out micro-batches."""
+        """Return the activation of held-out rows in evaluation mode; the index counts the held-out micro-batches."""
 
     def state(self) -> State:
-        """A copy of everything that a step changes; taken between steps with nothing in flight."""
+        """Return a copy of everything that a step changes; taken between steps with nothing in flight."""
 
     def load(self, state: State) -> None:
         """Become what `state()` described, and forget everything in flight."""
 
     def weights(self) -> Weights:
-        """The state_dict of each module, by the stem of its file in `final/`: "base", "fuse"."""
+        """Return the state_dict of each module, by the stem of its file in `final/`: "base", "fuse"."""
 
 
 class FuseStage(Protocol):
@@ -65,7 +67,7 @@ class FuseStage(Protocol):
         """Add held-out rows to the running evaluation."""
 
     def metrics(self) -> Mapping[str, float | None]:
-        """The loss and metrics over all rows evaluated since the last call; starts anew."""
+        """Return the loss and metrics over all rows evaluated since the last call, and forget these rows."""
 
     def state(self) -> State:
         """As BaseStage.state."""
@@ -78,7 +80,7 @@ class FuseStage(Protocol):
 
 
 class Channel(Protocol):
-    """Where a worker sends and receives by key, and commits. Used by one thread."""
+    """The place where a worker sends and receives by key, and commits. Used by one thread."""
 
     def send(self, receiver: str, message: Activation | Gradient) -> None:
         """Publish and return at once; the broker's confirm is awaited by the next commit.
@@ -100,13 +102,13 @@ class Channel(Protocol):
         """Block until the last commit has ended. Raises what `save` did, and like `receive`."""
 
     def announce(self, describe: Callable[[], Join]) -> None:
-        """Tell the scheduler who is here; told again after a reconnect and to a new scheduler."""
+        """Report to the scheduler who is here, and again after a reconnect and to a new scheduler."""
 
     def report(self, report: Report) -> None:
-        """Tell the scheduler; published at once, kept by the broker even when it restarts."""
+        """Send the scheduler a report at once; the broker keeps it even when it restarts."""
 
     def progress(self, report: Progress) -> None:
-        """Tell the scheduler some time soon; a newer one replaces it."""
+        """Report to the scheduler some time soon; a newer one replaces it."""
 
     def flush(self) -> None:
         """Block until the broker has confirmed everything sent and reported so far."""
@@ -125,7 +127,7 @@ class SchedulerChannel(Protocol):
     """The scheduler's side: reports from anyone, in each sender's order."""
 
     def reports(self, timeout_s: float) -> Sequence[tuple[str, Report, bool]]:
-        """The reports that came since the last call, as (party, report, delivered again).
+        """Return the reports that came since the last call, as (party, report, delivered again).
 
         Waits at most `timeout_s` for the first.
         """
@@ -134,7 +136,7 @@ class SchedulerChannel(Protocol):
         """Publish a command to a party; the broker keeps it even when it restarts."""
 
     def acknowledge(self) -> None:
-        """What `reports` returned has taken effect on disk."""
+        """Acknowledge what `reports` returned: it has taken effect on disk."""
 
     def outage_s(self) -> float:
         """Seconds, all in all, in which the own connection could not carry anything."""
@@ -150,7 +152,7 @@ class HistoryLog(Protocol):
     """The label holder's own history on disk; used by one thread at a time."""
 
     def load(self) -> History:
-        """The epochs that were written, whole ones only."""
+        """Return the epochs that were written, whole ones only."""
 
     def write(self, history: History) -> None:
         """Have these epochs on disk and no others; costs as much as what is new."""
@@ -167,16 +169,16 @@ class Checkpoints(Protocol):
         """Write durably and atomically; then drop old ones, keeping the last three and the kept step."""
 
     def steps(self) -> tuple[int, ...]:
-        """The steps of all intact checkpoints, ascending; torn or altered files are passed over with a log line."""
+        """Return the steps of all intact checkpoints, ascending; torn or altered files are skipped with a log line."""
 
     def load(self, step: int) -> Saved:
-        """Raises CheckpointError if there is no intact checkpoint of that step."""
+        """Return the checkpoint of `step`. Raises CheckpointError if there is no intact one."""
 
     def newest(self) -> Saved | None:
-        """The newest intact checkpoint, or None."""
+        """Return the newest intact checkpoint, or None."""
 
     def keep(self, step: int | None) -> None:
-        """Keep the checkpoint of `step` until told otherwise: the best epoch so far."""
+        """Keep the checkpoint of `step` until this is called again: the best epoch so far."""
 
     def discard_after(self, step: int) -> None:
         """Forget every checkpoint later than `step`: they belong to an abandoned generation."""
@@ -185,7 +187,21 @@ class Checkpoints(Protocol):
         """Write `final/<stem>.safetensors`, then `final/run.json`, which says that this party has finished."""
 
     def finished(self) -> Final | None:
-        """What `write_final` left; None if this party has not finished."""
+        """Return what `write_final` left; None if this party has not finished."""
 
     def mark_reported(self) -> None:
-        """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
+        """Note that the broker has the final report: a worker that starts again has nothing left to do."""
+
+
+class UserCode(Protocol):
+    """The Python code of one party: its models, losses and sources, named as `module:callable`."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Return the folder that is looked into first; None: installed packages only."""
+
+    def load(self, name: str) -> Any:
+        """Import the callable of that name. Thread-safe. Raises JobError."""
+
+    def module(self, name: str) -> ModuleType:
+        """Import the module of that callable. Raises JobError."""

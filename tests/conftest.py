@@ -11,16 +11,27 @@ from hypothesis import settings
 from tests.support.broker import GIVEN, Broker, own_broker
 
 ROOMS = Path(__file__).parent
+SLOWEST_FIRST = ("system", "broker", "compute", "contract", "pure")
 
 settings.register_profile("ours", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("ours")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the name of its folder, as registered in pyproject.toml."""
-    for item in items:
-        if item.path.is_relative_to(ROOMS):
-            item.add_marker(item.path.relative_to(ROOMS).parts[0])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test with the name of its folder; where files are shared out, those of the slowest folders come first.
+
+    So the last to end is a short one, and no worker waits for another's long file.
+    """
+    items_here = [item for item in items if item.path.is_relative_to(ROOMS)]
+    for item in items_here:
+        item.add_marker(room_of(item))
+    if items_here == items and hasattr(config, "workerinput"):
+        items.sort(key=lambda item: SLOWEST_FIRST.index(room_of(item)))  # stable: files stay together
+
+
+def room_of(item: pytest.Item) -> str:
+    """Return the folder of tests/ that a test is in."""
+    return item.path.relative_to(ROOMS).parts[0]
 
 
 @pytest.fixture(scope="session")

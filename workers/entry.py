@@ -8,12 +8,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
-from sl_queue.config.environment import FINAL_EXIT, LOG, METRICS, check
-from sl_queue.errors import JobError
+from sl_queue.config.environment import EVENTS, FINAL_EXIT, LOG, LOG_FORMAT, METRICS, check
+from sl_queue.errors import JobError, SlQueueError
+from sl_queue.launch import process
 from sl_queue.launch.process import leave_on_sigterm, leaving
 from sl_queue.local.supervise import die_with_parent
+from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.json_lines import EventFile, JsonFormatter, error_line
+from sl_queue.observe.log import to_log
+from sl_queue.protocol.events import Loaded, Observer, ending
+from sl_queue.protocol.messages import SCHEDULER
 
 Role = Literal["scheduler", "feature", "label"]
 
@@ -51,15 +58,20 @@ def _final_exit() -> int | None:
 
 def _run(role: Role) -> None:
     with leaving():
+        observe = _observer()
+    name: str = role
+
+    def on_end(error: SlQueueError) -> None:
+        observe(ending(name, error))
+
+    with leaving(on_end=on_end):
         check()
+    say = print_as_json if LOG_FORMAT.read() == "json" else process.say
     die_with_parent()
-    leave_on_sigterm()
+    leave_on_sigterm(say)
     arguments = _arguments(role)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    log = logging.getLogger("sl_queue")
-    log.setLevel(LOG.read().upper())
-    logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
-    with leaving(on_interrupt="interrupted; a restart resumes from the last checkpoint"):
+    _log_to_stderr()
+    with leaving("interrupted; a restart resumes from the last checkpoint", say, on_end):
         import sl_queue.transport.rabbitmq.link  # noqa: F401 - with the others, before anything is awaited
         from sl_queue.config.job import (  # inside, so that a mistake in a file is one line and not a traceback
             Job,
@@ -73,15 +85,43 @@ def _run(role: Role) -> None:
         if role == "scheduler":
             from sl_queue.launch.scheduler import run_scheduler  # without torch
 
-            log.debug("libraries are loaded")
-            run_scheduler(job, *options)
+            observe(Loaded(SCHEDULER))
+            run_scheduler(job, *options, observe)
         else:
             import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
 
             from sl_queue.launch.party import run_party
 
-            log.debug("libraries are loaded")
-            run_party(role, job, PartyFile.load(arguments.party), *options)
+            party_file = PartyFile.load(arguments.party)
+            name = party_file.party
+            observe(Loaded(name))
+            run_party(role, job, party_file, *options, observe)
+
+
+def _observer() -> Observer:
+    """Return what watches this worker: the log, and a file of events where one is asked for."""
+    path = EVENTS.read()
+    return to_log if path is None else fan_out(to_log, EventFile(path))
+
+
+def _log_to_stderr() -> None:
+    handler, as_json = logging.StreamHandler(sys.stderr), LOG_FORMAT.read() == "json"
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("sl_queue").setLevel(LOG.read().upper())
+    logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters of it is said in our own words
+    if as_json:  # what Python itself would write is a line as well
+        logging.captureWarnings(True)
+        sys.excepthook = _log_bug
+
+
+def _log_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("sl_queue").critical("a bug in sl_queue", exc_info=(kind, error, trace))
+
+
+def print_as_json(text: str) -> None:
+    """Write a last line to stderr, as a line of a JSON log."""
+    print(error_line(text), file=sys.stderr, flush=True)
 
 
 def leave_no_core() -> None:

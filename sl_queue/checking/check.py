@@ -10,6 +10,8 @@ from sl_queue.checking.broker import MIB, brokers, message_sizes
 from sl_queue.checking.dry_run import Readable, compare_with_joined, dry_run
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import PartySpec, resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.party import bounds_of
@@ -35,8 +37,10 @@ def check_job(job_file: Path, party_files: Sequence[Path], broker: str | None, s
 
 def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
     """Check everything that takes a job; `unread` party files could not be read."""
-    readable = [file for file in files if check.attempt(lambda file=file: _belongs(job, file))]  # type: ignore[misc]
-    parties = {file.party: party for file in readable if (party := _read(check, job, file))}
+    importer = Importer()
+    resolved = [(file, check.attempt(lambda file=file: resolve(job, file, importer))) for file in files]  # type: ignore[misc]
+    readable = [(file, spec) for file, spec in resolved if spec is not None]
+    parties = {file.party: party for file, spec in readable if (party := _read(check, job, file, spec))}
     aligned = _compare_rows(check, parties)
     table = next(iter(parties.values())).table if parties else None
     batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.hashes))
@@ -65,28 +69,23 @@ def _say_who_is_missing(
         check.note(f"not looked at: {', '.join(missing)} ({why})")
 
 
-def _belongs(job: Job, file: PartyFile) -> bool:
-    file.check(job)
-    return True
-
-
-def _read(check: Check, job: Job, file: PartyFile) -> Readable | None:
-    file_with_secret = check.attempt(lambda: _with_secret(job, file))
-    table = check.attempt(lambda: read_table(job, file))
-    if table is None or file_with_secret is None:
+def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec) -> Readable | None:
+    with_secret = check.attempt(lambda: _with_secret(job, file, spec))
+    table = check.attempt(lambda: read_table(spec.table))
+    if table is None or with_secret is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
     check.ok(f"{file.party}: {table.n_rows} rows, ids are {table.id_type}, {features}{labels}")
     for note in table.notes:
         check.note(f"{file.party}: {note}")
-    return Readable(file_with_secret, table)
+    return Readable(with_secret.compute, table)
 
 
-def _with_secret(job: Job, file: PartyFile) -> PartyFile:
-    """Return the file with the secret that it names, if it names one."""
+def _with_secret(job: Job, file: PartyFile, spec: PartySpec) -> PartySpec:
+    """Return the party with the secret that its file names, if it names one."""
     path = file.privacy.secret
-    return file.with_secret(read_secret(path)) if isinstance(path, Path) and job.rules != BY_POSITION else file
+    return spec.with_secret(read_secret(path)) if isinstance(path, Path) and job.rules != BY_POSITION else spec
 
 
 def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:

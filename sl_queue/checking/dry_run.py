@@ -1,8 +1,8 @@
 """Every model at hand, tried on a training micro-batch and on the smallest one before anything is started."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from sl_queue.checking.findings import Check
@@ -13,13 +13,14 @@ from sl_queue.compute.equality import (
     Weights,
     bounded,
     first_joined_weights,
-    first_step_difference,
     largest_difference,
     split_weights,
 )
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.compute.stand_ins import stand_in
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.job import Job
+from sl_queue.config.resolve import layers_of
 from sl_queue.cut.rows import CutRows
 from sl_queue.errors import ComputeError, JobError, NonFiniteError, SlQueueError
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -39,7 +40,7 @@ COMPARED = 4  # times that the steps are done for it
 class Readable:
     """A party whose file and table could be read."""
 
-    file: PartyFile
+    compute: ComputeSpec
     table: Table = field(repr=False)
 
 
@@ -55,12 +56,12 @@ def dry_run(check: Check, job: Job, parties: Mapping[str, Readable], batches: Ba
     """Run one training micro-batch, and the smallest one, through every model at hand."""
     first, smallest, seconds = {}, {}, 0.0
     for name in job.fused:
-        if name in parties and (run := check.attempt(lambda name=name: _dry_base(check, job, parties[name], batches))):  # type: ignore[misc]
+        if name in parties and (run := check.attempt(lambda name=name: _dry_base(check, parties[name], batches))):  # type: ignore[misc]
             first[name] = run.outcome
             if name != job.label_holder:  # whose base model is a part of its dry run of the fuse model
                 seconds += run.seconds * FORWARD_AND_BACKWARD
             check.ok(f"{name}: the base model's activation is {run.outcome}, as the cut layer")
-            if last := check.attempt(lambda name=name: _smallest_base(job, parties[name], batches)):  # type: ignore[misc]
+            if last := check.attempt(lambda name=name: _smallest_base(parties[name], batches)):  # type: ignore[misc]
                 smallest[name] = last
     label = parties.get(job.label_holder)
     if label is not None:
@@ -79,10 +80,10 @@ def _dry_label_holder(
     smallest: Mapping[str, Payload],
 ) -> float:
     """Try fuse model and loss, and give advice on them; returns the seconds of one micro-batch."""
-    stage = check.attempt(lambda: fuse_stage(job, party.file, party.table, batches))
+    stage = check.attempt(lambda: fuse_stage(party.compute, party.table, batches))
     if stage is None:
         return 0.0
-    for found in advice(job, stage):
+    for found in advice(stage, job.stops_on):
         if found.decides:
             check.error(JobError(f"{job.label_holder}: {found.text}"))
         else:
@@ -93,7 +94,7 @@ def _dry_label_holder(
         seconds = fused.seconds
         check.ok(f"{job.label_holder}: fuse model and loss accept the cut layers {_cuts(job)}")
         few = _activations(job, smallest, party.table, batches, _smallest(batches))
-        check.attempt(lambda: _on(check, few, lambda: _smallest_fuse(job, party, batches, few.payloads)))
+        check.attempt(lambda: _on(check, few, lambda: _smallest_fuse(party, batches, few.payloads)))
     return seconds
 
 
@@ -112,15 +113,15 @@ class Timed(Generic[T]):
         return cls(outcome, time.monotonic() - began)
 
 
-def _dry_base(check: Check, job: Job, party: Readable, batches: Batches) -> Timed[Payload]:
-    stage = base_stage(job, party.file, party.table, batches)
+def _dry_base(check: Check, party: Readable, batches: Batches) -> Timed[Payload]:
+    stage = base_stage(party.compute, party.table, batches)
     if stage.remark is not None:
         check.warn(stage.remark)
     return Timed.twice(lambda: stage.forward(MicroBatch(0, 0)))
 
 
-def _smallest_base(job: Job, party: Readable, batches: Batches) -> Payload:
-    stage = base_stage(job, party.file, party.table, batches)
+def _smallest_base(party: Readable, batches: Batches) -> Payload:
+    stage = base_stage(party.compute, party.table, batches)
     return _explained(batches, lambda: stage.forward(_smallest(batches)))
 
 
@@ -128,10 +129,8 @@ def _dry_fuse(stage: TorchFuseStage, activations: Mapping[str, Payload]) -> Time
     return Timed.twice(lambda: stage.forward_backward(MicroBatch(0, 0), activations))
 
 
-def _smallest_fuse(
-    job: Job, party: Readable, batches: Batches, activations: Mapping[str, Payload]
-) -> Mapping[str, Payload]:
-    stage = fuse_stage(job, party.file, party.table, batches)
+def _smallest_fuse(party: Readable, batches: Batches, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
+    stage = fuse_stage(party.compute, party.table, batches)
     return _explained(batches, lambda: stage.forward_backward(_smallest(batches), activations))
 
 
@@ -216,26 +215,52 @@ def compare_with_joined(
 
     What `staleness` and a narrower dtype on the wire do on purpose is left out at first, and told apart.
     """
-    files, tables = [p.file for p in parties.values()], {name: p.table for name, p in parties.items()}
     step_s = seconds * batches.parts(0)
     steps = min(STEPS, batches.steps, max(1, int(COMPARING_S / COMPARED / max(step_s, 1e-9))))
-    everything = (files, tables, batches, steps)
-    exact = _exact(job)
-    split = split_weights(exact, *everything)
-    _require_repeatable(split, split_weights(exact, *everything), steps)
-    difference = largest_difference(split, first_joined_weights(exact, *everything))
+    trial, exact = _Trial(parties, batches, steps), _exact(job)
+    split = trial.split(exact)
+    _require_repeatable(split, trial.split(exact), steps)
+    difference = largest_difference(split, trial.joined(exact))
     said = f"{_counted(steps)} split and joined{_rows(batches)}"
     if difference == 0.0:
         check.ok(f"{said}: all weights are equal bit for bit")
     elif difference <= SAME_WITHIN:
         check.ok(f"{said}: the weights differ by at most {difference:.1e}, which is rounding")
     else:
-        raise ComputeError(f"{said}: weights differ by up to {difference:.1e}; {_blamed(exact, *everything)}")
+        raise ComputeError(f"{said}: weights differ by up to {difference:.1e}; {_blamed(exact, trial)}")
     if exact != job:
         check.note(
             f"{_counted(steps)} as the job says (staleness = {job.pipeline.staleness}, [wire] dtype = "
-            f"{job.wire.dtype!r}): the weights are up to {first_step_difference(job, *everything):.1e} away from joined"
+            f"{job.wire.dtype!r}): the weights are up to {trial.difference(job):.1e} away from joined"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """The first steps of all parties, to be done as one job or another says."""
+
+    parties: Mapping[str, Readable]
+    batches: Batches
+    steps: int
+
+    def split(self, job: Job) -> Weights:
+        """Return the weights after these steps, split."""
+        return split_weights(self._specs(job), self._tables, job.pipeline_of(self.batches), self.steps)
+
+    def joined(self, job: Job) -> Weights:
+        """Return the weights after these steps, joined."""
+        return first_joined_weights(self._specs(job), self._tables, self.batches, self.steps)
+
+    def difference(self, job: Job) -> float:
+        """Return the largest difference between both."""
+        return largest_difference(self.split(job), self.joined(job))
+
+    @property
+    def _tables(self) -> dict[str, Table]:
+        return {name: party.table for name, party in self.parties.items()}
+
+    def _specs(self, job: Job) -> list[ComputeSpec]:
+        return [replace(party.compute, layers=layers_of(job)) for party in self.parties.values()]
 
 
 def _exact(job: Job) -> Job:
@@ -254,11 +279,11 @@ def _require_repeatable(once: Weights, again: Weights, steps: int) -> None:
         )
 
 
-def _blamed(job: Job, files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int) -> str:
+def _blamed(job: Job, trial: _Trial) -> str:
     """Return what makes the difference, as far as it can be told."""
     if job.pipeline.depth > 1:
         lock_step = job.model_copy(update={"pipeline": job.pipeline.model_copy(update={"depth": 1})})
-        if first_step_difference(lock_step, files, tables, batches, steps) <= SAME_WITHIN:
+        if trial.difference(lock_step) <= SAME_WITHIN:
             return (
                 f"with depth = 1 they are equal, with depth = {job.pipeline.depth} they are not: a forward pass "
                 "changes what an earlier one's backward pass still needs, such as a buffer changed in place behind "

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from sl_queue.config.job import Job
-from sl_queue.config.schema import nearest
 from sl_queue.errors import JobError, PartyBusy
 from sl_queue.launch.connect import require_network, topology
+from sl_queue.protocol.text import nearest
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.housekeeping import (
     Back,

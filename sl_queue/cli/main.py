@@ -8,7 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from sl_queue.cli import operate, prepare, run
-from sl_queue.launch.process import DEBUG, leaving
+from sl_queue.config.environment import DEBUG
+from sl_queue.launch.process import leaving
 
 
 class _Commands(TyperGroup):
@@ -31,10 +32,10 @@ app = typer.Typer(
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help=f"Show the traceback of an error, as {DEBUG}=1 does.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show tracebacks, as {DEBUG.name}=1 does.")] = False,
 ) -> None:
     if debug:
-        os.environ[DEBUG] = "1"
+        os.environ[DEBUG.name] = "1"
 
 
 # In the order of `sl-queue --help`.

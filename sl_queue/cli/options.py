@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sl_queue.config.environment import BROKER, KEY
 from sl_queue.errors import JobError
 
 MEMORY = "memory://"
@@ -15,11 +16,11 @@ JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job file, the 
 PartyPaths = Annotated[list[Path], typer.Argument(metavar="PARTY...", help="The party files.")]
 Broker = Annotated[
     str | None,
-    typer.Option(envvar="SL_QUEUE_BROKER", show_envvar=True, help="URL of the broker, or file:PATH of a file with it."),
+    typer.Option(envvar=BROKER.name, show_envvar=True, help="URL of the broker, or file:PATH of a file with it."),
 ]
 OperatorKey = Annotated[
     Path | None,
-    typer.Option("--key", envvar="SL_QUEUE_KEY", show_envvar=True, help="The operator's key, if the job seals."),
+    typer.Option("--key", envvar=KEY.name, show_envvar=True, help="The operator's key, if the job seals."),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where nobody can be asked.")]
 

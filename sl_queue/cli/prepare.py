@@ -20,7 +20,9 @@ def check(
     from sl_queue.observe.console import show_finding, stdout
 
     console = stdout()
-    raise typer.Exit(check_job(job, parties or [], broker, lambda finding: show_finding(console, finding)))
+    raise typer.Exit(
+        check_job(job, parties or [], broker, lambda found: show_finding(console, found.level, found.text))
+    )
 
 
 def plan(

@@ -77,18 +77,18 @@ def chaos(
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.local.threads import require_all
     from sl_queue.observe.console import stdout
-    from sl_queue.testing.chaos import Storm, run_chaos
+    from sl_queue.testing.chaos import FaultPlan, run_chaos
     from sl_queue.testing.report import report
 
     agreed = Job.load(job)
     files = {path: PartyFile.load(path) for path in parties}
     require_all(agreed, list(files.values()))
     paths = {file.party: path for path, file in files.items()}
-    storm = Storm(kills, broker_restarts, cuts, seed)
+    plan = FaultPlan(kills, broker_restarts, cuts, seed)
     with TemporaryDirectory(prefix="sl_queue-chaos-") as temporary:
-        verdict = run_chaos(agreed, job, paths, out or Path(temporary), storm, lambda text: print(text, flush=True))
-    stdout().print(report(verdict), soft_wrap=True)
-    raise typer.Exit(0 if verdict.passed else 1)
+        comparison = run_chaos(agreed, job, paths, out or Path(temporary), plan, lambda text: print(text, flush=True))
+    stdout().print(report(comparison), soft_wrap=True)
+    raise typer.Exit(0 if comparison.passed else 1)
 
 
 def _places(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":

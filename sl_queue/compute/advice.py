@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.objective import undefined_metrics
-from sl_queue.config.job import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,20 +15,26 @@ class Advice:
     decides: bool = False
 
 
-def advice(job: Job, stage: TorchFuseStage) -> Iterator[Advice]:
-    """Yield what a person should know before the run: of the model's end, the loss, and what is measured."""
+def advice(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
+    """Yield what a person should know before the run: of the model's end, the loss, and what is measured.
+
+    `stops_on` is the metric that ends training early, if one does.
+    """
     yield from map(Advice, stage.objective.warnings)
     metrics = list(stage.objective.metrics)
     if metrics and not stage.batches.holdout_rows:
-        held = f"holdout = {job.holdout:g} of {stage.batches.n_rows} rows is none" if job.holdout else "holdout = 0"
+        held = (
+            f"holdout = {stage.batches.holdout:g} of {stage.batches.n_rows} rows is none"
+            if stage.batches.holdout
+            else "holdout = 0"
+        )
         yield Advice(
             f"metrics = {metrics} measure nothing, because no row is held out ({held}): set holdout in the job, for "
             "instance to 0.2, or take the metrics out"
         )
-    rule = job.early_stopping
     reasons: dict[str, list[str]] = {}
     for name, why in undefined_metrics(stage.objective, stage.batches).items():
-        if rule is not None and rule.metric == name:
+        if stops_on == name:
             yield Advice(
                 f"early_stopping.metric = {name!r}: {why}, so {name} is undefined and never stops the run; take a "
                 'larger holdout, another holdout_seed, or metric = "loss"',

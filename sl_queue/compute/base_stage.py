@@ -7,7 +7,7 @@ forward order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,13 @@ from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Take
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.crossing import BaseCut, place, require_shape
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import cast, dtype_name, take_rows
+from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError
 from sl_queue.protocol.checkpoint import State, Weights
-from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
 from sl_queue.protocol.table import Table
@@ -199,26 +198,21 @@ class TorchBaseStage:
 
 
 def base_stage(
-    job: Job,
-    party_file: PartyFile,
-    table: Table,
-    batches: Batches,
-    take: Take | None = None,
-    guard: Guard = UNGUARDED,
+    spec: ComputeSpec, table: Table, batches: Batches, take: Take | None = None, guard: Guard = UNGUARDED
 ) -> TorchBaseStage:
     """Build a party's base stage with initial weights, and find out in which form its model takes the features.
 
     `take` says how to come by a module that is given in code; without it, as a copy. `guard` is put in at its cut.
     Raises JobError, and ShapeError if the model takes none or its output is not the cut.
     """
-    party = party_file.party
-    if job.cut(party) is None or table.features is None:
-        missing = "a cut in the job" if job.cut(party) is None else "features in its table"
+    party, cut = spec.party, spec.layers.cut(spec.party)
+    if cut is None or table.features is None:
+        missing = "a cut in the job" if cut is None else "features in its table"
         raise JobError(f"party {party!r} has a base model, but not {missing}")
     refused: list[ComputeError] = []
     for choice in range(n_offers(table.features)):
         try:
-            return _stage(job, party_file, table, batches, choice, take, guard)
+            return _stage(spec, table, batches, choice, take, guard)
         except ComputeError as error:
             refused.append(error)
     first, *others = refused
@@ -228,44 +222,26 @@ def base_stage(
 
 
 def _stage(
-    job: Job,
-    party_file: PartyFile,
-    table: Table,
-    batches: Batches,
-    choice: int,
-    take: Take | None,
-    guard: Guard,
+    spec: ComputeSpec, table: Table, batches: Batches, choice: int, take: Take | None, guard: Guard
 ) -> TorchBaseStage:
     """Build the stage on one of the forms that features are offered in. Raises ComputeError if its model refuses it."""
-    party, shape = party_file.party, job.cut(party_file.party)
+    party, layers = spec.party, spec.layers
+    shape = layers.cut(party)
     assert shape is not None
 
     def sample(dtype: torch.dtype) -> Inputs:
-        features = offers(party_file, table, dtype)[choice].features
+        features = offers(spec, table, dtype)[choice].features
         return take_rows(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
-    model = Model.build(job, party_file, "base", sample, take)
-    offer = offers(party_file, table, model.dtype)[choice]
+    model = Model.build(spec, "base", sample, take)
+    offer = offers(spec, table, model.dtype)[choice]
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)
-    output = model.try_out(trial.to(model.device), ahead=job.pipeline.staleness > 0 and party != job.label_holder)
-    wire = replace(job.on_the_wire, cast=cast)
-    cut = BaseCut(party, job.label_holder, shape, model.dtype, model.device, wire, model.name, guard)
+    output = model.try_out(trial.to(model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
+    cut = BaseCut(party, layers.label_holder, shape, model.dtype, model.device, layers.wire, model.name, guard)
     require_shape(output, len(trial), cut, f"party {party!r}")
     if offer.fault is not None:
         raise JobError(offer.fault)
-    if party in job.feature_parties:
-        _require_fitting(job, party, dtype_name(output.dtype), batches)
+    if party in layers.feature_parties:
+        cut.require_fitting(output.dtype, batches.most_rows, layers.micro_batches)
     return TorchBaseStage(model, offer.features, table, batches, cut, offer.remark)
-
-
-def _require_fitting(job: Job, party: str, dtype: str, batches: Batches) -> None:
-    """Raise JobError if the activations of the largest micro-batch are more than a message carries."""
-    held_out = len(batches.holdout_part(0)) if batches.holdout_rows else 0
-    rows = max(held_out, -(-batches.rows_in_step(0) // batches.parts(0)))
-    largest = job.on_the_wire.bytes_of(dtype, (rows, *(job.cut(party) or ())))
-    if largest > MAX_TENSOR_BYTES:
-        raise JobError(
-            f"party {party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a message "
-            f"carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {job.pipeline.micro_batches}"
-        )

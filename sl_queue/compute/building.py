@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,9 @@ from sl_queue.compute.final_weights import settled
 from sl_queue.compute.modules.handover import Copies, Take
 from sl_queue.compute.modules.state import in_evaluation
 from sl_queue.compute.seeds import key, seeded
-from sl_queue.config.job import BaseFile, FuseFile, Job, PartyFile, imported
+from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
 from sl_queue.errors import ComputeError, JobError, SlQueueError
 
-Part = Literal["base", "fuse"]
 Inputs = Tensor | list[Tensor]
 Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
 
@@ -38,24 +36,22 @@ def blame(what: str) -> Iterator[None]:
         raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def build_module(
-    job: Job, party_file: PartyFile, part: Part, sample: Sample | None, take: Take | None = None
-) -> nn.Module:
+def build_module(spec: ComputeSpec, part: Part, sample: Sample | None, take: Take | None = None) -> nn.Module:
     """Return the module on the CPU, built with keyed draws; lazy layers are given their shapes by a sample."""
-    table = table_of(party_file, part)
-    where = f"party {party_file.party!r}: [{part}] model = {named(table.model)!r}"
+    table = table_of(spec, part)
+    where = f"party {spec.party!r}: [{part}] model = {named(table.model)!r}"
     model = table.model
     if isinstance(model, str):
-        with seeded(key(job.seed, "", "import"), torch.device("cpu")):  # its file may draw, or call torch.manual_seed
-            model = imported(model, party_file.folder)
-    with seeded(key(job.seed, party_file.party, f"{part} init"), torch.device("cpu")):
+        with seeded(key(spec.layers.seed, "", "import"), torch.device("cpu")):  # its file may draw, or set a seed
+            model = spec.code.load(model)
+    with seeded(key(spec.layers.seed, spec.party, f"{part} init"), torch.device("cpu")):
         try:
             module = model if isinstance(model, nn.Module) else model(**table.args)
         except (Exception, SystemExit) as error:
             raise JobError(f"{where} with args = {dict(table.args)} fails: {type(error).__name__}: {error}") from error
         if not isinstance(module, nn.Module):
             raise JobError(f"{where} returns {type(module).__name__}; it must return a torch.nn.Module")
-        module = (take or Copies())(party_file.party, part, module, made=module is not model)
+        module = (take or Copies())(spec.party, part, module, made=module is not model)
         if sample is not None and _is_lazy(module):
             with blame(f"{where} fails on its input"), in_evaluation(module):
                 module(sample(dtype_of(module)))
@@ -65,9 +61,9 @@ def build_module(
     return module
 
 
-def final_module(job: Job, party_file: PartyFile, path: Path) -> nn.Module:
+def final_module(spec: ComputeSpec, path: Path) -> nn.Module:
     """Load a trained module from its file in `final/`, in evaluation mode on the CPU; its stem says which part."""
-    return settled(build_module(job, party_file, part_of(path), None), party_file.party, path)
+    return settled(build_module(spec, part_of(path), None), spec.party, path)
 
 
 def part_of(path: Path) -> Part:
@@ -75,25 +71,25 @@ def part_of(path: Path) -> Part:
     return "fuse" if path.stem == "fuse" else "base"
 
 
-def device_of(party_file: PartyFile) -> torch.device:
+def device_of(spec: ComputeSpec) -> torch.device:
     """Return the device that a party file asks for. Raises JobError if this machine does not have it."""
     try:
-        device = torch.device(party_file.device)
+        device = torch.device(spec.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise JobError(
-            f"party {party_file.party!r}: device = {party_file.device!r} cannot be used here with "
+            f"party {spec.party!r}: device = {spec.device!r} cannot be used here with "
             f"torch {torch.__version__}: {reason}; use 'cpu', or install a torch that has it"
         ) from None
     return device
 
 
-def table_of(party_file: PartyFile, part: Part) -> BaseFile | FuseFile:
-    """Return the [base] or [fuse] table of a party file. Raises JobError if it is missing."""
-    table = party_file.base if part == "base" else party_file.fuse
+def table_of(spec: ComputeSpec, part: Part) -> ModelSpec:
+    """Return the base or fuse model of a party. Raises JobError if it has none."""
+    table = spec.part(part)
     if table is None:
-        raise JobError(f"party {party_file.party!r}: [{part}] is missing")
+        raise JobError(f"party {spec.party!r}: [{part}] is missing")
     return table
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from sl_queue.config.user_code import files_of, module_of, parsed, source_of
+from sl_queue.compute.source_code import files_of, parsed, source_of
+from sl_queue.ports import UserCode
 
 DIGEST_BYTES = 8
 
@@ -45,22 +46,23 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def code_digests(thing: Any, folder: Path | None) -> Iterator[str]:
+def code_digests(thing: Any, code: UserCode) -> Iterator[str]:
     """Digest the source of a model or loss: of its module and the user's modules that it imports, if that has a file.
 
     Of what is given in code in a script or notebook, its own source and that of the functions and classes there that it
     names. Of installed packages the version, as "name version".
     """
     if isinstance(thing, str):
-        yield from _of_module(module_of(thing, folder), folder)
+        yield from _of_module(code.module(thing), code.folder)
     elif isinstance(thing, functools.partial):
-        yield from code_digests(thing.func, folder)
+        yield from code_digests(thing.func, code)
         yield digest_of(repr((list(map(named, thing.args)), words(thing.keywords))).encode())
     elif isinstance(thing, nn.Module):
         for kind in {type(layer) for layer in thing.modules()}:
-            yield from _of_object(kind, folder)
+            yield from _of_object(kind, code.folder)
     else:
-        yield from _of_object(thing if isinstance(thing, type | FunctionType | MethodType) else type(thing), folder)
+        names_itself = isinstance(thing, type | FunctionType | MethodType)
+        yield from _of_object(thing if names_itself else type(thing), code.folder)
 
 
 def _of_object(thing: Any, folder: Path | None) -> Iterator[str]:

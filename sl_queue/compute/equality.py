@@ -12,7 +12,7 @@ from torch import Tensor
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.reference import ReferenceRun, train_joined
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.tensors import from_payload
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
@@ -37,14 +37,14 @@ MAX_ROWS = 1 << 16  # of a step: enough of a job that trains on a huge table at 
 
 
 def first_step_difference(
-    job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int = STEPS
+    specs: Sequence[ComputeSpec], tables: Mapping[str, Table], pipeline: Pipeline, steps: int = STEPS
 ) -> float:
     """Return the largest difference of any weight after the first steps, split as the job says and joined.
 
     0.0 means equal bit for bit. `staleness` and a narrower dtype on the wire make a difference on purpose.
     """
-    split = split_weights(job, party_files, tables, batches, steps)
-    return largest_difference(split, first_joined_weights(job, party_files, tables, batches, steps))
+    split = split_weights(specs, tables, pipeline, steps)
+    return largest_difference(split, first_joined_weights(specs, tables, pipeline.batches, steps))
 
 
 def largest_difference(one: Weights, other: Weights) -> float:
@@ -64,22 +64,24 @@ def _of(party: str) -> str:
 
 
 def first_joined_weights(
-    job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int = STEPS
+    specs: Sequence[ComputeSpec], tables: Mapping[str, Table], batches: Batches, steps: int = STEPS
 ) -> Weights:
     """Return copies of the weights after the first steps, joined."""
     batches = bounded(batches)
-    weights = joined_weights(train_joined(job, party_files, tables, batches, steps=min(steps, batches.steps)))
+    weights = joined_weights(train_joined(specs, tables, batches, steps=min(steps, batches.steps)))
     return {module: {name: tensor.clone() for name, tensor in found.items()} for module, found in weights.items()}
 
 
 def split_weights(
-    job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int = STEPS
+    specs: Sequence[ComputeSpec], tables: Mapping[str, Table], pipeline: Pipeline, steps: int = STEPS
 ) -> Weights:
     """Return copies of the weights after the first steps, split as the job says."""
-    files, holder, batches = {file.party: file for file in party_files}, job.label_holder, bounded(batches)
-    fuse = fuse_stage(job, files[holder], tables[holder], batches)
-    bases = {party: base_stage(job, files[party], tables[party], batches) for party in job.feature_parties}
-    _Rehearsal(fuse, bases, job.pipeline_of(batches), min(steps, batches.steps)).play()
+    by_party, batches = {spec.party: spec for spec in specs}, bounded(pipeline.batches)
+    holder = specs[0].layers.label_holder
+    fuse = fuse_stage(by_party[holder], tables[holder], batches)
+    features = specs[0].layers.feature_parties
+    bases = {party: base_stage(by_party[party], tables[party], batches) for party in features}
+    _Rehearsal(fuse, bases, replace(pipeline, batches=batches), min(steps, batches.steps)).play()
     stages: dict[str, TorchBaseStage | TorchFuseStage] = {**bases, holder: fuse}
     return {
         _of(party) if part == "base" else part: {name: from_payload(payload) for name, payload in weights.items()}

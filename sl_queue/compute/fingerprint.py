@@ -7,8 +7,7 @@ canonical order, so rows may stand in any order and files may move.
 
 import json
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,38 +16,36 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sl_queue.compute.code_digest import DIGEST_BYTES, code_digests, digest_of, named, words
-from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import LOSSES, BaseFile
+from sl_queue.compute.spec import NAMED_LOSSES, ComputeSpec, ModelSpec, Part
 from sl_queue.cut.tensors import to_payload
+from sl_queue.ports import UserCode
 from sl_queue.protocol.fingerprints import RULES, SEED
 from sl_queue.protocol.table import Table
 
 _MANY = 256  # columns; more have one digest together, since every checkpoint holds all of them
 
 
-def fingerprint(
-    job: Job, party_file: PartyFile, table: Table | None = None, rules: int = RULES, secret: bytes = b""
-) -> dict[str, Any]:
+def fingerprint(spec: ComputeSpec, table: Table | None = None, rules: int = RULES) -> dict[str, Any]:
     """Collect what must not change until a checkpoint is resumed, for the same bits to follow; flat, JSON values.
 
     The number of threads is the calling thread's: sums are split among them. Raises JobError for code that cannot be
     imported.
     """
     found: dict[str, Any] = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    found |= {"device": str(party_file.device), "rules": rules, "secret": _of_secret(job, party_file.party, secret)}
-    found["autocast"] = _autocast(str(party_file.device).partition(":")[0])
+    found |= {"device": spec.device, "rules": rules, "secret": _of_secret(spec)}
+    found["autocast"] = _autocast(spec.device.partition(":")[0])
     found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
     found["default_dtype"] = str(torch.get_default_dtype())
     if table is not None:
-        found |= _of_table(party_file, table)
-    folder = party_file.folder
-    if party_file.base is not None:
-        found |= _of_part("base", party_file.base, folder)
-    if party_file.fuse is not None:
-        loss: Any = party_file.fuse.loss
-        found |= _of_part("fuse", party_file.fuse, folder)
-        found |= {"fuse.loss": named(loss), "fuse.outputs": getattr(party_file.fuse, "outputs", None)}
-        found |= _of_code("fuse.loss", None if isinstance(loss, str) and loss in LOSSES else loss, folder)
+        found |= _of_table(spec, table)
+    parts: tuple[Part, Part] = ("base", "fuse")
+    for part in parts:
+        if (model := spec.part(part)) is not None:
+            found |= _of_part(part, model, spec.code)
+    if spec.objective is not None:
+        loss = spec.objective.loss
+        found |= {"fuse.loss": named(loss), "fuse.outputs": spec.objective.outputs}
+        found |= _of_code("fuse.loss", None if isinstance(loss, str) and loss in NAMED_LOSSES else loss, spec.code)
     return found
 
 
@@ -60,18 +57,18 @@ def _autocast(device: str) -> str:
         return "off"
 
 
-def _of_secret(job: Job, party: str, secret: bytes) -> str:
+def _of_secret(spec: ComputeSpec) -> str:
     """Salted, so that it names the secret to who has it, and tells nothing to anyone else."""
-    if not secret:
+    if not spec.secret:
         return SEED
-    salt = blake2b(f"{job.digest} {party}".encode(), digest_size=16).digest()
-    return blake2b(secret, digest_size=DIGEST_BYTES, salt=salt, person=b"sl_queue secret").hexdigest()
+    salt = blake2b(f"{spec.layers.job_digest} {spec.party}".encode(), digest_size=16).digest()
+    return blake2b(spec.secret, digest_size=DIGEST_BYTES, salt=salt, person=b"sl_queue secret").hexdigest()
 
 
 # Tables ---------------------------------------------------------------------------------------------------------
 
 
-def _of_table(party_file: PartyFile, table: Table) -> dict[str, Any]:
+def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
     """Ids, features and labels as they are trained on; names of columns where the table has any."""
     features, columns = table.features, table.columns
     each: list[str] | None = None
@@ -82,7 +79,7 @@ def _of_table(party_file: PartyFile, table: Table) -> dict[str, Any]:
         "data.columns": None if columns is None else list(columns),
         "data.features": None if features is None else f"{_described(features)} {_together(features, each)}",
         "data.features.each": each,
-        "data.label": None if table.labels is None else getattr(party_file.data, "label", None),
+        "data.label": None if table.labels is None else spec.label_column,
         "data.labels": None if table.labels is None else f"{_described(table.labels)} {_digest(table.labels)}",
     }
 
@@ -104,20 +101,20 @@ def _digest(array: npt.NDArray[Any]) -> str:
 # Models, losses and their arguments -----------------------------------------------------------------------------
 
 
-def _of_part(part: Literal["base", "fuse"], table: BaseFile, folder: Path | None) -> dict[str, Any]:
+def _of_part(part: Part, table: ModelSpec, code: UserCode) -> dict[str, Any]:
     found: dict[str, Any] = {f"{part}.model": named(table.model)}
     for group in ("args", "optimizer"):
-        found |= {f"{part}.{group}.{k}": _plain(v, folder) for k, v in dict(getattr(table, group) or {}).items()}
-    return found | _of_code(part, table.model, folder)
+        found |= {f"{part}.{group}.{k}": _plain(v, code) for k, v in dict(getattr(table, group)).items()}
+    return found | _of_code(part, table.model, code)
 
 
-def _of_code(key: str, thing: Any, folder: Path | None) -> dict[str, Any]:
+def _of_code(key: str, thing: Any, code: UserCode) -> dict[str, Any]:
     """Return what a model or loss is made of, besides its name."""
-    codes = set() if thing is None else set(code_digests(thing, folder))
+    codes = set() if thing is None else set(code_digests(thing, code))
     given = thing if isinstance(thing, nn.Module) else None
     return {
-        f"{key}.code": "".join(sorted(code for code in codes if " " not in code)) or None,
-        f"{key}.packages": sorted(code for code in codes if " " in code) or None,
+        f"{key}.code": "".join(sorted(each for each in codes if " " not in each)) or None,
+        f"{key}.packages": sorted(each for each in codes if " " in each) or None,
         f"{key}.weights": None if given is None else _of_weights(given),
         f"{key}.settings": None if given is None else _of_settings(given),
     }
@@ -145,7 +142,7 @@ def _of_settings(module: nn.Module) -> str:
     return digest_of("\n".join(lines).encode())
 
 
-def _plain(value: Any, folder: Path | None) -> Any:
+def _plain(value: Any, code: UserCode) -> Any:
     """Return an argument as JSON holds it; a digest of an array, and name and code of anything else."""
     try:
         return json.loads(json.dumps(value))
@@ -156,5 +153,5 @@ def _plain(value: Any, folder: Path | None) -> Any:
     if isinstance(value, Tensor):
         return _of_tensor(value)
     if isinstance(value, nn.Module):
-        return f"{named(value)} {_of_weights(value)} {_of_settings(value)} {sorted(set(code_digests(value, folder)))}"
+        return f"{named(value)} {_of_weights(value)} {_of_settings(value)} {sorted(set(code_digests(value, code)))}"
     return named(value)

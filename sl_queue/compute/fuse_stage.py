@@ -6,7 +6,7 @@ gradients that others wait for are on their way.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
 from sl_queue.compute.objective import Objective, measured, objective_of, why_not_finite
+from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.compute.stand_ins import drawn
-from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import cast, described, dtype_name
+from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -59,7 +59,7 @@ class PreparedTargets:
 class TorchFuseStage:
     """ports.FuseStage over torch. Mutable: it holds the models and the sums of the step and of the evaluation."""
 
-    job: Job
+    layers: LayersSpec
     model: Model
     own: TorchBaseStage | None  # the label holder's base model
     objective: Objective
@@ -199,8 +199,8 @@ class TorchFuseStage:
 
     def _fused(self, inputs: Mapping[str, Tensor], where: str) -> Tensor:
         """Return the fuse model's output; inputs in job order, whatever order they came in."""
-        with blame(f"{where}: aggregation {self.job.fuse.aggregation!r} failed"):
-            joined = aggregated([inputs[party] for party in self.job.fused], self.job.fuse.aggregation)
+        with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
+            joined = aggregated([inputs[party] for party in self.layers.fused], self.layers.aggregation)
         return self.model.run(joined, where)
 
     def _labels(self, positions: Positions) -> Tensor:
@@ -220,8 +220,7 @@ def _mean(losses: Sequence[tuple[int, float]]) -> float:
 
 
 def fuse_stage(
-    job: Job,
-    party_file: PartyFile,
+    spec: ComputeSpec,
     table: Table,
     batches: Batches,
     take: Take | None = None,
@@ -233,7 +232,7 @@ def fuse_stage(
     the cuts to these feature parties. Raises JobError for labels, a loss or metrics that do not suit the model, and
     ShapeError if it fails on the cuts.
     """
-    party = party_file.party
+    party, layers = spec.party, spec.layers
 
     def sample(
         dtype: torch.dtype,
@@ -241,24 +240,25 @@ def fuse_stage(
         rows: int = _TRIAL_ROWS,
         scale: float | None = None,
     ) -> Inputs:
-        numbers = [drawn(job.seed, p, (rows, *(job.cut(p) or ())), scale) for p in job.fused]
+        numbers = [drawn(layers.seed, p, (rows, *cut), scale) for p, cut in layers.cuts.items()]
         inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]  # in the graph, and no leaves of it
-        return aggregated(inputs, job.fuse.aggregation)
+        return aggregated(inputs, layers.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
-    model = Model.build(job, party_file, "fuse", sample, take)
+    model = Model.build(spec, "fuse", sample, take)
     output = model.try_out(sample(model.dtype, model.device), graph=True)
     _require_rows_first(output, model)
 
     def scaled(scale: float) -> Tensor:
         return model.try_out(sample(model.dtype, model.device, _RANGE_ROWS, scale))
 
-    own = base_stage(job, party_file, table, batches, take) if party in job.fused else None
+    own = base_stage(spec, table, batches, take) if party in layers.cuts else None
     modules = [model.module, *([] if own is None else [own.module])]
     with model.drawing("loss trial", MicroBatch(0, 0)):
-        objective = objective_of(party_file, table, output, scaled, f"party {party!r}", modules, take)
-    cuts = {peer: _cut(job, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in job.feature_parties}
-    return TorchFuseStage(job, model, own, objective, table, batches, cuts)
+        objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
+    peers = layers.feature_parties
+    cuts = {peer: _cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
+    return TorchFuseStage(layers, model, own, objective, table, batches, cuts)
 
 
 def _require_rows_first(output: Tensor, model: Model) -> None:
@@ -269,7 +269,6 @@ def _require_rows_first(output: Tensor, model: Model) -> None:
         )
 
 
-def _cut(job: Job, model: Model, peer: str, guard: Guard) -> FuseCut:
+def _cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
     dtypes = tuple(map(dtype_name, model.accepted()))
-    wire = replace(job.on_the_wire, cast=cast)
-    return FuseCut(model.party, peer, job.cut(peer) or (), dtypes, model.device, wire, guard)
+    return FuseCut(model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard)

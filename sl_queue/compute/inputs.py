@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sl_queue.config.job import DataFile, PartyFile
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.tensors import dtype_name
-from sl_queue.data.exactness import BITS, rounded
+from sl_queue.protocol.exactness import BITS, rounded
 from sl_queue.protocol.table import Table
 
 Array = npt.NDArray[Any]
@@ -38,17 +38,16 @@ def n_offers(features: Array) -> int:
     return 2 if features.dtype.kind in "iu" else 1
 
 
-def offers(party_file: PartyFile, table: Table, dtype: torch.dtype) -> tuple[Offer, ...]:
+def offers(spec: ComputeSpec, table: Table, dtype: torch.dtype) -> tuple[Offer, ...]:
     """Return the forms of the features to try on a model of `dtype`, the one to prefer first."""
     features = table.features
     assert features is not None
-    remark, fault = _looked_at(features, table.columns, dtype_name(dtype), f"party {party_file.party!r}: features")
+    remark, fault = _looked_at(features, table.columns, dtype_name(dtype), f"party {spec.party!r}: features")
     if features.dtype.kind not in "iu":
         return (Offer(features, remark, fault),)
     floating = Offer(features.astype(np.float64 if dtype == torch.float64 else np.float32), remark, fault)
-    data, whole = party_file.data, Offer(features)
-    of_a_file = isinstance(data, DataFile) and data.source is None
-    return (floating, whole) if of_a_file and remark is fault is None else (whole, floating)
+    whole = Offer(features)
+    return (floating, whole) if spec.table_is_file and remark is fault is None else (whole, floating)
 
 
 def _looked_at(

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
 from sl_queue.compute.modules.handover import Copies, Take
-from sl_queue.config.job import PartyFile, imported
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.tensors import described
 from sl_queue.errors import JobError, ShapeError
 
@@ -44,24 +44,24 @@ def mse(output: Tensor, labels: Tensor) -> Tensor:
 LOSSES: Mapping[str, Loss] = {"bce_with_logits": bce_with_logits, "cross_entropy": cross_entropy, "mse": mse}
 
 
-def loss_of(party_file: PartyFile, device: torch.device, take: Take | None = None) -> Loss:
+def loss_of(spec: ComputeSpec, device: torch.device, take: Take | None = None) -> Loss:
     """The loss that a party file names or brings; `take` says how to come by one that is given in code."""
-    assert party_file.fuse is not None
-    loss: Any = party_file.fuse.loss
-    where = f"party {party_file.party!r}: [fuse] loss = {loss!r}"
+    assert spec.objective is not None
+    loss = spec.objective.loss
+    where = f"party {spec.party!r}: [fuse] loss = {loss!r}"
     if isinstance(loss, str):
         if loss in LOSSES:
             return LOSSES[loss]
         if ":" not in loss:
             raise JobError(f"{where} is unknown; allowed are {', '.join(LOSSES)} and module:callable")
-        loss = imported(loss, party_file.folder)
+        loss = spec.code.load(loss)
     if inspect.isclass(loss):  # torch.nn:L1Loss
         try:
             loss = loss()
         except TypeError as error:
             raise JobError(f"{where} cannot be built without arguments: {error}") from None
     elif not isinstance(loss, FunctionType):
-        loss = (take or Copies())(party_file.party, "loss", loss, made=False)
+        loss = (take or Copies())(spec.party, "loss", loss, made=False)
     return loss.to(device) if isinstance(loss, nn.Module) else loss
 
 

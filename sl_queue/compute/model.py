@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from sl_queue.compute.building import (
     Inputs,
-    Part,
     Sample,
     blame,
     build_module,
@@ -35,7 +34,7 @@ from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from sl_queue.compute.seeds import key, seeded
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.compute.spec import ComputeSpec, Part
 from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.cut.tensors import described, from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError
@@ -63,18 +62,18 @@ class Model:
     secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
     @classmethod
-    def build(cls, job: Job, party_file: PartyFile, part: Part, sample: Sample, take: Take | None = None) -> "Model":
-        """Return the model with its initial weights, the same wherever and however often it is built.
+    def build(cls, spec: ComputeSpec, part: Part, sample: Sample, take: Take | None = None) -> "Model":
+        """The model with its initial weights, the same wherever and however often it is built.
 
         `take` says how to come by a module that is given in code; without it, as a copy.
         """
-        table = table_of(party_file, part)
-        device = device_of(party_file)
-        module = build_module(job, party_file, part, sample, take)
-        where, name = f"party {party_file.party!r}: [{part}]", named(table.model)
+        table = table_of(spec, part)
+        device = device_of(spec)
+        module = build_module(spec, part, sample, take)
+        where, name = f"party {spec.party!r}: [{part}]", named(table.model)
         require_savable(module, f"{where} model = {name!r}")
         module.to(device)
-        optimizer = build_optimizer(module, dict(table.optimizer or {}), f"{where} optimizer")
+        optimizer = build_optimizer(module, dict(table.optimizer), f"{where} optimizer")
         if optimizer is not None and not module.training:
             log.warning(
                 "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics "
@@ -84,8 +83,8 @@ class Model:
             )
         begin_training(module)
         built = Built.of(module)
-        about = (party_file.party, part, name, module, optimizer, device, dtype_of(module))
-        return cls(*about, job.seed, built, secret=party_file.secret)
+        about = (spec.party, part, name, module, optimizer, device, dtype_of(module))
+        return cls(*about, spec.layers.seed, built, secret=spec.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Open a scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, pr
 from sl_queue.compute.modules.handover import Take
 from sl_queue.compute.outputs import Outputs, doubled, outputs_of
 from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
-from sl_queue.config.job import PartyFile
+from sl_queue.compute.spec import ComputeSpec
 from sl_queue.errors import ShapeError
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
@@ -36,7 +35,7 @@ class Objective:
 
 
 def objective_of(
-    party_file: PartyFile,
+    spec: ComputeSpec,
     table: Table,
     output: Tensor,
     scaled: Callable[[float], Tensor],
@@ -49,11 +48,11 @@ def objective_of(
     `scaled(s)` is the output for activations s times as large. What the loss shares with one of `models` is theirs;
     `take` says how to come by a loss that is given in code. Raises JobError, or ComputeError for a loss that fails.
     """
-    assert party_file.fuse is not None
-    fuse, tried = party_file.fuse, output.detach()
-    loss = loss_of(party_file, output.device, take)
-    owned = OwnedLoss.of(loss, models, party_file.party, where)
-    name: Any = fuse.loss
+    assert spec.objective is not None
+    wanted, tried = spec.objective, output.detach()
+    loss = loss_of(spec, output.device, take)
+    owned = OwnedLoss.of(loss, models, spec.party, where)
+    name = wanted.loss
     check_labels(table.labels, tried, name, where)
     assert table.labels is not None
     kind = name if isinstance(name, str) and ":" not in name else kind_of(loss)
@@ -61,15 +60,15 @@ def objective_of(
         with owned.trial():
             fit, warnings, (value, of) = fitted(loss, name, tried, table.labels, where)
         require_no_parameters(value, of, models, where)
-        task = task_of(kind, tried, table.labels, fuse.metrics, fuse.outputs)
-        metrics = metrics_of(fuse.metrics, task, where)
+        task = task_of(kind, tried, table.labels, wanted.metrics, wanted.outputs)
+        metrics = metrics_of(wanted.metrics, task, where)
         check_targets(task, tried, table.labels, metrics, where)
         labels = label_tensor(table.labels)
         if metrics:
             targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
-    outputs = outputs_of(fuse.outputs, kind, task, list(metrics), output, scaled, where)
+    outputs = outputs_of(wanted.outputs, kind, task, list(metrics), output, scaled, where)
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
     warnings += [twice] if twice else []
     return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings)

@@ -21,7 +21,7 @@ from sl_queue.compute.base_stage import base_stage
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.model import Model
 from sl_queue.compute.objective import Objective, measured
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.messages import MicroBatch
@@ -40,13 +40,13 @@ class ReferenceRun:
 
 
 def train_joined(
-    job: Job, party_files: Sequence[PartyFile], tables: Mapping[str, Table], batches: Batches, steps: int | None = None
+    specs: Sequence[ComputeSpec], tables: Mapping[str, Table], batches: Batches, steps: int | None = None
 ) -> ReferenceRun:
     """Train all layers in this process for `steps` optimizer steps, or to the end of the job; staleness is ignored.
 
-    `party_files` and `tables` are those of all parties. Raises what building a stage raises.
+    `specs` and `tables` are those of all parties. Raises what building a stage raises.
     """
-    whole = _Whole.build(job, {file.party: file for file in party_files}, tables, batches)
+    whole = _Whole.build({spec.party: spec for spec in specs}, tables, batches)
     history: list[dict[str, Any]] = []
     losses: list[float] = []
     for step in range(batches.steps if steps is None else steps):
@@ -109,7 +109,7 @@ class _Cut:
 class _Whole:
     """All layers as one function of the rows."""
 
-    job: Job
+    layers: LayersSpec
     bases: Mapping[str, Model]
     fuse: Model
     objective: Objective
@@ -117,19 +117,22 @@ class _Whole:
     batches: Batches
 
     @classmethod
-    def build(cls, job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table], batches: Batches) -> "_Whole":
+    def build(cls, specs: Mapping[str, ComputeSpec], tables: Mapping[str, Table], batches: Batches) -> "_Whole":
         """Return the layers with their initial weights, built as the parties build them."""
-        missing = [party for party in job.parties if party not in files or party not in tables]
+        if not specs:
+            raise JobError("joined training needs every party's file and table; there are none")
+        layers = next(iter(specs.values())).layers
+        missing = [party for party in layers.parties if party not in specs or party not in tables]
         if missing:
             raise JobError(f"joined training needs every party's file and table; missing: {', '.join(missing)}")
-        holder = job.label_holder
-        label = fuse_stage(job, files[holder], tables[holder], batches)
-        stages = {p: base_stage(job, files[p], tables[p], batches) for p in job.feature_parties}
+        holder = layers.label_holder
+        label = fuse_stage(specs[holder], tables[holder], batches)
+        stages = {p: base_stage(specs[p], tables[p], batches) for p in layers.feature_parties}
         if label.own is not None:
             stages[holder] = label.own
         bases = {party: stage.model for party, stage in stages.items()}
         taken = {party: replace(tables[party], features=stage.features) for party, stage in stages.items()}
-        return cls(job, bases, label.model, label.objective, {**tables, **taken}, batches)
+        return cls(layers, bases, label.model, label.objective, {**tables, **taken}, batches)
 
     @property
     def models(self) -> list[Model]:
@@ -139,7 +142,7 @@ class _Whole:
         """Add a micro-batch's gradients to those of its step, and return the loss summed over its rows."""
         rows = self.batches.rows(micro_batch)
         cuts = {
-            party: _Cut(activation, self.fuse.device, crosses=party != self.job.label_holder)
+            party: _Cut(activation, self.fuse.device, crosses=party != self.layers.label_holder)
             for party, activation in self.activations(rows, "forward", micro_batch).items()
         }
         loss, _ = self.loss([cut.entered() for cut in cuts.values()], rows, "forward", micro_batch)
@@ -152,7 +155,7 @@ class _Whole:
     def activations(self, rows: Positions, purpose: str, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """Return the outputs of all base models for these rows, in job order."""
         found = {}
-        for party in self.job.fused:
+        for party in self.layers.fused:
             base, features = self.bases[party], self.tables[party].features
             assert features is not None
             with base.drawing(purpose, micro_batch):
@@ -165,7 +168,7 @@ class _Whole:
         """Return the mean loss over these rows, and the output."""
         labels = self.objective.labels[torch.from_numpy(rows)].to(self.fuse.device)
         with self.fuse.drawing(purpose, micro_batch):
-            output = self.fuse.module(aggregated(activations, self.job.fuse.aggregation))
+            output = self.fuse.module(aggregated(activations, self.layers.aggregation))
             return self.objective.loss(output, labels), output
 
     @torch.no_grad()
@@ -185,6 +188,6 @@ class _Whole:
 
     def _evaluated(self, rows: Positions, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         found = self.activations(rows, "evaluate", micro_batch)
-        mine = self.job.label_holder
+        mine = self.layers.label_holder
         activations = [a if party == mine else a.contiguous().to(self.fuse.device) for party, a in found.items()]
         return self.loss(activations, rows, "evaluate", micro_batch)

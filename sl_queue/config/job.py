@@ -1,23 +1,32 @@
-"""The job: what all parties agreed to train, the same file at every party.
+"""The job: the training that all parties agreed on, the same file at every party.
 
 Its digest is compared when they join, so paths, secrets and whatever else is one party's own stand in its party file.
 """
 
 import json
 from collections.abc import Iterator
-from functools import reduce
 from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from sl_queue.config.canonical import canonical
+from sl_queue.config.job_tables import (
+    LIMIT,
+    Count,
+    JobBroker,
+    JobEarlyStopping,
+    JobFuse,
+    JobParty,
+    JobPipeline,
+    JobWire,
+)
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
-from sl_queue.config.schema import Declared, load, redacted, shown
+from sl_queue.config.schema import Schema, load, redacted, shown
 from sl_queue.config.security import JobSecurity
-from sl_queue.config.user_code import imported
-from sl_queue.cut.packing import Compress, Dtype, Wire
+from sl_queue.cut.packing import Wire
 from sl_queue.errors import JobError
 from sl_queue.protocol.codec import ITEM_BYTES, MAX_RANK, MAX_TENSOR_BYTES
 from sl_queue.protocol.fingerprints import BY_POSITION
@@ -39,106 +48,36 @@ __all__ = [
     "JobSecurity",
     "JobWire",
     "PartyFile",
-    "imported",
     "redacted",
 ]
-
-# Keys that came after the first version: left out of the canonical job while they have this value, their default, so
-# that the digest of a job that does not use them stays what it was. Dotted, as JSON holds them.
-LATER: dict[str, Any] = {"holdout_seed": None}
 
 MAX_PARTIES = 10_000  # more do not fit into one status
 RESERVED = (SCHEDULER, OPERATOR, "dead")  # names of other queues and routing keys
 
-_LIMIT = 2**63  # integers travel as 64 bits
-_Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
-_Size = Annotated[int, Field(strict=True, ge=1, lt=_LIMIT)]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
 
 
-class JobParty(Declared):
-    """One party as all others know it."""
-
-    role: Literal["feature", "label"] = Field(description='"feature" or "label"')
-    cut: Annotated[tuple[_Size, ...], Field(strict=False, min_length=1)] | None = Field(
-        default=None,
-        description="a list of whole numbers of at least 1, the shape of one row's activation: for instance [32]",
-    )
-
-
-class JobFuse(Declared):
-    """How activations become the fuse model's input."""
-
-    aggregation: Literal["list", "concat", "sum", "mean"] = Field(
-        default="list", description='"list", "concat", "sum" or "mean"'
-    )
-
-
-class JobPipeline(Declared):
-    """The order of work, as two integers, and how often it pauses for a checkpoint."""
-
-    micro_batches: _Count = Field(default=1, description="a whole number of at least 1: the parts of a step")
-    depth: _Count = Field(
-        default=None,
-        validate_default=True,
-        description="a whole number of at least 1: activations on their way; without it, micro_batches",
-    )
-    staleness: int = Field(
-        default=0, ge=0, lt=_LIMIT, description="a whole number of at least 0: updates that a forward may run ahead"
-    )
-    checkpoint_every: _Count = Field(default=50, description="a whole number of at least 1, in steps")
-
-    @field_validator("depth", mode="before")
-    @classmethod
-    def _all_at_once(cls, value: Any, info: ValidationInfo) -> Any:
-        return info.data.get("micro_batches", 1) if value is None else value
-
-
-class JobBroker(Declared):
-    """What all parties expect of the broker; its address is in each party's own file."""
-
-    persistent: bool = Field(default=False, description="true or false: whether the broker writes messages to disk")
-    patience: float = Field(
-        default=60.0, gt=0, description="a number above 0: seconds of silence until a waiting worker says so"
-    )
-    queues: Literal["classic", "quorum"] = Field(
-        default="classic", description='"classic", or "quorum" for a cluster: every message on most of its nodes'
-    )
-
-
-class JobWire(Declared):
-    """In how many bytes activations and gradients travel."""
-
-    dtype: Dtype = Field(
-        default="float32",
-        description='"float32" (as the models compute), "bfloat16", "float16" or "int8": the numbers on their way',
-    )
-    compress: Compress = Field(default="none", description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd"')
-
-
-class JobEarlyStopping(Declared):
-    """When training ends before its last epoch, with the best epoch's weights."""
-
-    metric: str = Field(description='"loss" or one of the label holder\'s metrics')
-    patience: _Count = Field(description="a whole number of at least 1: epochs without improvement")
-    min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
-
-
-class Job(Declared):
+class Job(Schema):
     """What all parties agreed to train. Read with `Job.load(path)`, or built in code from the same keys."""
 
-    name: _Name = Field(description="a name of letters, digits, '_', '-' and '.'")
-    seed: int = Field(ge=-_LIMIT, lt=_LIMIT, description="a whole number of 64 bits")
-    epochs: _Count = Field(description="a whole number of at least 1: passes over the rows")
-    batch_size: _Count = Field(description="a whole number of at least 1: rows per optimizer step")
+    name: _Name = Field(description="a name of letters, digits, '_', '-' and '.': begins the names of queues")
+    seed: int = Field(
+        ge=-LIMIT,
+        lt=LIMIT,
+        description="a whole number of 64 bits: keys initial weights, the order of rows and all other draws",
+    )
+    epochs: Count = Field(description="a whole number of at least 1: passes over the rows")
+    batch_size: Count = Field(description="a whole number of at least 1: rows per optimizer step")
     holdout: float = Field(
         default=0.0, ge=0, lt=1, description="a number from 0 to below 1: the share of rows for evaluation"
     )
-    holdout_seed: Annotated[int, Field(ge=-_LIMIT, lt=_LIMIT)] | None = Field(
-        default=None, description="a whole number of 64 bits that chooses the held-out rows; without it, seed"
+    holdout_seed: Annotated[int, Field(ge=-LIMIT, lt=LIMIT)] | None = Field(
+        default=None, description="a whole number of 64 bits: chooses the held-out rows; without it, seed"
     )
-    shuffle: bool = Field(default=True, description="true or false")
-    drop_last: bool = Field(default=False, description="true or false")
+    shuffle: bool = Field(default=True, description="true or false: every epoch has an order of rows of its own")
+    drop_last: bool = Field(
+        default=False, description="true or false: the last step of an epoch is left out if its batch is not full"
+    )
     parties: dict[str, JobParty] = Field(description="a table [parties.NAME] for each party")
     fuse: JobFuse = Field(default=JobFuse(), description="a table [fuse]")
     pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
@@ -148,7 +87,7 @@ class Job(Declared):
     security: JobSecurity = Field(default=JobSecurity(), description="a table [security]")
     rules: Literal[1, 2] | None = Field(
         default=None,
-        description="1, or 2, the newest: how a run computes what it chooses; without it, as the run was begun",
+        description="1, or 2, the newest: how a run chooses rows and draws; without it, as the run was begun",
     )
 
     if TYPE_CHECKING:  # tables may be given as dicts
@@ -224,6 +163,11 @@ class Job(Declared):
         return Pipeline(batches, self.pipeline.depth, self.pipeline.staleness, self.pipeline.checkpoint_every)
 
     @property
+    def stops_on(self) -> str | None:
+        """The metric that may end training early."""
+        return None if self.early_stopping is None else self.early_stopping.metric
+
+    @property
     def on_the_wire(self) -> Wire:
         """How tensors travel."""
         return Wire(self.wire.dtype, self.wire.compress)
@@ -235,16 +179,11 @@ class Job(Declared):
     # Whether two parties mean the same job ---------------------------------------------------------------------
 
     def canonical(self) -> dict[str, Any]:
-        """The job as JSON values with every default filled in; equal if and only if the jobs are.
+        """Return the job as JSON values with the defaults of the first version; equal if and only if the jobs are.
 
         `rules` is no part of it: a run keeps those that it was begun with, and parties compare them apart.
         """
-        values = self.model_dump(mode="json", exclude={"rules"})
-        for dotted, default in LATER.items():
-            *tables, key = dotted.split(".")
-            table = reduce(lambda inner, name: inner[name], tables, values)
-            if table[key] == default:
-                del table[key]
+        values = canonical(self, self.model_dump(mode="json", exclude={"rules"}))
         values["fuse"]["inputs"] = list(self.fused)  # a JSON object has no order, and that of the parties matters
         return values
 

@@ -1,9 +1,7 @@
 """A party's own file: its table, its models, its broker; private to the party, and never sent."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -19,34 +17,19 @@ from pydantic import (
     model_validator,
 )
 
-from sl_queue.config.schema import IN_CODE, IN_FILE, Declared, load, nearest, redacted, shown
-from sl_queue.config.security import read_secret
+from sl_queue.compute.spec import NAMED_LOSSES
+from sl_queue.config.environment import BROKER
+from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, redacted, shown
 from sl_queue.config.user_code import NAME
+from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.broker_url import fault
 from sl_queue.protocol.fingerprints import SEED
-
-if TYPE_CHECKING:
-    from sl_queue.config.job import Job
-
-LOSSES = ("bce_with_logits", "cross_entropy", "mse")
-BROKER = "SL_QUEUE_BROKER"  # environment variable: overrides the broker of a party file
+from sl_queue.protocol.text import nearest
+from sl_queue.security.private_file import read_secret
 
 _URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one"
 _IN_FILE = "file:"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """A party's rows in any order, given in code or returned by the `source` of a party file.
-
-    Arrays of NumPy, torch or Arrow, lists, and data frames of pandas or polars, without gaps. `features` may have any
-    shape after the first axis; None for a label holder without a base model.
-    """
-
-    ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
-    features: Any = field(default=None, repr=False)  # (rows, *anything); floating ones are cast to the model's dtype
-    labels: Any = field(default=None, repr=False)  # (rows,) or (rows, *anything)
 
 
 def _from_folder(path: Path, info: ValidationInfo) -> Path:
@@ -68,21 +51,26 @@ def _named(what: str) -> Callable[[Any], Any]:
     return check
 
 
-class DataFile(Declared):
-    """Where a party's rows are: a table with an id column, or a callable that returns Rows."""
+class DataFile(Schema):
+    """Place of a party's rows: a table with an id column, or a callable that returns Rows."""
 
-    path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file")
-    id: str | None = Field(default=None, description="the name of the column that says which sample a row is of")
+    path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file: this party's table")
+    id: str | None = Field(default=None, description="the name of a column: says which sample a row is of")
     features: list[str] | None = Field(
         default=None,
-        description='a list of column names, for instance ["age", "income"]; without it, all but id and label',
+        description='a list of column names, for instance ["age", "income"]: what the base '
+        "model gets; without it, all but id and "
+        "label",
     )
-    label: str | None = Field(default=None, description="the name of the column with the labels")
+    label: str | None = Field(
+        default=None, description="the name of a column: the labels, which only the label holder has"
+    )
     id_type: Literal["text", "integer"] | None = Field(
-        default=None, description='"text" or "integer": what ids are taken as, the same at every party'
+        default=None,
+        description='"text" or "integer": what ids are taken as, the same at every party; without it, as they look',
     )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
-        default=None, description="module:callable, returning sl_queue.Rows"
+        default=None, description="module:callable, returning sl_queue.Rows: gives the rows in the place of a file"
     )
 
     @model_validator(mode="after")
@@ -108,12 +96,16 @@ class DataFile(Declared):
 _Model = Annotated[Any, AfterValidator(_named("module:callable, returning a torch.nn.Module"))]
 
 
-class BaseFile(Declared):
+class BaseFile(Schema):
     """The base model with its optimizer."""
 
-    model: _Model = Field(description="module:callable, returning a torch.nn.Module")
-    args: dict[str, Any] = Field(default={}, description="a table of the model's arguments")
-    optimizer: dict[str, Any] = Field(default={}, description='a table like { name = "adam", lr = 1e-3 }')
+    model: _Model = Field(description="module:callable, returning a torch.nn.Module: called with args")
+    args: dict[str, Any] = Field(default={}, description="a table of values: the model's arguments")
+    optimizer: dict[str, Any] = Field(
+        default={},
+        description='a table like { name = "adam", lr = 1e-3 }: a torch.optim class and its '
+        "arguments; without it, the weights stay",
+    )
 
     @field_validator("optimizer")
     @classmethod
@@ -126,8 +118,10 @@ class BaseFile(Declared):
 class FuseFile(BaseFile):
     """The fuse model with its optimizer, the loss, and what is measured on held-out rows."""
 
-    loss: Any = Field(description=f"{', '.join(LOSSES)} or module:callable")
-    metrics: list[str] = Field(default=[], description='a list of names, for instance ["auroc", "accuracy"]')
+    loss: Any = Field(description=f"{', '.join(NAMED_LOSSES)} or module:callable: what is minimized")
+    metrics: list[str] = Field(
+        default=[], description='a list of names, for instance ["auroc", "accuracy"]: what is measured on held-out rows'
+    )
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = Field(
         default=None,
         description='"logits", "probabilities" or "log_probabilities": what the fuse model puts out, for a loss of '
@@ -137,27 +131,28 @@ class FuseFile(BaseFile):
     @field_validator("loss")
     @classmethod
     def _is_known(cls, value: Any) -> Any:
-        if value in LOSSES if isinstance(value, str) else callable(value):
+        if value in NAMED_LOSSES if isinstance(value, str) else callable(value):
             return value
         if isinstance(value, str) and NAME.fullmatch(value):
             return value
-        advice = nearest(value, list(LOSSES)) if isinstance(value, str) else ""
-        raise ValueError(f"= {shown(value)}; {advice}it must be {', '.join(LOSSES)} or module:callable")
+        advice = nearest(value, list(NAMED_LOSSES)) if isinstance(value, str) else ""
+        raise ValueError(f"= {shown(value)}; {advice}it must be {', '.join(NAMED_LOSSES)} or module:callable")
 
 
-class SecurityFile(Declared):
-    """What only this party knows, where it lies."""
+class SecurityFile(Schema):
+    """Secrets of this party, by where they lie."""
 
-    key: _Path = Field(description="the name of the file with this party's private key")
+    key: _Path = Field(description="the name of a file: this party's private key, as `sl-queue key` makes it")
 
 
-class PrivacyFile(Declared):
-    """What keeps this party's own numbers from the other parties."""
+class PrivacyFile(Schema):
+    """Protection of this party's own numbers from the other parties."""
 
     secret: Any = Field(
         default=None,
         repr=False,
-        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
+        description='the name of a file with 32 secret bytes, or "seed": keys this party\'s '
+        "random draws; without it, a new secret",
     )
 
     @field_validator("secret")
@@ -170,25 +165,28 @@ class PrivacyFile(Declared):
         raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
 
 
-class PartyFile(Declared):
+class PartyFile(Schema):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
-    party: str = Field(min_length=1, description="the party's name in the job")
-    broker: str | None = Field(default=None, description=_URL)
-    state: _Path | None = Field(default=None, description="the name of a folder for checkpoints and final weights")
+    party: str = Field(min_length=1, description="a name in the job: which party this is")
+    broker: str | None = Field(default=None, description=f"{_URL}: where the broker is")
+    state: _Path | None = Field(default=None, description="the name of a folder: checkpoints and final weights")
     data: Annotated[
         Annotated[DataFile, Tag(IN_FILE)] | Annotated[InstanceOf[Rows], Tag(IN_CODE)],
         Discriminator(lambda value: IN_CODE if isinstance(value, Rows) else IN_FILE),
     ] = Field(description="a table [data] with path and id, or with a source")
     base: BaseFile | None = Field(default=None, description="a table [base] with model and optimizer")
     fuse: FuseFile | None = Field(default=None, description="a table [fuse] with model, optimizer and loss")
-    device: str = Field(default="cpu", min_length=1, description='a torch device, for instance "cpu" or "cuda"')
+    device: str = Field(
+        default="cpu",
+        min_length=1,
+        description='a torch device, for instance "cpu" or "cuda": where the models compute',
+    )
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
     privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")
 
     _folder: Path | None = PrivateAttr(None)
-    _secret: bytes = PrivateAttr(b"")
 
     if TYPE_CHECKING:  # tables may be given as dicts
 
@@ -219,23 +217,12 @@ class PartyFile(Declared):
         """The folder of the file, where `module:callable` is looked for first; None if built in code."""
         return self._folder
 
-    @property
-    def secret(self) -> bytes:
-        """What keys this party's random draws besides the job's seed; empty: nothing does."""
-        return self._secret
-
-    def with_secret(self, secret: bytes) -> Self:
-        """Return the same file with a secret for its draws."""
-        copied = self.model_copy()
-        copied._secret = secret
-        return copied
-
     def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
         """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
 
         `again`: it was read before, and may have changed.
         """
-        for where, url in (("--broker", option), (BROKER, os.environ.get(BROKER)), ("broker", self.broker)):
+        for where, url in (("--broker", option), (BROKER.name, BROKER.read()), ("broker", self.broker)):
             if url:
                 url = read_url(url, self._folder if where == "broker" else None, again=again)
                 problem = _url_problem(url)
@@ -243,22 +230,9 @@ class PartyFile(Declared):
                     raise JobError(f"{where} = {problem}")
                 return url
         raise JobError(
-            f"party {self.party!r} has no broker: give --broker URL, set {BROKER}, or write `broker` into its file; "
-            f"it must be {_URL}"
+            f"party {self.party!r} has no broker: give --broker URL, set {BROKER.name}, or write `broker` into its "
+            f"file; it must be {_URL}"
         )
-
-    def check(self, job: "Job") -> None:
-        """Raise one JobError for everything that this file and the job show only together."""
-        if self.party not in job.parties:
-            known = list(job.parties)
-            raise JobError(
-                f"party = {self.party!r}: job {job.name!r} has no such party; {nearest(self.party, known)}"
-                f"its parties are {', '.join(known)}"
-            )
-        about_labels = _about_labels if self.party == job.label_holder else _about_no_labels
-        problems = [*_about_base(self, job), *about_labels(self, job)]
-        if problems:
-            raise JobError("\n  ".join(f"party {self.party!r}: {problem}" for problem in problems))
 
 
 def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
@@ -281,39 +255,3 @@ def _url_problem(url: str) -> str | None:
     if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
         return None
     return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"
-
-
-def _about_base(party: PartyFile, job: "Job") -> Iterator[str]:
-    cut = job.cut(party.party)
-    if cut is not None and party.base is None:
-        yield f"[base] is missing; the job gives this party a cut, {list(cut)}, so it needs a base model"
-    if cut is None and party.base is not None:
-        yield f"[base] has no use; the job gives this party no cut: take [base] out, or set parties.{party.party}.cut"
-    features = party.data.features
-    if cut is not None and (features is None if isinstance(party.data, Rows) else features == []):
-        yield "data.features is empty; the base model needs features"
-
-
-def _about_labels(party: PartyFile, job: "Job") -> Iterator[str]:
-    """What the label holder must have."""
-    if party.fuse is None:
-        yield "[fuse] is missing; the label holder has the fuse model"
-    data = party.data
-    if isinstance(data, Rows) and data.labels is None:
-        yield "its Rows have no labels; the label holder needs them"
-    if isinstance(data, DataFile) and data.source is None and data.label is None:
-        yield "data.label is missing; the label holder names the column with the labels"
-    rule = job.early_stopping
-    if rule is not None and party.fuse is not None and rule.metric not in (measured := ["loss", *party.fuse.metrics]):
-        yield (
-            f"early_stopping.metric = {rule.metric!r} is not measured; {nearest(rule.metric, measured)}"
-            f"it must be {', '.join(measured)}, or be added to fuse.metrics"
-        )
-
-
-def _about_no_labels(party: PartyFile, job: "Job") -> Iterator[str]:
-    """What a feature party must not have."""
-    if party.fuse is not None:
-        yield f"[fuse] has no use; the label holder {job.label_holder!r} has the fuse model"
-    if isinstance(party.data, DataFile) and party.data.label is not None:
-        yield f"data.label has no use; only {job.label_holder!r} has labels (data.features can leave a column out)"

@@ -1,6 +1,5 @@
 """What job and party files have in common: TOML in, frozen values out, and one error that says all that is wrong."""
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -11,15 +10,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from sl_queue.errors import JobError
+from sl_queue.protocol.text import nearest
 
-M = TypeVar("M", bound="Declared")
+M = TypeVar("M", bound="Schema")
 Location = tuple[int | str, ...]
 
 MAX_SHOWN = 80  # characters of a value in an error
 IN_FILE, IN_CODE = "<file>", "<code>"  # tags of a value that may be either; they stand in no dotted key
 
 
-class Declared(BaseModel):
+class Schema(BaseModel):
     """A table of a file, or the same built in code: frozen, no unknown keys, no conversions between types.
 
     Every field has a description that completes "it must be ..."; complaints are made of them.
@@ -80,23 +80,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def nearest(key: str, known: list[str]) -> str:
-    """`did you mean 'epochs'? `, or nothing."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
-
-
 # One error of all of pydantic's ---------------------------------------------------------------------------------
 
 
-def _complaint(source: str, model: type[Declared], error: ValidationError) -> str:
+def _complaint(source: str, model: type[Schema], error: ValidationError) -> str:
     lines = [line for found in error.errors(include_url=False) for line in _lines(model, found)]
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
     return "\n  ".join([f"{source}: {len(lines)} things are wrong", *lines])
 
 
-def _lines(model: type[Declared], found: Any) -> Iterator[str]:
+def _lines(model: type[Schema], found: Any) -> Iterator[str]:
     location = tuple(part for part in found["loc"] if part not in (IN_FILE, IN_CODE))
     key = _dotted(location)
     match found["type"]:
@@ -114,7 +108,7 @@ def _dotted(location: Location) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
-def _advice(model: type[Declared], location: Location) -> str:
+def _advice(model: type[Schema], location: Location) -> str:
     """Where an unknown key may have been meant to stand."""
     table, _ = _declared_at(model, location[:-1])
     key, known = str(location[-1]), list(table.model_fields)
@@ -122,17 +116,17 @@ def _advice(model: type[Declared], location: Location) -> str:
     if not advice and key in model.model_fields:
         advice = "it belongs at the top of the file, above the first [table]; "
     if not advice:
-        homes = (n for n, f in model.model_fields.items() if (t := _table_in(f.annotation)) and key in t.model_fields)
+        homes = (n for n, f in model.model_fields.items() if (t := table_in(f.annotation)) and key in t.model_fields)
         advice = "".join(f"it belongs in [{home}]; " for home in homes)
     return f"{advice}allowed {'in this table' if location[1:] else 'here'} are {', '.join(known)}"
 
 
-def _allowed(model: type[Declared], location: Location) -> str:
+def _allowed(model: type[Schema], location: Location) -> str:
     _, field = _declared_at(model, location)
     return (field.description if field is not None else None) or "something else"
 
 
-def _declared_at(model: type[Declared], location: Location) -> tuple[type[Declared], FieldInfo | None]:
+def _declared_at(model: type[Schema], location: Location) -> tuple[type[Schema], FieldInfo | None]:
     """The innermost table and the innermost field on the way to a location."""
     table, field = model, None
     parts = iter(location)
@@ -140,7 +134,7 @@ def _declared_at(model: type[Declared], location: Location) -> tuple[type[Declar
         if part not in table.model_fields:
             break
         field = table.model_fields[str(part)]
-        inner = _table_in(field.annotation)
+        inner = table_in(field.annotation)
         if inner is None:
             break
         table = inner
@@ -149,8 +143,8 @@ def _declared_at(model: type[Declared], location: Location) -> tuple[type[Declar
     return table, field
 
 
-def _table_in(annotation: Any) -> type[Declared] | None:
+def table_in(annotation: Any) -> type[Schema] | None:
     """The table that an annotation speaks of: `dict[str, JobParty]`, `BaseFile | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, Declared):
+    if isinstance(annotation, type) and issubclass(annotation, Schema):
         return annotation
-    return next((table for inner in get_args(annotation) if (table := _table_in(inner))), None)
+    return next((table for inner in get_args(annotation) if (table := table_in(inner))), None)

@@ -1,37 +1,18 @@
-"""How a job protects what its parties send: the table [security], the same at every party."""
+"""Protection of what parties send: the table [security] of a job, the same at every party."""
 
-import os
-import stat
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from sl_queue.config.schema import Declared, nearest, shown
-from sl_queue.errors import JobError
+from sl_queue.config.schema import Schema, shown
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
-
-KEY = "SL_QUEUE_KEY"  # environment variable: the file with the private key
+from sl_queue.protocol.text import nearest
 
 _KEY_BYTES = 32
 _WHAT = "a public key in base64, as `sl-queue key` prints it"
-
-
-def read_secret(path: Path, what: str, *, again: bool = False) -> bytes:
-    """Read a file with a secret. Raises JobError if others on this machine may read it; OSError.
-
-    A pipe (`/dev/fd/63` of a shell) has no other readers; it gives its contents once, so `again` is a JobError there.
-    """
-    mode = path.stat().st_mode
-    if again and not stat.S_ISREG(mode):
-        raise JobError(f"{path}: not a file that can be read again")
-    if os.name == "posix" and stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        shown_mode = f"{stat.S_IMODE(mode):o}"
-        raise JobError(f"{path}: others may read this {what} (mode {shown_mode}); run: chmod 600 {path}")
-    return path.read_bytes()
 
 
 def _is_key(text: str) -> str:
@@ -46,19 +27,22 @@ def _is_key(text: str) -> str:
 _Key = Annotated[str, AfterValidator(_is_key)]
 
 
-class JobKeys(Declared):
+class JobKeys(Schema):
     """The public keys of a party, the scheduler or the operator."""
 
-    seal: _Key = Field(description=_WHAT)
-    sign: _Key | None = Field(default=None, description=_WHAT)
+    seal: _Key = Field(description=f"{_WHAT}: others seal to it")
+    sign: _Key | None = Field(default=None, description=f"{_WHAT}: checks what the scheduler signs")
 
 
-class JobSecurity(Declared):
-    """Whether messages are sealed from sender to receiver, so that the broker can neither read nor alter them."""
+class JobSecurity(Schema):
+    """Sealing of messages from sender to receiver, so that the broker can neither read nor alter them."""
 
-    seal: bool = Field(default=False, description="true or false: whether messages are sealed from party to party")
+    seal: bool = Field(
+        default=False,
+        description="true or false: messages are sealed from party to party, so that the broker cannot read them",
+    )
     cipher: Literal["aes-256-gcm", "chacha20-poly1305"] = Field(
-        default="aes-256-gcm", description='"aes-256-gcm" or "chacha20-poly1305"'
+        default="aes-256-gcm", description='"aes-256-gcm" or "chacha20-poly1305": the cipher of sealed messages'
     )
     keys: dict[str, JobKeys] = Field(
         default={}, description="a table [security.keys.NAME] for each party, the scheduler and the operator"

@@ -3,7 +3,7 @@
 Out: check shape and numbers -> defence -> tap -> pack. In: compare with what is expected -> unpack -> finite -> tap.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -13,8 +13,9 @@ from sl_queue.cut.guard import UNGUARDED, Crossing, Defence, Guard, Tap
 from sl_queue.cut.packing import Mask, Wire, is_unused, unused
 from sl_queue.cut.relu import ends_in_relu, gradient_mask
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import described, dtype_name, from_payload, is_finite, payload_view
-from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
+from sl_queue.cut.tensors import cast, described, dtype_name, from_payload, is_finite, payload_view
+from sl_queue.errors import ComputeError, JobError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
+from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 
 CROSSING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -57,6 +58,18 @@ class BaseCut:
     model: str  # the base model's name
     guard: Guard = UNGUARDED
     _awaited: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.wire = replace(self.wire, cast=cast)
+
+    def require_fitting(self, dtype: torch.dtype, rows: int, micro_batches: int) -> None:
+        """Raise JobError if the activations of so many rows are more than a message carries."""
+        largest = self.wire.bytes_of(dtype_name(dtype), (rows, *self.shape))
+        if largest > MAX_TENSOR_BYTES:
+            raise JobError(
+                f"party {self.party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a "
+                f"message carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {micro_batches}"
+            )
 
     def check(self, activation: Tensor, micro_batch: MicroBatch, rows: CutRows) -> None:
         """Raise ShapeError unless an activation is what the job promises, NonFiniteError if it is not finite."""
@@ -110,6 +123,9 @@ class FuseCut:
     wire: Wire
     guard: Guard = UNGUARDED
     _owed: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.wire = replace(self.wire, cast=cast)
 
     def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor:
         """Return an activation of the peer."""

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from sl_queue.config.party import DataFile
-from sl_queue.config.schema import nearest
 from sl_queue.data import csv_file
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.matrices import Array, Numbers, gaps, label_array, matrix, plain
+from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
+from sl_queue.protocol.text import nearest
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
@@ -49,7 +49,7 @@ class _Selection:
         return [self.ids, *self.features, *([] if self.labels is None else [self.labels])]
 
 
-def read_columns(data: DataFile, where: str, *, features: bool, labels: bool) -> Columns:
+def read_columns(data: FileSpec, where: str, *, features: bool, labels: bool) -> Columns:
     """Read ids, and features and labels if they are asked for; all faults that can be seen are returned.
 
     Raises JobError that begins with `where` if nothing can be read.
@@ -68,7 +68,7 @@ def read_columns(data: DataFile, where: str, *, features: bool, labels: bool) ->
         raise JobError(f"{where}: cannot be read ({reason}); is it {kind}?") from None
 
 
-def _read(data: DataFile, path: Path, where: str, *, is_csv: bool, features: bool, labels: bool) -> Columns:
+def _read(data: FileSpec, path: Path, where: str, *, is_csv: bool, features: bool, labels: bool) -> Columns:
     if is_csv and (fault := csv_file.quote_fault(path)):  # before names are read: an open quote makes rows a name
         refuse(where, [fault])
     known = csv_file.names_in(path) if is_csv else list(pa.parquet.read_schema(path).names)
@@ -103,7 +103,7 @@ def _parquet(path: Path, selected: list[str]) -> Any:
 # Names ----------------------------------------------------------------------------------------------------------
 
 
-def _selected(data: DataFile, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
+def _selected(data: FileSpec, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
     assert data.id is not None
     wanted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from sl_queue.data.exactness import BITS
+from sl_queue.protocol.exactness import BITS
 
 _BLOCK_BYTES = 2**24  # Arrow needs a whole row in one block, and some tables have very many columns
 _SCANNED_BYTES = 2**19  # at a time, for quotes: a few arrays of as many bytes fit into a processor's cache

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sl_queue.data.csv_file import text_kind
-from sl_queue.data.exactness import rounded
 from sl_queue.data.faults import listed
+from sl_queue.protocol.exactness import rounded
 
 REMEDY = "replace those values, or leave out those rows at every party"
 _COUNTING_ROWS = 10  # a shorter column that counts may be anything

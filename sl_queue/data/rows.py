@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sl_queue.config.party import DataFile, PartyFile, Rows
-from sl_queue.config.user_code import imported
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
 from sl_queue.data.given import features_of, ids_of, labels_of
 from sl_queue.data.matrices import Array, Numbers
+from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
+from sl_queue.ports import UserCode
 
 __all__ = ["Arrays", "Rows", "read_rows"]
 
@@ -33,22 +33,22 @@ class Arrays:
     faults: tuple[str, ...] = ()  # what is wrong with them
 
 
-def read_rows(party_file: PartyFile, *, features: bool, labels: bool) -> Arrays:
+def read_rows(spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
     """Read the rows of a party; features and labels only if they are asked for.
 
     Raises JobError if nothing can be read; all other faults are returned.
     """
-    data, where = party_file.data, f"party {party_file.party!r}"
+    data, where = spec.data, f"party {spec.party!r}"
     if isinstance(data, Rows):
         return _given(data, f"{where}, data", features=features, labels=labels)
     if data.source is not None:
         name = data.source if isinstance(data.source, str) else getattr(data.source, "__qualname__", "a callable")
         where = f"{where}, data.source = {name!r}"
-        return _given(_returned(data.source, party_file, where), where, features=features, labels=labels)
+        return _given(_returned(data.source, spec.code, where), where, features=features, labels=labels)
     return _read(data, f"{where}, {data.path}", features=features, labels=labels)
 
 
-def _read(data: DataFile, where: str, *, features: bool, labels: bool) -> Arrays:
+def _read(data: FileSpec, where: str, *, features: bool, labels: bool) -> Arrays:
     """Read a file."""
     columns = read_columns(data, where, features=features, labels=labels)
     if columns.ids is not None:
@@ -76,10 +76,10 @@ def _given(rows: Rows, where: str, *, features: bool, labels: bool) -> Arrays:
     return Arrays(where, ids, False, found.array, targets.array, found.names, found.notes, tuple(faults))
 
 
-def _returned(source: Any, party_file: PartyFile, where: str) -> Rows:
+def _returned(source: Any, code: UserCode, where: str) -> Rows:
     """Call the party's callable, with the party file's folder if it has a parameter of that name."""
-    function = imported(source, party_file.folder) if isinstance(source, str) else source
-    folder = party_file.folder or Path.cwd()
+    function = code.load(source) if isinstance(source, str) else source
+    folder = code.folder or Path.cwd()
     try:
         rows = function(folder=folder) if _takes_folder(function) else function()
     except Exception as error:

@@ -13,33 +13,32 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sl_queue.config.job import Job
-from sl_queue.config.party import DataFile, PartyFile
 from sl_queue.data.faults import refuse
 from sl_queue.data.given import ids_of
 from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.rows import read_rows
+from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
 from sl_queue.protocol.table import Table
 
 
-def read_table(job: Job, party_file: PartyFile) -> Table:
+def read_table(spec: TableSpec) -> Table:
     """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong."""
-    party, data = party_file.party, party_file.data
-    id_type = data.id_type if isinstance(data, DataFile) else None
-    empty = isinstance(data, DataFile) and data.features == []
-    arrays = read_rows(party_file, features=job.cut(party) is not None and not empty, labels=party == job.label_holder)
+    data = spec.data
+    id_type = data.id_type if isinstance(data, FileSpec) else None
+    empty = isinstance(data, FileSpec) and data.features == ()
+    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
     ids, faults = None, list(arrays.faults)
     if arrays.ids is not None:
         ids, wrong = canonical_ids(arrays.ids, are_csv=arrays.ids_are_csv, id_type=id_type)
         faults += wrong
-    if party == job.label_holder and arrays.labels is None and not faults:
-        faults.append(f"there are no labels, and {party!r} is the label holder")
+    if spec.labels and arrays.labels is None and not faults:
+        faults.append(f"there are no labels, and {spec.party!r} is the label holder")
     refuse(arrays.where, faults)
     assert ids is not None
     texts = _texts(ids)
     row_keys, digest = _fingerprints(texts, pc.binary_length(ids.texts), ids.type)
-    hashes = id_hashes(texts, job.seed_of_holdout) if job.holdout else None
+    hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
     return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes)

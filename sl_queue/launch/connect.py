@@ -1,13 +1,12 @@
 """What every role needs of the outside: a link to the broker, a key, and a way to end all at once."""
 
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
+from sl_queue.config.environment import KEY
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.security import KEY
 from sl_queue.errors import JobError, SlQueueError
 from sl_queue.protocol.broker_url import split
 from sl_queue.protocol.topology import Topology
@@ -52,7 +51,7 @@ def sealing(job: Job, role: str, key: Path | None, broker: str) -> Seal | None:
         return None
     if key is None:
         raise JobError(
-            f"the job says seal = true, so {role!r} needs its private key: give --key FILE, set {KEY}, or write "
+            f"the job says seal = true, so {role!r} needs its private key: give --key FILE, set {KEY.name}, or write "
             'key = "FILE" under [security] into its party file'
         )
     keys = {name: PublicKey.parse(keys.seal, keys.sign) for name, keys in job.security.keys.items()}
@@ -63,8 +62,8 @@ def key_file(option: Path | None, party_file: PartyFile | None = None) -> Path |
     """Where a private key lies: `option`, else SL_QUEUE_KEY, else as the party's file says."""
     if option is not None:
         return option
-    if environ := os.environ.get(KEY):
-        return Path(environ)
+    if given := KEY.read():
+        return Path(given)
     return None if party_file is None or party_file.security is None else party_file.security.key
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.job import Job
 from sl_queue.errors import CheckpointError
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES, SEED, rules_of
 from sl_queue.storage.secret_file import NAME, read_secret, secret_in
@@ -37,28 +37,39 @@ def rules_to_keep(job: Job, party: str, begun_with: Mapping[str, Any] | None) ->
 
 
 def secret_to_keep(
-    party_file: PartyFile, rules: int, begun_with: Mapping[str, Any] | None, state: Path, *, private: bool
+    party: str,
+    chosen: Path | str | None,
+    rules: int,
+    begun_with: Mapping[str, Any] | None,
+    state: Path,
+    *,
+    private: bool,
 ) -> bytes:
-    """Return what keys the party's draws besides the seed, empty for nothing: as its file says, else as the run began.
+    """Return what keys the party's draws besides the seed, empty for nothing: as `chosen` in its file, else as begun.
 
     A new run has a secret if it is `private`; it is made here. Raises JobError for a file that cannot be used, or
     CheckpointError if the run's secret is lost. Warns in a `private` worker that uses none.
     """
-    secret = _secret(party_file, rules, begun_with, state, private=private)
+    secret = _secret(party, chosen, rules, begun_with, state, private=private)
     if private and not secret:
         log.warning(
             "%s: the job's seed alone keys what its models draw at random, so every party can compute the noise and "
             "dropout that they add; %s",
-            party_file.party,
-            _why(party_file, rules),
+            party,
+            _why(chosen, rules),
         )
     return secret
 
 
 def _secret(
-    party_file: PartyFile, rules: int, begun_with: Mapping[str, Any] | None, state: Path, *, private: bool
+    party: str,
+    chosen: Path | str | None,
+    rules: int,
+    begun_with: Mapping[str, Any] | None,
+    state: Path,
+    *,
+    private: bool,
 ) -> bytes:
-    chosen, party = party_file.privacy.secret, party_file.party
     if rules == BY_POSITION:
         if isinstance(chosen, Path):
             raise CheckpointError(
@@ -79,9 +90,9 @@ def _secret(
     return secret_in(state)
 
 
-def _why(party_file: PartyFile, rules: int) -> str:
+def _why(chosen: Path | str | None, rules: int) -> str:
     if rules == BY_POSITION:
         return f"rules = {rules} ask for that; a new run under newer rules draws with a secret"
-    if party_file.privacy.secret == SEED:
+    if chosen == SEED:
         return '[privacy] secret = "seed" asks for that; take it out, and a new run draws with a secret'
     return "the run was begun so; a new one, with another state folder, draws with a secret"

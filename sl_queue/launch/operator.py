@@ -2,18 +2,16 @@
 
 import queue
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
 
 from sl_queue.config.job import Job
-from sl_queue.errors import BrokerUnreachable, PeerFailed, PeerSilent, SlQueueError
+from sl_queue.errors import BrokerUnreachable, PeerSilent, SlQueueError
 from sl_queue.launch.connect import connector, require_network
 from sl_queue.protocol.codec import Terms
 from sl_queue.protocol.control import Status, StopRequest
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.state import Phase
+from sl_queue.protocol.scheduler.status import RunStatus, Telling, from_json
 from sl_queue.protocol.text import printable
 from sl_queue.security.sealing import Seal
 from sl_queue.transport.mail import Letter, Mail, Spoilt
@@ -24,50 +22,10 @@ ENDED_S = 1.0  # to wait whether one that told of an end is followed by another 
 BACKLOG_S = 0.05  # what comes sooner after another lay in the queue with it
 ANSWER_S = 20.0  # within which a scheduler that runs has taken a request
 PATIENCE = Limits(first_s=5.0, busy_s=10.0)  # somebody waits for the answer; another operator may be asking
-ENDED = frozenset({Phase.FINISHED.value, Phase.FAILED.value, Phase.STOPPED.value})
 
 
-@dataclass(frozen=True, slots=True)
-class Telling:
-    """A status, and whether it describes the present."""
-
-    run: Mapping[str, Any]
-    fresh: bool  # the scheduler told it while we listened
-    listened_s: float  # for another one
-
-    @property
-    def over(self) -> bool:
-        """Whether the run has ended, so that nothing more is to be told."""
-        return self.run["phase"] in ENDED
-
-    @property
-    def silent(self) -> bool:
-        """Whether a scheduler should be telling and does not."""
-        return not (self.fresh or self.over)
-
-    @property
-    def exit_code(self) -> int:
-        """Code of the command: as in `errors` for a run that failed and a scheduler that is silent, else 0."""
-        if self.silent:
-            return PeerSilent.exit_code
-        return PeerFailed.exit_code if self.run["phase"] == Phase.FAILED else 0
-
-    def age_s(self, wall: float) -> float | None:
-        """Seconds since it was told, by the clocks of two machines; None if it does not say when."""
-        try:
-            told_at = datetime.fromisoformat(self.run["told_at"])
-        except (KeyError, TypeError, ValueError):
-            return None
-        return max(0.0, wall - told_at.replace(tzinfo=UTC).timestamp())
-
-    def as_json(self, wall: float) -> dict[str, Any]:
-        """The status with when it was told, for programs."""
-        age_s = self.age_s(wall)
-        return {**self.run, "fresh": self.fresh, "age_s": None if age_s is None else round(age_s, 3)}
-
-
-def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal | None = None) -> dict[str, Any] | None:
-    """The newest status that the scheduler published, which stays where it is; None if there is none.
+def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal | None = None) -> RunStatus | None:
+    """Return the newest status that the scheduler published, which stays where it is; None if there is none.
 
     It may be of a scheduler that is gone. Raises BrokerUnreachable; RemoteProtocolError if the job seals and the status
     cannot be opened.
@@ -76,7 +34,7 @@ def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal 
     statuses = _Statuses(job, broker, seal)
     try:
         status = statuses.next(timeout_s)
-        return None if status is None else dict(status.run)
+        return None if status is None else status.run
     finally:
         statuses.close()
 
@@ -95,7 +53,7 @@ def watch_status(job: Job, broker: str, seal: Seal | None = None) -> Telling | N
             return None
         began = time.monotonic()
         while True:
-            limit_s = ENDED_S if newest.run["phase"] in ENDED else TIMEOUT_S
+            limit_s = ENDED_S if newest.run.over else TIMEOUT_S
             status = statuses.next(max(0.0, began + limit_s - time.monotonic()))
             listened_s = time.monotonic() - began
             if status is None:
@@ -124,7 +82,7 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
             status = statuses.next()
             if status is None:
                 return _nothing_to_stop(left_behind.run, asked)
-            phase = status.run["phase"]
+            phase = status.run.phase
             if phase in (Phase.STOPPING, Phase.STOPPED):
                 return "asked to stop at the next commit; start the workers again to resume"
             if phase in (Phase.FINISHED, Phase.FAILED):
@@ -137,20 +95,28 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
         statuses.close()
 
 
-def _nothing_to_stop(run: Mapping[str, Any] | None, asked: str) -> str:
-    """What is said where no scheduler runs. Raises PeerSilent where one should."""
+def _nothing_to_stop(run: RunStatus | None, asked: str) -> str:
+    """Return what the operator is shown where no scheduler runs. Raises PeerSilent where one should."""
     if asked:
         raise PeerSilent("the scheduler ended before it answered; ask again")
-    phase = None if run is None else run["phase"]
+    phase = None if run is None else run.phase
     if run is None or phase in (Phase.GATHERING, Phase.RUNNING, Phase.STOPPING):
         raise PeerSilent("no scheduler of this job is running at that broker, so there is nothing to stop")
     if phase == Phase.FINISHED:
-        return f"run {run['run']} is finished: there is nothing to stop"
-    return f"the run has ended already: {printable(str(run['reason']))}"
+        return f"run {printable(str(run.run))} is finished: there is nothing to stop"
+    return f"the run has ended already: {printable(str(run.reason))}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A status, and the scheduler that told it."""
+
+    run: RunStatus
+    incarnation: str
 
 
 class _Statuses:
-    """What the scheduler publishes, one status after the other. The newest stays in its queue for the next who asks.
+    """The statuses that the scheduler publishes, one after the other. The newest stays in its queue.
 
     What cannot be read stays there as well: whoever only looks takes nothing away.
     """
@@ -163,7 +129,7 @@ class _Statuses:
         self._mail = Mail(self._link, OPERATOR, terms, "", patience_s=ANSWER_S, seal=seal)
         self._mail.open(self)
 
-    def next(self, timeout_s: float = TIMEOUT_S) -> Status | None:
+    def next(self, timeout_s: float = TIMEOUT_S) -> _Told | None:
         """Return the next one; None if none comes. The first may be what an earlier scheduler left behind.
 
         Raises BrokerUnreachable if the link has failed, RemoteProtocolError for what cannot be read.
@@ -175,10 +141,10 @@ class _Statuses:
         if isinstance(arrived, SlQueueError):
             raise arrived
         if self._newest is not None:
-            self._link.acknowledge([self._newest.tag])
+            self._link.acknowledge([self._newest.delivery.tag])
         self._newest = arrived
         status = arrived.message
-        return status if isinstance(status, Status) else None
+        return _Told(from_json(status.run), status.incarnation) if isinstance(status, Status) else None
 
     def answer(self, request: StopRequest) -> None:
         """Send the scheduler a request. Raises BrokerUnreachable if the broker does not confirm it."""

@@ -20,6 +20,8 @@ from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import PartySpec, resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
@@ -27,7 +29,13 @@ from sl_queue.launch.connect import Channels, Connect, connector, key_file, requ
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
+from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.log import to_log
+from sl_queue.observe.meter import Meter
+from sl_queue.protocol import events
+from sl_queue.protocol.events import Observer
 from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.protocol.measures import Measures
 from sl_queue.protocol.messages import Role
 from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
@@ -51,16 +59,17 @@ def run_party(
     state: Path | None,
     key: Path | None = None,
     metrics: str | None = None,
+    observe: Observer = to_log,
 ) -> None:
     """One data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
-    party_file.check(job)
-    if job.parties[party_file.party].role != role:
+    spec = resolve(job, party_file, Importer())
+    if spec.role != role:
         raise JobError(
-            f"party {party_file.party!r} has the role {job.parties[party_file.party].role!r} in the job, "
-            f"and this worker is for role {role!r}; start the other worker"
+            f"party {spec.party!r} has the role {spec.role!r} in the job, and this worker is for role {role!r}; "
+            "start the other worker"
         )
     url = party_file.broker_url(broker)
     require_network(url)
@@ -69,12 +78,12 @@ def run_party(
     folder = _state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    serve_party(job, party_file, connect, folder, Channels(), seal, metrics, private=private)
+    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
 
 
 def serve_party(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     connect: Connect,
     state: Path,
     open_channels: Channels,
@@ -84,60 +93,93 @@ def serve_party(
     *,
     private: bool = False,
     guards: Mapping[str, Guard] = MappingProxyType({}),
+    observe: Observer = to_log,
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
     """
-    party, incarnation = party_file.party, secrets.token_hex(8)
+    party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
-        folder = Folder(state, job_digest=job.digest, party=party, job=job.canonical())
-        stack.callback(folder.close)
-        if (done := folder.finished()) is not None and done.reported:
-            compare_finished(job, party_file, folder)
-            log.info("%s: already finished after step %d; final weights in %s", party, done.step, state / "final")
+        folder = stack.enter_context(Folder(state, job_digest=job.digest, party=party, job=job.canonical()))
+        if _has_finished(job, spec, folder, state, observe):
             return
-        rules = rules_to_keep(job, party, folder.begun_with)
-        table = _table(job, party_file)
-        for note in table.notes:
-            log.info("%s: %s", party, note)
-        secret = secret_to_keep(party_file, rules, folder.begun_with, state, private=private)
-        folder.require(fingerprint(job, party_file, table, rules, secret))
-        party_file = party_file.with_secret(secret)
-        rows = (table.n_rows, table.digest, table.id_type)
-        identity = Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version())
-        batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
-        pipeline = job.pipeline_of(batches)
-        bounds = bounds_of(job, party, pipeline)
-        channel = PartyChannel(
-            connect(party, bounds.prefetch),
-            party,
-            job.topology(),
-            incarnation,
-            patience_s=job.broker.patience,
-            persistent=job.broker.persistent,
-            depth=pipeline.depth,
-            seal=seal,
-            bounds=bounds,
-        )
+        spec, table, rules = _prepared(job, spec, folder, state, private=private)
+        identity = _identity(job, party, incarnation, table, rules)
+        pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
+        meter = None if metrics is None else Meter()
+        observe = fan_out(observe) if meter is None else fan_out(observe, meter)
+        channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
         journal = Journal(state / "history.jsonl")
-        worker, train = _role(job, party_file, table, pipeline, channel, folder, journal, identity, take, guards)
-        if metrics is not None:
-            stack.callback(_show(metrics, job, party, channel, worker).close)
+        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
+        if metrics is not None and meter is not None:
+            stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
-        worker.serve(train)
-        log.info("%s: finished; final weights in %s", party, state / "final")
+        observe(events.Ready(party))
+        final = worker.serve(train)
+        observe(events.Finished(party, final.step, str(state / "final")))
 
 
-def _table(job: Job, party_file: PartyFile) -> Table:
+def _has_finished(job: Job, spec: PartySpec, folder: Folder, state: Path, observe: Observer) -> bool:
+    """Return True, and say so, if the final weights lie here and the scheduler knows."""
+    done = folder.finished()
+    if done is None or not done.reported:
+        return False
+    compare_finished(job, spec, folder)
+    observe(events.Finished(spec.party, done.step, str(state / "final"), already=True))
+    return True
+
+
+def _identity(job: Job, party: str, incarnation: str, table: Table, rules: int) -> Identity:
+    rows = (table.n_rows, table.digest, table.id_type)
+    return Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
+
+
+def _prepared(job: Job, spec: PartySpec, folder: Folder, state: Path, *, private: bool) -> tuple[PartySpec, Table, int]:
+    """Return the spec with its secret, the rows and the rules of the run; `folder` agrees to go on with them."""
+    rules = rules_to_keep(job, spec.party, folder.begun_with)
+    table = _table(spec)
+    for note in table.notes:
+        log.info("%s: %s", spec.party, note)
+    secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
+    spec = spec.with_secret(secret)
+    folder.require(fingerprint(spec.compute, table, rules))
+    return spec, table, rules
+
+
+def _channel(
+    job: Job,
+    party: str,
+    connect: Connect,
+    incarnation: str,
+    pipeline: Pipeline,
+    seal: Seal | None,
+    observe: Observer,
+) -> PartyChannel:
+    bounds = bounds_of(job, party, pipeline)
+    return PartyChannel(
+        connect(party, bounds.prefetch),
+        party,
+        job.topology(),
+        incarnation,
+        patience_s=job.broker.patience,
+        persistent=job.broker.persistent,
+        depth=pipeline.depth,
+        seal=seal,
+        bounds=bounds,
+        observe=observe,
+    )
+
+
+def _table(spec: PartySpec) -> Table:
     """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
-    if getattr(party_file.data, "source", None) is None:
-        return read_table(job, party_file)
-    with seeds.seeded(seeds.key(job.seed, party_file.party, "source"), torch.device("cpu")):
-        return read_table(job, party_file)
+    if getattr(spec.table.data, "source", None) is None:
+        return read_table(spec.table)
+    with seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu")):
+        return read_table(spec.table)
 
 
 def own_version() -> str:
@@ -158,7 +200,7 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
 
 def _role(
     job: Job,
-    party_file: PartyFile,
+    spec: PartySpec,
     table: Table,
     pipeline: Pipeline,
     channel: PartyChannel,
@@ -166,33 +208,34 @@ def _role(
     journal: Journal,
     identity: Identity,
     take: Take,
+    observe: Observer,
     guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """The worker of this party, and the loop it runs."""
-    if party_file.party == job.label_holder:
-        fuse = fuse_stage(job, party_file, table, pipeline.batches, take, guards)
+    if spec.role == "label":
+        fuse = fuse_stage(spec.compute, table, pipeline.batches, take, guards)
         _remark(fuse.own)
-        for found in advice(job, fuse):
-            log.warning("%s: %s", party_file.party, found.text)
-        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal)
-        return worker, LabelHolder(job.feature_parties, channel, fuse, pipeline, worker).train
+        for found in advice(fuse, job.stops_on):
+            log.warning("%s: %s", spec.party, found.text)
+        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
+        return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker).train
     guard = guards.get(job.label_holder, UNGUARDED)
-    base = base_stage(job, party_file, table, pipeline.batches, take, guard)
+    base = base_stage(spec.compute, table, pipeline.batches, take, guard)
     _remark(base)
-    worker = Worker(identity, channel, base, folder, pipeline)
+    worker = Worker(identity, channel, base, folder, pipeline, observe=observe)
     return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
 
 
-def compare_finished(job: Job, party_file: PartyFile, folder: Folder) -> None:
+def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """Raise CheckpointError if a run that has finished was trained on another table, or with other models.
 
     What is no longer there to compare, in a container whose data has gone for instance, is a line in the log.
     """
     try:
-        rules = rules_to_keep(job, party_file.party, folder.begun_with)
-        folder.require(fingerprint(job, party_file, _table(job, party_file), rules))
+        rules = rules_to_keep(job, spec.party, folder.begun_with)
+        folder.require(fingerprint(spec.compute, _table(spec), rules))
     except JobError as error:
-        log.warning("%s: not compared with what the finished run was trained on and with: %s", party_file.party, error)
+        log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 
 
 def _remark(stage: TorchBaseStage | None) -> None:
@@ -207,7 +250,7 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker) -> "HttpServer":
+def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter) -> "HttpServer":
     from sl_queue.observe.prometheus import (  # only who is observed loads the library
         PartyCollector,
         Training,
@@ -218,8 +261,10 @@ def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Wor
     def training() -> Training:
         return Training(worker.run, worker.generation, worker.step, worker.committed, worker.samples)
 
-    def vitals() -> Vitals:
-        measures = channel.measures
-        return Vitals(measures.pulse_age_s, measures.broker)
+    def measures() -> Measures:
+        return meter.read(channel.counts, channel.silent_s, channel.pulse_age_s, channel.connectivity)
 
-    return serve(address, PartyCollector(job.name, party, lambda: channel.measures, training), vitals)
+    def vitals() -> Vitals:
+        return Vitals(channel.pulse_age_s, channel.connectivity)
+
+    return serve(address, PartyCollector(job.name, party, measures, training), vitals)

@@ -7,45 +7,53 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sl_queue.config.environment import DEBUG
 from sl_queue.errors import RunStopped, SlQueueError
 
 INTERRUPTED = 130
-DEBUG = "SL_QUEUE_DEBUG"  # environment variable: 1 shows the traceback of every error
+
+
+def say(text: str) -> None:
+    """Write a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+Say = Callable[[str], None]
 
 
 @contextmanager
-def leaving(on_interrupt: str = "interrupted") -> Iterator[None]:
-    """Turn an error of the body into its message and exit code."""
+def leaving(
+    on_interrupt: str = "interrupted", say: Say = say, on_end: Callable[[SlQueueError], None] = lambda _: None
+) -> Iterator[None]:
+    """Turn an error of the body into its message and exit code; `on_end` gets it before it is said."""
     try:
         yield
     except RunStopped as stopped:
-        _say(f"stopped: {stopped}")
+        on_end(stopped)
+        say(f"stopped: {stopped}")
         raise SystemExit(stopped.exit_code) from None
     except SlQueueError as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0"):
+        if DEBUG.read():
             traceback.print_exc()
-        _say(f"error: {error}")
+        on_end(error)
+        say(f"error: {error}")
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        _say(on_interrupt)
+        say(on_interrupt)
         raise SystemExit(INTERRUPTED) from None
 
 
-def leave_on_sigterm() -> None:
+def leave_on_sigterm(say: Say = say) -> None:
     """SIGTERM ends this process at once: by the recovery law nothing needs to be tidied up."""
-    signal.signal(signal.SIGTERM, _leave)
 
+    def leave(number: int, _: FrameType | None) -> None:
+        say("asked to end (SIGTERM); a restart resumes from the last checkpoint")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)  # the kernel spares a container's first process its default signals
 
-def _leave(number: int, _: FrameType | None) -> None:
-    _say("asked to end (SIGTERM); a restart resumes from the last checkpoint")
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    os._exit(128 + number)  # the kernel spares a container's first process its default signals
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, leave)

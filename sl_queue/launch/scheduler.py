@@ -1,22 +1,26 @@
 """The scheduler, put together. It needs no torch, and so is there again half a second after it was killed."""
 
 import logging
-import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
-from sl_queue.config.party import BROKER, read_url
+from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
+from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.log import to_log
+from sl_queue.protocol import events
+from sl_queue.protocol.events import Observer
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.protocol.scheduler.state import EarlyStopping, Phase, Plan, RunState, epoch_text
+from sl_queue.protocol.scheduler.state import EarlyStopping, Phase, Plan, RunState
+from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
@@ -26,40 +30,47 @@ log = logging.getLogger("sl_queue")
 LATE_S = 10.0  # a worker with its libraries has started after that
 LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
 
-OnStatus = Callable[[Mapping[str, Any]], None]
+OnStatus = Callable[[RunStatus], None]
 
 
 def run_scheduler(
-    job: Job, broker: str | None, state: Path | None, key: Path | None = None, metrics: str | None = None
+    job: Job,
+    broker: str | None,
+    state: Path | None,
+    key: Path | None = None,
+    metrics: str | None = None,
+    observe: Observer = to_log,
 ) -> None:
     """The scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
-    given = broker or os.environ.get(BROKER)
+    given = broker or BROKER.read()
     if given is None:
-        raise JobError(f"the scheduler needs a broker: give --broker URL or set {BROKER}")
+        raise JobError(f"the scheduler needs a broker: give --broker URL or set {BROKER.name}")
     url = read_url(given)
     require_network(url)
     seal = sealing(job, SCHEDULER, key_file(key), url)
     connect = connector(job, url, again=lambda: read_url(given, again=True))
     folder = state or Path("state/scheduler")
-    serve_scheduler(job, connect, folder, _Epochs().tell, Channels(), seal, metrics=metrics)
+    epochs = _Epochs(observe)
+    serve_scheduler(job, connect, folder, epochs.tell, Channels(), seal, metrics=metrics, observe=observe)
 
 
 @dataclass(slots=True)
 class _Epochs:  # mutable: it remembers what it told
-    """A log line for each epoch that ends; what a resumed run brings is not told again."""
+    """An event for each epoch that ends; what a resumed run brings is not told again."""
 
+    observe: Observer
     told: int | None = None
 
-    def tell(self, status: Mapping[str, Any]) -> None:
-        told = status["epoch"] if self.told is None else self.told
-        for epoch in status["history"]:
-            if epoch["epoch"] >= told:
-                text = epoch_text(epoch, status["epochs"])
-                log.info("scheduler: %s  after step %d, %.1f s", text, epoch["step"], epoch["seconds"])
-        self.told = status["epoch"]
+    def tell(self, status: RunStatus) -> None:
+        told = status.epoch if self.told is None else self.told
+        for done in status.history:
+            if done.epoch >= told:
+                numbers = (done.epoch, done.step, done.loss, done.holdout, done.seconds)
+                self.observe(events.EpochDone(SCHEDULER, *numbers, status.epochs))
+        self.told = status.epoch
 
 
 def serve_scheduler(
@@ -71,38 +82,45 @@ def serve_scheduler(
     seal: Seal | None = None,
     late_s: float = LATE_S,
     metrics: str | None = None,
+    observe: Observer = to_log,
 ) -> RunState:
     """The scheduler until every party has finished.
 
-    `late_s`: how long a run that had finished before waits for parties that have lost what it left.
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
+    Prometheus may ask, as `[HOST:]PORT`.
     """
+    observe = fan_out(observe)
     with ExitStack() as stack:
-        ledger = RunFile(state, job.canonical(), job.digest)
-        stack.callback(ledger.close)
-        saved = ledger.load()
-        if saved is not None and saved.phase is Phase.FINISHED:
-            log.info("scheduler: run %s is already finished", saved.run)
-            ledger.save(saved)  # the history may have been lost
-            if not late_s:
-                return saved
+        ledger = stack.enter_context(closing(RunFile(state, job.canonical(), job.digest)))
+        finished = _finished_before(ledger)
+        if finished is not None and not late_s:
+            return finished
         plan = plan_of(job)
-        incarnation = secrets.token_hex(8)
-        link = connect(SCHEDULER, PREFETCH)
-        channel = LinkSchedulerChannel(link, job.topology(), incarnation, patience_s=plan.patience_s, seal=seal)
+        about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
+        channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
         stack.callback(channel.close)
         if metrics is not None:
             on_status = _shown(metrics, channel, on_status, stack)
         try:
             channel.open()
         except BrokerUnreachable:
-            if saved is not None and saved.phase is Phase.FINISHED:
-                return saved
-            raise
+            if finished is None:
+                raise
+            return finished
         open_channels.add(channel)
-        fresh_run = secrets.token_hex(6)
-        late_s = min(late_s, plan.patience_s)
-        return Scheduler(plan, channel, ledger, fresh_run, time.monotonic, on_status, late_s).serve()
+        observe(events.Ready(SCHEDULER))
+        of_run = (secrets.token_hex(6), time.monotonic, on_status, min(late_s, plan.patience_s))
+        return Scheduler(plan, channel, ledger, *of_run, observe=observe).serve()
+
+
+def _finished_before(ledger: RunFile) -> RunState | None:
+    """Return the state of a run that has finished; its history is written again, for it may have been lost."""
+    saved = ledger.load()
+    if saved is None or saved.phase is not Phase.FINISHED:
+        return None
+    log.info("scheduler: run %s is already finished", saved.run)
+    ledger.save(saved)
+    return saved
 
 
 def plan_of(job: Job) -> Plan:
@@ -126,12 +144,12 @@ def _shown(address: str, channel: LinkSchedulerChannel, on_status: OnStatus, sta
     """Have the newest status, and whether the scheduler is alive, shown at that address."""
     from sl_queue.observe.prometheus import SchedulerCollector, Vitals, serve
 
-    newest: list[Mapping[str, Any]] = [{}]
+    newest: list[RunStatus | None] = [None]
 
     def vitals() -> Vitals:
         return Vitals(channel.pulse_age_s, channel.connectivity)
 
-    def tell(status: Mapping[str, Any]) -> None:
+    def tell(status: RunStatus) -> None:
         newest[0] = status
         on_status(status)
 

@@ -18,11 +18,15 @@ from rich.table import Table as ScreenTable
 from sl_queue.compute.equality import joined_weights, largest_difference
 from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
+from sl_queue.launch.connect import MEMORY
 from sl_queue.local.digits import read_digits
-from sl_queue.local.threads import Result, run_local
+from sl_queue.local.threads import Result, run_threads
 from sl_queue.observe.console import Screen, stdout
+from sl_queue.protocol.messages import SCHEDULER
 
 MODELS = '''"""The demo's models, as one writes them in PyTorch."""
 
@@ -163,13 +167,18 @@ def _load(folder: Path, job: str, parties: list[str]) -> tuple[Job, list[PartyFi
 
 def _train(folder: Path, name: str, parties: list[str], screen: Screen) -> Result:
     job, party_files = _load(folder, name, parties)
-    return run_local(job, party_files, out=folder / "runs" / name, on_status=screen.status)
+    states = {role: folder / "runs" / name / role for role in (*job.parties, SCHEDULER)}
+    return run_threads(job, party_files, MEMORY, states, screen.status)
 
 
 def _joined(folder: Path) -> ReferenceRun:
     job, party_files = _load(folder, "job", ["left", "right", "labels"])
-    tables = {file.party: read_table(job, file) for file in party_files}
-    return train_joined(job, party_files, tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes))
+    importer = Importer()
+    specs = [resolve(job, file, importer) for file in party_files]
+    tables = {spec.party: read_table(spec.table) for spec in specs}
+    return train_joined(
+        [spec.compute for spec in specs], tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes)
+    )
 
 
 def _accuracy(history: list[dict[str, Any]]) -> str:

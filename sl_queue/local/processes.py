@@ -6,17 +6,22 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from sl_queue.config.environment import LOCAL
+from sl_queue.config.environment import BROKER, EVENTS, LOCAL, LOG_FORMAT, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
 from sl_queue.launch.operator import read_status
 from sl_queue.local.supervise import Failure, Worker, supervise
 from sl_queue.local.threads import shared_threads
 from sl_queue.observe.console import Screen
+from sl_queue.observe.json_lines import entries
+from sl_queue.protocol.events import Failed
 from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.security.sealing import Seal
 
 STATUS_EVERY_S = 0.5
@@ -41,10 +46,21 @@ def run_processes(
     """
     follower = _Follower(job, broker, screen, seal)
     threads = str(shared_threads(len(job.parties)))
-    environ = {**os.environ, "SL_QUEUE_BROKER": broker, "SL_QUEUE_THREADS": threads, LOCAL.name: "1"}
+    environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1"}
+    environ |= {LOG_FORMAT.name: "text"}  # their lines are shown to a person
+    asked: Path | None = EVENTS.read()
     workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
-    with follower:
-        return supervise(workers, environ, screen.line, follower.committed)
+    with TemporaryDirectory(prefix="sl_queue-events-") as folder, follower:
+        events = asked or Path(folder) / "events.jsonl"
+        environ |= {EVENTS.name: str(events.absolute())}
+        reason_of = partial(failure_in, events)
+        return supervise(workers, environ, screen.line, follower.committed, reason_of=reason_of)
+
+
+def failure_in(events: Path, pid: int) -> str | None:
+    """Look up the error that a process has left in a file of events."""
+    found = (entry.event for entry in entries(events.read_text()) if entry.pid == pid) if events.exists() else ()
+    return next((event.message for event in found if isinstance(event, Failed)), None)
 
 
 def command(job: Job, role: str, job_file: Path, place: Place) -> tuple[str, ...]:
@@ -64,7 +80,7 @@ class _Follower:
     def __init__(self, job: Job, broker: str, screen: Screen, seal: Seal | None) -> None:
         self._job, self._broker, self._screen, self._seal = job, broker, screen, seal
         self._stale = read_status(job, broker, timeout_s=0.5, seal=seal)  # what an earlier run may have left
-        self._newest: Mapping[str, Any] | None = None
+        self._newest: RunStatus | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="status", daemon=True)
 
@@ -82,8 +98,8 @@ class _Follower:
         newest = self._newest
         if newest is None:
             return None
-        party = newest["parties"].get(self._job.label_holder if role == SCHEDULER else role)
-        return None if party is None else int(party["committed"])
+        party = newest.parties.get(self._job.label_holder if role == SCHEDULER else role)
+        return None if party is None else party.committed
 
     def _follow(self) -> None:
         while not self._ended.wait(STATUS_EVERY_S):

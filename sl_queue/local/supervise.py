@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sl_queue.config.environment import PARENT
 from sl_queue.errors import PeerFailed, SlQueueError, TransportError
 
-PARENT = "SL_QUEUE_PARENT"  # environment variable: the process with which a worker dies
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -56,12 +56,8 @@ class _Child:  # mutable: a worker's process changes with every restart
     restart_at: float | None = None
     crashes: int = 0
     step: int | None = None  # committed when it crashed last
+    pid: int = 0  # of its newest process
     last_line: str = ""
-    last_error: str = ""  # the newest line that begins with "error: "
-
-    @property
-    def reason(self) -> str:
-        return self.last_error or self.last_line or "it said nothing"
 
 
 def supervise(
@@ -71,15 +67,17 @@ def supervise(
     step_of: Callable[[str], int | None],
     limits: Limits = Limits(),
     on_start: Callable[[str, int], None] = lambda worker, pid: None,
+    reason_of: Callable[[int], str | None] = lambda pid: None,
 ) -> Failure | None:
     """Run all workers until each has exited 0 (None), or one has failed for good.
 
     Call from the main thread: children die with the thread that started them. `on_line(worker, line)` is called on
     other threads with every line a worker writes; `step_of(worker)` is the last step it is known to have committed;
-    `on_start(worker, pid)` is called for every process before any of its lines.
+    `on_start(worker, pid)` is called for every process before any of its lines; `reason_of(pid)` is the error with
+    which a process ended, if it is known: else its last line is the reason.
     However this returns or raises, no child is left; they are ended in the given order.
     """
-    return _Supervisor(workers, environ, on_line, step_of, limits, on_start).run()
+    return _Supervisor(workers, environ, on_line, step_of, limits, on_start, reason_of).run()
 
 
 class _Supervisor:  # mutable: it owns processes
@@ -91,13 +89,14 @@ class _Supervisor:  # mutable: it owns processes
         step_of: Callable[[str], int | None],
         limits: Limits,
         on_start: Callable[[str, int], None],
+        reason_of: Callable[[int], str | None],
     ) -> None:
         self._children = [_Child(worker) for worker in workers]
-        self._environ = {**environ, PARENT: str(os.getpid())}
+        self._environ = {**environ, PARENT.name: str(os.getpid())}
         self._on_line = on_line
         self._step_of = step_of
         self._limits = limits
-        self._on_start = on_start
+        self._on_start, self._reason_of = on_start, reason_of
         self._ended: queue.Queue[tuple[_Child, int]] = queue.Queue()
 
     def run(self) -> Failure | None:
@@ -129,8 +128,11 @@ class _Supervisor:  # mutable: it owns processes
         if code == 0:
             return None
         if not _worth_a_restart(code):
-            return Failure(child.worker.name, code, child.reason)
+            return Failure(child.worker.name, code, self._reason(child))
         return self._restart_later(child, code)
+
+    def _reason(self, child: _Child) -> str:
+        return self._reason_of(child.pid) or child.last_line or "it said nothing"
 
     def _restart_later(self, child: _Child, code: int) -> Failure | None:
         step = self._step_of(child.worker.name)
@@ -138,7 +140,7 @@ class _Supervisor:  # mutable: it owns processes
         child.step = step
         if child.crashes >= self._limits.crashes:
             where = "before its first commit" if step is None or step < 0 else f"after step {step}"
-            loop = f"ended {child.crashes} times in a row {where} ({_ending(code)}): {child.reason}"
+            loop = f"ended {child.crashes} times in a row {where} ({_ending(code)}): {self._reason(child)}"
             error = TransportError if code == TransportError.exit_code else SlQueueError
             return Failure(child.worker.name, error.exit_code, loop)
         pause_s = min(self._limits.first_pause_s * 2 ** (child.crashes - 1), self._limits.longest_pause_s)
@@ -148,7 +150,7 @@ class _Supervisor:  # mutable: it owns processes
 
     def _start(self, child: _Child) -> None:
         child.restart_at = None
-        child.last_line = child.last_error = ""
+        child.last_line = ""
         process = subprocess.Popen(
             child.worker.command,
             env={**self._environ, **child.worker.environ},
@@ -160,7 +162,7 @@ class _Supervisor:  # mutable: it owns processes
             errors="replace",
             start_new_session=True,  # Ctrl-C is for the parent, which ends its children in order
         )
-        child.process = process
+        child.process, child.pid = process, process.pid
         self._on_start(child.worker.name, process.pid)
         reader = threading.Thread(target=self._read, args=(child, process), daemon=True)
         reader.start()
@@ -174,8 +176,6 @@ class _Supervisor:  # mutable: it owns processes
                 if not text:
                     continue
                 child.last_line = text
-                if text.startswith("error: "):
-                    child.last_error = text.removeprefix("error: ")
                 self._on_line(child.worker.name, text)
 
     def _watch(self, child: _Child, process: subprocess.Popen[str], reader: threading.Thread) -> None:
@@ -197,7 +197,7 @@ class _Supervisor:  # mutable: it owns processes
             child.process = None
             own = code not in (0, PeerFailed.exit_code) and not _worth_a_restart(code)
             if own and failure.exit_code == PeerFailed.exit_code:
-                failure = Failure(child.worker.name, code, child.reason)
+                failure = Failure(child.worker.name, code, self._reason(child))
         return failure
 
     def _end_all(self) -> None:
@@ -234,9 +234,9 @@ def _ending(code: int) -> str:
 
 def die_with_parent() -> None:
     """End this process when the one that supervises it is gone, however that ended. Linux; elsewhere nothing."""
-    parent = os.environ.get(PARENT)
+    parent = PARENT.read()
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it was gone before the kernel was told
+    if os.getppid() != parent:  # it was gone before the kernel was told
         os._exit(128 + signal.SIGKILL)

@@ -20,12 +20,15 @@ from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import limit_threads, require_nothing_lost, thread_counts_kept
 from sl_queue.config.environment import THREADS
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import PartySpec, agree, resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.party import compare_finished, serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
+from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder, holds_final
 
@@ -64,15 +67,15 @@ def run_local(
     parties: Sequence[PartyFile],
     broker: str = MEMORY,
     out: Path | str | None = None,
-    on_status: OnStatus | None = None,
+    on_status: Callable[[Mapping[str, Any]], None] | None = None,
     keys: Path | str | None = None,
 ) -> Result:
     """Train with every role as a thread of this process, and return the history and the trained modules.
 
     A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
-    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second,
-    with the newest 20 epochs.
+    (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second, as
+    `sl-queue status --json` prints it, with the newest 20 epochs.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
 
@@ -91,7 +94,8 @@ def run_local(
         root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
         states = {role: root / role for role in (*job.parties, SCHEDULER)}
         folder = None if keys is None else Path(keys)
-        return run_threads(job, parties, broker, states, on_status or (lambda _: None), folder)
+        tell: OnStatus = (lambda _: None) if on_status is None else (lambda status: on_status(as_json(status)))
+        return run_threads(job, parties, broker, states, tell, folder)
 
 
 def run_threads(
@@ -106,24 +110,26 @@ def run_threads(
     require_all(job, parties)
     require_nothing_lost(party.device for party in parties)
     with torch.inference_mode(False), Loan() as loan:  # what is made in that mode could not be trained any further
-        lend_given(parties, loan)
+        importer = Importer()
+        specs = {party.party: resolve(job, party, importer) for party in parties}
+        lend_given((spec.compute for spec in specs.values()), loan)
         with thread_counts_kept():
-            run_state = _Threads(job, parties, broker, states, on_status, keys, loan).run()
+            run_state = _Threads(job, parties, specs, broker, states, on_status, keys, loan).run()
         history = [history_line(result) for result in run_state.history]
         modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
-        for party in parties:
-            for path in sorted((states[party.party] / "final").glob("*.safetensors")):
+        for party, spec in specs.items():
+            for path in sorted((states[party] / "final").glob("*.safetensors")):
                 try:
-                    modules[party.party, path.stem] = trained_module(job, party, path, loan)
+                    modules[party, path.stem] = trained_module(spec.compute, path, loan)
                 except SlQueueError as error:  # told to who asks for that module; the others are here
-                    modules[party.party, path.stem] = error
+                    modules[party, path.stem] = error
         return Result(history, modules, job.label_holder)
 
 
 def require_all(job: Job, parties: Sequence[PartyFile]) -> None:
     """Raise JobError unless there is exactly one file for each party of the job, and each fits the job."""
     for party_file in parties:
-        party_file.check(job)
+        agree(job, party_file)
     given = [party_file.party for party_file in parties]
     missing = [party for party in job.parties if party not in given]
     twice = sorted({party for party in given if given.count(party) > 1})
@@ -139,6 +145,7 @@ class _Threads:
         self,
         job: Job,
         parties: Sequence[PartyFile],
+        specs: Mapping[str, PartySpec],
         broker: str,
         states: Mapping[str, Path],
         on_status: OnStatus,
@@ -146,6 +153,7 @@ class _Threads:
         take: Take,
     ) -> None:
         self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
+        self._specs = specs
         self._broker, self._keys, self._take = broker, keys, take
         self._connect = connector(job, broker)
         self._channels = Channels()
@@ -179,7 +187,8 @@ class _Threads:
         def serve() -> None:
             limit_threads(party_file.threads or shared_threads(len(self._parties)))
             seal = self._sealing(party_file.party, party_file)
-            serve_party(self._job, party_file, self._connect, state, self._channels, seal, take=self._take)
+            spec = self._specs[party_file.party]
+            serve_party(self._job, spec, self._connect, state, self._channels, seal, take=self._take)
 
         self._guard(f"party {party_file.party!r}", serve)
 
@@ -191,7 +200,7 @@ class _Threads:
 
         self._guard("the scheduler", serve)
 
-    def _tell(self, status: Mapping[str, Any]) -> None:
+    def _tell(self, status: RunStatus) -> None:
         """Hand a status to the caller; what on_status raises goes back to it as it is."""
         try:
             self._on_status(status)
@@ -239,10 +248,11 @@ def have_finished(job: Job, states: Mapping[str, Path]) -> bool:
 
 def compare_with_finished(job: Job, parties: Sequence[PartyFile], states: Mapping[str, Path]) -> None:
     """Raise CheckpointError if a party's finished run was trained on another table, or with other models."""
+    importer = Importer()
     for party_file in parties:
-        state = states[party_file.party]
-        with Folder(state, job_digest=job.digest, party=party_file.party, job=job.canonical()) as folder:
-            compare_finished(job, party_file, folder)
+        spec, state = resolve(job, party_file, importer), states[party_file.party]
+        with Folder(state, job_digest=job.digest, party=spec.party, job=job.canonical()) as folder:
+            compare_finished(job, spec, folder)
 
 
 def key_in(keys: Path | None, role: str) -> Path | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from sl_queue.errors import CheckpointError, ComputeError, PeerFailed, RunStopped, SlQueueError, TransportError
 from sl_queue.ports import BaseStage, Channel, Checkpoints, FuseStage, HistoryLog
+from sl_queue.protocol import events
 from sl_queue.protocol.checkpoint import Final, Saved
 from sl_queue.protocol.control import (
     Command,
@@ -26,6 +27,7 @@ from sl_queue.protocol.control import (
     Start,
     Stopped,
 )
+from sl_queue.protocol.events import Observer, ignore
 from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.protocol.party.orders import Orders, Restarted
@@ -48,6 +50,7 @@ class Identity:
     rules: int = 1  # how it computes what it chooses, see protocol/fingerprints
     version: str = ""  # of sl_queue
     weights: str = ""  # in a prediction: the run whose trained weights it brings
+    party: str = ""  # its name, in events
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Worker:
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
     samples: int = 0
     step: int = BEFORE_FIRST_STEP  # the newest trained
+    observe: Observer = ignore
 
     def serve(self, train: Callable[[int], None]) -> Final:
         """Take part in the run to its end; `train(first_step)` is the role's loop.
@@ -195,6 +199,7 @@ class Worker:
             self.channel.report(self._progress(step, None))
             if ended is not None:
                 self.channel.report(EpochDone(self.identity.incarnation, generation, ended))
+                self.observe(events.EpochDone(self.identity.party, ended.epoch, step, ended.loss, ended.holdout))
 
         self.channel.commit(step, save)
 
@@ -250,6 +255,7 @@ class Worker:
         self.run, self.generation = start.run, start.generation
         self.channel.enter(start, self.committed)
         self.channel.report(self._progress(self.committed, None))
+        self.observe(events.Began(self.identity.party, start.run, start.generation, self.committed))
 
     def _finish(self, step: int) -> Final:
         """Write the final weights: those after `step`, which early stopping may have chosen."""

@@ -1,16 +1,16 @@
 """The scheduler: a thin loop around the reducer in protocol/progress. It sees reports, never a tensor."""
 
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 from sl_queue.errors import AlignmentError, PeerSilent, named
 from sl_queue.ports import SchedulerChannel
+from sl_queue.protocol import events
 from sl_queue.protocol.control import Command, Report, Status
-from sl_queue.protocol.messages import OPERATOR
+from sl_queue.protocol.events import Observer, ignore
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.scheduler.endings import ending, foreign
 from sl_queue.protocol.scheduler.epochs import standing_of
 from sl_queue.protocol.scheduler.reducer import reduce, standing_orders
@@ -21,16 +21,14 @@ from sl_queue.protocol.scheduler.state import (
     RunState,
     durable,
     excused,
-    history_line,
     missing,
     restarted,
     silent,
     untold,
 )
+from sl_queue.protocol.scheduler.status import RunStatus, as_json, describe
 
 STATUS_EVERY_S = 0.25
-
-log = logging.getLogger("sl_queue")
 
 
 class Ledger(Protocol):
@@ -52,9 +50,10 @@ class Scheduler:
     ledger: Ledger
     fresh_run: str
     clock: Callable[[], float]  # monotonic, seconds
-    on_status: Callable[[Mapping[str, Any]], None]
+    on_status: Callable[[RunStatus], None]
     late_s: float = 0.0  # how long a run that had finished before waits for parties that have lost what it left
     wall: Callable[[], float] = time.time  # seconds since 1970: says when something was told, and decides nothing
+    observe: Observer = ignore
 
     def serve(self) -> RunState:
         """Run until every party has finished. Raises PeerFailed, AlignmentError, RunStopped, or PeerSilent.
@@ -78,16 +77,13 @@ class Scheduler:
             before_s, deaf_s = deaf_s, self.channel.outage_s()
             heard_since += deaf_s - before_s
             state, commands = self._reduce(excused(state, deaf_s - before_s), reports, now)
-            for party, reason in self.channel.foreign().items():
-                state, orders = foreign(self.plan, state, party, reason, now)
-                commands += orders
             if durable(state) != saved:
                 saved = durable(state)
                 self.ledger.save(saved)
             for party, command in commands:
                 self.channel.command(party, command)
             self.channel.acknowledge()
-            self._log(before, state)
+            self._observe_changes(before, state)
             ended = state.phase in (Phase.FINISHED, Phase.FAILED, Phase.STOPPED)
             if ended or commands or now - told_at >= STATUS_EVERY_S:
                 told_at = now
@@ -107,32 +103,31 @@ class Scheduler:
         for sender, report, redelivered in reports:
             state, orders = reduce(self.plan, state, sender, report, now, self.fresh_run, redelivered)
             commands += orders
+        for party, reason in self.channel.foreign().items():
+            state, orders = foreign(self.plan, state, party, reason, now)
+            commands += orders
         return state, commands
 
     def _tell(self, state: RunState, now: float) -> None:
-        text = describe(self.plan, state, now, self.wall())
-        self.channel.command(OPERATOR, Status(text))
-        self.on_status(text)
+        status = describe(self.plan, state, now, self.wall())
+        self.channel.command(OPERATOR, Status(as_json(status)))
+        self.on_status(status)
 
-    def _log(self, before: RunState, state: RunState) -> None:
+    def _observe_changes(self, before: RunState, state: RunState) -> None:
+        job, reason = self.plan.job["name"], state.reason
         if state.phase is not before.phase:
-            which = f"job {self.plan.job['name']}" if state.run is None else f"run {state.run}"
-            log.info("scheduler: %s is %s%s", which, state.phase, f": {state.reason}" if state.reason else "")
+            self.observe(events.PhaseChanged(SCHEDULER, job, state.run, state.phase.value, reason))
         for party, member in state.members.items():
             if member.refused and member.refused_at != before.members.get(party, Member()).refused_at:
-                log.warning("scheduler: party %r was refused, and the run waits for it: %s", party, member.refused)
+                self.observe(events.Refused(SCHEDULER, party, member.refused))
         if missing(self.plan, state) != missing(self.plan, before):
             self._name_missing(state)
         if state.generation > before.generation:
-            log.warning(
-                "scheduler: messages were lost for good; generation %d begins after step %d, which all parties hold",
-                state.generation,
-                state.bases[-1],
-            )
+            self.observe(events.GenerationBegan(SCHEDULER, state.generation, state.bases[-1]))
 
     def _name_missing(self, state: RunState) -> None:
         if state.phase is Phase.GATHERING:
-            log.info("scheduler: waiting for %s", ", ".join(missing(self.plan, state)))
+            self.observe(events.Missing(SCHEDULER, missing(self.plan, state)))
 
     @staticmethod
     def _end(state: RunState) -> RunState:
@@ -156,56 +151,3 @@ class Scheduler:
             raise PeerSilent(
                 f"nothing was heard of {named_gone}; start those workers and this one again: the run resumes"
             )
-
-
-def describe(plan: Plan, state: RunState, now: float, wall: float) -> dict[str, Any]:
-    """The status as the operator reads it; only plain values. `wall` is the time, in seconds since 1970."""
-    label = state.members.get(plan.label_holder, Member())
-    return {
-        "job": plan.job["name"],
-        "run": state.run,
-        "generation": state.generation,
-        "phase": state.phase.value,
-        "epoch": len(state.history),
-        "epochs": plan.epochs,
-        "step": label.step,
-        "steps": plan.steps(label.n_rows),
-        "loss": label.loss,
-        "samples": label.samples,
-        "parties": {party: _party(plan, state, party, now) for party in plan.parties},
-        "history": [history_line(r) for r in state.history.newest()],  # the file has them all
-        "reason": state.reason,
-        "error": state.error,
-        "failed": state.failed,
-        "told_at": datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds"),
-    }
-
-
-def _party(plan: Plan, state: RunState, party: str, now: float) -> dict[str, Any]:
-    member = state.members.get(party, Member())
-    age = None if member.heard is None else now - member.heard
-    if member.finished is not None:
-        phase = "finished"
-    elif member.refused is not None:
-        phase = "refused"
-    elif member.stopped:
-        phase = "stopped"
-    elif not member.here:
-        phase = "not joined"
-    elif age is not None and age > plan.patience_s:
-        phase = "silent"
-    else:
-        phase = "waiting" if member.waiting is not None else "here"
-    waiting = member.waiting
-    return {
-        "phase": phase,
-        "step": member.step,
-        "committed": member.committed,
-        "silent_s": None if age is None else round(age, 1),
-        "version": member.version,
-        "refused": member.refused,
-        "refused_s": None if member.refused_at is None else round(now - member.refused_at, 1),
-        "waiting_for": None
-        if waiting is None
-        else f"{waiting.kind} {waiting.step}.{waiting.index} of {waiting.source} for {waiting.seconds:.0f} s",
-    }

@@ -14,12 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from sl_queue.checking.findings import Finding
-from sl_queue.launch.operator import Telling
+from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.scheduler.state import epoch_text, number_text
+from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus, Telling
 from sl_queue.protocol.text import printable
-
-Status = Mapping[str, Any]
 
 FILE_WIDTH = 200  # columns of a table that goes to a file or another program: nothing is wrapped
 LONGEST_LINE = 2000  # characters of a line of status
@@ -102,22 +100,22 @@ class Screen:
         """A line that a worker wrote."""
         self.console.print(Text.assemble((f"{worker}: ", "cyan"), text), soft_wrap=True)
 
-    def status(self, status: Status) -> None:
+    def status(self, status: RunStatus) -> None:
         """The newest status of the run."""
-        rate = self._samples_per_s(status["samples"])
-        known = status["epoch"] if self._epochs is None or not self._tells_epochs else self._epochs
-        for done in status["history"]:
-            if done["epoch"] >= known:
+        rate = self._samples_per_s(status.samples)
+        known = status.epoch if self._epochs is None or not self._tells_epochs else self._epochs
+        for done in status.history:
+            if done.epoch >= known:
                 line = f"{_where_and_numbers(status, done)}  samples/s {_rate(rate)}"
                 self.console.print(line, soft_wrap=True, markup=False)
-        self._epochs = status["epoch"]
-        self._bar.below = _where_and_numbers(status, status["history"][-1]) if status["history"] else ""
-        loss = "" if status["loss"] is None else f"loss {number_text(status['loss'])}  samples/s {_rate(rate)}"
+        self._epochs = status.epoch
+        self._bar.below = _where_and_numbers(status, status.history[-1]) if status.history else ""
+        loss = "" if status.loss is None else f"loss {number_text(status.loss)}  samples/s {_rate(rate)}"
         self._bar.update(
             self._task,
             description=_where(status),
-            completed=status["step"] + 1,
-            total=status["steps"] or 1,
+            completed=status.step + 1,
+            total=status.steps or 1,
             numbers=loss,
         )
 
@@ -132,21 +130,21 @@ class Screen:
         return (last - first) / (ended - began) if ended > began else None
 
 
-def _where(status: Status) -> str:
-    if status["phase"] == "gathering":
-        late = [name for name, party in status["parties"].items() if party["phase"] == "not joined"]
+def _where(status: RunStatus) -> str:
+    if status.phase == "gathering":
+        late = [name for name, party in status.parties.items() if party.phase == "not joined"]
         return f"waiting for {', '.join(late)}" if late else "starting"
-    epoch = min(status["epoch"] + 1, status["epochs"])
-    running = "" if status["phase"] == "running" else f" {status['phase']},"
-    return f"{status['job']}:{running} epoch {epoch}/{status['epochs']}"
+    epoch = min(status.epoch + 1, status.epochs)
+    running = "" if status.phase == "running" else f" {status.phase},"
+    return f"{status.job}:{running} epoch {epoch}/{status.epochs}"
 
 
 def _rate(samples_per_s: float | None) -> str:
     return "-" if samples_per_s is None else f"{samples_per_s:,.0f}"
 
 
-def _where_and_numbers(status: Status, epoch: Mapping[str, Any]) -> str:
-    return f"{status['job']}: {epoch_text(epoch, status['epochs'])}"
+def _where_and_numbers(status: RunStatus, done: EpochResult) -> str:
+    return f"{status.job}: {epoch_text(done.epoch, status.epochs, done.loss, done.holdout)}"
 
 
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
@@ -164,31 +162,31 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
 def status_view(telling: Telling, wall: float) -> Group:
     """Where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
     status = telling.run
-    steps = "" if status["steps"] is None else f" of {status['steps']}"
-    done = f"{status['epoch']} of {status['epochs']} epochs, {status['step'] + 1}{steps} steps done"
+    steps = "" if status.steps is None else f" of {status.steps}"
+    done = f"{status.epoch} of {status.epochs} epochs, {status.step + 1}{steps} steps done"
     head = [
         *([_silence(telling, wall), ""] if telling.silent else []),
-        f"job {status['job']}, run {status['run'] or '(not begun)'}, generation {status['generation']}",
-        f"{status['phase']}: {done}",
+        f"job {status.job}, run {status.run or '(not begun)'}, generation {status.generation}",
+        f"{status.phase}: {done}",
     ]
     if not telling.silent:
         head.append(f"told {_when(telling, wall)}")
-    if status["loss"] is not None:
-        head.append(f"loss {number_text(status['loss'])}")
-    if status["reason"]:
-        head.append(f"reason: {status['reason']}")
+    if status.loss is not None:
+        head.append(f"loss {number_text(status.loss)}")
+    if status.reason:
+        head.append(f"reason: {status.reason}")
     table = Table("party", "state", "steps done", "committed", "silent", "waits for", box=None)
-    for name, party in status["parties"].items():
-        silent = "" if party["silent_s"] is None else f"{party['silent_s']:.1f} s"
-        phase = f"was {party['phase']}" if telling.silent and party["phase"] not in FIXED else party["phase"]
-        done, committed = str(party["step"] + 1), str(party["committed"] + 1)
-        table.add_row(*map(_plain, (name, phase, done, committed, silent, party["waiting_for"] or "")))
+    for name, party in status.parties.items():
+        silent = "" if party.silent_s is None else f"{party.silent_s:.1f} s"
+        phase = f"was {party.phase}" if telling.silent and party.phase not in FIXED else party.phase
+        done, committed = str(party.step + 1), str(party.committed + 1)
+        table.add_row(*map(_plain, (name, phase, done, committed, silent, party.waiting_for or "")))
     ago = "before that" if telling.silent else "ago"
-    versions = {party.get("version") for party in status["parties"].values() if party.get("version")}
+    versions = {party.version for party in status.parties.values() if party.version}
     if len(versions) > 1:
-        each = ", ".join(f"{name} {party['version']}" for name, party in status["parties"].items() if party["version"])
+        each = ", ".join(f"{name} {party.version}" for name, party in status.parties.items() if party.version)
         head.append(f"versions of sl_queue differ: {each}")
-    refused = [_refusal(name, party, ago) for name, party in status["parties"].items() if party.get("refused")]
+    refused = [_refusal(name, party, ago) for name, party in status.parties.items() if party.refused]
     return Group(*map(_plain, head), "", table, *map(_plain, refused))
 
 
@@ -196,7 +194,7 @@ FIXED = ("finished", "stopped", "refused", "not joined")  # what a party stays w
 
 
 def _silence(telling: Telling, wall: float) -> str:
-    age_s = telling.age_s(wall)
+    age_s = telling.run.age_s(wall)
     last = "" if age_s is None else f", {_when(telling, wall)}"
     return (
         f"the scheduler has said nothing for at least {telling.listened_s:.0f} s: it is gone, or it does not reach the "
@@ -206,15 +204,15 @@ def _silence(telling: Telling, wall: float) -> str:
 
 
 def _when(telling: Telling, wall: float) -> str:
-    age_s = telling.age_s(wall)
+    age_s = telling.run.age_s(wall)
     if age_s is None:
         return "at a time that its version does not say"
-    return f"{telling.run['told_at']}, {age_s:.0f} s ago" if age_s >= 1.0 else "now"
+    return f"{telling.run.told_at}, {age_s:.0f} s ago" if age_s >= 1.0 else "now"
 
 
-def _refusal(name: str, party: Mapping[str, Any], ago: str) -> str:
-    when = "" if party.get("refused_s") is None else f" {party['refused_s']:.0f} s {ago}"
-    return f"{name} was refused{when}, and the run waits for a worker of it that agrees: {party['refused']}"
+def _refusal(name: str, party: PartyStatus, ago: str) -> str:
+    when = "" if party.refused_s is None else f" {party.refused_s:.0f} s {ago}"
+    return f"{name} was refused{when}, and the run waits for a worker of it that agrees: {party.refused}"
 
 
 def _plain(text: object) -> Text:
@@ -225,7 +223,6 @@ def _plain(text: object) -> Text:
 COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
 
 
-def show_finding(console: Console, finding: Finding) -> None:
-    """One line of `sl-queue check`."""
-    colour = COLOURS[finding.level]
-    console.print(Text.assemble((f"{finding.level:8}", colour), finding.text), soft_wrap=True)
+def show_finding(console: Console, level: str, text: str) -> None:
+    """Print a line of `sl-queue check`."""
+    console.print(Text.assemble((f"{level:8}", COLOURS[level]), text), soft_wrap=True)

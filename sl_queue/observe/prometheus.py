@@ -5,7 +5,6 @@ Nothing is counted in here, and nothing is told of rows, tensors or secrets.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
@@ -16,6 +15,7 @@ from prometheus_client.registry import Collector
 from sl_queue.errors import JobError
 from sl_queue.observe.http_server import Answer, HttpServer
 from sl_queue.protocol.measures import Connectivity, Measures
+from sl_queue.protocol.scheduler.status import RunStatus
 
 PULSE_S = 60.0  # a pulse beats several times a second; without one for so long a worker is not alive
 UNHEALTHY = "503 Service Unavailable"
@@ -89,25 +89,25 @@ class PartyCollector(Collector):
 class SchedulerCollector(Collector):
     """The scheduler: what it says to the operator, as numbers."""
 
-    def __init__(self, status: Callable[[], Mapping[str, Any]], vitals: Callable[[], Vitals]) -> None:
+    def __init__(self, status: Callable[[], RunStatus | None], vitals: Callable[[], Vitals]) -> None:
         self._status, self._vitals = status, vitals
 
     def collect(self) -> Iterable[Metric]:
         """Yield all metrics as they are now; before the first status only signs of life."""
         yield from _of_vitals(self._vitals())
         status = self._status()
-        if not status:
+        if status is None:
             return
-        about = {"job": status["job"], "run": status["run"] or "", "phase": status["phase"], "role": "scheduler"}
+        about = {"job": status.job, "run": status.run or "", "phase": status.phase, "role": "scheduler"}
         yield InfoMetricFamily("sl_queue_worker", "Who this is", value=about)
-        yield GaugeMetricFamily("sl_queue_generation", "Restarts from a common checkpoint", value=status["generation"])
-        yield GaugeMetricFamily("sl_queue_epochs_done", "Epochs in the history", value=status["epoch"])
+        yield GaugeMetricFamily("sl_queue_generation", "Restarts from a common checkpoint", value=status.generation)
+        yield GaugeMetricFamily("sl_queue_epochs_done", "Epochs in the history", value=status.epoch)
         silent = GaugeMetricFamily("sl_queue_silent_seconds", "Since the peer was heard of", labels=["peer"])
         committed = GaugeMetricFamily("sl_queue_party_committed_step", "Newest step on disk", labels=["party"])
-        for name, party in status["parties"].items():
-            if party["silent_s"] is not None and party["phase"] not in ("finished", "stopped"):
-                silent.add_metric([name], party["silent_s"])
-            committed.add_metric([name], party["committed"])
+        for name, party in status.parties.items():
+            if party.silent_s is not None and party.phase not in ("finished", "stopped"):
+                silent.add_metric([name], party.silent_s)
+            committed.add_metric([name], party.committed)
         yield from (silent, committed)
 
 

@@ -17,7 +17,9 @@ from typing import TypeVar
 
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
-from sl_queue.config.job import Job, JobPipeline, JobWire, PartyFile
+from sl_queue.compute.spec import ComputeSpec
+from sl_queue.config.job import Job, JobPipeline, JobWire
+from sl_queue.config.resolve import layers_of
 from sl_queue.cut.packing import Mask, Wire
 from sl_queue.cut.relu import gradient_mask
 from sl_queue.cut.tensors import cast
@@ -84,14 +86,13 @@ class Measured:
         return Affine.through((one.rows, value(one)), (other.rows, value(other)))
 
 
-def measure(job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table]) -> Measured:
+def measure(job: Job, specs: Mapping[str, ComputeSpec], tables: Mapping[str, Table]) -> Measured:
     """Run a few steps of every stage in this thread."""
-    n_rows = tables[job.label_holder].n_rows
     plain = {"wire": JobWire(), "holdout": 0.0, "early_stopping": None, "epochs": 1_000_000}
     samples, cold_factors, contentions = [], [], []
     for parts in (1, min(PARTS, job.batch_size)):
         changed = job.model_copy(update={**plain, "pipeline": JobPipeline(micro_batches=parts)})
-        stages = _Stages.build(changed, files, tables, changed.batches(n_rows))
+        stages = _Stages.build(changed, specs, tables)
         samples.append(stages.sample())
         cold_factors.append(stages.cold_factor(samples[-1]))
         contentions.append(stages.contention(samples[-1]))
@@ -109,11 +110,12 @@ class _Stages:
     batches: Batches
 
     @classmethod
-    def build(
-        cls, job: Job, files: Mapping[str, PartyFile], tables: Mapping[str, Table], batches: Batches
-    ) -> "_Stages":
-        fuse = fuse_stage(job, files[job.label_holder], tables[job.label_holder], batches)
-        bases = {party: base_stage(job, files[party], tables[party], batches) for party in job.feature_parties}
+    def build(cls, job: Job, specs: Mapping[str, ComputeSpec], tables: Mapping[str, Table]) -> "_Stages":
+        """Build the stages of all parties as `job` has them, with the models of `specs`."""
+        holder, batches, layers = job.label_holder, job.batches(tables[job.label_holder].n_rows), layers_of(job)
+        own = {party: replace(spec, layers=layers) for party, spec in specs.items()}
+        fuse = fuse_stage(own[holder], tables[holder], batches)
+        bases = {party: base_stage(own[party], tables[party], batches) for party in job.feature_parties}
         return cls(fuse, bases, batches)
 
     def sample(self) -> Sample:

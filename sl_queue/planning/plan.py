@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.job import Job, JobPipeline, PartyFile
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
 from sl_queue.data.table import read_table
 from sl_queue.local.threads import require_all
@@ -57,8 +59,10 @@ def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handlin
     """Measure a few steps of all parties here, and rank the pipelines. Raises whatever building a stage raises."""
     require_all(job, files)
     limit_threads(next((file.threads for file in files if file.threads), None) or 1)
-    tables = {file.party: read_table(job, file) for file in files}
-    measured = measure(job, {file.party: file for file in files}, tables)
+    importer = Importer()
+    specs = {file.party: resolve(job, file, importer) for file in files}
+    tables = {party: read_table(spec.table) for party, spec in specs.items()}
+    measured = measure(job, {party: spec.compute for party, spec in specs.items()}, tables)
     found = []
     for wire in WIRES:
         costs = costs_of(job, measured, wire, link, handling)

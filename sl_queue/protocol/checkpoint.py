@@ -52,7 +52,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """What a finished party left in `final/`."""
+    """The results that a finished party left in `final/`."""
 
     run: str
     step: int

@@ -12,7 +12,6 @@ What a peer sent is never trusted: sizes are checked against the bytes that are 
 
 import struct
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Annotated, Any, Final
 
 import msgpack
@@ -20,7 +19,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from sl_queue.errors import LocalProtocolError, RemoteProtocolError
 from sl_queue.protocol.control import Command, Message, Report, Status, objection
-from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload, Role, kinds_between
+from sl_queue.protocol.messages import (
+    BEFORE_FIRST_STEP,
+    Activation,
+    Gradient,
+    Header,
+    Kind,
+    MicroBatch,
+    Payload,
+    Role,
+    kinds_between,
+)
 from sl_queue.protocol.topology import Topology
 
 VERSION: Final = 1
@@ -32,7 +41,7 @@ MAX_HEADER_BYTES: Final = 4096
 MAX_CONTROL_BYTES: Final = 8 * 1024 * 1024  # earlier versions told all epochs when they joined
 MAX_CONTROL_ITEMS: Final = 50_000  # in one list: epochs of a history; what does not fit is refused in milliseconds
 _FIELDS: Final = 11
-_KINDS: Final = frozenset(kind.value for kind in Kind)
+_KINDS: Final = {kind.value: kind for kind in Kind}
 _UNREADABLE: Final = (ValueError, TypeError, msgpack.UnpackException, RecursionError)
 _ON_THE_WIRE: Final = {"rollback_steps": "bases"}  # of a start: as the first version calls it
 _HERE: Final = {there: here for here, there in _ON_THE_WIRE.items()}
@@ -61,7 +70,7 @@ _commands: TypeAdapter[Command | Status] = TypeAdapter(Annotated[Command | Statu
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What `receiver` takes of `sender`: who the two are, and how large a message without a tensor may be."""
+    """The messages that `receiver` takes of `sender`; one without a tensor has at most `control_bytes`."""
 
     sender: str
     receiver: str
@@ -189,7 +198,7 @@ def _split(body: bytes, terms: Terms | None) -> tuple[Header, Any, memoryview]:
 
 
 def _last(header: Header, view: memoryview, start: int) -> memoryview:
-    """The bytes of the bin at `start`, which must end where the message ends."""
+    """Return the bytes of the bin at `start`, which must end where the message ends."""
     for marker, length in ((0xC6, ">I"), (0xC5, ">H"), (0xC4, ">B")):
         size = struct.calcsize(length)
         if len(view) >= start + 1 + size and view[start] == marker:
@@ -203,26 +212,32 @@ def _last(header: Header, view: memoryview, start: int) -> memoryview:
 
 def _header(fields: list[Any]) -> Header:
     run, generation, kind, sender, receiver, step, index, committed = fields
-    texts, counts = (run, kind, sender, receiver), (generation, step, index, committed)
-    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+    if not (type(run) is type(kind) is type(sender) is type(receiver) is str) or not (
+        type(generation) is type(step) is type(index) is type(committed) is int
+    ):
         raise RemoteProtocolError("not a message of sl_queue: a header field has the wrong type")
-    if min(generation, step, index) < 0 or committed < -1 or kind not in _KINDS:
+    known = _KINDS.get(kind)
+    if known is None or generation < 0 or step < 0 or index < 0 or committed < BEFORE_FIRST_STEP:
         raise RemoteProtocolError("not a message of sl_queue: a header field is out of range")
-    return Header(run, generation, Kind(kind), sender, receiver, MicroBatch(step, index), committed)
+    return Header(run, generation, known, sender, receiver, MicroBatch(step, index), committed)
 
 
 def _payload(description: Any, data: memoryview) -> Payload:
-    match description:
-        case [str(dtype), [*shape], bytes(rows), *packing] if all(type(n) is int and n > 0 for n in shape):
-            pass
-        case _:
+    if type(description) is not list or len(description) < 3:
+        raise RemoteProtocolError("the description of the tensor is malformed")
+    dtype, shape, rows, *packing = description
+    if type(dtype) is not str or type(shape) is not list or type(rows) is not bytes:
+        raise RemoteProtocolError("the description of the tensor is malformed")
+    size = ITEM_BYTES.get(dtype, 0)
+    for length in shape:
+        if type(length) is not int or length <= 0:
             raise RemoteProtocolError("the description of the tensor is malformed")
+        size *= length
     if dtype not in ITEM_BYTES:
         raise RemoteProtocolError(f"dtype {dtype[:20]!r} is not one of {', '.join(ITEM_BYTES)}")
-    size = prod(shape) * ITEM_BYTES[dtype]
+    if not packing and size == len(data):
+        return Payload(dtype, tuple(shape), data, rows)
     match packing:
-        case [] if size == len(data):
-            return Payload(dtype, tuple(shape), data, rows)
         case [str(how)] if how and shape and len(data) <= size + SCALE_BYTES * shape[0]:  # `unpack` knows the rest
             return Payload(dtype, tuple(shape), data, rows, how)
         case _:

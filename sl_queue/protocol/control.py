@@ -11,7 +11,7 @@ from sl_queue.protocol.messages import PARTIES, Activation, Gradient, Kind, Role
 
 @dataclass(frozen=True, slots=True)
 class EpochResult:
-    """What the label holder measured in one epoch; `step` is the epoch's last step, `loss` the mean over its rows."""
+    """The label holder's measurements of one epoch; `step` is the epoch's last step, `loss` the mean over its rows."""
 
     epoch: int
     step: int
@@ -46,7 +46,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a worker is: the step it computes, the last one it committed, and the checkpoints it holds."""
+    """The position of a worker: the step it computes, the last one it committed, and the checkpoints it holds."""
 
     incarnation: str
     generation: int
@@ -172,7 +172,7 @@ class Start:
         return len(self.rollback_steps)
 
     def admits(self, generation: int, step: int) -> bool:
-        """Whether a checkpoint written in `generation` after `step` belongs to the present timeline."""
+        """Return True if a checkpoint written in `generation` after `step` belongs to the present timeline."""
         return all(step <= base for base in self.rollback_steps[generation:])
 
 
@@ -212,7 +212,7 @@ Command = Start | Open | Finish | Stop
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where the run is, as the scheduler last saw it; published for the operator."""
+    """The state of the run as the scheduler last saw it; published for the operator."""
 
     run: Mapping[str, Any]
     incarnation: str = ""  # of the scheduler
@@ -223,7 +223,7 @@ Message = Activation | Gradient | Report | Command | Status
 
 
 def kind_of(message: Message) -> Kind:
-    """What a message is filed and routed as."""
+    """Return the kind that a message is filed and routed as."""
     match message:
         case Activation() | Gradient():
             return message.kind
@@ -262,6 +262,8 @@ def objection(message: Message, sender: Role, receiver: Role) -> str | None:
 def subject_of(message: Message) -> str | None:
     """Name what a newer statement of the same sender replaces this one in; None of facts, which stay true."""
     match message:
+        case Activation() | Gradient():  # first, as it is asked of every message
+            return None
         case Start() | Open() | Finish() | Stop():
             return "command"
         case Alive() | Join() | Lost() | Progress() | StopRequest() | Waiting():

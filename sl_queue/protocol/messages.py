@@ -17,7 +17,7 @@ BEFORE_FIRST_STEP = -1  # the step of the checkpoint that everybody holds: the i
 
 
 class Role(StrEnum):
-    """What somebody is in a job."""
+    """The part that somebody has in a job."""
 
     SCHEDULER = SCHEDULER
     OPERATOR = OPERATOR
@@ -26,7 +26,7 @@ class Role(StrEnum):
 
 
 class Kind(StrEnum):
-    """What a message is; a part of its routing key."""
+    """The kind of a message; a part of its routing key."""
 
     ACTIVATION = "activation"
     HOLDOUT = "holdout"  # an activation of held-out rows: evaluated, never answered
@@ -123,7 +123,7 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What every message carries, and for data messages the name it is known by."""
+    """The head of every message, and for data messages the name it is known by."""
 
     run: str
     generation: int

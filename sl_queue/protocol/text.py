@@ -1,7 +1,12 @@
-"""A peer's text is data: what another party wrote reaches a log, a status or a terminal as one line of characters.
+"""Text for people: what peers wrote, made harmless, and what a mistyped name was probably meant to be.
+
+A peer's text is data: what another party wrote reaches a log, a status or a terminal as one line of characters.
 
 `printable` is applied where such a text enters, so that whoever shows it need not think of it again.
 """
+
+import difflib
+from collections.abc import Iterable
 
 LONGEST = 500  # characters of a reason
 LONGEST_NAME = 80  # of a metric, a run, a value of a job
@@ -19,3 +24,9 @@ def printable(text: str, limit: int = LONGEST) -> str:
 
 def _escaped(character: str) -> str:
     return "\\n" if character == "\n" else character.encode("unicode_escape").decode("ascii")
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Return `did you mean 'epochs'? `, or nothing."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""

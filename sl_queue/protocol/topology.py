@@ -17,27 +17,27 @@ class Topology:
     prefix: str = ""  # "credit." where several jobs share a virtual host
 
     def exchange(self, sender: str) -> str:
-        """Where `sender` publishes everything."""
+        """Return the exchange to which `sender` publishes everything."""
         return f"{self.prefix}x.{sender}"
 
     def queue(self, receiver: str, sender: str) -> str:
-        """What `receiver` reads of `sender`."""
+        """Return the queue that `receiver` reads of `sender`."""
         return f"{self.prefix}q.{receiver}.{sender}"
 
     def dead_letters(self, party: str) -> str:
-        """Where what `party` refused lies until an operator has looked."""
+        """Return the queue in which what `party` refused lies until an operator has looked."""
         return f"{self.prefix}q.{party}.dead"
 
     def dead_exchange(self, party: str) -> str:
-        """The exchange through which `party` refuses: its own, so that no further right is needed."""
+        """Return the exchange through which `party` refuses: its own, so that no further right is needed."""
         return self.exchange(party)
 
     def senders_to(self, receiver: str) -> tuple[str, ...]:
-        """Whose messages `receiver` consumes; the first queue serves as the lock of the party."""
+        """Return those whose messages `receiver` consumes; the first queue serves as the lock of the party."""
         return tuple(s for s in (SCHEDULER, *self.parties, OPERATOR) if self.kinds_between(s, receiver))
 
     def receivers_of(self, sender: str) -> tuple[str, ...]:
-        """To whom `sender` publishes."""
+        """Return those to whom `sender` publishes."""
         return tuple(r for r in (SCHEDULER, OPERATOR, *self.parties) if r != sender and sender in self.senders_to(r))
 
     def kinds_between(self, sender: str, receiver: str) -> frozenset[Kind]:
@@ -61,5 +61,5 @@ class Topology:
 
     @staticmethod
     def binding_key(receiver: str) -> str:
-        """Every run and kind for that receiver: queues outlive runs, messages of other runs are dropped by header."""
+        """Return the key of every run and kind for that receiver: queues outlive runs, headers tell these apart."""
         return f"*.*.{receiver}"

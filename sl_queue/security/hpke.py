@@ -26,7 +26,7 @@ _KEM = b"KEM" + struct.pack(">H", KEM_ID)
 
 
 class Cipher(StrEnum):
-    """What the body is encrypted with."""
+    """The cipher that bodies are encrypted with."""
 
     AES_256_GCM = "aes-256-gcm"
     CHACHA20_POLY1305 = "chacha20-poly1305"
@@ -51,11 +51,11 @@ class Context:
     _base_nonce: bytes = field(repr=False)
 
     def seal(self, sequence: int, associated: bytes, plaintext: bytes) -> bytes:
-        """The ciphertext, TAG_BYTES longer than the plaintext."""
+        """Return the ciphertext, TAG_BYTES longer than the plaintext."""
         return self._aead.encrypt(self._nonce(sequence), plaintext, associated)
 
     def open(self, sequence: int, associated: bytes, ciphertext: bytes | memoryview) -> bytes:
-        """The plaintext. Raises Unsealable."""
+        """Return the plaintext. Raises Unsealable."""
         try:
             return self._aead.decrypt(self._nonce(sequence), ciphertext, associated)
         except InvalidTag:

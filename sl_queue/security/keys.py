@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from sl_queue.config.security import read_secret
 from sl_queue.errors import JobError
+from sl_queue.security.private_file import read_secret
 
 _END = b"-----END PRIVATE KEY-----\n"
 _KEY_BYTES = 32
@@ -26,7 +26,7 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """What everybody may know of a party: for sealing to it, and for checking what it signed."""
+    """The public keys of a party: for sealing to it, and for checking what it signed."""
 
     seal: X25519PublicKey
     sign: Ed25519PublicKey | None = None
@@ -47,7 +47,7 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True)
 class PrivateKey:
-    """What only the party itself knows."""
+    """The private keys of a party, which it alone knows."""
 
     seal: X25519PrivateKey = field(repr=False)
     sign: Ed25519PrivateKey | None = field(default=None, repr=False)
@@ -78,13 +78,13 @@ class PrivateKey:
         return PublicKey(self.seal.public_key(), None if self.sign is None else self.sign.public_key())
 
     def pem(self) -> bytes:
-        """The contents of the key file."""
+        """Return the contents of the key file."""
         keys = (self.seal,) if self.sign is None else (self.seal, self.sign)
         return b"".join(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) for key in keys)
 
 
 def read_key(path: Path) -> PrivateKey:
-    """The keys in a file. Raises JobError if there are none, or if others on this machine may read them."""
+    """Return the keys in a file. Raises JobError if there are none, or if others on this machine may read them."""
     try:
         text = read_secret(path, "private key")
     except OSError as error:

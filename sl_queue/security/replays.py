@@ -40,5 +40,5 @@ class ReplayFilter:
                 self._seal.renew(sender)
 
     def forget(self) -> None:
-        """What was not acknowledged comes again, and is to be taken again."""
+        """Forget everything: what was not acknowledged comes again, and is to be taken again."""
         self._latest.clear()

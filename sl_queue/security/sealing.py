@@ -68,7 +68,7 @@ class Seal:
         self._refused: set[str] = set()
 
     def seal(self, receiver: str, body: bytes) -> bytes:
-        """The bytes to publish; `receiver` alone can open them."""
+        """Return the bytes to publish; `receiver` alone can open them."""
         with self._lock:
             enc, context = self._context_to(receiver)
             sequence = self._sealed[receiver]
@@ -80,7 +80,7 @@ class Seal:
         return b"".join((prefix, context.seal(sequence, prefix, body)))
 
     def open(self, sender: str, sealed: bytes) -> Opened:
-        """What `sender` sealed for us. Raises RemoteProtocolError for anything else."""
+        """Return what `sender` sealed for us. Raises RemoteProtocolError for anything else."""
         try:
             prefix = sealed[: _PREFIX.size]
             if len(prefix) == _PREFIX.size and prefix[:3] == _MAGIC[:3] and prefix[3] != _VERSION:
@@ -120,7 +120,7 @@ class Seal:
             contexts.popitem(last=False)
 
     def never_opened(self, sender: str) -> bool:
-        """Whether messages of that sender came, and none of them could be opened."""
+        """Return True if messages of that sender came, and none of them could be opened."""
         return sender in self._refused and sender not in self._heard
 
     def _meet(self, sender: str, process: bytes, fresh: bool) -> bool:
@@ -136,7 +136,7 @@ class Seal:
         return process != known
 
     def _context_to(self, receiver: str) -> tuple[bytes, Context]:
-        """This process's context for sealing to `receiver`; called with the lock held."""
+        """Return this process's context for sealing to `receiver`; called with the lock held."""
         if receiver not in self._sending:
             info, ephemeral = _names(self._me, receiver), X25519PrivateKey.generate()
             key = self._key_of(receiver).seal
@@ -149,7 +149,7 @@ class Seal:
         return setup_receiver(self._cipher, enc, self._own.seal, info, self._key_of(sender).seal)
 
     def _verified(self, sender: str, prefix: bytes, body: bytes) -> bytes:
-        """The message without its signature, if that sender signs."""
+        """Return the message without its signature, if that sender signs."""
         key = self._key_of(sender).sign
         if key is None:
             return body

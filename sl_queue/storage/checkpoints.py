@@ -21,13 +21,14 @@ from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.protocol.scheduler.agreement import told_difference
 from sl_queue.storage.files import Held, is_passing, lock, unusable, warn_of_readers, write_durably
+from sl_queue.storage.formats import FORMAT, require_format
 from sl_queue.storage.tensor_file import Stored, TornFileError, packed, sealed, unsealed
 
 log = logging.getLogger("sl_queue")
 
-VERSION = 1  # of what is written here
 LAST = 3  # how many checkpoints a party keeps, besides the best one
 _PREFIX, _SUFFIX = "step-", ".safetensors"
+_ANEW = "give this worker a state folder of its own (--state, or --out of sl-queue local), or remove that one"
 
 
 class Folder:
@@ -51,7 +52,7 @@ class Folder:
     ) -> None:
         self._path, self._checkpoints, self._final = path, path / "checkpoints", path / "final"
         self._job = dict(job or {})
-        self._owner = {"format": VERSION, "job": job_digest, "party": party, "says": self._job}
+        self._owner = {"format": FORMAT, "job": job_digest, "party": party, "says": self._job}
         self._fingerprint: Mapping[str, Any] = {}
         self._begun: dict[int, Mapping[str, Any]] = {}  # the fingerprints of the intact checkpoints
         self._final_says: Mapping[str, Any] | None = None  # what `final/run.json` holds, if this party has finished
@@ -180,6 +181,8 @@ class Folder:
         if not path.exists():
             return None
         try:
+            if "format" in (says := json.loads(path.read_bytes())):
+                require_format(says, path, _ANEW)  # before anything is read that another format may not have
             final, found = _read_final(self._final)
             self._require_owner(found, path)
             self._final_says = found
@@ -257,20 +260,16 @@ class Folder:
         return step if isinstance(step, int) else None
 
     def _require_owner(self, found: Mapping[str, Any], path: Path) -> None:
-        anew = (
-            "; give this worker a state folder of its own (--state, or --out of sl-queue local), or remove that one to "
-            "start anew"
-        )
-        if found.get("format") != VERSION:
-            version = f"format {found.get('format')}, this one writes {VERSION}"
-            raise CheckpointError(f"{path} was written by another version of sl_queue ({version}){anew}")
+        require_format(found, path, _ANEW)
         if found.get("party") != self._owner["party"]:
-            raise CheckpointError(f"{path} belongs to party {found.get('party')!r}, not {self._owner['party']!r}{anew}")
+            raise CheckpointError(
+                f"{path} belongs to party {found.get('party')!r}, not {self._owner['party']!r}; {_ANEW}"
+            )
         if found.get("job") != self._owner["job"]:
             says = found.get("says")
             digests = f"digest {str(found.get('job'))[:12]}, and this one is {str(self._owner['job'])[:12]}"
             differing = told_difference(self._job, says) if says else digests
-            raise CheckpointError(f"{path} belongs to another job ({differing}){anew}; or restore the job file")
+            raise CheckpointError(f"{path} belongs to another job ({differing}); {_ANEW}; or restore the job file")
 
     def _require(self, own: Mapping[str, Any], begun: Mapping[str, Any], path: Path, *, finished: bool) -> None:
         differing = "; ".join(differences(begun, own, finished=finished))

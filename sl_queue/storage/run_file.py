@@ -18,10 +18,12 @@ from sl_queue.protocol.history import History
 from sl_queue.protocol.scheduler.agreement import told_difference
 from sl_queue.protocol.scheduler.state import Phase, RunState, history_line
 from sl_queue.storage.files import Held, is_passing, lock, unusable, warn_of_readers, write_durably
+from sl_queue.storage.formats import FORMAT, require_format
 from sl_queue.storage.history_file import HistoryFile
 
 _states: TypeAdapter[RunState] = TypeAdapter(RunState)
 _histories: TypeAdapter[list[EpochResult]] = TypeAdapter(list[EpochResult])
+_ANEW = "give the scheduler another folder (--state, or --out of sl-queue local)"
 _ELSEWHERE = ("history", "standing")  # of a state: in a file of its own, and what follows from that
 
 
@@ -51,7 +53,8 @@ class RunFile:
         if not path.exists():
             return None
         try:
-            saved: dict[str, Any] = json.loads(path.read_text())
+            saved: dict[str, Any] = dict(json.loads(path.read_text()))
+            require_format(saved, path, _ANEW, default=1)  # the first version did not say
             digest, kept = saved["job"], dict(saved["state"])
             told = kept.pop("history", None)  # of a finished run; earlier versions kept it here all along
             state, history = _states.validate_python(kept), self._history.load()
@@ -80,7 +83,7 @@ class RunFile:
             del kept[name]
         if state.phase is Phase.FINISHED:  # once: whoever still holds the lines may be gone by the time they are missed
             kept["history"] = [history_line(result) for result in state.history]
-        body = json.dumps({"job": self._job_digest, "says": self._job, "state": kept}, indent=1)
+        body = json.dumps({"format": FORMAT, "job": self._job_digest, "says": self._job, "state": kept}, indent=1)
         try:
             self._history.write(state.history)
             write_durably(self._folder / "run.json", body.encode())

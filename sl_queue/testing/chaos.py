@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import assert_never
 
-from sl_queue.config.environment import LOCAL
+from sl_queue.config.environment import BROKER, EVENTS, LOCAL, LOG_FORMAT, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import JobError
-from sl_queue.local.processes import Place, command
+from sl_queue.local.processes import Place, command, failure_in
 from sl_queue.local.supervise import Failure, Limits, Worker, supervise
 from sl_queue.local.threads import shared_threads
+from sl_queue.observe.json_lines import Entry
+from sl_queue.protocol.events import Failed
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER
 from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.testing.proxy import Proxy
-from sl_queue.testing.run_log import Journal
+from sl_queue.testing.run_log import RunLog, following
 
 LONGEST_WAIT_S = 0.3  # after the step at which a fault is due, so that it may hit anything that happens between steps
 LATEST = 0.95  # share of the steps: who is killed must not have finished
@@ -37,7 +40,7 @@ Sums = Mapping[str, str]  # SHA-256 by file name
 
 
 class Kind(StrEnum):
-    """What goes wrong."""
+    """A kind of fault."""
 
     KILL = "SIGKILL"
     BROKER = "broker killed and started again"
@@ -47,8 +50,8 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Storm:
-    """How much goes wrong in a run."""
+class FaultPlan:
+    """The number of faults of each kind in a run, and the seed that places them."""
 
     kills: int
     broker_restarts: int
@@ -78,39 +81,39 @@ class Injected:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class Run:
     """One of the two runs, when it is over."""
 
     failure: Failure | None
     seconds: float
-    journal: Journal = field(repr=False)
+    run_log: RunLog = field(repr=False)
     injected: tuple[Injected, ...]
     weights: Sums
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What came of both runs."""
+class Comparison:
+    """Both runs, side by side."""
 
     roles: tuple[str, ...]
     planned: tuple[Fault, ...]
-    peace: Trial
-    faults: Trial
+    peace: Run
+    faults: Run
 
     @property
     def passed(self) -> bool:
-        """Whether both runs ended well, every fault happened, and all weights are equal to the bit."""
+        """True if both runs ended well, every fault happened, and all weights are equal to the bit."""
         ended_well = self.peace.failure is None and self.faults.failure is None
         all_happened = len(self.faults.injected) == len(self.planned)
         return ended_well and all_happened and bool(self.peace.weights) and self.peace.weights == self.faults.weights
 
 
-def plan_faults(storm: Storm, roles: Sequence[str], last_step: int) -> tuple[Fault, ...]:
-    """Which faults come when, in order; the same for the same seed, roles and number of steps."""
-    chance = random.Random(storm.seed)
+def plan_faults(plan: FaultPlan, roles: Sequence[str], last_step: int) -> tuple[Fault, ...]:
+    """Draw the faults and when each comes, in order; the same for the same seed, roles and number of steps."""
+    chance = random.Random(plan.seed)
     connection = (Kind.CUT, Kind.CUT, Kind.DELAY, Kind.STALL)
-    kinds = [Kind.KILL] * storm.kills + [Kind.BROKER] * storm.broker_restarts
-    kinds += [chance.choice(connection) for _ in range(storm.cuts)]
+    kinds = [Kind.KILL] * plan.kills + [Kind.BROKER] * plan.broker_restarts
+    kinds += [chance.choice(connection) for _ in range(plan.cuts)]
     latest = max(1, int(LATEST * last_step))
     faults = [
         Fault(
@@ -124,24 +127,26 @@ def plan_faults(storm: Storm, roles: Sequence[str], last_step: int) -> tuple[Fau
     return tuple(sorted(faults, key=lambda fault: (fault.step, fault.wait_s)))
 
 
-def run_chaos(job: Job, job_file: Path, party_files: Mapping[str, Path], out: Path, storm: Storm, say: Say) -> Verdict:
+def run_chaos(
+    job: Job, job_file: Path, party_files: Mapping[str, Path], out: Path, plan: FaultPlan, say: Say
+) -> Comparison:
     """Both runs; `party_files` by party. Raises JobError if `out` is not empty. Call from the main thread."""
     if out.exists() and any(out.iterdir()):
         raise JobError(f"{out} is not empty; both runs must begin anew: give --out another folder")
     roles = (*job.parties, SCHEDULER)
     with PrivateBroker() as broker:
-        ground = _Ground(job, job_file, party_files, broker, say)
+        harness = _Harness(job, job_file, party_files, broker, say)
         say("in peace:")
-        peace = ground.run("peace", out / "peace", ())
-        planned = plan_faults(storm, roles, peace.journal.last_step)
+        peace = harness.run("peace", out / "peace", ())
+        planned = plan_faults(plan, roles, peace.run_log.last_step)
         if peace.failure is not None:
-            return Verdict(roles, planned, peace, peace)
-        say(f"  {peace.journal.last_step + 1} steps in {peace.seconds:.1f} s\nunder faults:")
-        return Verdict(roles, planned, peace, ground.run("faults", out / "faults", planned))
+            return Comparison(roles, planned, peace, peace)
+        say(f"  {peace.run_log.last_step + 1} steps in {peace.seconds:.1f} s\nunder faults:")
+        return Comparison(roles, planned, peace, harness.run("faults", out / "faults", planned))
 
 
 @dataclass(frozen=True, slots=True)
-class _Ground:
+class _Harness:
     """Where both runs take place."""
 
     job: Job
@@ -150,21 +155,31 @@ class _Ground:
     broker: PrivateBroker
     say: Say
 
-    def run(self, name: str, out: Path, faults: tuple[Fault, ...]) -> Trial:
+    def run(self, name: str, out: Path, faults: tuple[Fault, ...]) -> Run:
         """One run from nothing to its final weights, in a virtual host and folders of its own."""
-        journal, places = Journal(), self._places(out)
+        run_log, places = RunLog(), self._places(out)
         with ExitStack() as stack:
             proxies = {role: stack.enter_context(Proxy(self.broker.port)) for role in places}
-            injector = _Injector(faults, journal, self.broker, proxies, self.say)
+            injector = _Injector(faults, run_log, self.broker, proxies, self.say)
             workers = self._workers(places, proxies, self.broker.url(name))
             threads = str(shared_threads(len(self.job.parties)))
-            environ = {**os.environ, "SL_QUEUE_THREADS": threads, LOCAL.name: "1", "SL_QUEUE_LOG": "debug"}
+            events = out / "events.jsonl"
+            environ = {**os.environ, THREADS.name: threads, LOCAL.name: "1"}
+            environ |= {EVENTS.name: str(events), LOG_FORMAT.name: "text"}
+            stack.enter_context(following(events, self._take(run_log)))
             patient = Limits(crashes=len(faults) + Limits().crashes)  # those that we cause ourselves are no crash loop
             with injector.working():
                 failure = supervise(
-                    workers, environ, self._hear(journal), _committed(places), patient, on_start=journal.start
+                    workers,
+                    environ,
+                    _no_line,
+                    _committed(places),
+                    patient,
+                    on_start=run_log.start,
+                    reason_of=partial(failure_in, events),
                 )
-            return Trial(failure, time.monotonic() - injector.began_s, journal, tuple(injector.injected), _sums(places))
+            seconds = time.monotonic() - injector.began_s
+        return Run(failure, seconds, run_log, tuple(injector.injected), _sums(places))
 
     def _places(self, out: Path) -> dict[str, Place]:
         places = {party: Place(path, out / party) for party, path in self.party_files.items()}
@@ -172,16 +187,21 @@ class _Ground:
 
     def _workers(self, places: Mapping[str, Place], proxies: Mapping[str, Proxy], url: str) -> list[Worker]:
         return [
-            Worker(role, command(self.job, role, self.job_file, place), {"SL_QUEUE_BROKER": proxies[role].url(url)})
+            Worker(role, command(self.job, role, self.job_file, place), {BROKER.name: proxies[role].url(url)})
             for role, place in places.items()
         ]
 
-    def _hear(self, journal: Journal) -> Callable[[str, str], None]:
-        def on_line(worker: str, text: str) -> None:
-            if not journal.line(worker, text) and " error: " in f" {text}":
-                self.say(f"  {worker} {text}")
+    def _take(self, run_log: RunLog) -> Callable[[Entry], None]:
+        def take(entry: Entry) -> None:
+            run_log.take(entry)
+            if isinstance(entry.event, Failed):
+                self.say(f"  {entry.event.party} error: {entry.event.message}")
 
-        return on_line
+        return take
+
+
+def _no_line(worker: str, text: str) -> None:
+    """Take no notice of what a worker writes: its events say more."""
 
 
 class _Injector:  # mutable: it remembers what it did
@@ -190,12 +210,12 @@ class _Injector:  # mutable: it remembers what it did
     def __init__(
         self,
         faults: tuple[Fault, ...],
-        journal: Journal,
+        run_log: RunLog,
         broker: PrivateBroker,
         proxies: Mapping[str, Proxy],
         say: Say,
     ) -> None:
-        self._faults, self._journal, self._broker, self._proxies, self._say = faults, journal, broker, proxies, say
+        self._faults, self._run_log, self._broker, self._proxies, self._say = faults, run_log, broker, proxies, say
         self._thread = threading.Thread(target=self._work, name="faults", daemon=True)
         self.began_s = time.monotonic()
         self.injected: list[Injected] = []
@@ -208,12 +228,12 @@ class _Injector:  # mutable: it remembers what it did
         try:
             yield
         finally:
-            self._journal.end()
+            self._run_log.end()
             self._thread.join()
 
     def _work(self) -> None:
         for fault in self._faults:
-            if not self._journal.await_step(fault.step) or self._journal.await_end(fault.wait_s):
+            if not self._run_log.await_step(fault.step) or self._run_log.await_end(fault.wait_s):
                 return
             if not self._carry_out(fault):
                 return
@@ -232,20 +252,20 @@ class _Injector:  # mutable: it remembers what it did
             case Kind.DELAY:
                 self._note(fault)
                 self._proxies[fault.victim].delay_s = DELAY_S
-                self._journal.await_end(TROUBLE_S)
+                self._run_log.await_end(TROUBLE_S)
                 self._proxies[fault.victim].delay_s = 0.0
             case Kind.STALL:
                 self._note(fault)
                 self._proxies[fault.victim].stall()
-                self._journal.await_end(TROUBLE_S)
+                self._run_log.await_end(TROUBLE_S)
                 self._proxies[fault.victim].resume()
             case _:
                 assert_never(fault.kind)
         return True
 
     def _kill(self, fault: Fault) -> bool:
-        while (pid := self._journal.await_process(fault.victim)) is not None:
-            self._journal.killed(fault.victim)
+        while (pid := self._run_log.await_process(fault.victim)) is not None:
+            self._run_log.killed(fault.victim)
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -258,7 +278,7 @@ class _Injector:  # mutable: it remembers what it did
         now = time.monotonic()
         self.injected.append(Injected(fault, now))
         count = f"{len(self.injected)}/{len(self._faults)}"
-        self._say(f"  {now - self.began_s:6.1f} s  step {self._journal.last_step:5d}  {count:>6}  {fault}")
+        self._say(f"  {now - self.began_s:6.1f} s  step {self._run_log.last_step:5d}  {count:>6}  {fault}")
 
 
 def _committed(places: Mapping[str, Place]) -> Callable[[str], int]:

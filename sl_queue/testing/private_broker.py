@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from sl_queue.config.environment import RABBITMQ_SERVER
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.testing.broker_contents import HOST, USER, Contents
 
 START_S = 90.0  # a loaded machine with two cores needs 20
 COOKIE = ".erlang.cookie"
-SERVER = "SL_QUEUE_RABBITMQ_SERVER"
 
 _SERVERS = ("/usr/lib/rabbitmq/bin/rabbitmq-server",)  # Debian's wrapper on PATH wants to be root and changes the user
 _ERL_CALLS = ("/usr/lib/erlang/bin", "/usr/local/lib/erlang/bin")
@@ -31,7 +31,7 @@ def find_server() -> Path | None:
 
     The one that SL_QUEUE_RABBITMQ_SERVER names comes first.
     """
-    candidates = (os.environ.get(SERVER), *_SERVERS, shutil.which("rabbitmq-server"))
+    candidates = (RABBITMQ_SERVER.read(), *_SERVERS, shutil.which("rabbitmq-server"))
     found = [Path(path) for path in candidates if path is not None and os.access(path, os.X_OK)]
     return found[0] if found else None
 

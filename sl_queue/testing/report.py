@@ -8,68 +8,72 @@ from rich.console import Group
 from rich.table import Table
 
 from sl_queue.protocol.messages import SCHEDULER
-from sl_queue.testing.chaos import Trial, Verdict
+from sl_queue.testing.chaos import Comparison, Run
 
 
-def report(verdict: Verdict) -> Group:
+def report(comparison: Comparison) -> Group:
     """The numbers, the digests, the last word."""
-    return Group("", _summary(verdict), "", _losses(verdict), "", _weights(verdict), "", _last_word(verdict))
+    return Group(
+        "", _summary(comparison), "", _losses(comparison), "", _weights(comparison), "", _last_word(comparison)
+    )
 
 
-def _summary(verdict: Verdict) -> Table:
+def _summary(comparison: Comparison) -> Table:
     table = Table("", "in peace", "under faults", box=None)
-    peace, faults = verdict.peace, verdict.faults
+    peace, faults = comparison.peace, comparison.faults
     table.add_row("seconds", f"{peace.seconds:.1f}", f"{faults.seconds:.1f}")
-    table.add_row("faults injected", "0", f"{len(faults.injected)} of {len(verdict.planned)}")
+    table.add_row("faults injected", "0", f"{len(faults.injected)} of {len(comparison.planned)}")
     for what, name in (
         ("messages applied", "applied"),
         ("messages delivered again", "redelivered"),
         ("duplicates dropped", "duplicates"),
         ("messages rejected", "rejected"),
     ):
-        table.add_row(what, str(peace.journal.count(name)), str(faults.journal.count(name)))
-    table.add_row("messages sent again on request", str(peace.journal.resent), str(faults.journal.resent))
-    for role in verdict.roles:
+        table.add_row(what, str(peace.run_log.count(name)), str(faults.run_log.count(name)))
+    table.add_row("messages sent again on request", str(peace.run_log.resent), str(faults.run_log.resent))
+    for role in comparison.roles:
         if role != SCHEDULER:
-            table.add_row(f"steps done again by {role}", _again(verdict.peace, role), _again(verdict.faults, role))
-    for text, times in _restarts(verdict):
+            table.add_row(
+                f"steps done again by {role}", _again(comparison.peace, role), _again(comparison.faults, role)
+            )
+    for text, times in _restarts(comparison):
         table.add_row(text, "", f"median {median(times):.1f} s, at most {max(times):.1f} s" if times else "")
     return table
 
 
-def _again(trial: Trial, role: str) -> str:
-    after_kills, without = trial.journal.recomputed(role)
+def _again(run: Run, role: str) -> str:
+    after_kills, without = run.run_log.recomputed(role)
     if not after_kills and not without:
         return "0"
     return f"{sum(after_kills) + without} (at most {max(after_kills, default=0)} a restart, {without} without)"
 
 
-def _restarts(verdict: Verdict) -> Iterator[tuple[str, list[float]]]:
-    parties = [role for role in verdict.roles if role != SCHEDULER]
-    again = [process for role in parties for process in verdict.faults.journal.processes(role)[1:]]
+def _restarts(comparison: Comparison) -> Iterator[tuple[str, list[float]]]:
+    parties = [role for role in comparison.roles if role != SCHEDULER]
+    again = [process for role in parties for process in comparison.faults.run_log.processes(role)[1:]]
     loading = [process.loaded_s - process.started_s for process in again if process.loaded_s is not None]
     yield "restart to libraries loaded", loading
     yield "from there to the next step", [p.to_next_step_s for p in again if p.to_next_step_s is not None]
 
 
-def _losses(verdict: Verdict) -> Table:
-    """What each kind of fault cost."""
-    parties = [role for role in verdict.roles if role != SCHEDULER]
+def _losses(comparison: Comparison) -> Table:
+    """Return the seconds that each kind of fault cost."""
+    parties = [role for role in comparison.roles if role != SCHEDULER]
     stalls: dict[str, list[float]] = {}
-    for injected in verdict.faults.injected:
-        stalled_s = verdict.faults.journal.stalled_s(parties, injected.at_s)
+    for injected in comparison.faults.injected:
+        stalled_s = comparison.faults.run_log.stalled_s(parties, injected.at_s)
         stalls.setdefault(str(injected.fault), []).append(stalled_s)
     table = Table("seconds until every party went on", "times", "mean", "longest", box=None)
     for fault, seconds in sorted(stalls.items()):
         table.add_row(fault, str(len(seconds)), f"{mean(seconds):.1f}", f"{max(seconds):.1f}")
-    lost_s = verdict.faults.seconds - verdict.peace.seconds
-    count = len(verdict.faults.injected)
+    lost_s = comparison.faults.seconds - comparison.peace.seconds
+    count = len(comparison.faults.injected)
     table.add_row("longer than in peace, per fault", str(count), f"{lost_s / count:.1f}" if count else "", "")
     return table
 
 
-def _weights(verdict: Verdict) -> str:
-    peace, faults = verdict.peace.weights, verdict.faults.weights
+def _weights(comparison: Comparison) -> str:
+    peace, faults = comparison.peace.weights, comparison.faults.weights
     lines = ["SHA-256 of the final weights"]
     for name in sorted({*peace, *faults}):
         one, other = peace.get(name, "missing"), faults.get(name, "missing")
@@ -78,16 +82,16 @@ def _weights(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def _last_word(verdict: Verdict) -> str:
-    for name, trial in (("in peace", verdict.peace), ("under faults", verdict.faults)):
-        if trial.failure is not None:
-            return f"failed: the run {name} ended because of {trial.failure.worker}: {trial.failure.reason}"
-    left = len(verdict.planned) - len(verdict.faults.injected)
+def _last_word(comparison: Comparison) -> str:
+    for name, run in (("in peace", comparison.peace), ("under faults", comparison.faults)):
+        if run.failure is not None:
+            return f"failed: the run {name} ended because of {run.failure.worker}: {run.failure.reason}"
+    left = len(comparison.planned) - len(comparison.faults.injected)
     if left:
         return f"failed: the run ended before {left} of the faults came; a longer job leaves room for them"
-    if not verdict.passed:
+    if not comparison.passed:
         return "failed: the weights differ"
-    return f"passed: {_listed(injected.fault.kind for injected in verdict.faults.injected)}, and not one bit differs"
+    return f"passed: {_listed(injected.fault.kind for injected in comparison.faults.injected)}, and not one bit differs"
 
 
 def _listed(kinds: Iterable[str]) -> str:

@@ -1,20 +1,22 @@
-"""What the workers of a run say about themselves, line by line: who did which step when, and who did it again.
+"""What the workers of a run did: who did which step when, and who did it again. Read from their events.
 
-The workers write these lines with SL_QUEUE_LOG=debug. A line that was written is here even if its worker was killed
-right after it: it waits in a pipe.
+The workers append their events to a file (SL_QUEUE_EVENTS). An event that was written is there even if its worker was
+killed right after it.
 """
 
-import re
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
 
-_STEP = re.compile(r": step (\d+) is done; messages of this process so far: \{(.*)\}$")
-_COUNT = re.compile(r"'(\w+)': (\d+)")
-_LOADED = "libraries are loaded"
-_RESENT = re.compile(r": sent (\d+) messages again to party ")
+from sl_queue.observe.json_lines import Entry, entries
+from sl_queue.protocol.events import Event, Loaded, Resent, StepDone
+
+READ_EVERY_S = 0.02
 
 
 @dataclass(slots=True)
@@ -25,7 +27,7 @@ class Process:  # mutable: it goes on
     started_s: float
     loaded_s: float | None = None  # when Python and the libraries were there
     steps: list[tuple[int, float]] = field(default_factory=list)  # (step, when it was done), in order
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def to_next_step_s(self) -> float | None:
@@ -33,8 +35,8 @@ class Process:  # mutable: it goes on
         return None if self.loaded_s is None or not self.steps else self.steps[0][1] - self.loaded_s
 
 
-class Journal:
-    """Mutable, thread-safe: lines come from the threads that read them. Times are monotonic, when a line came."""
+class RunLog:
+    """Mutable, thread-safe. Times are those of the machine's monotonic clock."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -57,26 +59,23 @@ class Journal:
         with self._changed:
             self._running.pop(worker, None)
 
-    def line(self, worker: str, text: str) -> bool:
-        """Take in a line; False if it is for people rather than for this journal."""
-        done = _STEP.search(text)
-        resent = _RESENT.search(text)
+    def take(self, entry: Entry) -> None:
+        """Take in an event of a process that was started."""
+        event = entry.event
         with self._changed:
-            if resent is not None:
-                self._resent += int(resent[1])
-            if done is None and _LOADED not in text:
-                return False
-            process = self._processes[worker][-1]
-            if done is None:
-                process.loaded_s = time.monotonic()
-                return True
-            step = int(done[1])
-            process.steps.append((step, time.monotonic()))
-            process.counts.update({name: 0 for name, _ in _COUNT.findall(done[2])})
-            process.counts |= Counter({name: int(count) for name, count in _COUNT.findall(done[2])})
-            self._reached = max(self._reached, step)
-            self._changed.notify_all()
-            return True
+            if isinstance(event, Resent):
+                self._resent += event.messages
+            processes = reversed(self._processes.get(event.party, ()))
+            process = next((process for process in processes if process.pid == entry.pid), None)
+            if process is None:
+                return
+            if isinstance(event, Loaded):
+                process.loaded_s = entry.at_s
+            elif isinstance(event, StepDone):
+                process.steps.append((event.step, entry.at_s))
+                process.counts = event.messages or {}
+                self._reached = max(self._reached, event.step)
+                self._changed.notify_all()
 
     def end(self) -> None:
         """Nothing more will happen."""
@@ -123,7 +122,7 @@ class Journal:
     def count(self, what: str) -> int:
         """Messages `applied`, `redelivered`, `duplicates`, `stale` or `rejected`, of all processes together."""
         with self._changed:
-            return sum(p.counts[what] for processes in self._processes.values() for p in processes)
+            return sum(p.counts.get(what, 0) for processes in self._processes.values() for p in processes)
 
     def recomputed(self, worker: str) -> tuple[list[int], int]:
         """Steps done again after each restart of that worker, and steps done again without a restart."""
@@ -142,7 +141,7 @@ class Journal:
 
 
 def recomputed(processes: list[list[int]]) -> tuple[list[int], int]:
-    """As `Journal.recomputed`, from the steps that each process of a worker has done, in order."""
+    """As `RunLog.recomputed`, from the steps that each process of a worker has done, in order."""
     after_restart, without, reached = [], 0, -1
     for number, steps in enumerate(processes):
         known, again = reached, 0
@@ -152,3 +151,39 @@ def recomputed(processes: list[list[int]]) -> tuple[list[int], int]:
             reached = max(reached, step)
         after_restart += [again] if number else []
     return after_restart, without
+
+
+@contextmanager
+def following(path: Path, take: Callable[[Entry], None]) -> Iterator[None]:
+    """Pass on what is appended to a file of events while the body runs, and what is left at its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    ended = threading.Event()
+    with path.open(encoding="utf-8") as file:
+
+        def follow() -> None:
+            rest = ""
+            while not ended.wait(READ_EVERY_S):
+                rest = _pass_on(file, rest, take)
+            _pass_on(file, rest, take)
+
+        thread = threading.Thread(target=follow, name="events", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _pass_on(file: IO[str], rest: str, take: Callable[[Entry], None]) -> str:
+    """Pass on the whole lines; returns what has come of the next."""
+    whole, newline, rest = (rest + file.read()).rpartition("\n")
+    for entry in entries(whole + newline):
+        take(entry)
+    return rest
+
+
+def events_in(path: Path) -> list[Event]:
+    """Read the events in a file; none if it is not there."""
+    return [entry.event for entry in entries(path.read_text())] if path.exists() else []

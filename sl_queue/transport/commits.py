@@ -8,7 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import partial
 
+from sl_queue.protocol.events import Committed
 from sl_queue.transport.shared import Shared
+from sl_queue.transport.waiting import waiting
 
 
 class Commits:
@@ -19,7 +21,8 @@ class Commits:
 
     def __init__(self, shared: Shared, executor: Executor, check: Callable[[], None]) -> None:
         self._link, self._timeline, self._changed = shared.link, shared.timeline, shared.changed
-        self._liveness, self._meter, self._patience_s = shared.liveness, shared.meter, shared.patience_s
+        self._liveness, self._observe, self._patience_s = shared.liveness, shared.observe, shared.patience_s
+        self._party = shared.party
         self._executor, self._check = executor, check
         self._under_way: Future[None] | None = None
 
@@ -37,12 +40,12 @@ class Commits:
         """Block until the last one has ended. Raises what it raised, once."""
         commit, self._under_way = self._under_way, None
         if commit is not None:
-            with self._meter.waiting("disk", "commit"):
+            with waiting(self._observe, self._party, "disk", "commit"):
                 commit.result()
 
     def flush(self) -> None:
         """Block until the broker has confirmed everything sent so far."""
-        with self._meter.waiting("broker", "confirm"):
+        with waiting(self._observe, self._party, "broker", "confirm"):
             self._await_confirms(self._link.mark())
 
     def close(self) -> None:
@@ -50,12 +53,13 @@ class Commits:
         self._executor.shutdown()
 
     def _commit(self, step: int, save: Callable[[], None], mark: int) -> None:
+        began = time.monotonic()
         self._await_confirms(mark)
         save()
         with self._changed:
             tags = self._timeline.commit(step)
         self._link.acknowledge(tags)
-        self._meter.count("commits")
+        self._observe(Committed(self._party, self._timeline.generation, step, time.monotonic() - began))
 
     def _await_confirms(self, mark: int) -> None:
         """Block until what was sent up to the mark is confirmed: there is always more, and it would never end."""

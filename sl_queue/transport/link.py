@@ -27,11 +27,14 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """How long a link could carry nothing since it was opened, all in all, and why it cannot now."""
+    """The time in which a link could carry nothing since it was opened, and why it cannot now."""
 
     total_s: float = 0.0
     now_s: float = 0.0  # of that, since it was of use last
     reason: str = ""
+
+
+NO_OUTAGE = Outage()
 
 
 class Link(Protocol):
@@ -55,7 +58,7 @@ class Link(Protocol):
         """Queue for publishing and return; mandatory, confirmed in the background. Raises what on_failure was given."""
 
     def mark(self) -> int:
-        """How far publishing has come, for `flush`."""
+        """Return how far publishing has come, for `flush`."""
 
     def flush(self, timeout_s: float | None = None, mark: int | None = None) -> bool:
         """Block until everything published so far, or up to `mark`, is confirmed; False if it took `timeout_s`."""
@@ -67,7 +70,7 @@ class Link(Protocol):
         """Refuse for good: to the dead-letter queue `q.<party>.dead`, with the reason in the header `x-reason`."""
 
     def outage(self) -> Outage:
-        """The time without a connection, or with a broker that takes no messages."""
+        """Return the time without a connection, or with a broker that takes no messages."""
 
     @property
     def connectivity(self) -> Connectivity:

@@ -1,19 +1,17 @@
-"""Whom a worker waits for: who has been silent for how long is named, and given up in the end."""
+"""Sources that a worker waits for: silent ones are named with the time, and given up in the end."""
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 
 from sl_queue.errors import AlignmentError, BrokerUnreachable, PeerSilent
+from sl_queue.protocol.events import Observer, StillWaiting, ignore
 from sl_queue.protocol.scheduler.state import GIVE_UP
 from sl_queue.protocol.text import printable
 from sl_queue.transport.link import Outage
 
-log = logging.getLogger("sl_queue")
-
 
 class Liveness:
-    """When each source was heard of last. Mutable; thread-safe, as every entry is one assignment.
+    """The time at which each source was heard last. Mutable; thread-safe, as every entry is one assignment.
 
     `is_unreadable`: True of a source of which nothing could be opened. `outage`: of the own link; while it lasts nobody
     can be heard, so it counts as nobody's silence.
@@ -26,14 +24,17 @@ class Liveness:
         is_unreadable: Callable[[str], bool],
         outage: Callable[[], Outage] = Outage,
         clock: Callable[[], float] = time.monotonic,
+        observe: Observer = ignore,
     ) -> None:
         self._party, self._patience_s, self._is_unreadable = party, patience_s, is_unreadable
-        self._outage, self._clock = outage, clock
+        self._outage, self._clock, self._observe = outage, clock, observe
         self._heard: dict[str, float] = {}  # by a clock that stands still while the link is down
 
     def hear(self, sources: Iterable[str]) -> None:
         """Note that something came from these."""
-        self._heard.update(dict.fromkeys(sources, self._listened_s()))
+        now_s = self._listened_s()
+        for source in sources:
+            self._heard[source] = now_s
 
     def silence_s(self, source: str) -> float:
         """Seconds since anything was heard of `source`, without those in which nothing could be."""
@@ -43,21 +44,17 @@ class Liveness:
         return self._clock() - self._outage().total_s
 
     def name(self, source: str, what: str, waited_s: float, foreign: str | None = None) -> None:
-        """Log whom we wait for; `foreign`: it speaks another version, and what to do.
+        """Tell whom we wait for; `foreign`: it speaks another version, and what to do.
 
         Raises PeerSilent or AlignmentError for one who has been silent for too long.
         """
         outage = self._outage()
         if outage.reason:
-            log.warning(
-                "%s: waiting for %s since %.0f s; the own link to the broker has been of no use for %.0f s: %s",
-                self._party, what, waited_s, outage.now_s, printable(outage.reason),
-            )  # fmt: skip
+            why = printable(outage.reason)
+            self._observe(StillWaiting(self._party, what, waited_s, outage_s=outage.now_s, reason=why))
             return
         silent_s = self.silence_s(source)
-        log.warning(
-            "%s: waiting for %s since %.0f s; last heard of it %.0f s ago", self._party, what, waited_s, silent_s
-        )
+        self._observe(StillWaiting(self._party, what, waited_s, silent_s=silent_s))
         if silent_s <= GIVE_UP * self._patience_s:
             return  # also if nothing of it could be opened: whoever runs the broker can put in what nobody can open
         if self._is_unreadable(source):
@@ -74,8 +71,8 @@ class Liveness:
 
     def name_broker(self, waited_s: float) -> None:
         """Say that the broker confirms nothing. Raises BrokerUnreachable for one that has not for too long."""
-        why = printable(self._outage().reason) or "a resource alarm of it, or a receiver's full queue"
-        what = f"the broker to confirm what was sent since {waited_s:.0f} s: {why}"
-        log.warning("%s: waiting for %s", self._party, what)
+        why = printable(self._outage().reason) or "it may have a resource alarm, or a receiver's queue is full"
+        what = f"the broker to confirm what was sent for {waited_s:.0f} s: {why}"
+        self._observe(StillWaiting(self._party, "the broker to confirm what was sent", waited_s, reason=why))
         if waited_s > GIVE_UP * self._patience_s:
             raise BrokerUnreachable(f"party {self._party!r} waited for {what}; start this worker again: it resumes")

@@ -15,6 +15,7 @@ from typing import Protocol
 from sl_queue.errors import RemoteProtocolError, SlQueueError
 from sl_queue.protocol.codec import AnotherVersion, Terms, Unreadable, decode, encode
 from sl_queue.protocol.control import Message, addressee_of, subject_of
+from sl_queue.protocol.events import Observer, Received, Sent, ignore
 from sl_queue.protocol.measures import Connectivity
 from sl_queue.protocol.messages import Header
 from sl_queue.security.replays import ReplayFilter
@@ -28,24 +29,19 @@ log = logging.getLogger("sl_queue")
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A message that was read, with what is known of its way here."""
+    """A message that was read, with what is known of its way here; its header names the sender that it came from."""
 
-    sender: str
     header: Header
     message: Message
-    tag: Tag
-    redelivered: bool
-    size: int  # in bytes, as it came
+    delivery: Delivery
     met: bool  # sealed by a process of its sender that had not been heard of
 
 
 @dataclass(frozen=True, slots=True)
 class Spoilt:
-    """A delivery that is refused, with its header where that much could be read."""
+    """A delivery that cannot be used, with its header where that much could be read."""
 
-    sender: str
-    tag: Tag
-    size: int
+    delivery: Delivery
     reason: RemoteProtocolError
 
     @property
@@ -91,11 +87,13 @@ class Mail:
         largest: Mapping[str, int] | None = None,
         seal: Seal | None = None,
         fresh_only: bool = False,
+        observe: Observer = ignore,
     ) -> None:
         self._link, self._terms, self._incarnation, self._patience_s = link, terms, incarnation, patience_s
         self._seal, self._fresh_only, self._replays = seal, fresh_only, ReplayFilter(seal)
         self._largest = {sender: size + OVERHEAD_BYTES for sender, size in (largest or {}).items()}
-        self._refusals, self._versions = Refusals(role, patience_s), Versions(patience_s)
+        self._role, self._observe = role, observe
+        self._refusals, self._versions = Refusals(role, patience_s, observe), Versions(patience_s)
         self._lock = threading.Lock()  # of the replay filter
         self._reader: Reader
 
@@ -117,15 +115,15 @@ class Mail:
 
     # What goes out ----------------------------------------------------------------------------------------------
 
-    def send(self, receiver: str, header: Header, message: Message, *, lasting: bool) -> int:
-        """Publish a report or command and return its size; one that is not `lasting` is forgotten after a patience.
+    def send(self, receiver: str, header: Header, message: Message, *, lasting: bool) -> None:
+        """Publish a report or command; one that is not `lasting` is forgotten after a patience.
 
         What lasts is kept by the broker even when it restarts.
         """
         body = self.sealed(receiver, header, message)
         expires_s = None if lasting else self._patience_s
+        self._observe(Sent(self._role, receiver, header.kind, len(body)))
         self._link.publish(receiver, header.kind, header.run, body, persistent=lasting, expires_s=expires_s)
-        return len(body)
 
     def sealed(self, receiver: str, header: Header, message: Message) -> bytes:
         """Return the bytes of a message as they travel."""
@@ -135,16 +133,17 @@ class Mail:
     # What comes in ----------------------------------------------------------------------------------------------
 
     def _on_delivery(self, delivery: Delivery) -> None:
+        self._observe(Received(self._role, delivery.sender, len(delivery.body), delivery.redelivered))
         try:
             letter, opened = self._read(delivery)
         except RemoteProtocolError as error:
             if isinstance(error, AnotherVersion):
                 self._versions.foreign(delivery.sender, error.speaks, time.monotonic())
-            self._reader.on_spoilt(Spoilt(delivery.sender, delivery.tag, len(delivery.body), error))
+            self._reader.on_spoilt(Spoilt(delivery, error))
             return
         self._versions.understood(delivery.sender)
         if self._is_late(letter, opened):
-            self._link.acknowledge([letter.tag])
+            self._link.acknowledge([delivery.tag])
             self._reader.on_late(letter)
         else:
             self._reader.on_letter(letter)
@@ -159,7 +158,7 @@ class Mail:
         opened = None if self._seal is None else self._seal.open(sender, body)
         header, message = decode(body if opened is None else opened.body, self._terms[sender])
         met = opened is not None and opened.met
-        return Letter(sender, header, message, delivery.tag, delivery.redelivered, size, met), opened
+        return Letter(header, message, delivery, met), opened
 
     def _is_late(self, letter: Letter, opened: Opened | None) -> bool:
         subject = subject_of(letter.message)

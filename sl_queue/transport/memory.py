@@ -14,7 +14,7 @@ from sl_queue.errors import PartyBusy, SlQueueError, TransportError
 from sl_queue.protocol.measures import IN_PROCESS, Connectivity
 from sl_queue.protocol.messages import OPERATOR, Kind
 from sl_queue.protocol.topology import Topology
-from sl_queue.transport.link import Delivery, Outage, Tag
+from sl_queue.transport.link import NO_OUTAGE, Delivery, Outage, Tag
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class _Message:
 
 @dataclass(slots=True)
 class _Queue:
-    """What one receiver reads of one sender."""
+    """The messages that one receiver reads of one sender."""
 
     receiver: str
     sender: str
@@ -46,7 +46,7 @@ class MemoryBroker:
         self.dead_letters: list[tuple[str, str, bytes]] = []  # (party, reason, body)
 
     def link(self, party: str, topology: Topology, prefetch: int = 0) -> "MemoryLink":
-        """A new end for `party`; `prefetch` messages per sender at most are unacknowledged, 0 for any number."""
+        """Return a new end for `party`; `prefetch` messages per sender at most are unacknowledged, 0 for any number."""
         return MemoryLink(self, party, topology.senders_to(party), prefetch)
 
     def queue(self, receiver: str, sender: str) -> _Queue:
@@ -113,7 +113,7 @@ class MemoryBroker:
 
     @staticmethod
     def _requeue(queue: _Queue) -> None:
-        """What was delivered and not acknowledged is at the head of its queue again."""
+        """Put what was delivered and not acknowledged at the head of its queue again."""
         back = [replace(message, redelivered=True) for _, message in sorted(queue.unacknowledged.items())]
         queue.unacknowledged.clear()
         queue.ready.extendleft(reversed(back))
@@ -175,7 +175,7 @@ class MemoryLink:
         self._broker.publish(receiver, self.party, body, persistent=persistent, expires=expires_s is not None)
 
     def outage(self) -> Outage:
-        return Outage()
+        return NO_OUTAGE
 
     @property
     def connectivity(self) -> Connectivity:

@@ -12,7 +12,7 @@ class Outages:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._lock = clock, threading.Lock()
-        self._before_s = 0.0  # of outages that are over
+        self._before = Outage()  # those that are over
         self._since: float | None = None
         self._reason = ""
 
@@ -26,11 +26,15 @@ class Outages:
         """Stop the watch. Idempotent."""
         with self._lock:
             if self._since is not None:
-                self._before_s += self._clock() - self._since
+                self._before = Outage(self._before.total_s + self._clock() - self._since)
             self._since, self._reason = None, ""
 
     def read(self) -> Outage:
-        """Return the time so far, an outage that goes on included."""
+        """Return the time so far, an outage that goes on included; it is asked for with every message that comes in."""
+        since = self._since
+        if since is None:
+            return self._before  # stored before the watch stops
         with self._lock:
-            now_s = 0.0 if self._since is None else self._clock() - self._since
-            return Outage(self._before_s + now_s, now_s, self._reason)
+            since = self._since
+            now_s = 0.0 if since is None else self._clock() - since
+            return Outage(self._before.total_s + now_s, now_s, self._reason)

@@ -7,7 +7,6 @@ is not given out before. So a worker that is killed meanwhile repeats no more th
 prefetch stays what it is. What is decided under the lock (protocol/party/timeline) is done outside of it.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,10 +15,11 @@ from functools import partial
 from typing import TypeVar
 
 from sl_queue.errors import AlignmentError, RunStopped, SlQueueError, named
-from sl_queue.observe.meter import Meter
+from sl_queue.protocol import events
 from sl_queue.protocol.codec import Terms
 from sl_queue.protocol.control import Join, Progress, Report, Start, Waiting
-from sl_queue.protocol.measures import Measures
+from sl_queue.protocol.events import Observer, ignore
+from sl_queue.protocol.measures import Connectivity
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER, Activation, Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.bounds import Bounds, control_bytes
 from sl_queue.protocol.party.mailbox import Acknowledge, Reject, Verdict
@@ -36,12 +36,11 @@ from sl_queue.transport.pulse import Pulse
 from sl_queue.transport.reporting import Reports
 from sl_queue.transport.resending import Resending
 from sl_queue.transport.shared import Shared
+from sl_queue.transport.waiting import waiting
 
 T = TypeVar("T")
 
 OUTBOX_BYTES = 256 * 1024 * 1024  # sent and not yet committed by the receiver; what is older is lost with the broker
-
-log = logging.getLogger("sl_queue")
 
 
 class PartyChannel:
@@ -64,23 +63,25 @@ class PartyChannel:
         seal: Seal | None = None,
         committer: Executor | None = None,
         bounds: Bounds | None = None,
+        observe: Observer = ignore,
     ) -> None:
-        self._link, self._party = link, party
-        self._sources = topology.senders_to(party)
+        self._link, self._party, self._sources = link, party, topology.senders_to(party)
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
         terms = {sender: Terms.between(topology, sender, party, control_bytes(sender)) for sender in self._sources}
         largest = {} if bounds is None else {sender: bounds.largest_bytes(sender) for sender in self._sources}
-        self._mail = Mail(link, party, terms, incarnation, patience_s=patience_s, largest=largest, seal=seal)
+        self._mail = Mail(
+            link, party, terms, incarnation, patience_s=patience_s, largest=largest, seal=seal, observe=observe
+        )
         self._timeline: Timeline[Tag] = Timeline(party, incarnation, OUTBOX_BYTES, bounds)
-        self._changed, self._meter = threading.Condition(), Meter()
-        self._liveness = Liveness(party, patience_s, self._mail.is_unreadable, link.outage)
+        self._changed, self._observe = threading.Condition(), observe
+        self._liveness = Liveness(party, patience_s, self._mail.is_unreadable, link.outage, observe=observe)
         self._liveness.hear(self._sources)  # so that whoever observes may ask before it is open
         shared = Shared(
-            party, incarnation, patience_s, link, self._mail, self._timeline, self._changed, self._liveness, self._meter
+            party, incarnation, patience_s, link, self._mail, self._timeline, self._changed, self._liveness, observe
         )
         committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
         self._reports, self._commits = Reports(shared, self._sources), Commits(shared, committer, self._check)
-        self._resending = Resending(party, patience_s)
+        self._resending = Resending(party, patience_s, observe)
         self._failure: SlQueueError | None = None
         self._pulse = Pulse(party, self._reports.every_s, self._beat, first_s=self._reports.every_s)
 
@@ -112,7 +113,7 @@ class PartyChannel:
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         what = f"{kind} {micro_batch} of party {sender!r}"
         ask = partial(self._reports.ask, sender, kind, micro_batch)
-        with self._meter.waiting(sender, kind):
+        with waiting(self._observe, self._party, sender, kind, micro_batch):
             payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
         self.wait_committed()
         return payload
@@ -135,14 +136,12 @@ class PartyChannel:
 
     def progress(self, report: Progress) -> None:
         self._reports.progress(report)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s: step %d is done; messages of this process so far: %s", self._party, report.step, self.counts)
+        done = (report.generation, report.step, report.samples, report.loss, self.counts)
+        self._observe(events.StepDone(self._party, *done))
 
     def wait_for(self, decision: Callable[[Orders], T | None]) -> T:
-        def ask(_: float) -> None:
-            self._reports.announce_again()
-
-        with self._meter.waiting(SCHEDULER, "order"):
+        with waiting(self._observe, self._party, SCHEDULER, "order"):
+            ask = self._reports.announce_again
             return self._wait(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)
 
     def enter(self, start: Start, resume_step: int) -> None:
@@ -158,10 +157,19 @@ class PartyChannel:
             return dict(self._timeline.mailbox.counts)
 
     @property
-    def measures(self) -> Measures:
-        """What there is to observe."""
-        silent_s = {peer: self._liveness.silence_s(peer) for peer in self._sources}
-        return self._meter.read(self.counts, silent_s, self._mail.connectivity)
+    def silent_s(self) -> dict[str, float]:
+        """Seconds since anything was heard, by peer."""
+        return {peer: self._liveness.silence_s(peer) for peer in self._sources}
+
+    @property
+    def pulse_age_s(self) -> float:
+        """Seconds since the pulse last beat; it does so several times a second."""
+        return self._pulse.age_s
+
+    @property
+    def connectivity(self) -> Connectivity:
+        """The connection to the broker, now."""
+        return self._mail.connectivity
 
     # Waiting ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +205,7 @@ class PartyChannel:
         for sender, reason in foreign.items():
             if not self._mail.has_understood(sender) and self._timeline.committed == BEFORE_FIRST_STEP:
                 raise AlignmentError(reason)
-            log.warning("%s: refuses what comes of %r: %s", self._party, sender, reason)
+            self._observe(events.Foreign(self._party, sender, reason))
         self._liveness.name(source, what, waited_s, foreign.get(source))
 
     def _check(self) -> None:
@@ -217,36 +225,34 @@ class PartyChannel:
     # What the mail and its link call ----------------------------------------------------------------------------
 
     def on_letter(self, letter: Letter) -> None:
-        message = letter.message
-        self._meter.count("received_bytes", letter.size)
-        if not letter.redelivered:  # what came before says nothing of now
-            self._liveness.hear((letter.sender,))
+        header, message, delivery = letter.header, letter.message, letter.delivery
+        if not delivery.redelivered:  # what came before says nothing of now
+            self._liveness.hear((header.sender,))
         with self._changed:
-            if letter.met and letter.sender == SCHEDULER:
+            if letter.met and header.sender == SCHEDULER:
                 self._timeline.announce = True
-            verdict = self._timeline.file(letter.header, message, letter.tag, letter.redelivered)
-            asked = isinstance(message, Waiting) and self._timeline.is_present(letter.header)
+            verdict = self._timeline.file(header, message, delivery.tag, delivery.redelivered)
             self._changed.notify_all()
-        self._carry_out(verdict, letter.sender)
-        if isinstance(message, Waiting) and asked:
-            self._send_again(letter.sender, message)
+        if verdict is not None:
+            self._carry_out(verdict, header.sender)
+        if isinstance(message, Waiting) and self._timeline.is_present(header):
+            self._send_again(header.sender, message)
 
     def on_late(self, letter: Letter) -> None:
-        self._meter.count("received_bytes", letter.size)
-        if letter.met and letter.sender == SCHEDULER:
+        if letter.met and letter.header.sender == SCHEDULER:
             with self._changed:
                 self._timeline.announce = True
                 self._changed.notify_all()
 
     def on_spoilt(self, spoilt: Spoilt) -> None:
-        self._meter.count("received_bytes", spoilt.size)
+        delivery = spoilt.delivery
         with self._changed:
-            verdict = self._timeline.refuse(spoilt.tag, str(spoilt.reason), spoilt.header)
+            verdict = self._timeline.refuse(delivery.tag, str(spoilt.reason), spoilt.header)
             self._changed.notify_all()
-        self._carry_out(verdict, spoilt.sender)
+        self._carry_out(verdict, delivery.sender)
 
     def on_reconnect(self) -> None:
-        self._meter.count("reconnects")
+        self._observe(events.Reconnected(self._party))
         with self._changed:
             again = self._timeline.disconnect(self._depth)
             self._changed.notify_all()
@@ -281,10 +287,7 @@ class PartyChannel:
             case None:
                 pass
 
-    # Publishing -------------------------------------------------------------------------------------------------
-
     def _beat(self) -> None:
-        self._meter.beat()
         self._mail.log_refusals()
         self._resending.log_counts()
         if self._failure is not None:
@@ -292,5 +295,5 @@ class PartyChannel:
         self._reports.beat()
 
     def _publish(self, receiver: str, kind: Kind, body: bytes) -> None:
-        self._meter.count("sent_bytes", len(body))
+        self._observe(events.Sent(self._party, receiver, kind, len(body)))
         self._link.publish(receiver, kind, self._timeline.run, body, persistent=self._persistent)

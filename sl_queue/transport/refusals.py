@@ -5,21 +5,19 @@ line and a copy among the dead letters are for the first few of each sender and 
 and twice as long each time while it goes on.
 """
 
-import logging
 from collections import Counter
 
+from sl_queue.protocol.events import Observer, Rejected, ignore
 from sl_queue.transport.sparing import Sparing
 
 COPIES = 3  # dead letters of one sender in one interval; all of them may be on their way at once
-
-log = logging.getLogger("sl_queue")
 
 
 class Refusals:
     """The refusals of one role by sender. Mutable; `now` is monotonic, in seconds."""
 
-    def __init__(self, who: str, patience_s: float) -> None:
-        self._who, self._sparing = who, Sparing(patience_s)
+    def __init__(self, who: str, patience_s: float, observe: Observer = ignore) -> None:
+        self._who, self._sparing, self._observe = who, Sparing(patience_s), observe
         self._latest: dict[str, str] = {}
         self._copies: Counter[str] = Counter()
 
@@ -27,7 +25,7 @@ class Refusals:
         """Count a refusal, logging it in full if it is a sender's first; True to keep a copy as a dead letter."""
         if self._sparing.note(sender, 1, now):
             self._copies[sender] = 0
-            log.warning("%s: rejected a message of %r: %s", self._who, sender, reason)
+            self._observe(Rejected(self._who, sender, reason))
         self._latest[sender] = reason
         self._copies[sender] += 1
         return self._copies[sender] <= COPIES
@@ -36,7 +34,4 @@ class Refusals:
         """Log the counts of senders whose interval is over; at the end, of all."""
         for sender, count, seconds in self._sparing.due(now, all_of_it=all_of_it):
             self._copies[sender] = 0
-            log.warning(
-                "%s: rejected %s further messages of %r in %.0f s, the last: %s",
-                self._who, f"{count:,}", sender, seconds, self._latest[sender],
-            )  # fmt: skip
+            self._observe(Rejected(self._who, sender, self._latest[sender], count, seconds))

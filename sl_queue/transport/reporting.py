@@ -18,7 +18,7 @@ class Reports:
 
     def __init__(self, shared: Shared, receivers: tuple[str, ...]) -> None:
         self._mail, self._timeline, self._changed = shared.mail, shared.timeline, shared.changed
-        self._liveness, self._meter, self._patience_s = shared.liveness, shared.meter, shared.patience_s
+        self._liveness, self._patience_s = shared.liveness, shared.patience_s
         self._party, self._incarnation, self._receivers = shared.party, shared.incarnation, receivers
         self._describe: Callable[[], Join] | None = None
         self._progress: Progress | None = None
@@ -32,7 +32,7 @@ class Reports:
         self.announce_again()
         self.announce_if_needed()
 
-    def announce_again(self) -> None:
+    def announce_again(self, waited_s: float = 0.0) -> None:
         """Have the scheduler hear once more who is here, as soon as the worker waits."""
         with self._changed:
             self._timeline.announce = True
@@ -75,7 +75,7 @@ class Reports:
     def send(self, receiver: str, report: Report, *, lasting: bool = False) -> None:
         """Send a report; one that does not last is worth nothing later."""
         header = self._timeline.header(receiver, report)
-        self._meter.count("sent_bytes", self._mail.send(receiver, header, report, lasting=lasting))
+        self._mail.send(receiver, header, report, lasting=lasting)
 
     def beat(self) -> None:
         """Report progress as soon as there is some, and give a sign of life a few times per patience."""

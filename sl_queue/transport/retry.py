@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Pauses:
-    """How long to wait between two attempts: doubled each time, with jitter."""
+    """The pauses between attempts: doubled each time, with jitter."""
 
     first_s: float
     longest_s: float
@@ -55,7 +55,7 @@ async def persist(
     pauses: Pauses,
     say: str,
 ) -> T:
-    """What `attempt` returns, trying again when it raises `on`, until `limit_s` have passed; then that exception.
+    """Return what `attempt` does, trying again when it raises `on`, until `limit_s` have passed; then raise that.
 
     `say` begins the log line of each retry: "party 'bank': no connection to the broker".
     """
@@ -84,7 +84,7 @@ async def persist(
 
 
 def pause_s(attempt: int, pauses: Pauses) -> float:
-    """How long to wait after the attempt of that number (from 1), for who cannot sit in a loop."""
+    """Return the pause after the attempt of that number (from 1), for callers that cannot loop."""
     return random.SystemRandom().uniform(0.5, 1.5) * _doubled(attempt, pauses)
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from sl_queue.errors import SlQueueError
 from sl_queue.protocol.codec import MAX_CONTROL_BYTES, Terms
 from sl_queue.protocol.control import Alive, Command, Report, Status, kind_of
+from sl_queue.protocol.events import Observer, ignore
 from sl_queue.protocol.measures import Connectivity
 from sl_queue.protocol.messages import SCHEDULER, Header, MicroBatch
 from sl_queue.protocol.topology import Topology
@@ -31,7 +32,14 @@ class LinkSchedulerChannel:
     """ports.SchedulerChannel over a link; `seal` keeps messages from the broker."""
 
     def __init__(
-        self, link: Link, topology: Topology, incarnation: str, *, patience_s: float, seal: Seal | None = None
+        self,
+        link: Link,
+        topology: Topology,
+        incarnation: str,
+        *,
+        patience_s: float,
+        seal: Seal | None = None,
+        observe: Observer = ignore,
     ) -> None:
         self._link, self._parties, self._incarnation = link, topology.parties, incarnation
         senders = topology.senders_to(SCHEDULER)
@@ -45,6 +53,7 @@ class LinkSchedulerChannel:
             largest=dict.fromkeys(senders, REPORT_BYTES),
             seal=seal,
             fresh_only=True,
+            observe=observe,
         )
         self._changed = threading.Condition()
         self._inbox: deque[tuple[str, Report, bool, Tag]] = deque()
@@ -118,7 +127,7 @@ class LinkSchedulerChannel:
         self._mail.send(receiver, header, message, lasting=lasting)
 
     def _beat(self) -> None:
-        """A sign of life to every party, so that a worker that waits for an order knows that somebody is there."""
+        """Give every party a sign of life, so that a worker that waits for an order knows that somebody is there."""
         self._mail.log_refusals()
         for party in self._parties:
             self._greet(party)
@@ -129,26 +138,26 @@ class LinkSchedulerChannel:
     # What the mail and its link call ----------------------------------------------------------------------------
 
     def on_letter(self, letter: Letter) -> None:
+        delivery, sender = letter.delivery, letter.header.sender
+        report: Report = letter.message  # type: ignore[assignment]  # no other kind is sent to the scheduler
         with self._changed:
-            waiting = self._waiting_bytes[letter.sender] + letter.size
+            waiting = self._waiting_bytes[sender] + len(delivery.body)
             if fits := waiting <= INBOX_BYTES:
-                self._waiting_bytes[letter.sender] = waiting
-                report: Report = letter.message  # type: ignore[assignment]  # no other kind is sent to the scheduler
-                self._inbox.append((letter.sender, report, letter.redelivered, letter.tag))
+                self._waiting_bytes[sender] = waiting
+                self._inbox.append((sender, report, delivery.redelivered, delivery.tag))
                 self._changed.notify_all()
         if not fits:
-            self._mail.refuse(
-                letter.sender, letter.tag, f"{INBOX_BYTES} bytes of reports wait already; say it again later"
-            )
+            why = f"{INBOX_BYTES} bytes of reports wait already; say it again later"
+            self._mail.refuse(sender, delivery.tag, why)
 
     def on_late(self, letter: Letter) -> None:
         """Greet who has not heard of this scheduler."""
-        if letter.sender in self._parties:
+        if letter.header.sender in self._parties:
             with suppress(SlQueueError):  # the link has failed or is closed: the scheduler's thread says so
-                self._greet(letter.sender)
+                self._greet(letter.header.sender)
 
     def on_spoilt(self, spoilt: Spoilt) -> None:
-        self._mail.refuse(spoilt.sender, spoilt.tag, str(spoilt.reason))
+        self._mail.refuse(spoilt.delivery.sender, spoilt.delivery.tag, str(spoilt.reason))
 
     def on_reconnect(self) -> None:
         with self._changed:

@@ -3,7 +3,7 @@
 import threading
 from dataclasses import dataclass
 
-from sl_queue.observe.meter import Meter
+from sl_queue.protocol.events import Observer
 from sl_queue.protocol.party.timeline import Timeline
 from sl_queue.transport.link import Link, Tag
 from sl_queue.transport.liveness import Liveness
@@ -25,4 +25,4 @@ class Shared:
     timeline: Timeline[Tag]
     changed: threading.Condition
     liveness: Liveness
-    meter: Meter
+    observe: Observer

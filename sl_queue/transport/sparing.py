@@ -11,7 +11,7 @@ LONGEST_S = 3600.0
 
 @dataclass(slots=True)
 class _Said:  # mutable: a running count
-    """What is known of one subject since it was last spoken of."""
+    """The count of one subject since it was last logged."""
 
     since: float
     interval_s: float
@@ -38,14 +38,14 @@ class Sparing:
 
     def due(self, now: float, *, all_of_it: bool = False) -> list[tuple[str, int, float]]:
         """Take the subjects whose pause is over, with their counts and the seconds that these took."""
-        told = []
+        due = []
         with self._lock:
             for subject, known in list(self._said.items()):
                 if now - known.since < known.interval_s and not all_of_it:
                     continue
                 if known.count:
-                    told.append((subject, known.count, now - known.since))
+                    due.append((subject, known.count, now - known.since))
                     self._said[subject] = _Said(now, min(2 * known.interval_s, LONGEST_S))
                 else:
                     del self._said[subject]
-        return told
+        return due

@@ -15,7 +15,7 @@ class _Foreign:
 
 
 class Versions:
-    """What was last heard of each sender that could not be understood. Mutable; `now` is monotonic, in seconds.
+    """The version of each sender that could not be understood. Mutable; `now` is monotonic, in seconds.
 
     Thread-safe as far as one thread writes: every change is one operation.
     """

@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 
 from sl_queue.errors import BrokerUnreachable, TransportError
+from sl_queue.observe.log import to_log
 from sl_queue.protocol.control import Stopped
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.testing.broker_contents import binary
@@ -30,7 +31,7 @@ def test_a_commit_that_waits_for_confirms_says_so_and_gives_up_at_last(
     for other in (SCHEDULER, "insurer"):
         connect(other)
     link = RabbitLink(url, "bank", two_parties(), 0, limits=LIMITS)
-    channel = PartyChannel(link, "bank", two_parties(), "b1", patience_s=0.2, persistent=False, depth=1)
+    channel = PartyChannel(link, "bank", two_parties(), "b1", patience_s=0.2, persistent=False, depth=1, observe=to_log)
     channel.open()
     private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")  # as if its memory were used up
     try:

@@ -72,7 +72,7 @@ def test_the_operator_alone_reads_the_status_and_stops_the_run(
         with pytest.raises(RemoteProtocolError):
             read_status(agreed, broker_url)
         status = read_status(agreed, broker_url, seal=seal)
-        assert status is not None and status["job"] == unique and status["step"] >= 2
+        assert status is not None and status.job == unique and status.step >= 2
     finally:
         request_stop(agreed, broker_url, sealing(agreed, OPERATOR, keys / OPERATOR / "seal.key", broker_url))
         thread.join(60)

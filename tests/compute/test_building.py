@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.building import device_of, final_module
-from sl_queue.compute.fingerprint import fingerprint
+from sl_queue.compute.building import device_of
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.errors import (
     ComputeError,
@@ -18,6 +17,7 @@ from sl_queue.errors import (
 )
 from sl_queue.storage.checkpoints import Folder
 from tests.support.bank import raised, setup, stages
+from tests.support.resolved import computes, final_module, fingerprint
 from tests.support.split import equal_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_fixed_draws")
@@ -87,7 +87,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
     run = setup()
     for device in ("cuda:99", "gpu"):
         file = run.files["bank"].model_copy(update={"device": device})
-        message = raised(JobError, lambda file=file: device_of(file))  # type: ignore[misc]
+        message = raised(JobError, lambda file=file: device_of(computes(run.job, [file])[0]))  # type: ignore[misc]
         assert message.startswith(f"party 'bank': device = '{device}' cannot be used here with torch")
 
 

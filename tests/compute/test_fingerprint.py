@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import Rows
-from sl_queue.data.table import read_table
+from sl_queue.data.spec import Rows
 from sl_queue.protocol.fingerprints import differences
 from tests.support.credit import bank_columns, edit, write_bank, write_credit
+from tests.support.resolved import fingerprint, read_table
 from tests.support.split import parties, table_of
 
 HERE = "tests.compute.test_fingerprint"

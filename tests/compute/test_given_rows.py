@@ -14,9 +14,9 @@ import torch
 
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.rows import Rows
-from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.protocol.table import Table
+from tests.support.resolved import read_table
 
 JOB = Job(
     name="t",

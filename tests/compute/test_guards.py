@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.base_stage import base_stage
-from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.cut.guard import Crossing, Guard
 from sl_queue.cut.tensors import from_payload
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.protocol.messages import MicroBatch
+from tests.support.resolved import base_stage, fuse_stage
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, parties
 from tests.support.toy_run import CrashAt, ToyRun
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sl_queue.compute.base_stage import base_stage
 from sl_queue.config.job import MAX_PARTIES, Job
 from sl_queue.cut.packing import Compress, Dtype, unused
 from sl_queue.errors import JobError, LocalProtocolError
 from sl_queue.protocol.codec import MAX_RANK, MAX_TENSOR_BYTES, decode, encode
 from sl_queue.protocol.control import EpochResult, Join, Message, kind_of
 from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
+from tests.support.resolved import base_stage
 from tests.support.split import Concatenated, parties
 
 WORDS = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789_-", min_size=1, max_size=64)

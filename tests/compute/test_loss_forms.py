@@ -14,6 +14,7 @@ from sl_queue.compute.fitting import Form, fitted
 from sl_queue.compute.losses import floor_of, loss_of
 from sl_queue.compute.objective import why_not_finite
 from sl_queue.errors import ComputeError, JobError, NonFiniteError, ShapeError
+from tests.support.resolved import computes
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, furthest, parties
 
 CPU = torch.device("cpu")
@@ -318,4 +319,4 @@ def test_the_log_of_a_negative_output_is_no_matter_of_the_learning_rate() -> Non
 
 def test_a_named_loss_is_found_by_name() -> None:
     run = run_of(CLASSES, Concatenated(4, 1), "mse")
-    assert loss_of(run.files["holder"], CPU).__name__ == "mse"  # type: ignore[attr-defined]
+    assert loss_of(computes(run.job, [run.files["holder"]])[0], CPU).__name__ == "mse"  # type: ignore[attr-defined]

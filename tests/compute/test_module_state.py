@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.reference import train_joined
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.protocol.checkpoint import SAVABLE
 from sl_queue.storage import tensor_file
 from sl_queue.storage.checkpoints import Folder
+from tests.support.resolved import train_joined
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, parties
 
 ROWS = 20

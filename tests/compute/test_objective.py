@@ -10,7 +10,7 @@ from sklearn import metrics as reference
 from torch import Tensor, nn
 
 from sl_queue.compute.losses import LOSSES
-from sl_queue.config.party import LOSSES as LOSSES_OF_FILES
+from sl_queue.compute.spec import NAMED_LOSSES
 from sl_queue.errors import (
     ComputeError,
     JobError,
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread_and_fixed_draws")
 
 
 def test_the_losses_of_party_files_are_those_that_there_are() -> None:
-    assert tuple(LOSSES) == LOSSES_OF_FILES
+    assert tuple(LOSSES) == NAMED_LOSSES
 
 
 def hinge(output: Tensor, labels: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
 import sl_queue
-from sl_queue.compute.reference import train_joined
 from sl_queue.errors import JobError
 from tests.compute.test_module_state import resumed
+from tests.support.resolved import train_joined
 from tests.support.split import Concatenated, Parties, equal_weights, parties
 
 ROWS = 20

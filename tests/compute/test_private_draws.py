@@ -13,11 +13,14 @@ from torch import nn
 
 import sl_queue
 from sl_queue.compute.seeds import key, seeded
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.errors import CheckpointError, JobError, SlQueueError
 from sl_queue.launch.connect import MEMORY, Channels, connector
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.protocol.messages import SCHEDULER, MicroBatch
+from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.storage.secret_file import read_secret, write_secret
 from tests.support.first_version import SGD, Enough, files, job, stop_after
 from tests.support.split import equal_weights
@@ -141,6 +144,9 @@ def deployed(folder: Path, on_status: Any = lambda _: None, **bank: Any) -> None
     agreed, connect, channels = job(broker={"patience": 5.0}), connector(job(), MEMORY), Channels()
     errors: dict[str, SlQueueError] = {}
 
+    def tell(status: RunStatus) -> None:
+        on_status(as_json(status))
+
     def guarded(role: str, serve: Any) -> threading.Thread:
         def run() -> None:
             try:
@@ -154,14 +160,12 @@ def deployed(folder: Path, on_status: Any = lambda _: None, **bank: Any) -> None
         return thread
 
     threads = [
-        guarded(
-            SCHEDULER, lambda: serve_scheduler(agreed, connect, folder / SCHEDULER, on_status, channels, late_s=0.0)
-        )
+        guarded(SCHEDULER, lambda: serve_scheduler(agreed, connect, folder / SCHEDULER, tell, channels, late_s=0.0))
     ]
     for file in files(**bank):
         state = folder / file.party
         serve = lambda file=file, state=state: serve_party(  # noqa: E731
-            agreed, file, connect, state, channels, private=True
+            agreed, resolve(agreed, file, Importer()), connect, state, channels, private=True
         )
         threads.append(guarded(file.party, serve))
     for thread in threads:
@@ -252,4 +256,4 @@ def test_no_checkpoint_and_no_representation_shows_a_secret(tmp_path: Path) -> N
     for path in kept:
         assert secret not in path.read_bytes()
         assert secret.hex() not in path.read_bytes().decode(errors="replace")
-    assert repr(secret)[2:10] not in repr(files()[0].with_secret(secret))
+    assert repr(secret)[2:10] not in repr(resolve(job(), files()[0], Importer()).with_secret(secret))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.reference import train_joined
 from sl_queue.compute.seeds import key
 from sl_queue.compute.threads import limit_threads
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.actions import Forward, Update
 from sl_queue.protocol.schedule.row_order import row_order
+from tests.support.resolved import train_joined
 from tests.support.split import SGD, Concatenated, Parties, equal_weights, furthest, parties
 
 ADAM = {"name": "adam", "lr": 0.01}

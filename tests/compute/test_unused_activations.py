@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import sl_queue
-from sl_queue.compute.reference import train_joined
 from sl_queue.cut.packing import Compress, Dtype
 from sl_queue.errors import ComputeError, RemoteProtocolError
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Gradient, Header, Kind, MicroBatch, Payload
 from tests.compute.test_split_equals_joined import bce, plain
+from tests.support.resolved import train_joined
 from tests.support.split import Parties, equal_weights, parties
 
 FIRST = MicroBatch(0, 0)

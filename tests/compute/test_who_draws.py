@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sl_queue
-from sl_queue.compute.reference import train_joined
 from sl_queue.compute.seeds import seeded
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.transport.retry import CONNECTING, Pauses, pause_s, persist
+from tests.support.resolved import train_joined
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, parties
 
 ROOT = Path(__file__).parents[2]

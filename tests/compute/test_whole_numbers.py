@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sl_queue
-from sl_queue.compute.base_stage import TorchBaseStage, base_stage
-from sl_queue.compute.fuse_stage import fuse_stage
-from sl_queue.compute.reference import train_joined
+from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.data.exactness import rounded
-from sl_queue.data.table import read_table
 from sl_queue.errors import JobError, ShapeError
+from sl_queue.protocol.exactness import rounded
 from sl_queue.protocol.table import Table
+from tests.support.resolved import base_stage, fuse_stage, read_table, train_joined
 
 JOB = Job(
     name="t",

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
+from sl_queue.observe.log import to_log
 from sl_queue.protocol.codec import encode
 from sl_queue.protocol.control import Alive, Failed, Message, Start, Waiting, kind_of
 from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
@@ -46,7 +47,7 @@ class Label:
     def __init__(self, patience_s: float = PATIENCE_S, adopt: bool = True) -> None:
         self.broker = MemoryBroker()
         link = self.broker.link("label", TOPOLOGY, BOUNDS.prefetch)
-        about = {"patience_s": patience_s, "persistent": False, "depth": 2, "bounds": BOUNDS}
+        about = {"patience_s": patience_s, "persistent": False, "depth": 2, "bounds": BOUNDS, "observe": to_log}
         self.channel = PartyChannel(link, "label", TOPOLOGY, "label1", **about)  # type: ignore[arg-type]
         self.channel.open()
         if adopt:
@@ -147,7 +148,7 @@ def test_thousands_of_refused_messages_are_a_few_lines_and_a_few_dead_letters(
 def test_refusals_are_told_in_full_at_first_then_counted_with_longer_and_longer_pauses(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    refusals = Refusals("label", 60.0)
+    refusals = Refusals("label", 60.0, to_log)
     kept = 0
     for second in range(10_000):
         kept += refusals.note("bank", f"reason {second}", float(second))
@@ -166,7 +167,7 @@ def test_refusals_are_told_in_full_at_first_then_counted_with_longer_and_longer_
 def test_each_sender_has_a_first_line_of_its_own(label: Label, caplog: pytest.LogCaptureFixture) -> None:
     label.publish(*(b"g" for _ in range(50)))
     label.publish(b"h", sender="b")
-    assert [record.args[1] for record in caplog.records] == ["a", "b"]  # type: ignore[index]
+    assert [record.event.sender for record in caplog.records] == ["a", "b"]  # type: ignore[attr-defined]
 
 
 def test_questions_without_end_are_answered_now_and_then(label: Label) -> None:
@@ -180,7 +181,7 @@ def test_questions_without_end_are_answered_now_and_then(label: Label) -> None:
 def scheduler() -> Iterator[tuple[LinkSchedulerChannel, MemoryBroker]]:
     broker = MemoryBroker()
     link = broker.link(SCHEDULER, TOPOLOGY, PREFETCH)
-    channel = LinkSchedulerChannel(link, TOPOLOGY, "s1", patience_s=PATIENCE_S)
+    channel = LinkSchedulerChannel(link, TOPOLOGY, "s1", patience_s=PATIENCE_S, observe=to_log)
     channel.open()
     yield channel, broker
     channel.close()

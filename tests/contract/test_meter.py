@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +11,9 @@ from prometheus_client.core import CounterMetricFamily
 
 from sl_queue.observe.meter import Meter
 from sl_queue.observe.prometheus import PartyCollector, Training
+from sl_queue.protocol.events import Committed
 from sl_queue.protocol.measures import IN_PROCESS, Measures
+from sl_queue.transport.waiting import waiting as transport_waiting
 
 SOURCES = ("insurer", "disk", "broker")
 
@@ -30,7 +32,11 @@ class Clock:  # mutable: tests move it
 
 
 def read(meter: Meter) -> Measures:
-    return meter.read({}, {}, IN_PROCESS)
+    return meter.read({}, {}, 0.0, IN_PROCESS)
+
+
+def waiting(meter: Meter, source: str, cause: str) -> AbstractContextManager[None]:
+    return transport_waiting(meter, "bank", source, cause)
 
 
 def counters(meter: Meter) -> dict[tuple[str, ...], float]:
@@ -58,7 +64,7 @@ def test_waiting_and_busy_add_up_to_the_age_at_every_reading_and_never_fall(step
         clock.now += passed_ns
         if what == "enter":
             waits.append(ExitStack())
-            waits[-1].enter_context(meter.waiting(source, "cause"))
+            waits[-1].enter_context(waiting(meter, source, "cause"))
         elif what == "leave" and waits:
             waits.pop().close()
         now = counters(meter)
@@ -71,9 +77,9 @@ def test_waiting_and_busy_add_up_to_the_age_at_every_reading_and_never_fall(step
 def test_a_wait_within_a_wait_is_counted_once_and_the_outer_one_goes_on() -> None:
     clock = Clock()
     meter = Meter(clock)
-    with meter.waiting("insurer", "gradient"):
+    with waiting(meter, "insurer", "gradient"):
         clock.now += 5 * 10**9
-        with meter.waiting("disk", "commit"):
+        with waiting(meter, "disk", "commit"):
             clock.now += 2 * 10**9
         clock.now += 4 * 10**9
         during = read(meter)
@@ -97,8 +103,8 @@ def test_a_reader_in_another_thread_sees_no_counter_fall() -> None:
     with switching_often():
         watcher.start()
         for _ in range(2_000):
-            with meter.waiting("insurer", "gradient"), meter.waiting("disk", "commit"):
-                meter.count("commits")
+            with waiting(meter, "insurer", "gradient"), waiting(meter, "disk", "commit"):
+                meter(Committed("bank", 0, 1, 0.1))
         done.set()
         watcher.join()
     assert fell == []

@@ -15,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sl_queue.errors import JobError
 from sl_queue.observe.prometheus import PartyCollector, SchedulerCollector, Training, Vitals, serve
+from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.measures import IN_PROCESS, Connectivity, Measures
+from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
 from sl_queue.testing.private_broker import free_ports
 from tests.support.crew import CHECKPOINT_EVERY, ROLES, Crew, write_job
 from tests.support.links import await_that
@@ -125,7 +127,7 @@ def test_health_says_what_is_wrong(pulse_age_s: float, broker: Connectivity, sai
 
 def test_health_follows_what_the_worker_says() -> None:
     now = [IN_PROCESS]
-    server = serve("0", SchedulerCollector(dict, lambda: Vitals(0.0, now[0])), lambda: Vitals(0.0, now[0]))
+    server = serve("0", SchedulerCollector(lambda: None, lambda: Vitals(0.0, now[0])), lambda: Vitals(0.0, now[0]))
     assert complaint(f"127.0.0.1:{server.port}") is None
     now[0] = Connectivity(False, 90.0, {})
     assert complaint(str(server.port)) == "it has had no connection to its broker for 90 s"
@@ -136,11 +138,11 @@ def test_health_follows_what_the_worker_says() -> None:
 def shown() -> dict[str, str]:
     """The type of every number that a worker can show, by the name it has in a query."""
     measures = Measures(1.0, 0.5, 0.0, {("a", "b"): 0.5}, {"a": 1.0}, {"applied": 1}, 1, 1, 1, 1, IN_PROCESS)
-    member = {"phase": "here", "silent_s": 1.0, "committed": 1}
-    status = {"job": "j", "run": "r", "phase": "running", "generation": 0, "epoch": 1, "history": [{}]}
+    parties = {"bank": PartyStatus("here", silent_s=1.0, committed=1)}
+    status = RunStatus("running", "j", "r", epoch=1, history=(EpochResult(0, 1, 0.5),), parties=parties)
     collectors = (
         PartyCollector("job", "bank", lambda: measures, lambda: Training("r", 0, 1, 1, 1)),
-        SchedulerCollector(lambda: {**status, "parties": {"bank": member}}, vitals),
+        SchedulerCollector(lambda: status, vitals),
     )
     families = [family for collector in collectors for family in collector.collect()]
     return {f"{family.name}_total" if family.type == "counter" else family.name: family.type for family in families}
@@ -162,4 +164,4 @@ def vitals() -> Vitals:
 def test_an_address_that_cannot_be_used_is_a_clear_error() -> None:
     for address in ("http", "127.0.0.1:99999", "192.0.2.1:9108"):
         with pytest.raises(JobError, match=rf"--metrics-port {address}"):
-            serve(address, SchedulerCollector(dict, vitals), vitals)
+            serve(address, SchedulerCollector(lambda: None, vitals), vitals)

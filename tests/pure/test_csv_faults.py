@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data import csv_file
-from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.protocol.table import Table
+from tests.support.tables import read_table
 
 JOB = Job(
     name="t",

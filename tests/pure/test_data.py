@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.cut.rows import CutRows
 from sl_queue.data.rows import Rows
-from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import Positions
 from sl_queue.protocol.table import Table
+from tests.support.tables import read_table
 
 JOB = Job(
     name="credit",

@@ -1,6 +1,8 @@
 """A wrong environment variable is one line that names it, and exit code 2, before anything starts."""
 
+import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +71,31 @@ def test_what_is_right_is_read_and_nothing_is_the_default() -> None:
     for environ in ({}, empty):
         assert [variable.read(environ) for variable in (THREADS, LOG, METRICS, FINAL_EXIT)] == [0, "info", None, None]
         check(environ)
+
+
+def test_every_variable_is_declared_in_one_file_with_its_meaning() -> None:
+    elsewhere = [
+        (str(path.relative_to(ROOT)), node.value)
+        for path in [*ROOT.glob("sl_queue/**/*.py"), *ROOT.glob("workers/*.py")]
+        if path.name != "environment.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and re.fullmatch(r"SL_QUEUE_[A-Z_]+", str(node.value))
+    ]
+    assert elsewhere == []
+    assert [variable.name for variable in VARIABLES if not variable.meaning or not variable.allowed] == []
+    assert len({variable.name for variable in VARIABLES}) == len(VARIABLES) >= 10
+
+
+def test_what_the_product_reads_by_name_is_the_system_s() -> None:
+    """A variable read through os.environ by a name in the code belongs to someone else: PATH, LANG."""
+    pattern = re.compile(r"""environ(?:\.get\(|\[)["']?(\w+)(?![\w."']*\] = )|getenv\(["']?(\w+)""")
+    found = {
+        match.group(1) or match.group(2)
+        for path in [*ROOT.glob("sl_queue/**/*.py"), *ROOT.glob("workers/*.py")]
+        if path.name != "environment.py"
+        for match in pattern.finditer(path.read_text())
+    }
+    assert found <= {"PATH", "name"}  # `name` is one of a tuple of the system's
 
 
 @pytest.mark.parametrize("module", WORKERS)

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import RunStopped, SlQueueError
-from sl_queue.loops.scheduling import describe
 from sl_queue.protocol.codec import encode
 from sl_queue.protocol.control import EpochDone, EpochResult, Epochs, Join, Message, Open, Progress, Status, kind_of
 from sl_queue.protocol.history import NEWEST, PAGE, History
 from sl_queue.protocol.messages import SCHEDULER, Header, MicroBatch
 from sl_queue.protocol.scheduler.reducer import reduce
 from sl_queue.protocol.scheduler.state import EarlyStopping, Plan, RunState
+from sl_queue.protocol.scheduler.status import as_json, describe
 from tests.contract.test_scheduling import again, ask_to_stop
 from tests.support.toy_run import CrashAt, ToyRun
 
@@ -92,7 +92,7 @@ def test_thousands_of_epochs_take_a_second_and_each_costs_the_same_time_and_byte
             clock.append(time.process_time())
         if number in (200, n_epochs - 2):
             joined = Join("label1", JOB, 10, "d", "integer", "r", 0, (1,), state.history.newest())
-            messages = [order for _, order in orders] + [Status(describe(rules, state, 1.0, 0.0)), joined]
+            messages = [order for _, order in orders] + [Status(as_json(describe(rules, state, 1.0, 0.0))), joined]
             told[number] = sum(map(size, messages))
     assert len(state.history) == n_epochs
     assert state.standing.best == epoch(0)
@@ -101,14 +101,14 @@ def test_thousands_of_epochs_take_a_second_and_each_costs_the_same_time_and_byte
     assert second_half < 2 * first_half + 0.1, "linear: a growing cost would make it three times"
     first, last = told.values()
     assert last < first + 500, "no more than longer numbers"
-    assert size(Status(describe(rules, state, 1.0, 0.0))) < 10_000
+    assert size(Status(as_json(describe(rules, state, 1.0, 0.0)))) < 10_000
 
 
 def test_a_status_shows_the_last_few_epochs_and_how_many_there_are() -> None:
     state = replace(running(100), history=History.of(map(epoch, range(50))))
     status = describe(plan(100), state, 0.0, 0.0)
-    assert status["epoch"] == 50
-    assert [line["epoch"] for line in status["history"]] == list(range(50 - NEWEST, 50))
+    assert status.epoch == 50
+    assert [done.epoch for done in status.history] == list(range(50 - NEWEST, 50))
 
 
 def test_a_page_of_epochs_fits_into_a_message_and_a_party_that_lacks_some_gets_the_next() -> None:

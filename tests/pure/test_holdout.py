@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import sl_queue
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches, held_out, id_hashes, split_by_id
 from tests.support.credit import ROWS, bank_columns, write_bank, write_credit
+from tests.support.tables import read_table
 
 IDS = np.arange(1000, 2000)
 

@@ -9,10 +9,10 @@ import pytest
 
 import sl_queue
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.protocol.scheduler.agreement import differing_id_types
 from sl_queue.protocol.table import Table
+from tests.support.tables import read_table
 
 JOB = Job(
     name="t",

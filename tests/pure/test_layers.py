@@ -1,138 +1,70 @@
-"""Imports point down only, and every outside thing has one owner."""
+"""Imports point down only, and every outside package has one owner, as [tool.importlinter] of pyproject.toml says."""
 
-import ast
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# From the ground up. Blocks of one layer never import each other, unless they are joined by a comma here.
-LAYERS = (
-    (("errors",),),
-    (
-        (
-            *("protocol", "job", "ports", "broker_url", "declared", "exactness", "party_file", "security"),
-            *("user_code", "environment"),
-        ),
-    ),
-    (("roles",), ("transport",), ("compute",), ("storage",), ("data",), ("observe", "http_server")),
-    (("launch",),),
-)
-TOP = len(LAYERS)  # the command, the workers and what only they use: everything else
-NARROWER = {  # what these may import of sl_queue, though their layer would allow more
-    "sl_queue.protocol": ("sl_queue.protocol", "sl_queue.errors"),
-    "sl_queue.ports": ("sl_queue.protocol", "sl_queue.errors"),
-    "sl_queue.roles": ("sl_queue.roles", "sl_queue.ports", "sl_queue.protocol", "sl_queue.errors"),
+
+def linted(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Hold the packages in a folder against its contracts."""
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True, cache_dir=None))"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+
+
+def test_every_contract_about_imports_is_kept() -> None:
+    done = linted(ROOT)
+    assert done.returncode == 0, done.stdout
+    assert " 0 broken" in done.stdout
+
+
+# Modules that are wrong, each with the arrow that the linter must name.
+WRONG = {
+    "errors_wrong.py": ("sl_queue.errors_wrong", ""),  # a module on no floor
+    "protocol/wrong.py": ("from sl_queue import ports", "sl_queue.protocol.wrong -> sl_queue.ports"),
+    "protocol/impure.py": ("import time", "sl_queue.protocol.impure -> time"),
+    "loops/wrong.py": ("from sl_queue.transport import link", "sl_queue.loops.wrong -> sl_queue.transport.link"),
+    "compute/wrong.py": ("from sl_queue.data import table", "sl_queue.compute.wrong -> sl_queue.data.table"),
+    "compute/agreed.py": ("from sl_queue.config import job", "sl_queue.compute.agreed -> sl_queue.config.job"),
+    "transport/wrong.py": ("from sl_queue.storage import files", "sl_queue.transport.wrong -> sl_queue.storage.files"),
+    "launch/wrong.py": ("from sl_queue.cli import main", "sl_queue.launch.wrong -> sl_queue.cli.main"),
+    "planning/wrong.py": ("from sl_queue.testing import chaos", "sl_queue.planning.wrong -> sl_queue.testing.chaos"),
+    "storage/wrong.py": ("import torch", "sl_queue.storage.wrong -> torch"),
+    "security/wrong.py": ("import pika", "sl_queue.security.wrong -> pika"),
 }
-OWNERS = {  # beginnings of module names
-    "torch": (
-        "sl_queue.compute.",
-        "sl_queue.data.",
-        "sl_queue.launch.party",
-        "sl_queue.local.threads",
-        "sl_queue.local.demo",
-        "workers.entry",
-    ),
-    "pika": ("sl_queue.transport.rabbitmq", "sl_queue.transport.retry"),
-    "tenacity": ("sl_queue.transport.retry",),
-    "msgpack": ("sl_queue.protocol.codec",),
-    "typer": ("sl_queue.cli.",),
-}
-IMPURE = ("asyncio", "io", "logging", "os", "pathlib", "random", "secrets", "socket", "subprocess", "threading", "time")
 
 
-def modules() -> dict[str, ast.Module]:
-    """Every module of the product by its dotted name."""
-    files = [*ROOT.glob("sl_queue/**/*.py"), *ROOT.glob("workers/*.py")]
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
-    return {names[path].removesuffix(".__init__"): ast.parse(path.read_text()) for path in files}
+@pytest.fixture(scope="module")
+def complaints(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the linter says of a copy with all of these."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name in ("sl_queue", "workers"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name, (line, _) in WRONG.items():
+        (folder / "sl_queue" / name).write_text(f"{line}\n" if line.startswith(("import", "from")) else "")
+    done = linted(folder)
+    assert done.returncode == 1
+    return " ".join(done.stdout.split())
 
 
-def imported(tree: ast.Module) -> Iterator[str]:
-    """Every module that is imported, wherever in the file."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            assert node.module is not None
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+@pytest.mark.parametrize("name", [name for name, (_, arrow) in WRONG.items() if arrow])
+def test_an_import_that_points_up_or_sideways_is_found(name: str, complaints: str) -> None:
+    assert WRONG[name][1] in complaints
 
 
-def within(name: str, packages: tuple[str, ...]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
+def test_a_module_that_is_on_no_floor_is_found(complaints: str) -> None:
+    assert "errors_wrong" in complaints
 
 
-def place(name: str) -> tuple[int, tuple[str, ...]]:
-    """The layer of a module of ours, and the block in it."""
-    for layer, blocks in enumerate(LAYERS):
-        for block in blocks:
-            if within(name, tuple(f"sl_queue.{part}" for part in block)):
-                return layer, block
-    return TOP, ()
-
-
-def points_down(importer: str, name: str) -> bool:
-    """Whether the first may import the second."""
-    for package, allowed in NARROWER.items():
-        if within(importer, (package,)):
-            return within(name, allowed)
-    (upper, block), (lower, other) = place(importer), place(name)
-    return lower < upper or block == other
-
-
-def ours() -> list[tuple[str, str]]:
-    found = [(name, other) for name, tree in modules().items() for other in imported(tree)]
-    return [(name, other) for name, other in found if within(other, ("sl_queue", "workers"))]
-
-
-def test_imports_point_down_only() -> None:
-    assert len(ours()) > 200
-    assert [f"{a} imports {b}" for a, b in ours() if a != "sl_queue" and not points_down(a, b)] == []
-
-
-@pytest.mark.parametrize(
-    ("importer", "name"),
-    [
-        ("sl_queue.errors", "sl_queue.protocol.messages"),
-        ("sl_queue.protocol.codec", "sl_queue.ports"),
-        ("sl_queue.loops.lifecycle", "sl_queue.transport.link"),
-        ("sl_queue.loops.lifecycle", "sl_queue.config.job"),
-        ("sl_queue.transport.party_channel", "sl_queue.storage.files"),
-        ("sl_queue.compute.base_stage", "sl_queue.data.table"),
-        ("sl_queue.storage.checkpoints", "sl_queue.launch"),
-        ("sl_queue.launch", "sl_queue.cli.main"),
-        ("sl_queue.config.job", "sl_queue.compute.model"),
-    ],
-)
-def test_an_import_that_points_up_or_sideways_would_be_found(importer: str, name: str) -> None:
-    assert not points_down(importer, name)
-
-
-@pytest.mark.parametrize("outside", OWNERS)
-def test_every_outside_thing_has_its_owner(outside: str) -> None:
-    users = {name for name, tree in modules().items() if any(within(other, (outside,)) for other in imported(tree))}
-    assert users
-    assert [name for name in users if not name.startswith(OWNERS[outside])] == []
-
-
-def test_the_protocol_has_no_clock_no_thread_no_file_and_no_chance() -> None:
-    impure = [
-        (name, other)
-        for name, tree in modules().items()
-        if within(name, ("sl_queue.protocol",))
-        for other in imported(tree)
-        if other.split(".")[0] in IMPURE
-    ]
-    assert impure == []
-
-
-def test_importing_the_protocol_and_the_roles_loads_neither_torch_nor_pika() -> None:
-    names = sorted(name for name in modules() if within(name, ("sl_queue.protocol", "sl_queue.roles")))
+def test_importing_the_protocol_and_the_loops_loads_neither_torch_nor_pika() -> None:
+    files = [*ROOT.glob("sl_queue/protocol/**/*.py"), *ROOT.glob("sl_queue/loops/**/*.py")]
+    names = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files)
     assert len(names) > 12
     program = f"import sys, {', '.join(names)}; print([m for m in ('torch', 'pika') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

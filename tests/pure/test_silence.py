@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import PeerSilent
+from sl_queue.observe.log import to_log
 from sl_queue.protocol.control import Alive, Join
 from sl_queue.protocol.messages import Gradient, MicroBatch
 from sl_queue.protocol.scheduler.reducer import reduce
@@ -17,8 +18,8 @@ from sl_queue.protocol.scheduler.state import GIVE_UP, Member, RunState, excused
 from sl_queue.transport.link import Outage
 from sl_queue.transport.liveness import Liveness
 from sl_queue.transport.outages import Outages
-from tests.pure.test_progress import PARTIES, Mind, plan
 from tests.support.post import Post, body, tensor
+from tests.support.progress import PARTIES, Mind, plan
 
 
 class Clock:
@@ -32,7 +33,7 @@ class Clock:
 
 
 def patient(clock: Clock, outages: Outages) -> Liveness:
-    patience = Liveness("bank", 1.0, lambda _: False, outages.read, clock)
+    patience = Liveness("bank", 1.0, lambda _: False, outages.read, clock, to_log)
     patience.hear(["insurer"])
     return patience
 
@@ -108,13 +109,13 @@ def test_a_peer_whose_messages_are_delivered_again_is_not_heard() -> None:
     bank = post.channel("a", patience_s=60.0)
     gradient = body(Gradient(MicroBatch(0, 0), tensor(0)), "label", "a")
     post.broker.publish("a", "label", gradient, persistent=True, expires=False)
-    before_s = bank.measures.silent_s["label"]
+    before_s = bank.silent_s["label"]
     time.sleep(0.2)
     post.broker.crash()
     assert bank.counts["redelivered"] == 1
-    assert bank.measures.silent_s["label"] >= before_s + 0.2
+    assert bank.silent_s["label"] >= before_s + 0.2
     post.broker.publish("a", "label", gradient, persistent=True, expires=False)
-    assert bank.measures.silent_s["label"] < 0.2, "but what is new is heard"
+    assert bank.silent_s["label"] < 0.2, "but what is new is heard"
     bank.close()
 
 

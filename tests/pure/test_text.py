@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sl_queue.errors import PeerFailed
-from sl_queue.launch.operator import Telling
-from sl_queue.loops.scheduling import describe
 from sl_queue.observe.console import history_table, status_view
 from sl_queue.protocol.control import EpochDone, EpochResult, Failed, Finished, Start, Stop, Waiting
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.scheduler.state import Phase
+from sl_queue.protocol.scheduler.status import Telling, as_json, describe, from_json
 from sl_queue.protocol.text import LONGEST, printable
-from tests.pure.test_progress import JOB, PARTIES, Mind, joined
 from tests.support.post import Post
+from tests.support.progress import JOB, PARTIES, Mind, joined
 
 HOSTILE = "x\n2026-11-25 INFO run r is finished\r\x1b]0;owned\x07\x1b[2J\u202eevil\u2028[bold]b[/bold][link=u]"
 texts = st.text(st.characters() | st.sampled_from("\n\r\x1b\x07\x9b\u202e\u2066\u200b\u2028[]/"), max_size=60)
@@ -59,7 +58,7 @@ def test_nothing_that_a_party_writes_reaches_status_or_another_party_as_it_is(te
     ):
         for mind in (Mind().hear("b", joined("b1")), Mind().everyone_joins()):
             mind.hear("a", *reports)
-            told = leaves(describe(mind.plan, mind.state, 1.0, 0.0))
+            told = leaves(as_json(describe(mind.plan, mind.state, 1.0, 0.0)))
             told += [order.reason for _, order in mind.orders if isinstance(order, Stop)]
             assert all(map(is_a_line, told)), told
 
@@ -68,7 +67,7 @@ def test_nothing_that_a_party_writes_reaches_status_or_another_party_as_it_is(te
 def test_a_metric_is_named_by_printable_characters_and_there_are_not_too_many(name: str) -> None:
     holdout = {name: 0.5} | {str(number): 0.0 for number in range(1_000)}
     mind = Mind().everyone_joins().hear("label", EpochDone("label1", 0, EpochResult(0, 1, 0.1, holdout)))
-    (line,) = describe(mind.plan, mind.state, 1.0, 0.0)["history"]
+    (line,) = as_json(describe(mind.plan, mind.state, 1.0, 0.0))["history"]
     assert all(map(is_a_line, line["holdout"]))
     assert len(line["holdout"]) <= 100
 
@@ -91,10 +90,10 @@ def rendered(what: Any) -> str:
 def test_a_status_is_shown_without_markup_and_control_characters_whoever_wrote_it() -> None:
     """Also one of a scheduler that lies."""
     mind = Mind().everyone_joins()
-    run = describe(mind.plan, mind.state, 1.0, 0.0) | {"job": HOSTILE, "reason": HOSTILE, "run": HOSTILE}
+    run = as_json(describe(mind.plan, mind.state, 1.0, 0.0)) | {"job": HOSTILE, "reason": HOSTILE, "run": HOSTILE}
     parties = {f"{name}{HOSTILE}": party | {"refused": HOSTILE} for name, party in run["parties"].items()}
     for fresh in (True, False):
-        shown = rendered(status_view(Telling(run | {"parties": parties}, fresh, 3.0), 0.0))
+        shown = rendered(status_view(Telling(from_json(run | {"parties": parties}), fresh, 3.0), 0.0))
         shown = shown.replace("\x1b[1m", "").replace("\x1b[0m", "")  # the head of the table
         assert "[bold]b[/bold][link=u]" in shown
         assert all(map(is_a_line, shown.splitlines()))

@@ -9,6 +9,7 @@ import pytest
 from sl_queue.errors import AlignmentError
 from sl_queue.protocol.codec import VERSION, AnotherVersion, decode, encode
 from sl_queue.protocol.control import Alive, Join, Report, Start
+from sl_queue.protocol.events import Event, Foreign
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.endings import foreign
 from sl_queue.protocol.scheduler.state import GIVE_UP, Phase, Plan, RunState
@@ -130,12 +131,13 @@ def test_a_worker_of_another_version_in_a_run_that_goes_on_is_refused_alone() ->
     assert run.errors == [] and run.weights() == ToyRun().run().weights()
 
 
-def test_a_party_that_has_committed_waits_for_a_peer_of_another_version_and_names_it(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_party_that_has_committed_waits_for_a_peer_of_another_version_and_names_it() -> None:
+    seen: list[Event] = []
     broker = MemoryBroker()
     link = broker.link("label", TOPOLOGY, 100)
-    label = PartyChannel(link, "label", TOPOLOGY, "label1", patience_s=0.1, persistent=False, depth=1)
+    label = PartyChannel(
+        link, "label", TOPOLOGY, "label1", patience_s=0.1, persistent=False, depth=1, observe=seen.append
+    )
     label.open()
     label.enter(Start("label1", "r", (-1,)), 5)
     began = time.monotonic()
@@ -145,7 +147,8 @@ def test_a_party_that_has_committed_waits_for_a_peer_of_another_version_and_name
     finally:
         label.close()
     assert time.monotonic() - began > GIVE_UP * 0.1, "as long as for one that is silent"
-    assert "label: refuses what comes of 'a': party 'a' speaks protocol 2" in caplog.text
+    refused = [(event.sender, event.reason) for event in seen if isinstance(event, Foreign)]
+    assert refused and all(sender == "a" and "'a' speaks protocol 2" in reason for sender, reason in refused)
 
 
 PLAN = Plan({"name": "toy"}, "label", ("a", "b"), 3, 60.0)

@@ -22,8 +22,10 @@ from typing import Any
 
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.local.threads import run_local
+from sl_queue.observe.json_lines import entries
+from sl_queue.protocol.events import Event
 from sl_queue.protocol.messages import OPERATOR
-from sl_queue.testing.run_log import Journal
+from sl_queue.testing.run_log import RunLog, events_in
 from tests.support.credit import FILES, edit, write_credit
 from tests.support.secured import SEALED, write_keys
 
@@ -79,6 +81,7 @@ class Crew:
         self.job = folder / "job.toml"
         self._running: dict[str, Any] = {}
         self._starts: dict[str, int] = dict.fromkeys(ROLES, 0)
+        self._pids: dict[str, list[int]] = {role: [] for role in ROLES}
 
     def __enter__(self) -> "Crew":
         return self
@@ -110,6 +113,7 @@ class Crew:
         party = () if role == "scheduler" else ("--party", str(self.folder / f"{role}.toml"))
         arguments = ("--job", str(job or self.job), *party, "--state", str(state or self.states / role))
         environ = {"SL_QUEUE_BROKER": url or self.url, "SL_QUEUE_THREADS": str(threads), "SL_QUEUE_LOG": log_level}
+        environ["SL_QUEUE_EVENTS"] = str(self.events_file(role, self._starts[role] + 1))
         if SEALED:
             environ["SL_QUEUE_KEY"] = str(self.folder / KEYS / role / "seal.key")
         self._starts[role] += 1
@@ -118,6 +122,7 @@ class Crew:
         process = _forked.Process(target=_work, args=(role, arguments, environ, log, prepare), daemon=True)
         process.start()
         self._running[role] = process
+        self._pids[role].append(process.pid)
 
     def pid(self, role: str) -> int:
         return int(self._running[role].pid)
@@ -174,6 +179,14 @@ class Crew:
         """The log of the newest process of a role, or of an earlier one, counted from 1."""
         return self.folder / f"{role}-{start or self._starts[role]}.log"
 
+    def events_file(self, role: str, start: int | None = None) -> Path:
+        """The events of a process of a role, as `log_file`."""
+        return self.folder / f"{role}-{start or self._starts[role]}.events"
+
+    def events(self, role: str) -> list[Event]:
+        """Return the events of the newest process of a role so far."""
+        return events_in(self.events_file(role))
+
     def log(self, role: str) -> str:
         """What the newest process of a role has said so far."""
         return self.log_file(role).read_text(errors="replace")
@@ -196,22 +209,23 @@ class Crew:
 
     def await_first_step(self, role: str) -> None:
         """Until the newest process of a role has done a step, whichever."""
-        self.await_log(role, " is done")
+        self.await_step(role, 0)
 
     def steps(self, role: str) -> list[list[int]]:
         """The steps that each process of a role has done, in order."""
-        journal = self.journal(role)
-        return [[step for step, _ in process.steps] for process in journal.processes(role)]
+        processes = self.run_log(role).processes(role)
+        return [[step for step, _ in process.steps] for process in processes]
 
-    def journal(self, *roles: str) -> Journal:
-        """What these roles have said so far; its times mean nothing here."""
-        journal = Journal()
+    def run_log(self, *roles: str) -> RunLog:
+        """Read the events of all processes of these roles so far."""
+        run_log = RunLog()
         for role in roles or ROLES:
-            for start in range(1, self._starts[role] + 1):
-                journal.start(role, 0)
-                for line in self.log_file(role, start).read_text(errors="replace").splitlines():
-                    journal.line(role, line)
-        return journal
+            for start, pid in enumerate(self._pids[role], 1):
+                run_log.start(role, pid)
+                path = self.events_file(role, start)
+                for entry in entries(path.read_text() if path.exists() else ""):
+                    run_log.take(entry)
+        return run_log
 
     def generation(self) -> int:
         """How often everybody went back to a common checkpoint, as the scheduler has it on disk."""

@@ -9,14 +9,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from sl_queue.compute.base_stage import TorchBaseStage, base_stage
-from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
+from sl_queue.compute.base_stage import TorchBaseStage
+from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import Rows
+from sl_queue.data.spec import Rows
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.actions import Backward, Commit, Forward, Fuse, Predict, Prepare, Score, Update
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
+from tests.support.resolved import base_stage, fuse_stage
 
 SGD = {"name": "sgd", "lr": 0.1}
 

@@ -13,6 +13,7 @@ from sl_queue.errors import SlQueueError
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.loops.training import FeatureParty, LabelHolder
+from sl_queue.observe.log import to_log
 from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import SCHEDULER, Kind
 from sl_queue.protocol.party.bounds import Bounds
@@ -264,10 +265,13 @@ class ToyRun:
         with self._link(SCHEDULER, PREFETCH) as link:
             number = str(next(self._numbers))
             seal = self.seal_of(SCHEDULER)
-            channel = LinkSchedulerChannel(link, self.topology, number, patience_s=self.patience_s, seal=seal)
+            channel = LinkSchedulerChannel(
+                link, self.topology, number, patience_s=self.patience_s, seal=seal, observe=to_log
+            )
             channel.open()
             run, self.scheduler = f"run{number}", number
-            scheduler = Scheduler(plan, channel, self.ledger, run, time.monotonic, lambda _: None, self.late_s)
+            about = (run, time.monotonic, lambda _: None, self.late_s)
+            scheduler = Scheduler(plan, channel, self.ledger, *about, observe=to_log)
             try:
                 self.state = scheduler.serve()
             finally:
@@ -297,12 +301,13 @@ class ToyRun:
                 seal=self.seal_of(party),
                 committer=self.committer(),
                 bounds=bounds,
+                observe=to_log,
             )
             channel.open()
-            identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer")
+            identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer", party=party)
             journal = self.journal if party == label else None
             self.journal.crash = self.crashes.get(label, CrashAt())
-            worker = Worker(identity, channel, stage, store, pipeline, journal=journal)
+            worker = Worker(identity, channel, stage, store, pipeline, journal=journal, observe=to_log)
             role = (
                 LabelHolder(peers, channel, stage, pipeline, worker)
                 if party == label

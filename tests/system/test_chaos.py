@@ -1,5 +1,6 @@
 """`sl-queue chaos` is the system test of recovery, with a fixed seed; and it says so when a bit differs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from rich.console import Console
 from sl_queue.config.job import Job
 from sl_queue.errors import JobError
 from sl_queue.local.supervise import Failure
-from sl_queue.testing.chaos import Fault, Injected, Kind, Storm, Trial, Verdict, plan_faults, run_chaos
+from sl_queue.observe.json_lines import Entry, EventFile
+from sl_queue.protocol.events import Loaded, Resent, StepDone
+from sl_queue.testing.chaos import Comparison, Fault, FaultPlan, Injected, Kind, Run, plan_faults, run_chaos
 from sl_queue.testing.report import report
-from sl_queue.testing.run_log import Journal, recomputed
+from sl_queue.testing.run_log import RunLog, following, recomputed
 from tests.support.crew import ROLES, write_job
 from tests.support.everything import use_everything
 
@@ -41,26 +44,26 @@ def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_pa
         assert digests[0] == digests[1]
 
 
-def trial(weights: str, *, injected: int = 1, failure: Failure | None = None) -> Trial:
+def run(weights: str, *, injected: int = 1, failure: Failure | None = None) -> Run:
     fault = Fault(3, 0.1, Kind.KILL, "bank")
-    return Trial(failure, 10.0, Journal(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
+    return Run(failure, 10.0, RunLog(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
 
 
 @pytest.mark.parametrize(
     ("faults", "said"),
     [
-        (trial("ab"), "passed: 1 x SIGKILL, and not one bit differs"),
-        (trial("cd"), "failed: the weights differ"),
-        (trial("ab", injected=0), "failed: the run ended before 1 of the faults came"),
-        (trial("ab", failure=Failure("bank", 5, "NaN")), "failed: the run under faults ended because of bank: NaN"),
+        (run("ab"), "passed: 1 x SIGKILL, and not one bit differs"),
+        (run("cd"), "failed: the weights differ"),
+        (run("ab", injected=0), "failed: the run ended before 1 of the faults came"),
+        (run("ab", failure=Failure("bank", 5, "NaN")), "failed: the run under faults ended because of bank: NaN"),
     ],
     ids=["equal", "different", "too short", "ended"],
 )
-def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Trial, said: str) -> None:
-    verdict = Verdict(ROLES, (Fault(3, 0.1, Kind.KILL, "bank"),), trial("ab", injected=0), faults)
-    assert verdict.passed == said.startswith("passed")
+def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Run, said: str) -> None:
+    comparison = Comparison(ROLES, (Fault(3, 0.1, Kind.KILL, "bank"),), run("ab", injected=0), faults)
+    assert comparison.passed == said.startswith("passed")
     console = Console(width=200, file=StringIO(), record=True)
-    console.print(report(verdict))
+    console.print(report(comparison))
     shown = console.export_text()
     assert said in shown
     assert ("DIFFERENT" in shown) == (faults.weights["bank/final/base.safetensors"] != "ab")
@@ -69,14 +72,14 @@ def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Trial, sai
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     with pytest.raises(JobError, match="is not empty"):
-        run_chaos(Job.load(job), job, {}, tmp_path, Storm(1, 0, 0, seed=0), print)
+        run_chaos(Job.load(job), job, {}, tmp_path, FaultPlan(1, 0, 0, seed=0), print)
 
 
 def test_the_same_seed_plans_the_same_faults_and_another_seed_others() -> None:
-    storm = Storm(kills=10, broker_restarts=2, cuts=5, seed=3)
-    planned = plan_faults(storm, ROLES, 500)
-    assert planned == plan_faults(storm, ROLES, 500)
-    assert planned != plan_faults(Storm(10, 2, 5, seed=4), ROLES, 500)
+    plan = FaultPlan(kills=10, broker_restarts=2, cuts=5, seed=3)
+    planned = plan_faults(plan, ROLES, 500)
+    assert planned == plan_faults(plan, ROLES, 500)
+    assert planned != plan_faults(FaultPlan(10, 2, 5, seed=4), ROLES, 500)
     assert [fault.kind for fault in planned].count(Kind.KILL) == 10
     assert [fault.kind for fault in planned].count(Kind.BROKER) == 2
     assert len(planned) == 17
@@ -92,16 +95,34 @@ def test_steps_done_again_are_counted_by_restart_and_those_without_one_apart() -
     assert recomputed([[], [0, 1], [0, 1, 2]]) == ([0, 2], 0)
 
 
-def test_a_journal_reads_what_workers_log() -> None:
-    journal = Journal()
-    journal.start("bank", 1)
-    said = "2026-01-01 00:00:00,000 DEBUG bank: step 7 is done; messages of this process so far: "
-    assert journal.line("bank", said + "{'redelivered': 1, 'applied': 4}")
-    assert journal.line("bank", said.replace("7", "8") + "{'redelivered': 1, 'applied': 6, 'duplicates': 2}")
-    assert not journal.line("bank", "2026-01-01 00:00:00,000 INFO bank: sent 3 messages again to party 'insurer'")
-    assert not journal.line("bank", "error: something else")
-    journal.start("bank", 2)
-    assert journal.line("bank", said + "{'redelivered': 5, 'applied': 1}")
-    assert (journal.last_step, journal.resent) == (8, 3)
-    assert [journal.count(what) for what in ("applied", "redelivered", "duplicates", "rejected")] == [7, 6, 2, 0]
-    assert journal.recomputed("bank") == ([1], 0)
+def test_a_run_log_counts_what_the_events_of_each_process_say() -> None:
+    run_log = RunLog()
+
+    def done(pid: int, step: int, **messages: int) -> None:
+        run_log.take(Entry(100.0 + step, pid, StepDone("bank", 0, step, 32, None, messages)))
+
+    run_log.start("bank", 1)
+    run_log.take(Entry(100.0, 1, Loaded("bank")))
+    done(1, 7, redelivered=1, applied=4)
+    done(1, 8, redelivered=1, applied=6, duplicates=2)
+    run_log.take(Entry(109.0, 1, Resent("bank", "insurer", 3, "gradient 7.0")))
+    run_log.start("bank", 2)
+    done(1, 9, redelivered=1, applied=7, duplicates=2)  # read late, of the process before
+    done(2, 7, redelivered=5, applied=1)
+    done(3, 90, applied=900)  # of a process that nobody started
+    assert (run_log.last_step, run_log.resent) == (9, 3)
+    assert [run_log.count(what) for what in ("applied", "redelivered", "duplicates", "rejected")] == [8, 6, 2, 0]
+    assert run_log.recomputed("bank") == ([1], 0)
+    assert run_log.processes("bank")[0].to_next_step_s == 7.0
+
+
+def test_a_file_of_events_is_followed_to_its_last_whole_line(tmp_path: Path) -> None:
+    path, taken = tmp_path / "deep" / "events.jsonl", list[Entry]()
+    with following(path, taken.append):
+        write = EventFile(path)
+        for step in range(1000):
+            write(StepDone("bank", 0, step, 32))
+        with path.open("a") as file:
+            file.write('{"at": "2026-01-01T00:00:00+00:00", "clock": 1.0, "event": "step_done", "party": "ba')
+    assert [entry.event for entry in taken] == [StepDone("bank", 0, step, 32) for step in range(1000)]
+    assert {entry.pid for entry in taken} == {os.getpid()}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import sl_queue
 from sl_queue.checking.findings import Level
-from sl_queue.compute.equality import MAX_ROWS, bounded, first_step_difference, split_weights
-from sl_queue.data.table import read_table
+from sl_queue.compute.equality import MAX_ROWS, bounded
 from sl_queue.protocol.schedule.row_order import Batches
 from tests.support.credit import bank_columns, edit, write_bank, write_credit, write_insurer
+from tests.support.resolved import first_step_difference, read_table, split_weights
 from tests.support.split import Concatenated, Parties, furthest, parties
 from tests.system.test_check import check, texts, told
 

@@ -18,12 +18,30 @@ import pytest
 
 from tests.support.credit import FILES, bank_columns, edit, write_bank, write_credit
 
+Trained = tuple[Path, subprocess.CompletedProcess[str]]
+
 COMMAND = str(Path(sys.executable).with_name("sl-queue"))
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     return write_credit(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The job after `sl-queue local --out run`, and that command."""
+    job = write_credit(tmp_path_factory.mktemp("trained"))
+    run = local(job, "--out", job.parent / "run")
+    assert run.returncode == 0, run.stderr
+    return job, run
+
+
+@pytest.fixture
+def trained(trained_once: Trained, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    job, _ = trained_once
+    return Path(shutil.copytree(job.parent, tmp_path / "trained")) / job.name
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -47,9 +65,8 @@ def local(job: Path, *options: object, **changes: str) -> subprocess.CompletedPr
 # What works -------------------------------------------------------------------------------------------------------
 
 
-def test_local_trains_to_final_weights_and_says_where_they_are(job: Path) -> None:
-    run = local(job, "--out", job.parent / "run")
-    assert run.returncode == 0, run.stderr
+def test_local_trains_to_final_weights_and_says_where_they_are(trained_once: Trained) -> None:
+    job, run = trained_once
     for file in ("bank/final/base", "insurer/final/base", "insurer/final/fuse"):
         path = job.parent / "run" / f"{file}.safetensors"
         assert path.exists() and str(path) in run.stdout
@@ -79,16 +96,16 @@ def test_a_wrong_environment_variable_is_one_line() -> None:
     assert "SL_QUEUE_THREADS = 'abc'" in done.stderr
 
 
-def test_a_finished_run_says_so_and_exits_0(job: Path) -> None:
-    first = local(job, "--out", job.parent / "run")
+def test_a_finished_run_says_so_and_exits_0(trained_once: Trained) -> None:
+    job, first = trained_once
     again = local(job, "--out", job.parent / "run")
     assert again.returncode == 0
     assert again.stdout == first.stdout
     assert "already finished" in again.stderr
 
 
-def test_final_weights_that_were_altered_are_written_again(job: Path) -> None:
-    assert local(job, "--out", job.parent / "run").returncode == 0
+def test_final_weights_that_were_altered_are_written_again(trained: Path) -> None:
+    job = trained
     final = job.parent / "run" / "bank" / "final" / "base.safetensors"
     whole = final.read_bytes()
     final.write_bytes(b"junk")
@@ -99,16 +116,16 @@ def test_final_weights_that_were_altered_are_written_again(job: Path) -> None:
     assert (job.parent / "run" / "scheduler" / "history.jsonl").exists()
 
 
-def test_a_state_that_is_lost_after_the_end_ends_with_what_to_do(job: Path) -> None:
-    assert local(job, "--out", job.parent / "run").returncode == 0
+def test_a_state_that_is_lost_after_the_end_ends_with_what_to_do(trained: Path) -> None:
+    job = trained
     shutil.rmtree(job.parent / "run" / "bank")
     again = local(job, "--out", job.parent / "run")
     assert again.returncode == 4
     assert "they are lost; to train anew" in again.stderr
 
 
-def test_another_job_on_the_same_folders_is_told_what_differs(job: Path) -> None:
-    assert local(job, "--out", job.parent / "run").returncode == 0
+def test_another_job_on_the_same_folders_is_told_what_differs(trained: Path) -> None:
+    job = trained
     edit(job, "epochs = 5", "epochs = 7")
     again = local(job, "--out", job.parent / "run")
     assert again.returncode == 4

@@ -57,7 +57,7 @@ def test_a_worker_killed_before_and_after_every_operation_of_a_commit_changes_no
     assert crew.weights() == quiet_weights()
     assert crew.generation() == 0, "somebody was rolled back"
     for role in ("bank", "insurer"):
-        after_restart, without = crew.journal(role).recomputed(role)
+        after_restart, without = crew.run_log(role).recomputed(role)
         assert without == 0
         assert all(again <= CHECKPOINT_EVERY + DEPTH for again in after_restart)
         assert role == victim or after_restart == []

@@ -337,10 +337,14 @@ def test_another_number_of_threads_or_another_job_is_refused_and_the_run_goes_on
 # The clock --------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[2]
-NO_WORKER = ("cli", "provision", "certificates", "screen", "operate", "broker_check")  # what a person starts and reads
+NO_WORKER = ("cli", "provision", "certificates", "operate", "prepare")  # what a person starts and reads
 MONOTONIC = {"monotonic", "monotonic_ns", "sleep", "perf_counter", "process_time"}
 FOR_PEOPLE = {  # when something was told or refused, which is shown and decides nothing
-    "sl_queue/loops/scheduling.py": {"time", "datetime"},
+    "sl_queue/checking/broker.py": {"time"},
+    "sl_queue/loops/scheduling.py": {"time"},
+    "sl_queue/observe/console.py": {"strftime", "localtime"},
+    "sl_queue/observe/json_lines.py": {"datetime"},
+    "sl_queue/protocol/scheduler/status.py": {"datetime"},
     "sl_queue/transport/rabbitmq/connection.py": {"time"},
 }
 

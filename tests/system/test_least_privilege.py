@@ -19,7 +19,7 @@ from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker, Nac
 
 from sl_queue.config.job import Job
 from sl_queue.deployment.definitions import QUEUE_BYTES, definitions, hashed, roles, user_of
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from tests.support.broker import HOST, Broker
@@ -126,7 +126,7 @@ OTHERS: dict[str, Try] = {
 def _own_key(names: Topology, me: str) -> str:
     """A key with which `me` may publish."""
     receiver = names.receivers_of(me)[0]
-    return names.routing_key("run", Kind.REPORT, receiver)
+    return names.routing_key("run", min(names.kinds_between(me, receiver)), receiver)
 
 
 OWN: dict[str, Callable[[BlockingChannel, Topology, str], None]] = {

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import PeerFailed, RunStopped, SlQueueError, TransportError, failure, named
-from sl_queue.loops.scheduling import describe
 from sl_queue.protocol.control import Alive, Failed, Finished, Progress, Start, Stop, StopRequest
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.protocol.scheduler.endings import ending
 from sl_queue.protocol.scheduler.state import GIVE_UP, Phase, RunState, durable, missing, silent
-from tests.pure.test_progress import JOB, PARTIES, Mind, joined
+from sl_queue.protocol.scheduler.status import RunStatus, describe
 from tests.support.credit import edit
 from tests.support.crew import Crew, quiet_weights, write_job
+from tests.support.progress import JOB, PARTIES, Mind, joined
 
 OTHERS: dict[str, dict[str, Any]] = {
     "rows": {"rows_digest": "other", "n_rows": 9},
@@ -26,7 +26,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def described(mind: Mind, now: float = 1.0) -> dict[str, Any]:
+def described(mind: Mind, now: float = 1.0) -> RunStatus:
     return describe(mind.plan, mind.state, now, 0.0)
 
 
@@ -46,10 +46,10 @@ def test_a_worker_that_comes_back_with_something_else_is_refused_alone(other: st
     assert (order.incarnation, order.error) == ("a2", "AlignmentError")
     assert mind.state.phase is phase
     told = described(mind, now=7.0)
-    assert told["reason"] == (None if not stopping else mind.state.reason)
-    assert told["parties"]["a"]["phase"] == "refused"
-    assert told["parties"]["a"]["refused"] == order.reason
-    assert told["parties"]["a"]["refused_s"] == 2.0
+    assert told.reason == (None if not stopping else mind.state.reason)
+    assert told.parties["a"].phase == "refused"
+    assert told.parties["a"].refused == order.reason
+    assert told.parties["a"].refused_s == 2.0
     after = mind.state.members["a"]
     assert (after.rows_digest, after.held, after.run, after.incarnation) == (
         before.rows_digest, before.held, before.run, before.incarnation,
@@ -62,7 +62,7 @@ def test_who_was_refused_and_then_agrees_goes_on_with_the_run() -> None:
     assert mind.state.phase is Phase.RUNNING, "what it says as it leaves ends nobody"
     mind.hear("a", joined("a3", held=(1,)))
     assert mind.ordered(Start) == {"a": Start("a3", "r")}
-    assert described(mind)["parties"]["a"]["refused"] is None
+    assert described(mind).parties["a"].refused is None
 
 
 def test_the_reason_says_what_the_run_was_begun_on_and_what_to_do() -> None:
@@ -96,7 +96,7 @@ def test_a_run_that_was_stopped_and_gathers_again_refuses_who_has_other_rows_alo
 
 def test_a_scheduler_that_is_restarted_still_refuses_and_remembers_whom_it_refused() -> None:
     mind = Mind().everyone_joins().hear("a", joined("a2", **OTHERS["rows"])).restart()
-    assert described(mind)["parties"]["a"]["refused"]
+    assert described(mind).parties["a"].refused
     assert durable(mind.state).members["a"].refused
     mind.hear("a", joined("a3", **OTHERS["job"]))
     assert mind.ordered(Stop)["a"].error == "AlignmentError"
@@ -126,7 +126,7 @@ def test_no_party_chooses_the_code_of_the_others_by_what_it_says_its_error_was(e
     mind = Mind().everyone_joins().hear("a", Failed("a1", error, "it failed"))
     assert {p: o.error for p, o in mind.ordered(Stop).items()} == {"b": "PeerFailed", "label": "PeerFailed"}
     assert named(ending(mind.state)) is PeerFailed
-    told = named(described(mind)["error"])
+    told = named(described(mind).error)
     assert told.exit_code not in (0, TransportError.exit_code, PeerFailed.exit_code)
     mind.hear("b", joined("b2"))
     assert mind.ordered(Stop)["b"].error == "PeerFailed", "who comes later, too"

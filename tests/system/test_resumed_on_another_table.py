@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import sl_queue
+from sl_queue.config.resolve import resolve
+from sl_queue.config.user_code import Importer
 from sl_queue.data.rows import Rows
 from sl_queue.errors import CheckpointError
 from sl_queue.launch.connect import Channels
@@ -49,7 +51,7 @@ def no_network(party: str, prefetch: int) -> NoReturn:
 
 def serve_bank(folder: Path) -> None:
     job, files = load(folder)
-    serve_party(job, files[0], no_network, folder / "out" / "bank", Channels())
+    serve_party(job, resolve(job, files[0], Importer()), no_network, folder / "out" / "bank", Channels())
 
 
 def test_what_differs_is_said_with_both_remedies_and_the_broker_is_not_asked(begun: Path) -> None:

@@ -8,10 +8,12 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from sl_queue.local.processes import failure_in
 from sl_queue.local.supervise import Failure, Limits, Worker, supervise
 
 pytestmark = pytest.mark.timeout(60)
@@ -49,6 +51,14 @@ COUNTS_ITS_STARTS = """
     starts = open(sys.argv[1], "a+"); starts.write("x"); starts.flush(); starts.seek(0)
     n = len(starts.read())
 """
+SAYS_WHY = textwrap.dedent("""
+    import os, sys
+    from pathlib import Path
+    from sl_queue.observe.json_lines import EventFile
+    from sl_queue.protocol.events import Failed
+    def say(why):
+        EventFile(Path(sys.argv[1]))(Failed("bank", "JobError", why, 2))
+""")
 FOREVER = "import time, os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
 
 
@@ -68,9 +78,11 @@ def test_a_worker_that_was_killed_or_lost_the_broker_is_restarted(tmp_path: Path
 
 
 def test_any_other_exit_code_ends_everything_with_that_reason(tmp_path: Path) -> None:
-    bad = worker("bank", "import sys; print('error: column age is missing'); print('bye'); sys.exit(2)")
+    bad = worker("bank", SAYS_WHY + "say('column age is missing'); print('bye'); sys.exit(2)", tmp_path / "events")
     patient = worker("insurer", FOREVER, tmp_path / "pid")
-    failure = supervise([patient, bad], os.environ, lambda *_: None, lambda _: None, Limits(grace_s=0.5))
+    reason_of = partial(failure_in, tmp_path / "events")
+    quiet = (lambda *_: None, lambda _: None)
+    failure = supervise([patient, bad], os.environ, *quiet, Limits(grace_s=0.5), reason_of=reason_of)
     assert failure == Failure("bank", 2, "column age is missing")
     if (tmp_path / "pid").exists():  # it may have been ended before it could write
         assert not alive(int((tmp_path / "pid").read_text()))

@@ -24,9 +24,11 @@ MARGIN: Final = 8  # signs of life, questions, commands, and refused messages wh
 QUESTION_BYTES: Final = 64 * 1024  # the largest report of a peer to a party
 COMMAND_BYTES: Final = 1024 * 1024  # the largest command of the scheduler
 
+Shapes = tuple[tuple[int, ...], ...]
+
 
 def control_bytes(sender: str) -> int:
-    """The largest message without a tensor that `sender` may send to a party."""
+    """Return the size of the largest message without a tensor that `sender` may send to a party."""
     return COMMAND_BYTES if sender == SCHEDULER else QUESTION_BYTES
 
 
@@ -46,10 +48,21 @@ class Bounds:
     pipeline: Pipeline
     kinds: frozenset[Kind]
     cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # of each sender: the shapes of the parts of every step of an epoch but its last, and of that
+    _shapes: Mapping[str, tuple[Shapes, Shapes]] = field(init=False, repr=False, compare=False)
+    _steps: tuple[int, int] = field(init=False, repr=False, compare=False)  # of the run, and of an epoch
+
+    def __post_init__(self) -> None:
+        batches = self.pipeline.batches
+        sizes = batches.sizes(0), batches.sizes(batches.steps_per_epoch - 1)
+        sizes = sizes if batches.steps_per_epoch > 1 else (sizes[1], sizes[1])
+        shapes = {sender: tuple(tuple((n, *cut) for n in each) for each in sizes) for sender, cut in self.cuts.items()}
+        object.__setattr__(self, "_shapes", shapes)
+        object.__setattr__(self, "_steps", (batches.steps, batches.steps_per_epoch))
 
     @property
     def early(self) -> int:
-        """How many messages of one sender may wait for a generation that this party has yet to enter.
+        """Number of messages of one sender that may wait for a generation that this party has yet to enter.
 
         As many as a peer sends before it is answered; none is answered before this party is there as well.
         """
@@ -57,11 +70,11 @@ class Bounds:
 
     @property
     def prefetch(self) -> int:
-        """How many messages of one sender may be unacknowledged."""
+        """Number of messages of one sender that may be unacknowledged."""
         return self.pipeline.prefetch + self.early + MARGIN
 
     def largest_bytes(self, sender: str) -> int:
-        """The largest body that `sender` may send, before it is sealed."""
+        """Return the size of the largest body that `sender` may send, before it is sealed."""
         cut = self.cuts.get(sender)
         tensor = 0 if cut is None else self.pipeline.batches.most_rows * prod(cut) * ITEM_BYTES["float64"]
         return max(tensor + OVERHEAD_BYTES, control_bytes(sender))
@@ -73,6 +86,15 @@ class Bounds:
 
     def objection(self, sender: str, kind: Kind, micro_batch: MicroBatch, payload: Payload) -> str | None:
         """Say why a tensor cannot be of this run, at whatever step this party is; None if it can."""
+        step, index, shapes = micro_batch.step, micro_batch.index, self._shapes.get(sender)
+        steps, steps_per_epoch = self._steps
+        if shapes is not None and step < steps and kind is not Kind.HOLDOUT and kind in self.kinds:
+            here = shapes[(step + 1) % steps_per_epoch == 0]
+            if index < len(here) and payload.shape == here[index] and payload.dtype in CROSSING:
+                return None  # nearly always, and for every message
+        return self._objection(sender, kind, micro_batch, payload)
+
+    def _objection(self, sender: str, kind: Kind, micro_batch: MicroBatch, payload: Payload) -> str | None:
         if kind not in self.kinds:
             return f"a party of this role is sent {' and '.join(sorted(self.kinds))} only"
         batches, step, index = self.pipeline.batches, micro_batch.step, micro_batch.index

@@ -120,7 +120,7 @@ class Mailbox(Generic[Tag]):
         return self._file_current(header, payload, tag)
 
     def _file_newer(self, header: Header, payload: Payload, tag: Tag) -> Verdict[Tag]:
-        """Keep what a peer sent in a generation that this party will be told of, as far as it can have sent it."""
+        """Keep what a peer sent in a generation that this party is yet to enter, as far as it can have sent it."""
         waiting = self._early[header.sender]
         known = next((each.header.generation for each in waiting.values()), header.generation)
         if header.generation < known:
@@ -185,7 +185,7 @@ class Mailbox(Generic[Tag]):
         return self._unusable[-1] if len(self._unusable) >= UNUSABLE else None
 
     def take(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload | None:
-        """The payload if it is here; it is applied from now on and never given out again."""
+        """Return the payload if it is here; it is applied from now on and never given out again."""
         held = self._held.get((sender, kind, micro_batch))
         if held is None or held.payload is None:
             return None
@@ -201,7 +201,7 @@ class Mailbox(Generic[Tag]):
         return tuple(tag for tag in tags if tag is not None)
 
     def disconnect(self) -> None:
-        """The connection is gone: every tag is void, and what was not acknowledged will be delivered again."""
+        """Void every tag: the connection is gone, and what was not acknowledged will be delivered again."""
         for held in self._held.values():
             held.tag = None
         self._early.clear()
@@ -226,7 +226,7 @@ class Outbox:
         self._resumed_at = BEFORE_FIRST_STEP
 
     def enter(self, committed: int) -> None:
-        """A new timeline begins: what was sent is void, and nothing up to step `committed` will be sent again."""
+        """Begin a new timeline: what was sent is void, and nothing up to step `committed` will be sent again."""
         self._kept.clear()
         self._sent.clear()
         self._bytes, self._resumed_at = 0, committed
@@ -241,12 +241,12 @@ class Outbox:
             self._bytes -= len(oldest)
 
     def committed(self, receiver: str, step: int) -> None:
-        """The receiver has everything up to `step` on disk."""
+        """Forget what the receiver has on disk: everything up to `step`."""
         for key in [key for key in self._kept if key[0] == receiver and key[2].step <= step]:
             self._bytes -= len(self._kept.pop(key))
 
     def since(self, receiver: str, kind: Kind, micro_batch: MicroBatch) -> list[tuple[Key, bytes]]:
-        """What was sent to `receiver` from that message on, in sending order; empty if that one is not kept."""
+        """Return what was sent to `receiver` from that message on, in sending order; empty if it is not kept."""
         first = (receiver, kind, micro_batch)
         if first not in self._kept:
             return []
@@ -254,7 +254,7 @@ class Outbox:
         return [(key, body) for key, body in later if key[0] == receiver]
 
     def newest(self, count: int) -> Iterator[tuple[Key, bytes]]:
-        """The last `count` messages to each receiver, in sending order: what a broken connection may have lost."""
+        """Return the last `count` messages to each receiver, in order: what a broken connection may have lost."""
         left: Counter[str] = Counter()
         chosen = []
         for key, body in reversed(self._kept.items()):
@@ -264,7 +264,7 @@ class Outbox:
         return reversed(chosen)
 
     def is_past(self, receiver: str, kind: Kind, micro_batch: MicroBatch) -> bool:
-        """Whether that message was sent on this timeline, also before a restart: it will not come again by itself."""
+        """Return True if that message was sent on this timeline, also before a restart: it is not sent by itself."""
         if micro_batch.step <= self._resumed_at:
             return True
         sent = self._sent.get((receiver, kind))

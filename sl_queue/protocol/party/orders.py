@@ -16,7 +16,7 @@ class Orders:
     asked: Open | None = None  # the newest of all, also one that opens less: it says what the scheduler lacks
 
     def after(self, command: Command) -> "Orders":
-        """These orders with one more command; commands that came out of order never undo a later one."""
+        """Return these orders with one more command; commands that came out of order never undo a later one."""
         match command:
             case Start():
                 if self.start is not None and command.generation <= self.start.generation:

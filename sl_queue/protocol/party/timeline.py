@@ -19,7 +19,7 @@ _NOWHERE = MicroBatch(0, 0)  # reports and commands are of no micro-batch
 class Timeline(Generic[Tag]):
     """One party's part of a run and generation. Mutable: it is the memory of one process.
 
-    `announce`: the scheduler is to be told (again) who is here. `keep_bytes`: sent and not yet committed by the
+    `announce`: the scheduler has to hear (again) who is here. `keep_bytes`: sent and not yet committed by the
     receiver; what is older is lost with the broker.
     """
 
@@ -67,7 +67,7 @@ class Timeline(Generic[Tag]):
         return self.mailbox.commit(step)
 
     def disconnect(self, count: int) -> list[tuple[Key, bytes]]:
-        """The connection was lost: the last `count` messages to each receiver, which it may have lost with it."""
+        """Return the last `count` messages to each receiver: the connection that was lost may have lost them."""
         self.mailbox.disconnect()
         self.announce = True
         return list(self.outbox.newest(count))
@@ -91,12 +91,12 @@ class Timeline(Generic[Tag]):
         return Header(start.run, start.generation, kind, self._party, receiver, where, self.committed)
 
     def waiting(self, sender: str, kind: Kind, micro_batch: MicroBatch, seconds: float, silent_s: float) -> Waiting:
-        """What is told of a wait for a message."""
+        """Return what is reported of a wait for a message."""
         where = (self._incarnation, self.generation, sender, kind, micro_batch.step, micro_batch.index)
         return Waiting(*where, round(seconds, 3), round(silent_s, 1))
 
     def answer(self, receiver: str, waiting: Waiting) -> tuple[list[tuple[Key, bytes]], Lost | None]:
-        """What is sent again to a peer that waits, from what it waits for on; or that it is lost."""
+        """Return what to send again to a peer that waits, from what it waits for on; or that it is lost."""
         micro_batch = MicroBatch(waiting.step, waiting.index)
         again = self.outbox.since(receiver, waiting.kind, micro_batch)
         if again or not self.outbox.is_past(receiver, waiting.kind, micro_batch):
@@ -132,11 +132,11 @@ class Timeline(Generic[Tag]):
         return Reject(tag, reason)
 
     def is_present(self, header: Header) -> bool:
-        """Whether it is of the run and generation that this party is in."""
+        """Return True for a header of the run and generation that this party is in."""
         return self._start is not None and (header.run, header.generation) == (self.run, self.generation)
 
     def _note_committed(self, header: Header) -> None:
-        """What a peer has on disk need not be kept for it any more."""
+        """Forget what a peer has on disk."""
         known = self._peer_committed.get(header.sender, BEFORE_FIRST_STEP)
         if self.is_present(header) and header.committed > known:
             self._peer_committed[header.sender] = header.committed

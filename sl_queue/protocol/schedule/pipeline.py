@@ -49,7 +49,8 @@ class Reach:
 
     def admits(self, micro_batch: MicroBatch) -> bool:
         """Return True for the key of a training micro-batch within reach."""
-        return self.committed < micro_batch.step and micro_batch <= self.opening
+        step, opening = micro_batch.step, self.opening
+        return self.committed < step and (step, micro_batch.index) <= (opening.step, opening.index)
 
     def admits_holdout(self, micro_batch: MicroBatch) -> bool:
         """Return True for the key of a held-out micro-batch within reach."""

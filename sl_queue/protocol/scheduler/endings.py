@@ -62,7 +62,7 @@ def stop(plan: Plan, state: RunState) -> tuple[RunState, Addressed]:
 
 
 def stopped(plan: Plan, state: RunState, sender: str, step: int) -> tuple[RunState, Addressed]:
-    """The label holder stops first, at its next commit; then everyone knows the step after which to stop."""
+    """Note that a worker has stopped. The label holder is first; then all others learn after which step to stop."""
     state = changed(state, sender, stopped=True)
     if state.phase is not Phase.STOPPING:
         return state, ()  # a worker that was interrupted, not one that was told to stop
@@ -75,7 +75,7 @@ def stopped(plan: Plan, state: RunState, sender: str, step: int) -> tuple[RunSta
 
 
 def ended(plan: Plan, state: RunState) -> RunState:
-    """Whether that was the last party."""
+    """Return the state with the run ended if that was the last party."""
     members = [state.members.get(p, Member()) for p in plan.parties]
     if all(m.finished is not None for m in members):
         return replace(state, phase=Phase.FINISHED, reason=None)

@@ -65,7 +65,7 @@ def opening(plan: Plan, state: RunState, incarnation: str) -> Open:
 
 
 def final_step(plan: Plan, state: RunState) -> int | None:
-    """The step whose weights are final, once the last epoch is done."""
+    """Return the step whose weights are final, once the last epoch is done."""
     last = last_epoch(plan, state)
     if last is None:
         return None
@@ -73,7 +73,7 @@ def final_step(plan: Plan, state: RunState) -> int | None:
 
 
 def all_committed(plan: Plan, state: RunState) -> bool:
-    """Whether every party has the last trained step on disk: only then nobody can need anything of anybody."""
+    """Return True if every party has the last trained step on disk: only then nobody needs anything of anybody."""
     last = state.history[-1].step
     members = [state.members[p] for p in plan.parties]
     return all(m.finished is not None or m.committed >= last for m in members)

@@ -97,7 +97,7 @@ def _failed(plan: Plan, state: RunState, sender: str, report: Failed) -> tuple[R
 
 
 def standing_orders(plan: Plan, state: RunState) -> Addressed:
-    """What everyone should have been told by now; a scheduler that comes back may have been killed before it was."""
+    """Return what everyone should have heard by now; a scheduler may have been killed before it was sent."""
     return tuple(order for party in plan.parties for order in _all_orders(plan, state, party))
 
 
@@ -244,7 +244,7 @@ def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tup
 
 
 def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunState, Addressed]:
-    """A message is lost when its receiver asks for it again after its sender said that it no longer has it."""
+    """Go back to a checkpoint if a message is lost: its receiver asks again after its sender has said so."""
     if report.generation != state.generation or state.phase not in (Phase.RUNNING, Phase.STOPPING):
         return state, ()
     waiting = state.members.get(report.receiver, Member()).waiting

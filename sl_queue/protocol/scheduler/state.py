@@ -13,7 +13,7 @@ GIVE_UP = 10  # patiences after which whoever waits for one that is silent ends 
 
 
 class Phase(StrEnum):
-    """Where a run is."""
+    """The phase of a run."""
 
     GATHERING = "gathering"  # not every party has joined
     RUNNING = "running"
@@ -35,7 +35,7 @@ class EarlyStopping:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the scheduler knows of the job."""
+    """The scheduler's part of the job."""
 
     job: Mapping[str, Any]  # canonical
     label_holder: str
@@ -148,12 +148,12 @@ Addressed = tuple[tuple[str, Command], ...]
 
 
 def durable(state: RunState) -> RunState:
-    """The part of the state that is written to disk: what no party would tell again."""
+    """Return the part of the state that is written to disk: what no party would report again."""
     return replace(state, members={p: m.durable() for p, m in state.members.items()}, epoch_began=None)
 
 
 def restarted(state: RunState, now: float) -> RunState:
-    """The state with which a scheduler that comes back goes on: a run that was stopped or failed gathers again."""
+    """Return the state with which a restarted scheduler goes on: a run that was stopped or failed gathers again."""
     state = replace(durable(state), epoch_began=now)
     if state.phase in (Phase.STOPPED, Phase.FAILED):
         members = {p: replace(m, here=False, stopped=False) for p, m in state.members.items()}
@@ -181,10 +181,10 @@ def history_line(result: EpochResult) -> dict[str, Any]:
     }
 
 
-def epoch_text(line: Mapping[str, Any], epochs: int) -> str:
-    """The same as people read it."""
-    held_out = "".join(f"  held-out {name} {number_text(value)}" for name, value in (line["holdout"] or {}).items())
-    return f"epoch {line['epoch'] + 1}/{epochs}  loss {number_text(line['loss'])}{held_out}"
+def epoch_text(epoch: int, epochs: int, loss: float, holdout: Mapping[str, float | None] | None) -> str:
+    """Write an epoch as people read it."""
+    held_out = "".join(f"  held-out {name} {number_text(value)}" for name, value in (holdout or {}).items())
+    return f"epoch {epoch + 1}/{epochs}  loss {number_text(loss)}{held_out}"
 
 
 def result_of(line: Mapping[str, Any]) -> EpochResult:
@@ -207,20 +207,20 @@ def changed(state: RunState, party: str, **changes: Any) -> RunState:
 
 
 def incarnations(plan: Plan, state: RunState) -> list[tuple[str, str]]:
-    """The parties that a command can be sent to, with the worker it is for."""
+    """Return the parties that a command can be sent to, with the worker it is for."""
     members = ((p, state.members.get(p, Member())) for p in plan.parties)
     return [(p, m.incarnation) for p, m in members if m.incarnation is not None and m.here and m.finished is None]
 
 
 def newest_common(state: RunState) -> int | None:
-    """The newest checkpoint that all parties hold; the initial weights are always there. None: not all have told."""
+    """Return the newest step that all hold; the initial weights are always there. None: not all have reported."""
     held = [None if member.held is None else set(member.held) for member in state.members.values()]
     known = [steps for steps in held if steps is not None]
     return max(set.intersection(*known), default=BEFORE_FIRST_STEP) if len(known) == len(held) else None
 
 
 def gone(state: RunState, member: Member) -> bool:
-    """Whether that party has ended, and rightly so."""
+    """Return True if that party has ended, and rightly so."""
     return member.finished is not None or (state.phase is Phase.STOPPING and member.stopped)
 
 

@@ -16,7 +16,7 @@ CONNECT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a node of a broker is and who asks; its text never shows a password."""
+    """The address of a broker node and a login; its text never shows a password."""
 
     url: str = field(repr=False)
     host: str
@@ -26,7 +26,7 @@ class Address:
 
     @classmethod
     def parse(cls, url: str) -> "tuple[Address, ...]":
-        """The nodes of a broker: `amqp://USER:PASSWORD@HOST:PORT,HOST:PORT/VHOST`. Raises JobError for another text."""
+        """Return the nodes of `amqp://USER:PASSWORD@HOST:PORT,HOST:PORT/VHOST`. Raises JobError for another text."""
         parts = split(url)
         login, at, hosts = parts.netloc.rpartition("@")
         try:
@@ -49,7 +49,7 @@ class Address:
         return address
 
     def parameters(self, name: str) -> pika.URLParameters:
-        """What pika is told; options in the URL's query are the user's own."""
+        """Return the parameters for pika; options in the URL's query are the user's own."""
         parts = urlsplit(self.url)
         own = parse_qs(parts.query)
         tls = {name: own.pop(name)[-1] for name in TLS_OPTIONS if name in own}  # pika does not know them
@@ -90,7 +90,7 @@ _TLS_OPTIONS = (*_FILES, "auth_mechanism")  # as in RabbitMQ's own URIs
 
 
 def _secure(parameters: pika.URLParameters, host: str, options: Mapping[str, str]) -> None:
-    """Whom to trust, and how to log in with a certificate. Raises ValueError, OSError."""
+    """Return whom to trust, and how to log in with a certificate. Raises ValueError, OSError."""
     for name in _FILES:
         if name in options and not Path(options[name]).is_file():
             raise _Unusable(f"{name} = {options[name]!r}: there is no such file")

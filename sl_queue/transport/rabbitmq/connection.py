@@ -33,7 +33,7 @@ class Connection:
         self.certificates: Mapping[str, float] = {}
 
     async def open(self) -> None:
-        """Raises Lost or Denied."""
+        """Connect. Raises Lost or Denied."""
         logger = logging.getLogger("pika")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)  # what matters of it is said in our own words
@@ -71,14 +71,14 @@ class Connection:
         return error
 
     async def channel(self) -> "Channel":
-        """A new channel. Raises Lost."""
+        """Open a new channel. Raises Lost."""
         channel = Channel(self)
         await channel.open(self._pika)
         return channel
 
     @property
     def most_channels(self) -> int:
-        """How many channels the broker allows in this connection."""
+        """Number of channels that the broker allows in this connection."""
         return int(self._pika.params.channel_max) or MAX_CHANNELS
 
     @property

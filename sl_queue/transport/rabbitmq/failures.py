@@ -31,7 +31,7 @@ class Refused(Exception):
 
 
 def said(error: BaseException) -> str:
-    """A driver's exception in words."""
+    """Describe a driver's exception in words."""
     if isinstance(error, ConnectionClosedByBroker | ChannelClosedByBroker):
         return str(error.reply_text)
     causes = list(_causes(error))
@@ -46,7 +46,7 @@ def said(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and those that it wraps, outermost first; pika has three ways to wrap one."""
+    """Return the exception and those that it wraps, outermost first; pika has three ways to wrap one."""
     yield error
     inner = [*error.args, getattr(error, "exception", None), *getattr(error, "exceptions", ()), error.__cause__]
     for each in reversed(inner):  # of several attempts the last

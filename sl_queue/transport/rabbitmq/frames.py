@@ -32,7 +32,7 @@ class Incoming:
         self._bodies: dict[int, _Body] = {}  # by channel
 
     def space(self) -> memoryview:
-        """Where to receive: as much as the frames that have begun still lack."""
+        """Return the buffer to receive into: as much as the frames that have begun still lack."""
         if self._start == self._end and not self._bodies:
             self._start = self._end = 0
         if self._end + self._wanted > len(self._view):
@@ -40,7 +40,7 @@ class Incoming:
         return self._view[self._end : self._end + self._wanted]
 
     def received(self, count: int, largest_frame: int) -> Iterator[Any]:
-        """The frames that these bytes complete. Raises InvalidFrameError."""
+        """Return the frames that these bytes complete. Raises InvalidFrameError."""
         self._end += count
         self._wanted = READ_BYTES
         while self._end - self._start >= HEAD.size:

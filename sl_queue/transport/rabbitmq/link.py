@@ -60,9 +60,8 @@ class RabbitLink:
         again: Callable[[], str] | None = None,
     ) -> None:
         self._nodes = Nodes(url, again)
-        self._endpoint = Endpoint(
-            self._nodes.first, party, topology, prefetch, queue_type, limits
-        )  # where it is, or was
+        where = self._nodes.first  # the node that it is connected to, or was
+        self._endpoint = Endpoint(where, party, topology, prefetch, queue_type, limits)
         self._unconfirmed, self._outages = Unconfirmed(), Outages()
         self._lock = threading.Lock()
         self._acknowledged: list[Tag] = []
@@ -291,7 +290,7 @@ class RabbitLink:
             ) from None
 
     def _fail(self, error: SlQueueError) -> None:
-        """The link has given up: whoever opens, publishes or flushes learns it, and who opened it is told."""
+        """Give up: whoever opens, publishes or flushes from now on raises `error`, and the owner is notified."""
         self._unconfirmed.fail(error)
         if self._opened.done():
             self._on_failure(error)

@@ -14,11 +14,11 @@ Arguments = Mapping[str, str | int]
 
 ACCESS_REFUSED = 403
 PRECONDITION_FAILED = 406  # it is there with other arguments: the operator's choice
-NEVER = 1_000_000_000  # redeliveries before a quorum queue drops a message; RabbitMQ 4 says 20 if it is not told
+NEVER = 1_000_000_000  # redeliveries before a quorum queue drops a message; RabbitMQ 4 says 20 by default
 
 
 def inbox_arguments(receiver: str, queue_type: QueueType) -> Arguments:
-    """How a queue that `receiver` reads is declared: what was confirmed is never dropped."""
+    """Return how a queue that `receiver` reads is declared: what was confirmed is never dropped."""
     newest: Arguments = {"x-max-length": 1, "x-overflow": "drop-head"}  # only that status is worth reading
     full: Arguments = {"x-overflow": "reject-publish"}  # where a policy limits its length
     kept = newest if receiver == OPERATOR else full
@@ -29,7 +29,7 @@ def inbox_arguments(receiver: str, queue_type: QueueType) -> Arguments:
 
 
 def dead_letter_arguments(queue_type: QueueType) -> Arguments:
-    """The newest dead letters are kept: nobody may fill the broker with messages that are refused."""
+    """Return how dead letters are kept, the newest only: nobody may fill the broker with refused messages."""
     limits: Arguments = {"x-max-length": 1000, "x-max-length-bytes": 16 * 1024 * 1024}
     return limits if queue_type == "classic" else {"x-queue-type": "quorum", "x-delivery-limit": NEVER, **limits}
 

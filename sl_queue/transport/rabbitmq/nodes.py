@@ -10,7 +10,7 @@ log = logging.getLogger("sl_queue")
 
 
 class Nodes:
-    """Where to connect next. Mutable: it remembers the URL and whose turn it is. Raises JobError for a bad URL.
+    """The node to connect to next. Mutable: it remembers the URL and whose turn it is. Raises JobError for a bad URL.
 
     `again` gives the URL anew before each attempt but the first; what cannot be read or used leaves the one before.
     """

@@ -45,7 +45,7 @@ class Publisher:
         self._returned: set[int] = set()
         self._in_flight = 0
         self._paused: dict[str, asyncio.Task[None]] = {}  # by what `Outgoing.to` says
-        self._mending = asyncio.Lock()
+        self._repairing = asyncio.Lock()
         self.confirmed = False  # whether anything was
 
     async def begin(self) -> None:
@@ -64,7 +64,7 @@ class Publisher:
             pause.cancel()
 
     async def _publishing(self) -> Channel:
-        """A channel to publish on. Raises Lost."""
+        """Open a channel to publish on. Raises Lost."""
         out = await self._connection.channel()
         out.on_closed = self._on_publishing_refused
         await out.confirms(self._on_confirm, self._on_return)
@@ -111,7 +111,7 @@ class Publisher:
         self.pump()
 
     def _publish_later(self, number: int, message: Outgoing) -> None:
-        """The broker has no queue for a message, or its queue is full: try again after a pause."""
+        """Publish a message again after a pause: the broker has no queue for it, or its queue is full."""
         unroutable = number in self._returned
         self._returned.discard(number)
         limits = self._endpoint.limits
@@ -131,24 +131,24 @@ class Publisher:
             wait_s = pause_s(message.troubles, PUBLISHING)
             why = "no queue is bound; declaring it again" if unroutable else "the queue is full"
             log.warning("%s: %s: %s; publishing again in %.1f s", self._endpoint.who, where, why, wait_s)
-            self._paused[message.to] = asyncio.create_task(self._mend(message.to, wait_s))
+            self._paused[message.to] = asyncio.create_task(self._declare_again(message.to, wait_s))
 
-    async def _mend(self, to: str, wait_s: float) -> None:
+    async def _declare_again(self, to: str, wait_s: float) -> None:
         """Have what is for that queue published again, after a pause and with the queue declared."""
         await asyncio.sleep(wait_s)
         endpoint = self._endpoint
         try:
-            async with self._mending:  # one at a time: there is one channel for it
+            async with self._repairing:  # one at a time: there is one channel for it
                 await declare(self._connection, endpoint.topology, endpoint.party, endpoint.queue_type)
                 if endpoint.queue_type == "quorum":
-                    await self._publish_anew()
+                    await self._publish_on_another_channel()
         except Lost as lost:
             self._end(str(lost))
         del self._paused[to]
         self.pump()
 
-    async def _publish_anew(self) -> None:
-        """A channel that met a quorum queue while its leader was lost may refuse for ever; a new one does not."""
+    async def _publish_on_another_channel(self) -> None:
+        """Publish on a new channel: one that met a quorum queue while its leader was lost may refuse for ever."""
         out, self._out = self._out, None  # nothing is published meanwhile
         if out is not None:
             await out.close()

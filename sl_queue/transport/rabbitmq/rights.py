@@ -86,7 +86,7 @@ def _writing(exchange: str) -> tuple[str, _Try]:
 
 
 def _became(connection: pika.BlockingConnection, attempt: _Try) -> int | None:
-    """The broker's code if it refused, else None."""
+    """Return the broker's code if it refused, else None."""
     channel = connection.channel()
     try:
         attempt(channel)

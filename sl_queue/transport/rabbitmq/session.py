@@ -1,6 +1,6 @@
 """One connection's life: take the lock of the party, consume, publish, until it ends.
 
-A session is never mended: when anything of it is lost, cancelled or refused, it ends with a reason and the link makes
+A session is never repaired: when anything of it is lost, cancelled or refused, it ends with a reason and the link makes
 the next one. Only missing queues are declared again in place. `pump` and `acknowledge` run on the thread that has the
 link's turn, `reject` on any, all else on the link's I/O thread.
 """
@@ -84,7 +84,7 @@ class Session:
 
     @property
     def fruitful(self) -> bool:
-        """Whether anything was delivered or confirmed."""
+        """True if anything was delivered or confirmed."""
         return self._consumer.delivered or self._publisher.confirmed
 
     def pump(self) -> None:

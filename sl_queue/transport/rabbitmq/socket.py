@@ -28,7 +28,7 @@ READS = 16  # in one turn of the loop; others wait for it too
 
 
 async def dial(parameters: Parameters) -> socket:
-    """A connected socket that does not block, with TLS on it if the parameters say so. Raises OSError."""
+    """Connect a socket that does not block, with TLS on it if the parameters say so. Raises OSError."""
     loop = asyncio.get_running_loop()
     failed: OSError = OSError("the host has no address")
     for family, kind, protocol, _, where in await loop.getaddrinfo(parameters.host, parameters.port, type=SOCK_STREAM):
@@ -52,7 +52,7 @@ async def dial(parameters: Parameters) -> socket:
 
 
 async def _secured(plain: socket, options: Any) -> ssl.SSLSocket:
-    """The socket after the handshake."""
+    """Return the socket after the handshake."""
     loop = asyncio.get_running_loop()
     secured: ssl.SSLSocket = options.context.wrap_socket(
         plain, server_hostname=options.server_hostname, do_handshake_on_connect=False

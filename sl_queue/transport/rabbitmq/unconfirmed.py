@@ -65,32 +65,33 @@ class Unconfirmed:
         """
         with self._changed:
             passed: list[int] = []
-            taken = None
-            while taken is None and self._waiting:
-                number = self._waiting.popleft()
-                message = self._messages[number]
-                left_s = message.expires_in_s()
-                if left_s is not None and left_s <= 0:
-                    self._forget([number])
-                elif paused and message.to in paused:
-                    passed.append(number)
-                else:
-                    taken = number, message
-            self._waiting.extendleft(reversed(passed))
-            return taken
+            try:
+                while self._waiting:
+                    number = self._waiting.popleft()
+                    message = self._messages[number]
+                    if message.expires_at is not None and message.expires_at <= time.monotonic():
+                        self._forget([number])
+                    elif paused and message.to in paused:
+                        passed.append(number)
+                    else:
+                        return number, message
+                return None
+            finally:
+                if passed:
+                    self._waiting.extendleft(reversed(passed))
 
     def confirm(self, numbers: Iterable[int]) -> list[Outgoing]:
-        """The broker has these; returns them."""
+        """Forget and return these: the broker has them."""
         with self._changed:
             return self._forget(numbers)
 
     def again(self, numbers: Iterable[int]) -> None:
-        """These wait again, before all others."""
+        """Let these wait again, before all others."""
         with self._changed:
             self._waiting = deque(sorted({*numbers, *self._waiting}))
 
     def restart(self) -> None:
-        """The connection is gone: everything waits again, in order."""
+        """Let everything wait again, in order: the connection is gone."""
         with self._changed:
             self._waiting = deque(self._messages)
 

@@ -1,0 +1,84 @@
+"""Specifications of what a party computes: small frozen values, resolved once from the job and its own file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sl_queue.cut.packing import Wire
+from sl_queue.ports import UserCode
+
+Part = Literal["base", "fuse"]
+NAMED_LOSSES = ("bce_with_logits", "cross_entropy", "mse")
+
+
+@dataclass(frozen=True, slots=True)
+class LayersSpec:
+    """The layers of all parties as one network, the same at every party."""
+
+    job_digest: str
+    seed: int
+    label_holder: str
+    feature_parties: tuple[str, ...]
+    cuts: Mapping[str, tuple[int, ...]]  # of the parties with a base model, in the order of the fuse model's inputs
+    aggregation: Literal["list", "concat", "sum", "mean"]
+    wire: Wire  # how activations and gradients travel
+    micro_batches: int
+    staleness: int
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        """The label holder and all others."""
+        return (*self.feature_parties, self.label_holder)
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The parties with a base model, in the order of the fuse model's inputs."""
+        return tuple(self.cuts)
+
+    def cut(self, party: str) -> tuple[int, ...] | None:
+        """Return the shape of one row's activation; None for a label holder without a base model."""
+        return self.cuts.get(party)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One part of the model with its optimizer."""
+
+    model: Any  # module:callable, or the callable or the module itself
+    args: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveSpec:
+    """The loss, and what is measured on held-out rows."""
+
+    loss: Any  # one of NAMED_LOSSES, module:callable, or the callable itself
+    metrics: tuple[str, ...] = ()
+    outputs: Literal["logits", "probabilities", "log_probabilities"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeSpec:
+    """Models, objective and device of one party, and the network that they are a part of."""
+
+    party: str
+    layers: LayersSpec
+    base: ModelSpec | None
+    fuse: ModelSpec | None  # the label holder's
+    objective: ObjectiveSpec | None  # the label holder's
+    device: str
+    code: UserCode  # finds what is named as module:callable
+    table_is_file: bool = False  # whose whole numbers mostly mean quantities, and are offered as floating ones first
+    label_column: str | None = None
+    secret: bytes = field(default=b"", repr=False)  # keys this party's random draws besides the seed; empty: nothing
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the party's own code; None if all is given in code."""
+        return self.code.folder
+
+    def part(self, part: Part) -> ModelSpec | None:
+        """Return the base or the fuse model."""
+        return self.base if part == "base" else self.fuse

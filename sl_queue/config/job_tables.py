@@ -1,0 +1,95 @@
+"""The tables of a job file: of each party, fuse, pipeline, broker, wire and early stopping."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from sl_queue.config.schema import Schema
+from sl_queue.cut.packing import Compress, Dtype
+
+LIMIT = 2**63  # integers travel as 64 bits
+
+Count = Annotated[int, Field(ge=1, lt=LIMIT)]
+_Size = Annotated[int, Field(strict=True, ge=1, lt=LIMIT)]
+
+
+class JobParty(Schema):
+    """A party as all others know it."""
+
+    role: Literal["feature", "label"] = Field(
+        description='"feature" or "label": the label holder has the labels, the fuse model and the loss'
+    )
+    cut: Annotated[tuple[_Size, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None,
+        description="a list of whole numbers of at least 1, for instance [32]: the shape of one "
+        "row's activation; a label "
+        "holder without a base model has none",
+    )
+
+
+class JobFuse(Schema):
+    """Aggregation of activations into the fuse model's input."""
+
+    aggregation: Literal["list", "concat", "sum", "mean"] = Field(
+        default="list",
+        description='"list", "concat", "sum" or "mean": how activations become the input of the fuse model',
+    )
+
+
+class JobPipeline(Schema):
+    """The order of work, as two integers, and how often it pauses for a checkpoint."""
+
+    micro_batches: Count = Field(default=1, description="a whole number of at least 1: the parts of a step")
+    depth: Count = Field(
+        default=None,
+        validate_default=True,
+        description="a whole number of at least 1: activations on their way at most; without it, micro_batches",
+    )
+    staleness: int = Field(
+        default=0, ge=0, lt=LIMIT, description="a whole number of at least 0: updates that a forward may run ahead"
+    )
+    checkpoint_every: Count = Field(
+        default=50, description="a whole number of at least 1: steps from one checkpoint to the next"
+    )
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _all_at_once(cls, value: Any, info: ValidationInfo) -> Any:
+        return info.data.get("micro_batches", 1) if value is None else value
+
+
+class JobBroker(Schema):
+    """Expectations of the broker, the same at all parties; its address is in each party's own file."""
+
+    persistent: bool = Field(
+        default=False, description="true or false: the broker writes messages to disk, so that they survive its restart"
+    )
+    patience: float = Field(
+        default=60.0, gt=0, description="a number above 0: seconds of silence until a waiting worker says so"
+    )
+    queues: Literal["classic", "quorum"] = Field(
+        default="classic", description='"classic" or "quorum": quorum keeps every message on most nodes of a cluster'
+    )
+
+
+class JobWire(Schema):
+    """Encoding of activations and gradients on their way."""
+
+    dtype: Dtype = Field(
+        default="float32",
+        description='"float32" (as the models compute), "bfloat16", "float16" or "int8": the numbers on their way',
+    )
+    compress: Compress = Field(
+        default="none",
+        description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd": how the numbers are compressed',
+    )
+
+
+class JobEarlyStopping(Schema):
+    """End of training before its last epoch, with the weights of the best one."""
+
+    metric: str = Field(
+        description='"loss" or one of the label holder\'s metrics: what has to improve on held-out rows'
+    )
+    patience: Count = Field(description="a whole number of at least 1: epochs without improvement")
+    min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")

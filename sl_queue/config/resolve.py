@@ -1,0 +1,151 @@
+"""What job, party file and user code come to for one party: checked together, and resolved into small frozen values.
+
+Below the launch of a worker everything works on these, and nothing knows of files in TOML.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self
+
+from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec
+from sl_queue.config.job import Job
+from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
+from sl_queue.config.user_code import Importer
+from sl_queue.data.spec import FileSpec, Rows, TableSpec
+from sl_queue.errors import JobError
+from sl_queue.protocol.text import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class PartySpec:
+    """One party of one job."""
+
+    party: str
+    role: Literal["feature", "label"]
+    peers: tuple[str, ...]  # whom it exchanges tensors with
+    table: TableSpec
+    compute: ComputeSpec
+    chosen_secret: Path | str | None  # what keys its draws, as its file says: a file, "seed", or nothing chosen
+
+    def with_secret(self, secret: bytes) -> Self:
+        """Return the same party with a secret for its draws."""
+        return replace(self, compute=replace(self.compute, secret=secret))
+
+
+def resolve(job: Job, party_file: PartyFile, importer: Importer) -> PartySpec:
+    """Check job and party file together, and make of them what a worker needs. Raises JobError."""
+    agree(job, party_file)
+    party = party_file.party
+    peers = job.feature_parties if party == job.label_holder else (job.label_holder,)
+    table, compute = table_spec(job, party_file, importer), compute_spec(job, party_file, importer)
+    return PartySpec(party, job.parties[party].role, peers, table, compute, party_file.privacy.secret)
+
+
+def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec:
+    """Return the table of a party, and what the job needs of it."""
+    return TableSpec(
+        party_file.party,
+        _data(party_file.data),
+        features=job.cut(party_file.party) is not None,
+        labels=party_file.party == job.label_holder,
+        holdout_seed=job.seed_of_holdout if job.holdout else None,
+        code=importer.within(party_file.folder),
+    )
+
+
+def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> ComputeSpec:
+    """Return the models of a party, and the network that they are a part of."""
+    fuse = party_file.fuse
+    return ComputeSpec(
+        party_file.party,
+        layers_of(job),
+        _model(party_file.base),
+        _model(fuse),
+        None if fuse is None else ObjectiveSpec(fuse.loss, tuple(fuse.metrics), fuse.outputs),
+        party_file.device,
+        importer.within(party_file.folder),
+        table_is_file=isinstance(party_file.data, DataFile) and party_file.data.source is None,
+        label_column=party_file.data.label if isinstance(party_file.data, DataFile) else None,
+    )
+
+
+def layers_of(job: Job) -> LayersSpec:
+    """Return the network that all parties have agreed on."""
+    cuts = {party: table.cut for party, table in job.parties.items() if table.cut is not None}
+    return LayersSpec(
+        job_digest=job.digest,
+        seed=job.seed,
+        label_holder=job.label_holder,
+        feature_parties=job.feature_parties,
+        cuts=cuts,
+        aggregation=job.fuse.aggregation,
+        wire=job.on_the_wire,
+        micro_batches=job.pipeline.micro_batches,
+        staleness=job.pipeline.staleness,
+    )
+
+
+def _data(data: DataFile | Rows) -> FileSpec | Rows:
+    if isinstance(data, Rows):
+        return data
+    features = None if data.features is None else tuple(data.features)
+    return FileSpec(data.path, data.id, features, data.label, data.id_type, data.source)
+
+
+def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
+    return None if table is None else ModelSpec(table.model, table.args, table.optimizer)
+
+
+# What only job and party file together show ---------------------------------------------------------------------
+
+
+def agree(job: Job, party_file: PartyFile) -> None:
+    """Raise one JobError for everything that a party's file and the job show only together."""
+    party = party_file.party
+    if party not in job.parties:
+        known = list(job.parties)
+        raise JobError(
+            f"party = {party!r}: job {job.name!r} has no such party; {nearest(party, known)}"
+            f"its parties are {', '.join(known)}"
+        )
+    about_labels = _about_labels if party == job.label_holder else _about_no_labels
+    problems = [*_about_base(party_file, job), *about_labels(party_file, job)]
+    if problems:
+        raise JobError("\n  ".join(f"party {party!r}: {problem}" for problem in problems))
+
+
+def _about_base(party: PartyFile, job: Job) -> Iterator[str]:
+    cut = job.cut(party.party)
+    if cut is not None and party.base is None:
+        yield f"[base] is missing; the job gives this party a cut, {list(cut)}, so it needs a base model"
+    if cut is None and party.base is not None:
+        yield f"[base] has no use; the job gives this party no cut: take [base] out, or set parties.{party.party}.cut"
+    features = party.data.features
+    if cut is not None and (features is None if isinstance(party.data, Rows) else features == []):
+        yield "data.features is empty; the base model needs features"
+
+
+def _about_labels(party: PartyFile, job: Job) -> Iterator[str]:
+    """Yield what the label holder lacks."""
+    if party.fuse is None:
+        yield "[fuse] is missing; the label holder has the fuse model"
+    data = party.data
+    if isinstance(data, Rows) and data.labels is None:
+        yield "its Rows have no labels; the label holder needs them"
+    if isinstance(data, DataFile) and data.source is None and data.label is None:
+        yield "data.label is missing; the label holder names the column with the labels"
+    rule = job.early_stopping
+    if rule is not None and party.fuse is not None and rule.metric not in (measured := ["loss", *party.fuse.metrics]):
+        yield (
+            f"early_stopping.metric = {rule.metric!r} is not measured; {nearest(rule.metric, measured)}"
+            f"it must be {', '.join(measured)}, or be added to fuse.metrics"
+        )
+
+
+def _about_no_labels(party: PartyFile, job: Job) -> Iterator[str]:
+    """Yield what a feature party has no use for."""
+    if party.fuse is not None:
+        yield f"[fuse] has no use; the label holder {job.label_holder!r} has the fuse model"
+    if isinstance(party.data, DataFile) and party.data.label is not None:
+        yield f"data.label has no use; only {job.label_holder!r} has labels (data.features can leave a column out)"

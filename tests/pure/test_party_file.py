@@ -1,0 +1,137 @@
+"""A party file is read as it is documented, and a mistake in it is named."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sl_queue.config.job import BaseFile, DataFile, Job, PartyFile
+from sl_queue.config.resolve import agree
+from sl_queue.data.spec import Rows
+from sl_queue.errors import JobError
+from tests.support.job_files import (
+    BANK_TOML,
+    BASE,
+    FUSE,
+    INSURER_TOML,
+    JOB_TOML,
+    PARTIES,
+    check_complaint,
+    job,
+    party_complaint,
+    written,
+)
+
+
+def test_the_documented_party_files_are_read_as_they_stand(tmp_path: Path) -> None:
+    bank = PartyFile.load(written(tmp_path, "bank.toml", BANK_TOML))
+    assert (bank.party, bank.broker, bank.state) == ("bank", "amqps://bank@broker:5671/credit", tmp_path / "state/bank")
+    assert isinstance(bank.data, DataFile)
+    assert (bank.data.path, bank.data.id) == (tmp_path / "bank.parquet", "customer_id")
+    assert (bank.data.features, bank.data.label) == (["age", "income"], None)
+    assert bank.base == BaseFile(
+        model="bank:BaseModel", args={"input_dim": 2, "hidden_dim": 32}, optimizer={"name": "adam", "lr": 1e-3}
+    )
+    assert (bank.fuse, bank.device, bank.threads, bank.folder) == (None, "cpu", None, tmp_path)
+    insurer = PartyFile.load(written(tmp_path, "insurer.toml", INSURER_TOML))
+    assert insurer.fuse is not None
+    assert (insurer.fuse.loss, insurer.fuse.metrics) == ("bce_with_logits", ["auroc", "accuracy"])
+    agreed = Job.load(written(tmp_path, "job.toml", JOB_TOML))
+    agree(agreed, bank)
+    agree(agreed, insurer)
+
+
+def test_paths_are_relative_to_the_file_and_absolute_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "files").mkdir()
+    text = BANK_TOML.replace('"state/bank"', '"/var/state"')
+    written(tmp_path / "files", "bank.toml", text)
+    monkeypatch.chdir(tmp_path)
+    bank = PartyFile.load("files/bank.toml")
+    assert isinstance(bank.data, DataFile)
+    assert (bank.data.path, bank.state) == (tmp_path / "files/bank.parquet", Path("/var/state"))
+    assert bank.folder == tmp_path / "files"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"party": ""}, ["party = ''"]),
+        ({"data": None}, ["data = None", "[data]"]),
+        ({"data": {}}, ["data needs a path and an id, or a source", "path, id"]),
+        ({"data": {"path": "x.csv"}}, ["missing: id"]),
+        ({"data": {"path": 3, "id": "i"}}, ["data.path = 3", ".csv"]),
+        ({"data": {"path": "x.csv", "id": "i", "feature": []}}, ["data.feature is unknown; did you mean 'features'?"]),
+        ({"data": {"path": "x.csv", "id": "i", "features": "age"}}, ["data.features = 'age'", "list of column names"]),
+        ({"data": {"path": "x.csv", "id": "i", "features": ["a", 3]}}, ["data.features[1] = 3"]),
+        ({"data": {"path": "x.csv", "id": "i", "label": "a", "features": ["a"]}}, ["more than once", ": a"]),
+        ({"data": {"path": "x.csv", "id": "i", "features": ["i"]}}, ["more than once", ": i"]),
+        ({"data": {"path": "x.csv", "id": "i", "features": ["a", "b", "a"]}}, ["more than once", ": a"]),
+        ({"data": {"path": "x.csv", "id": "i", "label": "i"}}, ["more than once", ": i"]),
+        ({"data": {"source": "m:f", "path": "x.csv", "id": "i"}}, ["take out path, id"]),
+        ({"data": {"source": "rows"}}, ["data.source = 'rows'", "module:callable"]),
+        ({"data": {"source": 3}}, ["data.source = 3"]),
+        ({"base": {"model": "BaseModel"}}, ["base.model = 'BaseModel'", "module:callable"]),
+        ({"base": {"model": 3}}, ["base.model = 3"]),
+        ({"base": {}}, ["base.model is missing", "nn.Module"]),
+        ({"base": {**BASE, "optimizer": {"lr": 0.1}}}, ["base.optimizer needs a name", "adam"]),
+        ({"base": {**BASE, "optimizer": "adam"}}, ["base.optimizer = 'adam'", "a table like"]),
+        ({"base": {**BASE, "loss": "mse"}}, ["base.loss is unknown", "it belongs in [fuse]"]),
+        ({"fuse": BASE}, ["fuse.loss is missing", "bce_with_logits"]),
+        ({"fuse": {**FUSE, "loss": "bce_with_logit"}}, ["fuse.loss = 'bce_with_logit'", "'bce_with_logits'?"]),
+        ({"fuse": {**FUSE, "loss": 3}}, ["fuse.loss = 3"]),
+        ({"fuse": {**FUSE, "metrics": "auroc"}}, ["fuse.metrics = 'auroc'", "a list"]),
+        ({"threads": 0}, ["threads = 0", "at least 1"]),
+        ({"device": ""}, ["device = ''"]),
+        ({"device": 0}, ["device = 0"]),
+        ({"brokers": "x"}, ["brokers is unknown; did you mean 'broker'?"]),
+    ],
+)
+def test_a_mistake_in_a_party_file_is_named(changes: dict[str, Any], expected: list[str]) -> None:
+    said = party_complaint(**changes)
+    for words in expected:
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"party": "bnk"}, ["party = 'bnk'", "did you mean 'bank'?", "bank, insurer"]),
+        ({"base": None}, ["[base] is missing", "[32]"]),
+        ({"fuse": FUSE}, ["[fuse] has no use", "'insurer'"]),
+        ({"data": {"path": "x.csv", "id": "i", "label": "y"}}, ["data.label has no use", "'insurer'"]),
+        ({"data": {"path": "x.csv", "id": "i", "features": []}}, ["data.features is empty"]),
+        ({"data": Rows([1], None)}, ["data.features is empty"]),
+        ({"party": "insurer", "data": {"path": "x.csv", "id": "i", "label": "y"}}, ["[fuse] is missing"]),
+        ({"party": "insurer", "fuse": FUSE}, ["data.label is missing"]),
+        ({"party": "insurer", "fuse": FUSE, "data": Rows([1], [[1]])}, ["its Rows have no labels"]),
+        ({"party": "insurer", "base": None, "fuse": FUSE, "data": {"source": "m:f"}}, ["[base] is missing", "[16]"]),
+    ],
+)
+def test_what_only_job_and_party_file_show_together_is_named(changes: dict[str, Any], expected: list[str]) -> None:
+    said = check_complaint(job(), **changes)
+    for words in expected:
+        assert words in said
+
+
+def test_a_base_model_without_a_cut_is_named() -> None:
+    labels_only = job(parties={**PARTIES, "insurer": {"role": "label"}})
+    data = {"path": "x.csv", "id": "i", "label": "y"}
+    said = check_complaint(labels_only, party="insurer", data=data, fuse=FUSE)
+    assert "[base] has no use" in said
+    assert "parties.insurer.cut" in said
+    agree(labels_only, PartyFile(party="insurer", data=data, fuse=FUSE))
+
+
+def test_early_stopping_watches_what_the_label_holder_measures() -> None:
+    holder = PartyFile(party="insurer", data={"source": "m:f"}, base=BASE, fuse=FUSE)
+    for metric in ("loss", "mae"):
+        agree(job(holdout=0.1, early_stopping={"metric": metric, "patience": 2}), holder)
+    with pytest.raises(JobError, match=r"early_stopping.metric = 'mea' is not measured; did you mean 'mae'\?"):
+        agree(job(holdout=0.1, early_stopping={"metric": "mea", "patience": 2}), holder)
+
+
+def test_reading_job_and_party_files_loads_no_torch_and_no_pika() -> None:
+    code = "import sys, sl_queue.config.job; sys.exit(bool({'torch', 'pika', 'pyarrow'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
