@@ -42,6 +42,7 @@ def options(
 app.command()(run.demo)
 app.command()(prepare.check)
 app.command()(prepare.plan)
+app.command()(prepare.privacy)
 app.command()(run.local)
 app.command()(operate.status)
 app.command()(operate.stop)

@@ -93,3 +93,6 @@ class JobEarlyStopping(Schema):
     )
     patience: Count = Field(description="a whole number of at least 1: epochs without improvement")
     min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
+    mode: Literal["min", "max"] | None = Field(
+        default=None, description='"min" or "max": which value is better; without it, as the metric is known'
+    )

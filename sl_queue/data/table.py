@@ -22,8 +22,11 @@ from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
 from sl_queue.protocol.table import Table
 
 
-def read_table(spec: TableSpec) -> Table:
-    """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong."""
+def read_table(spec: TableSpec, token_key: bytes | None = None) -> Table:
+    """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong.
+
+    `token_key` makes the tokens of the rows' ids, for draws that a row keeps in other tables too.
+    """
     data = spec.data
     id_type = data.id_type if isinstance(data, FileSpec) else None
     empty = isinstance(data, FileSpec) and data.features == ()
@@ -41,7 +44,8 @@ def read_table(spec: TableSpec) -> Table:
     hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
     features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes)
+    tokens = None if token_key is None else _keyed(texts, token_key)
+    return Table(features, labels, row_keys, digest, ids.type, arrays.names, hashes, notes, tokens)
 
 
 def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
@@ -74,9 +78,14 @@ def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.N
     everything.update(b"".join(texts))
     secret = everything.digest()
     key = blake2b(secret, person=b"sl_queue row key").digest()
-    keys = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in texts])
     digest = blake2b(secret, digest_size=32, person=b"sl_queue digest").hexdigest()
-    return np.frombuffer(keys, "<u8").astype(np.uint64), digest
+    return _keyed(texts, key), digest
+
+
+def _keyed(texts: list[bytes], key: bytes) -> npt.NDArray[np.uint64]:
+    """Return 64 bits of each text that depend on it and on the key alone."""
+    hashes = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in texts])
+    return np.frombuffer(hashes, "<u8").astype(np.uint64)
 
 
 def _ordered(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:

@@ -15,7 +15,7 @@ from sl_queue.compute import seeds
 from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
-from sl_queue.compute.fuse_stage import fuse_stage
+from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
@@ -27,11 +27,14 @@ from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
+from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
+from sl_queue.launch.spending import Spending
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.log import to_log
 from sl_queue.observe.meter import Meter
+from sl_queue.privacy.guards import EpochMeter
 from sl_queue.protocol import events
 from sl_queue.protocol.events import Observer
 from sl_queue.protocol.fingerprints import BY_POSITION
@@ -43,6 +46,7 @@ from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
+from sl_queue.storage.secret_file import read_secret
 from sl_queue.transport.party_channel import PartyChannel
 
 if TYPE_CHECKING:
@@ -112,7 +116,10 @@ def serve_party(
         observe = fan_out(observe) if meter is None else fan_out(observe, meter)
         channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
         journal = Journal(state / "history.jsonl")
+        parts = parts_of(spec, table, pipeline.batches)
+        guards = {**parts.guards, **guards}
         worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
+        worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
         if metrics is not None and meter is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
@@ -141,12 +148,13 @@ def _identity(job: Job, party: str, incarnation: str, table: Table, rules: int) 
 def _prepared(job: Job, spec: PartySpec, folder: Folder, state: Path, *, private: bool) -> tuple[PartySpec, Table, int]:
     """Return the spec with its secret, the rows and the rules of the run; `folder` agrees to go on with them."""
     rules = rules_to_keep(job, spec.party, folder.begun_with)
+    require_lasting_secret(spec, state, private=private)
+    secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
+    spec = spec.with_secret(secret)
     table = _table(spec)
     for note in table.notes:
         log.info("%s: %s", spec.party, note)
-    secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
-    spec = spec.with_secret(secret)
-    folder.require(fingerprint(spec.compute, table, rules))
+    folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint})
     return spec, table, rules
 
 
@@ -175,11 +183,25 @@ def _channel(
 
 
 def _table(spec: PartySpec) -> Table:
-    """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
+    """Read the party's rows, with responses for labels if its file says so.
+
+    A source in Python may draw random numbers, beside other parties of this process.
+    """
     if getattr(spec.table.data, "source", None) is None:
-        return read_table(spec.table)
+        return responded(spec, read_table(spec.table, token_key(spec)))
     with seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu")):
-        return read_table(spec.table)
+        return responded(spec, read_table(spec.table, token_key(spec)))
+
+
+def _spending(
+    job: Job, spec: PartySpec, table: Table, state: Path, meter: EpochMeter | None, worker: Worker
+) -> Spending:
+    stage = worker.stage
+
+    def truly() -> Mapping[str, float | None]:
+        return stage.truly if isinstance(stage, TorchFuseStage) else {}
+
+    return Spending.of(job, spec, table, state, meter, truly)
 
 
 def own_version() -> str:
@@ -233,7 +255,9 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """
     try:
         rules = rules_to_keep(job, spec.party, folder.begun_with)
-        folder.require(fingerprint(spec.compute, _table(spec), rules))
+        if isinstance(spec.chosen_secret, Path):
+            spec = spec.with_secret(read_secret(spec.chosen_secret))
+        folder.require({**fingerprint(spec.compute, _table(spec), rules), **spec.privacy.fingerprint})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from sl_queue.compute.names import LOWER_IS_BETTER
 from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
 from sl_queue.config.party import read_url
@@ -28,7 +29,6 @@ from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 log = logging.getLogger("sl_queue")
 
 LATE_S = 10.0  # a worker with its libraries has started after that
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
 
 OnStatus = Callable[[RunStatus], None]
 
@@ -128,7 +128,8 @@ def plan_of(job: Job) -> Plan:
     rule = job.early_stopping
     early = None
     if rule is not None:
-        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, rule.metric in LOWER_IS_BETTER)
+        lower = rule.metric in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
+        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, lower)
     return Plan(
         job=job.canonical(),
         label_holder=job.label_holder,

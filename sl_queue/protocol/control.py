@@ -18,6 +18,7 @@ class EpochResult:
     loss: float
     holdout: Mapping[str, float | None] | None = None  # None for a metric that these rows do not define
     seconds: float = 0.0  # as the scheduler saw it pass
+    leak: Mapping[str, Mapping[str, float]] | None = None  # by party, what it could read of the labels; None: no meter
 
 
 @dataclass(frozen=True, slots=True)
