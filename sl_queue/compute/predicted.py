@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sl_queue.compute.metrics import Task
+from sl_queue.compute.other_metrics import Task
 from sl_queue.compute.outputs import Outputs
 from sl_queue.errors import ComputeError
 
