@@ -268,7 +268,7 @@ def fuse_stage(
     with model.drawing("loss trial", MicroBatch(0, 0)):
         objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
     peers = layers.feature_parties
-    cuts = {peer: _cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
+    cuts = {peer: fuse_cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
     return TorchFuseStage(layers, model, own, objective, table, batches, cuts)
 
 
@@ -280,6 +280,7 @@ def _require_rows_first(output: Tensor, model: Model) -> None:
         )
 
 
-def _cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
+def fuse_cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
+    """Build the label holder's cut to a feature party."""
     dtypes = tuple(map(dtype_name, model.accepted()))
     return FuseCut(model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard)
