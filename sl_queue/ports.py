@@ -1,4 +1,4 @@
-"""What the roles need from the outside world, as protocols; adapters in transport, compute and storage provide them.
+"""Protocols of what the roles need from the outside world; adapters in transport, compute and storage provide it.
 
 The recovery law governs `Channel` and `Checkpoints`: an acknowledgement means "its effect is on disk". After a crash
 everything unacknowledged comes back, and everything already seen is dropped by its key.

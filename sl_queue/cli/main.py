@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sl_queue.cli import operate, prepare, run
+from sl_queue.cli import operate, prepare, run, tables
 from sl_queue.config.environment import DEBUG
 from sl_queue.launch.process import leaving
 
@@ -41,6 +41,8 @@ def options(
 # In the order of `sl-queue --help`.
 app.command()(run.demo)
 app.command()(prepare.check)
+app.command()(tables.features)
+app.command()(tables.align)
 app.command()(prepare.plan)
 app.command()(prepare.privacy)
 app.command()(run.local)

@@ -79,7 +79,8 @@ def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
     each: list[str] | None = None
     if features is not None and columns is not None and features.ndim == 2 and len(columns) <= _MANY:
         each = [_digest(np.ascontiguousarray(features[:, place])) for place in range(len(columns))]
-    return {
+    fitted = {} if table.fitted is None else {"data.fitted": digest_of(table.fitted.encode())}
+    return fitted | {
         "data.rows": f"{table.n_rows} {table.digest}",
         "data.columns": None if columns is None else list(columns),
         "data.features": None if features is None else f"{_described(features)} {_together(features, each)}",

@@ -86,7 +86,7 @@ LOSSES: Mapping[str, Loss] = {
 
 
 def loss_of(spec: ComputeSpec, device: torch.device, take: Take | None = None) -> Loss:
-    """The loss that a party file names or brings; `take` says how to come by one that is given in code."""
+    """Return the loss that a party file names or brings; `take` is how to obtain one given in code."""
     assert spec.objective is not None
     loss = spec.objective.loss
     where = f"party {spec.party!r}: [fuse] loss = {loss!r}"

@@ -175,7 +175,7 @@ def _known(task: Task) -> Mapping[str, Metric]:
 
 
 def _later(module: str, name: str) -> _Function:
-    """A function of torchmetrics, imported when it is first called: a restarted worker has no second to lose."""
+    """Wrap a function of torchmetrics, imported when first called: a restarted worker has no second to lose."""
 
     def function(*arguments: Tensor, **named: Any) -> Tensor:
         value: Tensor = getattr(import_module(f"torchmetrics.functional.{module}"), name)(*arguments, **named)

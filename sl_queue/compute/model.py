@@ -238,7 +238,7 @@ class Model:
         if differing:
             raise CheckpointError(
                 f"party {self.party!r}: the checkpoint is of another model than {self.name}: {differing} differ; "
-                "restore the model, or start anew with another state folder"
+                "restore the model, or start from scratch with another state folder"
             )
         self.built.load(self.module, state, f"{self.part}/", self.party)
         with torch.no_grad():

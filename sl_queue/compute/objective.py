@@ -1,4 +1,4 @@
-"""What is learned and measured: the loss against the labels, and the metrics; tried out before anything is trained."""
+"""Objective of a run: the loss against the labels, and the metrics; tried out before anything is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

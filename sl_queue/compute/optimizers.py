@@ -18,7 +18,7 @@ _WHY_NOT = "evaluates the loss more than once a step, which no party can: none h
 
 
 def optimizer_names() -> dict[str, type[Optimizer]]:
-    """The optimizers that a party file may name."""
+    """Return the optimizers that a party file may name."""
     found = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
     return {c.__name__.lower(): c for c in found if c is not Optimizer and c.__name__.lower() not in _NEED_A_CLOSURE}
 

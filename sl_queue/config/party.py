@@ -18,7 +18,9 @@ from pydantic import (
 )
 
 from sl_queue.compute.names import NAMED_LOSSES
+from sl_queue.config.csv_file import CsvFile
 from sl_queue.config.environment import BROKER
+from sl_queue.config.features import FeatureFile
 from sl_queue.config.learning import (
     GROUPS,
     OPTIMIZER,
@@ -51,7 +53,7 @@ _Path = Annotated[Path, Field(strict=False), AfterValidator(_from_folder)]
 
 
 def _named(what: str) -> Callable[[Any], Any]:
-    """A validator for what is named `module:callable` in a file, and may be the thing itself in code."""
+    """Return a validator for what is named `module:callable` in a file, and may be the thing itself in code."""
 
     def check(value: Any) -> Any:
         if callable(value) or (isinstance(value, str) and NAME.fullmatch(value)):
@@ -64,8 +66,24 @@ def _named(what: str) -> Callable[[Any], Any]:
 class DataFile(Schema):
     """Place of a party's rows: a table with an id column, or a callable that returns Rows."""
 
-    path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file: this party's table")
-    id: str | None = Field(default=None, description="the name of a column: says which sample a row is of")
+    path: _Path | None = Field(
+        default=None,
+        description="the name of a .csv, .parquet or .arrow file, or of a folder of .parquet files: this party's table",
+    )
+    format: Literal["csv", "parquet", "arrow", "svmlight", "tag:value"] | None = Field(
+        default=None,
+        description='"csv", "parquet", "arrow", "svmlight" or "tag:value": how the file is written; without it, as its '
+        "name ends",
+    )
+    csv: CsvFile = Field(default=CsvFile(), description="a table [data.csv]")
+    id: str | list[str] | None = Field(
+        default=None,
+        description="the name of a column, or a list of names: says which sample a row is of",
+    )
+    exclude: list[str] = Field(default=[], description='a list of columns, or of patterns like "x*": left out')
+    duplicates: Literal["refuse", "first"] = Field(
+        default="refuse", description='"refuse" or "first": what becomes of further rows with the same id'
+    )
     features: list[str] | None = Field(
         default=None,
         description='a list of column names, for instance ["age", "income"]: what the base '
@@ -75,9 +93,10 @@ class DataFile(Schema):
     label: str | None = Field(
         default=None, description="the name of a column: the labels, which only the label holder has"
     )
-    id_type: Literal["text", "integer"] | None = Field(
+    id_type: Literal["text", "integer", "uuid"] | None = Field(
         default=None,
-        description='"text" or "integer": what ids are taken as, the same at every party; without it, as they look',
+        description='"text", "integer" or "uuid": what ids are taken as, the same at every party; without it, as '
+        "they look",
     )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
         default=None, description="module:callable, returning sl_queue.Rows: gives the rows in the place of a file"
@@ -94,13 +113,18 @@ class DataFile(Schema):
         if missing:
             raise ValueError(f"needs a path and an id, or a source; missing: {', '.join(missing)}")
         features = self.features or []
-        wrong = [name for name in (self.id, self.label) if name is not None and name in features]
-        wrong += [name for name, count in Counter(features).items() if count > 1]
-        if self.id == self.label:
-            wrong.append(str(self.id))
+        wrong = [name for name in (*self.ids, self.label) if name is not None and name in features]
+        wrong += [name for name, count in Counter([*features, *self.ids]).items() if count > 1]
+        if self.label in self.ids:
+            wrong.append(str(self.label))
         if wrong:
             raise ValueError(f"names a column more than once among id, label and features: {', '.join(wrong)}")
         return self
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of the columns that together say which sample a row is of."""
+        return (self.id,) if isinstance(self.id, str) else tuple(self.id or ())
 
 
 _Model = Annotated[Any, AfterValidator(_named("module:callable, returning a torch.nn.Module"))]
@@ -171,6 +195,9 @@ class PartyFile(Schema):
     ] = Field(description="a table [data] with path and id, or with a source")
     base: BaseFile | None = Field(default=None, description="a table [base] with model and optimizer")
     fuse: FuseFile | None = Field(default=None, description="a table [fuse] with model, optimizer and loss")
+    features: dict[str, FeatureFile] | None = Field(
+        default=None, description="a table [features] with a line for each column, or for a pattern of columns"
+    )
     device: str = Field(
         default="cpu",
         min_length=1,
@@ -212,7 +239,7 @@ class PartyFile(Schema):
         return self._folder
 
     def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
-        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
+        """Return the broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
 
         `again`: it was read before, and may have changed.
         """
@@ -230,7 +257,7 @@ class PartyFile(Schema):
 
 
 def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
-    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
+    """Read a broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
 
     Raises JobError for a file that cannot be read, or that others may read, as a private key.
     """
@@ -245,7 +272,7 @@ def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> st
 
 
 def _url_problem(url: str) -> str | None:
-    """What is wrong with a broker's URL, without its password, or None."""
+    """Describe what is wrong with a broker's URL, without its password; None if nothing is."""
     if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
         return None
     return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"

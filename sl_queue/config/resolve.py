@@ -1,4 +1,4 @@
-"""What job, party file and user code come to for one party: checked together, and resolved into small frozen values.
+"""Resolution of job, party file and user code for one party: checked together, into small frozen values.
 
 Below the launch of a worker everything works on these, and nothing knows of files in TOML.
 """
@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from sl_queue.compute.names import HIGHER_IS_BETTER, LOWER_IS_BETTER, metric_name
 from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec
+from sl_queue.config.features import specs_of
 from sl_queue.config.job import Job
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
 from sl_queue.config.privacy import about_defences, settings_of
@@ -63,6 +64,9 @@ def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec
         labels=party_file.party == job.label_holder,
         holdout_seed=job.seed_of_holdout if job.holdout else None,
         code=importer.within(party_file.folder),
+        declared=specs_of(party_file.features),
+        normalise=tuple(job.alignment.normalise),
+        training=lambda n_rows, hashes: job.batches(n_rows, hashes).training_positions,
     )
 
 
@@ -102,7 +106,18 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
     if isinstance(data, Rows):
         return data
     features = None if data.features is None else tuple(data.features)
-    return FileSpec(data.path, data.id, features, data.label, data.id_type, data.source)
+    return FileSpec(
+        data.path,
+        data.ids,
+        features,
+        data.label,
+        data.id_type,
+        data.source,
+        data.format,
+        data.csv.spec(),
+        tuple(data.exclude),
+        data.duplicates,
+    )
 
 
 def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:

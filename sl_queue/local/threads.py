@@ -39,14 +39,14 @@ log = logging.getLogger("sl_queue")
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run left: the history, one dict an epoch as in history.jsonl, and the trained modules."""
+    """Result of a run: the history, one dict an epoch as in history.jsonl, and the trained modules."""
 
     history: list[dict[str, Any]]
     modules: Mapping[tuple[str, str], nn.Module | SlQueueError] = field(repr=False)  # or why there is none
     label_holder: str
 
     def base(self, party: str) -> nn.Module:
-        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none.
+        """Return the trained base model of a party, in evaluation mode on the CPU. KeyError if it has none.
 
         Raises ComputeError for a module that was given in code and cannot be copied.
         """
@@ -131,7 +131,7 @@ def run_threads(
                     continue
                 try:
                     modules[party, path.stem] = trained_module(spec.compute, path, loan)
-                except SlQueueError as error:  # told to who asks for that module; the others are here
+                except SlQueueError as error:  # raised to whoever asks for that module; the others are here
                     modules[party, path.stem] = error
         return Result(history, modules, job.label_holder)
 
@@ -252,7 +252,7 @@ def _told_by_another(error: SlQueueError) -> int:
 
 
 def have_finished(job: Job, states: Mapping[str, Path]) -> bool:
-    """Whether every party's folder holds its final weights, so that nobody waits for the scheduler."""
+    """Return True if every party's folder holds its final weights, so that nobody waits for the scheduler."""
     return all(holds_final(states[party], job.digest) for party in job.parties)
 
 
@@ -266,7 +266,7 @@ def compare_with_finished(job: Job, parties: Sequence[PartyFile], states: Mappin
 
 
 def key_in(keys: Path | None, role: str) -> Path | None:
-    """The private key of a role in a folder as `sl-queue provision` writes it."""
+    """Return the private key of a role in a folder as `sl-queue provision` writes it."""
     return None if keys is None else keys / role / "seal.key"
 
 

@@ -29,6 +29,6 @@ class Release:
 
     @classmethod
     def of_line(cls, line: dict[str, Any]) -> "Release":
-        """Read what `line` returned. Raises KeyError, TypeError for anything else."""
+        """Read what `line` returned. Raises TypeError, AttributeError for anything else."""
         known = {name: line.get(name) for name in cls.__dataclass_fields__ if name in line or name == "epoch"}
         return cls(**known | {"classes": tuple(line.get("classes") or ())})

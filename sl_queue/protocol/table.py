@@ -21,6 +21,7 @@ class Table:
     notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
     tokens: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, by a key of this party alone
     truth: npt.NDArray[Any] | None = field(default=None, repr=False)  # the labels, where others stand in their place
+    fitted: str | None = field(default=None, repr=False)  # JSON: what [features] learned of the training rows
 
     @property
     def n_rows(self) -> int:

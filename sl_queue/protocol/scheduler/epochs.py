@@ -82,7 +82,7 @@ def all_committed(plan: Plan, state: RunState) -> bool:
 def recorded(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now: float) -> tuple[RunState, Addressed]:
     """Append what is new to the history, and open what may follow.
 
-    Where epochs are missing in between, the label holder is told again how many are known, and answers with those.
+    Where epochs are missing in between, the label holder hears again how many are known, and answers with those.
     """
     known = len(state.history)
     new = [r for r in results if r.epoch >= known]
