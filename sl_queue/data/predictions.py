@@ -16,18 +16,18 @@ SUFFIXES = (".parquet", ".csv")
 
 
 def write_predictions(
-    path: Path, id_name: str, ids: Any, positions: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]
+    path: Path, ids: Mapping[str, Any], positions: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]
 ) -> int:
     """Write a row for each id whose position is not negative, whole or not at all; return how many.
 
-    `ids`: an Arrow array in the order of the file. `positions`: where in `columns` the row of each id is, -1 for none.
-    Raises JobError for a name that ends in neither .parquet nor .csv, and for a folder that cannot be written to.
+    `ids`: Arrow arrays by column, in the order of the file. `positions`: of the row of each id in `columns`, -1 for
+    none. Raises JobError for a name that ends in neither .parquet nor .csv, and for a folder that cannot be written to.
     """
     require_name(path)
     there = positions >= 0
     taken = positions[there]
-    kept = ids.filter(pa.array(there))
-    table = pa.table({id_name: kept, **{name: pa.array(values[taken]) for name, values in columns.items()}})
+    kept = {name: column.filter(pa.array(there)) for name, column in ids.items()}
+    table = pa.table({**kept, **{name: pa.array(values[taken]) for name, values in columns.items()}})
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

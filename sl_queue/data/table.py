@@ -35,17 +35,17 @@ def read_table(
     """
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
     arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
-    ids, faults = _ids(spec, arrays)
+    ids, faults = ids_in(spec, arrays)
     faults = [*arrays.faults, *faults]
     if spec.labels and arrays.labels is None and not faults:
         faults.append(f"there are no labels, and {spec.party!r} is the label holder")
     refuse(arrays.where, faults)
     assert ids is not None
     ids = ids if aligned is None else ids.only(aligned)
-    texts = _texts(ids)
-    row_keys, digest = _fingerprints(texts, pc.binary_length(ids.texts), ids.type)
+    texts = texts_of(ids)
+    row_keys, digest = fingerprints_of(texts, pc.binary_length(ids.texts), ids.type)
     hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
-    features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
+    features, labels = in_order(arrays.features, ids.order), in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
     tokens = None if token_key is None else _keyed(texts, token_key)
     names, recipe = arrays.names, None
@@ -59,13 +59,13 @@ def read_table(
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:
     """Read the ids of a party's rows alone; and say what complaints about them begin with. Raises JobError."""
     arrays = read_rows(spec, features=False, labels=False)
-    ids, faults = _ids(spec, arrays)
+    ids, faults = ids_in(spec, arrays)
     refuse(arrays.where, [*arrays.faults, *faults])
     assert ids is not None
     return ids, arrays.where
 
 
-def _ids(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
+def ids_in(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
     """Put ids into canonical order, as job and party say."""
     if arrays.ids is None:
         return None, []
@@ -104,17 +104,17 @@ def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
     refuse("holdout_rows", faults)
     assert found is not None
     mask = np.zeros(len(found.order), np.bool_)
-    mask[found.order[split_by_id(id_hashes(_texts(found), seed), holdout)[1]]] = True
+    mask[found.order[split_by_id(id_hashes(texts_of(found), seed), holdout)[1]]] = True
     return mask
 
 
-def _texts(ids: Ids) -> list[bytes]:
+def texts_of(ids: Ids) -> list[bytes]:
     """Ids as text, in UTF-8."""
     found: list[bytes] = ids.texts.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
     return found
 
 
-def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
+def fingerprints_of(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
     """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
     everything = blake2b(f"{id_type} {len(texts)} ".encode())
     everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
@@ -131,5 +131,5 @@ def _keyed(texts: list[bytes], key: bytes) -> npt.NDArray[np.uint64]:
     return np.frombuffer(hashes, "<u8").astype(np.uint64)
 
 
-def _ordered(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:
+def in_order(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:
     return None if array is None else array[order]

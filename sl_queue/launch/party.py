@@ -119,7 +119,7 @@ def serve_party(
         pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
         meter = None if metrics is None else Meter()
         observe = fan_out(observe) if meter is None else fan_out(observe, meter)
-        channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
+        channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe)
         journal = Journal(state / "history.jsonl")
         parts = parts_of(spec, table, pipeline.batches)
         guards = {**parts.guards, **guards}
@@ -166,7 +166,7 @@ def _prepared(
     return spec, table, rules
 
 
-def _channel(
+def channel_of(
     job: Job,
     party: str,
     connect: Connect,

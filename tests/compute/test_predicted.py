@@ -45,7 +45,7 @@ def test_the_file_has_the_order_of_the_ids_and_no_row_for_those_without_a_predic
 ) -> None:
     path = tmp_path / "deep" / f"predictions{suffix}"
     ids, positions = pa.array(["c", "a", "b"]), np.array([1, -1, 0])
-    assert write_predictions(path, "id", ids, positions, {"value": np.array([10.0, 20.0])}) == 2
+    assert write_predictions(path, {"id": ids}, positions, {"value": np.array([10.0, 20.0])}) == 2
     table = pa.csv.read_csv(path) if suffix == ".csv" else pa.parquet.read_table(path)
     assert table.to_pydict() == {"id": ["c", "b"], "value": [20.0, 10.0]}
     assert [found.name for found in path.parent.iterdir()] == [path.name]
@@ -53,4 +53,4 @@ def test_the_file_has_the_order_of_the_ids_and_no_row_for_those_without_a_predic
 
 def test_a_name_that_says_no_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"ends in \.parquet or \.csv"):
-        write_predictions(tmp_path / "out.xlsx", "id", pa.array([1]), np.array([0]), {})
+        write_predictions(tmp_path / "out.xlsx", {"id": pa.array([1])}, np.array([0]), {})
