@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,7 @@ from sl_queue.launch.connect import Channels, Connect, connector, key_file, requ
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
 from sl_queue.launch.spending import Spending
+from sl_queue.launch.versions import keep_trained
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
@@ -127,6 +129,7 @@ def serve_party(
         worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
         if metrics is not None and meter is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter).close)
+        worker.on_final = partial(keep_trained, job, spec, table, pipeline.batches, state, worker.stage)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)

@@ -81,6 +81,7 @@ class Worker:
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
     samples: int = 0
     step: int = BEFORE_FIRST_STEP  # the newest trained
+    on_final: Callable[[Final], None] | None = None  # with the final weights on disk, before anyone hears of them
     observe: Observer = ignore
 
     def serve(self, train: Callable[[int], None]) -> Final:
@@ -90,6 +91,8 @@ class Worker:
         """
         try:
             final = self.checkpoints.finished() or self._train(train)
+            if self.on_final is not None:
+                self.on_final(final)
             self.channel.report(Finished(final.incarnation, final.digests))
             self.channel.flush()
             self.checkpoints.mark_reported()

@@ -14,6 +14,7 @@ from sl_queue.compute.predicted import columns_of
 from sl_queue.errors import AlignmentError, CheckpointError, JobError
 from sl_queue.launch.asked import Asked, schedule_of
 from sl_queue.local.prediction import predict_threads
+from sl_queue.storage.versions import versions_in
 
 N, NEW = 200, 90
 
@@ -111,6 +112,17 @@ def joined(result: sl_queue.Result, columns: Mapping[str, Any], order: Any, size
             inputs = [result.base(party)(torch.tensor(columns[party][rows]).float()) for party in ("bank", "insurer")]
             parts.append(result.fuse(inputs))
     return torch.cat(parts)
+
+
+def test_a_finished_run_leaves_a_version_with_a_card_at_each_party(trained: Any) -> None:
+    root, _, result = trained
+    for party in ("bank", "insurer"):
+        (version,) = versions_in(root / party)
+        assert {path.name for path in version.path.iterdir()} >= {"card.md", "run.json", "base.safetensors"}
+    assert version.metrics == result.history[-1]["holdout"]
+    assert (version.about["task"], version.about["outputs"], version.about["shape"]) == ("binary", "logits", [1])
+    card = (version.path / "card.md").read_text()
+    assert "| auroc |" in card and "160 rows" not in card and f"{N} rows, of which 40 were held out" in card
 
 
 def test_predictions_are_those_of_the_modules_bit_for_bit(trained: Any) -> None:
