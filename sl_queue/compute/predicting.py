@@ -51,7 +51,7 @@ class PredictingBase:
         return self.stage.cut.leave(*self._activation(micro_batch))
 
     def in_place(self, micro_batch: MicroBatch) -> Tensor:
-        """As `forward`, for a fuse model in the same process."""
+        """Do as `forward`, for a fuse model in the same process."""
         activation, _, rows = self._activation(micro_batch)
         self.stage.cut.check(activation, micro_batch, rows)
         return activation
@@ -69,7 +69,7 @@ class PredictingBase:
         """Do nothing: a prediction learns nothing."""
 
     def predict(self, micro_batch: MicroBatch) -> Payload:
-        """As `forward`; a prediction holds no rows out."""
+        """Do as `forward`; a prediction holds no rows out."""
         return self.forward(micro_batch)
 
     def state(self) -> State:
@@ -125,6 +125,10 @@ class PredictingFuse:
         self._outputs.append(output)
         return {party: _receipt(activations[party], rows) for party in self.cuts}
 
+    def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
+        """Return nothing: each receipt goes at once."""
+        return ()
+
     def update(self) -> float:
         """Return 0: there is no loss without labels."""
         return 0.0
@@ -135,6 +139,12 @@ class PredictingFuse:
     def metrics(self) -> Mapping[str, float | None]:
         """Return nothing."""
         return {}
+
+    def training_metrics(self) -> None:
+        """Return nothing."""
+
+    def evaluation_tables(self) -> None:
+        """Return nothing."""
 
     def state(self) -> State:
         """Make the outputs since the last commit durable."""

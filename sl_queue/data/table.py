@@ -53,7 +53,9 @@ def read_table(
         training = spec.training(len(texts), hashes if rules != BY_POSITION else None)
         features, fitted = _made(arrays, ids.order, training)
         names, recipe = fitted.names, fitted.as_json()
-    return Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, tokens, fitted=recipe)
+    weights = in_order(arrays.weights, ids.order)
+    about = (names, hashes, notes, tokens)
+    return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights)
 
 
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:
@@ -109,7 +111,7 @@ def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
 
 
 def texts_of(ids: Ids) -> list[bytes]:
-    """Ids as text, in UTF-8."""
+    """Return ids as text, in UTF-8."""
     found: list[bytes] = ids.texts.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
     return found
 

@@ -15,7 +15,8 @@ SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names
 _FIRST = re.compile(  # in every version, or there whenever the party file says it
-    r"torch|threads|device|privacy\..+|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
+    r"torch|threads|device|privacy\..+|data\.weights|fuse\.missing_labels"
+    r"|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
     r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|groups|clip_norm|clip_value|ema)"
 )
 _OF_THE_MACHINE = re.compile(
@@ -68,7 +69,7 @@ def _about_secret(before: Any, now: Any) -> str:
 
 
 def _of_table(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about the table: names of columns and counts, never a value."""
+    """Yield sentences about the table: names of columns and counts, never a value."""
     rows = found.get("data.rows") != own.get("data.rows")
     if rows:
         before, now = (str(side.get("data.rows")).split()[0] for side in (found, own))
@@ -115,7 +116,7 @@ def _of_values(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str
 
 
 def _changed(what: str, before: Any, now: Any) -> str:
-    """Values differ, or dtype and shape already do."""
+    """Return True if values differ, or dtype and shape already do."""
     shapes = [str(side).rpartition(" ")[0] or "not there" for side in (before, now)]
     return f"the values of {what} differ" if shapes[0] == shapes[1] else f"{what} were {shapes[0]}, now {shapes[1]}"
 
