@@ -23,17 +23,26 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {"rows": self.rows, "metrics": dict(self.metrics), "tables": {k: list(v) for k, v in self.tables.items()}}
+        return {
+            "rows": self.rows,
+            "metrics": dict(self.metrics),
+            "tables": {k: list(v) for k, v in self.tables.items()},
+        }
 
 
-def evaluate(objective: Objective, outputs: npt.NDArray[Any]) -> Evaluation:
-    """Compare outputs, shape (rows, *outputs), with the labels of the same rows, in the same order."""
-    output, positions = torch.from_numpy(outputs), np.arange(len(outputs))
-    labels = objective.labels
+def evaluate(
+    objective: Objective, outputs: npt.NDArray[Any], positions: npt.NDArray[np.int64] | None = None
+) -> Evaluation:
+    """Compare outputs, shape (rows, *outputs), with the labels of the same rows, in the same order.
+
+    `positions`: of the rows to look at; None: all.
+    """
+    positions = np.arange(len(outputs)) if positions is None else positions
+    output, labels = torch.from_numpy(outputs[positions]), objective.labels[torch.from_numpy(positions)]
     with torch.no_grad(), objective.owned.evaluating():
         loss = float(objective.loss_of(output, labels, positions))
     found: dict[str, float | None] = {"loss": loss}
     if objective.metrics:
         found |= measured(objective, output, labels, positions)
     tables = tabulated(objective, output, labels, positions) if objective.metrics else None
-    return Evaluation(len(outputs), found, tables or {})
+    return Evaluation(len(positions), found, tables or {})

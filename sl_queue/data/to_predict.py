@@ -16,6 +16,7 @@ from sl_queue.data.rows import read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.data.table import fingerprints_of, ids_in, in_order, texts_of
 from sl_queue.errors import JobError
+from sl_queue.protocol.schedule.row_order import id_hashes
 from sl_queue.protocol.table import Table
 
 
@@ -58,7 +59,8 @@ def read_to_predict(spec: TableSpec, aligned: Positions | None, recipe: str | No
     row_keys, digest = fingerprints_of(texts, pc.binary_length(ids.texts), ids.type)
     labels = in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    table = Table(features, labels, row_keys, digest, ids.type, names, None, notes)
+    hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
+    table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes)
     columns = _columns(data, arrays.ids)
     positions = np.full(len(next(iter(columns.values()))), -1, np.int64)
     positions[ids.order] = np.arange(len(ids.order))

@@ -24,6 +24,7 @@ class Asked:
     run: str | None = None  # whose weights; None: of the version in use
     labels: bool = False  # compare with labels
     leave_out: bool = False  # rows that another party lacks; else they end the prediction
+    held_out: bool = False  # the rows of the training run are asked about, and those that it held out are evaluated
 
 
 def schedule_of(job: Job, n_rows: int) -> Pipeline:

@@ -85,7 +85,7 @@ def run_party(
     require_network(url)
     limit_threads(party_file.threads or THREADS.read() or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
-    folder = _state_folder(party_file, state)
+    folder = state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
     serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
@@ -298,7 +298,8 @@ def _remark(stage: TorchBaseStage | None) -> None:
         log.warning("%s", stage.remark)
 
 
-def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
+def state_folder(party_file: PartyFile, state: Path | None) -> Path:
+    """Return the folder of a party's state. Raises JobError if there is none."""
     folder = state or party_file.state
     if folder is None:
         raise JobError(f"party {party_file.party!r} needs a state folder: give --state DIR or set `state` in its file")

@@ -22,7 +22,7 @@ from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.to_predict import ToPredict, read_to_predict
-from sl_queue.errors import AlignmentError, CheckpointError
+from sl_queue.errors import AlignmentError, CheckpointError, JobError
 from sl_queue.launch.alignment import align_party
 from sl_queue.launch.asked import Asked, canonical_of, digest_of, folder_of, for_alignment, schedule_of
 from sl_queue.launch.connect import Channels, Connect
@@ -55,6 +55,8 @@ class Predicted:
     rows: ToPredict
     outputs: npt.NDArray[Any] = field(repr=False)  # (rows, *outputs), in canonical order
     objective: Objective | None = None  # if there are labels
+    loss: str = ""  # by name, if it has one
+    held_out: npt.NDArray[np.int64] | None = None  # positions of the rows that training held out, if they are asked for
 
 
 def predict_party(
@@ -99,7 +101,10 @@ def predict_party(
         observe(events.Finished(party, done.step, str(place)))
         if spec.role != "label":
             return None
-        return Predicted(version, rows, pieces.read(rows.table.n_rows), objective)
+        loss = None if spec.compute.objective is None else spec.compute.objective.loss
+        outputs = pieces.read(rows.table.n_rows)
+        held_out = _held_out(job, rows) if asked.held_out else None
+        return Predicted(version, rows, outputs, objective, loss if isinstance(loss, str) else "", held_out)
 
 
 def _rows(
@@ -128,6 +133,13 @@ def _rows(
             raise AlignmentError(f'{told}; complete their tables, or set missing = "leave-out" in [predict]')
         log.warning("%s: %s, and get no prediction", spec.party, told)
     return rows
+
+
+def _held_out(job: Job, rows: ToPredict) -> npt.NDArray[np.int64]:
+    batches = job.batches(rows.table.n_rows, rows.table.hashes)
+    if not batches.holdout_rows:
+        raise JobError("the job holds no rows out: set holdout, or evaluate on the rows of [predict]")
+    return np.concatenate([batches.holdout_part(index) for index in range(batches.holdout_parts)])
 
 
 def _stage(
@@ -192,9 +204,11 @@ def _fingerprint(version: Version, rows: ToPredict) -> dict[str, Any]:
     return {"weights": version.run, "rows": rows.table.digest, "features": sha256(about).hexdigest()}
 
 
-def spec_to_predict(spec: PartySpec, data: Any, *, labels: bool) -> PartySpec:
+def spec_to_predict(spec: PartySpec, data: Any, asked: Asked) -> PartySpec:
     """Return a party of the job with other rows: a FileSpec or Rows. Raises CheckpointError if there are none."""
+    if asked.held_out:
+        return spec
     if data is None:
         raise CheckpointError(f"party {spec.party!r} has no rows to predict: write [predict] path into its file")
-    labelled = labels and spec.role == "label"
+    labelled = asked.labels and spec.role == "label"
     return replace(spec, table=replace(spec.table, data=data, labels=labelled, holdout_seed=None))

@@ -14,7 +14,7 @@ from sl_queue.config.job import Job
 from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.alignment import align_scheduler
-from sl_queue.launch.asked import digest_of, for_alignment, plan_of_prediction
+from sl_queue.launch.asked import digest_of, folder_of, for_alignment, plan_of_prediction
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
@@ -42,6 +42,7 @@ def run_scheduler(
     key: Path | None = None,
     metrics: str | None = None,
     observe: Observer = to_log,
+    prediction: str | None = None,
 ) -> None:
     """Run the scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
@@ -55,8 +56,15 @@ def run_scheduler(
     seal = sealing(job, SCHEDULER, key_file(key), url)
     connect = connector(job, url, again=lambda: read_url(given, again=True))
     folder = state or Path("state/scheduler")
-    epochs = _Epochs(observe)
-    serve_scheduler(job, connect, folder, epochs.tell, Channels(), seal, metrics=metrics, observe=observe)
+    tell = _Epochs(observe).tell
+    if prediction is not None:
+        folder, tell = folder_of(folder, prediction), _say_nothing
+    about = (connect, folder, tell, Channels(), seal)
+    serve_scheduler(job, *about, metrics=metrics, observe=observe, prediction=prediction)
+
+
+def _say_nothing(status: RunStatus) -> None:
+    """Take a status of a prediction, which has no epochs to report."""
 
 
 @dataclass(slots=True)

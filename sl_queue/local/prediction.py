@@ -43,7 +43,7 @@ def predict_threads(
     importer = Importer()
     specs = {file.party: resolve(job, file, importer) for file in parties}
     given = rows or {file.party: data_to_predict(file) for file in parties}
-    specs = {name: spec_to_predict(spec, given.get(name), labels=asked.labels) for name, spec in specs.items()}
+    specs = {name: spec_to_predict(spec, given.get(name), asked) for name, spec in specs.items()}
     connect, channels, files = connector(job, broker), Channels(), {file.party: file for file in parties}
     found: dict[str, Predicted | None] = {}
 

@@ -153,6 +153,14 @@ def _where_and_numbers(status: RunStatus, done: EpochResult) -> str:
     return f"{status.job}: {epoch_text(done.epoch, status.epochs, done.loss, done.holdout)}"
 
 
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Make a table of text; no markup is read in it."""
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    return table
+
+
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
     """Render one row an epoch."""
     metrics = list((history[0]["holdout"] or {}) if history else ())
