@@ -60,6 +60,12 @@ class FuseStage(Protocol):
         does not fit the cut layer or belongs to other rows, NonFiniteError naming the party or the loss.
         """
 
+    def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
+        """Return the gradients of the step's earlier micro-batches that had to wait for its last one, and forget them.
+
+        Where all rows of a step are fused at once, `forward_backward` returns nothing for any but the last.
+        """
+
     def update(self) -> float:
         """Make one optimizer step; returns the step's loss, the mean over its rows."""
 
@@ -68,6 +74,12 @@ class FuseStage(Protocol):
 
     def metrics(self) -> Mapping[str, float | None]:
         """Return the loss and metrics over all rows evaluated since the last call, and forget these rows."""
+
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        """Return the metrics of the epoch's training passes, and forget these; None if they are not asked for."""
+
+    def evaluation_tables(self) -> Mapping[str, list[list[float]]] | None:
+        """Return what a person looks at of the last evaluation."""
 
     def state(self) -> State:
         """Return as BaseStage.state."""

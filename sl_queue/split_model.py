@@ -131,7 +131,7 @@ class SplitModel:
     # Training ---------------------------------------------------------------------------------------------------
 
     def job(self, features: Any, labels: Any, *, id: str | None = None, **changes: Any) -> tuple[Job, list[PartyFile]]:
-        """Build the job and the party files that `fit` runs: the cuts are found by trying the base models."""
+        """Return the job and the party files that `fit` runs: the cuts are found by trying the base models."""
         given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
         return self._built(given, {**self.get_params(), **changes})
 
@@ -220,7 +220,7 @@ class SplitModel:
     # What it has learned ----------------------------------------------------------------------------------------
 
     def predict(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """Predict the class of each row, or its number of a regression, in the order of the label holder's rows.
+        """Return the class of each row, or its number of a regression, in the order of the label holder's rows.
 
         Of binary losses 0 or 1, an axis of length one left out.
         """
@@ -232,12 +232,12 @@ class SplitModel:
         return guessed.long().numpy()
 
     def predict_proba(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """Predict the probability of each class, (rows, classes); of several binary outputs that of a 1."""
+        """Return the probability of each class, (rows, classes); of several binary outputs that of a 1."""
         chances = self._chances(torch.from_numpy(self.decision_function(features, id=id)))
         return (torch.stack([1 - chances, chances], 1) if chances.dim() == 1 else chances).numpy()
 
     def decision_function(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """Compute the fuse model's output of each row, an axis of length one left out."""
+        """Return the fuse model's output of each row, an axis of length one left out."""
         output = self._output(features, None, id)[0]
         if output.dim() == 2 and output.shape[1] == 1:
             output = output[:, 0]
@@ -296,7 +296,7 @@ class SplitModel:
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Load the model that `save` wrote, ready to predict, and to be trained again from its initial weights."""
+        """Return the model that `save` wrote, ready to predict, and to be trained anew from its initial weights."""
         job, files, modules, about = written_model.load(Path(folder))
         holder = files[job.label_holder]
         assert holder.fuse is not None

@@ -51,6 +51,7 @@ def fingerprint(spec: ComputeSpec, table: Table | None = None, rules: int = RULE
             found |= {f"fuse.loss.{key}": value for key, value in loss.items() if key != "name"}
         known = isinstance(loss, Mapping) or (isinstance(loss, str) and loss in NAMED_LOSSES)
         found |= _of_code("fuse.loss", None if known else loss, spec.code)
+        found |= {"fuse.missing_labels": "mask"} if spec.objective.missing else {}
     return found
 
 
@@ -87,6 +88,7 @@ def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
         "data.features.each": each,
         "data.label": None if table.labels is None else spec.label_column,
         "data.labels": None if table.labels is None else f"{_described(table.labels)} {_digest(table.labels)}",
+        **({} if table.weights is None else {"data.weights": _digest(table.weights)}),
     }
 
 

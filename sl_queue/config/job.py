@@ -157,8 +157,8 @@ class Job(Schema):
             holdout_seed=self.holdout_seed,
             hashes=None if self.rules == BY_POSITION else hashes,
         )
-        if self.early_stopping is not None and batches.holdout_rows == 0:
-            raise JobError(f"holdout = {self.holdout} of {n_rows} rows holds out none; early_stopping needs some")
+        if self.early_stopping is not None and not self.early_stopping.of_training and batches.holdout_rows == 0:
+            raise JobError(f"holdout = {self.holdout} of {n_rows} rows is none; early_stopping needs some")
         return batches
 
     def pipeline_of(self, batches: Batches) -> Pipeline:
@@ -260,5 +260,10 @@ def _about_numbers(job: Job) -> Iterator[str]:
     micro_batches = job.pipeline.micro_batches
     if micro_batches > job.batch_size:
         yield f"pipeline.micro_batches = {micro_batches}; it must be at most batch_size, which is {job.batch_size}"
-    if job.early_stopping is not None and job.holdout == 0:
+    if job.fuse.whole_batch and job.pipeline.depth < micro_batches:
+        yield (
+            f"pipeline.depth = {job.pipeline.depth}; with fuse.whole_batch all activations of a step are sent before "
+            f"the first gradient comes, so it must be at least micro_batches, which is {micro_batches}"
+        )
+    if job.early_stopping is not None and not job.early_stopping.of_training and job.holdout == 0:
         yield "early_stopping needs held-out rows, but holdout = 0; set holdout, for instance to 0.2"

@@ -53,7 +53,9 @@ def read_table(
         training = spec.training(len(texts), hashes if rules != BY_POSITION else None)
         features, fitted = _made(arrays, ids.order, training)
         names, recipe = fitted.names, fitted.as_json()
-    return Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, tokens, fitted=recipe)
+    weights = _ordered(arrays.weights, ids.order)
+    about = (names, hashes, notes, tokens)
+    return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights)
 
 
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:

@@ -266,7 +266,7 @@ def _role(
         for found in advice(fuse, job.stops_on):
             log.warning("%s: %s", spec.party, found.text)
         worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
-        return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker).train
+        return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker, job.early_stopping is not None).train
     guard = guards.get(job.label_holder, UNGUARDED)
     base = base_stage(spec.compute, table, pipeline.batches, take, guard)
     _remark(base)

@@ -131,7 +131,7 @@ def plan_of(job: Job) -> Plan:
     rule = job.early_stopping
     early = None
     if rule is not None:
-        lower = rule.metric in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
+        lower = rule.metric.removeprefix("train_") in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
         early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, lower)
     return Plan(
         job=job.canonical(),

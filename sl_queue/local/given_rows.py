@@ -114,7 +114,7 @@ def _tables(features: Any, parties: Mapping[str, Any], columns: Any) -> dict[str
 
 
 def _stacked(table: Any) -> Any:
-    """Stack a dataset into one array."""
+    """Return a dataset as one array."""
     if isinstance(table, TensorDataset):
         return table.tensors[0]
     if isinstance(table, Dataset):

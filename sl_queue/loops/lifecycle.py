@@ -302,4 +302,6 @@ class Worker:
 def _as_json(result: EpochResult) -> dict[str, Any]:
     holdout = None if result.holdout is None else dict(result.holdout)
     leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
-    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout, **leak}
+    more = {"train": result.train, "tables": result.tables}
+    kept = {name: dict(value) for name, value in more.items() if value is not None}
+    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout, **leak, **kept}

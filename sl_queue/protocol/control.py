@@ -19,6 +19,8 @@ class EpochResult:
     holdout: Mapping[str, float | None] | None = None  # None for a metric that these rows do not define
     seconds: float = 0.0  # as the scheduler saw it pass
     leak: Mapping[str, Mapping[str, float]] | None = None  # by party, what it could read of the labels; None: no meter
+    train: Mapping[str, float | None] | None = None  # metrics of the training passes, where they are asked for
+    tables: Mapping[str, list[list[float]]] | None = None  # of an epoch that may be the last: who was taken for whom
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,6 +179,8 @@ def history_line(result: EpochResult) -> dict[str, Any]:
         "holdout": holdout,
         "seconds": result.seconds,
         **leak,
+        **({} if result.train is None else {"train": dict(result.train)}),
+        **({} if result.tables is None else {"tables": dict(result.tables)}),
     }
 
 
@@ -201,7 +203,8 @@ def result_of(line: Mapping[str, Any]) -> EpochResult:
     holdout = None if line["holdout"] is None else dict(line["holdout"])
     leak = None if line.get("leak") is None else {party: dict(found) for party, found in line["leak"].items()}
     seconds = float(line.get("seconds", 0.0))
-    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, seconds, leak)
+    more = (leak, line.get("train"), line.get("tables"))
+    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, seconds, *more)
 
 
 def number_text(value: float | None) -> str:
