@@ -296,7 +296,7 @@ class SplitModel:
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Return the model that `save` wrote, ready to predict, and to be trained anew from its initial weights."""
+        """Return the model that `save` wrote, ready to predict, and to be trained again from its initial weights."""
         job, files, modules, about = written_model.load(Path(folder))
         holder = files[job.label_holder]
         assert holder.fuse is not None
