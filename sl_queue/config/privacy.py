@@ -23,7 +23,7 @@ class LabelResponse(Schema):
 
 
 class GradientNoise(Schema):
-    """Noise on gradients in all directions, drawn once for each row."""
+    """Noise on gradients in all directions, half of it drawn once for each row."""
 
     noise: float = Field(gt=0, description="a number above 0: times the largest gradient of a micro-batch")
 
@@ -49,9 +49,7 @@ class PrivacyFile(Schema):
     labels: LabelResponse | None = Field(
         default=None, description="a table { epsilon = 2.0 }: labels answered at random, once for each row"
     )
-    gradients: Any = Field(
-        default=None, description='"max-norm" or a table { noise = 1.0 }: noise on gradients, once for each row'
-    )
+    gradients: Any = Field(default=None, description='"max-norm" or a table { noise = 1.0 }: noise on gradients')
     activations: ActivationNoise | None = Field(
         default=None, description="a table { clip = 1.0, sigma = 4.0 }: activations clipped, with noise"
     )
