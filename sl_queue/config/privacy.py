@@ -19,7 +19,9 @@ class LabelResponse(Schema):
     epsilon: float = Field(
         gt=0, le=50, description="a number above 0, at most 50: how much a response may give away of a label"
     )
-    prior_ok: bool = Field(default=False, description="true to go on although most rows that say positive will not be")
+    prior_ok: bool = Field(
+        default=False, description="true or false: goes on although hardly any row that says positive is"
+    )
 
 
 class GradientNoise(Schema):
@@ -38,14 +40,14 @@ class ActivationNoise(Schema):
 
 
 class PrivacyFile(Schema):
-    """What keeps this party's own numbers from the other parties."""
+    """Protection of this party's own numbers from the other parties: the secret, defences, the meter, the budget."""
 
     secret: Any = Field(
         default=None,
         repr=False,
-        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
+        description='the name of a file with 32 secret bytes, or "seed": keys this party\'s '
+        "random draws; without it, a new secret",
     )
-
     labels: LabelResponse | None = Field(
         default=None, description="a table { epsilon = 2.0 }: labels answered at random, once for each row"
     )
@@ -58,7 +60,9 @@ class PrivacyFile(Schema):
     budget: float | None = Field(
         default=None, gt=0, description="a number above 0: the epsilon after which nothing more is sent"
     )
-    delta: float = Field(default=1e-6, gt=0, lt=1, description="a number between 0 and 1, below 1 / rows")
+    delta: float = Field(
+        default=1e-6, gt=0, lt=1, description="a number between 0 and 1: that of every epsilon here; below 1 / rows"
+    )
 
     @field_validator("gradients")
     @classmethod
