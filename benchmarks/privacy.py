@@ -278,7 +278,8 @@ def _trained(job: Job, files: list[PartyFile], data: Data, case: Case, secret: b
         leaks.append(parts.meter.end_epoch()["f0"])
         best = _utility(fuse, bases, batches, step)
     found = {name: max(leak[name] for leak in leaks[1:]) for name in (*COLUMNS, "chance")}
-    return {"utility": best, **found, "patient": leaks[-1]["patient"]}
+    last = {name: leaks[-1].get(name, math.nan) for name in ("patient", "response")}
+    return {"utility": best, **found, **last}
 
 
 def _utility(fuse: Any, bases: Mapping[str, Any], batches: Batches, step: int) -> float:
@@ -291,16 +292,17 @@ def _utility(fuse: Any, bases: Mapping[str, Any], batches: Batches, step: int) -
 
 def compare(quick: bool) -> Iterator[str]:
     """Yield a table in Markdown for each public table."""
-    header = ("defence", "held-out AUC", *COLUMNS, "patient", "chance", "cap")
+    header = ("defence", "held-out AUC", *COLUMNS, "patient", "chance", "response", "cap")
     for data in tables():
         yield f"### {data.name}: {len(data.labels):,} rows\n"
         yield f"| {' | '.join(header)} |\n| --- |{' --- |' * (len(header) - 1)}"
         for case in CASES[:: 6 if quick else 1]:
             if case.binary and data.classes > 2:
                 continue
-            found = [run(data, case, seed) for seed in range(1 if quick else 2)]
+            found = [run(data, case, seed) for seed in range(1 if quick else 3)]
             mean = {name: float(np.mean([each[name] for each in found])) for name in found[0]}
-            numbers = [mean["utility"], *(mean[name] for name in COLUMNS), mean["patient"], mean["chance"], case.cap]
+            numbers = [mean["utility"], *(mean[name] for name in COLUMNS), mean["patient"], mean["chance"]]
+            numbers += [None if case.cap is None else mean["response"], case.cap]
             yield f"| {case.name} | {' | '.join('-' if n is None else f'{n:.3f}' for n in numbers)} |"
         yield ""
 
