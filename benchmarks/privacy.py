@@ -301,7 +301,12 @@ def compare(quick: bool) -> Iterator[str]:
                 continue
             found = [run(data, case, seed) for seed in range(1 if quick else 3)]
             mean = {name: float(np.mean([each[name] for each in found])) for name in found[0]}
-            numbers = [mean["utility"], *(mean[name] for name in COLUMNS), mean["patient"], mean["chance"]]
+            numbers: list[float | None] = [
+                mean["utility"],
+                *(mean[name] for name in COLUMNS),
+                mean["patient"],
+                mean["chance"],
+            ]
             numbers += [None if case.cap is None else mean["response"], case.cap]
             yield f"| {case.name} | {' | '.join('-' if n is None else f'{n:.3f}' for n in numbers)} |"
         yield ""

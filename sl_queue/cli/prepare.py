@@ -14,15 +14,20 @@ def check(
     job: JobPath,
     parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
     broker: Broker = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also the names of exchanges and queues.")] = False,
 ) -> None:
-    """Find everything that can be wrong before anything is started."""
+    """Find everything that can be wrong before anything is started, and report on the tables at hand."""
     from sl_queue.checking.check import check_job
+    from sl_queue.checking.findings import Finding, Level
     from sl_queue.observe.console import show_finding, stdout
 
     console = stdout()
-    raise typer.Exit(
-        check_job(job, parties or [], broker, lambda found: show_finding(console, found.level, found.text))
-    )
+
+    def say(found: Finding) -> None:
+        if verbose or found.level is not Level.DETAIL:
+            show_finding(console, found.level, found.text)
+
+    raise typer.Exit(check_job(job, parties or [], broker, say))
 
 
 def plan(
@@ -113,7 +118,7 @@ def provision(
         bool, typer.Option("--client-certificates", help="Log in with certificates instead of passwords.")
     ] = False,
     rotate: Annotated[
-        list[str] | None, typer.Option(help="logins, certificates, authority or keys: make these anew.")
+        list[str] | None, typer.Option(help="logins, certificates, authority or keys: replace these.")
     ] = None,
 ) -> None:
     """Write everything a deployment needs: one folder for each party, one for the broker."""

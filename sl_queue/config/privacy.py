@@ -40,7 +40,7 @@ class ActivationNoise(Schema):
 
 
 class PrivacyFile(Schema):
-    """Protection of this party's own numbers from the other parties: the secret, defences, the meter, the budget."""
+    """Settings that keep this party's own numbers from the other parties."""
 
     secret: Any = Field(
         default=None,

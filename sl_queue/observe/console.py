@@ -1,5 +1,7 @@
-"""What the command shows: a progress bar while a run trains, and tables of what came out. Results go to stdout, the
-rest to stderr; where that is no terminal, an epoch is a line instead of a bar."""
+"""Output of the command: a progress bar while a run trains, and tables of what came out.
+
+Results go to stdout, the rest to stderr; where that is no terminal, an epoch is a line instead of a bar.
+"""
 
 import logging
 import sys
@@ -98,11 +100,11 @@ class Screen:
         logging.getLogger("sl_queue").removeHandler(self._log)
 
     def line(self, worker: str, text: str) -> None:
-        """A line that a worker wrote."""
+        """Print a line that a worker wrote."""
         self.console.print(Text.assemble((f"{worker}: ", "cyan"), text), soft_wrap=True)
 
     def status(self, status: RunStatus) -> None:
-        """The newest status of the run."""
+        """Show the newest status of the run."""
         rate = self._samples_per_s(status.samples)
         known = status.epoch if self._epochs is None or not self._tells_epochs else self._epochs
         for done in status.history:
@@ -123,7 +125,7 @@ class Screen:
     def _samples_per_s(self, samples: int) -> float | None:
         now = time.monotonic()
         if self._samples and (samples == 0 or samples < self._samples[-1][1]):
-            self._samples.clear()  # nothing is trained yet; or the label holder was restarted, and counts anew
+            self._samples.clear()  # nothing is trained yet; or the label holder was restarted, and counts from zero
         self._samples.append((now, samples))
         while now - self._samples[0][0] > RATE_OVER_S and len(self._samples) > 2:
             self._samples.popleft()
@@ -152,7 +154,7 @@ def _where_and_numbers(status: RunStatus, done: EpochResult) -> str:
 
 
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
-    """One row an epoch."""
+    """Render one row an epoch."""
     metrics = list((history[0]["holdout"] or {}) if history else ())
     names = (_plain(f"held-out {name}") for name in metrics)
     readers = sorted(history[0].get("leak") or {}) if history else []
@@ -168,7 +170,7 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def status_view(telling: Telling, wall: float) -> Group:
-    """Where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
+    """Render where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
     status = telling.run
     steps = "" if status.steps is None else f" of {status.steps}"
     done = f"{status.epoch} of {status.epochs} epochs, {status.step + 1}{steps} steps done"
@@ -178,7 +180,7 @@ def status_view(telling: Telling, wall: float) -> Group:
         f"{status.phase}: {done}" if status.phase != ALIGNING else _where(status),
     ]
     if not telling.silent:
-        head.append(f"told {_when(telling, wall)}")
+        head.append(f"reported {_when(telling, wall)}")
     if status.loss is not None:
         head.append(f"loss {number_text(status.loss)}")
     if status.history and status.history[-1].leak:
@@ -217,7 +219,7 @@ def _silence(telling: Telling, wall: float) -> str:
     last = "" if age_s is None else f", {_when(telling, wall)}"
     return (
         f"the scheduler has said nothing for at least {telling.listened_s:.0f} s: it is gone, or it does not reach the "
-        f"broker, or the broker takes no messages (a resource alarm). This is the last that it told{last}; it may no "
+        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may no "
         "longer be so"
     )
 
@@ -239,7 +241,7 @@ def _plain(text: object) -> Text:
     return Text(printable(str(text), LONGEST_LINE))
 
 
-COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
+COLOURS = {"ok": "green", "note": "dim", "detail": "dim", "warning": "yellow", "error": "red"}
 
 
 def show_finding(console: Console, level: str, text: str) -> None:
