@@ -79,6 +79,29 @@ class FuseStage(Protocol):
         """As BaseStage.weights."""
 
 
+class Meter(Protocol):
+    """Attacks on what a party sends, each epoch; nothing that is trained depends on it. Mutable: it gathers."""
+
+    def end_epoch(self) -> Mapping[str, Mapping[str, float]]:
+        """Return what each other party could read by what it was sent in this epoch; begins another one."""
+
+    def state(self) -> State:
+        """Return what a checkpoint must hold, for the same numbers to follow."""
+
+    def load(self, state: State) -> None:
+        """Become what `state()` described; forget everything if the checkpoint has nothing of it."""
+
+
+class Spending(Protocol):
+    """What a party may release, and has released."""
+
+    def begin(self, run: str, generation: int, epoch: int) -> None:
+        """Enter what an epoch releases, on disk, before any of it is sent. Raises JobError if a budget forbids it."""
+
+    def finish(self, run: str) -> None:
+        """Say on disk what the run has released, and what that is worth."""
+
+
 class Channel(Protocol):
     """The place where a worker sends and receives by key, and commits. Used by one thread."""
 

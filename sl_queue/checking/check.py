@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sl_queue.checking.broker import MIB, brokers, message_sizes
 from sl_queue.checking.dry_run import Readable, compare_with_joined, dry_run
+from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
@@ -15,6 +16,7 @@ from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.party import bounds_of
+from sl_queue.launch.privacy import responded, token_key
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
@@ -35,6 +37,20 @@ def check_job(job_file: Path, party_files: Sequence[Path], broker: str | None, s
     return check.exit_code
 
 
+def check(
+    job: Job, parties: Sequence[PartyFile] | Mapping[str, PartyFile] = (), broker: str | None = None
+) -> list[Finding]:
+    """Find everything that can be wrong with a job before anything is started, as `sl-queue check` does.
+
+    `parties` are those at hand; with all of them a few steps are done split and joined, and compared. Findings come in
+    the order in which they were made; those of level "error" would end a run.
+    """
+    found: list[Finding] = []
+    files = list(parties.values()) if isinstance(parties, Mapping) else list(parties)
+    _check_with_job(Check(found.append), job, files, broker, 0)
+    return found
+
+
 def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
     """Check everything that takes a job; `unread` party files could not be read."""
     importer = Importer()
@@ -48,9 +64,14 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
         tried = dry_run(check, job, parties, batches)
         if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
             check.attempt(lambda: compare_with_joined(check, job, parties, batches, tried.seconds))
+        defended = [spec.privacy.defends_labels for _, spec in readable if spec.role == "label"]
+        if aligned and check.exit_code == 0 and job.label_holder in parties and not any(defended):
+            for warning in check.attempt(lambda: exposure(job, parties, batches)) or ():
+                check.warn(f"{job.label_holder}: {warning}")
         message_sizes(check, job, tried.payloads, batches)
     _say_who_is_missing(check, job, parties, files, unread)
     _say_what_is_not_joined(check, job)
+    _say_what_is_defended(check, [spec for _, spec in readable])
     _spell_out(check, job, batches)
     brokers(check, job, files, broker)
 
@@ -71,8 +92,10 @@ def _say_who_is_missing(
 
 def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec) -> Readable | None:
     with_secret = check.attempt(lambda: _with_secret(job, file, spec))
-    table = check.attempt(lambda: read_table(spec.table))
-    if table is None or with_secret is None:
+    if with_secret is None:
+        return None
+    table = check.attempt(lambda: responded(with_secret, read_table(spec.table, token_key=token_key(with_secret))))
+    if table is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
@@ -113,6 +136,17 @@ def _say_what_is_not_joined(check: Check, job: Job) -> None:
             f"[wire] dtype = {job.wire.dtype!r}: activations and gradients are rounded on their way; the final "
             "weights are near those of joined training, not equal"
         )
+
+
+def _say_what_is_defended(check: Check, specs: Iterable[PartySpec]) -> None:
+    """Tell which defences change what is sent, and with it what is trained; they are no part of the comparison."""
+    for spec in specs:
+        changes = [key.removeprefix("privacy.") for key in spec.privacy.fingerprint if "labels" not in key]
+        if changes:
+            check.note(
+                f"{spec.party}: [privacy] {', '.join(changes)} change what is sent; the final weights are not those of "
+                "joined training, and a comparison above is without them"
+            )
 
 
 def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:

@@ -1,4 +1,4 @@
-"""The commands that come before a run: check, plan, key and provision."""
+"""The commands that come before a run: check, plan, privacy, key and provision."""
 
 import json
 from pathlib import Path
@@ -39,6 +39,27 @@ def plan(
 
     found = plan_job(Job.load(job), [PartyFile.load(path) for path in parties], Link(rtt, bandwidth, cores))
     print("\n".join(lines(found)))
+
+
+def privacy(
+    job: JobPath,
+    parties: PartyPaths,
+    picture: Annotated[Path | None, typer.Option(help="Write utility against attacks into this SVG file.")] = None,
+) -> None:
+    """Train briefly here with each defence, and print what it costs and what it keeps: a table to choose from."""
+    from sl_queue.config.job import Job, PartyFile
+    from sl_queue.planning import privacy as trials
+
+    trial = trials.trial_of(Job.load(job), [PartyFile.load(path) for path in parties])
+    print(trials.HEADER, flush=True)
+    found = []
+    for outcome in trials.outcomes(trial):
+        found.append(outcome)
+        print(trials.line(outcome, trial), flush=True)
+    print("", *trials.explanation(trial), *trials.pasted(found, trial), sep="\n")
+    if picture is not None:
+        picture.write_text(trials.picture(found, trial))
+        print(f"\n{picture}: utility against the worst attack")
 
 
 def key(

@@ -16,6 +16,7 @@ from sl_queue.config.canonical import canonical
 from sl_queue.config.job_tables import (
     LIMIT,
     Count,
+    JobAlignment,
     JobBroker,
     JobEarlyStopping,
     JobFuse,
@@ -40,6 +41,7 @@ __all__ = [
     "DataFile",
     "FuseFile",
     "Job",
+    "JobAlignment",
     "JobBroker",
     "JobEarlyStopping",
     "JobFuse",
@@ -83,6 +85,7 @@ class Job(Schema):
     pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
     broker: JobBroker = Field(default=JobBroker(), description="a table [broker]")
     wire: JobWire = Field(default=JobWire(), description="a table [wire]")
+    alignment: JobAlignment = Field(default=JobAlignment(), description="a table [alignment]")
     early_stopping: JobEarlyStopping | None = Field(default=None, description="a table [early_stopping]")
     security: JobSecurity = Field(default=JobSecurity(), description="a table [security]")
     rules: Literal[1, 2] | None = Field(

@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -32,6 +32,21 @@ class Schema(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise JobError(_complaint(type(self).__name__, type(self), error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the same with other values for some keys: `job.replace(epochs=20)`. Raises JobError.
+
+        A table that is given replaces the whole table of that name; it may be a dict.
+        """
+        unknown = changes.keys() - type(self).model_fields.keys()
+        if unknown:
+            key = sorted(unknown)[0]
+            raise JobError(f"{type(self).__name__}: {key} is unknown; {nearest(key, list(type(self).model_fields))}")
+        kept = {name: getattr(self, name) for name in self.model_fields_set - changes.keys()}
+        found = type(self)(**{**kept, **changes})
+        for name in type(self).__private_attributes__:
+            setattr(found, name, getattr(self, name))
+        return found
 
     # Tables inside of tables are then not built through __init__, and an error in one keeps its place.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from sl_queue.protocol.topology import Topology
 from sl_queue.security.hpke import Cipher
 from sl_queue.security.keys import PublicKey, read_key
 from sl_queue.security.sealing import Seal
+from sl_queue.transport.alignment_channel import LinkAlignmentChannel
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.party_channel import PartyChannel
@@ -21,6 +22,7 @@ from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 
 MEMORY = "memory://"
 
+Channel = PartyChannel | LinkSchedulerChannel | LinkAlignmentChannel
 Connect = Callable[[str, int], Link]  # (party, prefetch) -> its link
 
 
@@ -78,10 +80,10 @@ class Channels:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: list[PartyChannel | LinkSchedulerChannel] = []
+        self._open: list[Channel] = []
         self._error: SlQueueError | None = None
 
-    def add(self, channel: PartyChannel | LinkSchedulerChannel) -> None:
+    def add(self, channel: Channel) -> None:
         with self._lock:
             self._open.append(channel)
             error = self._error

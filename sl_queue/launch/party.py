@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from sl_queue.compute import seeds
 from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
-from sl_queue.compute.fuse_stage import fuse_stage
+from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
@@ -25,14 +25,19 @@ from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
+from sl_queue.launch.alignment import align_party
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
+from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
+from sl_queue.launch.spending import Spending
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.log import to_log
 from sl_queue.observe.meter import Meter
+from sl_queue.privacy.guards import EpochMeter
 from sl_queue.protocol import events
+from sl_queue.protocol.alignment import MESSAGE_BYTES
 from sl_queue.protocol.events import Observer
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.measures import Measures
@@ -41,8 +46,11 @@ from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
+from sl_queue.storage.aligned_file import Aligned, read_aligned
 from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
+from sl_queue.storage.secret_file import read_secret
 from sl_queue.transport.party_channel import PartyChannel
 
 if TYPE_CHECKING:
@@ -105,14 +113,18 @@ def serve_party(
         folder = stack.enter_context(Folder(state, job_digest=job.digest, party=party, job=job.canonical()))
         if _has_finished(job, spec, folder, state, observe):
             return
-        spec, table, rules = _prepared(job, spec, folder, state, private=private)
+        aligned = _aligned(job, spec, connect, state, open_channels, seal, observe)
+        spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
         identity = _identity(job, party, incarnation, table, rules)
         pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
         meter = Meter()
         observe = fan_out(observe, meter)
         channel = _channel(job, party, connect, incarnation, pipeline, seal, observe, meter)
         journal = Journal(state / "history.jsonl")
+        parts = parts_of(spec, table, pipeline.batches)
+        guards = {**parts.guards, **guards}
         worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
+        worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
         if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
@@ -138,15 +150,19 @@ def _identity(job: Job, party: str, incarnation: str, table: Table, rules: int) 
     return Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
 
 
-def _prepared(job: Job, spec: PartySpec, folder: Folder, state: Path, *, private: bool) -> tuple[PartySpec, Table, int]:
+def _prepared(
+    job: Job, spec: PartySpec, aligned: Aligned | None, folder: Folder, state: Path, *, private: bool
+) -> tuple[PartySpec, Table, int]:
     """Return the spec with its secret, the rows and the rules of the run; `folder` agrees to go on with them."""
     rules = rules_to_keep(job, spec.party, folder.begun_with)
-    table = _table(spec)
-    for note in table.notes:
-        log.info("%s: %s", spec.party, note)
+    require_lasting_secret(spec, state, private=private)
     secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
     spec = spec.with_secret(secret)
-    folder.require(fingerprint(spec.compute, table, rules))
+    table = _table(spec, rules, aligned)
+    for note in table.notes:
+        log.info("%s: %s", spec.party, note)
+    folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint})
+    write_features(state, table.fitted)
     return spec, table, rules
 
 
@@ -176,12 +192,43 @@ def _channel(
     )
 
 
-def _table(spec: PartySpec) -> Table:
-    """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
+def _aligned(
+    job: Job,
+    spec: PartySpec,
+    connect: Connect,
+    state: Path,
+    open_channels: Channels,
+    seal: Seal | None,
+    observe: Observer,
+) -> Aligned | None:
+    """Find the rows that all parties hold."""
+    with _source_seeded(spec):
+        return align_party(job, spec.table, connect, state, open_channels, seal, observe, own_version())
+
+
+def _table(spec: PartySpec, rules: int, aligned: Aligned | None) -> Table:
+    """Read the party's rows, with responses for labels if its file says so."""
+    with _source_seeded(spec):
+        positions = None if aligned is None else aligned.positions
+        return responded(spec, read_table(spec.table, positions, rules, token_key(spec)))
+
+
+def _source_seeded(spec: PartySpec) -> AbstractContextManager[None]:
+    """Let a source in Python draw random numbers, beside other parties of this process."""
     if getattr(spec.table.data, "source", None) is None:
-        return read_table(spec.table)
-    with seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu")):
-        return read_table(spec.table)
+        return nullcontext()
+    return seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu"))
+
+
+def _spending(
+    job: Job, spec: PartySpec, table: Table, state: Path, meter: EpochMeter | None, worker: Worker
+) -> Spending:
+    stage = worker.stage
+
+    def truly() -> Mapping[str, float | None]:
+        return stage.truly if isinstance(stage, TorchFuseStage) else {}
+
+    return Spending.of(job, spec, table, state, meter, truly)
 
 
 def own_version() -> str:
@@ -194,10 +241,11 @@ def own_version() -> str:
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
+    leftover = MESSAGE_BYTES if job.alignment.method == "psi" else 0
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
-        return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts)
-    return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()})
+        return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts, leftover)
+    return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()}, leftover)
 
 
 def _role(
@@ -235,7 +283,11 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """
     try:
         rules = rules_to_keep(job, spec.party, folder.begun_with)
-        folder.require(fingerprint(spec.compute, _table(spec), rules))
+        if isinstance(spec.chosen_secret, Path):
+            spec = spec.with_secret(read_secret(spec.chosen_secret))
+        aligned = read_aligned(folder.path) if job.alignment.method == "psi" else None
+        now = fingerprint(spec.compute, _table(spec, rules, aligned), rules)
+        folder.require({**now, **spec.privacy.fingerprint})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 

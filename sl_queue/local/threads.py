@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sl_queue.compute.building import LAST
 from sl_queue.compute.modules.handover import Loan, Take
 from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import limit_threads, require_nothing_lost, thread_counts_kept
@@ -26,6 +27,7 @@ from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQu
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.party import compare_finished, serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
+from sl_queue.local.progress import OnEpoch, shown
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
@@ -64,18 +66,22 @@ def _there(found: nn.Module | SlQueueError) -> nn.Module:
 
 def run_local(
     job: Job,
-    parties: Sequence[PartyFile],
+    parties: Sequence[PartyFile] | Mapping[str, PartyFile],
     broker: str = MEMORY,
     out: Path | str | None = None,
     on_status: Callable[[Mapping[str, Any]], None] | None = None,
     keys: Path | str | None = None,
+    *,
+    progress: bool = False,
+    on_epoch: OnEpoch | None = None,
 ) -> Result:
     """Train with every role as a thread of this process, and return the history and the trained modules.
 
     A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
     (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second, as
-    `sl-queue status --json` prints it, with the newest 20 epochs.
+    `sl-queue status --json` prints it, with the newest 20 epochs; `on_epoch` gets the line of each epoch in
+    history.jsonl, once and in order, also of those that an earlier call has trained. `progress` shows a line on stderr.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
 
@@ -87,15 +93,17 @@ def run_local(
     default device, modes and saved-tensor hooks around this call are refused, and no_grad and inference_mode change
     nothing. The caller's number of torch threads is given back at the end.
 
-    Raises the error of the party that failed, RunStopped if the run was stopped, and whatever `on_status` raises, which
-    ends the run everywhere. Run again on the same `out`, it resumes.
+    Raises the error of the party that failed, RunStopped if the run was stopped, and whatever `on_status` or `on_epoch`
+    raises, which ends the run everywhere. Run again on the same `out`, it resumes.
     """
     with ExitStack() as stack:
         root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
         states = {role: root / role for role in (*job.parties, SCHEDULER)}
         folder = None if keys is None else Path(keys)
-        tell: OnStatus = (lambda _: None) if on_status is None else (lambda status: on_status(as_json(status)))
-        return run_threads(job, parties, broker, states, tell, folder)
+        files = list(parties.values()) if isinstance(parties, Mapping) else list(parties)
+        tell, close = shown(on_status, on_epoch, progress, states[SCHEDULER] / "history.jsonl")
+        stack.callback(close)
+        return run_threads(job, files, broker, states, lambda status: tell(as_json(status)), folder)
 
 
 def run_threads(
@@ -119,6 +127,8 @@ def run_threads(
         modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
         for party, spec in specs.items():
             for path in sorted((states[party] / "final").glob("*.safetensors")):
+                if path.stem.endswith(LAST):
+                    continue
                 try:
                     modules[party, path.stem] = trained_module(spec.compute, path, loan)
                 except SlQueueError as error:  # told to who asks for that module; the others are here

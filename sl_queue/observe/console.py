@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from sl_queue.protocol.alignment import ALIGNING
 from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.scheduler.state import epoch_text, number_text
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus, Telling
@@ -134,6 +135,9 @@ def _where(status: RunStatus) -> str:
     if status.phase == "gathering":
         late = [name for name, party in status.parties.items() if party.phase == "not joined"]
         return f"waiting for {', '.join(late)}" if late else "starting"
+    if status.phase == ALIGNING:
+        each = (f"{name} {party.phase}" for name, party in status.parties.items() if party.phase != "aligned")
+        return f"aligning: {', '.join(each)}"
     epoch = min(status.epoch + 1, status.epochs)
     running = "" if status.phase == "running" else f" {status.phase},"
     return f"{status.job}:{running} epoch {epoch}/{status.epochs}"
@@ -167,7 +171,7 @@ def status_view(telling: Telling, wall: float) -> Group:
     head = [
         *([_silence(telling, wall), ""] if telling.silent else []),
         f"job {status.job}, run {status.run or '(not begun)'}, generation {status.generation}",
-        f"{status.phase}: {done}",
+        f"{status.phase}: {done}" if status.phase != ALIGNING else _where(status),
     ]
     if not telling.silent:
         head.append(f"told {_when(telling, wall)}")

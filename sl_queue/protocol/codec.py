@@ -25,6 +25,7 @@ from sl_queue.protocol.messages import (
     Gradient,
     Header,
     Kind,
+    Masked,
     MicroBatch,
     Payload,
     Role,
@@ -107,7 +108,7 @@ def encode(header: Header, message: Message) -> bytes:
     """Return the bytes of a message. Raises LocalProtocolError if it is too large to be one."""
     description: tuple[Any, ...] | None
     match message:
-        case Activation(_, payload) | Gradient(_, payload):
+        case Activation(_, payload) | Gradient(_, payload) | Masked(_, payload):
             packing = (payload.packing,) if payload.packing else ()
             description, data = (payload.dtype, payload.shape, payload.rows, *packing), payload.data
         case _:
@@ -153,6 +154,8 @@ def decode(body: bytes, terms: Terms | None = None) -> tuple[Header, Message]:
         raise Unreadable(header, str(error)) from None
     if header.kind is Kind.GRADIENT:
         return header, Gradient(header.micro_batch, payload)
+    if header.kind is Kind.MASKED:
+        return header, Masked(header.micro_batch, payload)
     return header, Activation(header.micro_batch, payload, holdout=header.kind is Kind.HOLDOUT)
 
 

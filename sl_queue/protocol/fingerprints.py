@@ -14,7 +14,10 @@ BY_POSITION = 1  # as the first version did: draws keyed by the job's seed alone
 SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names
-_FIRST = re.compile(r"torch|threads|device|fuse\.loss|(base|fuse)\.(model|(args|optimizer)\..+)")  # in every version
+_FIRST = re.compile(  # in every version, or there whenever the party file says it
+    r"torch|threads|device|privacy\..+|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
+    r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|groups|clip_norm|clip_value|ema)"
+)
 _OF_THE_MACHINE = re.compile(
     r"torch|threads|device|secret|autocast|default_dtype|float32_matmul_precision|(base|fuse)(\.loss)?\.packages"
 )
@@ -41,6 +44,7 @@ def differences(found: Mapping[str, Any], own: Mapping[str, Any], *, finished: b
 
 def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     named = {"base": own.get("base.model"), "fuse": own.get("fuse.model"), "fuse.loss": own.get("fuse.loss")}
+    named |= {k: own.get(k) for k in ("base.optimizer", "fuse.optimizer", "base.schedule", "fuse.schedule")}
     match key.rpartition("."):
         case (part, _, "code") if part in named:
             return f"the source code of {named[part]} has changed"
@@ -48,6 +52,8 @@ def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str
             return f"the initial weights of {named[part]}, given in code, are others"
         case (part, _, "settings") if part in named:
             return f"the attributes of {named[part]}, given in code, are others"
+        case ("data", _, "fitted"):
+            return "what [features] learned of the training rows is another: the table has changed, or [features] has"
         case ("", _, "secret"):
             return _about_secret(found.get(key), own.get(key))
         case _:

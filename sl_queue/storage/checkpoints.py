@@ -73,6 +73,11 @@ class Folder:
             self.close()
             raise
 
+    @property
+    def path(self) -> Path:
+        """The state folder."""
+        return self._path
+
     def close(self) -> None:
         """Let another worker use the folder. Idempotent."""
         self._unlock()

@@ -177,9 +177,8 @@ class PartyChannel:
 
     def _wait(self, take: Callable[[], T | None], source: str, what: str, ask: Callable[[float], None]) -> T:
         """Block until `take` gives something; ask for it with growing pauses, and name whom we wait for."""
-        began = time.monotonic()
+        began, name_at = time.monotonic(), self._patience_s
         ask_at = pause_s = self._patience_s / 20
-        name_at = self._patience_s
         while True:
             with self._changed:
                 self._check()

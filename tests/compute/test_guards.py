@@ -90,7 +90,7 @@ class Guarded:
 
     def run(self, **crashes: int) -> dict[str, Any]:
         """The final weights of a run over a broker in memory, in which these parties crash once."""
-        run = ToyRun(stage=self.stage, crashes={party: CrashAt(at) for party, at in crashes.items()}, patience_s=5.0)
+        run = ToyRun(stage=self.stage, crashes={party: CrashAt(at) for party, at in crashes.items()}, patience_s=20.0)
         return run.run(timeout_s=60.0).weights()
 
 
@@ -129,7 +129,7 @@ def test_a_replayed_crossing_has_the_bits_of_the_first_wherever_a_party_crashed(
     weights = quiet.run()
     replayed = 0
     for operation in range(5, 75, 14):
-        again = Guarded()
+        again = Guarded(parties=quiet.parties)
         assert again.run(**{victim: operation}) == weights, operation
         assert all(torch.equal(tensor, quiet.left.once()[key]) for key, tensor in again.left.once().items())
         replayed += any(len(tensors) > 1 for tensors in again.left.seen.values())

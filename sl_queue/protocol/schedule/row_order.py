@@ -114,6 +114,16 @@ class Batches:
         return split_holdout(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, self.holdout)
 
     @property
+    def rows_in_epoch(self) -> int:
+        """Count the rows that an epoch trains on; with drop_last not all that are not held out."""
+        return min(self.training_rows, self.steps_per_epoch * self.batch_size)
+
+    @property
+    def training_positions(self) -> Positions:
+        """All rows that are not held out, in the order in which they are shuffled."""
+        return self._split[0]
+
+    @property
     def training_rows(self) -> int:
         return self.n_rows - self.holdout_rows
 

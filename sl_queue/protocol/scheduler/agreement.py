@@ -14,15 +14,16 @@ MAX_KEYS = 10  # of two jobs, named one by one
 def disagreement(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
     """Why this party cannot train with the others, or None; `state` is from before it joined."""
     return (
-        _other_job(plan, sender, joined)
+        other_job(plan.job, sender, joined.job)
         or _other_rules(plan, state, sender, joined)
         or _other_rows(plan, state, sender, joined)
         or _other_run(state, sender, joined)
     )
 
 
-def _other_job(plan: Plan, sender: str, joined: Join) -> str | None:
-    differing = sorted(differing_keys(joined.job, plan.job).items())
+def other_job(ours: Mapping[str, Any], sender: str, theirs: Mapping[str, Any]) -> str | None:
+    """Say in which keys a party's job is not the scheduler's, or None."""
+    differing = sorted(differing_keys(theirs, ours).items())
     if not differing:
         return None
     told = "; ".join(

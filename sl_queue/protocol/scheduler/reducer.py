@@ -10,6 +10,8 @@ from typing import assert_never
 
 from sl_queue.errors import failure
 from sl_queue.protocol.control import (
+    Aligned,
+    Aligning,
     Alive,
     Command,
     EpochDone,
@@ -20,6 +22,7 @@ from sl_queue.protocol.control import (
     Finished,
     Join,
     Lost,
+    Offer,
     Progress,
     Report,
     Start,
@@ -48,6 +51,11 @@ from sl_queue.protocol.scheduler.state import (
 from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
 from sl_queue.protocol.totals import bounded
 
+_ALIGNED = (
+    "the rows of all parties are aligned already, and party {!r} has lost what it knew of it: restore its state "
+    "folder, or give every party and the scheduler a new one to align and train anew"
+)
+
 
 def reduce(
     plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str, redelivered: bool = False
@@ -64,12 +72,16 @@ def reduce(
     heard = member.heard if redelivered else now
     if isinstance(report, Join):
         return _join(plan, state, sender, report, heard, now, fresh_run)
+    if isinstance(report, Offer):
+        return state, ((sender, Stop(report.incarnation, _ALIGNED.format(sender), error="AlignmentError")),)
     if report.incarnation != member.incarnation or not (member.here or isinstance(report, Finished)):
         return state, ()  # of an earlier worker of that party; one that has finished will not join again
     state = with_member(state, sender, replace(member, heard=heard))
     match report:
         case Alive(totals=totals):
             return (state if totals is None else changed(state, sender, totals=bounded(totals, plan.parties))), ()
+        case Aligning() | Aligned():
+            return state, ()
         case Progress():
             return _progress(plan, state, sender, report)
         case EpochDone(_, generation, result):

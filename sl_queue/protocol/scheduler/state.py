@@ -171,14 +171,16 @@ def excused(state: RunState, seconds: float) -> RunState:
 
 
 def history_line(result: EpochResult) -> dict[str, Any]:
-    """One line of history.jsonl; `holdout` is None where no rows are held out."""
+    """One line of history.jsonl; `holdout` is None where no rows are held out, `leak` is there if it was measured."""
     holdout = None if result.holdout is None else dict(result.holdout)
+    leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
     return {
         "epoch": result.epoch,
         "step": result.step,
         "loss": result.loss,
         "holdout": holdout,
         "seconds": result.seconds,
+        **leak,
     }
 
 
@@ -191,7 +193,9 @@ def epoch_text(epoch: int, epochs: int, loss: float, holdout: Mapping[str, float
 def result_of(line: Mapping[str, Any]) -> EpochResult:
     """Read a line of history.jsonl again. Raises KeyError, TypeError for anything else."""
     holdout = None if line["holdout"] is None else dict(line["holdout"])
-    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, float(line.get("seconds", 0.0)))
+    leak = None if line.get("leak") is None else {party: dict(found) for party, found in line["leak"].items()}
+    seconds = float(line.get("seconds", 0.0))
+    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, seconds, leak)
 
 
 def number_text(value: float | None) -> str:
