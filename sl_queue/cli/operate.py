@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,6 +53,22 @@ def watch(
 
     agreed, url = Job.load(job), network_url(broker)
     watch_run(agreed, url, key, port, host, browse=browse)
+
+
+def report(
+    job: JobPath,
+    state: Annotated[Path, typer.Option(help="The scheduler's state folder.")] = Path("state/scheduler"),
+    out: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path(),
+) -> None:
+    """Write report.html, which opens anywhere, and curves.csv of a run that goes on or has ended."""
+    from sl_queue.config.job import Job
+    from sl_queue.launch.reporting import write_report
+
+    try:
+        for path in write_report(Job.load(job), state, out):
+            print(path)
+    except OSError as error:
+        raise JobError(f"{error.filename}: {error.strerror}; give --state and --out folders that can be used") from None
 
 
 def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:

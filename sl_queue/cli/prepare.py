@@ -2,27 +2,40 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sl_queue.cli.options import Broker, JobPath, PartyPaths
 from sl_queue.errors import JobError
 
+if TYPE_CHECKING:
+    from sl_queue.checking.findings import Finding
+
 
 def check(
     job: JobPath,
     parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
     broker: Broker = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep what was found as OUT/check.txt too, for `sl-queue report`.")
+    ] = None,
 ) -> None:
     """Find everything that can be wrong before anything is started."""
     from sl_queue.checking.check import check_job
     from sl_queue.observe.console import show_finding, stdout
 
-    console = stdout()
-    raise typer.Exit(
-        check_job(job, parties or [], broker, lambda found: show_finding(console, found.level, found.text))
-    )
+    console, lines = stdout(), list[str]()
+
+    def say(found: "Finding") -> None:
+        show_finding(console, found.level, found.text)
+        lines.append(f"{found.level:8}{found.text}\n")
+
+    code = check_job(job, parties or [], broker, say)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "check.txt").write_text("".join(lines), encoding="utf-8")
+    raise typer.Exit(code)
 
 
 def plan(

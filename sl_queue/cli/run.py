@@ -87,7 +87,7 @@ def chaos(
 
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.local.threads import require_all
-    from sl_queue.observe.console import stdout
+    from sl_queue.observe.console import keep, stdout
     from sl_queue.testing.chaos import FaultPlan, run_chaos
     from sl_queue.testing.report import report
 
@@ -98,7 +98,10 @@ def chaos(
     plan = FaultPlan(kills, broker_restarts, cuts, seed)
     with TemporaryDirectory(prefix="sl_queue-chaos-") as temporary:
         comparison = run_chaos(agreed, job, paths, out or Path(temporary), plan, lambda text: print(text, flush=True))
-    stdout().print(report(comparison), soft_wrap=True)
+    shown = report(comparison)
+    stdout().print(shown, soft_wrap=True)
+    if out is not None:
+        keep(out / "chaos.txt", shown)  # for `sl-queue report`
     raise typer.Exit(0 if comparison.passed else 1)
 
 

@@ -17,6 +17,7 @@ from sl_queue.launch.alignment import align_scheduler
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.keeper import Keeper
 from sl_queue.observe.log import to_log
 from sl_queue.protocol import events
 from sl_queue.protocol.events import Observer
@@ -102,6 +103,8 @@ def serve_scheduler(
         about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
         channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
         stack.callback(channel.close)
+        keeper = Keeper(state)
+        on_status = _told_to(keeper.take, on_status)
         if metrics is not None:
             on_status = _shown(metrics, channel, on_status, stack)
         try:
@@ -114,6 +117,16 @@ def serve_scheduler(
         observe(events.Ready(SCHEDULER))
         of_run = (secrets.token_hex(6), time.monotonic, on_status, min(late_s, plan.patience_s))
         return Scheduler(plan, channel, ledger, *of_run, observe=observe).serve()
+
+
+def _told_to(*takers: OnStatus) -> OnStatus:
+    """Return what hands each status to all of these, in this order."""
+
+    def tell(status: RunStatus) -> None:
+        for take in takers:
+            take(status)
+
+    return tell
 
 
 def _finished_before(ledger: RunFile) -> RunState | None:
