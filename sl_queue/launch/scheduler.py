@@ -1,9 +1,10 @@
 """The scheduler, put together. It needs no torch, and so is there again half a second after it was killed."""
 
 import logging
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.keeper import Keeper
 from sl_queue.observe.log import to_log
+from sl_queue.observe.tracking import Tracker, sink_of
 from sl_queue.protocol import events
 from sl_queue.protocol.events import Observer
 from sl_queue.protocol.messages import SCHEDULER
@@ -42,10 +44,11 @@ def run_scheduler(
     key: Path | None = None,
     metrics: str | None = None,
     observe: Observer = to_log,
+    track: Sequence[str] = (),
 ) -> None:
     """The scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
 
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `metrics`: `[HOST:]PORT` where Prometheus may ask. `track`: trackers, as `tensorboard:DIR` or `mlflow:URL`.
     """
     given = broker or BROKER.read()
     if given is None:
@@ -55,8 +58,16 @@ def run_scheduler(
     seal = sealing(job, SCHEDULER, key_file(key), url)
     connect = connector(job, url, again=lambda: read_url(given, again=True))
     folder = state or Path("state/scheduler")
-    epochs = _Epochs(observe)
-    serve_scheduler(job, connect, folder, epochs.tell, Channels(), seal, metrics=metrics, observe=observe)
+    epochs, sinks = _Epochs(observe), {text: sink_of(text, job.name) for text in track}
+    with ExitStack() as stack:
+        trackers = [stack.enter_context(closing(Tracker(_shown_as(t), s, job.canonical()))) for t, s in sinks.items()]
+        tell = _told_to(epochs.tell, *(tracker.take for tracker in trackers))
+        serve_scheduler(job, connect, folder, tell, Channels(), seal, metrics=metrics, observe=observe)
+
+
+def _shown_as(track: str) -> str:
+    """Return a tracker's name for the log, without a password."""
+    return re.sub(r"//[^/@]*@", "//", track)
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ class Curves:
 
     def take(self, at_s: float, step: int, samples: int, loss: float | None) -> None:
         """Take where the run is; a step that comes before the newest point means that the run went back."""
-        self._mark(at_s, samples, step)
+        self.mark(at_s, samples, step)
         if loss is None or step < 0:
             return
         if self.points and step < self.points[-1][0] - self.gap:
@@ -57,7 +57,8 @@ class Curves:
         ]
         return cls(points[:MOST_POINTS], max(1, int(values["gap"])), int(values["serial"]))
 
-    def _mark(self, at_s: float, samples: int, step: int) -> None:
+    def mark(self, at_s: float, samples: int, step: int) -> None:
+        """Note how far the run is, for its speed."""
         marks = self._marks
         if marks and (samples < marks[-1][1] or step < marks[-1][2]):
             marks.clear()  # the label holder was restarted and counts from 0, or the run went back
