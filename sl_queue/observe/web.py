@@ -25,6 +25,7 @@ from sl_queue.observe.live import Live, Seen
 
 MOST = 32  # connections at once
 PATIENCE_S = 10.0  # for a request, and for who does not read what it asked for
+TURN_S = 0.1  # to notice that it is closed
 ALIVE_S = 2.0  # a stream without news says that it lives
 
 log = logging.getLogger("sl_queue")
@@ -77,7 +78,7 @@ class WatchServer:
         self.port = int(self._server.server_address[1])
         shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(TURN_S,), name="watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -96,6 +97,7 @@ class WatchServer:
 
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
     block_on_close = False
 
     def __init__(self, live: Live, host: str, port: int) -> None:

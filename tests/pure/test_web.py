@@ -1,4 +1,4 @@
-"""The live page is for whoever reaches it by a name of this machine, needs nothing from outside, and holds nobody up."""
+"""The live page answers to names of this machine alone, needs nothing from outside, and holds nobody up."""
 
 import base64
 import hashlib
@@ -146,14 +146,14 @@ def test_two_views_a_second_are_made_however_often_the_scheduler_tells(live: Liv
 def test_idle_connections_are_bounded_and_cost_the_run_nothing(live: Live, server: WatchServer) -> None:
     before = threading.active_count()
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3 * MOST)]
-    await_that(lambda: threading.active_count() >= before + MOST - 1, 10)
+    await_that(lambda: threading.active_count() >= before + MOST - 1, "no thread a connection")
     assert threading.active_count() <= before + MOST
     began = time.monotonic()
     live.take(status(1))
     assert time.monotonic() - began < 0.5
     for each in idle:
         each.close()
-    await_that(lambda: answers(server.port), 20)
+    await_that(lambda: answers(server.port), "no answer after the idle have left")
 
 
 def answers(port: int) -> bool:
