@@ -22,7 +22,7 @@ BATCH = 500
 EVERY_S = 1.0
 PAUSE_S = 5.0  # after a failure
 SAY_S = 60.0
-LEAVE_S = 5.0  # at the end, for what is still to be said
+LEAVE_S = 20.0  # at the end, when nobody waits for the scheduler any more, for what is still to be said
 
 log = logging.getLogger("sl_queue")
 
@@ -113,11 +113,13 @@ class Tracker:
             log.exception("%s: a status could not be followed; the run goes on", self._name)
 
     def close(self) -> None:
-        """Say what is left, as long as it takes a few seconds at most."""
+        """Say what is left, as long as it takes some seconds at most."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(LEAVE_S)
+        if self._waiting:
+            log.warning("--track %s: the run has ended, and %d numbers were not told", self._name, len(self._waiting))
 
     # The thread -------------------------------------------------------------------------------------------------
 
