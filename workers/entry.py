@@ -1,4 +1,4 @@
-"""What every worker process does around its role: read its files, run, and leave with the right exit code."""
+"""Frame of every worker process around its role: read its files, run, and leave with the right exit code."""
 
 import argparse
 import ctypes
@@ -44,7 +44,7 @@ def exiting() -> Iterator[None]:
         final = _final_exit()
         if final is None or end.code not in FINAL_CODES:
             raise
-        print(f"exit code {end.code}, told as {final} ({FINAL_EXIT.name}): no restart mends this", file=sys.stderr)
+        print(f"exit code {end.code}, reported as {final} ({FINAL_EXIT.name}): no restart fixes this", file=sys.stderr)
         raise SystemExit(final) from None
 
 

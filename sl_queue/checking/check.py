@@ -6,13 +6,18 @@ It goes on after a finding as far as what was found allows, and starts no worker
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from sl_queue.checking.against_joined import compare_with_joined
 from sl_queue.checking.broker import MIB, brokers, message_sizes
-from sl_queue.checking.dry_run import Readable, compare_with_joined, dry_run
+from sl_queue.checking.data_report import report_data
+from sl_queue.checking.dry_run import Readable, dry_run
 from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
+from sl_queue.data.aligning import shared_rows
+from sl_queue.data.ids import Positions
+from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.party import bounds_of
@@ -21,6 +26,7 @@ from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import differing_id_types
+from sl_queue.protocol.table import Table
 from sl_queue.storage.secret_file import read_secret
 
 SPELLED_OUT_STEPS = 3
@@ -56,11 +62,15 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
     importer = Importer()
     resolved = [(file, check.attempt(lambda file=file: resolve(job, file, importer))) for file in files]  # type: ignore[misc]
     readable = [(file, spec) for file, spec in resolved if spec is not None]
-    parties = {file.party: party for file, spec in readable if (party := _read(check, job, file, spec))}
-    aligned = _compare_rows(check, parties)
+    shared = _shared(check, job, [spec.table for _, spec in readable])
+    parties = {file.party: party for file, spec in readable if (party := _read(check, job, file, spec, shared))}
+    aligned = _compare_rows(check, job, parties, shared)
     table = next(iter(parties.values())).table if parties else None
     batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.hashes))
     if batches is not None:
+        for name, held in parties.items():
+            if held.table.n_rows == batches.n_rows:
+                report_data(check, name, held.table, batches)
         tried = dry_run(check, job, parties, batches)
         if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
             check.attempt(lambda: compare_with_joined(check, job, parties, batches, tried.seconds))
@@ -90,11 +100,34 @@ def _say_who_is_missing(
         check.note(f"not looked at: {', '.join(missing)} ({why})")
 
 
-def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec) -> Readable | None:
+def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> Mapping[str, Positions]:
+    """Find the rows that all parties share if the job aligns them and all files are at hand; else nothing."""
+    if job.alignment.method != "psi":
+        return {}
+    if len(specs) < len(job.parties):
+        check.note("rows are not aligned yet, so each table at hand is looked at with all its rows")
+        return {}
+    shared = check.attempt(lambda: shared_rows(specs))
+    if shared is None:
+        return {}
+    count = len(next(iter(shared.values())))
+    if count < job.alignment.at_least:
+        check.error(
+            AlignmentError(f"{count} rows are shared by all, and alignment.at_least = {job.alignment.at_least}")
+        )
+    check.ok(f"rows: {count} are shared by {', '.join(shared)}; an alignment will find them")
+    return shared
+
+
+def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec, shared: Mapping[str, Positions]) -> Readable | None:
     with_secret = check.attempt(lambda: _with_secret(job, file, spec))
     if with_secret is None:
         return None
-    table = check.attempt(lambda: responded(with_secret, read_table(spec.table, token_key=token_key(with_secret))))
+
+    def read() -> Table:
+        return responded(with_secret, read_table(spec.table, shared.get(file.party), token_key=token_key(with_secret)))
+
+    table = check.attempt(read)
     if table is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
@@ -111,8 +144,10 @@ def _with_secret(job: Job, file: PartyFile, spec: PartySpec) -> PartySpec:
     return spec.with_secret(read_secret(path)) if isinstance(path, Path) and job.rules != BY_POSITION else spec
 
 
-def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
-    """Whether all parties at hand hold the same ids."""
+def _compare_rows(check: Check, job: Job, parties: Mapping[str, Readable], shared: Mapping[str, Positions]) -> bool:
+    """Return True if all parties at hand hold the same ids, or share some that an alignment will find."""
+    if job.alignment.method == "psi":
+        return bool(shared)
     if len({(p.table.digest, p.table.id_type) for p in parties.values()}) <= 1:
         if len(parties) > 1:
             check.ok(f"rows: {', '.join(parties)} hold the same ids")
@@ -125,7 +160,7 @@ def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
 
 
 def _say_what_is_not_joined(check: Check, job: Job) -> None:
-    """What makes a run another training than the joined one; it is repeated and resumed exactly all the same."""
+    """List what makes the run differ from joined training; it is repeated and resumed exactly all the same."""
     if job.pipeline.staleness:
         check.note(
             f"staleness = {job.pipeline.staleness}: activations are computed with weights of up to so many steps "
@@ -150,7 +185,7 @@ def _say_what_is_defended(check: Check, specs: Iterable[PartySpec]) -> None:
 
 
 def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
-    """The order of work from the first step on."""
+    """List the actions of the first steps, in order."""
     if batches is None:
         return
     pipeline = job.pipeline_of(batches)
@@ -168,7 +203,7 @@ def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
 
 
 def _first_steps(actions: Iterable[Action]) -> Iterator[Action]:
-    """Up to the third update or the first commit."""
+    """Return the actions up to the third update or the first commit."""
     for action in actions:
         yield action
         if isinstance(action, Commit) or action == Update(SPELLED_OUT_STEPS - 1):

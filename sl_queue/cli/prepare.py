@@ -2,34 +2,34 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sl_queue.cli.options import Broker, JobPath, PartyPaths
 from sl_queue.errors import JobError
 
-if TYPE_CHECKING:
-    from sl_queue.checking.findings import Finding
-
 
 def check(
     job: JobPath,
     parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
     broker: Broker = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also the names of exchanges and queues.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Keep what was found as OUT/check.txt too, for `sl-queue report`.")
     ] = None,
 ) -> None:
-    """Find everything that can be wrong before anything is started."""
+    """Find everything that can be wrong before anything is started, and report on the tables at hand."""
     from sl_queue.checking.check import check_job
+    from sl_queue.checking.findings import Finding, Level
     from sl_queue.observe.console import show_finding, stdout
 
     console, lines = stdout(), list[str]()
 
-    def say(found: "Finding") -> None:
-        show_finding(console, found.level, found.text)
-        lines.append(f"{found.level:8}{found.text}\n")
+    def say(found: Finding) -> None:
+        if verbose or found.level is not Level.DETAIL:
+            show_finding(console, found.level, found.text)
+            lines.append(f"{found.level:8}{found.text}\n")
 
     code = check_job(job, parties or [], broker, say)
     if out is not None:
@@ -126,7 +126,7 @@ def provision(
         bool, typer.Option("--client-certificates", help="Log in with certificates instead of passwords.")
     ] = False,
     rotate: Annotated[
-        list[str] | None, typer.Option(help="logins, certificates, authority or keys: make these anew.")
+        list[str] | None, typer.Option(help="logins, certificates, authority or keys: replace these.")
     ] = None,
 ) -> None:
     """Write everything a deployment needs: one folder for each party, one for the broker."""

@@ -39,6 +39,7 @@ class InFlight:
     hooks: int  # `hooks_made()` before the forward pass
     weights: Mapping[str, Tensor] | None = field(repr=False)  # the copy it was computed with; None: the live ones
     rows: CutRows
+    penalty: Tensor | None = field(default=None, repr=False)  # the base model's own loss of these rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,10 @@ class TorchBaseStage:
         assert prepared is not None
         weights, hooks = self._weights_of(micro_batch.step), hooks_made()
         with self.model.drawing("forward", micro_batch):
-            activation = self.model.run(prepared.inputs, place(self.model.party, micro_batch), weights)
+            where = place(self.model.party, micro_batch)
+            activation, penalty = self.model.run_with_penalty(prepared.inputs, where, weights)
         payload = self.cut.leave(activation, micro_batch, prepared.rows)
-        self._in_flight[micro_batch] = InFlight(activation, hooks, weights, prepared.rows)
+        self._in_flight[micro_batch] = InFlight(activation, hooks, weights, prepared.rows, penalty)
         return payload
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
@@ -98,11 +100,10 @@ class TorchBaseStage:
             raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
         flight = self._in_flight.pop(micro_batch)
         tensor = self.cut.arrive(gradient, micro_batch, flight.rows)
-        if tensor is not None:
-            self.differentiate(micro_batch, flight, self._returned(micro_batch, flight, tensor))
+        self.differentiate(micro_batch, flight, None if tensor is None else self._returned(micro_batch, flight, tensor))
 
     def _returned(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> Tensor:
-        """The gradient of the model's own output, of which a defence may have sent another one."""
+        """Return the gradient of the model's own output, of which a defence may have sent another one."""
         returning = self.cut.guard.returning
         if returning is None:
             return gradient
@@ -110,17 +111,25 @@ class TorchBaseStage:
         share = len(flight.rows) / self.batches.rows_in_step(micro_batch.step)
         return returning.apply(gradient, flight.activation, inputs, share)
 
-    def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> None:
-        """Do the backward pass of an activation; random draws in it are keyed by the micro-batch."""
-        if not flight.activation.requires_grad:  # no parameter to learn
-            return
+    def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor | None) -> None:
+        """Do the backward pass of an activation and of a penalty; random draws in it are keyed by the micro-batch.
+
+        Without a gradient the loss does not depend on the activation. A penalty counts as its rows do in the step.
+        """
+        ends: list[tuple[Tensor, Tensor]] = []
+        if gradient is not None and flight.activation.requires_grad:  # there is a parameter to learn
+            ends.append((flight.activation, gradient))
+        if flight.penalty is not None and flight.penalty.requires_grad:
+            share = len(flight.rows) / self.batches.rows_in_step(micro_batch.step)
+            ends.append((flight.penalty, torch.full_like(flight.penalty, share)))
         where = place(self.model.party, micro_batch)
-        scope = self.model.differentiating(flight.activation, flight.hooks, micro_batch)
-        with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
-            self._backpropagate(flight, gradient)
+        for root, of_root in ends:
+            scope = self.model.differentiating(root, flight.hooks, micro_batch)
+            with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
+                self._backpropagate(flight, root, of_root, keep=root is not ends[-1][0])
 
     def update(self) -> None:
-        """One optimizer step with the gradients since the last one."""
+        """Make one optimizer step with the gradients since the last one."""
         if any(micro_batch.step == self._updates for micro_batch in self._in_flight):
             raise LocalProtocolError(f"update {self._updates} with {self._flying()} in flight")
         self.model.step(self._updates)
@@ -132,7 +141,7 @@ class TorchBaseStage:
         return self.cut.leave(*self._prediction(micro_batch))
 
     def prediction(self, micro_batch: MicroBatch) -> Tensor:
-        """As `predict`, for a fuse model in the same process."""
+        """Compute as `predict` does, for a fuse model in the same process."""
         activation, _, rows = self._prediction(micro_batch)
         self.cut.check(activation, micro_batch, rows)
         return activation
@@ -153,9 +162,10 @@ class TorchBaseStage:
         """Compute a training micro-batch's activation for a fuse model in the same process: nothing crosses."""
         hooks = hooks_made()
         with self.model.drawing("forward", micro_batch):
-            activation = self.model.run(self.inputs(positions), place(self.model.party, micro_batch))
+            where = place(self.model.party, micro_batch)
+            activation, penalty = self.model.run_with_penalty(self.inputs(positions), where)
         self.cut.check(activation, micro_batch, rows)
-        return InFlight(activation, hooks, None, rows)
+        return InFlight(activation, hooks, None, rows, penalty)
 
     def state(self) -> State:
         """Return a copy of everything that a step changes."""
@@ -177,7 +187,7 @@ class TorchBaseStage:
         return self.model.weights()
 
     def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
-        """None for the live weights when all earlier updates are in them, else the copy of this version."""
+        """Return None for the live weights when all earlier updates are in them, else the copy of this version."""
         if step < self._updates:
             raise LocalProtocolError(f"a forward of step {step} after {self._updates} updates")
         if step == self._updates:
@@ -189,14 +199,15 @@ class TorchBaseStage:
             }
         return self._copy
 
-    def _backpropagate(self, flight: InFlight, gradient: Tensor) -> None:
+    def _backpropagate(self, flight: InFlight, root: Tensor, gradient: Tensor, *, keep: bool) -> None:
+        """Add the gradients of the parameters; `keep`: another backward pass through the same graph follows."""
         if flight.weights is None:
-            torch.autograd.backward(flight.activation, gradient)
+            torch.autograd.backward(root, gradient, retain_graph=keep)
             return
         names = [name for name, weight in flight.weights.items() if weight.requires_grad]
         leaves = [flight.weights[name] for name in names]
         live = dict(self.module.named_parameters())
-        gradients = torch.autograd.grad(flight.activation, leaves, gradient, allow_unused=True)
+        gradients = torch.autograd.grad(root, leaves, gradient, allow_unused=True, retain_graph=keep)
         for name, grad in zip(names, gradients, strict=True):
             if grad is not None:
                 before = live[name].grad

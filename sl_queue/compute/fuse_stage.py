@@ -15,14 +15,16 @@ from torch import Tensor
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
 from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.epoch_tables import Rows
 from sl_queue.compute.losses import label_tensor
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
-from sl_queue.compute.objective import Objective, measured, objective_of, why_not_finite
+from sl_queue.compute.objective import Objective, measured, objective_of, tabulated, why_not_finite
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.compute.stand_ins import drawn
+from sl_queue.compute.training_outputs import TrainingOutputs
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
@@ -41,7 +43,7 @@ _RANGE_ROWS = 64  # on which the range of the output is looked at
 class Evaluated:
     """One held-out micro-batch."""
 
-    rows: int
+    amount: float  # of its rows
     loss: float
     output: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
@@ -57,6 +59,14 @@ class PreparedTargets:
     flight: InFlight | None = field(repr=False)  # of its base model
 
 
+@dataclass(frozen=True, slots=True)
+class GatheredInputs:
+    """A micro-batch that is here in full."""
+
+    targets: PreparedTargets
+    inputs: Mapping[str, CutInput]  # of all parties with a base model
+
+
 @dataclass(slots=True)
 class TorchFuseStage:
     """ports.FuseStage over torch. Mutable: it holds the models and the sums of the step and of the evaluation."""
@@ -68,15 +78,22 @@ class TorchFuseStage:
     table: Table
     batches: Batches
     cuts: Mapping[str, FuseCut]  # to the feature parties, in job order
+    trained: TrainingOutputs  # of the epoch so far
+    tables: Mapping[str, Rows] | None = None  # of the last evaluation
     truly: Mapping[str, float | None] = field(default_factory=dict)  # the last metrics on true labels, for this party
-    _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
+    _losses: list[tuple[float, float]] = field(default_factory=list)  # of the step so far: amount of rows, mean loss
+    _amounts: tuple[int, float] = (-1, 0.0)  # of the rows of a step
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
     _prepared: PreparedTargets | None = None
-    _put_off: tuple[MicroBatch, InFlight, Tensor] | None = None  # the own base model's backward pass: its gradient
+    _put_off: list[tuple[MicroBatch, InFlight, Tensor | None]] = field(
+        default_factory=list
+    )  # the own base's backward passes
+    _gathered: list["GatheredInputs"] = field(default_factory=list)  # of a step whose rows are fused at once
+    _late: list[tuple[MicroBatch, Mapping[str, Payload]]] = field(default_factory=list)  # gradients not yet sent
     _step: int = 0  # of the last micro-batch
 
     def prepare(self, micro_batch: MicroBatch) -> None:
-        """Rows, labels and the own base model's forward pass, for `forward_backward`."""
+        """Prepare rows, labels and the own base model's forward pass, for `forward_backward`."""
         self._own_backward()
         positions = self.batches.rows(micro_batch)
         rows = CutRows.of(self.table.row_keys, positions)
@@ -84,7 +101,7 @@ class TorchFuseStage:
         self._prepared = PreparedTargets(micro_batch, rows, self._labels(positions), flight)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
-        """Loss and gradients of one micro-batch, weighted by its share of the step's rows.
+        """Compute loss and gradients of one micro-batch, weighted by its share of the step's rows.
 
         A party on whose activation the loss does not depend gets a gradient of no bytes, which is not one of zeros.
         """
@@ -92,20 +109,51 @@ class TorchFuseStage:
             self.prepare(micro_batch)
         mine, self._prepared = self._prepared, None
         assert mine is not None
-        where, n_rows = place(self.model.party, micro_batch), len(mine.rows)
-        inputs = {party: CutInput(t) for party, t in self._arrived(activations, micro_batch, mine.rows, where).items()}
-        own = None if mine.flight is None else CutInput(mine.flight.activation.detach())
-        hooks, entering = hooks_made(), inputs if own is None else {**inputs, self.model.party: own}
-        entered = {party: each.enter() for party, each in entering.items()}
-        with self.model.drawing("forward", micro_batch):
-            output = self._fused(entered, where)
-            loss, value = self._loss(output, mine.labels, where)
-        self._differentiate(loss * (n_rows / self.batches.rows_in_step(micro_batch.step)), hooks, micro_batch)
-        self._losses.append((n_rows, value))
-        self._step = micro_batch.step
-        if mine.flight is not None and own is not None and own.gradient is not None:
-            self._put_off = (micro_batch, mine.flight, own.gradient)
-        return {p: cut.leave(inputs[p].gradient, micro_batch, mine.rows) for p, cut in self.cuts.items()}
+        arrived = self._arrived(activations, micro_batch, mine.rows, place(self.model.party, micro_batch))
+        inputs = {party: CutInput(tensor) for party, tensor in arrived.items()}
+        if mine.flight is not None:
+            inputs[self.model.party] = CutInput(mine.flight.activation.detach())
+        self._gathered = [*(self._gathered if micro_batch.index else ()), GatheredInputs(mine, inputs)]
+        if self.layers.whole_batch and micro_batch.index + 1 < self.batches.parts(micro_batch.step):
+            return {}
+        parts, self._gathered = self._gathered if self.layers.whole_batch else self._gathered[-1:], []
+        self._fuse(parts)
+        *self._late, (_, answers) = [(part.targets.micro_batch, self._answers(part)) for part in parts]
+        return answers
+
+    def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
+        """Return the gradients that had to wait for the last micro-batch of their step, and forget them."""
+        late, self._late = self._late, []
+        return late
+
+    def _fuse(self, parts: Sequence["GatheredInputs"]) -> None:
+        """Do the forward and the backward pass of these micro-batches' rows, all at once."""
+        first, last = parts[0].targets.micro_batch, parts[-1].targets.micro_batch
+        where, positions = (
+            place(self.model.party, last),
+            _joined([self.batches.rows(p.targets.micro_batch) for p in parts]),
+        )
+        hooks = hooks_made()
+        entered = [{party: each.enter() for party, each in part.inputs.items()} for part in parts]
+        inputs = entered[0] if len(parts) == 1 else {p: torch.cat([each[p] for each in entered]) for p in entered[0]}
+        labels = parts[0].targets.labels if len(parts) == 1 else torch.cat([part.targets.labels for part in parts])
+        with self.model.drawing("forward", first):
+            output = self._fused(inputs, where)
+            loss, value = self._loss(output, labels, positions, where)
+        self.trained.add(output, positions)
+        amount = self.objective.amount(positions)
+        self._differentiate(loss * (amount / (self._amount_of_step(last.step) or 1.0)), hooks, first)
+        self._losses.append((amount, value))
+        self._step = last.step
+        for part in parts:
+            own = part.inputs.get(self.model.party)
+            if part.targets.flight is not None and own is not None:
+                self._put_off.append((part.targets.micro_batch, part.targets.flight, own.gradient))
+
+    def _answers(self, part: "GatheredInputs") -> Mapping[str, Payload]:
+        """Return the gradients of a micro-batch's activations, as they are sent."""
+        about = (part.targets.micro_batch, part.targets.rows)
+        return {party: cut.leave(part.inputs[party].gradient, *about) for party, cut in self.cuts.items()}
 
     def _differentiate(self, loss: Tensor, hooks: int, micro_batch: MicroBatch) -> None:
         """Do the backward pass from the loss to the activations; random draws in it are keyed by the micro-batch."""
@@ -120,7 +168,7 @@ class TorchFuseStage:
             torch.autograd.backward(loss)
 
     def update(self) -> float:
-        """One optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
+        """Make one optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
         if not self._losses:
             raise LocalProtocolError("an update without a micro-batch")
         self._own_backward()
@@ -143,35 +191,46 @@ class TorchFuseStage:
         with self.model.evaluating(), loss.evaluating(), self.model.drawing("evaluate", micro_batch):
             output = self._fused(inputs, where)
             labels = self._labels(positions)
-            _, value = self._loss(output, labels, where)
+            _, value = self._loss(output, labels, positions, where)
         kept = (output.cpu(), labels.cpu()) if self.objective.metrics else (output.new_empty(0), labels.new_empty(0))
-        self._evaluated[micro_batch.index] = Evaluated(len(positions), value, *kept)
+        self._evaluated[micro_batch.index] = Evaluated(self.objective.amount(positions), value, *kept)
 
     def metrics(self) -> Mapping[str, float | None]:
-        """Loss and metrics over all rows evaluated since the last call; None where these rows do not define one."""
+        """Return loss and metrics over all rows evaluated since the last call; None where rows do not define one."""
         parts = [self._evaluated[index] for index in sorted(self._evaluated)]
         if not parts:
             raise LocalProtocolError("metrics without an evaluation")
         self._evaluated.clear()
-        found: dict[str, float | None] = {"loss": _mean([(part.rows, part.loss) for part in parts])}
+        self.tables = None
+        found: dict[str, float | None] = {"loss": _mean([(part.amount, part.loss) for part in parts])}
         if self.objective.metrics:
             output, labels = torch.cat([p.output for p in parts]), torch.cat([p.labels for p in parts])
-            found |= measured(self.objective, output, labels)
+            rows = np.concatenate([self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)])
+            found |= measured(self.objective, output, labels, rows)
+            self.tables = tabulated(self.objective, output, labels, rows)
             if self.table.truth is not None:
-                self.truly = measured(self.objective, output, self._true_labels(len(parts)))
+                self.truly = measured(self.objective, output, label_tensor(self.table.truth[rows]), rows)
         return found
 
-    def _true_labels(self, parts: int) -> Tensor:
-        """The labels of the first held-out micro-batches, in whose place the stage is given others."""
-        assert self.table.truth is not None
-        positions = [self.batches.holdout_part(index) for index in range(parts)]
-        return label_tensor(self.table.truth[np.concatenate(positions)])
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        """Return the metrics of the epoch's training passes, and forget them; None if they are not asked for."""
+        found = self.trained.take()
+        if found is None:
+            return None
+        output, rows = found
+        return measured(self.objective, output, self.objective.labels[torch.from_numpy(rows)], rows)
+
+    def evaluation_tables(self) -> Mapping[str, Rows] | None:
+        """Return what a person looks at of the last evaluation; None of numbers, and without metrics."""
+        return self.tables
 
     def state(self) -> State:
         """Return a copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
         if self._losses:
             raise LocalProtocolError("a checkpoint in the middle of a step")
-        states = [self.model.state(), self.objective.owned.state()] + ([] if self.own is None else [self.own.state()])
+        states = [self.model.state(), self.objective.owned.state(), self.trained.state()] + (
+            [] if self.own is None else [self.own.state()]
+        )
         return State(
             {name: tensor for state in states for name, tensor in state.tensors.items()},
             {name: value for state in states for name, value in state.values.items()},
@@ -181,13 +240,16 @@ class TorchFuseStage:
         """Become what `state` described."""
         self.model.load(state)
         self.objective.owned.load(state)
+        self.trained.load(state)
         if self.own is not None:
             self.own.load(state)
         self._losses.clear()
         self._evaluated.clear()
         for cut in self.cuts.values():
             cut.forget()
-        self._put_off = self._prepared = None
+        self._prepared = None
+        for waiting in (self._put_off, self._gathered, self._late):
+            waiting.clear()
 
     def weights(self) -> Weights:
         """Return the state_dict of the fuse model, and of the own base model if there is one."""
@@ -195,9 +257,10 @@ class TorchFuseStage:
 
     def _own_backward(self) -> None:
         """Do the backward pass of the own base model that was put off, if there is one."""
-        if self._put_off is not None and self.own is not None:
-            put_off, self._put_off = self._put_off, None
-            self.own.differentiate(*put_off)
+        put_off, self._put_off = self._put_off, []
+        for each in put_off:
+            assert self.own is not None
+            self.own.differentiate(*each)
 
     def _arrived(
         self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows, where: str
@@ -217,17 +280,31 @@ class TorchFuseStage:
     def _labels(self, positions: Positions) -> Tensor:
         return self.objective.labels[torch.from_numpy(positions)].to(self.model.device)
 
-    def _loss(self, output: Tensor, labels: Tensor, where: str) -> tuple[Tensor, float]:
+    def _amount_of_step(self, step: int) -> float:
+        """Return how much the rows of a step count together."""
+        if self.objective.weighting is None:
+            return float(self.batches.rows_in_step(step))
+        if self._amounts[0] != step:
+            parts = [self.batches.rows(MicroBatch(step, index)) for index in range(self.batches.parts(step))]
+            self._amounts = (step, sum(map(self.objective.amount, parts)))
+        return self._amounts[1]
+
+    def _loss(self, output: Tensor, labels: Tensor, positions: Positions, where: str) -> tuple[Tensor, float]:
         with blame(f"{where}: the loss failed"):
-            loss = self.objective.loss(output, labels)
+            loss = self.objective.loss_of(output, labels, positions)
             value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(f"{where}: the loss is {value}; {why_not_finite(output, self.model.name)}")
         return loss, value
 
 
-def _mean(losses: Sequence[tuple[int, float]]) -> float:
-    return sum(rows * loss for rows, loss in losses) / sum(rows for rows, _ in losses)
+def _joined(positions: Sequence[Positions]) -> Positions:
+    return positions[0] if len(positions) == 1 else np.concatenate(positions)
+
+
+def _mean(losses: Sequence[tuple[float, float]]) -> float:
+    """Return the mean of losses by the amounts of their rows; 0 of rows that count for nothing."""
+    return sum(amount * loss for amount, loss in losses) / (sum(amount for amount, _ in losses) or 1.0)
 
 
 def fuse_stage(
@@ -269,7 +346,9 @@ def fuse_stage(
         objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
     peers = layers.feature_parties
     cuts = {peer: _cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
-    return TorchFuseStage(layers, model, own, objective, table, batches, cuts)
+    assert spec.objective is not None
+    trained = TrainingOutputs(spec.objective.train_metrics and bool(objective.metrics))
+    return TorchFuseStage(layers, model, own, objective, table, batches, cuts, trained)
 
 
 def _require_rows_first(output: Tensor, model: Model) -> None:

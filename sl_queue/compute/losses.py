@@ -25,7 +25,7 @@ _ONE = 1e-3  # how far the probabilities of a soft label may be from adding up t
 
 
 def bce_with_logits(output: Tensor, labels: Tensor, pos_weight: Any = None, reduction: str = "mean") -> Tensor:
-    """Binary cross-entropy of logits; labels from 0 to 1, (rows,) or as the output."""
+    """Compute binary cross-entropy of logits; labels from 0 to 1, (rows,) or as the output."""
     output = widened(output)
     weight = None if pos_weight is None else torch.as_tensor(pos_weight, dtype=output.dtype, device=output.device)
     given = as_output(labels, output)
@@ -35,7 +35,7 @@ def bce_with_logits(output: Tensor, labels: Tensor, pos_weight: Any = None, redu
 def cross_entropy(
     output: Tensor, labels: Tensor, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy of logits (rows, classes); labels are class numbers (rows,), or probabilities as the output."""
+    """Compute cross-entropy of logits (rows, classes); labels are class numbers (rows,), or probabilities."""
     output = widened(output)
     each = None if weight is None else torch.as_tensor(weight, dtype=output.dtype, device=output.device)
     given = as_classes(labels, output)
@@ -43,19 +43,19 @@ def cross_entropy(
 
 
 def mse(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean squared error; labels (rows,) or as the output."""
+    """Compute mean squared error; labels (rows,) or as the output."""
     output = widened(output)
     return F.mse_loss(output, as_output(labels, output), reduction=reduction)
 
 
 def l1(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean absolute error; labels (rows,) or as the output."""
+    """Compute mean absolute error; labels (rows,) or as the output."""
     output = widened(output)
     return F.l1_loss(output, as_output(labels, output), reduction=reduction)
 
 
 def huber(output: Tensor, labels: Tensor, delta: float = 1.0, reduction: str = "mean") -> Tensor:
-    """Squared error up to `delta`, absolute beyond; labels (rows,) or as the output."""
+    """Compute squared error up to `delta`, absolute beyond; labels (rows,) or as the output."""
     output = widened(output)
     return F.huber_loss(output, as_output(labels, output), reduction=reduction, delta=delta)
 
@@ -63,13 +63,13 @@ def huber(output: Tensor, labels: Tensor, delta: float = 1.0, reduction: str = "
 def poisson(
     output: Tensor, labels: Tensor, log_input: bool = True, full: bool = False, reduction: str = "mean"
 ) -> Tensor:
-    """Negative log likelihood of counts; the output is the logarithm of the rate unless `log_input` is false."""
+    """Compute negative log likelihood of counts; the output is the rate's logarithm unless `log_input` is false."""
     output = widened(output)
     return F.poisson_nll_loss(output, as_output(labels, output), log_input, full, reduction=reduction)
 
 
 def bce(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Binary cross-entropy of probabilities; labels from 0 to 1, (rows,) or as the output."""
+    """Compute binary cross-entropy of probabilities; labels from 0 to 1, (rows,) or as the output."""
     output = widened(output)
     return F.binary_cross_entropy(output, as_output(labels, output), reduction=reduction)
 
@@ -86,7 +86,7 @@ LOSSES: Mapping[str, Loss] = {
 
 
 def loss_of(spec: ComputeSpec, device: torch.device, take: Take | None = None) -> Loss:
-    """The loss that a party file names or brings; `take` says how to come by one that is given in code."""
+    """Return the loss that a party file names or brings; `take` is how to obtain one given in code."""
     assert spec.objective is not None
     loss = spec.objective.loss
     where = f"party {spec.party!r}: [fuse] loss = {loss!r}"

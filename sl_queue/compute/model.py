@@ -26,6 +26,7 @@ from sl_queue.compute.modules.demands import (
     leaves_beyond,
     leaves_of,
     require_known,
+    require_number,
     require_savable,
     require_within_reach,
 )
@@ -119,14 +120,24 @@ class Model:
 
     def run(self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the module's output, with other `weights` in the place of its parameters if given."""
+        return self.run_with_penalty(inputs, where, weights)[0]
+
+    def run_with_penalty(
+        self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the module's output, and a loss of its own if a base model returns one beside."""
         with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
             if weights is None:
                 output = self.module(inputs)
             else:
                 output = torch.func.functional_call(self.module, dict(weights), (inputs,))
+        penalty = None
+        if self.part == "base" and isinstance(output, tuple) and len(output) == 2:
+            output, penalty = output
+            require_number(penalty, f"{where}: the penalty of {self.name}")
         if not isinstance(output, Tensor):
             raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
-        return output
+        return output, penalty
 
     def try_out(self, inputs: Inputs, *, ahead: bool = False, graph: bool = False) -> Tensor:
         """Return the output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails.
@@ -238,7 +249,7 @@ class Model:
         if differing:
             raise CheckpointError(
                 f"party {self.party!r}: the checkpoint is of another model than {self.name}: {differing} differ; "
-                "restore the model, or start anew with another state folder"
+                "restore the model, or start from scratch with another state folder"
             )
         self.built.load(self.module, state, f"{self.part}/", self.party)
         with torch.no_grad():

@@ -18,7 +18,7 @@ _WHY_NOT = "evaluates the loss more than once a step, which no party can: none h
 
 
 def optimizer_names() -> dict[str, type[Optimizer]]:
-    """The optimizers that a party file may name."""
+    """Return the optimizers that a party file may name."""
     found = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
     return {c.__name__.lower(): c for c in found if c is not Optimizer and c.__name__.lower() not in _NEED_A_CLOSURE}
 
@@ -26,7 +26,7 @@ def optimizer_names() -> dict[str, type[Optimizer]]:
 def build_optimizer(
     module: nn.Module, settings: Any, key: str, groups: Sequence[Mapping[str, Any]], code: UserCode
 ) -> Optimizer | None:
-    """The optimizer that a party file describes at `key`, or that its callable makes, found by `code`.
+    """Return the optimizer that a party file describes at `key`, or that its callable makes, found by `code`.
 
     None for a module without parameters. Raises JobError.
     """
@@ -69,7 +69,7 @@ def _built(kind: type[Optimizer], parts: list[Any], options: Mapping[str, Any], 
 
 
 def _groups(module: nn.Module, groups: Sequence[Mapping[str, Any]], no_decay: Sequence[str], where: str) -> list[Any]:
-    """The module's parameters as torch's optimizers take them: in groups, or plainly where there are none.
+    """Return the module's parameters as torch's optimizers take them: in groups, or plainly where there are none.
 
     The first group whose pattern a parameter's name matches has it; what `no_decay` matches has a weight decay of 0,
     wherever it is.
@@ -129,7 +129,7 @@ def _require_options(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], 
 
 
 def _made(module: nn.Module, make: Any, key: str, code: UserCode) -> Optimizer:
-    """The optimizer that a callable makes of the module."""
+    """Return the optimizer that a callable makes of the module."""
     told = make if isinstance(make, str) else getattr(make, "__qualname__", type(make).__name__)
     make = code.load(make) if isinstance(make, str) else make
     try:

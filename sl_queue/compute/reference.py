@@ -50,16 +50,18 @@ def train_joined(
     history: list[dict[str, Any]] = []
     losses: list[float] = []
     for step in range(batches.steps if steps is None else steps):
-        n_rows = batches.rows_in_step(step)
-        summed = 0.0
-        for index in range(batches.parts(step)):
-            summed += whole.differentiate(MicroBatch(step, index), n_rows)
+        parts = [MicroBatch(step, index) for index in range(batches.parts(step))]
+        amount = sum(whole.objective.amount(batches.rows(micro_batch)) for micro_batch in parts) or 1.0
+        if whole.layers.whole_batch:
+            summed = whole.differentiate(parts, amount)
+        else:
+            summed = sum(whole.differentiate([micro_batch], amount) for micro_batch in parts)
         for model in whole.models:
             if model.learning is not None:
                 with model.drawing("update", MicroBatch(step, 0)):
                     model.learning.step(step)
                 model.learning.built.optimizer.zero_grad()
-        losses.append(summed / n_rows)
+        losses.append(summed / amount)
         if batches.ends_epoch(step):
             epoch = batches.epoch_of(step)
             weights = [batches.rows_in_step(s) for s in range(step + 1 - batches.steps_per_epoch, step + 1)]
@@ -96,13 +98,13 @@ class _Cut:
         )
         return empty.copy_(self._leaf)
 
-    def differentiate(self, base: Model, micro_batch: MicroBatch) -> None:
+    def differentiate(self, base: Model, micro_batch: MicroBatch, *, keep: bool) -> None:
         """Do the backward pass of the base model, if the loss depends on it and it has anything to learn."""
         if self.gradient is None or not self._activation.requires_grad:
             return
         gradient = self.gradient.contiguous().to(base.device) if self._crosses else self.gradient
         with base.drawing("backward", micro_batch):
-            self._activation.backward(gradient)  # type: ignore[no-untyped-call]
+            self._activation.backward(gradient, retain_graph=keep)  # type: ignore[no-untyped-call]
 
     def _keep(self, gradient: Tensor | None) -> None:
         self.gradient = gradient
@@ -141,28 +143,44 @@ class _Whole:
     def models(self) -> list[Model]:
         return [*self.bases.values(), self.fuse]
 
-    def differentiate(self, micro_batch: MicroBatch, rows_in_step: int) -> float:
-        """Add a micro-batch's gradients to those of its step, and return the loss summed over its rows."""
-        rows = self.batches.rows(micro_batch)
-        cuts = {
-            party: _Cut(activation, self.fuse.device, crosses=party != self.layers.label_holder)
-            for party, activation in self.activations(rows, "forward", micro_batch).items()
-        }
-        loss, _ = self.loss([cut.entered() for cut in cuts.values()], rows, "forward", micro_batch)
-        with self.fuse.drawing("backward", micro_batch):
-            (loss * (len(rows) / rows_in_step)).backward()  # type: ignore[no-untyped-call]
-        for party, cut in cuts.items():
-            cut.differentiate(self.bases[party], micro_batch)
-        return loss.item() * len(rows)
+    def differentiate(self, parts: Sequence[MicroBatch], amount_in_step: float) -> float:
+        """Add the gradients of micro-batches that are fused at once, and return the loss summed over their rows."""
+        rows = np.concatenate([self.batches.rows(micro_batch) for micro_batch in parts])
+        penalties: list[dict[str, Tensor]] = [{} for _ in parts]
+        cuts = [
+            {
+                party: _Cut(activation, self.fuse.device, crosses=party != self.layers.label_holder)
+                for party, activation in self.activations(self.batches.rows(part), "forward", part, own).items()
+            }
+            for part, own in zip(parts, penalties, strict=True)
+        ]
+        entered = [[cut.entered() for cut in each.values()] for each in cuts]
+        inputs = entered[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*entered, strict=True)]
+        loss, _ = self.loss(inputs, rows, "forward", parts[0])
+        with self.fuse.drawing("backward", parts[0]):
+            (loss * (self.objective.amount(rows) / amount_in_step)).backward()  # type: ignore[no-untyped-call]
+        for part, each, own in zip(parts, cuts, penalties, strict=True):
+            share = len(self.batches.rows(part)) / self.batches.rows_in_step(part.step)
+            for party, cut in each.items():
+                cut.differentiate(self.bases[party], part, keep=party in own)
+                if party in own:
+                    with self.bases[party].drawing("backward", part):
+                        (own[party] * share).backward()  # type: ignore[no-untyped-call]
+        return loss.item() * self.objective.amount(rows)
 
-    def activations(self, rows: Positions, purpose: str, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """Return the outputs of all base models for these rows, in job order."""
+    def activations(
+        self, rows: Positions, purpose: str, micro_batch: MicroBatch, penalties: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the outputs of all base models for these rows, in job order; their own losses go into `penalties`."""
         found = {}
         for party in self.layers.fused:
             base, features = self.bases[party], self.tables[party].features
             assert features is not None
             with base.drawing(purpose, micro_batch):
-                found[party] = base.module(take_rows(features, rows, base.dtype, base.device))
+                output = base.module(take_rows(features, rows, base.dtype, base.device))
+            found[party] = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, tuple) and penalties is not None:
+                penalties[party] = output[1]
         return found
 
     def loss(
@@ -172,11 +190,11 @@ class _Whole:
         labels = self.objective.labels[torch.from_numpy(rows)].to(self.fuse.device)
         with self.fuse.drawing(purpose, micro_batch):
             output = self.fuse.module(aggregated(activations, self.layers.aggregation))
-            return self.objective.loss(output, labels), output
+            return self.objective.loss_of(output, labels, rows), output
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float | None] | None:
-        """Loss and metrics of the held-out rows, None if there are none."""
+        """Return loss and metrics of the held-out rows, None if there are none."""
         if not self.batches.holdout_rows:
             return None
         parts = [self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)]
@@ -184,10 +202,11 @@ class _Whole:
             for scope in (*(model.evaluating() for model in self.models), self.objective.owned.evaluating()):
                 modes.enter_context(scope)
             found = [self._evaluated(rows, MicroBatch(step, index)) for index, rows in enumerate(parts)]
-        summed = sum(len(rows) * loss.item() for rows, (loss, _) in zip(parts, found, strict=True))
-        outputs = torch.cat([output for _, output in found]).cpu()
-        labels = self.objective.labels[torch.from_numpy(np.concatenate(parts))]
-        return {"loss": summed / self.batches.holdout_rows, **measured(self.objective, outputs, labels)}
+        amounts = [self.objective.amount(rows) for rows in parts]
+        summed = sum(amount * loss.item() for amount, (loss, _) in zip(amounts, found, strict=True))
+        outputs, everywhere = torch.cat([output for _, output in found]).cpu(), np.concatenate(parts)
+        labels = self.objective.labels[torch.from_numpy(everywhere)]
+        return {"loss": summed / (sum(amounts) or 1.0), **measured(self.objective, outputs, labels, everywhere)}
 
     def _evaluated(self, rows: Positions, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         found = self.activations(rows, "evaluate", micro_batch)

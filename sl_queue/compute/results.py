@@ -1,4 +1,4 @@
-"""What a run in this process was given to train, and what it leaves."""
+"""Modules that a run in this process was given to train, and those it leaves."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,7 +14,7 @@ from sl_queue.errors import JobError
 
 
 def trained_module(spec: ComputeSpec, path: Path, loan: Loan) -> nn.Module:
-    """As `final_module`, from the module that was trained in this process, if it was: with all that it has become."""
+    """Load as `final_module`, from the module trained in this process, if it was: with all that it has become."""
     part = part_of(path)
     given = given_module(spec, part)
     make = None if given is not None else lambda: build_module(spec, part, None)

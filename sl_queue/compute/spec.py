@@ -24,6 +24,7 @@ class LayersSpec:
     wire: Wire  # how activations and gradients travel
     micro_batches: int
     staleness: int
+    whole_batch: bool = False  # fuse model and loss see all rows of a step at once
 
     @property
     def parties(self) -> tuple[str, ...]:
@@ -62,6 +63,8 @@ class ObjectiveSpec:
     metrics: tuple[Any, ...] = ()  # names, tables with one, module:callable, or callables
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = None
     task: Literal["binary", "multiclass", "regression"] | None = None
+    missing: bool = False  # NaN labels are not known, and count for nothing
+    train_metrics: bool = False  # metrics of training rows too
 
 
 @dataclass(frozen=True, slots=True)

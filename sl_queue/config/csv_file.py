@@ -9,15 +9,19 @@ from sl_queue.data.spec import CsvSpec
 
 
 class CsvFile(Schema):
-    """How a CSV file is written."""
+    """Format of a CSV file."""
 
     delimiter: str = Field(
         default=",", min_length=1, max_length=1, description='one character, like ";": what separates columns'
     )
     encoding: str = Field(default="utf-8", description='a name like "utf-8" or "cp1252": how characters are written')
     decimal: Literal[".", ","] = Field(default=".", description='"." or ",": what stands before the fraction')
-    thousands: str = Field(default="", max_length=1, description='one character between thousands, like "."')
-    missing: list[str] = Field(default=[], description='a list of texts that stand for a gap, like ["NA", "?"]')
+    thousands: str = Field(
+        default="", max_length=1, description='one character, like ".": what stands between thousands'
+    )
+    missing: list[str] = Field(
+        default=[], description='a list of texts, like ["NA", "?"]: what stands for a gap, besides empty fields'
+    )
 
     def spec(self) -> CsvSpec:
         """Return what it says, as a value."""

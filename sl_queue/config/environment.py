@@ -114,7 +114,7 @@ METRICS = Variable(
 )
 FINAL_EXIT = Variable(
     "SL_QUEUE_FINAL_EXIT",
-    "a whole number from 0 to 255: the exit code instead of those that no restart mends",
+    "a whole number from 0 to 255: the exit code instead of those that no restart fixes",
     None,
     _whole(0, 255),
     "Exit code of a worker that no restart helps, for container engines that cannot tell codes apart.",

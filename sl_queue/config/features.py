@@ -18,20 +18,32 @@ _OF = {
 class FeatureFile(Schema):
     """One line of [features]."""
 
-    kind: Literal["number", "category", "date"] = Field(description='"number", "category" or "date"')
+    kind: Literal["number", "category", "date"] = Field(
+        description='"number", "category" or "date": what the column holds'
+    )
     missing: Missing = Field(default="error", description='"median", "mean", "zero" or "error": what fills gaps')
     indicator: bool = Field(default=False, description="true or false: a column that says where a value was missing")
-    scale: Scale = Field(default="standard", description='"standard", "minmax", "quantile" or "none"')
-    knots: int = Field(default=64, ge=2, le=10_000, description="a whole number of at least 2, of the quantile scale")
-    encode: Literal["one-hot", "index"] = Field(default="one-hot", description='"one-hot", or "index" for nn.Embedding')
+    scale: Scale = Field(
+        default="standard", description='"standard", "minmax", "quantile" or "none": how numbers are scaled'
+    )
+    knots: int = Field(
+        default=64, ge=2, le=10_000, description="a whole number of at least 2: the knots of the quantile scale"
+    )
+    encode: Literal["one-hot", "index"] = Field(
+        default="one-hot", description='"one-hot" or "index": how categories are encoded, index for nn.Embedding'
+    )
     rare: int = Field(
         default=1, ge=1, description="a whole number of at least 1: rows that a category needs for a place of its own"
     )
     parts: list[Part] = Field(
-        default=["age"], min_length=1, description='a list of "year", "month", "day", "weekday" and "age"'
+        default=["age"],
+        min_length=1,
+        description='a list of "year", "month", "day", "weekday" and "age": what is taken from a date',
     )
-    at: date | None = Field(default=None, description="a date like 2026-01-01, from which ages count")
-    format: str | None = Field(default=None, description='how dates are written, for instance "%d.%m.%Y"')
+    at: date | None = Field(default=None, description="a date like 2026-01-01: the day from which ages count")
+    format: str | None = Field(
+        default=None, description='a pattern of strptime like "%d.%m.%Y": how dates are written that are text'
+    )
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:

@@ -60,7 +60,7 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
 
 
 class Job(Schema):
-    """What all parties agreed to train. Read with `Job.load(path)`, or built in code from the same keys."""
+    """Agreement of all parties on what to train. Read with `Job.load(path)`, or built in code from the same keys."""
 
     name: _Name = Field(description="a name of letters, digits, '_', '-' and '.': begins the names of queues")
     seed: int = Field(
@@ -124,7 +124,7 @@ class Job(Schema):
         return tuple(name for name, party in self.parties.items() if party.role == "feature")
 
     def cut(self, party: str) -> tuple[int, ...] | None:
-        """The shape of one row's activation of a party; None for a label holder without a base model."""
+        """Return the shape of one row's activation of a party; None for a label holder without a base model."""
         return self.parties[party].cut
 
     @property
@@ -136,7 +136,7 @@ class Job(Schema):
 
     @property
     def seed_of_holdout(self) -> int:
-        """What chooses the held-out rows."""
+        """Seed that chooses the held-out rows."""
         return self.seed if self.holdout_seed is None else self.holdout_seed
 
     def batches(self, n_rows: int, hashes: Hashes | None = None) -> Batches:
@@ -157,12 +157,12 @@ class Job(Schema):
             holdout_seed=self.holdout_seed,
             hashes=None if self.rules == BY_POSITION else hashes,
         )
-        if self.early_stopping is not None and batches.holdout_rows == 0:
+        if self.early_stopping is not None and not self.early_stopping.of_training and batches.holdout_rows == 0:
             raise JobError(f"holdout = {self.holdout} of {n_rows} rows is none; early_stopping needs some")
         return batches
 
     def pipeline_of(self, batches: Batches) -> Pipeline:
-        """The order of work on those batches."""
+        """Return the order of work on those batches."""
         return Pipeline(batches, self.pipeline.depth, self.pipeline.staleness, self.pipeline.checkpoint_every)
 
     @property
@@ -172,11 +172,11 @@ class Job(Schema):
 
     @property
     def on_the_wire(self) -> Wire:
-        """How tensors travel."""
+        """Encoding of tensors in messages."""
         return Wire(self.wire.dtype, self.wire.compress)
 
     def topology(self, prefix: str = "") -> Topology:
-        """The names at the broker."""
+        """Return the names at the broker."""
         return Topology(self.label_holder, self.feature_parties, prefix)
 
     # Whether two parties mean the same job ---------------------------------------------------------------------
@@ -223,7 +223,7 @@ def _about_parties(job: Job) -> Iterator[str]:
 
 
 def _about_cuts(job: Job) -> Iterator[str]:
-    """What a message cannot carry; the label holder's own activations are not sent."""
+    """Yield what a message cannot carry; the label holder's own activations are not sent."""
     narrowest = ITEM_BYTES[job.wire.dtype] if job.wire.dtype != "float32" else ITEM_BYTES["float16"]  # of any model
     for name, party in job.parties.items():
         if party.role != "feature" or party.cut is None:
@@ -242,7 +242,7 @@ def _about_cuts(job: Job) -> Iterator[str]:
 
 
 def _is_word(name: str) -> bool:
-    """Whether a name can be a word of a routing key, a file name and a part of a queue's name."""
+    """Return True if a name can be a word of a routing key, a file name and a part of a queue's name."""
     return name.isascii() and 1 <= len(name) <= 64 and name.replace("_", "a").replace("-", "a").isalnum()
 
 
@@ -260,5 +260,10 @@ def _about_numbers(job: Job) -> Iterator[str]:
     micro_batches = job.pipeline.micro_batches
     if micro_batches > job.batch_size:
         yield f"pipeline.micro_batches = {micro_batches}; it must be at most batch_size, which is {job.batch_size}"
-    if job.early_stopping is not None and job.holdout == 0:
+    if job.fuse.whole_batch and job.pipeline.depth < micro_batches:
+        yield (
+            f"pipeline.depth = {job.pipeline.depth}; with fuse.whole_batch all activations of a step are sent before "
+            f"the first gradient comes, so it must be at least micro_batches, which is {micro_batches}"
+        )
+    if job.early_stopping is not None and not job.early_stopping.of_training and job.holdout == 0:
         yield "early_stopping needs held-out rows, but holdout = 0; set holdout, for instance to 0.2"

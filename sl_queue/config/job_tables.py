@@ -34,6 +34,10 @@ class JobFuse(Schema):
         default="list",
         description='"list", "concat", "sum" or "mean": how activations become the input of the fuse model',
     )
+    whole_batch: bool = Field(
+        default=False,
+        description="true or false: fuse model and loss see all rows of a step at once, however it is cut",
+    )
 
 
 class JobPipeline(Schema):
@@ -97,7 +101,7 @@ class JobAlignment(Schema):
     )
     at_least: Count = Field(default=1, description="a whole number of at least 1: shared rows without which to stop")
     at_most: Count | None = Field(default=None, description="a whole number of at least 1: ids that a party may bring")
-    pad: Count = Field(default=1000, description="a whole number of at least 1: set sizes are told rounded up to it")
+    pad: Count = Field(default=1000, description="a whole number from 1: set sizes are reported rounded up to it")
 
     @model_validator(mode="after")
     def _is_used(self) -> Self:
@@ -111,10 +115,16 @@ class JobEarlyStopping(Schema):
     """End of training before its last epoch, with the weights of the best one."""
 
     metric: str = Field(
-        description='"loss" or one of the label holder\'s metrics: what has to improve on held-out rows'
+        description='"loss" or one of the label holder\'s metrics: what has to improve on held-out rows; '
+        'with "train_" before it, on training rows'
     )
     patience: Count = Field(description="a whole number of at least 1: epochs without improvement")
     min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
     mode: Literal["min", "max"] | None = Field(
         default=None, description='"min" or "max": which value is better; without it, as the metric is known'
     )
+
+    @property
+    def of_training(self) -> bool:
+        """Tell whether it is measured on training rows: "train_loss", "train_auroc"."""
+        return self.metric.startswith("train_")

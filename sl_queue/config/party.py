@@ -53,7 +53,7 @@ _Path = Annotated[Path, Field(strict=False), AfterValidator(_from_folder)]
 
 
 def _named(what: str) -> Callable[[Any], Any]:
-    """A validator for what is named `module:callable` in a file, and may be the thing itself in code."""
+    """Return a validator for what is named `module:callable` in a file, and may be the thing itself in code."""
 
     def check(value: Any) -> Any:
         if callable(value) or (isinstance(value, str) and NAME.fullmatch(value)):
@@ -90,8 +90,11 @@ class DataFile(Schema):
         "model gets; without it, all but id and "
         "label",
     )
-    label: str | None = Field(
-        default=None, description="the name of a column: the labels, which only the label holder has"
+    label: str | list[str] | None = Field(
+        default=None, description="the name of a column, or a list of names: the labels, only at the label holder"
+    )
+    weight: str | None = Field(
+        default=None, description="the name of a column: how much each row counts; without it, all alike"
     )
     id_type: Literal["text", "integer", "uuid"] | None = Field(
         default=None,
@@ -105,18 +108,16 @@ class DataFile(Schema):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.source is not None:
-            beside = [name for name in ("path", "id", "features", "label") if getattr(self, name) is not None]
+            beside = [name for name in ("path", "id", "features", "label", "weight") if getattr(self, name) is not None]
             if beside:
                 raise ValueError(f"has a source, which gives ids, features and labels; take out {', '.join(beside)}")
             return self
         missing = [name for name in ("path", "id") if getattr(self, name) is None]
         if missing:
             raise ValueError(f"needs a path and an id, or a source; missing: {', '.join(missing)}")
-        features = self.features or []
-        wrong = [name for name in (*self.ids, self.label) if name is not None and name in features]
-        wrong += [name for name, count in Counter([*features, *self.ids]).items() if count > 1]
-        if self.label in self.ids:
-            wrong.append(str(self.label))
+        labels = [self.label] if isinstance(self.label, str) else self.label or []
+        others = [*self.ids, *labels, *([] if self.weight is None else [self.weight])]
+        wrong = [name for name, count in Counter([*others, *(self.features or [])]).items() if count > 1]
         if wrong:
             raise ValueError(f"names a column more than once among id, label and features: {', '.join(wrong)}")
         return self
@@ -165,6 +166,12 @@ class FuseFile(BaseFile):
         default=[],
         description='a list of names, for instance ["auroc", "accuracy"], of tables with one, or of module:callable: '
         "what is measured on held-out rows",
+    )
+    train_metrics: bool = Field(
+        default=False, description="true or false: metrics of the training passes too, as `train` in the history"
+    )
+    missing_labels: Literal["refuse", "mask"] = Field(
+        default="refuse", description='"refuse" or "mask": labels that are NaN or empty; masked ones count for nothing'
     )
     task: Literal["binary", "multiclass", "regression"] | None = Field(
         default=None,
@@ -239,7 +246,7 @@ class PartyFile(Schema):
         return self._folder
 
     def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
-        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
+        """Return the broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
 
         `again`: it was read before, and may have changed.
         """
@@ -257,7 +264,7 @@ class PartyFile(Schema):
 
 
 def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
-    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
+    """Read a broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
 
     Raises JobError for a file that cannot be read, or that others may read, as a private key.
     """
@@ -272,7 +279,7 @@ def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> st
 
 
 def _url_problem(url: str) -> str | None:
-    """What is wrong with a broker's URL, without its password, or None."""
+    """Describe what is wrong with a broker's URL, without its password; None if nothing is."""
     if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
         return None
     return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"

@@ -1,4 +1,4 @@
-"""What job, party file and user code come to for one party: checked together, and resolved into small frozen values.
+"""Resolution of job, party file and user code for one party: checked together, into small frozen values.
 
 Below the launch of a worker everything works on these, and nothing knows of files in TOML.
 """
@@ -67,6 +67,7 @@ def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec
         declared=specs_of(party_file.features),
         normalise=tuple(job.alignment.normalise),
         training=lambda n_rows, hashes: job.batches(n_rows, hashes).training_positions,
+        missing_labels=party_file.fuse is not None and party_file.fuse.missing_labels == "mask",
     )
 
 
@@ -82,7 +83,7 @@ def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> Compute
         party_file.device,
         importer.within(party_file.folder),
         table_is_file=isinstance(party_file.data, DataFile) and party_file.data.source is None,
-        label_column=party_file.data.label if isinstance(party_file.data, DataFile) else None,
+        label_column=_label_column(party_file.data),
     )
 
 
@@ -99,6 +100,7 @@ def layers_of(job: Job) -> LayersSpec:
         wire=job.on_the_wire,
         micro_batches=job.pipeline.micro_batches,
         staleness=job.pipeline.staleness,
+        whole_batch=job.fuse.whole_batch,
     )
 
 
@@ -110,14 +112,20 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
         data.path,
         data.ids,
         features,
-        data.label,
+        tuple(data.label) if isinstance(data.label, list) else data.label,
         data.id_type,
         data.source,
         data.format,
         data.csv.spec(),
         tuple(data.exclude),
         data.duplicates,
+        data.weight,
     )
+
+
+def _label_column(data: DataFile | Rows) -> str | None:
+    label = data.label if isinstance(data, DataFile) else None
+    return ", ".join(label) if isinstance(label, list) else label
 
 
 def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
@@ -130,7 +138,8 @@ def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
 def _objective(table: FuseFile | None) -> ObjectiveSpec | None:
     if table is None:
         return None
-    return ObjectiveSpec(table.loss, tuple(table.metrics), table.outputs, table.task)
+    about = (table.outputs, table.task, table.missing_labels == "mask", table.train_metrics)
+    return ObjectiveSpec(table.loss, tuple(table.metrics), *about)
 
 
 # What only job and party file together show ---------------------------------------------------------------------
@@ -176,13 +185,15 @@ def _about_labels(party: PartyFile, job: Job) -> Iterator[str]:
     rule = job.early_stopping
     if rule is None or party.fuse is None:
         return
-    measured, metric = ["loss", *map(metric_name, party.fuse.metrics)], rule.metric
+    names = list(map(metric_name, party.fuse.metrics))
+    of_training = ["train_loss", *(f"train_{name}" for name in names if party.fuse.train_metrics)]
+    measured, metric = ["loss", *names, *of_training], rule.metric
     if metric not in measured:
         yield (
             f"early_stopping.metric = {metric!r} is not measured; {nearest(metric, measured)}"
             f"it must be {', '.join(measured)}, or be added to fuse.metrics"
         )
-    elif rule.mode is None and metric not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+    elif rule.mode is None and metric.removeprefix("train_") not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
         yield f'early_stopping.mode is missing: whether {metric!r} is better when it is larger; "min" or "max"'
 
 
@@ -192,3 +203,5 @@ def _about_no_labels(party: PartyFile, job: Job) -> Iterator[str]:
         yield f"[fuse] has no use; the label holder {job.label_holder!r} has the fuse model"
     if isinstance(party.data, DataFile) and party.data.label is not None:
         yield f"data.label has no use; only {job.label_holder!r} has labels (data.features can leave a column out)"
+    if isinstance(party.data, DataFile) and party.data.weight is not None:
+        yield f"data.weight has no use; {job.label_holder!r} says how much each row counts"

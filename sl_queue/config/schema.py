@@ -1,4 +1,4 @@
-"""What job and party files have in common: TOML in, frozen values out, and one error that says all that is wrong."""
+"""Basis of job and party files: TOML in, frozen values out, and one error that says all that is wrong."""
 
 import re
 import tomllib
@@ -72,7 +72,7 @@ def load(model: type[M], path: Path | str) -> M:
 
 
 def redacted(url: str) -> str:
-    """A broker's URL without its password and options, for people to read."""
+    """Return a broker's URL without its password and options, for people to read."""
     login, at, host = url.rpartition("@")  # the last one, because a password may hold one that was not escaped
     if not at:  # what follows the colon is a port, or a password whose host was forgotten
         return re.sub(r"^((?:[^/]*//)?[^:/?\[]*):(?!\d*(?:[/?]|$))[^?]*", r"\1:***", url).partition("?")[0]
@@ -82,7 +82,7 @@ def redacted(url: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error may show it: short, and without the password of a URL."""
+    """Format a value for an error: short, and without the password of a URL."""
     if isinstance(value, str):
         value = redacted(value) if "://" in value or "@" in value else value
     elif isinstance(value, list | tuple):
@@ -124,7 +124,7 @@ def _dotted(location: Location) -> str:
 
 
 def _advice(model: type[Schema], location: Location) -> str:
-    """Where an unknown key may have been meant to stand."""
+    """Suggest the table that an unknown key may have been meant for."""
     table, _ = _declared_at(model, location[:-1])
     key, known = str(location[-1]), list(table.model_fields)
     advice = nearest(key, known)
@@ -142,7 +142,7 @@ def _allowed(model: type[Schema], location: Location) -> str:
 
 
 def _declared_at(model: type[Schema], location: Location) -> tuple[type[Schema], FieldInfo | None]:
-    """The innermost table and the innermost field on the way to a location."""
+    """Return the innermost table and the innermost field on the way to a location."""
     table, field = model, None
     parts = iter(location)
     for part in parts:
@@ -159,7 +159,7 @@ def _declared_at(model: type[Schema], location: Location) -> tuple[type[Schema],
 
 
 def table_in(annotation: Any) -> type[Schema] | None:
-    """The table that an annotation speaks of: `dict[str, JobParty]`, `BaseFile | None`."""
+    """Return the table that an annotation speaks of: `dict[str, JobParty]`, `BaseFile | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Schema):
         return annotation
     return next((table for inner in get_args(annotation) if (table := table_in(inner))), None)

@@ -1,4 +1,4 @@
-"""What may be put in at the cut: a defence that changes what leaves, and taps that see what leaves and what arrives."""
+"""Guards that may be put in at the cut: a defence changes what leaves, taps see what leaves and what arrives."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol

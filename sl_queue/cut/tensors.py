@@ -19,12 +19,12 @@ _SAME_WIDTH = {1: torch.uint8, 2: torch.int16}  # NumPy has no bfloat16 and no f
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch's name of a dtype without the prefix: "float32"."""
+    """Return torch's name of a dtype without the prefix: "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def described(tensor: Tensor | Payload) -> str:
-    """dtype and shape, which is all that a log line or an error may show of a tensor."""
+    """Return dtype and shape, which is all that a log line or an error may show of a tensor."""
     dtype = tensor.dtype if isinstance(tensor, Payload) else dtype_name(tensor.dtype)
     return f"{dtype} {tuple(tensor.shape)}"
 
@@ -41,7 +41,7 @@ def payload_view(tensor: Tensor, rows: bytes) -> Payload:
 
 
 def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
-    """Detached from its graph and from its device."""
+    """Detach from its graph and from its device."""
     own = tensor.detach()
     if own.dtype == torch.bfloat16 or dtype_name(own.dtype).startswith("float8"):
         own = own.view(_SAME_WIDTH[own.element_size()])
@@ -70,7 +70,7 @@ def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor
 
 
 def cast(array: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
-    """As NumPy's astype; between float32 and float16 torch takes a fiftieth of the time."""
+    """Cast as NumPy's astype; between float32 and float16 torch takes a fiftieth of the time."""
     if {array.dtype, np.dtype(dtype)} != _HALVES:
         return array.astype(dtype)
     wanted = torch.float16 if dtype == np.float16 else torch.float32

@@ -59,13 +59,13 @@ def features_of(values: Any) -> Numbers:
     return _finite(found, "features", {**_FLOATS, **_WHOLE, "b1": np.float32})
 
 
-def labels_of(values: Any, what: str = "labels") -> Numbers:
-    """Make labels finite numbers; whole numbers and booleans become int64."""
-    found = _numbers(values, what)
+def labels_of(values: Any, what: str = "labels", *, missing: bool = False) -> Numbers:
+    """Make labels finite numbers; whole numbers and booleans become int64. NaN stays where they may be `missing`."""
+    found = _numbers(values, what, missing=missing)
     if found.array is None or found.faults:
         return found
     whole = dict.fromkeys(("b1", "i1", "i2", "i4", "u1"), np.int64)
-    return _finite(found, what, {**_FLOATS, **_WHOLE, **whole})
+    return _finite(found, what, {**_FLOATS, **_WHOLE, **whole}, missing=missing)
 
 
 def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
@@ -78,7 +78,7 @@ def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"features: a column is of objects that Arrow does not know ({type(error).__name__})"]
 
 
-def _finite(found: Numbers, what: str, dtypes: dict[str, Any]) -> Numbers:
+def _finite(found: Numbers, what: str, dtypes: dict[str, Any], *, missing: bool = False) -> Numbers:
     """Cast, after and before looking at the values: a cast must change none of them."""
     array = found.array
     assert array is not None
@@ -86,14 +86,15 @@ def _finite(found: Numbers, what: str, dtypes: dict[str, Any]) -> Numbers:
         return Numbers(None, faults=(f"{what} go up to {array.max()}; they must fit into 64 bits with a sign",))
     with np.errstate(over="ignore"):
         array = array.astype(dtypes.get(array.dtype.str[1:], array.dtype.newbyteorder("=")), copy=False)
-    faults = tuple(f"{what}: {fault}" for fault in not_finite(array, found.names))
+    looked_at = np.where(np.isnan(array), 0, array) if missing and array.dtype.kind == "f" else array
+    faults = tuple(f"{what}: {fault}" for fault in not_finite(looked_at, found.names))
     return Numbers(array, found.names, found.notes, faults)
 
 
 # From whatever it is to NumPy -----------------------------------------------------------------------------------
 
 
-def _numbers(values: Any, what: str) -> Numbers:
+def _numbers(values: Any, what: str, *, missing: bool = False) -> Numbers:
     """Make an array of numbers with an axis of rows of anything that holds one."""
     if values is None:
         return Numbers(None)
@@ -105,9 +106,8 @@ def _numbers(values: Any, what: str) -> Numbers:
         return _of_frame(values, what)
     if _is_series(values):
         column = plain(_column(values))
-        missing = f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}"
-        if column.null_count:
-            return _refused(what, missing)
+        if column.null_count and not missing:
+            return _refused(what, f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}")
         values = column.to_numpy(zero_copy_only=False)
     if masked := _masked_rows(values):
         return _refused(what, f"values are masked in {masked} of {len(values)} rows; {_FILL}")
@@ -175,7 +175,7 @@ def _is_masked(value: Any) -> bool:
 
 
 def _of_tensor(tensor: Any) -> Any:
-    """A torch tensor's numbers, whatever device, layout and graph it belongs to."""
+    """Return a torch tensor's numbers, whatever device, layout and graph it belongs to."""
     tensor = tensor.detach().cpu()
     tensor = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
     return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).resolve_conj().resolve_neg().numpy()
@@ -218,7 +218,7 @@ def _of_frame(frame: Any, what: str) -> Numbers:
 
 
 def _arrow(series: Any) -> Any:
-    """A column of one type as Arrow, missing values null."""
+    """Return a column of one type as Arrow, missing values null."""
     if isinstance(series, pa.Array | pa.ChunkedArray):
         return series
     if hasattr(series, "to_arrow"):
@@ -227,7 +227,7 @@ def _arrow(series: Any) -> Any:
 
 
 def _column(series: Any) -> Any:
-    """As `_arrow`; numbers of several types as numbers, and objects of other types as text."""
+    """Build as `_arrow`; numbers of several types as numbers, and objects of other types as text."""
     try:
         return _arrow(series)
     except _NO_COLUMN:

@@ -1,7 +1,7 @@
 """A party's table in canonical order: ascending id, numbers by value and text by its UTF-8 bytes.
 
 The order is the same at every party that holds the same ids, and so are the keys and the digest that are made of them.
-Both come from one hash over all ids, and neither yields the other: the digest is told to the scheduler when a party
+Both come from one hash over all ids, and neither yields the other: the digest is sent to the scheduler when a party
 joins, the keys never leave the party. Whoever does not know all ids can compute neither.
 """
 
@@ -53,7 +53,9 @@ def read_table(
         training = spec.training(len(texts), hashes if rules != BY_POSITION else None)
         features, fitted = _made(arrays, ids.order, training)
         names, recipe = fitted.names, fitted.as_json()
-    return Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, tokens, fitted=recipe)
+    weights = _ordered(arrays.weights, ids.order)
+    about = (names, hashes, notes, tokens)
+    return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights)
 
 
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:
@@ -109,13 +111,13 @@ def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
 
 
 def _texts(ids: Ids) -> list[bytes]:
-    """Ids as text, in UTF-8."""
+    """Return ids as text, in UTF-8."""
     found: list[bytes] = ids.texts.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
     return found
 
 
 def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
-    """The key of every row and the digest of all, from canonical ids as text and their lengths."""
+    """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
     everything = blake2b(f"{id_type} {len(texts)} ".encode())
     everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
     everything.update(b"".join(texts))

@@ -1,4 +1,4 @@
-"""How every program of sl_queue ends: one clear message on stderr, and the exit code that a supervisor acts on.
+"""Ends of every program of sl_queue: one clear message on stderr, and the exit code that a supervisor acts on.
 
 The codes are those of `errors`; 130 after Ctrl-C. Anything else that is raised is a bug and keeps its traceback.
 """
@@ -48,7 +48,7 @@ def leaving(
 
 
 def leave_on_sigterm(say: Say = say) -> None:
-    """SIGTERM ends this process at once: by the recovery law nothing needs to be tidied up."""
+    """Have SIGTERM end this process at once: by the recovery law nothing needs to be tidied up."""
 
     def leave(number: int, _: FrameType | None) -> None:
         say("asked to end (SIGTERM); a restart resumes from the last checkpoint")

@@ -46,7 +46,7 @@ def run_scheduler(
     observe: Observer = to_log,
     track: Sequence[str] = (),
 ) -> None:
-    """The scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
+    """Run the scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask. `track`: trackers, as `tensorboard:DIR` or `mlflow:URL`.
     """
@@ -71,8 +71,8 @@ def _shown_as(track: str) -> str:
 
 
 @dataclass(slots=True)
-class _Epochs:  # mutable: it remembers what it told
-    """An event for each epoch that ends; what a resumed run brings is not told again."""
+class _Epochs:  # mutable: it remembers what it reported
+    """An event for each epoch that ends; what a resumed run brings is not reported again."""
 
     observe: Observer
     told: int | None = None
@@ -97,7 +97,7 @@ def serve_scheduler(
     metrics: str | None = None,
     observe: Observer = to_log,
 ) -> RunState:
-    """The scheduler until every party has finished.
+    """Run the scheduler until every party has finished.
 
     `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
     Prometheus may ask, as `[HOST:]PORT`.
@@ -151,11 +151,11 @@ def _finished_before(ledger: RunFile) -> RunState | None:
 
 
 def plan_of(job: Job) -> Plan:
-    """What the scheduler must know of a job."""
+    """Return what the scheduler must know of a job."""
     rule = job.early_stopping
     early = None
     if rule is not None:
-        lower = rule.metric in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
+        lower = rule.metric.removeprefix("train_") in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
         early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, lower)
     return Plan(
         job=job.canonical(),

@@ -1,4 +1,4 @@
-"""What a run may release, entered before it is sent, and what it has, said at its end in `final/privacy.json`."""
+"""Ledger of a run's releases: each is entered before it is sent; their sum is in `final/privacy.json` at the end."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import JobError
 from sl_queue.launch.privacy import response_of
 from sl_queue.privacy.guards import EpochMeter
-from sl_queue.privacy.releases import epochs_within, worth_of_activations, worth_of_labels
+from sl_queue.privacy.releases import epochs_within, worth_of_activations, worth_of_labels, worth_of_sigmas
 from sl_queue.privacy.report import report_of_columns, report_of_labels
 from sl_queue.privacy.response import Response
 from sl_queue.privacy.settings import Settings
@@ -91,11 +91,11 @@ class Spending:
             raise unusable(self.final.parent, error) from error
 
     def _chances(self, response: Response) -> dict[str, Any]:
-        """What prediction needs to undo a response."""
+        """Return what prediction needs to undo a response."""
         return {**asdict(response), "keep": response.keep, "swap": response.swap}
 
     def _due(self, run: str, generation: int, epoch: int) -> list[Release]:
-        """What is released from the beginning of an epoch to its end, evaluation included."""
+        """List the releases from the beginning of an epoch to its end, evaluation included."""
         about = (self.party, self.job.digest[:_JOB], run)
         found = []
         if self.response is not None:
@@ -125,11 +125,12 @@ class Spending:
         left = self.job.epochs - epoch
         fits = epochs_within(known, settings.sigma, budget, settings.delta, left)
         if fits < (1 if self.planned or self.job.early_stopping is not None else left):
-            worth = worth_of_activations([*known, *new], settings.delta)
-            already = worth.releases - 1
+            already = worth_of_activations(known, settings.delta).releases
+            sigmas = [release.sigma or 0.0 for release in known if release.mechanism == "activations"]
+            whole = worth_of_sigmas([*sigmas, *[settings.sigma] * left], settings.delta).epsilon
             raise JobError(
                 f"{where} allows {fits} more epochs, and {left} are to come: a row was released {already} times "
-                f"before, and once more is epsilon {worth.epsilon or float('inf'):.2f} at delta {settings.delta:g}; "
+                f"before, and with those it comes to epsilon {whole or float('inf'):.2f} at delta {settings.delta:g}; "
                 f"nothing more is sent. Raise sigma above {settings.sigma:g} or the budget, or train fewer epochs"
             )
         if not self.planned and fits < left:

@@ -1,4 +1,4 @@
-"""What trained modules make of rows that are at hand: outputs and measures, without a run."""
+"""Evaluation of trained modules on rows that are at hand: outputs and measures, without a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +37,7 @@ def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]
         rows = take_rows(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
         try:
             with seeded(key(0, party, "shape"), CPU), in_evaluation(tried):
-                output = tried(rows)
+                output = _output(tried(rows))
         except Exception as error:
             refused.append(f"{type(error).__name__}: {error}")
             continue
@@ -49,7 +49,7 @@ def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]
 
 
 def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.Module]) -> Tensor:
-    """The fuse model's output for all rows of the tables, in canonical order, on the CPU.
+    """Return the fuse model's output for all rows of the tables, in canonical order, on the CPU.
 
     `modules` are trained ones by party, the fuse model under "fuse". Raises JobError if parties hold other rows.
     """
@@ -63,28 +63,29 @@ def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.M
     with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad():
         for first in range(0, n_rows, PART):
             rows = np.arange(first, min(first + PART, n_rows))
-            inputs = [modules[p](take_rows(taken[p], rows, _dtype(modules[p]), CPU)) for p in job.fused]
+            inputs = [_output(modules[p](take_rows(taken[p], rows, _dtype(modules[p]), CPU))) for p in job.fused]
             found.append(fuse(aggregated(inputs, job.fuse.aggregation)))
     return torch.cat(found)
 
 
 def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict[str, float | None]:
-    """Loss and metrics of an output for the labels of the label holder's table."""
+    """Compute loss and metrics of an output for the labels of the label holder's table."""
     objective = objective_for(job, file, table)
     with torch.no_grad():
-        loss = objective.loss(output, objective.labels).item()
-    return {"loss": loss, **measured(objective, output, objective.labels)}
+        rows = np.arange(table.n_rows)
+        loss = objective.loss_of(output, objective.labels, rows).item()
+    return {"loss": loss, **measured(objective, output, objective.labels, rows)}
 
 
 def objective_for(job: Job, file: PartyFile, table: Table) -> Objective:
-    """The loss and the metrics, for the labels of a table."""
+    """Return the loss and the metrics, for the labels of a table."""
     whole = job.replace(holdout=0.0, early_stopping=None, batch_size=table.n_rows, pipeline={})
     spec = compute_spec(whole, file.replace(device="cpu"), Importer())
     return fuse_stage(spec, table, whole.batches(table.n_rows)).objective
 
 
 def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
-    """The features in the form that the base model takes."""
+    """Return the features in the form that the base model takes."""
     refused: list[Exception] = []
     for choice in range(n_offers(_features(table))):
         features = offers(_alone(party), table, _dtype(module))[choice].features
@@ -98,8 +99,13 @@ def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
     raise JobError(f"party {party!r}: the base model fails on its features: {refused[0]}") from refused[0]
 
 
+def _output(found: Any) -> Any:
+    """Return what crosses the cut of what a base model returns: without its penalty."""
+    return found[0] if isinstance(found, tuple) and len(found) == 2 else found
+
+
 def _alone(party: str) -> ComputeSpec:
-    """A party of which nothing but its rows and its base model is known."""
+    """Return a party of which nothing but its rows and its base model is known."""
     layers = LayersSpec("", 0, "", (), {}, "list", Wire(), 1, 0)
     return ComputeSpec(party, layers, None, None, None, "cpu", Importer().within(None))
 

@@ -32,7 +32,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How patient supervision is."""
+    """Limits of supervision: how long it waits, how often it restarts."""
 
     first_pause_s: float = 0.5  # before a restart; doubled for every further crash at the same step
     longest_pause_s: float = 15.0
@@ -42,7 +42,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why everything was ended."""
+    """Reason why everything was ended."""
 
     worker: str
     exit_code: int
@@ -220,7 +220,7 @@ def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
 
 
 def _worth_a_restart(code: int) -> bool:
-    """Killed by a signal (as the kernel tells it, or as a shell or container does), or no way to the broker."""
+    """Return True for a signal (as the kernel says it, or as a shell or container does), or no way to the broker."""
     return code < 0 or code > 128 or code == TransportError.exit_code
 
 
@@ -238,5 +238,5 @@ def die_with_parent() -> None:
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the kernel was told
+    if os.getppid() != parent:  # it was gone before the kernel was asked
         os._exit(128 + signal.SIGKILL)

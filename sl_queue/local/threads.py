@@ -32,21 +32,22 @@ from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.security.sealing import Seal
-from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.final import holds_final
 
 log = logging.getLogger("sl_queue")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run left: the history, one dict an epoch as in history.jsonl, and the trained modules."""
+    """Result of a run: the history, one dict an epoch as in history.jsonl, and the trained modules."""
 
     history: list[dict[str, Any]]
     modules: Mapping[tuple[str, str], nn.Module | SlQueueError] = field(repr=False)  # or why there is none
     label_holder: str
 
     def base(self, party: str) -> nn.Module:
-        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none.
+        """Return the trained base model of a party, in evaluation mode on the CPU. KeyError if it has none.
 
         Raises ComputeError for a module that was given in code and cannot be copied.
         """
@@ -114,7 +115,7 @@ def run_threads(
     on_status: OnStatus,
     keys: Path | None = None,
 ) -> Result:
-    """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
+    """Run as `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
     require_all(job, parties)
     require_nothing_lost(party.device for party in parties)
     with torch.inference_mode(False), Loan() as loan:  # what is made in that mode could not be trained any further
@@ -131,7 +132,7 @@ def run_threads(
                     continue
                 try:
                     modules[party, path.stem] = trained_module(spec.compute, path, loan)
-                except SlQueueError as error:  # told to who asks for that module; the others are here
+                except SlQueueError as error:  # raised to whoever asks for that module; the others are here
                     modules[party, path.stem] = error
         return Result(history, modules, job.label_holder)
 
@@ -252,7 +253,7 @@ def _told_by_another(error: SlQueueError) -> int:
 
 
 def have_finished(job: Job, states: Mapping[str, Path]) -> bool:
-    """Whether every party's folder holds its final weights, so that nobody waits for the scheduler."""
+    """Return True if every party's folder holds its final weights, so that nobody waits for the scheduler."""
     return all(holds_final(states[party], job.digest) for party in job.parties)
 
 
@@ -266,10 +267,10 @@ def compare_with_finished(job: Job, parties: Sequence[PartyFile], states: Mappin
 
 
 def key_in(keys: Path | None, role: str) -> Path | None:
-    """The private key of a role in a folder as `sl-queue provision` writes it."""
+    """Return the private key of a role in a folder as `sl-queue provision` writes it."""
     return None if keys is None else keys / role / "seal.key"
 
 
 def shared_threads(workers: int) -> int:
-    """Torch threads for each of several workers on this machine: more than its cores together are slower."""
+    """Return the torch threads for each of several workers on this machine: more than its cores are slower."""
     return int(THREADS.read()) or max(1, (os.cpu_count() or 1) // workers)

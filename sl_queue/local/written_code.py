@@ -126,7 +126,7 @@ class CodeFile:
 
 
 def _home(thing: Any) -> ModuleType | None:
-    """The module in which a class or function has a name, None if there is none."""
+    """Return the module in which a class or function has a name, None if there is none."""
     names = [getattr(thing, "__module__", None), "torch", "torch.nn.functional", "math", "builtins"]
     for module in (sys.modules.get(name or "") for name in names):
         for path in (getattr(thing, "__qualname__", ""), getattr(thing, "__name__", "")):

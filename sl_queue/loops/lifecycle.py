@@ -1,4 +1,4 @@
-"""What both data roles share: join, resume from the own last checkpoint, train, commit, finish.
+"""Lifecycle that both data roles share: join, resume from their own last checkpoint, train, commit, finish.
 
 Killed at any moment, a worker that starts again runs through the same lines; nothing else is needed.
 """
@@ -85,7 +85,7 @@ class Worker:
     def serve(self, train: Callable[[int], None]) -> Final:
         """Take part in the run to its end; `train(first_step)` is the role's loop.
 
-        Whatever ends it before, and would not be mended by a restart, is told to the scheduler.
+        Whatever ends it before, and would not be fixed by a restart, is reported to the scheduler.
         """
         try:
             final = self.checkpoints.finished() or self._train(train)
@@ -111,7 +111,7 @@ class Worker:
         try:
             return self._trained(train)
         except (RunStopped, PeerFailed):
-            with suppress(RunStopped, PeerFailed, Restarted, TransportError):  # but a disk that is full is told
+            with suppress(RunStopped, PeerFailed, Restarted, TransportError):  # but a full disk is reported
                 self.channel.wait_committed()
             raise
 
@@ -179,14 +179,14 @@ class Worker:
             raise CheckpointError(
                 "the scheduler has lost its history, and that of the label holder begins with epoch "
                 f"{self.history[0].epoch + 1}: nobody knows those before; restore history.jsonl in one of the two "
-                "state folders, or give every party and the scheduler a new one to train anew"
+                "state folders, or give every party and the scheduler a new one to train from scratch"
             )
         return page
 
     def commit(self, step: int, ended: EpochResult | None = None) -> None:
         """Have what is here and now become the checkpoint of `step`, with the result of an epoch that `ended` in it.
 
-        The scheduler is told when it is on disk.
+        The scheduler hears of it when it is on disk.
         """
         assert self.run is not None
         self.channel.wait_committed()
@@ -221,7 +221,7 @@ class Worker:
         return found
 
     def _state(self) -> State:
-        """All that a checkpoint must hold of what is computed here."""
+        """Return all that a checkpoint must hold of what is computed here."""
         state = self.stage.state()
         if self.meter is None:
             return state
@@ -302,4 +302,6 @@ class Worker:
 def _as_json(result: EpochResult) -> dict[str, Any]:
     holdout = None if result.holdout is None else dict(result.holdout)
     leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
-    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout, **leak}
+    more = {"train": result.train, "tables": result.tables}
+    kept = {name: dict(value) for name, value in more.items() if value is not None}
+    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout, **leak, **kept}

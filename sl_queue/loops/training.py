@@ -67,6 +67,7 @@ class LabelHolder:
     stage: FuseStage
     pipeline: Pipeline
     worker: Worker
+    ends_early: bool = False  # each epoch may be the last
 
     def train(self, first_step: int) -> None:
         """Train from `first_step` to the end of the run, or until the scheduler ends it early."""
@@ -90,8 +91,9 @@ class LabelHolder:
 
     def _fuse(self, micro_batch: MicroBatch) -> None:
         gradients = self.stage.forward_backward(micro_batch, self._gather(Kind.ACTIVATION, micro_batch))
-        for party, gradient in gradients.items():
-            self.channel.send(party, Gradient(micro_batch, gradient))
+        for answered, found in (*self.stage.late_gradients(), (micro_batch, gradients)):
+            for party, gradient in found.items():
+                self.channel.send(party, Gradient(answered, gradient))
 
     def _gather(self, kind: Kind, micro_batch: MicroBatch) -> dict[str, Payload]:
         """Receive one activation of each feature party, by key: order of arrival means nothing."""
@@ -112,5 +114,13 @@ class LabelHolder:
             return
         holdout = self.stage.metrics() if batches.holdout_rows else None
         sums, self.worker.running = self.worker.running, {}
-        result = EpochResult(batches.epoch_of(step), step, sums["loss"] / sums["rows"], holdout)
+        last = self.ends_early or batches.epoch_of(step) == batches.epochs - 1
+        result = EpochResult(
+            batches.epoch_of(step),
+            step,
+            sums["loss"] / sums["rows"],
+            holdout,
+            train=self.stage.training_metrics(),
+            tables=self.stage.evaluation_tables() if last else None,
+        )
         self.worker.commit(step, result)

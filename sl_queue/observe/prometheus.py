@@ -1,6 +1,6 @@
 """A running worker as Prometheus and a health check see it: `/metrics` and `/health`, read when somebody asks.
 
-Nothing is counted in here, and nothing is told of rows, tensors or secrets.
+Nothing is counted in here, and nothing is shown of rows, tensors or secrets.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +24,7 @@ LOST_S = 30.0  # a connection that is lost is made again within that, unless som
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Where a party's training is."""
+    """Position of a party in its training."""
 
     run: str | None
     generation: int
@@ -81,7 +81,7 @@ class PartyCollector(Collector):
         self._job, self._party, self._measures, self._training = job, party, measures, training
 
     def collect(self) -> Iterable[Metric]:
-        """Everything there is, now."""
+        """Collect everything there is, now."""
         yield from _of_training(self._job, self._party, self._training())
         yield from _of_channel(self._measures())
 

@@ -1,4 +1,4 @@
-"""What a step is made of: a few steps of all parties measured here, in this thread.
+"""Measurement of a step's parts: a few steps of all parties, here in this thread.
 
 Each action is measured with other data in the caches; some after a pause, as a worker meets it that has waited for a
 message, which alone makes it up to twice as long; and some beside another core that is as busy, as workers of one
@@ -153,7 +153,7 @@ class _Stages:
     def _micro_batch(
         self, clock: Stopwatch, micro_batch: MicroBatch
     ) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
-        """Its activations and gradients."""
+        """Return the activations and gradients of a micro-batch."""
         sent = {}
         for party, base in self.bases.items():
             clock.time(party, "prepare", partial(base.prepare, micro_batch))

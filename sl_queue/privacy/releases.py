@@ -13,7 +13,7 @@ from sl_queue.protocol.releases import Release
 
 @dataclass(frozen=True, slots=True)
 class Worth:
-    """What releases are worth together; `epsilon` None: no number of epsilon bounds them."""
+    """Worth of releases together; `epsilon` None: no number of epsilon bounds them."""
 
     releases: int  # of a row
     epsilon: float | None
@@ -32,7 +32,11 @@ def worth_of_labels(releases: Iterable[Release]) -> Worth:
 
 def worth_of_activations(releases: Iterable[Release], delta: float) -> Worth:
     """Return what all epochs of activations are worth; one without noise has no epsilon, and nothing caps it."""
-    sigmas = [r.sigma or 0.0 for r in set(releases) if r.mechanism == "activations"]
+    return worth_of_sigmas([r.sigma or 0.0 for r in set(releases) if r.mechanism == "activations"], delta)
+
+
+def worth_of_sigmas(sigmas: list[float], delta: float) -> Worth:
+    """Return what releases of a row with noise of these deviations are worth."""
     if 0.0 in sigmas:
         return Worth(len(sigmas), None, 0.0, 1.0)
     mu = gaussian_mu(sigmas)

@@ -20,17 +20,19 @@ class EpochResult:
     holdout: Mapping[str, float | None] | None = None  # None for a metric that these rows do not define
     seconds: float = 0.0  # as the scheduler saw it pass
     leak: Mapping[str, Mapping[str, float]] | None = None  # by party, what it could read of the labels; None: no meter
+    train: Mapping[str, float | None] | None = None  # metrics of the training passes, where they are asked for
+    tables: Mapping[str, list[list[float]]] | None = None  # of an epoch that may be the last: who was taken for whom
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
     """A worker is here: what it was asked to train, on which rows, and what it already holds.
 
-    Sent at every start and after every reconnect, so that a scheduler that lost its memory can learn everything anew.
+    Sent at every start and after every reconnect, so that a scheduler that lost its memory can learn everything again.
     One that was meant for an earlier scheduler may have been left behind by a worker that is gone.
     """
 
-    incarnation: str  # drawn anew by every worker process: commands to an earlier one are void
+    incarnation: str  # drawn by every new worker process: commands to an earlier one are void
     job: Mapping[str, Any]  # the canonical job, for naming the keys that differ
     n_rows: int
     rows_digest: str  # keyed digest of all row ids in canonical order, hexadecimal
@@ -118,7 +120,7 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A worker ends for a reason that a restart does not mend."""
+    """A worker ends for a reason that a restart does not fix."""
 
     incarnation: str
     error: str  # class name

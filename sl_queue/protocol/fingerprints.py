@@ -1,4 +1,4 @@
-"""What differs between the fingerprint that a run was begun with and that of now, in sentences.
+"""Differences between the fingerprint that a run was begun with and the present one, in sentences.
 
 A fingerprint says what a step depends on besides its checkpoint: flat, JSON values, made in compute/fingerprint. One
 that an earlier version wrote lacks the keys that came later; those are not compared, and the next checkpoint has them.
@@ -15,7 +15,8 @@ SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names
 _FIRST = re.compile(  # in every version, or there whenever the party file says it
-    r"torch|threads|device|privacy\..+|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
+    r"torch|threads|device|privacy\..+|data\.weights|fuse\.missing_labels"
+    r"|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
     r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|groups|clip_norm|clip_value|ema)"
 )
 _OF_THE_MACHINE = re.compile(
@@ -68,7 +69,7 @@ def _about_secret(before: Any, now: Any) -> str:
 
 
 def _of_table(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about the table: names of columns and counts, never a value."""
+    """Yield sentences about the table: names of columns and counts, never a value."""
     rows = found.get("data.rows") != own.get("data.rows")
     if rows:
         before, now = (str(side.get("data.rows")).split()[0] for side in (found, own))
@@ -85,7 +86,7 @@ def _of_table(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]
 
 
 def _of_columns(before: list[str] | None, now: list[str] | None) -> Iterator[str]:
-    """What became of the names of the feature columns."""
+    """Describe how the names of the feature columns changed."""
     if before is None or now is None:
         if before != now:
             yield f"the columns were {before}, now {now}"
@@ -102,7 +103,7 @@ def _of_columns(before: list[str] | None, now: list[str] | None) -> Iterator[str
 
 
 def _of_values(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    """What became of the features, in the same columns and rows."""
+    """Describe how the features changed, in the same columns and rows."""
     if found.get("data.features") == own.get("data.features"):
         return
     before, now = (side.get("data.features.each") or () for side in (found, own))
@@ -115,7 +116,7 @@ def _of_values(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str
 
 
 def _changed(what: str, before: Any, now: Any) -> str:
-    """Values differ, or dtype and shape already do."""
+    """Return True if values differ, or dtype and shape already do."""
     shapes = [str(side).rpartition(" ")[0] or "not there" for side in (before, now)]
     return f"the values of {what} differ" if shapes[0] == shapes[1] else f"{what} were {shapes[0]}, now {shapes[1]}"
 

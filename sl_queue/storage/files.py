@@ -18,7 +18,7 @@ _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, er
 
 
 def write_durably(path: Path, body: bytes) -> None:
-    """Temp file, fsync, rename, fsync of the folder. Raises OSError; then the old file is untouched."""
+    """Write a temporary file, fsync, rename, fsync the folder. Raises OSError; then the old file is untouched."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE), "wb") as file:
@@ -76,7 +76,7 @@ def unusable(folder: Path, error: OSError) -> SlQueueError:
         return ResourceShortage(
             f"{what}start the worker again, it resumes; if this repeats, raise its limit of open files or memory"
         )
-    return CheckpointError(f"{what}make room or mend the rights, then start the worker again")
+    return CheckpointError(f"{what}make room or fix the permissions, then start the worker again")
 
 
 def warn_of_readers(folder: Path) -> None:

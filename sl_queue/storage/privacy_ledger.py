@@ -83,7 +83,7 @@ def _parsed(body: bytes, path: Path) -> list[Release]:
     for number, line in enumerate(body[: body.rfind(b"\n") + 1].splitlines(), 1):
         try:
             found.append(Release.of_line(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}, line {number} cannot be read ({type(error).__name__}): it holds what was released so far, "
                 "and no budget can be kept without it; restore the file"

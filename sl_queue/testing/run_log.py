@@ -1,4 +1,4 @@
-"""What the workers of a run did: who did which step when, and who did it again. Read from their events.
+"""Log of what the workers of a run did: each step by worker and time, repetitions too. Read from their events.
 
 The workers append their events to a file (SL_QUEUE_EVENTS). An event that was written is there even if its worker was
 killed right after it.
@@ -55,7 +55,7 @@ class RunLog:
             self._changed.notify_all()
 
     def killed(self, worker: str) -> None:
-        """Its process is no longer there to be killed."""
+        """Note that its process is no longer there to be killed."""
         with self._changed:
             self._running.pop(worker, None)
 
@@ -78,7 +78,7 @@ class RunLog:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Nothing more will happen."""
+        """Note that nothing more will happen."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -120,17 +120,17 @@ class RunLog:
             return tuple(self._processes[worker])
 
     def count(self, what: str) -> int:
-        """Messages `applied`, `redelivered`, `duplicates`, `stale` or `rejected`, of all processes together."""
+        """Count messages `applied`, `redelivered`, `duplicates`, `stale` or `rejected`, of all processes together."""
         with self._changed:
             return sum(p.counts.get(what, 0) for processes in self._processes.values() for p in processes)
 
     def recomputed(self, worker: str) -> tuple[list[int], int]:
-        """Steps done again after each restart of that worker, and steps done again without a restart."""
+        """Return the steps done again after each restart of that worker, and those done again without a restart."""
         with self._changed:
             return recomputed([[step for step, _ in process.steps] for process in self._processes[worker]])
 
     def stalled_s(self, workers: Iterable[str], at_s: float) -> float:
-        """Seconds from a moment to when each of the workers had done a further step, and never did an old one."""
+        """Return the seconds from a moment to when each worker had done a further step, and never did an old one."""
         with self._changed:
             return max((self._next_progress(worker, at_s) - at_s for worker in workers), default=0.0)
 
@@ -141,7 +141,7 @@ class RunLog:
 
 
 def recomputed(processes: list[list[int]]) -> tuple[list[int], int]:
-    """As `RunLog.recomputed`, from the steps that each process of a worker has done, in order."""
+    """Return as `RunLog.recomputed`, from the steps that each process of a worker has done, in order."""
     after_restart, without, reached = [], 0, -1
     for number, steps in enumerate(processes):
         known, again = reached, 0

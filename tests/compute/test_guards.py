@@ -49,7 +49,7 @@ class Album:
         self.seen[key].append(tensor.clone())
 
     def once(self) -> dict[Key, Tensor]:
-        """What was shown, which must be the same however often."""
+        """Return what was shown, which must be the same however often."""
         assert all(torch.equal(each, tensors[0]) for tensors in self.seen.values() for each in tensors)
         return {key: tensors[0] for key, tensors in self.seen.items()}
 
@@ -80,7 +80,7 @@ class Guarded:
         return Guard(defence, self.left, self.arrived)
 
     def stage(self, party: str) -> Any:
-        """A stage of its own, as a worker that starts again has one."""
+        """Return a new stage, as a worker that starts again has one."""
         job, file, table = self.parties.job, self.parties.files[party], self.parties.tables[party]
         batches = job.batches(ROWS)
         if party == "label":
@@ -89,7 +89,7 @@ class Guarded:
         return base_stage(job, file, table, batches, guard=self.guard(party))
 
     def run(self, **crashes: int) -> dict[str, Any]:
-        """The final weights of a run over a broker in memory, in which these parties crash once."""
+        """Return the final weights of a run over a broker in memory, in which these parties crash once."""
         run = ToyRun(stage=self.stage, crashes={party: CrashAt(at) for party, at in crashes.items()}, patience_s=20.0)
         return run.run(timeout_s=60.0).weights()
 

@@ -1,4 +1,4 @@
-"""A certificate that TLS refuses is told in words that say which one, why, and what to do; and when good ones end."""
+"""A certificate that TLS refuses is reported with which one, why, and what to do; and when good ones end."""
 
 import datetime
 import socket
@@ -45,7 +45,7 @@ def written(folder: Path, name: str, made: Certificate) -> Path:
 
 @contextmanager
 def listening(folder: Path, server: Certificate, trusts: Certificate | None = None) -> Iterator[int]:
-    """A port with that certificate, behind which nobody speaks AMQP; with `trusts` it wants one of the client too."""
+    """Listen on a port with that certificate, without speaking AMQP; with `trusts` it wants one of the client too."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(written(folder, "server", server))
     if trusts is not None:

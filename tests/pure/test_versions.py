@@ -25,7 +25,7 @@ FIRST = MicroBatch(0, 0)
 
 
 def of_version(version: int, report: Report, sender: str, receiver: str) -> bytes:
-    """A report as a program of another version sends it, which has a field more."""
+    """Encode a report as a program of another version sends it, which has a field more."""
     fields = msgpack.unpackb(encode(Header("r", 1, Kind.REPORT, sender, receiver, FIRST), report))
     return bytes(msgpack.packb([version, *fields[1:], "more"]))
 
@@ -54,7 +54,7 @@ def test_what_an_older_version_left_in_a_queue_names_nobody() -> None:
 
 
 class Foreigner:
-    """A worker of party a that speaks another version: its signs of life, until it is told to end. Mutable."""
+    """Worker of party a that speaks another version: its signs of life, until it is ordered to end. Mutable."""
 
     def __init__(self, broker: MemoryBroker, receivers: tuple[str, ...], every_s: float) -> None:
         self._ended = threading.Event()

@@ -23,7 +23,7 @@ SGD = {"name": "sgd", "lr": 0.1}
 
 
 def table_of(features: npt.NDArray[Any] | None, labels: npt.NDArray[Any] | None = None) -> Table:
-    """A table whose row i has the key i."""
+    """Return a table whose row i has the key i."""
     n_rows = len(features if features is not None else labels)  # type: ignore[arg-type]
     return Table(features, labels, np.arange(n_rows, dtype=np.uint64), "digest", "integer")
 
@@ -73,7 +73,7 @@ class Stages:
         return self
 
     def modules(self) -> dict[str, Any]:
-        """Base models by party, the fuse model under "fuse"."""
+        """Return base models by party, the fuse model under "fuse"."""
         found: dict[str, Any] = {"fuse": self.fuse.model.module}
         found |= {party: stage.module for party, stage in self.bases.items()}
         if self.fuse.own is not None:
@@ -111,7 +111,8 @@ class Stages:
                         yield f"label holder waits for {micro_batch}"
                     activations = {key[1]: self.under_way.pop(key) for key in reversed(keys)}  # in any order
                     gradients = self.fuse.forward_backward(micro_batch, activations)
-                    self.under_way |= {("gradient", party, micro_batch): g for party, g in gradients.items()}
+                    for answered, found in (*self.fuse.late_gradients(), (micro_batch, gradients)):
+                        self.under_way |= {("gradient", party, answered): g for party, g in found.items()}
                 case Update():
                     self.losses.append(self.fuse.update())
                 case Score(micro_batch):
@@ -172,12 +173,12 @@ class Concatenated(nn.Module):
 
 
 def equal_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold the same bits."""
+    """Return True if two modules hold the same bits."""
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def furthest(one: nn.Module, other: nn.Module) -> float:
-    """The largest difference between the weights of two modules."""
+    """Return the largest difference between the weights of two modules."""
     mine, theirs = one.state_dict(), other.state_dict()
     return max((float((mine[n].double() - theirs[n].double()).abs().max()) for n in mine), default=0.0)

@@ -181,7 +181,7 @@ def test_too_much_computing_between_two_commits_is_a_warning(tmp_path: Path) -> 
 
 
 def test_a_model_with_randomness_of_its_own_is_found(job: Path) -> None:
-    """What a model draws from the system cannot be repeated, so split and joined differ."""
+    """A model's draws from the system cannot be repeated, so split and joined differ."""
     bank = job.parent / "bank.py"
     edit(
         bank,

@@ -1,4 +1,4 @@
-"""What a party's peers may send it, and so how much of it may lie here. Pure.
+"""Bounds on what a party's peers may send it, and so on how much of it may lie here. Pure.
 
     Whatever is neither applied, refused nor dropped may not hold a place of a finite window.
 

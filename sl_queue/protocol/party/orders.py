@@ -1,4 +1,4 @@
-"""What the scheduler has ordered so far, as one value; commands only ever add to it."""
+"""Everything the scheduler has ordered so far, as one value; commands only ever add to it."""
 
 from dataclasses import dataclass, replace
 

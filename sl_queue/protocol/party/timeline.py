@@ -1,4 +1,4 @@
-"""What a party knows of the run it is in: what it was ordered, what came in and went out, what is on disk. Pure.
+"""Memory of the run that a party is in: its orders, messages in and out, and what is on disk. Pure.
 
 The channel acts on what comes back.
 """
@@ -59,7 +59,7 @@ class Timeline(Generic[Tag]):
         return self.mailbox.enter(start.run, start.generation, resume_step)
 
     def commit(self, step: int) -> tuple[Tag, ...]:
-        """Everything up to `step` is on disk: what may be acknowledged. A stop at the next commit meant this one."""
+        """Commit everything up to `step`; returns what may be acknowledged. A stop at the next commit meant it."""
         self.committed = step
         stop = self.orders.stop
         if stop is not None and stop.after_step is None:

@@ -1,4 +1,4 @@
-"""Whether a party that joins can train with the others: the same job, the same rows, the same run."""
+"""Admission of a party that joins: it must have the same job, the same rows and the same run as the others."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ MAX_KEYS = 10  # of two jobs, named one by one
 
 
 def disagreement(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """Why this party cannot train with the others, or None; `state` is from before it joined."""
+    """Explain why this party cannot train with the others, or return None; `state` is from before it joined."""
     return (
         other_job(plan.job, sender, joined.job)
         or _other_rules(plan, state, sender, joined)
@@ -36,14 +36,14 @@ def other_job(ours: Mapping[str, Any], sender: str, theirs: Mapping[str, Any]) -
 
 
 def _other_rows(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """A run that has begun says on which rows; before, those who are here are compared with each other."""
+    """Compare the party's rows with those the run was begun on; before it begins, with those of the parties here."""
     agreed = state.agreed
     if agreed is not None:
         if agreed.rows_digest == joined.rows_digest:
             return None
         return (
             f"the rows differ: {sender!r} has {joined.n_rows} rows, run {state.run} was begun on {agreed.n_rows}, and "
-            f"their ids are not the same; restore that table at {sender!r} and start its worker again, or train anew "
+            f"their ids differ; restore that table at {sender!r} and start its worker again, or train from scratch "
             "with new state folders everywhere"
         )
     for other in plan.parties:
@@ -74,7 +74,7 @@ def _other_run(state: RunState, sender: str, joined: Join) -> str | None:
 
 
 def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """Parties that choose held-out rows differently would not agree on a single micro-batch."""
+    """Compare the rules: parties that choose held-out rows differently would not agree on a single micro-batch."""
     others = {p: m.rules for p, m in state.members.items() if p in plan.parties and p != sender and m.here}
     for other, rules in others.items():
         if rules is None or rules == joined.rules:
@@ -84,7 +84,7 @@ def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str 
             f"the rules by which a run chooses its held-out rows differ: {older[1]!r} goes by rules {older[0]}, as an "
             f"earlier version of sl_queue or a run that one began does, and {newer[1]!r} by rules {newer[0]}. To go on "
             f"with the run, write rules = {older[0]} at the top of the job file of {newer[1]!r} (no digest changes); "
-            "to train anew, use this version of sl_queue and a new state folder everywhere"
+            "to train from scratch, use this version of sl_queue and a new state folder everywhere"
         )
     return None
 
@@ -107,7 +107,7 @@ def _listed(parties: Sequence[str]) -> str:
 
 
 def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """The keys in which another canonical job differs from ours, each with both values."""
+    """List the keys in which another canonical job differs from ours, each with both values."""
     differing = sorted(differing_keys(here, there).items())
     return "; ".join(f"{key}: {_told(ours)} here, {_told(theirs)} there" for key, (ours, theirs) in differing)
 
@@ -117,7 +117,7 @@ def _told(value: Any) -> str:
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values; None stands for a missing one."""
+    """Return dotted keys whose values differ, with both values; None stands for a missing one."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in ours.keys() | theirs.keys():
         a, b = ours.get(key), theirs.get(key)

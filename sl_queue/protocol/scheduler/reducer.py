@@ -1,8 +1,8 @@
 """The scheduler's mind: a pure reducer (state, event, now) -> (state, commands).
 
 Anything may arrive from anyone at any time, so the scheduler has no order of its own. Every report is an idempotent
-statement about the present; every command follows from the state alone, so whoever joins again is told everything
-anew. The state is written to disk before a command leaves and before a report is acknowledged.
+statement about the present; every command follows from the state alone, so whoever joins again hears everything
+again. The state is written to disk before a command leaves and before a report is acknowledged.
 """
 
 from dataclasses import replace
@@ -53,14 +53,14 @@ from sl_queue.protocol.totals import bounded
 
 _ALIGNED = (
     "the rows of all parties are aligned already, and party {!r} has lost what it knew of it: restore its state "
-    "folder, or give every party and the scheduler a new one to align and train anew"
+    "folder, or give every party and the scheduler a new one to align and train from scratch"
 )
 
 
 def reduce(
     plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str, redelivered: bool = False
 ) -> tuple[RunState, Addressed]:
-    """One report of one party (or of the operator). `fresh_run` names the run if this report begins one.
+    """Take one report of one party (or of the operator). `fresh_run` names the run if this report begins one.
 
     What is delivered again says nothing of whether its sender is still alive.
     """
@@ -183,7 +183,7 @@ def _refused(
 
 
 def _too_late(plan: Plan, state: RunState, sender: str, joined: Join, problem: str | None) -> Addressed:
-    """Of a run that has finished: who holds the checkpoint of the final weights writes them again."""
+    """Handle a party of a finished run: who holds the checkpoint of the final weights writes them again."""
     step = final_step(plan, state)
     if problem is not None:
         return ((sender, Stop(joined.incarnation, problem, error="AlignmentError")),)
@@ -191,8 +191,8 @@ def _too_late(plan: Plan, state: RunState, sender: str, joined: Join, problem: s
         begin = Start(joined.incarnation, state.run, state.bases)
         return ((sender, begin), (sender, Finish(joined.incarnation, step)))
     lost = f"run {state.run!r} has finished, and party {sender!r} holds neither its final weights nor their checkpoint"
-    anew = "to train anew, give every party and the scheduler a new state folder"
-    return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {anew}", error="CheckpointError")),)
+    scratch = "to train from scratch, give every party and the scheduler a new state folder"
+    return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {scratch}", error="CheckpointError")),)
 
 
 def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Addressed]:
@@ -204,7 +204,7 @@ def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Addr
 
 
 def _begin(state: RunState, fresh_run: str) -> RunState:
-    """Everyone is here and agrees: go on with the run that is on disk, or begin one."""
+    """Go on with the run that is on disk, or begin one: everyone is here and agrees."""
     held = [m for m in state.members.values() if m.run is not None]
     if state.run is None and held:
         newest = max(m.generation for m in held)
@@ -216,7 +216,7 @@ def _begin(state: RunState, fresh_run: str) -> RunState:
 
 
 def _all_orders(plan: Plan, state: RunState, party: str) -> Addressed:
-    """Everything a party that (re)joins must know."""
+    """Return everything a party that (re)joins must know."""
     incarnation = dict(incarnations(plan, state)).get(party)
     if incarnation is None or state.run is None or state.phase not in (Phase.RUNNING, Phase.STOPPING):
         return ()

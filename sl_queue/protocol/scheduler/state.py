@@ -1,4 +1,4 @@
-"""What the scheduler knows of a run, and what can be read from it. Values only."""
+"""State of a run as the scheduler knows it, and what can be read from it. Values only."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -83,11 +83,11 @@ class Member:
     stopped: bool = False
     refused: str | None = None  # why its newest worker may not join a run that goes on
     # what follows is not written to disk: it describes a moment
-    held: tuple[int, ...] | None = None  # None: it has not told this scheduler process yet
+    held: tuple[int, ...] | None = None  # None: it has not reported to this scheduler process yet
     step: int = BEFORE_FIRST_STEP
     loss: float | None = None
     samples: int = 0
-    rules: int | None = None  # None: it has not told this scheduler process yet
+    rules: int | None = None  # None: it has not reported to this scheduler process yet
     heard: float | None = None  # monotonic
     waiting: Waiting | None = None
     totals: Totals | None = None  # of its process, as it told last
@@ -102,7 +102,7 @@ class Member:
         return max(self.held or (), default=BEFORE_FIRST_STEP)
 
     def durable(self) -> "Member":
-        """Without what describes a moment."""
+        """Return it without what describes a moment."""
         return Member(
             self.incarnation,
             self.here,
@@ -117,7 +117,7 @@ class Member:
         )
 
     def back_to(self, step: int) -> "Member":
-        """As everyone goes back to the checkpoint of `step`."""
+        """Return it as everyone goes back to the checkpoint of `step`."""
         held = tuple(held for held in self.held or () if held <= step)
         epochs = tuple(epoch for epoch in self.epochs if epoch.step <= step)
         return replace(self, waiting=None, lost=None, held=held, epochs=epochs)
@@ -171,7 +171,7 @@ def excused(state: RunState, seconds: float) -> RunState:
 
 
 def history_line(result: EpochResult) -> dict[str, Any]:
-    """One line of history.jsonl; `holdout` is None where no rows are held out, `leak` is there if it was measured."""
+    """Format one line of history.jsonl; `holdout` is None without held-out rows, `leak` there if it was measured."""
     holdout = None if result.holdout is None else dict(result.holdout)
     leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
     return {
@@ -181,6 +181,8 @@ def history_line(result: EpochResult) -> dict[str, Any]:
         "holdout": holdout,
         "seconds": result.seconds,
         **leak,
+        **({} if result.train is None else {"train": dict(result.train)}),
+        **({} if result.tables is None else {"tables": dict(result.tables)}),
     }
 
 
@@ -190,16 +192,25 @@ def epoch_text(epoch: int, epochs: int, loss: float, holdout: Mapping[str, float
     return f"epoch {epoch + 1}/{epochs}  loss {number_text(loss)}{held_out}"
 
 
+BASE_LINES = ("chance", "probe", "probe_raw", "response", "one_of_each")  # of a meter: no attacks on gradients
+
+
+def worst_reading(found: Mapping[str, float]) -> float | None:
+    """Return the AUC of the best attack that a meter has tried on one party's gradients; None without any."""
+    return max((value for name, value in found.items() if name not in BASE_LINES), default=None)
+
+
 def result_of(line: Mapping[str, Any]) -> EpochResult:
     """Read a line of history.jsonl again. Raises KeyError, TypeError for anything else."""
     holdout = None if line["holdout"] is None else dict(line["holdout"])
     leak = None if line.get("leak") is None else {party: dict(found) for party, found in line["leak"].items()}
     seconds = float(line.get("seconds", 0.0))
-    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, seconds, leak)
+    more = (leak, line.get("train"), line.get("tables"))
+    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, seconds, *more)
 
 
 def number_text(value: float | None) -> str:
-    """A loss or a metric, four digits; a metric may have no value."""
+    """Format a loss or a metric with four digits; a metric may have no value."""
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -230,13 +241,13 @@ def gone(state: RunState, member: Member) -> bool:
 
 
 def missing(plan: Plan, state: RunState) -> tuple[str, ...]:
-    """Parties that the run waits for before it begins."""
+    """Return the parties that the run waits for before it begins."""
     members = ((party, state.members.get(party, Member())) for party in plan.parties)
     return tuple(party for party, m in members if not m.here and m.finished is None)
 
 
 def untold(plan: Plan, state: RunState) -> tuple[str, ...]:
-    """Parties that may not know that the run has ended; of one that stopped or failed also who has yet to come."""
+    """Return the parties that may not know that the run has ended; if stopped or failed, also those yet to come."""
     if state.phase not in (Phase.FAILED, Phase.STOPPED, Phase.FINISHED):
         return ()
     members = ((party, state.members.get(party, Member())) for party in plan.parties)
@@ -244,7 +255,7 @@ def untold(plan: Plan, state: RunState) -> tuple[str, ...]:
 
 
 def silent(plan: Plan, state: RunState, since: float, now: float) -> dict[str, float]:
-    """Parties that should be here and have not been heard of for GIVE_UP patiences, with the seconds of silence."""
+    """Return the parties that should be here, and their seconds of silence, where it is GIVE_UP patiences or more."""
     members = {party: state.members.get(party, Member()) for party in plan.parties}
     awaited = {p: m for p, m in members.items() if not gone(state, m)}
     ages = {p: now - (since if m.heard is None else m.heard) for p, m in awaited.items()}

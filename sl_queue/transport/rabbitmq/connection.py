@@ -66,7 +66,7 @@ class Connection:
             raise failure
 
     def _caused(self, error: BaseException) -> BaseException:
-        """pika's error, with what happened to the socket."""
+        """Return pika's error, with what happened to the socket as its cause."""
         error.__cause__ = self._pika.cause
         return error
 
@@ -91,7 +91,7 @@ class Connection:
             if self._pika.is_open:
                 self._pika.close(200, "done")
             await asyncio.wait([self.lost], timeout=CLOSE_S)
-            await self.abort("the broker did not answer when it was told that we leave")
+            await self.abort("the broker did not answer our goodbye")
 
     async def abort(self, reason: str) -> None:
         """Cut the connection without a word, as the kernel does for a killed process."""
@@ -184,7 +184,7 @@ class Channel:
             raise Lost(said(error)) from None
 
     def acknowledge(self, tag: int, *, and_before: bool) -> None:
-        """Raises Lost."""
+        """Acknowledge a delivery, or all up to it. Raises Lost."""
         try:
             self._pika.basic_ack(tag, multiple=and_before)
         except AMQPError as error:

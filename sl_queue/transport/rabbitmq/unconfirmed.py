@@ -1,4 +1,4 @@
-"""What a link has been given to publish and the broker has not confirmed, in order. Thread-safe.
+"""Messages that a link was given to publish and the broker has not confirmed, in order. Thread-safe.
 
 Everything in here is published again after a reconnect. Messages wait, are sent, and leave when they are confirmed;
 confirms come in any order.
@@ -34,7 +34,7 @@ class Outgoing:  # mutable: it remembers its troubles
         return f"{self.exchange} {self.routing_key.rpartition('.')[2]}"
 
     def expires_in_s(self) -> float | None:
-        """Seconds until it is worth nothing, None for never."""
+        """Return the seconds until it is worth nothing, None for never."""
         return None if self.expires_at is None else self.expires_at - time.monotonic()
 
 
@@ -114,7 +114,7 @@ class Unconfirmed:
             return bool(flushed)
 
     def fail(self, error: SlQueueError) -> None:
-        """Whoever publishes or flushes from now on gets this; the first one given counts."""
+        """Raise this at whoever publishes or flushes from now on; the first one given counts."""
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
