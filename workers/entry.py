@@ -86,7 +86,7 @@ def _run(role: Role) -> None:
             from sl_queue.launch.scheduler import run_scheduler  # without torch
 
             observe(Loaded(SCHEDULER))
-            run_scheduler(job, *options, observe)
+            run_scheduler(job, *options, observe, arguments.track)
         else:
             import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
 
@@ -147,6 +147,14 @@ def _arguments(role: Role) -> argparse.Namespace:
         default=METRICS.read(),
         help=f"where Prometheus scrapes, this machine only unless a host is given; else {METRICS.name}",
     )
+    if role == "scheduler":
+        parser.add_argument(
+            "--track",
+            metavar="TRACKER",
+            action="append",
+            default=[],
+            help="feed tensorboard:DIR or mlflow:URL beside the run; may be given again",
+        )
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()
 

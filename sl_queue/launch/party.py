@@ -117,15 +117,15 @@ def serve_party(
         spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
         identity = _identity(job, party, incarnation, table, rules)
         pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
-        meter = None if metrics is None else Meter()
-        observe = fan_out(observe) if meter is None else fan_out(observe, meter)
-        channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
+        meter = Meter()
+        observe = fan_out(observe, meter)
+        channel = _channel(job, party, connect, incarnation, pipeline, seal, observe, meter)
         journal = Journal(state / "history.jsonl")
         parts = parts_of(spec, table, pipeline.batches)
         guards = {**parts.guards, **guards}
         worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
         worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
-        if metrics is not None and meter is not None:
+        if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         stack.callback(channel.close)
         channel.open()
@@ -174,6 +174,7 @@ def _channel(
     pipeline: Pipeline,
     seal: Seal | None,
     observe: Observer,
+    meter: Meter,
 ) -> PartyChannel:
     bounds = bounds_of(job, party, pipeline)
     return PartyChannel(
@@ -187,6 +188,7 @@ def _channel(
         seal=seal,
         bounds=bounds,
         observe=observe,
+        totals=meter.totals,
     )
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +34,12 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False)
+
+
+def keep(path: Path, *shown: RenderableType) -> None:
+    """Write to a file what is shown."""
+    with path.open("w", encoding="utf-8") as file:
+        Console(file=file, highlight=False, width=FILE_WIDTH).print(*shown, sep="\n", soft_wrap=True)
 
 
 class _LogLines(logging.Handler):
