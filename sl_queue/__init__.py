@@ -79,7 +79,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported when they are used, so that the protocol can be imported without torch and pika."""
+    """Import a name when it is used, so that the protocol can be imported without torch and pika."""
     if name not in __all__:
         raise AttributeError(f"module 'sl_queue' has no attribute {name!r}")
     return getattr(import_module(f"sl_queue.{_HOMES.get(name, 'errors')}"), name)

@@ -74,7 +74,7 @@ def _given(job: Job, broker: str, files: Sequence[PartyFile]) -> tuple[str, str]
 
 
 def _role(job: Job, url: str, files: Sequence[PartyFile]) -> str:
-    """Whose login it is: users are named after job and role, or it is that of the one party at hand."""
+    """Return the role that logs in: users are named after job and role, or it is that of the one party at hand."""
     user = unquote(split(url).username or "")
     role = user.removeprefix(f"{job.name}.")
     if role != user and role in (*job.parties, SCHEDULER):

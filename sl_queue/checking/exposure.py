@@ -1,4 +1,4 @@
-"""Whether feature parties can read the labels of this job, tried on its own tables and models before it is started."""
+"""Exposure of labels to feature parties, tried on the job's own tables and models before it is started."""
 
 import time
 from collections.abc import Iterator, Mapping

@@ -92,7 +92,7 @@ def chaos(
 
 
 def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":
-    """Each role's file and state folder; without --out the scheduler's is beside the label holder's."""
+    """Return each role's file and state folder; without --out the scheduler's is beside the label holder's."""
     from sl_queue.local.processes import Place
     from sl_queue.protocol.messages import SCHEDULER
 

@@ -129,7 +129,7 @@ class TorchBaseStage:
                 self._backpropagate(flight, root, of_root, keep=root is not ends[-1][0])
 
     def update(self) -> None:
-        """One optimizer step with the gradients since the last one."""
+        """Make one optimizer step with the gradients since the last one."""
         if any(micro_batch.step == self._updates for micro_batch in self._in_flight):
             raise LocalProtocolError(f"update {self._updates} with {self._flying()} in flight")
         self.model.step(self._updates)
@@ -141,7 +141,7 @@ class TorchBaseStage:
         return self.cut.leave(*self._prediction(micro_batch))
 
     def prediction(self, micro_batch: MicroBatch) -> Tensor:
-        """As `predict`, for a fuse model in the same process."""
+        """Compute as `predict` does, for a fuse model in the same process."""
         activation, _, rows = self._prediction(micro_batch)
         self.cut.check(activation, micro_batch, rows)
         return activation
@@ -187,7 +187,7 @@ class TorchBaseStage:
         return self.model.weights()
 
     def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
-        """None for the live weights when all earlier updates are in them, else the copy of this version."""
+        """Return None for the live weights when all earlier updates are in them, else the copy of this version."""
         if step < self._updates:
             raise LocalProtocolError(f"a forward of step {step} after {self._updates} updates")
         if step == self._updates:

@@ -95,7 +95,7 @@ def table_of(spec: ComputeSpec, part: Part) -> ModelSpec:
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a module once, under its first name."""
+    """Yield every tensor of a module once, under its first name."""
     return chain(module.named_parameters(), module.named_buffers())
 
 

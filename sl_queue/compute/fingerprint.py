@@ -64,7 +64,7 @@ def _autocast(device: str) -> str:
 
 
 def _of_secret(spec: ComputeSpec) -> str:
-    """Salted, so that it names the secret to who has it, and tells nothing to anyone else."""
+    """Hash the secret with salt, so that it names the secret to who has it, and says nothing to anyone else."""
     if not spec.secret:
         return SEED
     salt = blake2b(f"{spec.layers.job_digest} {spec.party}".encode(), digest_size=16).digest()
@@ -75,7 +75,7 @@ def _of_secret(spec: ComputeSpec) -> str:
 
 
 def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
-    """Ids, features and labels as they are trained on; names of columns where the table has any."""
+    """Describe ids, features and labels as they are trained on; names of columns where the table has any."""
     features, columns = table.features, table.columns
     each: list[str] | None = None
     if features is not None and columns is not None and features.ndim == 2 and len(columns) <= _MANY:
@@ -154,7 +154,7 @@ def _of_tensor(tensor: Tensor) -> str:
 
 
 def _of_settings(module: nn.Module) -> str:
-    """Numbers and words that a module given in code and its layers hold as plain attributes, such as Dropout's p."""
+    """Describe the numbers and words that a module given in code and its layers hold, such as Dropout's p."""
     lines = [f"{name} {type(layer).__qualname__} {words(vars(layer))}" for name, layer in module.named_modules()]
     return digest_of("\n".join(lines).encode())
 

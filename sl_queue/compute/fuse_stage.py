@@ -93,7 +93,7 @@ class TorchFuseStage:
     _step: int = 0  # of the last micro-batch
 
     def prepare(self, micro_batch: MicroBatch) -> None:
-        """Rows, labels and the own base model's forward pass, for `forward_backward`."""
+        """Prepare rows, labels and the own base model's forward pass, for `forward_backward`."""
         self._own_backward()
         positions = self.batches.rows(micro_batch)
         rows = CutRows.of(self.table.row_keys, positions)
@@ -101,7 +101,7 @@ class TorchFuseStage:
         self._prepared = PreparedTargets(micro_batch, rows, self._labels(positions), flight)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
-        """Loss and gradients of one micro-batch, weighted by its share of the step's rows.
+        """Compute loss and gradients of one micro-batch, weighted by its share of the step's rows.
 
         A party on whose activation the loss does not depend gets a gradient of no bytes, which is not one of zeros.
         """
@@ -168,7 +168,7 @@ class TorchFuseStage:
             torch.autograd.backward(loss)
 
     def update(self) -> float:
-        """One optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
+        """Make one optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
         if not self._losses:
             raise LocalProtocolError("an update without a micro-batch")
         self._own_backward()
@@ -196,7 +196,7 @@ class TorchFuseStage:
         self._evaluated[micro_batch.index] = Evaluated(self.objective.amount(positions), value, *kept)
 
     def metrics(self) -> Mapping[str, float | None]:
-        """Loss and metrics over all rows evaluated since the last call; None where these rows do not define one."""
+        """Return loss and metrics over all rows evaluated since the last call; None where rows do not define one."""
         parts = [self._evaluated[index] for index in sorted(self._evaluated)]
         if not parts:
             raise LocalProtocolError("metrics without an evaluation")

@@ -62,7 +62,7 @@ def objective_of(
     models: Sequence[nn.Module] = (),
     take: Take | None = None,
 ) -> Objective:
-    """Loss, labels and metrics, tried out on the fuse model's `output` for a few rows, with its graph.
+    """Build loss, labels and metrics, tried out on the fuse model's `output` for a few rows, with its graph.
 
     `scaled(s)` is the output for activations s times as large. What the loss shares with one of `models` is theirs;
     `take` says how to come by a loss that is given in code. Raises JobError, or ComputeError for a loss that fails.

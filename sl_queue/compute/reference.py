@@ -194,7 +194,7 @@ class _Whole:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float | None] | None:
-        """Loss and metrics of the held-out rows, None if there are none."""
+        """Return loss and metrics of the held-out rows, None if there are none."""
         if not self.batches.holdout_rows:
             return None
         parts = [self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)]

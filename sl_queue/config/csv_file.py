@@ -9,7 +9,7 @@ from sl_queue.data.spec import CsvSpec
 
 
 class CsvFile(Schema):
-    """How a CSV file is written."""
+    """Format of a CSV file."""
 
     delimiter: str = Field(
         default=",", min_length=1, max_length=1, description='one character, like ";": what separates columns'

@@ -101,7 +101,7 @@ class JobAlignment(Schema):
     )
     at_least: Count = Field(default=1, description="a whole number of at least 1: shared rows without which to stop")
     at_most: Count | None = Field(default=None, description="a whole number of at least 1: ids that a party may bring")
-    pad: Count = Field(default=1000, description="a whole number of at least 1: set sizes are told rounded up to it")
+    pad: Count = Field(default=1000, description="a whole number from 1: set sizes are reported rounded up to it")
 
     @model_validator(mode="after")
     def _is_used(self) -> Self:

@@ -38,7 +38,7 @@ class ActivationNoise(Schema):
 
 
 class PrivacyFile(Schema):
-    """What keeps this party's own numbers from the other parties."""
+    """Settings that keep this party's own numbers from the other parties."""
 
     secret: Any = Field(
         default=None,

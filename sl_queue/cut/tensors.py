@@ -41,7 +41,7 @@ def payload_view(tensor: Tensor, rows: bytes) -> Payload:
 
 
 def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
-    """Detached from its graph and from its device."""
+    """Detach from its graph and from its device."""
     own = tensor.detach()
     if own.dtype == torch.bfloat16 or dtype_name(own.dtype).startswith("float8"):
         own = own.view(_SAME_WIDTH[own.element_size()])
@@ -70,7 +70,7 @@ def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor
 
 
 def cast(array: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
-    """As NumPy's astype; between float32 and float16 torch takes a fiftieth of the time."""
+    """Cast as NumPy's astype; between float32 and float16 torch takes a fiftieth of the time."""
     if {array.dtype, np.dtype(dtype)} != _HALVES:
         return array.astype(dtype)
     wanted = torch.float16 if dtype == np.float16 else torch.float32

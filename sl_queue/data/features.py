@@ -32,7 +32,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What was learned of the training rows, by raw column in order; JSON gives it back exactly."""
+    """Parameters learned from the training rows, by raw column in order; JSON gives them back exactly."""
 
     columns: Mapping[str, Learned] = field(repr=False)
     rows: int  # how many it was fitted on

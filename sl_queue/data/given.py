@@ -227,7 +227,7 @@ def _arrow(series: Any) -> Any:
 
 
 def _column(series: Any) -> Any:
-    """As `_arrow`; numbers of several types as numbers, and objects of other types as text."""
+    """Build as `_arrow`; numbers of several types as numbers, and objects of other types as text."""
     try:
         return _arrow(series)
     except _NO_COLUMN:

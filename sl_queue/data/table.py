@@ -111,7 +111,7 @@ def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
 
 
 def _texts(ids: Ids) -> list[bytes]:
-    """Ids as text, in UTF-8."""
+    """Return ids as text, in UTF-8."""
     found: list[bytes] = ids.texts.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
     return found
 

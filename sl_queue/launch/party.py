@@ -69,7 +69,7 @@ def run_party(
     metrics: str | None = None,
     observe: Observer = to_log,
 ) -> None:
-    """One data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
+    """Run one data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
@@ -103,7 +103,7 @@ def serve_party(
     guards: Mapping[str, Guard] = MappingProxyType({}),
     observe: Observer = to_log,
 ) -> None:
-    """One data party from its table to its final weights; says so and returns if it has finished before.
+    """Run one data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
@@ -238,7 +238,7 @@ def own_version() -> str:
 
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
-    """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
+    """Bound what the peers of `party` may send it: activations to the label holder, gradients of its own cut back."""
     leftover = MESSAGE_BYTES if job.alignment.method == "psi" else 0
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}

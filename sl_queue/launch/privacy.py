@@ -1,4 +1,4 @@
-"""What a party's [privacy] comes to: labels that were answered at random, guards at the cut, and a meter."""
+"""Parts that a party's [privacy] puts into its worker: randomized labels, guards at the cut, and a meter."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -88,7 +88,7 @@ def response_of(spec: PartySpec, table: Table) -> Response | None:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is put into a worker."""
+    """Parts that are put into a worker."""
 
     guards: Mapping[str, Guard]
     meter: EpochMeter | None = None
@@ -155,5 +155,5 @@ def numbered(labels: Labels, among: Labels) -> npt.NDArray[np.int64]:
 
 
 def _base(spec: PartySpec) -> bytes:
-    """What keys all of a party's defences: its secret, or what anyone can compute of the job."""
+    """Return the key of all of a party's defences: its secret, or what anyone can compute of the job."""
     return spec.compute.secret or seed_secret(spec.compute.layers.seed, spec.party)

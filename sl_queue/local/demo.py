@@ -152,7 +152,7 @@ def write_demo(folder: Path) -> None:
 
 
 def _half(ids: npt.NDArray[np.int64], half: npt.NDArray[np.float32]) -> pa.Table:
-    """One half of every image, shape (rows, 8, 4), as a column for each pixel."""
+    """Return one half of every image, shape (rows, 8, 4), as a column for each pixel."""
     columns = half.reshape(len(ids), -1)
     return pa.table({"image": ids, **{f"pixel_{i}": columns[:, i] for i in range(columns.shape[1])}})
 

@@ -23,7 +23,7 @@ from sl_queue.protocol.table import Table
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """What one party holds, in the order in which it was given."""
+    """Rows that one party holds, in the order in which they were given."""
 
     party: str
     ids: Any = field(repr=False)
@@ -48,7 +48,7 @@ class Given:
         return read_table(table_spec(job, PartyFile(party=self.party, data=self.rows()), Importer()))
 
     def order(self) -> npt.NDArray[np.int64]:
-        """Where each row of the canonical order stands in the given one."""
+        """Return the position in the given order of each row of the canonical one."""
         ids, _ = canonical_ids(ids_of(self.ids)[0], are_csv=False, id_type=None)
         assert ids is not None
         return ids.order
@@ -62,7 +62,7 @@ def by_party(
     labels: Any,
     id: str | None,
 ) -> dict[str, Given]:
-    """Each party's rows, in the order of `parties`; the label holder's without a base model if there are labels.
+    """Split into each party's rows, in the order of `parties`; the label holder has no base model if there are labels.
 
     Raises JobError for what is missing or not as long as the rest.
     """
@@ -114,7 +114,7 @@ def _tables(features: Any, parties: Mapping[str, Any], columns: Any) -> dict[str
 
 
 def _stacked(table: Any) -> Any:
-    """Return a dataset as one array."""
+    """Stack a dataset into one array."""
     if isinstance(table, TensorDataset):
         return table.tensors[0]
     if isinstance(table, Dataset):

@@ -1,4 +1,4 @@
-"""What trained modules make of rows that are at hand: outputs and measures, without a run."""
+"""Evaluation of trained modules on rows that are at hand: outputs and measures, without a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +49,7 @@ def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]
 
 
 def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.Module]) -> Tensor:
-    """Return the fuse model's output for all rows of the tables, in canonical order, on the CPU.
+    """Compute the fuse model's output for all rows of the tables, in canonical order, on the CPU.
 
     `modules` are trained ones by party, the fuse model under "fuse". Raises JobError if parties hold other rows.
     """
@@ -69,7 +69,7 @@ def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.M
 
 
 def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict[str, float | None]:
-    """Loss and metrics of an output for the labels of the label holder's table."""
+    """Compute loss and metrics of an output for the labels of the label holder's table."""
     objective = objective_for(job, file, table)
     with torch.no_grad():
         rows = np.arange(table.n_rows)
@@ -105,7 +105,7 @@ def _output(found: Any) -> Any:
 
 
 def _alone(party: str) -> ComputeSpec:
-    """Return a party of which nothing but its rows and its base model is known."""
+    """Return the spec of a party of which nothing but its rows and its base model is known."""
     layers = LayersSpec("", 0, "", (), {}, "list", Wire(), 1, 0)
     return ComputeSpec(party, layers, None, None, None, "cpu", Importer().within(None))
 

@@ -32,7 +32,8 @@ from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.security.sealing import Seal
-from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.final import holds_final
 
 log = logging.getLogger("sl_queue")
 
@@ -114,7 +115,7 @@ def run_threads(
     on_status: OnStatus,
     keys: Path | None = None,
 ) -> Result:
-    """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
+    """Run as `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
     require_all(job, parties)
     require_nothing_lost(party.device for party in parties)
     with torch.inference_mode(False), Loan() as loan:  # what is made in that mode could not be trained any further
@@ -271,5 +272,5 @@ def key_in(keys: Path | None, role: str) -> Path | None:
 
 
 def shared_threads(workers: int) -> int:
-    """Torch threads for each of several workers on this machine: more than its cores together are slower."""
+    """Return the torch threads for each of several workers on this machine: more than its cores are slower."""
     return int(THREADS.read()) or max(1, (os.cpu_count() or 1) // workers)

@@ -221,7 +221,7 @@ class Worker:
         return found
 
     def _state(self) -> State:
-        """All that a checkpoint must hold of what is computed here."""
+        """Return all that a checkpoint must hold of what is computed here."""
         state = self.stage.state()
         if self.meter is None:
             return state

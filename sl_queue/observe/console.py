@@ -154,7 +154,7 @@ def _where_and_numbers(status: RunStatus, done: EpochResult) -> str:
 
 
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
-    """One row an epoch."""
+    """Render one row an epoch."""
     metrics = list((history[0]["holdout"] or {}) if history else ())
     names = (_plain(f"held-out {name}") for name in metrics)
     readers = sorted(history[0].get("leak") or {}) if history else []

@@ -81,7 +81,7 @@ class PartyCollector(Collector):
         self._job, self._party, self._measures, self._training = job, party, measures, training
 
     def collect(self) -> Iterable[Metric]:
-        """Everything there is, now."""
+        """Collect everything there is, now."""
         yield from _of_training(self._job, self._party, self._training())
         yield from _of_channel(self._measures())
 

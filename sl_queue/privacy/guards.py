@@ -83,7 +83,7 @@ class ActivationDefence:
 
 @dataclass(frozen=True, slots=True)
 class Returning:
-    """What becomes of a gradient that comes back to an activation which was defended: the chain rule, and NoPeek."""
+    """Way of a gradient back to an activation that was defended: the chain rule, and NoPeek."""
 
     clip: float | None
     nopeek: float

@@ -69,7 +69,7 @@ def _about_secret(before: Any, now: Any) -> str:
 
 
 def _of_table(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about the table: names of columns and counts, never a value."""
+    """Yield sentences about the table: names of columns and counts, never a value."""
     rows = found.get("data.rows") != own.get("data.rows")
     if rows:
         before, now = (str(side.get("data.rows")).split()[0] for side in (found, own))
@@ -116,7 +116,7 @@ def _of_values(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str
 
 
 def _changed(what: str, before: Any, now: Any) -> str:
-    """Values differ, or dtype and shape already do."""
+    """Return True if values differ, or dtype and shape already do."""
     shapes = [str(side).rpartition(" ")[0] or "not there" for side in (before, now)]
     return f"the values of {what} differ" if shapes[0] == shapes[1] else f"{what} were {shapes[0]}, now {shapes[1]}"
 

@@ -29,7 +29,7 @@ class Aligned:
         if self.table != table:
             raise CheckpointError(
                 f"{where}: the ids of the table are others than those that were aligned; restore the table, or give "
-                "every party and the scheduler a new state folder to align and train anew"
+                "every party and the scheduler a new state folder to align and train from scratch"
             )
 
 

@@ -37,7 +37,7 @@ class Liveness:
             self._heard[source] = now_s
 
     def silence_s(self, source: str) -> float:
-        """Seconds since anything was heard of `source`, without those in which nothing could be."""
+        """Return the seconds since `source` was heard of, without those in which nothing could be."""
         return self._listened_s() - self._heard[source]
 
     def _listened_s(self) -> float:

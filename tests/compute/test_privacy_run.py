@@ -49,7 +49,7 @@ def job(**changes: Any) -> sl_queue.Job:
 
 
 def files(shop: Mapping[str, Any], bank: Mapping[str, Any], n_rows: int = N) -> list[PartyFile]:
-    """The parties with these tables [privacy]; the post has none."""
+    """Return the parties with these tables [privacy]; the post has none."""
     ids = np.arange(1000, 1000 + n_rows)
     given: dict[str, Any] = {}
     for place, party in enumerate(("bank", "post")):

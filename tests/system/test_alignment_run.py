@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def joined(tmp_path: Path) -> Path:
-    """The same companies, with the rows that both hold and no others."""
+    """Write the same companies, with the rows that both hold and no others."""
     other = tmp_path / "joined"
     other.mkdir()
     raw_tables.write_all(other, SHARED, SHARED[::-1], raw_tables.JOB)

@@ -222,7 +222,7 @@ def test_nothing_of_scikit_learn_is_loaded_by_using_it() -> None:
 
 
 class Pruned(Exception):
-    """What a search raises."""
+    """Exception that a search raises to stop a run."""
 
 
 def test_each_epoch_is_told_once_and_in_order_and_what_is_raised_comes_back(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from sl_queue.errors import JobError
 
 NameOf = Callable[[Any, str], str]  # (class or function, where it stands) -> module:name
 _SCALARS = (type(None), bool, int, float, str)
-_OF_RNN = {"_flat_weights", "_flat_weight_refs"}  # made anew by _init_flat_weights
+_OF_RNN = {"_flat_weights", "_flat_weight_refs"}  # made again by _init_flat_weights
 
 
 def write_module(module: nn.Module, path: Path, name_of: NameOf, what: str) -> None:

@@ -27,7 +27,7 @@ _HOLDOUT = -1  # the "epoch" whose order chooses the held-out rows by position
 
 
 def _splitmix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Steele, Lea and Flood's finaliser (OOPSLA 2014): a bijection of 64-bit words that mixes every bit."""
+    """Mix every bit by a bijection of 64-bit words: Steele, Lea and Flood's finaliser (OOPSLA 2014)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -235,12 +235,12 @@ class Batches:
 
 
 def _part(n: int, parts: int, index: int) -> tuple[int, int]:
-    """Bounds of part `index` when n things are cut into `parts`, sizes differing by at most one, the larger first."""
+    """Return the bounds of part `index` when n things are cut into `parts` of about equal size, the larger first."""
     size, larger = divmod(n, parts)
     start = index * size + min(index, larger)
     return start, start + size + (index < larger)
 
 
 def _part_sizes(n: int, parts: int) -> tuple[int, ...]:
-    """Sizes of all parts of `_part`."""
+    """Return the sizes of all parts of `_part`."""
     return tuple(stop - start for start, stop in (_part(n, parts, index) for index in range(parts)))

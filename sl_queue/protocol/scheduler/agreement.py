@@ -12,7 +12,7 @@ MAX_KEYS = 10  # of two jobs, named one by one
 
 
 def disagreement(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """Why this party cannot train with the others, or None; `state` is from before it joined."""
+    """Explain why this party cannot train with the others, or return None; `state` is from before it joined."""
     return (
         other_job(plan.job, sender, joined.job)
         or _other_rules(plan, state, sender, joined)
@@ -74,7 +74,7 @@ def _other_run(state: RunState, sender: str, joined: Join) -> str | None:
 
 
 def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """Parties that choose held-out rows differently would not agree on a single micro-batch."""
+    """Compare the rules: parties that choose held-out rows differently would not agree on a single micro-batch."""
     others = {p: m.rules for p, m in state.members.items() if p in plan.parties and p != sender and m.here}
     for other, rules in others.items():
         if rules is None or rules == joined.rules:
@@ -117,7 +117,7 @@ def _told(value: Any) -> str:
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values; None stands for a missing one."""
+    """Return dotted keys whose values differ, with both values; None stands for a missing one."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in ours.keys() | theirs.keys():
         a, b = ours.get(key), theirs.get(key)

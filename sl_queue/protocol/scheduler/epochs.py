@@ -63,7 +63,7 @@ def last_epoch(plan: Plan, state: RunState) -> int | None:
 
 
 def opening(plan: Plan, state: RunState, incarnation: str) -> Open:
-    """Without early stopping an epoch is opened while the one before is trained, so that nobody waits."""
+    """Open the epochs that may be trained: without early stopping one ahead, so that nobody waits."""
     last, known = last_epoch(plan, state), len(state.history)
     ahead = 0 if plan.early_stopping is not None else 1
     through = last if last is not None else min(known + ahead, plan.epochs - 1)

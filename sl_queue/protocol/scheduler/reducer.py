@@ -52,14 +52,14 @@ from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
 
 _ALIGNED = (
     "the rows of all parties are aligned already, and party {!r} has lost what it knew of it: restore its state "
-    "folder, or give every party and the scheduler a new one to align and train anew"
+    "folder, or give every party and the scheduler a new one to align and train from scratch"
 )
 
 
 def reduce(
     plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str, redelivered: bool = False
 ) -> tuple[RunState, Addressed]:
-    """One report of one party (or of the operator). `fresh_run` names the run if this report begins one.
+    """Take one report of one party (or of the operator). `fresh_run` names the run if this report begins one.
 
     What is delivered again says nothing of whether its sender is still alive.
     """
@@ -179,7 +179,7 @@ def _refused(
 
 
 def _too_late(plan: Plan, state: RunState, sender: str, joined: Join, problem: str | None) -> Addressed:
-    """Of a run that has finished: who holds the checkpoint of the final weights writes them again."""
+    """Handle a party of a finished run: who holds the checkpoint of the final weights writes them again."""
     step = final_step(plan, state)
     if problem is not None:
         return ((sender, Stop(joined.incarnation, problem, error="AlignmentError")),)
@@ -200,7 +200,7 @@ def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Addr
 
 
 def _begin(state: RunState, fresh_run: str) -> RunState:
-    """Everyone is here and agrees: go on with the run that is on disk, or begin one."""
+    """Go on with the run that is on disk, or begin one: everyone is here and agrees."""
     held = [m for m in state.members.values() if m.run is not None]
     if state.run is None and held:
         newest = max(m.generation for m in held)
@@ -212,7 +212,7 @@ def _begin(state: RunState, fresh_run: str) -> RunState:
 
 
 def _all_orders(plan: Plan, state: RunState, party: str) -> Addressed:
-    """Everything a party that (re)joins must know."""
+    """Return everything a party that (re)joins must know."""
     incarnation = dict(incarnations(plan, state)).get(party)
     if incarnation is None or state.run is None or state.phase not in (Phase.RUNNING, Phase.STOPPING):
         return ()

@@ -100,7 +100,7 @@ class Member:
         return max(self.held or (), default=BEFORE_FIRST_STEP)
 
     def durable(self) -> "Member":
-        """Without what describes a moment."""
+        """Return it without what describes a moment."""
         return Member(
             self.incarnation,
             self.here,
@@ -115,7 +115,7 @@ class Member:
         )
 
     def back_to(self, step: int) -> "Member":
-        """As everyone goes back to the checkpoint of `step`."""
+        """Return it as everyone goes back to the checkpoint of `step`."""
         held = tuple(held for held in self.held or () if held <= step)
         epochs = tuple(epoch for epoch in self.epochs if epoch.step <= step)
         return replace(self, waiting=None, lost=None, held=held, epochs=epochs)
@@ -169,7 +169,7 @@ def excused(state: RunState, seconds: float) -> RunState:
 
 
 def history_line(result: EpochResult) -> dict[str, Any]:
-    """One line of history.jsonl; `holdout` is None where no rows are held out, `leak` is there if it was measured."""
+    """Format one line of history.jsonl; `holdout` is None without held-out rows, `leak` there if it was measured."""
     holdout = None if result.holdout is None else dict(result.holdout)
     leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
     return {
@@ -239,13 +239,13 @@ def gone(state: RunState, member: Member) -> bool:
 
 
 def missing(plan: Plan, state: RunState) -> tuple[str, ...]:
-    """Parties that the run waits for before it begins."""
+    """Return the parties that the run waits for before it begins."""
     members = ((party, state.members.get(party, Member())) for party in plan.parties)
     return tuple(party for party, m in members if not m.here and m.finished is None)
 
 
 def untold(plan: Plan, state: RunState) -> tuple[str, ...]:
-    """Parties that may not know that the run has ended; of one that stopped or failed also who has yet to come."""
+    """Return the parties that may not know that the run has ended; if stopped or failed, also those yet to come."""
     if state.phase not in (Phase.FAILED, Phase.STOPPED, Phase.FINISHED):
         return ()
     members = ((party, state.members.get(party, Member())) for party in plan.parties)
@@ -253,7 +253,7 @@ def untold(plan: Plan, state: RunState) -> tuple[str, ...]:
 
 
 def silent(plan: Plan, state: RunState, since: float, now: float) -> dict[str, float]:
-    """Parties that should be here and have not been heard of for GIVE_UP patiences, with the seconds of silence."""
+    """Return the parties that should be here, and their seconds of silence, where it is GIVE_UP patiences or more."""
     members = {party: state.members.get(party, Member()) for party in plan.parties}
     awaited = {p: m for p, m in members.items() if not gone(state, m)}
     ages = {p: now - (since if m.heard is None else m.heard) for p, m in awaited.items()}
