@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.building import Inputs, blame, on_device, tensors_in
 from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
@@ -47,7 +47,7 @@ class PreparedRows:
     """A micro-batch's rows of this party's table."""
 
     micro_batch: MicroBatch
-    inputs: Tensor = field(repr=False)  # (rows, *anything)
+    inputs: Inputs = field(repr=False)  # (rows, *anything), or several of them
     rows: CutRows
 
 
@@ -108,6 +108,8 @@ class TorchBaseStage:
         if returning is None:
             return gradient
         inputs = self.inputs(self.batches.rows(micro_batch))
+        if not isinstance(inputs, Tensor):
+            raise JobError(f"party {self.model.party!r}: [privacy] changes gradients by the features as one array only")
         share = len(flight.rows) / self.batches.rows_in_step(micro_batch.step)
         return returning.apply(gradient, flight.activation, inputs, share)
 
@@ -154,7 +156,7 @@ class TorchBaseStage:
             where = f"{place(self.model.party, micro_batch)} (held-out rows)"
             return self.model.run(self.inputs(positions), where), micro_batch, rows
 
-    def inputs(self, positions: Positions) -> Tensor:
+    def inputs(self, positions: Positions) -> Inputs:
         """Return these rows of the table, for the model."""
         return take_rows(self.features, positions, self.model.dtype, self.model.device)
 
@@ -256,10 +258,9 @@ def _stage(
     model = Model.build(spec, "base", sample, take, batches.steps)
     offer = offers(spec, table, model.dtype)[choice]
     trial = sample(model.dtype)
-    assert isinstance(trial, Tensor)
-    output = model.try_out(trial.to(model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
+    output = model.try_out(on_device(trial, model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
     cut = BaseCut(party, layers.label_holder, shape, model.dtype, model.device, layers.wire, model.name, guard)
-    require_shape(output, len(trial), cut, f"party {party!r}")
+    require_shape(output, len(tensors_in(trial)[0]), cut, f"party {party!r}")
     if offer.fault is not None:
         raise JobError(offer.fault)
     if party in layers.feature_parties:

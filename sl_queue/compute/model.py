@@ -15,9 +15,11 @@ from sl_queue.compute.building import (
     Sample,
     blame,
     build_module,
+    called,
     device_of,
     dtype_of,
     table_of,
+    tensors_in,
     tensors_of,
 )
 from sl_queue.compute.code_digest import named
@@ -127,10 +129,7 @@ class Model:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the module's output, and a loss of its own if a base model returns one beside."""
         with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
-            if weights is None:
-                output = self.module(inputs)
-            else:
-                output = torch.func.functional_call(self.module, dict(weights), (inputs,))
+            output = called(self.module, inputs, weights)
         penalty = None
         if self.part == "base" and isinstance(output, tuple) and len(output) == 2:
             output, penalty = output
@@ -148,7 +147,7 @@ class Model:
         before = Snapshot.of(self.module)
         try:
             output = self._trial(inputs, None)
-            self._require_known(leaves_beyond(output, inputs))
+            self._require_known(leaves_beyond(output, tensors_in(inputs)))
             self._tell(self.built.changes(self.module, f"{self.part}/")[1])
         except ComputeError as error:
             raise ShapeError(f"{error}; check {self.name} and its args") from error
@@ -284,4 +283,6 @@ class Model:
 
 
 def _described(inputs: Inputs) -> str:
+    if isinstance(inputs, dict):
+        return "{" + ", ".join(f"{name}: {described(tensor)}" for name, tensor in inputs.items()) + "}"
     return described(inputs) if isinstance(inputs, Tensor) else "[" + ", ".join(map(described, inputs)) + "]"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import base_stage
+from sl_queue.compute.building import called
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.model import Model
 from sl_queue.compute.objective import Objective, measured
@@ -177,7 +178,7 @@ class _Whole:
             base, features = self.bases[party], self.tables[party].features
             assert features is not None
             with base.drawing(purpose, micro_batch):
-                output = base.module(take_rows(features, rows, base.dtype, base.device))
+                output = called(base.module, take_rows(features, rows, base.dtype, base.device))
             found[party] = output[0] if isinstance(output, tuple) else output
             if isinstance(output, tuple) and penalties is not None:
                 penalties[party] = output[1]

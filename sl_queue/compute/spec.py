@@ -53,6 +53,7 @@ class ModelSpec:
     clip_norm: float | None = None
     clip_value: float | None = None
     ema: float | None = None  # by how much the average of the weights stays what it was
+    inputs: Literal["tensor", "list", "dict"] = "tensor"  # in which form the columns of a table enter
 
 
 @dataclass(frozen=True, slots=True)

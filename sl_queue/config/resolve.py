@@ -132,7 +132,7 @@ def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
     if table is None:
         return None
     how = (table.optimizer, tuple(table.groups), table.schedule, table.clip_norm, table.clip_value, table.ema)
-    return ModelSpec(table.model, table.args, *how)
+    return ModelSpec(table.model, table.args, *how, inputs=table.inputs)
 
 
 def _objective(table: FuseFile | None) -> ObjectiveSpec | None:

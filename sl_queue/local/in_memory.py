@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
+from sl_queue.compute.building import called
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.modules.handover import copied
@@ -22,6 +23,7 @@ from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
+from sl_queue.protocol.schedule.row_order import Positions
 from sl_queue.protocol.table import Table
 
 PART = 4096  # rows that go through the models at once
@@ -37,7 +39,7 @@ def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]
         rows = take_rows(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
         try:
             with seeded(key(0, party, "shape"), CPU), in_evaluation(tried):
-                output = _output(tried(rows))
+                output = _output(called(tried, rows))
         except Exception as error:
             refused.append(f"{type(error).__name__}: {error}")
             continue
@@ -63,7 +65,9 @@ def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.M
     with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad():
         for first in range(0, n_rows, PART):
             rows = np.arange(first, min(first + PART, n_rows))
-            inputs = [_output(modules[p](take_rows(taken[p], rows, _dtype(modules[p]), CPU))) for p in job.fused]
+            inputs = [
+                _output(called(modules[p], take_rows(taken[p], rows, _dtype(modules[p]), CPU))) for p in job.fused
+            ]
             found.append(fuse(aggregated(inputs, job.fuse.aggregation)))
     return torch.cat(found)
 
@@ -91,12 +95,18 @@ def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
         features = offers(_alone(party), table, _dtype(module))[choice].features
         try:
             with seeded(key(0, party, "shape"), CPU), torch.no_grad():
-                module(take_rows(features, np.arange(min(2, len(features))), _dtype(module), CPU))
+                called(module, take_rows(features, np.arange(min(2, len(features))), _dtype(module), CPU))
         except Exception as error:
             refused.append(error)
             continue
         return features
     raise JobError(f"party {party!r}: the base model fails on its features: {refused[0]}") from refused[0]
+
+
+def _of_rows(module: nn.Module, features: npt.NDArray[Any], rows: Positions) -> Tensor:
+    """Compute a base model's activation of these rows."""
+    found: Tensor = _output(called(module, take_rows(features, rows, _dtype(module), CPU)))
+    return found
 
 
 def _output(found: Any) -> Any:

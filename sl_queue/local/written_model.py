@@ -165,12 +165,12 @@ def _data(folder: Path, file: PartyFile, code: CodeFile, *, written: bool) -> di
     if not isinstance(rows, Rows):
         raise JobError(f"party {file.party!r}: its rows are in a file already; write that one")
     path = f"{file.party}.parquet"
-    features = features_of(rows.features) if rows.features is not None else None
+    features = features_of(rows.features, len(rows.ids)) if rows.features is not None else None
     labels = labels_of(rows.labels) if rows.labels is not None else None
     arrays = {
         name: None if found is None else found.array for name, found in (("features", features), ("labels", labels))
     }
-    flat = all(array is None or array.ndim <= 2 for array in arrays.values())
+    flat = all(array is None or (array.ndim <= 2 and not array.dtype.names) for array in arrays.values())
     if not flat or (arrays["labels"] is not None and arrays["labels"].ndim > 1):
         code.add_rows()
         if written:
