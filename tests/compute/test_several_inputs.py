@@ -100,7 +100,7 @@ def plain(run: Parties) -> dict[str, nn.Module]:
                     torch.from_numpy(MASK[rows]).float(),
                     torch.from_numpy(DENSE[rows]),
                 )
-                output = fuse(Attends.forward(bank, codes, mask.float(), dense))[:, 0]
+                output = fuse(Attends.forward(bank, *arrays))[:, 0]
                 loss = nn.functional.binary_cross_entropy_with_logits(output, torch.from_numpy(LABELS[rows]).float())
                 (loss / 2).backward()
             for optimizer in optimizers:
