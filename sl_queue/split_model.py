@@ -182,7 +182,7 @@ class SplitModel:
         roles[self.label_holder] = {"role": "label"}
         files = {party: self._file(party, given[party]) for party in roles}
         for party in self.bases:
-            roles[party]["cut"] = list(self._cut(files[party], given[party]))
+            roles[party]["cut"] = self._cut(files[party], given[party])
         job = Job(
             **{
                 "name": self.name,
@@ -212,7 +212,7 @@ class SplitModel:
             return {"name": "adam", "lr": 1e-3}
         return given_parameters(self.optimizer) if callable(self.optimizer) else dict(self.optimizer)
 
-    def _cut(self, file: PartyFile, given: Given) -> tuple[int, ...]:
+    def _cut(self, file: PartyFile, given: Given) -> Any:
         module = self.bases[file.party]
         made = module if isinstance(module, nn.Module) else written_model.made(file, "base")
         return in_memory.shape_of_cut(file.party, given.table(), made)

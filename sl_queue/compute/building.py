@@ -17,6 +17,7 @@ from sl_queue.compute.modules.handover import Copies, Take
 from sl_queue.compute.modules.state import in_evaluation
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
+from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import Inputs
 from sl_queue.errors import ComputeError, JobError, SlQueueError
 
@@ -35,11 +36,19 @@ def called(module: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | No
     return torch.func.functional_call(module, dict(weights), args, kwargs)
 
 
-def tensors_in(inputs: Inputs) -> list[Tensor]:
-    """List the tensors of a model's input."""
+def is_penalised(output: Any, outputs: Outputs | None) -> bool:
+    """Tell whether a base model returns a penalty beside its activation; a list of two outputs is none."""
+    if not isinstance(output, tuple) or len(output) != 2:
+        return False
+    return outputs is None or isinstance(output[0], list | tuple | dict)
+
+
+def tensors_in(inputs: Any) -> list[Tensor]:
+    """List the tensors of a model's input, those of a fuse model that gets a dict of each party too."""
     if isinstance(inputs, Tensor):
         return [inputs]
-    return list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
+    each = inputs.values() if isinstance(inputs, dict) else inputs
+    return [tensor for one in each for tensor in tensors_in(one)]
 
 
 def on_device(inputs: Inputs, device: torch.device) -> Inputs:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sl_queue.cut.packing import Wire
+from sl_queue.cut.several import Outputs
 from sl_queue.ports import UserCode
 
 Part = Literal["base", "fuse"]
@@ -25,6 +26,7 @@ class LayersSpec:
     micro_batches: int
     staleness: int
     whole_batch: bool = False  # fuse model and loss see all rows of a step at once
+    outputs: Mapping[str, Outputs] = field(default_factory=dict)  # of the parties whose base model has several
 
     @property
     def parties(self) -> tuple[str, ...]:
