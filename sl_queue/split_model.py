@@ -99,7 +99,7 @@ class SplitModel:
         """Change arguments. Raises JobError for one that there is not."""
         for name, value in params.items():
             if name not in self.get_params():
-                raise JobError(f"{name!r} is no argument of SplitModel; they are {', '.join(self.get_params())}")
+                raise JobError(f"{name!r} is not an argument of SplitModel; they are {', '.join(self.get_params())}")
             setattr(self, name, value)
         return self
 

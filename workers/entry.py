@@ -145,7 +145,7 @@ def _arguments(role: Role) -> argparse.Namespace:
         "--metrics-port",
         metavar="[HOST:]PORT",
         default=METRICS.read(),
-        help=f"where Prometheus may ask, this machine only unless a host is given; else {METRICS.name}",
+        help=f"where Prometheus scrapes, this machine only unless a host is given; else {METRICS.name}",
     )
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()

@@ -166,7 +166,7 @@ class TorchFuseStage:
         if not loss.requires_grad:
             raise ComputeError(
                 f"{where}: the loss of {self.model.name} depends on no activation and on no parameter that is trained, "
-                "so nothing can be learnt; check for detach(), no_grad() and argmax() in model and loss"
+                "so nothing can be learned; check for detach(), no_grad() and argmax() in model and loss"
             )
         scope = self.model.differentiating([loss], hooks, micro_batch)
         with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:

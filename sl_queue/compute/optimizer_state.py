@@ -118,7 +118,7 @@ class BuiltOptimizer:
         if strange:
             raise ComputeError(
                 f"the optimizer {type(self.optimizer).__name__} keeps state for a {type(strange[0]).__name__} that is "
-                "no parameter of the model; keep it in an attribute, or in the state of a parameter"
+                "not a parameter of the model; keep it in an attribute, or in the state of a parameter"
             )
         return [
             (name, key, value)

@@ -158,7 +158,7 @@ class Job(Schema):
             hashes=None if self.rules == BY_POSITION else hashes,
         )
         if self.early_stopping is not None and not self.early_stopping.of_training and batches.holdout_rows == 0:
-            raise JobError(f"holdout = {self.holdout} of {n_rows} rows is none; early_stopping needs some")
+            raise JobError(f"holdout = {self.holdout} of {n_rows} rows holds out none; early_stopping needs some")
         return batches
 
     def pipeline_of(self, batches: Batches) -> Pipeline:

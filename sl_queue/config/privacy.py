@@ -19,7 +19,9 @@ class LabelResponse(Schema):
     epsilon: float = Field(
         gt=0, le=50, description="a number above 0, at most 50: how much a response may give away of a label"
     )
-    prior_ok: bool = Field(default=False, description="true to go on although most rows that say positive will not be")
+    prior_ok: bool = Field(
+        default=False, description="true or false: goes on although most rows that say positive will not be"
+    )
 
 
 class GradientNoise(Schema):
@@ -43,7 +45,7 @@ class PrivacyFile(Schema):
     secret: Any = Field(
         default=None,
         repr=False,
-        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
+        description='the name of a file with 32 secret bytes, or "seed": keys this party\'s random draws',
     )
 
     labels: LabelResponse | None = Field(
@@ -56,11 +58,13 @@ class PrivacyFile(Schema):
         default=None, description="a table { clip = 1.0, sigma = 4.0 }: activations clipped, with noise"
     )
     nopeek: float = Field(default=0.0, ge=0, description="a number of at least 0: the weight of distance correlation")
-    meter: bool = Field(default=False, description="true or false: attacks on the own traffic, each epoch")
+    meter: bool = Field(default=False, description="true or false: attacks on its own traffic, each epoch")
     budget: float | None = Field(
         default=None, gt=0, description="a number above 0: the epsilon after which nothing more is sent"
     )
-    delta: float = Field(default=1e-6, gt=0, lt=1, description="a number between 0 and 1, below 1 / rows")
+    delta: float = Field(
+        default=1e-6, gt=0, lt=1, description="a number between 0 and 1: the delta of epsilon, below 1 / rows"
+    )
 
     @field_validator("gradients")
     @classmethod

@@ -168,7 +168,7 @@ def _about_base(party: PartyFile, job: Job) -> Iterator[str]:
     if cut is not None and party.base is None:
         yield f"[base] is missing; the job gives this party a cut, {list(cut)}, so it needs a base model"
     if cut is None and party.base is not None:
-        yield f"[base] has no use; the job gives this party no cut: take [base] out, or set parties.{party.party}.cut"
+        yield f"[base] has no use; the job gives this party no cut: remove [base], or set parties.{party.party}.cut"
     features = party.data.features
     if cut is not None and (features is None if isinstance(party.data, Rows) else features == []):
         yield "data.features is empty; the base model needs features"

@@ -56,7 +56,7 @@ def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor
     """
     dtype = getattr(torch, payload.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{payload.dtype!r} is no dtype of torch")
+        raise ValueError(f"{payload.dtype!r} is not a torch dtype")
     if any(size < 0 for size in payload.shape):
         raise ValueError(f"a shape cannot be {payload.shape}")
     declared = math.prod(payload.shape) * dtype.itemsize

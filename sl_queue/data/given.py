@@ -154,7 +154,7 @@ def _numbers(values: Any, what: str, *, missing: bool = False) -> Numbers:
         return _refused(what, f"{told}; give an array on the CPU")
     if array.ndim == 0:
         sparse = "; it is sparse: give .toarray()" if hasattr(values, "toarray") else ""
-        return _refused(what, f"one {type(values).__name__} is no array of rows{sparse}")
+        return _refused(what, f"one {type(values).__name__} is not an array of rows{sparse}")
     return _of_objects(array, what) if array.dtype.kind == "O" else _of_array(array, what)
 
 

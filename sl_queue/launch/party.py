@@ -71,7 +71,7 @@ def run_party(
 ) -> None:
     """Run one data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `metrics`: `[HOST:]PORT` where Prometheus scrapes.
     """
     spec = resolve(job, party_file, Importer())
     if spec.role != role:

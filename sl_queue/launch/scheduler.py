@@ -44,7 +44,7 @@ def run_scheduler(
 ) -> None:
     """Run the scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `metrics`: `[HOST:]PORT` where Prometheus scrapes.
     """
     given = broker or BROKER.read()
     if given is None:

@@ -72,7 +72,7 @@ def by_party(
     strange = [party for party in tables if party not in known]
     if strange:
         raise JobError(
-            f"there are rows for {strange[0]!r}, which is no party of this model; they are {', '.join(known)}"
+            f"there are rows for {strange[0]!r}, which is not a party of this model; they are {', '.join(known)}"
         )
     if isinstance(labels, str):
         if label_holder not in tables:

@@ -219,8 +219,8 @@ def _silence(telling: Telling, wall: float) -> str:
     last = "" if age_s is None else f", {_when(telling, wall)}"
     return (
         f"the scheduler has said nothing for at least {telling.listened_s:.0f} s: it is gone, or it does not reach the "
-        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may no "
-        "longer be so"
+        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may be "
+        "out of date"
     )
 
 
