@@ -26,7 +26,7 @@ def optimizer_names() -> dict[str, type[Optimizer]]:
 def build_optimizer(
     module: nn.Module, settings: Any, key: str, groups: Sequence[Mapping[str, Any]], code: UserCode
 ) -> Optimizer | None:
-    """Return the optimizer that a party file describes at `key`, or that its callable makes, found by `code`.
+    """Build the optimizer that a party file describes at `key`, or that its callable makes, found by `code`.
 
     None for a module without parameters. Raises JobError.
     """

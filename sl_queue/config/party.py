@@ -136,6 +136,10 @@ class BaseFile(Schema):
 
     model: _Model = Field(description="module:callable, returning a torch.nn.Module: called with args")
     args: dict[str, Any] = Field(default={}, description="a table of values: the model's arguments")
+    inputs: Literal["tensor", "list", "dict"] = Field(
+        default="tensor",
+        description='"tensor", "list" or "dict": the columns of a table in one tensor, in a list of them, or by name',
+    )
     optimizer: OptimizerSetting = Field(default={}, description=f"{OPTIMIZER}: what changes the weights")
     groups: GroupsSetting = Field(default=[], description=f"{GROUPS}: parameters with numbers of their own")
     schedule: ScheduleSetting = Field(

@@ -89,7 +89,7 @@ def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> Compute
 
 def layers_of(job: Job) -> LayersSpec:
     """Return the network that all parties have agreed on."""
-    cuts = {party: table.cut for party, table in job.parties.items() if table.cut is not None}
+    cuts = {party: table.flat for party, table in job.parties.items() if table.flat is not None}
     return LayersSpec(
         job_digest=job.digest,
         seed=job.seed,
@@ -101,6 +101,7 @@ def layers_of(job: Job) -> LayersSpec:
         micro_batches=job.pipeline.micro_batches,
         staleness=job.pipeline.staleness,
         whole_batch=job.fuse.whole_batch,
+        outputs={party: table.outputs for party, table in job.parties.items() if table.outputs is not None},
     )
 
 
@@ -132,7 +133,7 @@ def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
     if table is None:
         return None
     how = (table.optimizer, tuple(table.groups), table.schedule, table.clip_norm, table.clip_value, table.ema)
-    return ModelSpec(table.model, table.args, *how)
+    return ModelSpec(table.model, table.args, *how, inputs=table.inputs)
 
 
 def _objective(table: FuseFile | None) -> ObjectiveSpec | None:

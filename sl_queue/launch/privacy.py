@@ -102,7 +102,7 @@ def parts_of(spec: PartySpec, table: Table, batches: Batches) -> Parts:
 
 def _parts_of_feature_party(spec: PartySpec, table: Table, batches: Batches, base: bytes) -> Parts:
     settings, party, tap, meter = spec.privacy, spec.party, None, None
-    if settings.meter and table.features is not None:
+    if settings.meter and table.features is not None and not table.features.dtype.names:
         columns = ActivationMeter(table.features, batches.training_positions, key_for(base, party, "meter"))
         tap, meter = (
             ActivationTap(columns, RowIndex.of(table.row_keys)),

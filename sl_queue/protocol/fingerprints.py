@@ -17,7 +17,7 @@ _SHOWN = 5  # columns that a sentence names
 _FIRST = re.compile(  # in every version, or there whenever the party file says it
     r"torch|threads|device|privacy\..+|data\.weights|fuse\.missing_labels"
     r"|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
-    r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|groups|clip_norm|clip_value|ema)"
+    r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|inputs|groups|clip_norm|clip_value|ema)"
 )
 _OF_THE_MACHINE = re.compile(
     r"torch|threads|device|secret|autocast|default_dtype|float32_matmul_precision|(base|fuse)(\.loss)?\.packages"

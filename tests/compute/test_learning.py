@@ -92,7 +92,7 @@ def run_of(staleness: int = 0, holdout: float = 0.0, models: Any = None, **learn
 
 
 def plain(run: Parties, make: Any, before: Any = None, after: Any = None) -> dict[str, nn.Module]:
-    """Return a loop that knows nothing of sl_queue but the order of rows; `make(module)` is its optimizer."""
+    """Train in a loop that knows nothing of sl_queue but the order of rows; `make(module)` is its optimizer."""
     modules = {name: copy.deepcopy(module) for name, module in run.given.items()}
     optimizers = {name: make(module) for name, module in modules.items()}
     labels = torch.from_numpy(run.tables["holder"].labels).float()
@@ -120,7 +120,7 @@ def parts(stages: Stages) -> dict[str, Any]:
 
 
 def through_a_checkpoint(stages: Stages, run: Parties) -> Stages:
-    """Return new stages that begin where these stand, as files hold it: JSON values, tensors by name."""
+    """Build new stages that begin where these stand, as files hold it: JSON values, tensors by name."""
     import json
 
     fresh = run.stages()

@@ -15,7 +15,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 @contextmanager
 def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iterator[Chrome]:
-    """A browser; it fails the test where there is none, as tests without a broker do."""
+    """Return a browser; it fails the test where there is none, as tests without a broker do."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.fail("no Chromium for the tests: sh tests/obtain_browser.sh, or apt-get install chromium-driver")

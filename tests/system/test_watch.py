@@ -31,7 +31,7 @@ def work_slowly(environ: Mapping[str, str]) -> None:
 
 
 def write_slow_run(folder: Path, name: str) -> Path:
-    """A sealed job that lasts, whose bank takes a while for each forward pass."""
+    """Write a sealed job that lasts, whose bank takes a while for each forward pass."""
     job = write_job(folder, checkpoint_every=20)
     edit(job, 'name = "credit"', f'name = "{name}"')
     edit(job, "epochs = 8", "epochs = 2000")
