@@ -87,7 +87,7 @@ def _run(role: Role) -> None:
             from sl_queue.launch.scheduler import run_scheduler  # without torch
 
             observe(Loaded(SCHEDULER))
-            run_scheduler(job, *options, observe, arguments.predict)
+            run_scheduler(job, *options, observe, arguments.predict, arguments.track)
         else:
             import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
 
@@ -151,7 +151,7 @@ def _arguments(role: Role) -> argparse.Namespace:
         "--metrics-port",
         metavar="[HOST:]PORT",
         default=METRICS.read(),
-        help=f"where Prometheus may ask, this machine only unless a host is given; else {METRICS.name}",
+        help=f"where Prometheus scrapes, this machine only unless a host is given; else {METRICS.name}",
     )
     parser.add_argument(
         "--predict",
@@ -163,6 +163,14 @@ def _arguments(role: Role) -> argparse.Namespace:
     )
     if role != "scheduler":
         parser.add_argument("--run", help="the run whose weights to predict with; else the version in use")
+    else:
+        parser.add_argument(
+            "--track",
+            metavar="TRACKER",
+            action="append",
+            default=[],
+            help="feed tensorboard:DIR or mlflow:URL beside the run; may be given again",
+        )
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()
 

@@ -16,7 +16,7 @@ class _Commands(TyperGroup):
     """A group of commands whose errors leave as one message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        with leaving(on_interrupt="interrupted; the same command goes on from the last checkpoint"):
+        with leaving(on_interrupt="interrupted; the same command resumes from the last checkpoint"):
             return super().invoke(ctx)
 
 
@@ -52,6 +52,8 @@ app.command()(after.versions)
 app.command()(after.promote)
 app.command()(after.export)
 app.command()(operate.status)
+app.command()(operate.watch)
+app.command()(operate.report)
 app.command()(operate.stop)
 app.command()(operate.dead)
 app.command()(operate.cleanup)

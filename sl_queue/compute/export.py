@@ -6,7 +6,7 @@ the aggregation of the job is part of what is exported. The number of rows stays
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.aggregation import Aggregation, aggregated
+from sl_queue.compute.aggregation import aggregated
+from sl_queue.compute.building import called
+from sl_queue.compute.spec import LayersSpec
+from sl_queue.cut.several import fuse_inputs
 from sl_queue.errors import ComputeError, JobError
 
 Target = Literal["torch", "onnx"]
@@ -33,16 +36,46 @@ class Exported:
     difference: float  # the largest, absolute
 
 
-class ByParty(nn.Module):
-    """A fuse model whose inputs are one tensor per party, shape (rows, *cut)."""
+class ByName(nn.Module):
+    """A base model that takes one array, several by name, or a list; its inputs are tensors in a fixed order."""
 
-    def __init__(self, fuse: nn.Module, aggregation: Aggregation) -> None:
+    def __init__(self, base: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.fuse, self.aggregation = fuse, aggregation
+        self.base, self.names = base, tuple(names)
 
-    def forward(self, *activations: Tensor) -> Any:
+    def forward(self, *arrays: Tensor) -> Any:
+        """Run the base model."""
+        if self.names == ("rows",):
+            return self.base(arrays[0])
+        if all(name.startswith("rows.") for name in self.names):
+            return self.base(list(arrays))
+        return called(self.base, dict(zip(self.names, arrays, strict=True)))
+
+
+class ByParty(nn.Module):
+    """A fuse model whose inputs are one tensor per party, or per output of a party, in job order."""
+
+    def __init__(self, fuse: nn.Module, layers: LayersSpec) -> None:
+        super().__init__()
+        self.fuse, self.layers = fuse, layers
+
+    def forward(self, *tensors: Tensor) -> Any:
         """Aggregate the activations and run the fuse model."""
-        return self.fuse(aggregated(list(activations), self.aggregation))
+        each, left = {}, list(tensors)
+        for party in self.layers.fused:
+            count = len(self.layers.outputs[party].shapes) if party in self.layers.outputs else 1
+            each[party], left = left[:count], left[count:]
+        inputs = fuse_inputs(each, self.layers.outputs, self.layers.fused)
+        return self.fuse(aggregated(inputs, self.layers.aggregation))
+
+
+def named_inputs(inputs: Any) -> dict[str, Tensor]:
+    """Return a base model's inputs by name: "rows" for one array, "rows.0" and so on for a list."""
+    if isinstance(inputs, Tensor):
+        return {"rows": inputs.cpu()}
+    if isinstance(inputs, Mapping):
+        return {name: tensor.cpu() for name, tensor in inputs.items()}
+    return {f"rows.{index}": tensor.cpu() for index, tensor in enumerate(inputs)}
 
 
 def export_part(module: nn.Module, inputs: Mapping[str, Tensor], target: Target, path: Path) -> Exported:
@@ -94,7 +127,7 @@ def run_exported(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _write_torch(module: nn.Module, names: tuple[str, ...], arguments: tuple[Tensor, ...], path: Path) -> None:
     rows = torch.export.Dim("rows", min=1)
-    shapes: Any = ({0: rows},) if names == ("rows",) else (tuple({0: rows} for _ in arguments),)
+    shapes: Any = (tuple({0: rows} for _ in arguments),) if isinstance(module, ByName | ByParty) else ({0: rows},)
     torch.export.save(torch.export.export(module, arguments, dynamic_shapes=shapes), path)
 
 

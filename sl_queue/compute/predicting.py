@@ -14,13 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sl_queue.compute.aggregation import Aggregation, aggregated
+from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.building import blame
 from sl_queue.compute.model import Model
+from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.packing import is_unused, unused
 from sl_queue.cut.rows import CutRows, RowKeys
+from sl_queue.cut.several import fuse_inputs
 from sl_queue.errors import RemoteProtocolError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -50,11 +52,12 @@ class PredictingBase:
         """Return the activation of a micro-batch of rows, shape (rows, *cut)."""
         return self.stage.cut.leave(*self._activation(micro_batch))
 
-    def in_place(self, micro_batch: MicroBatch) -> Tensor:
-        """Do as `forward`, for a fuse model in the same process."""
+    def in_place(self, micro_batch: MicroBatch) -> list[Tensor]:
+        """Do as `forward`, for a fuse model in the same process: each output."""
         activation, _, rows = self._activation(micro_batch)
         self.stage.cut.check(activation, micro_batch, rows)
-        return activation
+        outputs = self.stage.model.outputs
+        return [activation] if outputs is None else outputs.split(activation)
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
         """Take the receipt. Raises RemoteProtocolError for anything else."""
@@ -103,8 +106,7 @@ class PredictingFuse:
     row_keys: RowKeys
     batches: Batches
     cuts: Mapping[str, FuseCut]  # to the feature parties, in job order
-    parties: Sequence[str]  # all that are fused, in job order
-    aggregation: Aggregation
+    layers: LayersSpec
     pieces: Pieces
     _outputs: list[Tensor] = field(default_factory=list)
     _first_row: int | None = None  # of `_outputs`
@@ -116,7 +118,7 @@ class PredictingFuse:
         """Keep the outputs of a micro-batch of rows; return a receipt for each feature party."""
         positions = self.batches.rows(micro_batch)
         rows = CutRows.of(self.row_keys, positions, held_out=True)
-        inputs = {party: cut.arrive(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
+        inputs = {p: cut.arrive_each(activations[p], micro_batch, rows)[0] for p, cut in self.cuts.items()}
         if self.own is not None:
             inputs[self.model.party] = self.own.in_place(micro_batch)
         output = self._fused(inputs, micro_batch)
@@ -163,11 +165,12 @@ class PredictingFuse:
         """Return nothing."""
         return {}
 
-    def _fused(self, inputs: Mapping[str, Tensor], micro_batch: MicroBatch) -> Tensor:
+    def _fused(self, inputs: Mapping[str, Sequence[Tensor]], micro_batch: MicroBatch) -> Tensor:
         where = place(self.model.party, micro_batch)
         with self.model.evaluating(), self.model.drawing("predict", micro_batch):
-            with blame(f"{where}: aggregation {self.aggregation!r} failed"):
-                joined = aggregated([inputs[party] for party in self.parties], self.aggregation)
+            with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
+                each = fuse_inputs(inputs, self.layers.outputs, self.layers.fused)
+                joined = aggregated(each, self.layers.aggregation)
             output = self.model.run(joined, where)
         rows = len(self.batches.rows(micro_batch))
         if output.shape[:1] != (rows,):

@@ -106,7 +106,7 @@ class DataFile(Schema):
         if self.source is not None:
             beside = [name for name in ("path", "id", "features", "label", "weight") if getattr(self, name) is not None]
             if beside:
-                raise ValueError(f"has a source, which gives ids, features and labels; take out {', '.join(beside)}")
+                raise ValueError(f"has a source, which gives ids, features and labels; remove {', '.join(beside)}")
             return self
         missing = [name for name in ("path", "id") if getattr(self, name) is None]
         if missing:
@@ -132,6 +132,10 @@ class BaseFile(Schema):
 
     model: _Model = Field(description="module:callable, returning a torch.nn.Module: called with args")
     args: dict[str, Any] = Field(default={}, description="a table of values: the model's arguments")
+    inputs: Literal["tensor", "list", "dict"] = Field(
+        default="tensor",
+        description='"tensor", "list" or "dict": the columns of a table in one tensor, in a list of them, or by name',
+    )
     optimizer: OptimizerSetting = Field(default={}, description=f"{OPTIMIZER}: what changes the weights")
     groups: GroupsSetting = Field(default=[], description=f"{GROUPS}: parameters with numbers of their own")
     schedule: ScheduleSetting = Field(
@@ -146,9 +150,9 @@ class BaseFile(Schema):
     @model_validator(mode="after")
     def _learns_in_one_way(self) -> Self:
         if self.clip_norm is not None and self.clip_value is not None:
-            raise ValueError("has both clip_norm and clip_value; take one of them out")
+            raise ValueError("has both clip_norm and clip_value; remove one of them")
         if self.groups and not isinstance(self.optimizer, dict):
-            raise ValueError("has groups, but an optimizer in code makes its own; take groups out")
+            raise ValueError("has groups, but an optimizer in code makes its own; remove groups")
         return self
 
 

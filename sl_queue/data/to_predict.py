@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sl_queue.data.faults import refuse
 from sl_queue.data.features import Fitted, apply
@@ -55,11 +54,10 @@ def read_to_predict(spec: TableSpec, aligned: Positions | None, recipe: str | No
     features, names = in_order(arrays.features, ids.order), arrays.names
     if arrays.raw is not None:
         features, names = _made(arrays.where, arrays.raw, ids.order, recipe)
-    texts = texts_of(ids)
-    row_keys, digest = fingerprints_of(texts, pc.binary_length(ids.texts), ids.type)
+    row_keys, digest = fingerprints_of(ids)
     labels = in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
+    hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
     table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes)
     columns = _columns(data, arrays.ids)
     positions = np.full(len(next(iter(columns.values()))), -1, np.int64)

@@ -1,14 +1,15 @@
 """A party's trained parts, exported: its base model on its own rows, the fuse model on drawn activations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sl_queue.compute.export import SUFFIX, ByParty, Exported, Target, export_part
+from sl_queue.compute.export import SUFFIX, ByName, ByParty, Exported, Target, export_part, named_inputs
 from sl_queue.compute.final_weights import settled
-from sl_queue.compute.stand_ins import drawn
-from sl_queue.compute.trained import fuse_model, predicting_base
+from sl_queue.compute.spec import LayersSpec
+from sl_queue.compute.trained import drawn_inputs, fuse_model, predicting_base
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
@@ -37,14 +38,22 @@ def _base(spec: PartySpec, version: Version, target: Target, path: Path) -> Expo
     n_rows = min(_ROWS, table.n_rows)
     batches = Batches(table.n_rows, spec.compute.layers.seed, 1, n_rows, 1, shuffle=False)
     stage = predicting_base(spec.compute, table, batches, version.weights("base")).stage
-    rows = stage.inputs(np.arange(n_rows)).cpu()
-    return export_part(stage.model.module.cpu(), {"rows": rows}, target, path)
+    inputs = named_inputs(stage.inputs(np.arange(n_rows)))
+    return export_part(ByName(stage.model.module.cpu(), tuple(inputs)), inputs, target, path)
 
 
 def _fuse(spec: PartySpec, version: Version, target: Target, path: Path) -> Exported:
     layers, model = spec.compute.layers, fuse_model(spec.compute)
     module = settled(model.module, spec.party, version.weights("fuse"))
-    inputs = {
-        party: drawn(layers.seed, party, (_ROWS, *cut), None).to(model.dtype) for party, cut in layers.cuts.items()
-    }
-    return export_part(ByParty(module, layers.aggregation), inputs, target, path)
+    outputs = drawn_inputs(layers, _ROWS, model.dtype)
+    inputs = {name: tensor for party in outputs for name, tensor in _named(layers, party, outputs[party])}
+    return export_part(ByParty(module, layers), inputs, target, path)
+
+
+def _named(layers: LayersSpec, party: str, outputs: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Name the outputs of a party: by the party, and by the output where it has several."""
+    if party not in layers.outputs:
+        yield party, outputs[0]
+        return
+    names = layers.outputs[party].names or tuple(map(str, range(len(outputs))))
+    yield from ((f"{party}.{name}", output) for name, output in zip(names, outputs, strict=True))

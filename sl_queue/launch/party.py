@@ -73,7 +73,7 @@ def run_party(
 ) -> None:
     """Run one data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `metrics`: `[HOST:]PORT` where Prometheus scrapes.
     """
     spec = resolve(job, party_file, Importer())
     if spec.role != role:
@@ -119,15 +119,15 @@ def serve_party(
         spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
         identity = _identity(job, party, incarnation, table, rules)
         pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
-        meter = None if metrics is None else Meter()
-        observe = fan_out(observe) if meter is None else fan_out(observe, meter)
-        channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe)
+        meter = Meter()
+        observe = fan_out(observe, meter)
+        channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
         journal = Journal(state / "history.jsonl")
         parts = parts_of(spec, table, pipeline.batches)
         guards = {**parts.guards, **guards}
         worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
         worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
-        if metrics is not None and meter is not None:
+        if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter).close)
         worker.on_final = partial(keep_trained, job, spec, table, pipeline.batches, state, worker.stage)
         stack.callback(channel.close)
@@ -177,6 +177,7 @@ def channel_of(
     pipeline: Pipeline,
     seal: Seal | None,
     observe: Observer,
+    meter: Meter,
 ) -> PartyChannel:
     bounds = bounds_of(job, party, pipeline)
     return PartyChannel(
@@ -190,6 +191,7 @@ def channel_of(
         seal=seal,
         bounds=bounds,
         observe=observe,
+        totals=meter.totals,
     )
 
 

@@ -32,6 +32,7 @@ from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.log import to_log
+from sl_queue.observe.meter import Meter
 from sl_queue.protocol import events
 from sl_queue.protocol.events import Observer
 from sl_queue.protocol.schedule.pipeline import Pipeline
@@ -75,7 +76,8 @@ def predict_party(
     `spec.table` is that of the rows to predict. `folder`: for the state of the prediction; None: its place in `state`.
     Raises SlQueueError.
     """
-    party, observe = spec.party, fan_out(observe)
+    party, meter = spec.party, Meter()
+    observe = fan_out(observe, meter)
     version, place = choose_version(state, asked.run), folder or folder_of(state, asked.name)
     spec = _with_secret(spec, state)
     with ExitStack() as stack:
@@ -90,7 +92,7 @@ def predict_party(
         done = kept.finished()
         if done is None or not done.reported:
             incarnation = secrets.token_hex(8)
-            channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe)
+            channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
             stack.callback(channel.close)
             identity = _identity(job, asked.name, version, rows, incarnation, party)
             worker = Worker(identity, channel, stage, kept, pipeline, journal=_journal(spec, place), observe=observe)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from sl_queue.protocol.messages import PARTIES, Activation, Gradient, Kind, Masked, Role
+from sl_queue.protocol.totals import Totals
 
 # Reports ------------------------------------------------------------------------------------------------------
 
@@ -111,9 +112,10 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """A sign of life from a worker's I/O, also while it computes; goes to every peer."""
+    """A sign of life from a worker's I/O, also while it computes; goes to every peer, with totals to the scheduler."""
 
     incarnation: str
+    totals: Totals | None = None
     type: Literal["alive"] = "alive"
 
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.export import SUFFIX, ByParty, Target, export_part, run_exported
+from sl_queue.compute.spec import LayersSpec
+from sl_queue.cut.packing import Wire
 from sl_queue.errors import ComputeError
 
+LAYERS = LayersSpec("", 0, "telco", ("bank",), {"bank": (2,), "telco": (3,)}, "list", Wire(), 1, 0)
 TARGETS: tuple[Target, ...] = ("torch", "onnx")
 
 
@@ -60,7 +63,7 @@ def test_a_base_model_is_the_same_in_a_fresh_process(tmp_path: Path, target: Tar
 def test_the_inputs_of_a_fuse_model_bear_the_names_of_the_parties(tmp_path: Path, target: Target) -> None:
     fuse = Fuse()
     inputs = {"bank": torch.randn(6, 2), "telco": torch.randn(6, 3)}
-    done = export_part(ByParty(fuse, "list"), inputs, target, tmp_path / f"fuse{SUFFIX[target]}")
+    done = export_part(ByParty(fuse, LAYERS), inputs, target, tmp_path / f"fuse{SUFFIX[target]}")
     assert done.inputs == ("bank", "telco")
     with torch.no_grad():
         assert torch.allclose(run_exported(done.path, inputs), fuse(list(inputs.values())), atol=1e-6)
