@@ -65,7 +65,7 @@ def _about_columns(table: Table, training: Any) -> Iterator[str]:
     low, high = rows.min(axis=0), rows.max(axis=0)
     constant = [name for name, one in zip(table.columns, low == high, strict=True) if one and not _expected(name)]
     if constant:
-        yield f"constant among the training rows: {_named(constant)}; exclude it, it says nothing"
+        yield f"constant among the training rows: {_named(constant)}; exclude it, it carries no information"
     if table.fitted is not None:
         return
     spread = rows.std(axis=0, dtype=np.float64)

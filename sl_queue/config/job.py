@@ -132,7 +132,7 @@ class Job(Schema):
 
     def cut(self, party: str) -> tuple[int, ...] | None:
         """Return the shape of one row's activation of a party; None for a label holder without a base model."""
-        return self.parties[party].cut
+        return self.parties[party].flat
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ class Job(Schema):
             hashes=None if self.rules == BY_POSITION else hashes,
         )
         if self.early_stopping is not None and not self.early_stopping.of_training and batches.holdout_rows == 0:
-            raise JobError(f"holdout = {self.holdout} of {n_rows} rows is none; early_stopping needs some")
+            raise JobError(f"holdout = {self.holdout} of {n_rows} rows holds out none; early_stopping needs some")
         return batches
 
     def pipeline_of(self, batches: Batches) -> Pipeline:
@@ -236,7 +236,8 @@ def _about_cuts(job: Job) -> Iterator[str]:
     for name, party in job.parties.items():
         if party.role != "feature" or party.cut is None:
             continue
-        axes, row_bytes = len(party.cut), prod(party.cut) * narrowest
+        cut = party.flat or ()
+        axes, row_bytes = len(cut), prod(cut) * narrowest
         if axes >= MAX_RANK:
             yield (
                 f"parties.{name}.cut has {axes} numbers; it must have at most {MAX_RANK - 1}, since a message carries "
@@ -244,7 +245,7 @@ def _about_cuts(job: Job) -> Iterator[str]:
             )
         elif row_bytes > MAX_TENSOR_BYTES:
             yield (
-                f"parties.{name}.cut = {list(party.cut)}: one row takes at least {row_bytes} bytes, and a message "
+                f"parties.{name}.cut = {list(cut)}: one row takes at least {row_bytes} bytes, and a message "
                 f"carries at most {MAX_TENSOR_BYTES}; use a smaller cut"
             )
 
@@ -256,7 +257,11 @@ def _is_word(name: str) -> bool:
 
 def _about_aggregation(job: Job) -> Iterator[str]:
     aggregation = job.fuse.aggregation
-    cuts = {name: party.cut for name, party in job.parties.items() if party.cut is not None}
+    several = [name for name, party in job.parties.items() if party.outputs is not None]
+    if several and aggregation != "list":
+        yield f'fuse.aggregation = {shown(aggregation)}; party {several[0]!r} has several outputs, which need "list"'
+        return
+    cuts = {name: party.flat for name, party in job.parties.items() if party.flat is not None}
     told = ", ".join(f"{name} {list(cut)}" for name, cut in cuts.items())
     if aggregation in ("sum", "mean") and len(set(cuts.values())) > 1:
         yield f"fuse.aggregation = {shown(aggregation)} needs equal cuts, but they are {told}"

@@ -171,7 +171,7 @@ def positions_of(finished: Masks, common: Masks, n_ids: int) -> npt.NDArray[np.i
     ascending = finished[order]
     places = np.searchsorted(ascending, common)
     if (places >= len(ascending)).any() or (ascending[np.minimum(places, len(ascending) - 1)] != common).any():
-        raise RemoteProtocolError(f"{SCHEDULER} names shared ids that are not among the own ones")
+        raise RemoteProtocolError(f"{SCHEDULER} names shared ids that are not among its own")
     found = np.sort(order[places]).astype(np.int64)
     if len(found) and found[-1] >= n_ids:
         raise RemoteProtocolError(f"{SCHEDULER} names shared ids that nobody has")

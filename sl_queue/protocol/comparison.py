@@ -1,6 +1,6 @@
 """The scheduler's side of an alignment: sets of finished masks, compared; and what it says of that. It holds no ids.
 
-What it forgets is said again by the parties, but the outcome: that is on disk before anyone is told.
+What it forgets is said again by the parties, but the outcome: that is on disk before anyone hears of it.
 """
 
 from collections.abc import Mapping
@@ -149,7 +149,7 @@ def too_few(shared: int, at_least: int, sizes: Mapping[str, int]) -> str:
     """Say that too few rows are shared, without a hint at which."""
     told = ", ".join(f"{party} up to {size}" for party, size in sizes.items())
     if not shared:
-        return f"no row is shared by all: {told} rows. Ids may be written differently; compare by telephone how"
+        return f"no row is shared by all: {told} rows. Ids may be written differently: ask the other parties how"
     return f"{shared} rows are shared by all, and alignment.at_least = {at_least}: {told} rows"
 
 

@@ -79,7 +79,7 @@ def test_a_finished_run_is_compared_with_the_rows_that_were_aligned(folder: Path
     raw_tables.write_bank(folder / "bank.csv", BANK[1:])
     run = json.loads((folder / "out/bank/final/run.json").read_text())
     (folder / "out/bank/final/run.json").write_text(json.dumps({**run, "told": False, "reported": False}))
-    with pytest.raises(CheckpointError, match="are others than those that were aligned"):
+    with pytest.raises(CheckpointError, match="differ from those that were aligned"):
         sl_queue.run_local(*loaded(folder), out=folder / "out")
 
 
