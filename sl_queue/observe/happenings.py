@@ -1,4 +1,4 @@
-"""What went wrong in a run and was mended, in words: read from the differences of what the scheduler tells."""
+"""Faults and recoveries of a run in words, read from the differences of successive statuses."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -17,7 +17,7 @@ SELF = ("scheduler", "broker", "disk")  # sources of a wait that are no party
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """What a worker waits for at this moment."""
+    """Wait of a worker at this moment."""
 
     source: str  # a party, or one of SELF
     cause: str

@@ -1,4 +1,4 @@
-"""What is shown and kept of a run follows from statuses: who waited, what went wrong, and curves of bounded size."""
+"""A run as shown and kept follows from statuses: who waited, what went wrong, and curves of bounded size."""
 
 import json
 from collections.abc import Mapping

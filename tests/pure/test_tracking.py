@@ -1,4 +1,4 @@
-"""Trackers: what they are told, that no restart doubles a point, and that one that is down holds nobody up."""
+"""Trackers: what they log, that no restart doubles a point, and that one that is down holds nobody up."""
 
 import logging
 import struct

@@ -15,7 +15,7 @@ from selenium.webdriver import Chrome
 
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.testing.private_broker import free_ports
-from tests.support.browser import chromium, complaints, text_of, until
+from tests.support.browser import chromium, complaints, overflow, text_of, until
 from tests.support.credit import edit
 from tests.support.crew import KEYS, ROLES, Crew, write_job
 from tests.support.secured import SEALED, write_keys
@@ -31,7 +31,7 @@ def work_slowly(environ: Mapping[str, str]) -> None:
 
 
 def write_slow_run(folder: Path, name: str) -> Path:
-    """A sealed job that lasts, whose bank takes a while for each forward pass."""
+    """Write a sealed job that lasts, whose bank takes a while for each forward pass."""
     job = write_job(folder, checkpoint_every=20)
     edit(job, 'name = "credit"', f'name = "{name}"')
     edit(job, "epochs = 8", "epochs = 2000")
@@ -133,20 +133,9 @@ def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew:
         until(chrome, lambda c: "bank is gone" not in text_of(c, "verdict"), 10)
         assert "bank is heard of again" in text_of(chrome, "log")
 
-        chrome.set_window_size(500, 900)  # Chromium has no narrower window: the page is looked at in a frame of 400
         assert overflow(chrome, 400) <= 0
         assert complaints(chrome) == []
         print(f"said who is waited for after {said_s:.1f} s, shown dead after {dead_s:.1f} s, bubble {bubble:.3f}")
-
-
-def overflow(chrome: Chrome, width: int) -> int:
-    """Count the pixels by which the page is wider than a screen of that width."""
-    chrome.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    )
-    found: int = chrome.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-    chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    return found
 
 
 def test_a_sealed_run_is_shown_to_nobody_without_the_key(tmp_path: Path, broker_url: str, unique: str) -> None:
