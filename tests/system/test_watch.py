@@ -131,7 +131,7 @@ def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew:
         start(crew, "bank", ports["bank"])
         until(chrome, lambda c: "bank a new process goes on from its checkpoint" in text_of(c, "log"), 60)
         until(chrome, lambda c: "bank is gone" not in text_of(c, "verdict"), 10)
-        assert "bank is heard of again" in text_of(chrome, "log")
+        assert "bank is heard again" in text_of(chrome, "log")
 
         assert overflow(chrome, 400) <= 0
         assert complaints(chrome) == []
