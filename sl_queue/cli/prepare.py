@@ -76,7 +76,7 @@ def privacy(
 
 
 def key(
-    out: Annotated[Path, typer.Option(help="The file for the private key; it must not be there yet.")],
+    out: Annotated[Path, typer.Option(help="The file for the private key; it must not exist yet.")],
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A party of the job, scheduler or operator.")
     ] = None,
@@ -116,9 +116,9 @@ def _make_key(name: str, out: Path) -> None:
 def provision(
     job: JobPath,
     broker_host: Annotated[
-        list[str], typer.Option(help="Name or address of the broker; again for each further node, tried in turn.")
+        list[str], typer.Option(help="Name or address of the broker; repeat it for each further node, tried in turn.")
     ],
-    out: Annotated[Path, typer.Option(help="A folder for all folders; what is there is kept.")],
+    out: Annotated[Path, typer.Option(help="Parent of all folders; existing files are kept.")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the broker listens.")] = 5671,
     at: Annotated[str, typer.Option(help="Where a role's folder will lie; '.' if its worker is started in it.")] = ".",
     broker_at: Annotated[str, typer.Option(help="Where the broker's folder will lie.")] = "/etc/sl_queue",

@@ -77,7 +77,7 @@ def chaos(
     kills: Annotated[int, typer.Option(min=0, help="Workers killed with SIGKILL.")] = 6,
     broker_restarts: Annotated[int, typer.Option(min=0, help="The broker killed, and started on its data.")] = 1,
     cuts: Annotated[int, typer.Option(min=0, help="Connections cut, delayed or half-open.")] = 2,
-    seed: Annotated[int, typer.Option(help="Which faults come when.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of which faults come when.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for both runs, empty or new; default: a temporary one.")
     ] = None,

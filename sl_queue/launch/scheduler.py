@@ -15,6 +15,7 @@ from sl_queue.config.job import Job
 from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.alignment import align_scheduler
+from sl_queue.launch.asked import digest_of, folder_of, for_alignment, plan_of_prediction
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
@@ -44,6 +45,7 @@ def run_scheduler(
     key: Path | None = None,
     metrics: str | None = None,
     observe: Observer = to_log,
+    prediction: str | None = None,
     track: Sequence[str] = (),
 ) -> None:
     """Run the scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
@@ -62,7 +64,10 @@ def run_scheduler(
     with ExitStack() as stack:
         trackers = [stack.enter_context(closing(Tracker(_shown_as(t), s, job.canonical()))) for t, s in sinks.items()]
         tell = _told_to(epochs.tell, *(tracker.take for tracker in trackers))
-        serve_scheduler(job, connect, folder, tell, Channels(), seal, metrics=metrics, observe=observe)
+        if prediction is not None:  # has no epochs to report
+            folder, tell = folder_of(folder, prediction), _told_to()
+        about = (connect, folder, tell, Channels(), seal)
+        serve_scheduler(job, *about, metrics=metrics, observe=observe, prediction=prediction)
 
 
 def _shown_as(track: str) -> str:
@@ -96,21 +101,24 @@ def serve_scheduler(
     late_s: float = LATE_S,
     metrics: str | None = None,
     observe: Observer = to_log,
+    prediction: str | None = None,
 ) -> RunState:
     """Run the scheduler until every party has finished.
 
     `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
-    Prometheus may ask, as `[HOST:]PORT`.
+    Prometheus may ask, as `[HOST:]PORT`. `prediction`: the name of the one that is run in the place of a training.
     """
     observe = fan_out(observe)
+    plan = plan_of(job) if prediction is None else plan_of_prediction(job, prediction)
     with ExitStack() as stack:
-        ledger = stack.enter_context(closing(RunFile(state, job.canonical(), job.digest)))
+        digest = job.digest if prediction is None else digest_of(job, prediction)
+        ledger = stack.enter_context(closing(RunFile(state, plan.job, digest)))
         finished = _finished_before(ledger)
         if finished is not None and not late_s:
             return finished
         if job.alignment.method == "psi" and finished is None:
-            align_scheduler(job, connect, state, on_status, open_channels, seal, observe)
-        plan = plan_of(job)
+            aligning = job if prediction is None else for_alignment(job)
+            align_scheduler(aligning, connect, state, on_status, open_channels, seal, observe)
         about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
         channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
         stack.callback(channel.close)

@@ -160,6 +160,14 @@ def _where_and_numbers(status: RunStatus, done: EpochResult) -> str:
     return f"{status.job}: {epoch_text(done.epoch, status.epochs, done.loss, done.holdout)}"
 
 
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Make a table of text; no markup is read in it."""
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    return table
+
+
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
     """Render one row an epoch."""
     metrics = list((history[0]["holdout"] or {}) if history else ())
@@ -226,8 +234,8 @@ def _silence(telling: Telling, wall: float) -> str:
     last = "" if age_s is None else f", {_when(telling, wall)}"
     return (
         f"the scheduler has said nothing for at least {telling.listened_s:.0f} s: it is gone, or it does not reach the "
-        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may no "
-        "longer be so"
+        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may be "
+        "out of date"
     )
 
 

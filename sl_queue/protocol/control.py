@@ -44,6 +44,7 @@ class Join:
     to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
     version: str = ""  # of sl_queue, for people; empty before there was such a field
     rules: int = 1  # how it computes what it chooses, such as held-out rows; what the first version does not say is 1
+    weights: str = ""  # in a prediction: the run whose trained weights this party brings
     type: Literal["joined"] = "joined"
 
 

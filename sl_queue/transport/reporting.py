@@ -66,7 +66,7 @@ class Reports:
             unusable = self._timeline.mailbox.ask(sender, kind, micro_batch)
         if unusable is not None and waited_s >= self._patience_s:
             raise RemoteProtocolError(
-                f"party {self._party!r} waits for {kind} {micro_batch} of party {sender!r}; whatever comes of it is "
+                f"party {self._party!r} waits for {kind} {micro_batch} of {sender!r}; what is computed from it is "
                 f"refused: {unusable}; compare job, models and versions of both parties"
             )
         silent_s = self._liveness.silence_s(sender)

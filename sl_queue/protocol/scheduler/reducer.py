@@ -159,6 +159,7 @@ def _entered(state: RunState, sender: str, joined: Join, heard: float | None) ->
         held=joined.held,
         epochs=joined.epochs,
         version=printable(joined.version, LONGEST_NAME),
+        weights=printable(joined.weights, LONGEST_NAME),
         stopped=False,
         waiting=None,
         totals=None,

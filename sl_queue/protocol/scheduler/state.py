@@ -95,6 +95,7 @@ class Member:
     epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's own history, when it joined
     refused_at: float | None = None  # monotonic
     version: str = ""  # of sl_queue; empty of those that do not say it
+    weights: str | None = None  # the run whose trained weights it brings; None: it has not told this process yet
 
     @property
     def committed(self) -> int:
