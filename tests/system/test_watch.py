@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 
+from sl_queue.loops.scheduling import STATUS_EVERY_S
+from sl_queue.observe.curves import MOST_POINTS
+from sl_queue.observe.keeper import Keeper
+from sl_queue.observe.live import Live
+from sl_queue.observe.web import WatchServer
+from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.messages import OPERATOR
+from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
+from sl_queue.protocol.totals import Totals
 from sl_queue.testing.private_broker import free_ports
 from tests.support.browser import chromium, complaints, overflow, text_of, until
 from tests.support.credit import edit
@@ -143,3 +151,31 @@ def test_a_sealed_run_is_shown_to_nobody_without_the_key(tmp_path: Path, broker_
     done = sl_queue("watch", str(job), "--broker", broker_url, "--port", "0")
     assert done.returncode == 2
     assert "'operator' needs its private key" in done.stderr
+
+
+@pytest.mark.timeout(240)
+def test_ten_thousand_steps_are_light_for_the_scheduler_and_for_the_browser(tmp_path: Path) -> None:
+    live, keeper = Live(), Keeper(tmp_path)
+    with WatchServer(live, 0) as server, chromium() as chrome:
+        chrome.get(server.url)
+        spent_s, told_s = 0.0, 0.0
+        for step in range(0, 10_000, 4):
+            waited = {"insurer": {"gradient": step / 200}}
+            totals = Totals(step / 100, step / 200, waited, {"applied": step, "duplicates": step // 100})
+            parties = {name: PartyStatus("here", step, step - 3, 0.1, totals=totals) for name in ("bank", "insurer")}
+            numbers = {"step": step, "steps": 10_000, "samples": 32 * step, "epoch": step // 100, "epochs": 100}
+            history = tuple(EpochResult(e, 100 * e, 1 / (e + 1), {"auroc": 0.5}) for e in range(step // 100)[-20:])
+            began = time.thread_time()
+            status = RunStatus(
+                "running", "credit", "r1", loss=1 / (step + 1), parties=parties, history=history, **numbers
+            )
+            keeper.take(status)
+            live.take(status)
+            spent_s, told_s = spent_s + time.thread_time() - began, told_s + STATUS_EVERY_S
+        assert spent_s / told_s < 0.03  # of the scheduler's time, which tells four times a second
+        until(chrome, lambda c: "9,997" in text_of(c, "step"), 20)
+        assert 500 < points(chrome)[0] <= MOST_POINTS
+        chrome.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
+        heap = chrome.execute_script("return performance.memory.usedJSHeapSize")
+        assert heap < 100e6
+        print(f"the scheduler's part {spent_s / told_s:.4f}, the page's heap {heap / 1e6:.1f} MB")
