@@ -143,6 +143,9 @@ def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew:
 
         assert overflow(chrome, 400) <= 0
         assert complaints(chrome) == []
+        done = sl_queue("report", crew.job, "--state", crew.states / "scheduler", "--out", crew.folder)
+        assert done.returncode == 0, done.stderr
+        assert '"phase": "running"' in (crew.folder / "report.html").read_text()
         print(f"said who is waited for after {said_s:.1f} s, shown dead after {dead_s:.1f} s, bubble {bubble:.3f}")
 
 
