@@ -99,7 +99,7 @@ class SplitModel:
         """Change arguments. Raises JobError for one that there is not."""
         for name, value in params.items():
             if name not in self.get_params():
-                raise JobError(f"{name!r} is no argument of SplitModel; they are {', '.join(self.get_params())}")
+                raise JobError(f"{name!r} is not an argument of SplitModel; they are {', '.join(self.get_params())}")
             setattr(self, name, value)
         return self
 
@@ -131,7 +131,7 @@ class SplitModel:
     # Training ---------------------------------------------------------------------------------------------------
 
     def job(self, features: Any, labels: Any, *, id: str | None = None, **changes: Any) -> tuple[Job, list[PartyFile]]:
-        """Return the job and the party files that `fit` runs: the cuts are found by trying the base models."""
+        """Build the job and the party files that `fit` runs: the cuts are found by trying the base models."""
         given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
         return self._built(given, {**self.get_params(), **changes})
 
@@ -182,7 +182,7 @@ class SplitModel:
         roles[self.label_holder] = {"role": "label"}
         files = {party: self._file(party, given[party]) for party in roles}
         for party in self.bases:
-            roles[party]["cut"] = list(self._cut(files[party], given[party]))
+            roles[party]["cut"] = self._cut(files[party], given[party])
         job = Job(
             **{
                 "name": self.name,
@@ -212,7 +212,7 @@ class SplitModel:
             return {"name": "adam", "lr": 1e-3}
         return given_parameters(self.optimizer) if callable(self.optimizer) else dict(self.optimizer)
 
-    def _cut(self, file: PartyFile, given: Given) -> tuple[int, ...]:
+    def _cut(self, file: PartyFile, given: Given) -> Any:
         module = self.bases[file.party]
         made = module if isinstance(module, nn.Module) else written_model.made(file, "base")
         return in_memory.shape_of_cut(file.party, given.table(), made)
@@ -220,7 +220,7 @@ class SplitModel:
     # What it has learned ----------------------------------------------------------------------------------------
 
     def predict(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """Return the class of each row, or its number of a regression, in the order of the label holder's rows.
+        """Predict the class of each row, or its number of a regression, in the order of the label holder's rows.
 
         Of binary losses 0 or 1, an axis of length one left out.
         """
@@ -232,12 +232,12 @@ class SplitModel:
         return guessed.long().numpy()
 
     def predict_proba(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """Return the probability of each class, (rows, classes); of several binary outputs that of a 1."""
+        """Predict the probability of each class, (rows, classes); of several binary outputs that of a 1."""
         chances = self._chances(torch.from_numpy(self.decision_function(features, id=id)))
         return (torch.stack([1 - chances, chances], 1) if chances.dim() == 1 else chances).numpy()
 
     def decision_function(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """Return the fuse model's output of each row, an axis of length one left out."""
+        """Compute the fuse model's output of each row, an axis of length one left out."""
         output = self._output(features, None, id)[0]
         if output.dim() == 2 and output.shape[1] == 1:
             output = output[:, 0]
@@ -296,7 +296,7 @@ class SplitModel:
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Return the model that `save` wrote, ready to predict, and to be trained anew from its initial weights."""
+        """Load the model that `save` wrote, ready to predict, and to be trained again from its initial weights."""
         job, files, modules, about = written_model.load(Path(folder))
         holder = files[job.label_holder]
         assert holder.fuse is not None

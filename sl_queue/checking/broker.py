@@ -92,7 +92,7 @@ def _rights(check: Check, job: Job, url: str, role: str) -> None:
     if split(url).scheme == "amqps":
         check.attempt(lambda: _certificates(check, url))
     if not rights.heartbeat_s:
-        check.warn("heartbeat = 0 in the broker's URL: a connection that is dead is not noticed; take it out")
+        check.warn("heartbeat = 0 in the broker's URL: dead connections go unnoticed; remove it")
     needed = channels_needed(names, role)
     if 0 < rights.channels < needed:
         raise BrokerUnreachable(

@@ -105,7 +105,7 @@ def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> Mapping[str, 
     if job.alignment.method != "psi":
         return {}
     if len(specs) < len(job.parties):
-        check.note("rows are not aligned yet, so each table at hand is looked at with all its rows")
+        check.note("rows are not aligned yet, so every table is checked with all its rows")
         return {}
     shared = check.attempt(lambda: shared_rows(specs))
     if shared is None:

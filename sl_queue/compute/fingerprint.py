@@ -119,6 +119,8 @@ def _of_part(part: Part, table: ModelSpec, code: UserCode) -> dict[str, Any]:
             found |= {f"{part}.{group}": named(value)}
             is_code = not isinstance(value, str) or ":" in value
             found |= _of_code(f"{part}.{group}", value, code) if is_code else {}
+    if table.inputs != "tensor":
+        found[f"{part}.inputs"] = table.inputs
     for key in ("groups", "clip_norm", "clip_value", "ema"):
         if getattr(table, key):
             found[f"{part}.{key}"] = _plain(getattr(table, key), code)

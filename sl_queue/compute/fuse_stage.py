@@ -28,6 +28,7 @@ from sl_queue.compute.training_outputs import TrainingOutputs
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
+from sl_queue.cut.several import fuse_inputs
 from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
@@ -64,7 +65,7 @@ class GatheredInputs:
     """A micro-batch that is here in full."""
 
     targets: PreparedTargets
-    inputs: Mapping[str, CutInput]  # of all parties with a base model
+    inputs: Mapping[str, Sequence[CutInput]]  # each output of all parties with a base model
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ class TorchFuseStage:
     _amounts: tuple[int, float] = (-1, 0.0)  # of the rows of a step
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
     _prepared: PreparedTargets | None = None
-    _put_off: list[tuple[MicroBatch, InFlight, Tensor | None]] = field(
+    _put_off: list[tuple[MicroBatch, InFlight, list[Tensor | None]]] = field(
         default_factory=list
     )  # the own base's backward passes
     _gathered: list["GatheredInputs"] = field(default_factory=list)  # of a step whose rows are fused at once
@@ -110,9 +111,11 @@ class TorchFuseStage:
         mine, self._prepared = self._prepared, None
         assert mine is not None
         arrived = self._arrived(activations, micro_batch, mine.rows, place(self.model.party, micro_batch))
-        inputs = {party: CutInput(tensor) for party, tensor in arrived.items()}
+        inputs = {
+            party: [CutInput(t, p in learn) for p, t in enumerate(each)] for party, (each, learn) in arrived.items()
+        }
         if mine.flight is not None:
-            inputs[self.model.party] = CutInput(mine.flight.activation.detach())
+            inputs[self.model.party] = [CutInput(o.detach(), o.requires_grad) for o in mine.flight.outputs]
         self._gathered = [*(self._gathered if micro_batch.index else ()), GatheredInputs(mine, inputs)]
         if self.layers.whole_batch and micro_batch.index + 1 < self.batches.parts(micro_batch.step):
             return {}
@@ -134,8 +137,10 @@ class TorchFuseStage:
             _joined([self.batches.rows(p.targets.micro_batch) for p in parts]),
         )
         hooks = hooks_made()
-        entered = [{party: each.enter() for party, each in part.inputs.items()} for part in parts]
-        inputs = entered[0] if len(parts) == 1 else {p: torch.cat([each[p] for each in entered]) for p in entered[0]}
+        entered = [{party: [o.enter() for o in each] for party, each in part.inputs.items()} for part in parts]
+        inputs = entered[0]
+        if len(parts) > 1:
+            inputs = {p: [torch.cat(each) for each in zip(*(of[p] for of in entered), strict=True)] for p in entered[0]}
         labels = parts[0].targets.labels if len(parts) == 1 else torch.cat([part.targets.labels for part in parts])
         with self.model.drawing("forward", first):
             output = self._fused(inputs, where)
@@ -148,12 +153,12 @@ class TorchFuseStage:
         for part in parts:
             own = part.inputs.get(self.model.party)
             if part.targets.flight is not None and own is not None:
-                self._put_off.append((part.targets.micro_batch, part.targets.flight, own.gradient))
+                self._put_off.append((part.targets.micro_batch, part.targets.flight, [each.gradient for each in own]))
 
     def _answers(self, part: "GatheredInputs") -> Mapping[str, Payload]:
         """Return the gradients of a micro-batch's activations, as they are sent."""
         about = (part.targets.micro_batch, part.targets.rows)
-        return {party: cut.leave(part.inputs[party].gradient, *about) for party, cut in self.cuts.items()}
+        return {p: cut.leave_each([o.gradient for o in part.inputs[p]], *about) for p, cut in self.cuts.items()}
 
     def _differentiate(self, loss: Tensor, hooks: int, micro_batch: MicroBatch) -> None:
         """Do the backward pass from the loss to the activations; random draws in it are keyed by the micro-batch."""
@@ -161,9 +166,9 @@ class TorchFuseStage:
         if not loss.requires_grad:
             raise ComputeError(
                 f"{where}: the loss of {self.model.name} depends on no activation and on no parameter that is trained, "
-                "so nothing can be learnt; check for detach(), no_grad() and argmax() in model and loss"
+                "so nothing can be learned; check for detach(), no_grad() and argmax() in model and loss"
             )
-        scope = self.model.differentiating(loss, hooks, micro_batch)
+        scope = self.model.differentiating([loss], hooks, micro_batch)
         with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
             torch.autograd.backward(loss)
 
@@ -184,7 +189,8 @@ class TorchFuseStage:
         positions = self.batches.holdout_part(micro_batch.index)
         where = f"{place(self.model.party, micro_batch)} (held-out rows)"
         rows = CutRows.of(self.table.row_keys, positions, held_out=True)
-        inputs = self._arrived(activations, micro_batch, rows, where)
+        arrived = self._arrived(activations, micro_batch, rows, where)
+        inputs: dict[str, Sequence[Tensor]] = {party: each for party, (each, _) in arrived.items()}
         if self.own is not None:
             inputs[self.model.party] = self.own.prediction(micro_batch)
         loss = self.objective.owned
@@ -264,17 +270,18 @@ class TorchFuseStage:
 
     def _arrived(
         self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows, where: str
-    ) -> dict[str, Tensor]:
-        """Return the feature parties' activations in job order."""
+    ) -> dict[str, tuple[list[Tensor], tuple[int, ...]]]:
+        """Return the feature parties' outputs in job order, and which of them want a gradient."""
         missing = [party for party in self.cuts if party not in activations]
         if missing:
             raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
-        return {party: cut.arrive(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
+        return {party: cut.arrive_each(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
 
-    def _fused(self, inputs: Mapping[str, Tensor], where: str) -> Tensor:
+    def _fused(self, inputs: Mapping[str, Sequence[Tensor]], where: str) -> Tensor:
         """Return the fuse model's output; inputs in job order, whatever order they came in."""
         with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
-            joined = aggregated([inputs[party] for party in self.layers.fused], self.layers.aggregation)
+            each = fuse_inputs(inputs, self.layers.outputs, self.layers.fused)
+            joined = aggregated(each, self.layers.aggregation)
         return self.model.run(joined, where)
 
     def _labels(self, positions: Positions) -> Tensor:
@@ -330,7 +337,11 @@ def fuse_stage(
     ) -> Inputs:
         numbers = [drawn(layers.seed, p, (rows, *cut), scale) for p, cut in layers.cuts.items()]
         inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]  # in the graph, and no leaves of it
-        return aggregated(inputs, layers.aggregation)
+        each = {
+            p: layers.outputs[p].split(x) if p in layers.outputs else [x]
+            for p, x in zip(layers.cuts, inputs, strict=True)
+        }
+        return aggregated(fuse_inputs(each, layers.outputs, layers.fused), layers.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
     model = Model.build(spec, "fuse", sample, take, batches.steps)
@@ -345,7 +356,7 @@ def fuse_stage(
     with model.drawing("loss trial", MicroBatch(0, 0)):
         objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
     peers = layers.feature_parties
-    cuts = {peer: _cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
+    cuts = {peer: fuse_cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
     assert spec.objective is not None
     trained = TrainingOutputs(spec.objective.train_metrics and bool(objective.metrics))
     return TorchFuseStage(layers, model, own, objective, table, batches, cuts, trained)
@@ -359,6 +370,9 @@ def _require_rows_first(output: Tensor, model: Model) -> None:
         )
 
 
-def _cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
+def fuse_cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
+    """Build the label holder's cut to a feature party."""
     dtypes = tuple(map(dtype_name, model.accepted()))
-    return FuseCut(model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard)
+    return FuseCut(
+        model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard, layers.outputs.get(peer)
+    )

@@ -56,7 +56,7 @@ def task_of(
 
 
 def metrics_of(wanted: Sequence[Any], task: Task, where: str, code: UserCode, classes: int) -> dict[str, Metric]:
-    """Return the metrics by their names in the history: of ours, of torchmetrics, or in code.
+    """Build the metrics by their names in the history: of ours, of torchmetrics, or in code.
 
     Raises JobError for one that the task does not have.
     """

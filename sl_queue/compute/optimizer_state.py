@@ -45,7 +45,7 @@ class BuiltOptimizer:
         return cls(optimizer, module, prefix, _memories(optimizer, module))
 
     def state(self) -> State:
-        """Return a copy of all that a step changes. Raises ComputeError for what no checkpoint can carry."""
+        """Copy all that a step changes. Raises ComputeError for what no checkpoint can carry."""
         tensors: dict[str, Payload] = {}
         values: dict[str, Any] = {}
         more: dict[str, Any] = {}
@@ -112,13 +112,13 @@ class BuiltOptimizer:
                 self._put(place, found)
 
     def _of_parameters(self) -> list[tuple[str, str, Any]]:
-        """Return what is remembered of each parameter: name, key, value. Raises ComputeError for strangers."""
+        """List the memory of each parameter: its name, the key, the value. Raises ComputeError for strangers."""
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         strange = [key for key in self.optimizer.state if key not in names]
         if strange:
             raise ComputeError(
                 f"the optimizer {type(self.optimizer).__name__} keeps state for a {type(strange[0]).__name__} that is "
-                "no parameter of the model; keep it in an attribute, or in the state of a parameter"
+                "not a parameter of the model; keep it in an attribute, or in the state of a parameter"
             )
         return [
             (name, key, value)
@@ -158,7 +158,7 @@ def _memory(module: nn.Module) -> Memory:
 
 
 def _memories(optimizer: Optimizer, module: nn.Module) -> dict[str, Remembered]:
-    """Return copies of the numbers of an optimizer's groups, and of its own attributes."""
+    """Copy the numbers of an optimizer's groups, and of its own attributes."""
     memory = _memory(module)
     found = {
         f"groups[{number}].{key}": memory.remember(value)

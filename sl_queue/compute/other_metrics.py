@@ -45,7 +45,7 @@ class OfRawOutputs:
 
 
 def made(metric: Any, where: str, code: UserCode) -> Metric:
-    """Return a metric in code: a function, an object that is called, or a class built with the table's arguments."""
+    """Build a metric in code: a function, an object that is called, or a class built with the table's arguments."""
     options = {k: v for k, v in metric.items() if k not in ("name", "as")} if isinstance(metric, Mapping) else {}
     thing = metric["name"] if isinstance(metric, Mapping) else metric
     thing = code.load(thing) if isinstance(thing, str) else thing
@@ -64,7 +64,7 @@ def made(metric: Any, where: str, code: UserCode) -> Metric:
 
 
 def torchmetric(metric: Any, task: Task, known: Iterable[str], where: str, classes: int) -> Metric:
-    """Return a metric of torchmetrics by the name of its class or function, tried out. Raises JobError."""
+    """Build a metric of torchmetrics by the name of its class or function, tried out. Raises JobError."""
     name = metric if isinstance(metric, str) else metric["name"]
     options = {} if isinstance(metric, str) else {k: v for k, v in metric.items() if k not in ("name", "as")}
     functions = _functions(task)

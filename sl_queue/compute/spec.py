@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sl_queue.cut.packing import Wire
+from sl_queue.cut.several import Outputs
 from sl_queue.ports import UserCode
 
 Part = Literal["base", "fuse"]
@@ -25,6 +26,7 @@ class LayersSpec:
     micro_batches: int
     staleness: int
     whole_batch: bool = False  # fuse model and loss see all rows of a step at once
+    outputs: Mapping[str, Outputs] = field(default_factory=dict)  # of the parties whose base model has several
 
     @property
     def parties(self) -> tuple[str, ...]:
@@ -53,6 +55,7 @@ class ModelSpec:
     clip_norm: float | None = None
     clip_value: float | None = None
     ema: float | None = None  # by how much the average of the weights stays what it was
+    inputs: Literal["tensor", "list", "dict"] = "tensor"  # in which form the columns of a table enter
 
 
 @dataclass(frozen=True, slots=True)

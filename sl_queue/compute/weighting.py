@@ -25,7 +25,7 @@ from sl_queue.protocol.schedule.row_order import Positions
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """How much each label counts, and the loss before it is averaged."""
+    """Amounts that labels count for, and the loss before it is averaged."""
 
     elements: FittedLoss | None  # of each label; None: the loss takes the weights itself, or is one of known rows
     loss: FittedLoss

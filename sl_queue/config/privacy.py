@@ -56,7 +56,7 @@ class PrivacyFile(Schema):
         default=None, description="a table { clip = 1.0, sigma = 4.0 }: activations clipped, with noise"
     )
     nopeek: float = Field(default=0.0, ge=0, description="a number of at least 0: the weight of distance correlation")
-    meter: bool = Field(default=False, description="true or false: attacks on the own traffic, each epoch")
+    meter: bool = Field(default=False, description="true or false: attacks on its own traffic, each epoch")
     budget: float | None = Field(
         default=None, gt=0, description="a number above 0: the epsilon after which nothing more is sent"
     )

@@ -62,7 +62,7 @@ def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec
         _data(party_file.data),
         features=job.cut(party_file.party) is not None,
         labels=party_file.party == job.label_holder,
-        holdout_seed=job.seed_of_holdout if job.holdout else None,
+        holdout_seed=job.seed_of_holdout if job.holdout or job.test else None,
         code=importer.within(party_file.folder),
         declared=specs_of(party_file.features),
         normalise=tuple(job.alignment.normalise),
@@ -89,7 +89,7 @@ def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> Compute
 
 def layers_of(job: Job) -> LayersSpec:
     """Return the network that all parties have agreed on."""
-    cuts = {party: table.cut for party, table in job.parties.items() if table.cut is not None}
+    cuts = {party: table.flat for party, table in job.parties.items() if table.flat is not None}
     return LayersSpec(
         job_digest=job.digest,
         seed=job.seed,
@@ -101,7 +101,17 @@ def layers_of(job: Job) -> LayersSpec:
         micro_batches=job.pipeline.micro_batches,
         staleness=job.pipeline.staleness,
         whole_batch=job.fuse.whole_batch,
+        outputs={party: table.outputs for party, table in job.parties.items() if table.outputs is not None},
     )
+
+
+def data_to_predict(party_file: PartyFile) -> FileSpec | None:
+    """Return the rows that [predict] names, read as those of [data] are; None without [predict]."""
+    if party_file.predict is None or not isinstance(party_file.data, DataFile):
+        return None
+    found = _data(party_file.data)
+    assert isinstance(found, FileSpec)
+    return replace(found, path=party_file.predict.path, source=None)
 
 
 def _data(data: DataFile | Rows) -> FileSpec | Rows:
@@ -132,7 +142,7 @@ def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
     if table is None:
         return None
     how = (table.optimizer, tuple(table.groups), table.schedule, table.clip_norm, table.clip_value, table.ema)
-    return ModelSpec(table.model, table.args, *how)
+    return ModelSpec(table.model, table.args, *how, inputs=table.inputs)
 
 
 def _objective(table: FuseFile | None) -> ObjectiveSpec | None:
@@ -167,7 +177,7 @@ def _about_base(party: PartyFile, job: Job) -> Iterator[str]:
     if cut is not None and party.base is None:
         yield f"[base] is missing; the job gives this party a cut, {list(cut)}, so it needs a base model"
     if cut is None and party.base is not None:
-        yield f"[base] has no use; the job gives this party no cut: take [base] out, or set parties.{party.party}.cut"
+        yield f"[base] has no use; the job gives this party no cut: remove [base], or set parties.{party.party}.cut"
     features = party.data.features
     if cut is not None and (features is None if isinstance(party.data, Rows) else features == []):
         yield "data.features is empty; the base model needs features"

@@ -5,7 +5,7 @@ never taken as data.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -51,12 +51,46 @@ def ids_of(ids: Any) -> tuple[Any, list[str]]:
         return None, [_MIXED_IDS]
 
 
-def features_of(values: Any) -> Numbers:
-    """Make features finite numbers in a dtype that torch computes with; integers stay what they are."""
+def features_of(values: Any, n_rows: int | None = None) -> Numbers:
+    """Make features finite numbers in a dtype that torch computes with; integers stay what they are.
+
+    Several arrays, a dict of them or a list, become one array of records, (rows,). `n_rows` tells a list of arrays of
+    so many rows from a list of rows.
+    """
+    several = _several(values, n_rows)
+    if several is not None:
+        return _records({name: features_of(array) for name, array in several.items()})
     found = _numbers(values, "features")
     if found.array is None or found.faults:
         return found
     return _finite(found, "features", {**_FLOATS, **_WHOLE, "b1": np.float32})
+
+
+def _several(values: Any, n_rows: int | None) -> dict[str, Any] | None:
+    """Return several arrays by name, those of a list as "[0]", "[1]"; None for a single one."""
+    if isinstance(values, Mapping):
+        return {str(name): array for name, array in values.items()}
+    if not isinstance(values, list | tuple) or not values or n_rows is None or len(values) == n_rows:
+        return None
+    if not all(hasattr(array, "__len__") and len(array) == n_rows for array in values):
+        return None
+    return {f"[{place}]": array for place, array in enumerate(values)}
+
+
+def _records(several: Mapping[str, Numbers]) -> Numbers:
+    """Put arrays of as many rows side by side, each with its own dtype and shape."""
+    faults = [f"{name}: {fault}" for name, found in several.items() for fault in found.faults]
+    arrays = {name: found.array for name, found in several.items() if found.array is not None}
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if not several or len(set(lengths.values())) > 1:
+        faults.append(f"features: the arrays have different numbers of rows: {lengths}" if several else "no features")
+    if faults or len(arrays) < len(several):
+        return Numbers(None, faults=tuple(faults))
+    fields: Any = [(name, array.dtype, array.shape[1:]) for name, array in arrays.items()]
+    found = np.empty(next(iter(lengths.values())), fields)
+    for name, array in arrays.items():
+        found[name] = array
+    return Numbers(found)
 
 
 def labels_of(values: Any, what: str = "labels", *, missing: bool = False) -> Numbers:
@@ -120,7 +154,7 @@ def _numbers(values: Any, what: str, *, missing: bool = False) -> Numbers:
         return _refused(what, f"{told}; give an array on the CPU")
     if array.ndim == 0:
         sparse = "; it is sparse: give .toarray()" if hasattr(values, "toarray") else ""
-        return _refused(what, f"one {type(values).__name__} is no array of rows{sparse}")
+        return _refused(what, f"one {type(values).__name__} is not an array of rows{sparse}")
     return _of_objects(array, what) if array.dtype.kind == "O" else _of_array(array, what)
 
 

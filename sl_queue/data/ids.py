@@ -135,7 +135,7 @@ def _composed(parts: Sequence[Any], *, are_csv: bool) -> tuple[Any | None, str]:
             return None, f"column {place} of the id: {fault}"
         text = part.cast(typed.type).cast(pa.large_string())
         if pc.any(pc.match_substring(text, _UNIT)).as_py():
-            return None, f"column {place} of the id holds the control character U+001F; take it out"
+            return None, f"column {place} of the id holds the control character U+001F; remove it"
         texts.append(text)
     return pc.binary_join_element_wise(*texts, pa.scalar(_UNIT, pa.large_string())), ""
 

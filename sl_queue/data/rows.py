@@ -93,7 +93,8 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
         raw, more = raw_columns(rows.features)
         specs, undeclared = resolve(declared, list(raw))
         wrong += [*more, *undeclared]
-    found = features_of(rows.features) if features and raw is None else Numbers(None)
+    n_rows = None if ids is None else len(ids)
+    found = features_of(rows.features, n_rows) if features and raw is None else Numbers(None)
     if features and rows.features is None:
         wrong.append("features are missing; the job gives this party a cut, so its base model needs them")
     targets = labels_of(rows.labels, missing=spec.missing_labels) if labels else Numbers(None)

@@ -62,7 +62,7 @@ def responded(spec: PartySpec, table: Table) -> Table:
     if classes is None:
         raise JobError(
             f"{where} needs classes, whole numbers, one a row; these labels are {table.labels.dtype} "
-            f"{table.labels.shape}: take it out, or write the labels as classes"
+            f"{table.labels.shape}: remove it, or write the labels as classes"
         )
     response = Response(settings.labels, classes)
     rare = rarest(table.labels, response)
@@ -102,7 +102,7 @@ def parts_of(spec: PartySpec, table: Table, batches: Batches) -> Parts:
 
 def _parts_of_feature_party(spec: PartySpec, table: Table, batches: Batches, base: bytes) -> Parts:
     settings, party, tap, meter = spec.privacy, spec.party, None, None
-    if settings.meter and table.features is not None:
+    if settings.meter and table.features is not None and not table.features.dtype.names:
         columns = ActivationMeter(table.features, batches.training_positions, key_for(base, party, "meter"))
         tap, meter = (
             ActivationTap(columns, RowIndex.of(table.row_keys)),
@@ -124,7 +124,7 @@ def _parts_of_label_holder(spec: PartySpec, table: Table, batches: Batches, base
         gradients = GradientMeter(classes, batches.training_positions, key_for(base, party, "meter"), given)
         tap, meter = GradientTap(gradients, index), EpochMeter(gradients)
     elif settings.meter:
-        log.warning("party %r: [privacy] meter reads classes, and these labels are none; nothing is measured", party)
+        log.warning("party %r: [privacy] meter reads classes, and these labels are not; nothing is measured", party)
     if settings.max_norm or settings.gradients is not None:
         assert table.tokens is not None
         defence = GradientDefence(settings.gradients, index, table.tokens, base)

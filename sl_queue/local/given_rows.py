@@ -72,7 +72,7 @@ def by_party(
     strange = [party for party in tables if party not in known]
     if strange:
         raise JobError(
-            f"there are rows for {strange[0]!r}, which is no party of this model; they are {', '.join(known)}"
+            f"there are rows for {strange[0]!r}, which is not a party of this model; they are {', '.join(known)}"
         )
     if isinstance(labels, str):
         if label_holder not in tables:
@@ -113,8 +113,13 @@ def _tables(features: Any, parties: Mapping[str, Any], columns: Any) -> dict[str
     return {party: _selected(table, list(columns[party])) for party in parties}
 
 
+def _length(table: Any) -> int:
+    """Count the rows of a table, or of several arrays by name."""
+    return len(next(iter(table.values()))) if isinstance(table, Mapping) else len(table)
+
+
 def _stacked(table: Any) -> Any:
-    """Return a dataset as one array."""
+    """Stack a dataset into one array."""
     if isinstance(table, TensorDataset):
         return table.tensors[0]
     if isinstance(table, Dataset):
@@ -149,7 +154,7 @@ def _without(table: Any, name: str) -> Any:
 
 def _given(party: str, table: Any, id: str | None, ids: Any) -> Given:
     if id is None:
-        return Given(party, np.arange(len(table)), table, None)
+        return Given(party, np.arange(_length(table)), table, None)
     if ids is not None:
         names = table.column_names if isinstance(table, pa.Table) else list(table.columns)
         return Given(party, ids, _without(table, id) if id in names else table, None)

@@ -62,7 +62,10 @@ class CodeFile:
         self.parts["rows"] = (
             'def rows(folder: Path):\n    """Read the rows of this party."""\n'
             '    with np.load(folder / "rows.npz") as arrays:\n'
-            '        return Rows(arrays["ids"], arrays.get("features"), arrays.get("labels"))'
+            '        features = arrays.get("features")\n'
+            "        if features is not None and features.dtype.names:\n"
+            "            features = {name: features[name] for name in features.dtype.names}\n"
+            '        return Rows(arrays["ids"], features, arrays.get("labels"))'
         )
 
     def write(self) -> None:

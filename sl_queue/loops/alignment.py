@@ -169,7 +169,7 @@ class PartyAlignment:
         for reason in self.channel.foreign().values():
             raise AlignmentError(reason)
         if silent_s > GIVE_UP * self.patience_s:
-            raise PeerSilent(f"nothing was heard of the scheduler for {silent_s:.0f} s; start it and this worker again")
+            raise PeerSilent(f"nothing was heard from the scheduler for {silent_s:.0f} s; start both workers again")
 
     def _act(self, now: float) -> None:
         """Send what is due."""

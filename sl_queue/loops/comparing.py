@@ -218,7 +218,7 @@ class Comparing:
         silent_s = self.channel.silent_s(party)
         if silent_s > GIVE_UP * self.patience_s:
             raise PeerSilent(
-                f"nothing was heard of party {party!r} for {silent_s:.0f} s while the rows are aligned; start its "
+                f"nothing was heard from party {party!r} for {silent_s:.0f} s while the rows are aligned; start its "
                 f"worker and the {SCHEDULER} again: the alignment resumes"
             )
 

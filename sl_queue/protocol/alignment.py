@@ -299,7 +299,7 @@ def too_few(shared: int, at_least: int, sizes: Mapping[str, int]) -> str:
     """Say that too few rows are shared, without a hint at which."""
     told = ", ".join(f"{party} up to {size}" for party, size in sizes.items())
     if not shared:
-        return f"no row is shared by all: {told} rows. Ids may be written differently; compare by telephone how"
+        return f"no row is shared by all: {told} rows. Ids may be written differently: ask the other parties how"
     return f"{shared} rows are shared by all, and alignment.at_least = {at_least}: {told} rows"
 
 
@@ -342,7 +342,7 @@ def positions_of(finished: Masks, common: Masks, n_ids: int) -> npt.NDArray[np.i
     ascending = finished[order]
     places = np.searchsorted(ascending, common)
     if (places >= len(ascending)).any() or (ascending[np.minimum(places, len(ascending) - 1)] != common).any():
-        raise RemoteProtocolError(f"{SCHEDULER} names shared ids that are not among the own ones")
+        raise RemoteProtocolError(f"{SCHEDULER} names shared ids that are not among its own")
     found = np.sort(order[places]).astype(np.int64)
     if len(found) and found[-1] >= n_ids:
         raise RemoteProtocolError(f"{SCHEDULER} names shared ids that nobody has")

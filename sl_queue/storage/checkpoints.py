@@ -223,7 +223,7 @@ class Folder:
         except (TornFileError, OSError) as error:
             if isinstance(error, OSError) and is_passing(error):
                 raise unusable(self._path, error) from error
-            log.warning("%s is torn or altered (%s); it is passed over", path, error)
+            log.warning("%s is torn or altered (%s); it is skipped", path, error)
             return None
         self._require_owner(stored.about, path)
         self._begun[step] = stored.about["fingerprint"]
@@ -279,7 +279,7 @@ class Folder:
         except Held as held:
             raise PartyBusy(
                 f"another worker (process {held.holder}) serves party {self._owner['party']!r} "
-                f"with {self._path}; stop it first, or leave it to go on"
+                f"with {self._path}; stop it first, or let it continue"
             ) from None
 
     @contextmanager

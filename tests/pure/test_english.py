@@ -26,9 +26,22 @@ def faults(text: str) -> Iterator[str]:
             yield f"{node.body[0].lineno}: {found.group()!r} in {docstring.splitlines()[0]!r}"
 
 
+def strings(text: str) -> Iterator[str]:
+    """Yield what is wrong with the other strings of a module: messages to users among them."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and (found := FOREIGN.search(node.value)):
+            yield f"{node.lineno}: {found.group()!r} in {node.value[:60]!r}"
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_docstrings_are_written_as_an_engineer_speaks(folder: str) -> None:
     wrong = [f"{path}:{fault}" for path in sorted((ROOT / folder).rglob("*.py")) for fault in faults(path.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", ["sl_queue", "workers", "benchmarks"])
+def test_messages_are_written_so_too(folder: str) -> None:
+    wrong = [f"{path}:{fault}" for path in sorted((ROOT / folder).rglob("*.py")) for fault in strings(path.read_text())]
     assert not wrong, "\n".join(wrong)
 
 

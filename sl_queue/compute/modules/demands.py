@@ -113,7 +113,7 @@ def require_known(
     strangers = [leaf for leaf in reached if id(leaf) not in known]
     if strangers:
         raise JobError(
-            f"{where}: {_place(module, strangers[0])} requires a gradient and is none of the module's parameters, so "
+            f"{where}: {_place(module, strangers[0])} requires a gradient and is no parameter of the module, so "
             "no optimizer trains it; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), or let it require "
             "no gradient"
         )
