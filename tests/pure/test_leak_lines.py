@@ -6,8 +6,10 @@ from io import StringIO
 from rich.console import Console
 
 from sl_queue.observe.console import history_table
+from sl_queue.observe.scalars import Scalars
 from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.scheduler.state import history_line, result_of, worst_reading
+from sl_queue.protocol.scheduler.status import RunStatus
 
 LEAK = {"bank": {"direction": 0.99, "norm": 0.7, "chance": 0.55, "probe": 0.999}}
 
@@ -28,3 +30,10 @@ def test_the_table_of_a_run_says_how_well_labels_were_read() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "read by bank" in text
     assert text.count("0.9900") == 2
+
+
+def test_trackers_are_given_every_attack_by_party() -> None:
+    status = RunStatus("running", "toy", "r1", step=3, loss=0.5, history=(EpochResult(0, 3, 0.5, None, 1.0, LEAK),))
+    said = {each.name: (each.step, each.value) for each in Scalars().of(status, 1.0)}
+    assert said["leak/bank/direction"] == (3, 0.99)
+    assert said["leak/bank/chance"] == (3, 0.55)
