@@ -8,7 +8,8 @@ from rich.console import Console
 from sl_queue.observe.console import history_table
 from sl_queue.observe.scalars import Scalars
 from sl_queue.protocol.control import EpochResult
-from sl_queue.protocol.scheduler.state import history_line, result_of, worst_reading
+from sl_queue.protocol.scheduler.epochs import recorded
+from sl_queue.protocol.scheduler.state import Plan, RunState, history_line, result_of, worst_reading
 from sl_queue.protocol.scheduler.status import RunStatus
 
 LEAK = {"bank": {"direction": 0.99, "norm": 0.7, "chance": 0.55, "probe": 0.999}}
@@ -37,3 +38,15 @@ def test_trackers_are_given_every_attack_by_party() -> None:
     said = {each.name: (each.step, each.value) for each in Scalars().of(status, 1.0)}
     assert said["leak/bank/direction"] == (3, 0.99)
     assert said["leak/bank/chance"] == (3, 0.55)
+
+
+def test_what_a_label_holder_makes_up_fills_no_history() -> None:
+    """Parties that there are not, names that no terminal shows, and numbers that are none."""
+    plan = Plan({}, "label", ("bank",), 3, 10.0)
+    made_up = {"bank": {"norm": 0.7, "a\x1b[2J": 0.5, "nothing": float("nan")}, **{f"x{i}": {} for i in range(1000)}}
+    state, _ = recorded(plan, RunState(), (EpochResult(0, 3, 0.5, leak=made_up),), 1.0)
+    (kept,) = state.history
+    assert kept.leak is not None
+    assert set(kept.leak) == {"bank"}
+    assert sorted(kept.leak["bank"].values()) == [0.5, 0.7]
+    assert all(name.isprintable() for name in kept.leak["bank"])
