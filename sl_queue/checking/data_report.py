@@ -22,6 +22,8 @@ SHOWN = 8  # columns that a line names
 def report_data(check: Check, party: str, table: Table, batches: Batches) -> None:
     """Tell what the table holds; counts and names of columns, never a row."""
     split = batches.training_positions, batches.holdout_positions
+    if batches.test_rows:
+        check.note(f"{party}: {batches.test_rows} rows are for a test, and a run never touches them")
     for line in _about_labels(table, split):
         check.note(f"{party}: {line}")
     if table.features is None:

@@ -76,6 +76,13 @@ class Job(Schema):
     holdout_seed: Annotated[int, Field(ge=-LIMIT, lt=LIMIT)] | None = Field(
         default=None, description="a whole number of 64 bits: chooses the held-out rows; without it, seed"
     )
+    test: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="a number from 0 to below 1: the share of rows that a run never touches, neither to train nor to "
+        "evaluate its epochs",
+    )
     shuffle: bool = Field(default=True, description="true or false: every epoch has an order of rows of its own")
     drop_last: bool = Field(
         default=False, description="true or false: the last step of an epoch is left out if its batch is not full"
@@ -155,6 +162,7 @@ class Job(Schema):
             shuffle=self.shuffle,
             drop_last=self.drop_last,
             holdout_seed=self.holdout_seed,
+            test=self.test,
             hashes=None if self.rules == BY_POSITION else hashes,
         )
         if self.early_stopping is not None and not self.early_stopping.of_training and batches.holdout_rows == 0:
@@ -265,6 +273,8 @@ def _about_numbers(job: Job) -> Iterator[str]:
     micro_batches = job.pipeline.micro_batches
     if micro_batches > job.batch_size:
         yield f"pipeline.micro_batches = {micro_batches}; it must be at most batch_size, which is {job.batch_size}"
+    if job.holdout + job.test >= 1:
+        yield f"holdout = {job.holdout} and test = {job.test} leave no row to train on; together they must be below 1"
     if job.fuse.whole_batch and job.pipeline.depth < micro_batches:
         yield (
             f"pipeline.depth = {job.pipeline.depth}; with fuse.whole_batch all activations of a step are sent before "

@@ -62,7 +62,7 @@ def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec
         _data(party_file.data),
         features=job.cut(party_file.party) is not None,
         labels=party_file.party == job.label_holder,
-        holdout_seed=job.seed_of_holdout if job.holdout else None,
+        holdout_seed=job.seed_of_holdout if job.holdout or job.test else None,
         code=importer.within(party_file.folder),
         declared=specs_of(party_file.features),
         normalise=tuple(job.alignment.normalise),

@@ -14,6 +14,7 @@ import pyarrow as pa
 from sl_queue.data import files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
+from sl_queue.data.later import Later
 from sl_queue.data.matrices import Array, Numbers, gaps, label_array, matrix, plain
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
@@ -104,12 +105,15 @@ def _read(
         refuse(where, faults)
     ids = [name for name in selection.ids if name in readable]
     texts = [*ids, *(name for name, spec in specs.items() if isinstance(spec, Category) and name in readable)]
-    table, bad_rows = source.read(readable, texts)
-    columns = {name: plain(table[name]) for name in readable if name not in ids}
+    raw: Mapping[str, Any] | None = None
+    later = source.later(readable, texts) if specs else None
+    table, bad_rows = (later, []) if later is not None else source.read(readable, texts)
+    eager = [name for name in readable if name not in ids and name not in specs]
+    columns = {name: plain(table[name]) for name in eager}
     faults += [*bad_rows, *undeclared]
-    raw = None
     if declared is not None and features:
-        raw = {name: columns.pop(name) for name in specs if name in columns}
+        names = tuple(name for name in specs if name in readable)
+        raw = Later(names, lambda name: plain(table[name])) if later is None else later.then(plain, names)
         selection = replace(selection, features=())
     faults += [] if bad_rows else _rounded(source, columns)
     found = _numbers(selection, columns, missing=missing)

@@ -146,7 +146,7 @@ def test_defences_change_what_is_trained_and_evaluation_is_defended_too(tmp_path
 def given_labels(party_file: PartyFile, secret: bytes) -> np.ndarray:
     """Return the labels that a run trains on."""
     spec = resolve(job(), party_file, Importer()).with_secret(secret)
-    table = responded(spec, read_table(spec.table, token_key(spec)))
+    table = responded(spec, read_table(spec.table, token_key=token_key(spec)))
     assert table.labels is not None
     assert table.truth is not None
     return table.labels

@@ -60,8 +60,10 @@ def held_out(n_rows: int, holdout: float) -> int:
 def id_hashes(ids: Iterable[bytes], seed: int) -> Hashes:
     """Hash every id, as UTF-8 text, for the choice of held-out rows."""
     key = blake2b(str(seed).encode(), digest_size=32, person=b"sl_queue holdout").digest()
-    found = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in ids])
-    return np.frombuffer(found, "<u8").astype(np.uint64)
+    found = bytearray()
+    for text in ids:
+        found += blake2b(text, digest_size=8, key=key).digest()
+    return np.frombuffer(bytes(found), "<u8").astype(np.uint64)
 
 
 def split_by_id(hashes: Hashes, holdout: float) -> tuple[Positions, Positions]:
@@ -97,6 +99,7 @@ class Batches:
     shuffle: bool = True
     drop_last: bool = False
     holdout_seed: int | None = None  # None: `seed`
+    test: float = 0.0  # share of rows that are neither trained on nor evaluated: those with the largest hashes
     hashes: Hashes | None = field(default=None, repr=False, compare=False)  # of the ids; None: held out by position
 
     def __post_init__(self) -> None:
@@ -108,10 +111,14 @@ class Batches:
             )
 
     @cached_property
-    def _split(self) -> tuple[Positions, Positions]:
+    def _split(self) -> tuple[Positions, Positions, Positions]:
+        """Positions to train on, held out and for a test, each ascending."""
         if self.hashes is not None:
-            return split_by_id(self.hashes, self.holdout)
-        return split_holdout(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, self.holdout)
+            order = np.argsort(self.hashes, kind="stable")
+        else:
+            order = row_order(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, _HOLDOUT)
+        first, last = self.holdout_rows, self.n_rows - self.test_rows
+        return np.sort(order[first:last]), np.sort(order[:first]), np.sort(order[last:])
 
     @property
     def rows_in_epoch(self) -> int:
@@ -129,8 +136,17 @@ class Batches:
         return self._split[1]
 
     @property
+    def test_positions(self) -> Positions:
+        """The rows that training never touches, ascending."""
+        return self._split[2]
+
+    @property
     def training_rows(self) -> int:
-        return self.n_rows - self.holdout_rows
+        return self.n_rows - self.holdout_rows - self.test_rows
+
+    @property
+    def test_rows(self) -> int:
+        return min(held_out(self.n_rows, self.test), self.n_rows - self.holdout_rows)
 
     @property
     def holdout_rows(self) -> int:
