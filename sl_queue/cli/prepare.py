@@ -15,19 +15,27 @@ def check(
     parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
     broker: Broker = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Also the names of exchanges and queues.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep what was found as OUT/check.txt too, for `sl-queue report`.")
+    ] = None,
 ) -> None:
     """Find everything that can be wrong before anything is started, and report on the tables at hand."""
     from sl_queue.checking.check import check_job
     from sl_queue.checking.findings import Finding, Level
     from sl_queue.observe.console import show_finding, stdout
 
-    console = stdout()
+    console, lines = stdout(), list[str]()
 
     def say(found: Finding) -> None:
         if verbose or found.level is not Level.DETAIL:
             show_finding(console, found.level, found.text)
+            lines.append(f"{found.level:8}{found.text}\n")
 
-    raise typer.Exit(check_job(job, parties or [], broker, say))
+    code = check_job(job, parties or [], broker, say)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "check.txt").write_text("".join(lines), encoding="utf-8")
+    raise typer.Exit(code)
 
 
 def plan(

@@ -8,20 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sl_queue.cli.options import MEMORY, Broker, JobPath, PartyPaths, read_broker_url
+from sl_queue.cli.watching import Watch, shown_if, told_to
 from sl_queue.errors import JobError, RunStopped
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
     from sl_queue.config.job import Job, PartyFile
+    from sl_queue.launch.scheduler import OnStatus
     from sl_queue.local.processes import Place
 
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for the files; default: a new temporary one.")] = None,
+    watch: Watch = False,
 ) -> None:
     """Train on scikit-learn's digits, offline: the joint model beats each party alone."""
-    from sl_queue.local.demo import run_demo
+    from tempfile import mkdtemp
 
-    run_demo(out)
+    from sl_queue.config.job import Job
+    from sl_queue.local.demo import run_demo, write_demo
+
+    folder = Path(mkdtemp(prefix="sl_queue-demo-")) if out is None else out
+    write_demo(folder)
+    with shown_if(watch, Job.load(folder / "job.toml")) as tell:
+        run_demo(folder, tell)
 
 
 def local(
@@ -41,6 +50,7 @@ def local(
             "--from", help="Begin with the final weights of an earlier run, under FROM/<party>; over memory://."
         ),
     ] = None,
+    watch: Watch = False,
 ) -> None:
     """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
     from sl_queue.config.job import Job, PartyFile
@@ -59,10 +69,11 @@ def local(
         if not url.startswith(MEMORY):
             raise JobError("--from is for memory://; over a broker write [start] from = DIR into each party's file")
         files = {path: file.replace(start={"from": start / file.party}) for path, file in files.items()}
-    if url.startswith(MEMORY):
-        history = _run_threads(agreed, list(files.values()), places)
-    else:
-        history = _run_processes(agreed, job, list(files.values()), places, url, keys)
+    with shown_if(watch, agreed) as tell:
+        if url.startswith(MEMORY):
+            history = _run_threads(agreed, list(files.values()), places, tell)
+        else:
+            history = _run_processes(agreed, job, list(files.values()), places, url, keys, tell)
     console = stdout()
     console.print(history_table(history))
     for role, place in places.items():
@@ -86,7 +97,7 @@ def chaos(
 
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.local.threads import require_all
-    from sl_queue.observe.console import stdout
+    from sl_queue.observe.console import keep, stdout
     from sl_queue.testing.chaos import FaultPlan, run_chaos
     from sl_queue.testing.report import report
 
@@ -97,7 +108,10 @@ def chaos(
     plan = FaultPlan(kills, broker_restarts, cuts, seed)
     with TemporaryDirectory(prefix="sl_queue-chaos-") as temporary:
         comparison = run_chaos(agreed, job, paths, out or Path(temporary), plan, lambda text: print(text, flush=True))
-    stdout().print(report(comparison), soft_wrap=True)
+    shown = report(comparison)
+    stdout().print(shown, soft_wrap=True)
+    if out is not None:
+        keep(out / "chaos.txt", shown)  # for `sl-queue report`
     raise typer.Exit(0 if comparison.passed else 1)
 
 
@@ -116,17 +130,25 @@ def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -
     return {**places, SCHEDULER: Place(None, beside / SCHEDULER)}
 
 
-def _run_threads(job: "Job", files: "list[PartyFile]", places: "dict[str, Place]") -> list[dict[str, Any]]:
+def _run_threads(
+    job: "Job", files: "list[PartyFile]", places: "dict[str, Place]", tell: "OnStatus"
+) -> list[dict[str, Any]]:
     from sl_queue.local.threads import run_threads
     from sl_queue.observe.console import Screen
 
     states = {role: place.state for role, place in places.items()}
     with Screen() as screen:
-        return run_threads(job, files, MEMORY, states, screen.status).history
+        return run_threads(job, files, MEMORY, states, told_to(screen.status, tell)).history
 
 
 def _run_processes(
-    job: "Job", job_file: Path, files: "list[PartyFile]", places: "dict[str, Place]", broker: str, keys: Path | None
+    job: "Job",
+    job_file: Path,
+    files: "list[PartyFile]",
+    places: "dict[str, Place]",
+    broker: str,
+    keys: Path | None,
+    tell: "OnStatus",
 ) -> list[dict[str, Any]]:
     from dataclasses import replace
 
@@ -144,7 +166,7 @@ def _run_processes(
     places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
     seal = sealing(job, OPERATOR, key_in(keys, OPERATOR), broker)
     with Screen(epochs=False) as screen:
-        failure = run_processes(job, job_file, places, broker, screen, seal)
+        failure = run_processes(job, job_file, places, broker, screen, seal, tell)
     if failure is not None:
         print(f"error: {failure.worker}: {failure.reason}", file=sys.stderr)
         raise typer.Exit(failure.exit_code)

@@ -356,7 +356,7 @@ def fuse_stage(
     with model.drawing("loss trial", MicroBatch(0, 0)):
         objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
     peers = layers.feature_parties
-    cuts = {peer: _cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
+    cuts = {peer: fuse_cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
     assert spec.objective is not None
     trained = TrainingOutputs(spec.objective.train_metrics and bool(objective.metrics))
     return TorchFuseStage(layers, model, own, objective, table, batches, cuts, trained)
@@ -370,7 +370,8 @@ def _require_rows_first(output: Tensor, model: Model) -> None:
         )
 
 
-def _cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
+def fuse_cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
+    """Build the label holder's cut to a feature party."""
     dtypes = tuple(map(dtype_name, model.accepted()))
     return FuseCut(
         model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard, layers.outputs.get(peer)

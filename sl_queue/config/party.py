@@ -12,7 +12,6 @@ from pydantic import (
     InstanceOf,
     PrivateAttr,
     Tag,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -32,6 +31,8 @@ from sl_queue.config.learning import (
     ScheduleSetting,
 )
 from sl_queue.config.objective import LossSetting, MetricsSetting
+from sl_queue.config.paths import PathInFolder
+from sl_queue.config.prediction import PredictFile, ServeFile
 from sl_queue.config.privacy import PrivacyFile
 from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, redacted, shown
 from sl_queue.config.user_code import NAME
@@ -44,12 +45,7 @@ _URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:P
 _IN_FILE = "file:"
 
 
-def _from_folder(path: Path, info: ValidationInfo) -> Path:
-    folder = (info.context or {}).get("folder")
-    return path if folder is None else folder / path
-
-
-_Path = Annotated[Path, Field(strict=False), AfterValidator(_from_folder)]
+_Path = PathInFolder
 
 
 def _named(what: str) -> Callable[[Any], Any]:
@@ -220,6 +216,8 @@ class PartyFile(Schema):
     features: dict[str, FeatureFile] | None = Field(
         default=None, description="a table [features] with a line for each column, or for a pattern of columns"
     )
+    predict: PredictFile | None = Field(default=None, description="a table [predict] with a path")
+    serve: ServeFile = Field(default=ServeFile(), description="a table [serve] with an address or a limit")
     device: str = Field(
         default="cpu",
         min_length=1,

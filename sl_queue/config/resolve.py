@@ -115,6 +115,15 @@ def layers_of(job: Job) -> LayersSpec:
     )
 
 
+def data_to_predict(party_file: PartyFile) -> FileSpec | None:
+    """Return the rows that [predict] names, read as those of [data] are; None without [predict]."""
+    if party_file.predict is None or not isinstance(party_file.data, DataFile):
+        return None
+    found = _data(party_file.data)
+    assert isinstance(found, FileSpec)
+    return replace(found, path=party_file.predict.path, source=None)
+
+
 def _data(data: DataFile | Rows) -> FileSpec | Rows:
     if isinstance(data, Rows):
         return data

@@ -39,16 +39,16 @@ def read_table(
     """
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
     arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
-    ids, faults = _ids(spec, arrays)
+    ids, faults = ids_in(spec, arrays)
     faults = [*arrays.faults, *faults]
     if spec.labels and arrays.labels is None and not faults:
         faults.append(f"there are no labels, and {spec.party!r} is the label holder")
     refuse(arrays.where, faults)
     assert ids is not None
     ids = ids if aligned is None else ids.only(aligned)
-    row_keys, digest = _fingerprints(ids)
-    hashes = None if spec.holdout_seed is None else id_hashes(_texts(ids), spec.holdout_seed)
-    features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
+    row_keys, digest = fingerprints_of(ids)
+    hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
+    features, labels = in_order(arrays.features, ids.order), in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
     tokens = None if token_key is None else _keyed(ids, token_key)
     names, recipe = arrays.names, None
@@ -56,7 +56,7 @@ def read_table(
         training = spec.training(len(ids.texts), hashes if rules != BY_POSITION else None)
         features, fitted = _made(arrays, ids.order, training)
         names, recipe = fitted.names, fitted.as_json()
-    weights = _ordered(arrays.weights, ids.order)
+    weights = in_order(arrays.weights, ids.order)
     about = (names, hashes, notes, tokens)
     return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights)
 
@@ -64,13 +64,13 @@ def read_table(
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:
     """Read the ids of a party's rows alone; and say what complaints about them begin with. Raises JobError."""
     arrays = read_rows(spec, features=False, labels=False)
-    ids, faults = _ids(spec, arrays)
+    ids, faults = ids_in(spec, arrays)
     refuse(arrays.where, [*arrays.faults, *faults])
     assert ids is not None
     return ids, arrays.where
 
 
-def _ids(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
+def ids_in(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
     """Put ids into canonical order, as job and party say."""
     if arrays.ids is None:
         return None, []
@@ -126,21 +126,21 @@ def _hashed(ids: Any, seed: int, where: str) -> tuple[Positions, Hashes]:
         faults += wrong
     refuse(where, faults)
     assert found is not None
-    return found.order, id_hashes(_texts(found), seed)
+    return found.order, id_hashes(texts_of(found), seed)
 
 
-def _texts(ids: Ids) -> Iterator[bytes]:
+def texts_of(ids: Ids) -> Iterator[bytes]:
     """Yield ids as text, in UTF-8; few of them are Python objects at a time."""
     for first in range(0, len(ids.texts), _SLICE):
         yield from ids.texts[first : first + _SLICE].cast(pa.large_binary()).to_pylist()
 
 
-def _fingerprints(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
+def fingerprints_of(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
     """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
     everything = blake2b(f"{ids.type} {len(ids.texts)} ".encode())
     lengths = pc.binary_length(ids.texts)
     everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
-    for text in _texts(ids):
+    for text in texts_of(ids):
         everything.update(text)
     secret = everything.digest()
     key = blake2b(secret, person=b"sl_queue row key").digest()
@@ -151,10 +151,10 @@ def _fingerprints(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
 def _keyed(ids: Ids, key: bytes) -> npt.NDArray[np.uint64]:
     """Return 64 bits of each id that depend on it and on the key alone."""
     hashes = bytearray()
-    for text in _texts(ids):
+    for text in texts_of(ids):
         hashes += blake2b(text, digest_size=8, key=key).digest()
     return np.frombuffer(bytes(hashes), "<u8").astype(np.uint64)
 
 
-def _ordered(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:
+def in_order(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:
     return None if array is None else array[order]

@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +33,7 @@ from sl_queue.launch.connect import Channels, Connect, connector, key_file, requ
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
 from sl_queue.launch.spending import Spending
+from sl_queue.launch.versions import keep_trained
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
@@ -85,7 +87,7 @@ def run_party(
     require_network(url)
     limit_threads(party_file.threads or THREADS.read() or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
-    folder = _state_folder(party_file, state)
+    folder = state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
     serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
@@ -119,16 +121,17 @@ def serve_party(
         spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
         identity = _identity(job, party, incarnation, table, rules)
         pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
-        meter = None if metrics is None else Meter()
-        observe = fan_out(observe) if meter is None else fan_out(observe, meter)
-        channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
+        meter = Meter()
+        observe = fan_out(observe, meter)
+        channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
         journal = Journal(state / "history.jsonl")
         parts = parts_of(spec, table, pipeline.batches)
         guards = {**parts.guards, **guards}
         worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
         worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
-        if metrics is not None and meter is not None:
+        if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter).close)
+        worker.on_final = partial(keep_trained, job, spec, table, pipeline.batches, state, worker.stage)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
@@ -168,7 +171,7 @@ def _prepared(
     return spec, table, rules
 
 
-def _channel(
+def channel_of(
     job: Job,
     party: str,
     connect: Connect,
@@ -176,6 +179,7 @@ def _channel(
     pipeline: Pipeline,
     seal: Seal | None,
     observe: Observer,
+    meter: Meter,
 ) -> PartyChannel:
     bounds = bounds_of(job, party, pipeline)
     return PartyChannel(
@@ -189,6 +193,7 @@ def _channel(
         seal=seal,
         bounds=bounds,
         observe=observe,
+        totals=meter.totals,
     )
 
 
@@ -313,7 +318,8 @@ def _remark(stage: TorchBaseStage | None) -> None:
         log.warning("%s", stage.remark)
 
 
-def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
+def state_folder(party_file: PartyFile, state: Path | None) -> Path:
+    """Return the folder of a party's state. Raises JobError if there is none."""
     folder = state or party_file.state
     if folder is None:
         raise JobError(f"party {party_file.party!r} needs a state folder: give --state DIR or set `state` in its file")

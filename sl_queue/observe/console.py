@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +34,12 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False)
+
+
+def keep(path: Path, *shown: RenderableType) -> None:
+    """Write to a file what is shown."""
+    with path.open("w", encoding="utf-8") as file:
+        Console(file=file, highlight=False, width=FILE_WIDTH).print(*shown, sep="\n", soft_wrap=True)
 
 
 class _LogLines(logging.Handler):
@@ -151,6 +158,14 @@ def _rate(samples_per_s: float | None) -> str:
 
 def _where_and_numbers(status: RunStatus, done: EpochResult) -> str:
     return f"{status.job}: {epoch_text(done.epoch, status.epochs, done.loss, done.holdout)}"
+
+
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Make a table of text; no markup is read in it."""
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    return table
 
 
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from sl_queue.protocol.messages import PARTIES, Activation, Gradient, Kind, Masked, Role
+from sl_queue.protocol.totals import Totals
 
 # Reports ------------------------------------------------------------------------------------------------------
 
@@ -43,6 +44,7 @@ class Join:
     to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
     version: str = ""  # of sl_queue, for people; empty before there was such a field
     rules: int = 1  # how it computes what it chooses, such as held-out rows; what the first version does not say is 1
+    weights: str = ""  # in a prediction: the run whose trained weights this party brings
     type: Literal["joined"] = "joined"
 
 
@@ -110,9 +112,10 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """A sign of life from a worker's I/O, also while it computes; goes to every peer."""
+    """A sign of life from a worker's I/O, also while it computes; goes to every peer, with totals to the scheduler."""
 
     incarnation: str
+    totals: Totals | None = None
     type: Literal["alive"] = "alive"
 
 

@@ -16,6 +16,7 @@ def disagreement(plan: Plan, state: RunState, sender: str, joined: Join) -> str 
     return (
         other_job(plan.job, sender, joined.job)
         or _other_rules(plan, state, sender, joined)
+        or _other_weights(plan, state, sender, joined)
         or _other_rows(plan, state, sender, joined)
         or _other_run(state, sender, joined)
     )
@@ -87,6 +88,16 @@ def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str 
             "to train from scratch, use this version of sl_queue and a new state folder everywhere"
         )
     return None
+
+
+def _other_weights(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
+    """Compare the runs whose weights are brought to a prediction: the base of one with the fuse of another is noise."""
+    brought = {p: m.weights for p, m in state.members.items() if p in plan.parties and m.here and m.weights is not None}
+    brought[sender] = printable(joined.weights, LONGEST_NAME)
+    if len(set(brought.values())) <= 1:
+        return None
+    told = ", ".join(f"{party} has the weights of run {run or '(none)'}" for party, run in sorted(brought.items()))
+    return f"{told}; the parts of a model belong together: name one run at every party with --run"
 
 
 def differing_id_types(types: Mapping[str, str]) -> str:

@@ -49,6 +49,7 @@ from sl_queue.protocol.scheduler.state import (
     with_member,
 )
 from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
+from sl_queue.protocol.totals import bounded
 
 _ALIGNED = (
     "the rows of all parties are aligned already, and party {!r} has lost what it knew of it: restore its state "
@@ -77,7 +78,9 @@ def reduce(
         return state, ()  # of an earlier worker of that party; one that has finished will not join again
     state = with_member(state, sender, replace(member, heard=heard))
     match report:
-        case Alive() | Aligning() | Aligned():
+        case Alive(totals=totals):
+            return (state if totals is None else changed(state, sender, totals=bounded(totals, plan.parties))), ()
+        case Aligning() | Aligned():
             return state, ()
         case Progress():
             return _progress(plan, state, sender, report)
@@ -156,8 +159,10 @@ def _entered(state: RunState, sender: str, joined: Join, heard: float | None) ->
         held=joined.held,
         epochs=joined.epochs,
         version=printable(joined.version, LONGEST_NAME),
+        weights=printable(joined.weights, LONGEST_NAME),
         stopped=False,
         waiting=None,
+        totals=None,
         lost=None,
         refused=None,
         refused_at=None,

@@ -8,6 +8,7 @@ from typing import Any
 from sl_queue.protocol.control import Command, EpochResult, Lost, Waiting
 from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
+from sl_queue.protocol.totals import Totals
 
 GIVE_UP = 10  # patiences after which whoever waits for one that is silent ends with PeerSilent
 
@@ -89,10 +90,12 @@ class Member:
     rules: int | None = None  # None: it has not reported to this scheduler process yet
     heard: float | None = None  # monotonic
     waiting: Waiting | None = None
+    totals: Totals | None = None  # of its process, as it told last
     lost: Lost | None = None
     epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's own history, when it joined
     refused_at: float | None = None  # monotonic
     version: str = ""  # of sl_queue; empty of those that do not say it
+    weights: str | None = None  # the run whose trained weights it brings; None: it has not told this process yet
 
     @property
     def committed(self) -> int:
