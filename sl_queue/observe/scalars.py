@@ -1,4 +1,4 @@
-"""What a tracker is told of a run: named numbers by step, made of what the scheduler tells a few times a second."""
+"""Numbers of a run for trackers, by name and step, made of the statuses that the scheduler reports."""
 
 import re
 from collections.abc import Iterator
