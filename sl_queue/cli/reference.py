@@ -70,7 +70,7 @@ def keys(model: type[Schema]) -> Iterator[tuple[str, FieldInfo]]:
     """Yield the keys of a table that hold no table."""
     for name, field in model.model_fields.items():
         if table_in(field.annotation) is None:
-            yield name, field
+            yield field.alias or name, field
 
 
 def halves(field: FieldInfo) -> tuple[str, str]:
