@@ -122,31 +122,39 @@ class TorchBaseStage:
         """Return the activation of held-out rows in evaluation mode."""
         return self.cut.leave(*self._prediction(micro_batch))
 
-    def prediction(self, micro_batch: MicroBatch) -> Tensor:
+    def prediction(self, micro_batch: MicroBatch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """As `predict`, for a fuse model in the same process."""
-        activation, _, rows = self._prediction(micro_batch)
+        activation, _, rows = self._prediction(micro_batch, weights)
         self.cut.check(activation, micro_batch, rows)
         return activation
 
-    def _prediction(self, micro_batch: MicroBatch) -> tuple[Tensor, MicroBatch, CutRows]:
+    def _prediction(
+        self, micro_batch: MicroBatch, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, MicroBatch, CutRows]:
         """Return the output for held-out rows, of that micro-batch, and the rows."""
         positions = self.batches.holdout_part(micro_batch.index)
         rows = CutRows.of(self.table.row_keys, positions, held_out=True)
         with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
             where = f"{place(self.model.party, micro_batch)} (held-out rows)"
-            return self.model.run(self.inputs(positions), where), micro_batch, rows
+            return self.model.run(self.inputs(positions), where, weights), micro_batch, rows
 
     def inputs(self, positions: Positions) -> Tensor:
         """Return these rows of the table, for the model."""
         return take_rows(self.features, positions, self.model.dtype, self.model.device)
 
-    def fused_in_place(self, micro_batch: MicroBatch, positions: Positions, rows: CutRows) -> InFlight:
+    def fused_in_place(
+        self,
+        micro_batch: MicroBatch,
+        positions: Positions,
+        rows: CutRows,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> InFlight:
         """Compute a training micro-batch's activation for a fuse model in the same process: nothing crosses."""
         hooks = hooks_made()
         with self.model.drawing("forward", micro_batch):
-            activation = self.model.run(self.inputs(positions), place(self.model.party, micro_batch))
+            activation = self.model.run(self.inputs(positions), place(self.model.party, micro_batch), weights)
         self.cut.check(activation, micro_batch, rows)
-        return InFlight(activation, hooks, None, rows)
+        return InFlight(activation, hooks, weights, rows)
 
     def state(self) -> State:
         """Return a copy of everything that a step changes."""
@@ -184,17 +192,20 @@ class TorchBaseStage:
         if flight.weights is None:
             torch.autograd.backward(flight.activation, gradient)
             return
-        names = [name for name, weight in flight.weights.items() if weight.requires_grad]
-        leaves = [flight.weights[name] for name in names]
         live = dict(self.module.named_parameters())
-        gradients = torch.autograd.grad(flight.activation, leaves, gradient, allow_unused=True)
-        for name, grad in zip(names, gradients, strict=True):
-            if grad is not None:
-                before = live[name].grad
-                live[name].grad = grad if before is None else before + grad
+        for name, grad in gradients_of(flight.activation, flight.weights, gradient).items():
+            before = live[name].grad
+            live[name].grad = grad if before is None else before + grad
 
     def _flying(self) -> str:
         return ", ".join(map(str, self._in_flight)) or "nothing"
+
+
+def gradients_of(activation: Tensor, weights: Mapping[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of the weights that an activation comes of; those it does not depend on have none."""
+    names = [name for name, weight in weights.items() if weight.requires_grad]
+    found = torch.autograd.grad(activation, [weights[name] for name in names], gradient, allow_unused=True)
+    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
 
 def base_stage(

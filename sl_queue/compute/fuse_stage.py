@@ -55,6 +55,15 @@ class PreparedTargets:
     flight: InFlight | None = field(repr=False)  # of its base model
 
 
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """The outcome of a micro-batch: its mean loss, and the gradient of each activation that the loss depends on."""
+
+    loss: float
+    gradients: Mapping[str, Tensor | None] = field(repr=False)  # of the feature parties
+    own: Tensor | None = field(repr=False)
+
+
 @dataclass(slots=True)
 class TorchFuseStage:
     """ports.FuseStage over torch. Mutable: it holds the models and the sums of the step and of the evaluation."""
@@ -75,10 +84,14 @@ class TorchFuseStage:
     def prepare(self, micro_batch: MicroBatch) -> None:
         """Rows, labels and the own base model's forward pass, for `forward_backward`."""
         self._own_backward()
+        self._prepared = self.begun(micro_batch)
+
+    def begun(self, micro_batch: MicroBatch, own_weights: Mapping[str, Tensor] | None = None) -> PreparedTargets:
+        """Return what a micro-batch takes of this party alone, the base model with other weights if given."""
         positions = self.batches.rows(micro_batch)
         rows = CutRows.of(self.table.row_keys, positions)
-        flight = None if self.own is None else self.own.fused_in_place(micro_batch, positions, rows)
-        self._prepared = PreparedTargets(micro_batch, rows, self._labels(positions), flight)
+        flight = None if self.own is None else self.own.fused_in_place(micro_batch, positions, rows, own_weights)
+        return PreparedTargets(micro_batch, rows, self._labels(positions), flight)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
         """Loss and gradients of one micro-batch, weighted by its share of the step's rows.
@@ -89,20 +102,32 @@ class TorchFuseStage:
             self.prepare(micro_batch)
         mine, self._prepared = self._prepared, None
         assert mine is not None
-        where, n_rows = place(self.model.party, micro_batch), len(mine.rows)
-        inputs = {party: CutInput(t) for party, t in self._arrived(activations, micro_batch, mine.rows, where).items()}
+        fused = self.fused(mine, self.arrived(activations, micro_batch, mine.rows))
+        self.note(micro_batch, fused.loss)
+        if mine.flight is not None and fused.own is not None:
+            self._put_off = (micro_batch, mine.flight, fused.own)
+        return {p: cut.leave(fused.gradients[p], micro_batch, mine.rows) for p, cut in self.cuts.items()}
+
+    def fused(
+        self, mine: PreparedTargets, arrived: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
+    ) -> Fused:
+        """Do forward and backward pass of the fuse model; gradients are added to its parameters, or to `weights`."""
+        micro_batch, n_rows = mine.micro_batch, len(mine.rows)
+        where = place(self.model.party, micro_batch)
+        inputs = {party: CutInput(tensor) for party, tensor in arrived.items()}
         own = None if mine.flight is None else CutInput(mine.flight.activation.detach())
         hooks, entering = hooks_made(), inputs if own is None else {**inputs, self.model.party: own}
         entered = {party: each.enter() for party, each in entering.items()}
         with self.model.drawing("forward", micro_batch):
-            output = self._fused(entered, where)
+            output = self._fused(entered, where, weights)
             loss, value = self._loss(output, mine.labels, where)
         self._differentiate(loss * (n_rows / self.batches.rows_in_step(micro_batch.step)), hooks, micro_batch)
-        self._losses.append((n_rows, value))
+        return Fused(value, {p: each.gradient for p, each in inputs.items()}, None if own is None else own.gradient)
+
+    def note(self, micro_batch: MicroBatch, loss: float) -> None:
+        """Add the mean loss of a micro-batch to the step."""
+        self._losses.append((self.batches.sizes(micro_batch.step)[micro_batch.index], loss))
         self._step = micro_batch.step
-        if mine.flight is not None and own is not None and own.gradient is not None:
-            self._put_off = (micro_batch, mine.flight, own.gradient)
-        return {p: cut.leave(inputs[p].gradient, micro_batch, mine.rows) for p, cut in self.cuts.items()}
 
     def _differentiate(self, loss: Tensor, hooks: int, micro_batch: MicroBatch) -> None:
         """Do the backward pass from the loss to the activations; random draws in it are keyed by the micro-batch."""
@@ -130,19 +155,36 @@ class TorchFuseStage:
 
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         """Add held-out rows to the running evaluation; their outputs stay in memory until `metrics`."""
-        positions = self.batches.holdout_part(micro_batch.index)
-        where = f"{place(self.model.party, micro_batch)} (held-out rows)"
-        rows = CutRows.of(self.table.row_keys, positions, held_out=True)
-        inputs = self._arrived(activations, micro_batch, rows, where)
+        arrived = self.arrived(activations, micro_batch, self.held_out(micro_batch))
+        self.keep(micro_batch, *self.scored(micro_batch, arrived))
+
+    def held_out(self, micro_batch: MicroBatch) -> CutRows:
+        """Return the held-out rows of a micro-batch."""
+        return CutRows.of(self.table.row_keys, self.batches.holdout_part(micro_batch.index), held_out=True)
+
+    def scored(
+        self,
+        micro_batch: MicroBatch,
+        arrived: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+        own_weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[float, Tensor]:
+        """Return loss and output for held-out rows, with other weights if given."""
+        where, inputs = f"{place(self.model.party, micro_batch)} (held-out rows)", dict(arrived)
         if self.own is not None:
-            inputs[self.model.party] = self.own.prediction(micro_batch)
+            inputs[self.model.party] = self.own.prediction(micro_batch, own_weights)
         loss = self.objective.owned
         with self.model.evaluating(), loss.evaluating(), self.model.drawing("evaluate", micro_batch):
-            output = self._fused(inputs, where)
-            labels = self._labels(positions)
-            _, value = self._loss(output, labels, where)
-        kept = (output.cpu(), labels.cpu()) if self.objective.metrics else (output.new_empty(0), labels.new_empty(0))
-        self._evaluated[micro_batch.index] = Evaluated(len(positions), value, *kept)
+            output = self._fused(inputs, where, weights)
+            _, value = self._loss(output, self._labels(self.batches.holdout_part(micro_batch.index)), where)
+        return value, output
+
+    def keep(self, micro_batch: MicroBatch, loss: float, output: Tensor) -> None:
+        """Keep what was scored until `metrics`; the output only where something is measured of it."""
+        positions = self.batches.holdout_part(micro_batch.index)
+        labels = self._labels(positions).cpu()
+        kept = (output.cpu(), labels) if self.objective.metrics else (output.new_empty(0), labels.new_empty(0))
+        self._evaluated[micro_batch.index] = Evaluated(len(positions), loss, *kept)
 
     def metrics(self) -> Mapping[str, float | None]:
         """Loss and metrics over all rows evaluated since the last call; None where these rows do not define one."""
@@ -188,20 +230,18 @@ class TorchFuseStage:
             put_off, self._put_off = self._put_off, None
             self.own.differentiate(*put_off)
 
-    def _arrived(
-        self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows, where: str
-    ) -> dict[str, Tensor]:
+    def arrived(self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows) -> dict[str, Tensor]:
         """Return the feature parties' activations in job order."""
         missing = [party for party in self.cuts if party not in activations]
         if missing:
-            raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
+            raise LocalProtocolError(f"{place(self.model.party, micro_batch)}: no activation of {', '.join(missing)}")
         return {party: cut.arrive(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
 
-    def _fused(self, inputs: Mapping[str, Tensor], where: str) -> Tensor:
+    def _fused(self, inputs: Mapping[str, Tensor], where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the fuse model's output; inputs in job order, whatever order they came in."""
         with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
             joined = aggregated([inputs[party] for party in self.layers.fused], self.layers.aggregation)
-        return self.model.run(joined, where)
+        return self.model.run(joined, where, weights)
 
     def _labels(self, positions: Positions) -> Tensor:
         return self.objective.labels[torch.from_numpy(positions)].to(self.model.device)

@@ -32,6 +32,7 @@ from sl_queue.compute.modules.handover import Take
 from sl_queue.compute.modules.saved_values import NotCarriedError
 from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
+from sl_queue.compute.modules.statistics import Statistics
 from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, Part
@@ -60,6 +61,8 @@ class Model:
     warned: set[str] = field(default_factory=set)  # attributes of which it was said that no checkpoint carries them
     known: bool = False  # whether all parameters were the optimizer's in the first step
     secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
+    statistics: Statistics = field(default_factory=Statistics)  # where micro-batches are computed apart
+    saw: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # by the newest forward pass, of those
 
     @classmethod
     def build(cls, spec: ComputeSpec, part: Part, sample: Sample, take: Take | None = None) -> "Model":
@@ -109,6 +112,10 @@ class Model:
         with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
             if weights is None:
                 output = self.module(inputs)
+            elif self.statistics.feeding:
+                with self.statistics.apart(weights) as copies:
+                    output = torch.func.functional_call(self.module, {**weights, **copies}, (inputs,))
+                self.saw = self.statistics.seen(copies, weights)
             else:
                 output = torch.func.functional_call(self.module, dict(weights), (inputs,))
         if not isinstance(output, Tensor):
@@ -176,6 +183,25 @@ class Model:
                     error.path,
                     type(error.value).__name__,
                 )
+
+    def shared(self) -> dict[str, Tensor]:
+        """Return what changes from step to step and a forward pass reads: parameters that train, running averages."""
+        learning = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        return learning | self.statistics.buffers()
+
+    def learn(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add the gradients of one micro-batch to those of the parameters, as its backward pass would have done here.
+
+        The tensors are kept, and must be nobody else's.
+        """
+        for name, parameter in self.module.named_parameters():
+            gradient = gradients.get(name)
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
 
     def step(self, number: int) -> None:
         """Apply and forget the gradients of the parameters; `number` counts the optimizer steps from 0."""

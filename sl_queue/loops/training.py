@@ -4,6 +4,7 @@ An activation's way: rows -> forward -> send ... receive -> fuse -> send ... rec
 between the two is made and checked at the cut, which belongs to the stages.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -89,7 +90,11 @@ class LabelHolder:
                     assert_never(action)
 
     def _fuse(self, micro_batch: MicroBatch) -> None:
-        gradients = self.stage.forward_backward(micro_batch, self._gather(Kind.ACTIVATION, micro_batch))
+        activations = self._gather(Kind.ACTIVATION, micro_batch)
+        self.answer(micro_batch, self.stage.forward_backward(micro_batch, activations))
+
+    def answer(self, micro_batch: MicroBatch, gradients: Mapping[str, Payload]) -> None:
+        """Send each party its gradient; a stage over hands calls this itself, when the gradients are there."""
         for party, gradient in gradients.items():
             self.channel.send(party, Gradient(micro_batch, gradient))
 
