@@ -1,1 +1,1 @@
-"""How fast it is, against the alternatives: `python -m benchmarks NAME`."""
+"""Benchmarks of speed, against the alternatives: `python -m benchmarks NAME`."""

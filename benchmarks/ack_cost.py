@@ -1,4 +1,4 @@
-"""What it costs to acknowledge at checkpoints instead of at once: `python -m benchmarks.ack_cost`.
+"""Cost of acknowledging at checkpoints instead of at once: `python -m benchmarks.ack_cost`.
 
 For each way two processes play a feature party and the label holder without any computation: activations to the one,
 gradients of the same size back, a window of them in flight. Both ways run at the same time, on the same cores and at
@@ -56,7 +56,7 @@ class End:  # mutable: it holds what is not acknowledged
 
 
 def answer(url: str, way: str, body: bytes) -> None:
-    """The label holder: one gradient for each activation, until it is ended."""
+    """Play the label holder: one gradient for each activation, until it is ended."""
     end = End.open(url, "label", way)
     while True:
         end.receive()
@@ -64,7 +64,7 @@ def answer(url: str, way: str, body: bytes) -> None:
 
 
 def play(url: str, way: str, body: bytes, together: Any, rates: Any) -> None:
-    """The feature party: micro-batches a second in each round; both ways begin a round together."""
+    """Play the feature party: micro-batches a second in each round; both ways begin a round together."""
     end = End.open(url, "feature", way)
     for _ in range(DEPTH):
         end.link.publish("label", Kind.ACTIVATION, "run", body, persistent=False)

@@ -1,4 +1,4 @@
-"""What fewer bytes cost and bring: each [wire] on W1 and on a real table, over a link of 100 Mbit/s."""
+"""Costs and gains of fewer bytes: each [wire] on W1 and on a real table, over a link of 100 Mbit/s."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 def train(workload: Workload, epochs: int, timeout_s: float) -> list[Trace]:
-    """A process for each party, one thread each."""
+    """Train in one process for each party, one thread each."""
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
     ranks = [LABEL, *workload.feature_parties]

@@ -1,4 +1,4 @@
-"""What the measurements are held against."""
+"""Goals that the measurements are held against."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -42,7 +42,7 @@ def training(found: Found) -> Iterator[str]:
 
 
 def links(found: Found) -> Iterator[str]:
-    """The small job over links with a delay."""
+    """Judge the small job over links with a delay."""
     small = next(summaries for comparison, summaries in found if comparison.workload.name == "small")
     for rtt_ms, exact_ms, ahead_ms in ((20.0, 26.0, 10.0), (50.0, 56.0, 20.0)):
         over = {v: s for v, s in small.items() if v.speed is not None and v.speed.rtt_ms == rtt_ms}

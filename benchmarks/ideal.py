@@ -15,7 +15,7 @@ from sl_queue.planning.plan import played
 
 
 def bubbles(workload: Workload, variants: Sequence[Variant]) -> Mapping[Variant, float]:
-    """What `protocol/pipeline` comes to with the costs that the workload's stages have here; none for joined."""
+    """Return the bubbles that the pipeline has with the costs of the workload's stages here; nothing for joined."""
     split = [variant for variant in variants if variant.how != "joined"]
     return dict(zip(split, together({"ideal": (_played, (workload, split))}, 120.0)["ideal"], strict=True))
 

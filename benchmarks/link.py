@@ -23,7 +23,7 @@ BUFFER_CHUNKS = 4096  # on their way at once: a slow link stops its sender only 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What a link is like, the same in both directions."""
+    """Speed of a link, the same in both directions."""
 
     rtt_ms: float = 0.0
     mbit_s: float | None = None  # None: as fast as this machine
@@ -35,7 +35,7 @@ class Speed:
 
 @contextmanager
 def slowed(url: str, speed: Speed) -> Iterator[str]:
-    """The broker at `url`, reached over a link of that speed."""
+    """Yield the URL of the broker at `url`, reached over a link of that speed."""
     parts = urlsplit(url)
     with background(_proxy, parts.hostname, parts.port, speed) as port:
         user = parts.netloc.rpartition("@")[0]

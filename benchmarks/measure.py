@@ -1,4 +1,4 @@
-"""What a run is worth: time a step, waiting, CPU and bytes, from marks that its processes made as they trained.
+"""Measurements of a run: time a step, waiting, CPU and bytes, from marks that its processes made as they trained.
 
 All clocks are the machine's monotonic one, so marks of different processes can be compared.
 """
@@ -84,7 +84,7 @@ class Measurement:
 
 
 def measured(traces: Sequence[Trace], leader: str, rows_per_step: int, one_process: bool) -> Measurement:
-    """What the marks say, from the end of the warm-up to the last step, by the clock of `leader`."""
+    """Summarize the marks, from the end of the warm-up to the last step, by the clock of `leader`."""
     common = set.intersection(*({mark.step for mark in trace.marks} for trace in traces))
     steps = sorted(common)
     first, last = steps[int(len(steps) * WARM_UP)], steps[-1]

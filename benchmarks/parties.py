@@ -1,5 +1,7 @@
-"""Does a label holder slow down with many parties, does anybody else with a slow one? All models sleep, so that the
-cores do not decide it."""
+"""Effect of many parties on the label holder, and of a slow party on the others.
+
+All models sleep, so that the cores do not decide it.
+"""
 
 from benchmarks import goals
 from benchmarks.measure import Measurement
@@ -44,7 +46,7 @@ def _many(private: PrivateBroker, quick: bool) -> str:
 
 
 def _one_slow(private: PrivateBroker, quick: bool) -> str:
-    """How busy the slowest party is: all that a pipeline can do is to let it never wait."""
+    """Measure how busy the slowest party is: all that a pipeline can do is to let it never wait."""
     columns = {"slow": 8, "fast": 8}
     orders = (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD)
     steps = 12 if quick else 20

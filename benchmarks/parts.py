@@ -1,4 +1,4 @@
-"""How many packages the installed product is made of, and what they weigh: `python -m benchmarks.parts`.
+"""Count and size of the packages that the installed product is made of: `python -m benchmarks.parts`.
 
 It follows the run-time dependencies of pyproject.toml through what is installed here; tests, tools and benchmarks do
 not count.

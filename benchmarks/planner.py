@@ -34,7 +34,7 @@ _numbers = count()
 
 
 def handling(private: PrivateBroker, quick: bool, speed: Speed | None) -> Handling:
-    """What a message costs, by bytes; with a `speed`, through the emulated link, which computes on the same cores."""
+    """Measure a message's cost by bytes; with a `speed`, over the emulated link, which computes on the same cores."""
     found = {size: _spent(size, 20 if quick else 200, private, speed) for size in (16 * 1024, 1024 * 1024)}
     driver, broker, beside = ([(size, spent[part]) for size, spent in found.items()] for part in range(3))
     return Handling(Affine.through(*driver), Affine.through(*broker), Affine.through(*beside))
@@ -82,7 +82,7 @@ def _answer(url: str, size: int, trips: int) -> float:
 
 
 def _machine_cpu_s() -> float:
-    """What all cores have computed so far; nothing else should be running."""
+    """Return the CPU time of all cores so far; nothing else should be running."""
     spent = [int(ticks) for ticks in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
     return (sum(spent) - spent[3] - spent[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
 

@@ -1,4 +1,4 @@
-"""What every benchmark process imports before it is forked."""
+"""Imports of every benchmark process, made before it is forked."""
 
 import torch._dynamo  # noqa: F401 - an optimizer's first step would import it, in every process
 

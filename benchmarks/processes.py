@@ -68,7 +68,7 @@ def _run(connection: Connection, function: Callable[..., Any], arguments: tuple[
 
 @contextmanager
 def background(function: Callable[..., None], *arguments: Any) -> Iterator[Any]:
-    """A process that serves while the body runs; yields the first thing that it sends."""
+    """Start a process that serves while the body runs; yields the first thing that it sends."""
     mine, theirs = _context.Pipe(duplex=False)
     process = _context.Process(target=function, args=(theirs, *arguments), daemon=True)
     process.start()

@@ -14,13 +14,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def machine() -> str:
-    """What was measured on."""
+    """Describe the machine that was measured on."""
     with open("/proc/cpuinfo") as info:
         model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown CPU")
     system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
@@ -46,7 +46,7 @@ def training(
 
 
 def _cells(summary: Summary, base: float | None, steps: int, ideal: float | None) -> list[str]:
-    """A line of the table after the name; waiting is for an epoch of so many steps."""
+    """Format a line of the table after the name; waiting is for an epoch of so many steps."""
     low, high = summary.range(lambda run: run.step_ms)
     speed = summary.middle(lambda run: run.samples_per_s)
     cells = [
@@ -90,6 +90,6 @@ def plot(path: Path, found: Sequence[tuple[Comparison, Mapping[Variant, Summary]
 
 
 def write(path: Path, title: str, parts: Iterable[str]) -> None:
-    """The results file of a benchmark."""
+    """Write the results file of a benchmark."""
     path.write_text("\n".join([f"# {title}\n", machine() + "\n", *parts]))
     print(path)

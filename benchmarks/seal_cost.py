@@ -1,4 +1,4 @@
-"""What sealing costs: 2 MiB activations from one process to another over RabbitMQ, plain and sealed in turn.
+"""Cost of sealing: 2 MiB activations from one process to another over RabbitMQ, plain and sealed in turn.
 
 `python -m benchmarks.seal_cost [--rounds 9] [--messages 200]` prints the medians; a private broker is started for it.
 """

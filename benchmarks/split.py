@@ -26,7 +26,7 @@ from sl_queue.transport.rabbitmq.names import QueueType
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a workload is trained here."""
+    """Plan of how a workload is trained here."""
 
     workload: Workload
     epochs: int
@@ -39,7 +39,7 @@ class Plan:
 
 
 def over_rabbitmq(plan: Plan, urls: Mapping[str, str], timeout_s: float) -> list[Trace]:
-    """A process for each party and one for the scheduler; `urls` by role, where each reaches the broker."""
+    """Train in a process for each party and one for the scheduler; `urls` by role, where each reaches the broker."""
     with TemporaryDirectory(prefix="sl_queue-bench-") as folder:
         works: dict[str, Work] = {
             role: (_rabbit_worker, (plan, role, urls[role], Path(folder) / role)) for role in _roles(plan)
@@ -49,7 +49,7 @@ def over_rabbitmq(plan: Plan, urls: Mapping[str, str], timeout_s: float) -> list
 
 
 def over_memory(plan: Plan, timeout_s: float) -> list[Trace]:
-    """A thread for each role in one process of its own."""
+    """Train in a thread for each role, in one process of its own."""
     return list(together({"threads": (_threads, (plan,))}, timeout_s)["threads"])
 
 

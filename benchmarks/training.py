@@ -122,7 +122,7 @@ def _shortened(workload: Workload, steps: int) -> tuple[Workload, int]:
 
 
 def _over_rabbitmq(plan: split.Plan, speed: Speed | None, private: PrivateBroker) -> list[Trace]:
-    """The broker stands beside the label holder; feature parties reach it over a link of that speed."""
+    """Train with the broker beside the label holder; feature parties reach it over a link of that speed."""
     vhost = f"bench{next(_numbers)}"
     url = private.url(vhost)
     urls = dict.fromkeys((LABEL, SCHEDULER), url)
@@ -155,7 +155,7 @@ def side_by_side(quick: bool) -> list[Comparison]:
 
 
 def over_links(quick: bool) -> list[Comparison]:
-    """The small job over links with a delay, W1 over narrow ones."""
+    """Compare the small job over links with a delay, W1 over narrow ones."""
     small, w1 = WORKLOADS["small"], WORKLOADS["W1"]
     delays = (20.0,) if quick else (5.0, 20.0, 50.0)
     delayed = tuple(

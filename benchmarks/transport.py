@@ -160,7 +160,7 @@ def _tcp_answer(ready: Connection, trips: int, row: int) -> None:
 
 
 def compiled(folder: Path) -> Path | None:
-    """The C programs, or None where there is no compiler or no librabbitmq (Debian: gcc, librabbitmq-dev)."""
+    """Compile the C programs; None where there is no compiler or no librabbitmq (Debian: gcc, librabbitmq-dev)."""
     program, source = folder / "rabbitmq_c", Path(__file__).with_name("rabbitmq_c.c")
     try:
         subprocess.run(["cc", "-O2", "-o", str(program), str(source), "-lrabbitmq"], check=True, capture_output=True)
@@ -221,7 +221,7 @@ def compare(private: PrivateBroker, quick: bool) -> str:
 def _rows(
     size: int, trips: int, row: int, private: PrivateBroker, program: Path | None, quick: bool
 ) -> Iterator[tuple[str, ...]]:
-    """The lines for one size."""
+    """Yield the lines for one size."""
     found: dict[str, list[tuple[float, float]]] = {how: [] for how in HOW if program or how != "c"}
     for number, how in enumerate(list(found) * (1 if quick else 3)):
         if program and how == "c":

@@ -1,4 +1,4 @@
-"""What is trained: two synthetic tables, a small one, and one of real rows.
+"""Workloads that are trained: two synthetic tables, a small one, and one of real rows.
 
 Every process makes the columns of its own party from a seed, so nothing large is handed over.
 """
@@ -47,7 +47,7 @@ class Workload:
         return tuple(party for party in self.columns if party != LABEL)
 
     def base_sizes(self, party: str) -> list[int]:
-        """The widths of a party's base model."""
+        """Return the widths of a party's base model."""
         return [self.columns[party], *self.base]
 
     @property
@@ -121,7 +121,7 @@ def _real() -> tuple[Array, npt.NDArray[np.int64]]:
 
 
 def features(workload: Workload, party: str) -> Array:
-    """A party's columns."""
+    """Return a party's columns."""
     place = list(workload.columns).index(party)
     if workload.real:
         before = sum(list(workload.columns.values())[:place])
@@ -142,7 +142,7 @@ def labels(workload: Workload) -> npt.NDArray[np.int64]:
 
 
 def job_of(workload: Workload, epochs: int, **tables: Any) -> Job:
-    """The job; `tables` are its [pipeline], [wire] and further keys."""
+    """Return the job; `tables` are its [pipeline], [wire] and further keys."""
     parties: dict[str, Any] = {p: {"role": "feature", "cut": [workload.cut]} for p in workload.feature_parties}
     parties[LABEL] = {"role": "label"} | ({"cut": [workload.cut]} if LABEL in workload.columns else {})
     values = {"name": "bench", "seed": 7, "epochs": epochs, "batch_size": workload.batch, "parties": parties}
@@ -150,7 +150,7 @@ def job_of(workload: Workload, epochs: int, **tables: Any) -> Job:
 
 
 def party_file(workload: Workload, party: str, metrics: Sequence[str] = ()) -> PartyFile:
-    """A party's file, with its columns in memory."""
+    """Return a party's file, with its columns in memory."""
     parts: dict[str, Any] = {}
     own = None
     if party in workload.columns:

@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sl_queue.checking.check import check
+    from sl_queue.checking.findings import Finding
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.data.spec import Rows
     from sl_queue.data.table import holdout_rows
@@ -28,12 +30,15 @@ if TYPE_CHECKING:
     )
     from sl_queue.local.threads import Result, run_local
     from sl_queue.protocol.schedule.row_order import row_order
+    from sl_queue.split_model import History, SplitModel
 
 __all__ = [
     "AlignmentError",
     "BrokerUnreachable",
     "CheckpointError",
     "ComputeError",
+    "Finding",
+    "History",
     "Job",
     "JobError",
     "LocalProtocolError",
@@ -49,14 +54,20 @@ __all__ = [
     "RunStopped",
     "ShapeError",
     "SlQueueError",
+    "SplitModel",
     "TransportError",
     "Unroutable",
+    "check",
     "holdout_rows",
     "row_order",
     "run_local",
 ]
 
 _HOMES = {
+    "Finding": "checking.findings",
+    "History": "split_model",
+    "SplitModel": "split_model",
+    "check": "checking.check",
     "Job": "config.job",
     "PartyFile": "config.job",
     "Result": "local.threads",

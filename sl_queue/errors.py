@@ -58,7 +58,7 @@ class RemoteProtocolError(ProtocolError):
 
 
 class LocalProtocolError(ProtocolError):
-    """This program used the protocol wrongly: a bug in sl_queue, please report it."""
+    """Wrong use of the protocol by this program: a bug in sl_queue, please report it."""
 
     exit_code = 70
 
@@ -110,7 +110,7 @@ class NonFiniteError(ComputeError):
 
 
 class PeerFailed(SlQueueError):
-    """Another party failed, and the run with it; when that party is mended, starting the workers again resumes it."""
+    """Another party failed, and the run with it; when its cause is fixed, starting the workers again resumes it."""
 
     exit_code = 6
 
@@ -129,7 +129,7 @@ def _tree(error: type[SlQueueError]) -> dict[str, type[SlQueueError]]:
 
 
 def named(name: str) -> type[SlQueueError]:
-    """The error class of that name, or SlQueueError when a newer peer sends one that is unknown here."""
+    """Return the error class of that name, or SlQueueError for one of a newer peer that is unknown here."""
     return _tree(SlQueueError).get(name, SlQueueError)
 
 

@@ -1,4 +1,4 @@
-"""What every test may use: a broker of its own."""
+"""Fixtures of every test: a broker of its own."""
 
 import os
 import secrets
@@ -36,7 +36,7 @@ def room_of(item: pytest.Item) -> str:
 
 @pytest.fixture(scope="session")
 def private_broker() -> Iterator[Broker]:
-    """A RabbitMQ that tests may kill and start again; it is running at the end of each test."""
+    """Yield a RabbitMQ that tests may kill and start again; it is running at the end of each test."""
     broker = own_broker()
     if broker is None and os.environ.get(GIVEN):
         pytest.skip(f"a broker that may be killed is needed, and {GIVEN} is not ours")
@@ -48,13 +48,13 @@ def private_broker() -> Iterator[Broker]:
 
 @pytest.fixture
 def unique() -> str:
-    """A name that no other test uses: a prefix of queue names, or the name of a job."""
+    """Return a name that no other test uses: a prefix of queue names, or the name of a job."""
     return f"t{secrets.token_hex(4)}"
 
 
 @pytest.fixture
 def broker_url(request: pytest.FixtureRequest, unique: str) -> Iterator[str]:
-    """A virtual host for this test alone; with SL_QUEUE_TEST_BROKER that broker's, where `unique` names keep apart."""
+    """Yield a virtual host for this test alone; with SL_QUEUE_TEST_BROKER that broker's, with names of `unique`."""
     given = os.environ.get(GIVEN)
     if given:
         yield given

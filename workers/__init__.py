@@ -1,1 +1,1 @@
-"""What is deployed: one thin entry point per role."""
+"""Deployed programs: one thin entry point per role."""

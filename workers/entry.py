@@ -1,4 +1,4 @@
-"""What every worker process does around its role: read its files, run, and leave with the right exit code."""
+"""Frame of every worker process around its role: read its files, run, and leave with the right exit code."""
 
 import argparse
 import ctypes
@@ -22,7 +22,7 @@ from sl_queue.observe.log import to_log
 from sl_queue.protocol.events import Loaded, Observer, ending
 from sl_queue.protocol.messages import SCHEDULER
 
-Role = Literal["scheduler", "feature", "label"]
+Role = Literal["scheduler", "feature", "label", "hand"]
 
 FINAL_CODES = frozenset({2, 3, 4, 5, 6, 70})
 
@@ -44,7 +44,7 @@ def exiting() -> Iterator[None]:
         final = _final_exit()
         if final is None or end.code not in FINAL_CODES:
             raise
-        print(f"exit code {end.code}, told as {final} ({FINAL_EXIT.name}): no restart mends this", file=sys.stderr)
+        print(f"exit code {end.code}, reported as {final} ({FINAL_EXIT.name}): no restart fixes this", file=sys.stderr)
         raise SystemExit(final) from None
 
 
@@ -81,6 +81,13 @@ def _run(role: Role) -> None:
         job = Job.load(arguments.job)
         if job.security.seal:
             leave_no_core()
+        if role == "hand":
+            from sl_queue.launch.hand_process import run_hand
+
+            party_file = PartyFile.load(arguments.party)
+            name = party_file.party
+            run_hand(job, party_file, arguments.broker)
+            return
         options = (arguments.broker, arguments.state, arguments.key, arguments.metrics_port)
         if role == "scheduler":
             from sl_queue.launch.scheduler import run_scheduler  # without torch
@@ -140,6 +147,8 @@ def _arguments(role: Role) -> argparse.Namespace:
     if role != "scheduler":
         parser.add_argument("--party", type=Path, required=True, help="this party's own file")
     parser.add_argument("--broker", help="URL of the broker; before it comes SL_QUEUE_BROKER, then the party file's")
+    if role == "hand":  # which has neither state nor secrets
+        return parser.parse_args()
     parser.add_argument("--key", type=Path, help="file with the private key of a job that seals; else SL_QUEUE_KEY")
     parser.add_argument(
         "--metrics-port",
@@ -152,4 +161,5 @@ def _arguments(role: Role) -> argparse.Namespace:
 
 
 def _module(role: Role) -> str:
-    return {"scheduler": "workers.scheduler", "feature": "workers.feature_party", "label": "workers.label_holder"}[role]
+    modules = {"feature": "workers.feature_party", "label": "workers.label_holder"}
+    return modules.get(role, f"workers.{role}")

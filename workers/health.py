@@ -26,7 +26,7 @@ def complaint(address: str) -> str | None:
 
 
 def main() -> None:
-    """The entry point."""
+    """Ask the metrics server whether the worker is ready, and exit accordingly."""
     with leaving():
         default = METRICS.read()
     parser = argparse.ArgumentParser(prog="python -m workers.health", description=__doc__)

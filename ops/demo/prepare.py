@@ -21,7 +21,7 @@ TABLES = {**FILES, "labels": "labels.csv"}
 
 
 def main() -> None:
-    """The entry point."""
+    """Write the demo's files."""
     if (OUT / OPERATOR / "job.toml").exists():  # the last to be written
         print("prepared already")
         return

@@ -1,4 +1,4 @@
-"""Whether a job's messages fit the broker, and each login may do what it must and no more."""
+"""Checks at the broker: a job's messages fit it, and each login may do what it must and no more."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -42,15 +42,15 @@ def message_sizes(check: Check, job: Job, payloads: Mapping[str, Payload], batch
 
 
 def _names(check: Check, job: Job, broker: str) -> None:
-    """What each role writes to and reads from."""
+    """List the exchanges that each role writes to and the queues it reads."""
     names = topology(job, broker)
     for role in (SCHEDULER, *job.parties):
         queues = ", ".join(names.queue(role, sender) for sender in names.senders_to(role))
-        check.note(f"{role}: writes to exchange {names.exchange(role)}, reads queues {queues}")
+        check.detail(f"{role}: writes to exchange {names.exchange(role)}, reads queues {queues}")
 
 
 def brokers(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None) -> None:
-    """Whether every broker that is named can be reached, and whether each login may do what it must and no more."""
+    """Check that every named broker can be reached, and that each login may do what it must and no more."""
     given = check.attempt(lambda: _given(job, broker, files)) if broker else None
     logins = [given] if given is not None else [] if broker else _logins(check, files)
     network = [(url, role) for url, role in logins if not url.startswith(MEMORY)]
@@ -61,7 +61,7 @@ def brokers(check: Check, job: Job, files: Sequence[PartyFile], broker: str | No
 
 
 def _logins(check: Check, files: Sequence[PartyFile]) -> list[tuple[str, str]]:
-    """The broker of each party file that names one, and as whom it logs in there."""
+    """Return the broker of each party file that names one, and as whom it logs in there."""
     named = [file for file in files if file.broker]
     urls = [(check.attempt(file.broker_url), file.party) for file in named]
     return [(url, party) for url, party in urls if url is not None]

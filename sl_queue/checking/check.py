@@ -7,18 +7,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sl_queue.checking.broker import MIB, brokers, message_sizes
+from sl_queue.checking.data_report import report_data
 from sl_queue.checking.dry_run import Readable, compare_with_joined, dry_run
+from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
+from sl_queue.data.aligning import shared_rows
+from sl_queue.data.ids import Positions
+from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.party import bounds_of
+from sl_queue.launch.privacy import responded, token_key
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import differing_id_types
+from sl_queue.protocol.table import Table
 from sl_queue.storage.secret_file import read_secret
 
 SPELLED_OUT_STEPS = 3
@@ -35,22 +42,45 @@ def check_job(job_file: Path, party_files: Sequence[Path], broker: str | None, s
     return check.exit_code
 
 
+def check(
+    job: Job, parties: Sequence[PartyFile] | Mapping[str, PartyFile] = (), broker: str | None = None
+) -> list[Finding]:
+    """Find everything that can be wrong with a job before anything is started, as `sl-queue check` does.
+
+    `parties` are those at hand; with all of them a few steps are done split and joined, and compared. Findings come in
+    the order in which they were made; those of level "error" would end a run.
+    """
+    found: list[Finding] = []
+    files = list(parties.values()) if isinstance(parties, Mapping) else list(parties)
+    _check_with_job(Check(found.append), job, files, broker, 0)
+    return found
+
+
 def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
     """Check everything that takes a job; `unread` party files could not be read."""
     importer = Importer()
     resolved = [(file, check.attempt(lambda file=file: resolve(job, file, importer))) for file in files]  # type: ignore[misc]
     readable = [(file, spec) for file, spec in resolved if spec is not None]
-    parties = {file.party: party for file, spec in readable if (party := _read(check, job, file, spec))}
-    aligned = _compare_rows(check, parties)
+    shared = _shared(check, job, [spec.table for _, spec in readable])
+    parties = {file.party: party for file, spec in readable if (party := _read(check, job, file, spec, shared))}
+    aligned = _compare_rows(check, job, parties, shared)
     table = next(iter(parties.values())).table if parties else None
     batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.hashes))
     if batches is not None:
+        for name, held in parties.items():
+            if held.table.n_rows == batches.n_rows:
+                report_data(check, name, held.table, batches)
         tried = dry_run(check, job, parties, batches)
         if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
             check.attempt(lambda: compare_with_joined(check, job, parties, batches, tried.seconds))
+        defended = [spec.privacy.defends_labels for _, spec in readable if spec.role == "label"]
+        if aligned and check.exit_code == 0 and job.label_holder in parties and not any(defended):
+            for warning in check.attempt(lambda: exposure(job, parties, batches)) or ():
+                check.warn(f"{job.label_holder}: {warning}")
         message_sizes(check, job, tried.payloads, batches)
     _say_who_is_missing(check, job, parties, files, unread)
     _say_what_is_not_joined(check, job)
+    _say_what_is_defended(check, [spec for _, spec in readable])
     _spell_out(check, job, batches)
     brokers(check, job, files, broker)
 
@@ -69,10 +99,35 @@ def _say_who_is_missing(
         check.note(f"not looked at: {', '.join(missing)} ({why})")
 
 
-def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec) -> Readable | None:
+def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> Mapping[str, Positions]:
+    """Find the rows that all parties share if the job aligns them and all files are at hand; else nothing."""
+    if job.alignment.method != "psi":
+        return {}
+    if len(specs) < len(job.parties):
+        check.note("rows are not aligned yet, so each table at hand is looked at with all its rows")
+        return {}
+    shared = check.attempt(lambda: shared_rows(specs))
+    if shared is None:
+        return {}
+    count = len(next(iter(shared.values())))
+    if count < job.alignment.at_least:
+        check.error(
+            AlignmentError(f"{count} rows are shared by all, and alignment.at_least = {job.alignment.at_least}")
+        )
+    check.ok(f"rows: {count} are shared by {', '.join(shared)}; an alignment will find them")
+    return shared
+
+
+def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec, shared: Mapping[str, Positions]) -> Readable | None:
     with_secret = check.attempt(lambda: _with_secret(job, file, spec))
-    table = check.attempt(lambda: read_table(spec.table))
-    if table is None or with_secret is None:
+    if with_secret is None:
+        return None
+
+    def read() -> Table:
+        return responded(with_secret, read_table(spec.table, shared.get(file.party), token_key=token_key(with_secret)))
+
+    table = check.attempt(read)
+    if table is None:
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
@@ -88,8 +143,10 @@ def _with_secret(job: Job, file: PartyFile, spec: PartySpec) -> PartySpec:
     return spec.with_secret(read_secret(path)) if isinstance(path, Path) and job.rules != BY_POSITION else spec
 
 
-def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
-    """Whether all parties at hand hold the same ids."""
+def _compare_rows(check: Check, job: Job, parties: Mapping[str, Readable], shared: Mapping[str, Positions]) -> bool:
+    """Return True if all parties at hand hold the same ids, or share some that an alignment will find."""
+    if job.alignment.method == "psi":
+        return bool(shared)
     if len({(p.table.digest, p.table.id_type) for p in parties.values()}) <= 1:
         if len(parties) > 1:
             check.ok(f"rows: {', '.join(parties)} hold the same ids")
@@ -102,7 +159,7 @@ def _compare_rows(check: Check, parties: Mapping[str, Readable]) -> bool:
 
 
 def _say_what_is_not_joined(check: Check, job: Job) -> None:
-    """What makes a run another training than the joined one; it is repeated and resumed exactly all the same."""
+    """List what makes the run differ from joined training; it is repeated and resumed exactly all the same."""
     if job.pipeline.staleness:
         check.note(
             f"staleness = {job.pipeline.staleness}: activations are computed with weights of up to so many steps "
@@ -115,8 +172,19 @@ def _say_what_is_not_joined(check: Check, job: Job) -> None:
         )
 
 
+def _say_what_is_defended(check: Check, specs: Iterable[PartySpec]) -> None:
+    """Tell which defences change what is sent, and with it what is trained; they are no part of the comparison."""
+    for spec in specs:
+        changes = [key.removeprefix("privacy.") for key in spec.privacy.fingerprint if "labels" not in key]
+        if changes:
+            check.note(
+                f"{spec.party}: [privacy] {', '.join(changes)} change what is sent; the final weights are not those of "
+                "joined training, and a comparison above is without them"
+            )
+
+
 def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
-    """The order of work from the first step on."""
+    """List the actions of the first steps, in order."""
     if batches is None:
         return
     pipeline = job.pipeline_of(batches)

@@ -46,7 +46,7 @@ class Readable:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What the models at hand came to."""
+    """Result of a step of the models at hand."""
 
     payloads: Mapping[str, Payload] = field(repr=False)  # of the bases, for the first micro-batch
     seconds: float  # of computing for one micro-batch, one party after the other
@@ -100,7 +100,7 @@ def _dry_label_holder(
 
 @dataclass(frozen=True, slots=True)
 class Timed(Generic[T]):
-    """What a dry run came to, and how long it took once all was warm."""
+    """Result of a dry run, and how long it took once all was warm."""
 
     outcome: T
     seconds: float
@@ -136,7 +136,7 @@ def _smallest_fuse(party: Readable, batches: Batches, activations: Mapping[str, 
 
 @dataclass(frozen=True, slots=True)
 class _Activations:
-    """What the feature parties send, or stand-ins for those of the parties in `made_up`."""
+    """Activations of the feature parties, or stand-ins for those of the parties in `made_up`."""
 
     payloads: Mapping[str, Payload] = field(repr=False)
     made_up: tuple[str, ...]
@@ -145,7 +145,7 @@ class _Activations:
 def _activations(
     job: Job, seen: Mapping[str, Payload], table: Table, batches: Batches, micro_batch: MicroBatch
 ) -> _Activations:
-    """The activations that were seen; stand-ins of other parties."""
+    """Return the activations that were seen, and stand-ins for those of other parties."""
     positions = batches.rows(micro_batch)
     rows = CutRows.of(table.row_keys, positions).digest
     payloads = {name: seen[name] for name in job.feature_parties if name in seen and seen[name].rows == rows}
@@ -180,7 +180,7 @@ def _smallest(batches: Batches) -> MicroBatch:
 
 
 def _explained(batches: Batches, dry_run: Callable[[], T]) -> T:
-    """The dry run; its error says which micro-batch it was and what to do."""
+    """Return the dry run; its error says which micro-batch it was and what to do."""
     try:
         return dry_run()
     except SlQueueError as error:
@@ -192,7 +192,7 @@ def _explained(batches: Batches, dry_run: Callable[[], T]) -> T:
 
 
 def _delivery_timeout(check: Check, job: Job, batches: Batches, seconds: float) -> None:
-    """What is received is acknowledged at a commit; computing here tells how far apart commits are at least."""
+    """Compare the broker's delivery timeout with the time between commits: messages are acknowledged at a commit."""
     steps = min(job.pipeline.checkpoint_every, batches.steps_per_epoch)
     between_s = seconds * steps * batches.parts(0)
     said = f"every {steps} steps, about {between_s:.1f} s of computing here, one party after the other"
@@ -213,7 +213,7 @@ def compare_with_joined(
 ) -> None:
     """Do the first steps split, again, and joined; `seconds` of computing for a micro-batch say how many there may be.
 
-    What `staleness` and a narrower dtype on the wire do on purpose is left out at first, and told apart.
+    What `staleness` and a narrower dtype on the wire do on purpose is left out at first, and reported apart.
     """
     step_s = seconds * batches.parts(0)
     steps = min(STEPS, batches.steps, max(1, int(COMPARING_S / COMPARED / max(step_s, 1e-9))))
@@ -264,7 +264,7 @@ class _Trial:
 
 
 def _exact(job: Job) -> Job:
-    """The same job without what makes it another training than joined."""
+    """Return the same job without the settings that make it differ from joined training."""
     wire = job.wire.model_copy(update={"dtype": "float32"})
     return job.model_copy(update={"wire": wire, "pipeline": job.pipeline.model_copy(update={"staleness": 0})})
 

@@ -1,4 +1,4 @@
-"""What `sl-queue check` looked at, and what it saw."""
+"""Findings of `sl-queue check`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ T = TypeVar("T")
 
 
 class Level(StrEnum):
-    """How a finding is meant."""
+    """Severity of a finding."""
 
     OK = "ok"
     NOTE = "note"
+    DETAIL = "detail"  # for who runs the broker: names of queues
     WARNING = "warning"
     ERROR = "error"
 
@@ -39,6 +40,9 @@ class Check:  # mutable: it remembers the first error
     def note(self, text: str) -> None:
         self.say(Finding(Level.NOTE, text))
 
+    def detail(self, text: str) -> None:
+        self.say(Finding(Level.DETAIL, text))
+
     def warn(self, text: str) -> None:
         self.say(Finding(Level.WARNING, text))
 
@@ -47,7 +51,7 @@ class Check:  # mutable: it remembers the first error
         self.exit_code = self.exit_code or error.exit_code
 
     def attempt(self, action: Callable[[], T]) -> T | None:
-        """What the action returns, or None after its error has become a finding."""
+        """Return the result of the action, or None after its error has become a finding."""
         try:
             return action()
         except SlQueueError as error:

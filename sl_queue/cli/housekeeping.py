@@ -1,4 +1,4 @@
-"""What an operator does with what lies at the broker: dead letters, and what a job left behind. In words for people."""
+"""Housekeeping by an operator: dead letters at the broker, and what a job left behind. In words for people."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

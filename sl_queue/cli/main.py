@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sl_queue.cli import operate, prepare, run
+from sl_queue.cli import operate, prepare, run, tables
 from sl_queue.config.environment import DEBUG
 from sl_queue.launch.process import leaving
 
@@ -41,7 +41,10 @@ def options(
 # In the order of `sl-queue --help`.
 app.command()(run.demo)
 app.command()(prepare.check)
+app.command()(tables.features)
+app.command()(tables.align)
 app.command()(prepare.plan)
+app.command()(prepare.privacy)
 app.command()(run.local)
 app.command()(operate.status)
 app.command()(operate.stop)

@@ -30,7 +30,7 @@ def status(
 
     telling = watch_status(agreed, url, sealing(agreed, OPERATOR, key, url))
     if telling is None:
-        raise PeerSilent(f"{job}: no scheduler has told anything of this job at that broker; start workers.scheduler")
+        raise PeerSilent(f"{job}: no scheduler has reported this job at that broker; start workers.scheduler")
     if as_json:
         print(json.dumps(telling.as_json(time.time())))
     else:

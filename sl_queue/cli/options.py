@@ -1,4 +1,4 @@
-"""What the commands share: arguments and options by type, and reading and asking what they need."""
+"""Arguments and options that the commands share, by type, and the reading of and asking for what they need."""
 
 import sys
 from collections.abc import Iterable

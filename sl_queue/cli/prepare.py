@@ -1,4 +1,4 @@
-"""The commands that come before a run: check, plan, key and provision."""
+"""The commands that come before a run: check, plan, privacy, key and provision."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,20 @@ def check(
     job: JobPath,
     parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
     broker: Broker = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also the names of exchanges and queues.")] = False,
 ) -> None:
-    """Find everything that can be wrong before anything is started."""
+    """Find everything that can be wrong before anything is started, and report on the tables at hand."""
     from sl_queue.checking.check import check_job
+    from sl_queue.checking.findings import Finding, Level
     from sl_queue.observe.console import show_finding, stdout
 
     console = stdout()
-    raise typer.Exit(
-        check_job(job, parties or [], broker, lambda found: show_finding(console, found.level, found.text))
-    )
+
+    def say(found: Finding) -> None:
+        if verbose or found.level is not Level.DETAIL:
+            show_finding(console, found.level, found.text)
+
+    raise typer.Exit(check_job(job, parties or [], broker, say))
 
 
 def plan(
@@ -39,6 +44,27 @@ def plan(
 
     found = plan_job(Job.load(job), [PartyFile.load(path) for path in parties], Link(rtt, bandwidth, cores))
     print("\n".join(lines(found)))
+
+
+def privacy(
+    job: JobPath,
+    parties: PartyPaths,
+    picture: Annotated[Path | None, typer.Option(help="Write utility against attacks into this SVG file.")] = None,
+) -> None:
+    """Train briefly here with each defence, and print what it costs and what it keeps: a table to choose from."""
+    from sl_queue.config.job import Job, PartyFile
+    from sl_queue.planning import privacy as trials
+
+    trial = trials.trial_of(Job.load(job), [PartyFile.load(path) for path in parties])
+    print(trials.HEADER, flush=True)
+    found = []
+    for outcome in trials.outcomes(trial):
+        found.append(outcome)
+        print(trials.line(outcome, trial), flush=True)
+    print("", *trials.explanation(trial), *trials.pasted(found, trial), sep="\n")
+    if picture is not None:
+        picture.write_text(trials.picture(found, trial))
+        print(f"\n{picture}: utility against the worst attack")
 
 
 def key(
@@ -92,7 +118,7 @@ def provision(
         bool, typer.Option("--client-certificates", help="Log in with certificates instead of passwords.")
     ] = False,
     rotate: Annotated[
-        list[str] | None, typer.Option(help="logins, certificates, authority or keys: make these anew.")
+        list[str] | None, typer.Option(help="logins, certificates, authority or keys: replace these.")
     ] = None,
 ) -> None:
     """Write everything a deployment needs: one folder for each party, one for the broker."""

@@ -47,7 +47,7 @@ def local(
     )
 
     require_all(agreed, list(files.values()))
-    places = _places(agreed, files, out)
+    places = places_of(agreed, files, out)
     url = read_broker_url(broker or MEMORY)
     if url.startswith(MEMORY):
         history = _run_threads(agreed, list(files.values()), places)
@@ -91,7 +91,7 @@ def chaos(
     raise typer.Exit(0 if comparison.passed else 1)
 
 
-def _places(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":
+def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":
     """Each role's file and state folder; without --out the scheduler's is beside the label holder's."""
     from sl_queue.local.processes import Place
     from sl_queue.protocol.messages import SCHEDULER

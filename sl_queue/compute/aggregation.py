@@ -1,4 +1,4 @@
-"""How activations become the fuse model's input."""
+"""Aggregation of activations into the fuse model's input."""
 
 from functools import reduce
 from typing import Literal, assert_never

@@ -99,7 +99,16 @@ class TorchBaseStage:
         flight = self._in_flight.pop(micro_batch)
         tensor = self.cut.arrive(gradient, micro_batch, flight.rows)
         if tensor is not None:
-            self.differentiate(micro_batch, flight, tensor)
+            self.differentiate(micro_batch, flight, self.returned(micro_batch, flight.activation, flight.rows, tensor))
+
+    def returned(self, micro_batch: MicroBatch, activation: Tensor, rows: CutRows, gradient: Tensor) -> Tensor:
+        """Return the gradient of the model's own output, of which a defence may have sent another one."""
+        returning = self.cut.guard.returning
+        if returning is None:
+            return gradient
+        inputs = self.inputs(self.batches.rows(micro_batch))
+        share = len(rows) / self.batches.rows_in_step(micro_batch.step)
+        return returning.apply(gradient, activation, inputs, share)
 
     def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> None:
         """Do the backward pass of an activation; random draws in it are keyed by the micro-batch."""
@@ -173,7 +182,7 @@ class TorchBaseStage:
 
     def weights(self) -> Weights:
         """Return the base model's own state_dict."""
-        return {"base": self.model.weights()}
+        return self.model.weights()
 
     def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
         """None for the live weights when all earlier updates are in them, else the copy of this version."""
@@ -244,7 +253,7 @@ def _stage(
         features = offers(spec, table, dtype)[choice].features
         return take_rows(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
-    model = Model.build(spec, "base", sample, take)
+    model = Model.build(spec, "base", sample, take, batches.steps)
     offer = offers(spec, table, model.dtype)[choice]
     trial = sample(model.dtype)
     assert isinstance(trial, Tensor)

@@ -17,6 +17,7 @@ from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
 from sl_queue.errors import ComputeError, JobError, SlQueueError
 
+LAST = "-last"  # of a file in `final/`: the weights of the last step, where those of the part itself are averages
 Inputs = Tensor | list[Tensor]
 Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
 
@@ -68,7 +69,7 @@ def final_module(spec: ComputeSpec, path: Path) -> nn.Module:
 
 def part_of(path: Path) -> Part:
     """Tell by its stem which part a file in `final/` holds."""
-    return "fuse" if path.stem == "fuse" else "base"
+    return "fuse" if path.stem.removesuffix(LAST) == "fuse" else "base"
 
 
 def device_of(spec: ComputeSpec) -> torch.device:

@@ -1,4 +1,4 @@
-"""What a model or loss is made of, as digests of its code: by its syntax tree, so comments and layout may change."""
+"""Digests of the code that a model or loss is made of, by its syntax tree: comments and layout may change."""
 
 import ast
 import functools

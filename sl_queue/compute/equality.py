@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
+from sl_queue.compute.building import LAST
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.compute.spec import ComputeSpec
@@ -87,6 +88,7 @@ def split_weights(
         _of(party) if part == "base" else part: {name: from_payload(payload) for name, payload in weights.items()}
         for party, stage in stages.items()
         for part, weights in stage.weights().items()
+        if not part.endswith(LAST)
     }
 
 

@@ -6,6 +6,7 @@ canonical order, so rows may stand in any order and files may move.
 """
 
 import json
+from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sl_queue.compute.code_digest import DIGEST_BYTES, code_digests, digest_of, named, words
-from sl_queue.compute.spec import NAMED_LOSSES, ComputeSpec, ModelSpec, Part
+from sl_queue.compute.names import NAMED_LOSSES, loss_name
+from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
 from sl_queue.cut.tensors import to_payload
 from sl_queue.ports import UserCode
 from sl_queue.protocol.fingerprints import RULES, SEED
@@ -44,8 +46,11 @@ def fingerprint(spec: ComputeSpec, table: Table | None = None, rules: int = RULE
             found |= _of_part(part, model, spec.code)
     if spec.objective is not None:
         loss = spec.objective.loss
-        found |= {"fuse.loss": named(loss), "fuse.outputs": spec.objective.outputs}
-        found |= _of_code("fuse.loss", None if isinstance(loss, str) and loss in NAMED_LOSSES else loss, spec.code)
+        found |= {"fuse.loss": named(loss_name(loss)), "fuse.outputs": spec.objective.outputs}
+        if isinstance(loss, Mapping):
+            found |= {f"fuse.loss.{key}": value for key, value in loss.items() if key != "name"}
+        known = isinstance(loss, Mapping) or (isinstance(loss, str) and loss in NAMED_LOSSES)
+        found |= _of_code("fuse.loss", None if known else loss, spec.code)
     return found
 
 
@@ -74,7 +79,8 @@ def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
     each: list[str] | None = None
     if features is not None and columns is not None and features.ndim == 2 and len(columns) <= _MANY:
         each = [_digest(np.ascontiguousarray(features[:, place])) for place in range(len(columns))]
-    return {
+    fitted = {} if table.fitted is None else {"data.fitted": digest_of(table.fitted.encode())}
+    return fitted | {
         "data.rows": f"{table.n_rows} {table.digest}",
         "data.columns": None if columns is None else list(columns),
         "data.features": None if features is None else f"{_described(features)} {_together(features, each)}",
@@ -103,8 +109,17 @@ def _digest(array: npt.NDArray[Any]) -> str:
 
 def _of_part(part: Part, table: ModelSpec, code: UserCode) -> dict[str, Any]:
     found: dict[str, Any] = {f"{part}.model": named(table.model)}
-    for group in ("args", "optimizer"):
-        found |= {f"{part}.{group}.{k}": _plain(v, code) for k, v in dict(getattr(table, group)).items()}
+    for group in ("args", "optimizer", "schedule"):
+        value = getattr(table, group)
+        if isinstance(value, Mapping):
+            found |= {f"{part}.{group}.{k}": _plain(v, code) for k, v in value.items()}
+        elif value is not None:
+            found |= {f"{part}.{group}": named(value)}
+            is_code = not isinstance(value, str) or ":" in value
+            found |= _of_code(f"{part}.{group}", value, code) if is_code else {}
+    for key in ("groups", "clip_norm", "clip_value", "ema"):
+        if getattr(table, key):
+            found[f"{part}.{key}"] = _plain(getattr(table, key), code)
     return found | _of_code(part, table.model, code)
 
 

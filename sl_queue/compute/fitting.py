@@ -164,7 +164,7 @@ def _tried(loss: Loss, form: Form, output: Tensor, labels: Tensor) -> _Tried | N
 
     try:
         value, other = value_of(labels), value_of(labels.roll(1, 0))
-    except Exception:  # of the user's code; when no form works, it is told by the trial that follows
+    except Exception:  # of the user's code; when no form works, the trial that follows reports it
         return None
     return _Tried(value, abs(value - other) > _SAME * abs(value)) if np.isfinite([value, other]).all() else None
 
@@ -177,7 +177,7 @@ def _copy(loss: Loss) -> Loss:
 
 
 def _trials(output: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs that differ from row to row with labels that differ, if any do: near the labels, and near the model's."""
+    """Yield outputs that differ from row to row with labels that differ, if any do: near the labels and the model's."""
     first = labels.reshape(len(labels), -1)[:, 0]
     picked = torch.stack([first.argmin(), first.argmax(), torch.tensor(0), torch.tensor(len(labels) // 2)])
     few = labels[picked].to(output.device)

@@ -8,12 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
 from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.losses import label_tensor
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
@@ -75,6 +77,7 @@ class TorchFuseStage:
     table: Table
     batches: Batches
     cuts: Mapping[str, FuseCut]  # to the feature parties, in job order
+    truly: Mapping[str, float | None] = field(default_factory=dict)  # the last metrics on true labels, for this party
     _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
     _prepared: PreparedTargets | None = None
@@ -196,7 +199,15 @@ class TorchFuseStage:
         if self.objective.metrics:
             output, labels = torch.cat([p.output for p in parts]), torch.cat([p.labels for p in parts])
             found |= measured(self.objective, output, labels)
+            if self.table.truth is not None:
+                self.truly = measured(self.objective, output, self._true_labels(len(parts)))
         return found
+
+    def _true_labels(self, parts: int) -> Tensor:
+        """The labels of the first held-out micro-batches, in whose place the stage is given others."""
+        assert self.table.truth is not None
+        positions = [self.batches.holdout_part(index) for index in range(parts)]
+        return label_tensor(self.table.truth[np.concatenate(positions)])
 
     def state(self) -> State:
         """Return a copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
@@ -222,7 +233,7 @@ class TorchFuseStage:
 
     def weights(self) -> Weights:
         """Return the state_dict of the fuse model, and of the own base model if there is one."""
-        return {"fuse": self.model.weights(), **({} if self.own is None else self.own.weights())}
+        return {**self.model.weights(), **({} if self.own is None else self.own.weights())}
 
     def _own_backward(self) -> None:
         """Do the backward pass of the own base model that was put off, if there is one."""
@@ -285,7 +296,7 @@ def fuse_stage(
         return aggregated(inputs, layers.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
-    model = Model.build(spec, "fuse", sample, take)
+    model = Model.build(spec, "fuse", sample, take, batches.steps)
     output = model.try_out(sample(model.dtype, model.device), graph=True)
     _require_rows_first(output, model)
 

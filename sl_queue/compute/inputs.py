@@ -34,7 +34,7 @@ class Offer:
 
 
 def n_offers(features: Array) -> int:
-    """The number of forms, which no model's dtype changes."""
+    """Count the forms, which no model's dtype changes."""
     return 2 if features.dtype.kind in "iu" else 1
 
 
@@ -103,7 +103,7 @@ def _parts(features: Array, columns: tuple[str, ...] | None) -> Iterator[tuple[s
 
 
 def _largest(array: Array) -> float:
-    """The largest absolute value, found without a copy of the array."""
+    """Return the largest absolute value, found without a copy of the array."""
     return max(float(array.max()), -float(array.min())) if array.size else 0.0
 
 

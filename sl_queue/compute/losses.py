@@ -5,6 +5,7 @@ Numbers are never narrowed to suit others: output and labels meet in float32 at 
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -23,32 +24,74 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (output, labels) -> the mean over t
 _ONE = 1e-3  # how far the probabilities of a soft label may be from adding up to one
 
 
-def bce_with_logits(output: Tensor, labels: Tensor) -> Tensor:
+def bce_with_logits(output: Tensor, labels: Tensor, pos_weight: Any = None, reduction: str = "mean") -> Tensor:
     """Binary cross-entropy of logits; labels from 0 to 1, (rows,) or as the output."""
     output = widened(output)
-    return F.binary_cross_entropy_with_logits(output, as_output(labels, output))
+    weight = None if pos_weight is None else torch.as_tensor(pos_weight, dtype=output.dtype, device=output.device)
+    given = as_output(labels, output)
+    return F.binary_cross_entropy_with_logits(output, given, pos_weight=weight, reduction=reduction)
 
 
-def cross_entropy(output: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(
+    output: Tensor, labels: Tensor, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> Tensor:
     """Cross-entropy of logits (rows, classes); labels are class numbers (rows,), or probabilities as the output."""
     output = widened(output)
-    return F.cross_entropy(output, as_classes(labels, output))
+    each = None if weight is None else torch.as_tensor(weight, dtype=output.dtype, device=output.device)
+    given = as_classes(labels, output)
+    return F.cross_entropy(output, given, each, reduction=reduction, label_smoothing=label_smoothing)
 
 
-def mse(output: Tensor, labels: Tensor) -> Tensor:
+def mse(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Mean squared error; labels (rows,) or as the output."""
     output = widened(output)
-    return F.mse_loss(output, as_output(labels, output))
+    return F.mse_loss(output, as_output(labels, output), reduction=reduction)
 
 
-LOSSES: Mapping[str, Loss] = {"bce_with_logits": bce_with_logits, "cross_entropy": cross_entropy, "mse": mse}
+def l1(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Mean absolute error; labels (rows,) or as the output."""
+    output = widened(output)
+    return F.l1_loss(output, as_output(labels, output), reduction=reduction)
+
+
+def huber(output: Tensor, labels: Tensor, delta: float = 1.0, reduction: str = "mean") -> Tensor:
+    """Squared error up to `delta`, absolute beyond; labels (rows,) or as the output."""
+    output = widened(output)
+    return F.huber_loss(output, as_output(labels, output), reduction=reduction, delta=delta)
+
+
+def poisson(
+    output: Tensor, labels: Tensor, log_input: bool = True, full: bool = False, reduction: str = "mean"
+) -> Tensor:
+    """Negative log likelihood of counts; the output is the logarithm of the rate unless `log_input` is false."""
+    output = widened(output)
+    return F.poisson_nll_loss(output, as_output(labels, output), log_input, full, reduction=reduction)
+
+
+def bce(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Binary cross-entropy of probabilities; labels from 0 to 1, (rows,) or as the output."""
+    output = widened(output)
+    return F.binary_cross_entropy(output, as_output(labels, output), reduction=reduction)
+
+
+LOSSES: Mapping[str, Loss] = {
+    "bce_with_logits": bce_with_logits,
+    "cross_entropy": cross_entropy,
+    "mse": mse,
+    "l1": l1,
+    "huber": huber,
+    "poisson": poisson,
+    "bce": bce,
+}
 
 
 def loss_of(spec: ComputeSpec, device: torch.device, take: Take | None = None) -> Loss:
-    """The loss that a party file names or brings; `take` says how to come by one that is given in code."""
+    """Return the loss that a party file names or brings; `take` is how to obtain one given in code."""
     assert spec.objective is not None
     loss = spec.objective.loss
     where = f"party {spec.party!r}: [fuse] loss = {loss!r}"
+    if isinstance(loss, Mapping):
+        return partial(LOSSES[loss["name"]], **{key: value for key, value in loss.items() if key != "name"})
     if isinstance(loss, str):
         if loss in LOSSES:
             return LOSSES[loss]
@@ -156,10 +199,12 @@ def check_labels(labels: npt.NDArray[Any] | None, output: Tensor, loss: str | An
         raise JobError(f"{where}: labels hold NaN or infinity; remove those rows at every party")
     if loss == "cross_entropy":
         check_classes(labels, output, where)
-    elif loss == "bce_with_logits" and (labels.min() < 0 or labels.max() > 1):
+    elif loss in ("bce_with_logits", "bce") and (labels.min() < 0 or labels.max() > 1):
         raise JobError(
-            f"{where}: labels go from {labels.min()} to {labels.max()}; bce_with_logits takes 0 to 1{_renumber(labels)}"
+            f"{where}: labels go from {labels.min()} to {labels.max()}; {loss} takes 0 to 1{_renumber(labels)}"
         )
+    elif loss == "poisson" and labels.min() < 0:
+        raise JobError(f"{where}: labels go down to {labels.min()}; poisson takes counts, 0 and above")
 
 
 def _renumber(labels: npt.NDArray[Any]) -> str:

@@ -8,7 +8,6 @@ held-out row has, or every one.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import StrEnum
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -19,28 +18,23 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
 from sl_queue.compute.losses import are_soft, check_classes, class_numbers, shaped
+from sl_queue.compute.names import metric_name
+from sl_queue.compute.other_metrics import Metric, Task, made, torchmetric
 from sl_queue.errors import ComputeError, JobError
+from sl_queue.ports import UserCode
 
-Metric = Callable[[Tensor, Tensor], float | None]  # (predictions, targets), both on the CPU
-_OF_NUMBERS = {"mse", "mae", "r2"}
+_OF_NUMBERS = {"mse", "rmse", "mae", "r2"}
 _OF_DIFFERENCES = {"auroc", "average_precision", "r2"}  # undefined where all targets are the same
 _ROUNDING = 1e-3  # by which probabilities of a model in bfloat16 may miss 0 and 1
 _Function = Callable[..., Tensor]  # of torchmetrics
-
-
-class Task(StrEnum):
-    """What is predicted; it decides which metrics there are."""
-
-    BINARY = "binary"  # one logit a row, or several independent ones, which are then pooled
-    MULTICLASS = "multiclass"  # a logit for each class
-    REGRESSION = "regression"
 
 
 _TASKS: Mapping[Any, Task] = {
     **dict.fromkeys(("bce_with_logits", nn.BCEWithLogitsLoss, nn.BCELoss), Task.BINARY),
     **dict.fromkeys((F.binary_cross_entropy_with_logits, F.binary_cross_entropy), Task.BINARY),
     **dict.fromkeys(("cross_entropy", nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss), Task.MULTICLASS),
-    "mse": Task.REGRESSION,
+    "bce": Task.BINARY,
+    **dict.fromkeys(("mse", "l1", "huber", "poisson"), Task.REGRESSION),
 }
 
 
@@ -61,15 +55,23 @@ def task_of(
     return Task.MULTICLASS if classes or soft else Task.BINARY
 
 
-def metrics_of(names: Sequence[str], task: Task, where: str) -> dict[str, Metric]:
-    """The named metrics. Raises JobError for one that the task does not have."""
-    wanted = [name for name in names if name != "loss"]  # which is always told
+def metrics_of(wanted: Sequence[Any], task: Task, where: str, code: UserCode, classes: int) -> dict[str, Metric]:
+    """The metrics by their names in the history: of ours, of torchmetrics, or in code.
+
+    Raises JobError for one that the task does not have.
+    """
+    wanted = [metric for metric in wanted if metric != "loss"]  # which is always told
     known = _known(task) if wanted else {}
-    for name in wanted:
-        if name not in known:
-            allowed = ", ".join(("loss", *known))
-            raise JobError(f"{where} [fuse] metrics: {name!r} is unknown for a {task} loss; allowed are {allowed}")
-    return {name: known[name] for name in wanted}
+    found: dict[str, Metric] = {}
+    for metric in wanted:
+        name = metric_name(metric)
+        if isinstance(metric, str) and metric in known:
+            found[name] = known[metric]
+        elif callable(metric) or ":" in (metric if isinstance(metric, str) else metric["name"]):
+            found[name] = made(metric, f"{where} [fuse] metrics: {name!r}", code)
+        else:
+            found[name] = torchmetric(metric, task, known, f"{where} [fuse] metrics", classes)
+    return found
 
 
 def check_targets(task: Task, output: Tensor, labels: npt.NDArray[Any], metrics: Iterable[str], where: str) -> None:
@@ -166,19 +168,28 @@ def _known(task: Task) -> Mapping[str, Metric]:
         case Task.REGRESSION:
             return {
                 "mse": _always(r("mean_squared_error")),
+                "rmse": _root(_always(r("mean_squared_error"))),
                 "mae": _always(r("mean_absolute_error")),
                 "r2": _of_different_targets(r("r2_score")),
             }
 
 
 def _later(module: str, name: str) -> _Function:
-    """A function of torchmetrics, imported when it is first called: a restarted worker has no second to lose."""
+    """Wrap a function of torchmetrics, imported when first called: a restarted worker has no second to lose."""
 
     def function(*arguments: Tensor, **named: Any) -> Tensor:
         value: Tensor = getattr(import_module(f"torchmetrics.functional.{module}"), name)(*arguments, **named)
         return value
 
     return function
+
+
+def _root(metric: Metric) -> Metric:
+    def root(predicted: Tensor, targets: Tensor) -> float | None:
+        value = metric(predicted, targets)
+        return None if value is None else float(value**0.5)
+
+    return root
 
 
 def _always(metric: _Function) -> Metric:

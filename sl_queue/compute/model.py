@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sl_queue.compute.building import (
+    LAST,
     Inputs,
     Sample,
     blame,
@@ -20,6 +21,7 @@ from sl_queue.compute.building import (
     tensors_of,
 )
 from sl_queue.compute.code_digest import named
+from sl_queue.compute.learning import Learning
 from sl_queue.compute.modules.demands import (
     leaves_beyond,
     leaves_of,
@@ -33,7 +35,7 @@ from sl_queue.compute.modules.saved_values import NotCarriedError
 from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.modules.statistics import Statistics
-from sl_queue.compute.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from sl_queue.compute.optimizers import build_optimizer
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, Part
 from sl_queue.cut.crossing import CROSSING_DTYPES
@@ -53,7 +55,7 @@ class Model:
     part: Part
     name: str  # as the party file names it: "bank:BaseModel"
     module: nn.Module
-    optimizer: Optimizer | None
+    learning: Learning | None  # None without parameters
     device: torch.device
     dtype: torch.dtype  # of its parameters: what floating inputs are cast to
     seed: int
@@ -64,9 +66,16 @@ class Model:
     statistics: Statistics = field(default_factory=Statistics)  # where micro-batches are computed apart
     saw: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # by the newest forward pass, of those
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """Return what changes its parameters; None if it has none."""
+        return None if self.learning is None else self.learning.built.optimizer
+
     @classmethod
-    def build(cls, spec: ComputeSpec, part: Part, sample: Sample, take: Take | None = None) -> "Model":
-        """The model with its initial weights, the same wherever and however often it is built.
+    def build(cls, spec: ComputeSpec, part: Part, sample: Sample, take: Take | None = None, steps: int = 1) -> "Model":
+        """Return the model with its initial weights, the same wherever and however often it is built.
+
+        `steps` are those of the whole job, on which schedules depend.
 
         `take` says how to come by a module that is given in code; without it, as a copy.
         """
@@ -76,7 +85,8 @@ class Model:
         where, name = f"party {spec.party!r}: [{part}]", named(table.model)
         require_savable(module, f"{where} model = {name!r}")
         module.to(device)
-        optimizer = build_optimizer(module, dict(table.optimizer), f"{where} optimizer")
+        with seeded(key(spec.layers.seed, spec.party, f"{part} optimizer"), device):
+            optimizer = build_optimizer(module, table.optimizer, f"{where} optimizer", table.groups, spec.code)
         if optimizer is not None and not module.training:
             log.warning(
                 "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics "
@@ -86,7 +96,10 @@ class Model:
             )
         begin_training(module)
         built = Built.of(module)
-        about = (spec.party, part, name, module, optimizer, device, dtype_of(module))
+        learning = None
+        if optimizer is not None:
+            learning = Learning.of(optimizer, module, part, table, steps, where, spec.code)
+        about = (spec.party, part, name, module, learning, device, dtype_of(module))
         return cls(*about, spec.layers.seed, built, secret=spec.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
@@ -160,9 +173,16 @@ class Model:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Enter evaluation mode without gradients; afterwards every submodule is in the mode in which it was."""
-        with in_evaluation(self.module):
+        """Enter evaluation mode without gradients, with the average of the weights where one is kept.
+
+        Afterwards every submodule is in the mode in which it was.
+        """
+        with in_evaluation(self.module), self.averaged():
             yield
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Open a scope in which the module has the weights to evaluate and to give away."""
+        return nullcontext() if self.learning is None else self.learning.averaged()
 
     def _require_known(self, reached: Iterable[Tensor] = ()) -> None:
         """Raise JobError if the module has parameters that the optimizer was not given, or `reached` others."""
@@ -208,12 +228,13 @@ class Model:
         if not self.known:
             self._require_known()
             self.known = True
-        if self.optimizer is not None:
-            quiet = steps_only_torch(self.optimizer)
+        if self.learning is not None:
+            optimizer = self.learning.built.optimizer
+            quiet = steps_only_torch(optimizer)
             scope = nullcontext() if quiet else self.drawing("update", MicroBatch(number, 0))
             with blame(f"party {self.party!r}: the optimizer of {self.name} failed"), scope:
-                self.optimizer.step()
-            for group in self.optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
+                self.learning.step(number)
+            for group in optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
                 for parameter in group["params"]:
                     parameter.grad = None
 
@@ -226,9 +247,9 @@ class Model:
         changes, lost = self.built.changes(self.module, f"{self.part}/")
         self._tell(lost)
         tensors = {f"{self.part}/module/{name}": self._payload(name, t) for name, t in tensors_of(self.module)}
-        if self.optimizer is None:
+        if self.learning is None:
             return State({**tensors, **changes.tensors}, changes.values)
-        state = optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/")
+        state = self.learning.state()
         return State({**tensors, **changes.tensors, **state.tensors}, {**changes.values, **state.values})
 
     def load(self, state: State) -> None:
@@ -243,18 +264,28 @@ class Model:
         if differing:
             raise CheckpointError(
                 f"party {self.party!r}: the checkpoint is of another model than {self.name}: {differing} differ; "
-                "restore the model, or start anew with another state folder"
+                "restore the model, or start from scratch with another state folder"
             )
         self.built.load(self.module, state, f"{self.part}/", self.party)
         with torch.no_grad():
             for name, tensor in tensors_of(self.module):
                 tensor.copy_(from_payload(saved[name]))
-        if self.optimizer is not None:
-            load_optimizer_state(self.optimizer, self.module, f"{self.part}/optimizer/", state)
-            self.optimizer.zero_grad(set_to_none=True)
+        if self.learning is not None:
+            self.learning.load(state)
+            self.learning.built.optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> dict[str, Payload]:
-        """Return the module's own state_dict."""
+    def weights(self) -> dict[str, dict[str, Payload]]:
+        """Return the module's own state_dict by the name of its part.
+
+        Where an average is kept, that is it, and the weights of the last step are there as the part's "-last".
+        """
+        with self.averaged():
+            found: dict[str, dict[str, Payload]] = {self.part: self._state_dict()}
+        if self.learning is not None and self.learning.average is not None:
+            found[f"{self.part}{LAST}"] = self._state_dict()
+        return found
+
+    def _state_dict(self) -> dict[str, Payload]:
         return {name: self._payload(name, tensor) for name, tensor in self.module.state_dict().items()}
 
     def _payload(self, name: str, tensor: Tensor) -> Payload:

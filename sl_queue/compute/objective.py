@@ -1,4 +1,4 @@
-"""What is learned and measured: the loss against the labels, and the metrics; tried out before anything is trained."""
+"""Objective of a run: the loss against the labels, and the metrics; tried out before anything is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from sl_queue.compute.fitting import fitted, kind_of
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
-from sl_queue.compute.metrics import Metric, Task, check_targets, metrics_of, predictions, targets, task_of, undefined
+from sl_queue.compute.metrics import check_targets, metrics_of, predictions, targets, task_of, undefined
 from sl_queue.compute.modules.handover import Take
+from sl_queue.compute.names import loss_name, metric_name
+from sl_queue.compute.other_metrics import Metric, OfRawOutputs, Task
 from sl_queue.compute.outputs import Outputs, doubled, outputs_of
 from sl_queue.compute.owned_loss import OwnedLoss, require_no_parameters
 from sl_queue.compute.spec import ComputeSpec
@@ -52,7 +54,7 @@ def objective_of(
     wanted, tried = spec.objective, output.detach()
     loss = loss_of(spec, output.device, take)
     owned = OwnedLoss.of(loss, models, spec.party, where)
-    name = wanted.loss
+    name = loss_name(wanted.loss)
     check_labels(table.labels, tried, name, where)
     assert table.labels is not None
     kind = name if isinstance(name, str) and ":" not in name else kind_of(loss)
@@ -60,11 +62,13 @@ def objective_of(
         with owned.trial():
             fit, warnings, (value, of) = fitted(loss, name, tried, table.labels, where)
         require_no_parameters(value, of, models, where)
-        task = task_of(kind, tried, table.labels, wanted.metrics, wanted.outputs)
-        metrics = metrics_of(wanted.metrics, task, where)
-        check_targets(task, tried, table.labels, metrics, where)
+        names = list(map(metric_name, wanted.metrics))
+        task = Task(wanted.task) if wanted.task else task_of(kind, tried, table.labels, names, wanted.outputs)
+        metrics = metrics_of(wanted.metrics, task, where, spec.code, tried.shape[1] if tried.dim() > 1 else 2)
+        usual = [name for name, metric in metrics.items() if not isinstance(metric, OfRawOutputs)]
+        check_targets(task, tried, table.labels, usual, where)
         labels = label_tensor(table.labels)
-        if metrics:
+        if usual:
             targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
@@ -76,8 +80,14 @@ def objective_of(
 
 def measured(objective: Objective, output: Tensor, labels: Tensor) -> dict[str, float | None]:
     """Return the metrics of the model's output for these rows, both on the CPU."""
-    scores, classes = predictions(objective.task, objective.outputs, output, labels)
-    return {name: metric(scores, classes) for name, metric in objective.metrics.items()}
+    of_raw = [metric for metric in objective.metrics.values() if isinstance(metric, OfRawOutputs)]
+    scores, classes = output, labels
+    if len(of_raw) < len(objective.metrics):
+        scores, classes = predictions(objective.task, objective.outputs, output, labels)
+    return {
+        name: metric(output, labels) if metric in of_raw else metric(scores, classes)
+        for name, metric in objective.metrics.items()
+    }
 
 
 def undefined_metrics(objective: Objective, batches: Batches) -> dict[str, str]:

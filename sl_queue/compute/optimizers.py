@@ -1,75 +1,167 @@
-"""Any optimizer of torch.optim by its name in lower case, and its state as plain tensors and numbers."""
+"""Optimizers: any of torch.optim by its name in lower case, with groups of parameters, or one that is made in code."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from sl_queue.cut.tensors import from_payload, to_payload
-from sl_queue.errors import CheckpointError, JobError
-from sl_queue.protocol.checkpoint import State
+from sl_queue.errors import JobError
+from sl_queue.ports import UserCode
+from sl_queue.protocol.text import nearest
 
-_NEED_A_CLOSURE = {"lbfgs"}  # they evaluate the loss several times a step, and no party has the whole loss
+_NEED_A_CLOSURE = {"lbfgs"}
+_WHY_NOT = "evaluates the loss more than once a step, which no party can: none has the whole model; use another"
 
 
 def optimizer_names() -> dict[str, type[Optimizer]]:
-    """The optimizers that a party file may name."""
+    """Return the optimizers that a party file may name."""
     found = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, Optimizer)]
     return {c.__name__.lower(): c for c in found if c is not Optimizer and c.__name__.lower() not in _NEED_A_CLOSURE}
 
 
-def build_optimizer(module: nn.Module, settings: Mapping[str, Any], key: str) -> Optimizer | None:
-    """The optimizer that a party file describes at `key`; None for a module without parameters. Raises JobError."""
+def build_optimizer(
+    module: nn.Module, settings: Any, key: str, groups: Sequence[Mapping[str, Any]], code: UserCode
+) -> Optimizer | None:
+    """The optimizer that a party file describes at `key`, or that its callable makes, found by `code`.
+
+    None for a module without parameters. Raises JobError.
+    """
+    if not any(True for _ in module.parameters()):
+        return None
+    if isinstance(settings, Mapping) or not settings:
+        return _of_torch(module, dict(settings or {}), groups, key)
+    return _made(module, settings, key, code)
+
+
+# By name --------------------------------------------------------------------------------------------------------
+
+
+def _of_torch(module: nn.Module, settings: dict[str, Any], groups: Sequence[Mapping[str, Any]], key: str) -> Optimizer:
     named = dict(settings)
-    name = named.pop("name", None)
+    name, no_decay = named.pop("name", None), _patterns(named.pop("no_decay", []))
     known = optimizer_names()
     if name in _NEED_A_CLOSURE:
-        raise JobError(f"{key}: {name!r} evaluates the loss more than once a step, which no party can; use another")
+        raise JobError(f"{key}: {name!r} {_WHY_NOT}")
     if name is not None and name not in known:
         raise JobError(f"{key}: {name!r} is unknown; allowed are {', '.join(sorted(known))}")
-    parameters = list(module.parameters())
-    if not parameters:
-        return None
     if name is None:
         raise JobError(f'{key} is missing, and the model has parameters; for instance {{ name = "adam", lr = 1e-3 }}')
+    where = key.removesuffix(" optimizer")
+    optimizer = _built(known[name], _groups(module, groups, no_decay, where), named, f"{key} = {settings}")
+    _require_options(optimizer, groups, bool(no_decay), where)
+    for number, group in enumerate(groups):  # of a group torch takes any number
+        options = {k: v for k, v in group.items() if k != "match"}
+        _built(known[name], [torch.zeros(1, 1)], {**named, **options}, f"{where} groups[{number}] = {options}")
+    return optimizer
+
+
+def _built(kind: type[Optimizer], parts: list[Any], options: Mapping[str, Any], what: str) -> Optimizer:
+    make: Any = kind
     try:
-        return known[name](parameters, **named)
+        found: Optimizer = make(parts, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise JobError(f"{key} = {dict(settings)} is refused by torch.optim.{known[name].__name__}: {error}") from None
+        raise JobError(f"{what} is refused by torch.optim.{kind.__name__}: {error}") from None
+    return found
 
 
-def optimizer_state(optimizer: Optimizer, module: nn.Module, prefix: str) -> State:
-    """What the optimizer remembers of each parameter; its hyperparameters come from the party file."""
-    tensors, values = {}, {}
+def _groups(module: nn.Module, groups: Sequence[Mapping[str, Any]], no_decay: Sequence[str], where: str) -> list[Any]:
+    """The module's parameters as torch's optimizers take them: in groups, or plainly where there are none.
+
+    The first group whose pattern a parameter's name matches has it; what `no_decay` matches has a weight decay of 0,
+    wherever it is.
+    """
+    if not groups and not no_decay:
+        return list(module.parameters())
+    split: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    met: set[str] = set()
     for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{prefix}{name}/{key}"] = to_payload(value)
-            else:
-                values[f"{prefix}{name}/{key}"] = value
-    return State(tensors, values)
+        number = -1
+        for position, group in enumerate(groups):
+            matching = [pattern for pattern in _patterns(group["match"]) if fnmatchcase(name, pattern)]
+            if matching:
+                number = position
+                met.update(matching)
+                break
+        bare = [pattern for pattern in no_decay if fnmatchcase(name, pattern)]
+        met.update(bare)
+        split.setdefault((number, bool(bare)), []).append(parameter)
+    _require_met(module, [*(p for group in groups for p in _patterns(group["match"])), *no_decay], met, where)
+    found = []
+    for (number, is_bare), parameters in sorted(split.items()):
+        options = {} if number < 0 else {k: v for k, v in groups[number].items() if k != "match"}
+        found.append({"params": parameters, **options, **({"weight_decay": 0.0} if is_bare else {})})
+    return found
 
 
-def load_optimizer_state(optimizer: Optimizer, module: nn.Module, prefix: str, state: State) -> None:
-    """The inverse of `optimizer_state`, bit by bit: torch's own would cast everything to the parameter's dtype."""
-    parameters = dict(module.named_parameters())
-    optimizer.state.clear()
-    for full_name, value in (*state.tensors.items(), *state.values.items()):
-        if not full_name.startswith(prefix):
-            continue
-        name, _, key = full_name.removeprefix(prefix).rpartition("/")
-        if name not in parameters:
-            raise CheckpointError(f"the checkpoint holds optimizer state for {name!r}, which the model does not have")
-        parameter = parameters[name]
-        if full_name in state.tensors:
-            value = from_payload(state.tensors[full_name], _device(optimizer, key, parameter))
-        optimizer.state[parameter][key] = value
+def _patterns(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
 
 
-def _device(optimizer: Optimizer, key: str, parameter: Tensor) -> torch.device:
-    """Step counters live on the CPU unless the kernel reads them: torch's own rule."""
-    group = optimizer.param_groups[0]
-    on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return torch.device("cpu") if on_cpu else parameter.device
+def _require_met(module: nn.Module, patterns: Sequence[str], met: set[str], where: str) -> None:
+    """Raise JobError if a pattern is of no parameter, most often for a name written wrongly."""
+    for pattern in patterns:
+        if pattern not in met:
+            names = [name for name, _ in module.named_parameters()]
+            listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise JobError(
+                f"{where}: {pattern!r} matches no parameter that an earlier pattern left; the model's are {listed}"
+            )
+
+
+def _require_options(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], bare: bool, where: str) -> None:
+    """Raise JobError for an option that the optimizer does not have: torch would carry it along without effect."""
+    for number, group in enumerate(groups):
+        for name in group.keys() - {"match"} - optimizer.defaults.keys():
+            advice = nearest(name, list(optimizer.defaults))
+            raise JobError(
+                f"{where} groups[{number}].{name} is no option of {type(optimizer).__name__}; {advice}"
+                f"allowed are match, {', '.join(optimizer.defaults)}"
+            )
+    if bare and "weight_decay" not in optimizer.defaults:
+        raise JobError(f"{where} optimizer.no_decay has no use: {type(optimizer).__name__} has no weight_decay")
+
+
+# In code --------------------------------------------------------------------------------------------------------
+
+
+def _made(module: nn.Module, make: Any, key: str, code: UserCode) -> Optimizer:
+    """The optimizer that a callable makes of the module."""
+    told = make if isinstance(make, str) else getattr(make, "__qualname__", type(make).__name__)
+    make = code.load(make) if isinstance(make, str) else make
+    try:
+        optimizer = make(module)
+    except (Exception, SystemExit) as error:
+        raise JobError(f"{key} = {told!r} fails on the model: {type(error).__name__}: {error}") from error
+    if not isinstance(optimizer, Optimizer):
+        raise JobError(f"{key} = {told!r} returns {type(optimizer).__name__}; it must return a torch.optim.Optimizer")
+    if _needs_a_closure(optimizer):
+        raise JobError(f"{key} = {told!r}: {type(optimizer).__name__} {_WHY_NOT}")
+    own = {id(parameter): name for name, parameter in module.named_parameters()}
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if given - own.keys():
+        raise JobError(f"{key} = {told!r} trains {len(given - own.keys())} tensors that are none of the model's")
+    left_out = [name for number, name in own.items() if number not in given]
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    if set(left_out) - frozen:
+        listed = ", ".join(name for name in left_out if name not in frozen)
+        raise JobError(
+            f"{key} = {told!r} leaves out {listed}; give it all parameters, or let these require no gradient"
+        )
+    if left_out:  # a parameter that is frozen learns nothing, whoever has it
+        optimizer.add_param_group({"params": [dict(module.named_parameters())[name] for name in left_out]})
+    return optimizer
+
+
+def _needs_a_closure(optimizer: Optimizer) -> bool:
+    """Tell whether a step of the optimizer calls for the loss again: LBFGS, SAM."""
+    if isinstance(optimizer, torch.optim.LBFGS) or (
+        hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
+    ):
+        return True
+    step = inspect.unwrap(type(optimizer).step)
+    parameters = list(inspect.signature(step).parameters.values())[1:]
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
-from sl_queue.compute.metrics import Task
+from sl_queue.compute.other_metrics import Task
 from sl_queue.errors import JobError
 
 
@@ -26,6 +26,7 @@ class Outputs(StrEnum):
 
 TAKES = {  # what a loss takes
     "bce_with_logits": Outputs.LOGITS,
+    "bce": Outputs.PROBABILITIES,
     "cross_entropy": Outputs.LOGITS,
     nn.BCEWithLogitsLoss: Outputs.LOGITS,
     F.binary_cross_entropy_with_logits: Outputs.LOGITS,

@@ -36,7 +36,7 @@ class OwnedLoss:
 
     @classmethod
     def of(cls, loss: Any, models: Iterable[nn.Module], party: str, where: str) -> "OwnedLoss":
-        """The state of `loss`, apart from what belongs to `models`. Raises JobError if it has parameters to learn."""
+        """Own the state of `loss` that does not belong to `models`. Raises JobError if it has parameters to learn."""
         theirs = {id(each) for model in models for each in (*model.modules(), *model.parameters(), *model.buffers())}
         holder = Holder(loss)
         own = [module for module in modules_in(loss) if id(module) not in theirs]
@@ -54,7 +54,7 @@ class OwnedLoss:
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        """A scope in which the loss is called without a trace."""
+        """Run the body with a loss whose calls leave no trace."""
         before = Snapshot.of(self.holder)
         try:
             with self.evaluating(), torch.enable_grad():
@@ -64,12 +64,12 @@ class OwnedLoss:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, without gradients."""
+        """Run the body in evaluation mode, without gradients."""
         with in_evaluation(self.holder):
             yield
 
     def state(self) -> State:
-        """What has changed since the loss was built; nothing, for most."""
+        """Return what has changed since the loss was built; nothing, for most."""
         changes, lost = self.built.changes(self.holder, _PREFIX)
         if lost:
             raise JobError(
@@ -94,7 +94,7 @@ class OwnedLoss:
                 if numbers.shape != tensor.shape:
                     raise CheckpointError(
                         f"party {self.party!r}: the checkpoint is of another loss: {name} differs; "
-                        "restore it, or start anew with another state folder"
+                        "restore it, or start from scratch with another state folder"
                     )
                 tensor.copy_(numbers)
 

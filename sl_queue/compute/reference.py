@@ -55,16 +55,19 @@ def train_joined(
         for index in range(batches.parts(step)):
             summed += whole.differentiate(MicroBatch(step, index), n_rows)
         for model in whole.models:
-            if model.optimizer is not None:
+            if model.learning is not None:
                 with model.drawing("update", MicroBatch(step, 0)):
-                    model.optimizer.step()
-                model.optimizer.zero_grad()
+                    model.learning.step(step)
+                model.learning.built.optimizer.zero_grad()
         losses.append(summed / n_rows)
         if batches.ends_epoch(step):
             epoch = batches.epoch_of(step)
             weights = [batches.rows_in_step(s) for s in range(step + 1 - batches.steps_per_epoch, step + 1)]
             mean = float(np.average(losses[-batches.steps_per_epoch :], weights=weights))
             history.append({"epoch": epoch, "step": step, "loss": mean, "holdout": whole.evaluate(step)})
+    for model in whole.models:
+        if model.learning is not None:
+            model.learning.finish()
     bases = {party: model.module.eval() for party, model in whole.bases.items()}
     return ReferenceRun(history, losses, bases, whole.fuse.module.eval())
 

@@ -1,4 +1,4 @@
-"""What a run in this process was given to train, and what it leaves."""
+"""Modules that a run in this process was given to train, and those it leaves."""
 
 from collections.abc import Iterable
 from contextlib import suppress

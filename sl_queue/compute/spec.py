@@ -9,7 +9,6 @@ from sl_queue.cut.packing import Wire
 from sl_queue.ports import UserCode
 
 Part = Literal["base", "fuse"]
-NAMED_LOSSES = ("bce_with_logits", "cross_entropy", "mse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +46,22 @@ class ModelSpec:
 
     model: Any  # module:callable, or the callable or the module itself
     args: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Any = field(default_factory=dict)  # a table, module:callable, or the callable itself
+    groups: tuple[Mapping[str, Any], ...] = ()  # of parameters, by pattern
+    schedule: Any = None  # a table, module:callable, or the callable itself
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    ema: float | None = None  # by how much the average of the weights stays what it was
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveSpec:
     """The loss, and what is measured on held-out rows."""
 
-    loss: Any  # one of NAMED_LOSSES, module:callable, or the callable itself
-    metrics: tuple[str, ...] = ()
+    loss: Any  # one of NAMED_LOSSES or a table with its name, module:callable, or the callable itself
+    metrics: tuple[Any, ...] = ()  # names, tables with one, module:callable, or callables
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = None
+    task: Literal["binary", "multiclass", "regression"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ function of weights and micro-batch. Everything with an order is done here, and 
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from sl_queue.compute.model import Model
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import from_payload
 from sl_queue.errors import LocalProtocolError
-from sl_queue.ports import Hands
+from sl_queue.hand_ports import Hands
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.hands import Result
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -42,6 +43,7 @@ class SpreadBaseStage:
     _tasks: dict[MicroBatch, int] = field(default_factory=dict)
     _learning: dict[MicroBatch, bool] = field(default_factory=dict)  # whether a gradient is awaited
     _held_out: dict[MicroBatch, int] = field(default_factory=dict)
+    _sent: dict[MicroBatch, Tensor] = field(default_factory=dict)  # activations, where a defence asks for them again
 
     def prepare(self, micro_batch: MicroBatch) -> None:
         """Leave that to a hand."""
@@ -53,17 +55,21 @@ class SpreadBaseStage:
             self._begin()
         result = self.hands.result(self._tasks[micro_batch], "forward")
         fold(self.whole.model, result)
-        relu = bool(result.values.get("relu"))
-        return self.whole.cut.leave(self._tensor(result), micro_batch, self._rows(micro_batch), lambda _: relu)
+        relu, activation = bool(result.values.get("relu")), self._tensor(result)
+        if self.whole.cut.guard.returning is not None:
+            self._sent[micro_batch] = activation
+        return self.whole.cut.leave(activation, micro_batch, self._rows(micro_batch), lambda _: relu)
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
         """Hand on a gradient; what comes of it is awaited by the update."""
         expected = MicroBatch(self._updates, len(self._learning))
         if micro_batch not in self._tasks or micro_batch != expected:
             raise LocalProtocolError(f"backward {micro_batch} where {expected} is due")
-        tensor = self.whole.cut.arrive(gradient, micro_batch, self._rows(micro_batch))
+        rows = self._rows(micro_batch)
+        tensor = self.whole.cut.arrive(gradient, micro_batch, rows)
         self._learning[micro_batch] = tensor is not None
         if tensor is not None:
+            tensor = self.whole.returned(micro_batch, self._sent.pop(micro_batch, tensor), rows, tensor)
             self.hands.go_on(self._tasks[micro_batch], "backward", payloads({"": tensor}))
 
     def update(self) -> None:
@@ -83,7 +89,8 @@ class SpreadBaseStage:
         """Return the activation of held-out rows; all of them are begun at once."""
         if micro_batch not in self._held_out:
             parts = [MicroBatch(micro_batch.step, index) for index in range(self.whole.batches.holdout_parts)]
-            self._held_out = {part: self.hands.begin("predict", part) for part in parts}
+            with evaluating(self.hands, self.whole):
+                self._held_out = {part: self.hands.begin("predict", part) for part in parts}
         task = self._held_out.pop(micro_batch)
         tensor = self._tensor(self.hands.result(task, "predict"))
         self.hands.end(task)
@@ -102,7 +109,7 @@ class SpreadBaseStage:
         self.hands.clear()
         self.whole.load(state)
         self._updates = state.values["updates"]
-        for mutable in (self._ahead, self._tasks, self._learning, self._held_out):
+        for mutable in (self._ahead, self._tasks, self._learning, self._held_out, self._sent):
             mutable.clear()
         equip(self.hands, self.whole)
 
@@ -192,7 +199,8 @@ class SpreadFuseStage:
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         """Hand held-out rows on."""
         arrived = payloads(self.whole.arrived(activations, micro_batch, self.whole.held_out(micro_batch)))
-        self._held_out[micro_batch] = self.hands.begin("evaluate", micro_batch, arrived)
+        with evaluating(self.hands, self.whole):
+            self._held_out[micro_batch] = self.hands.begin("evaluate", micro_batch, arrived)
 
     def metrics(self) -> Mapping[str, float | None]:
         """Return loss and metrics over all rows evaluated since the last call."""
@@ -229,6 +237,21 @@ def equip(hands: Hands, stage: TorchBaseStage | TorchFuseStage) -> None:
     """Give hands the weights as they are now."""
     shared = {f"{m.part}/{name}": tensor for m in models_of(stage) for name, tensor in m.shared().items()}
     hands.equip(payloads(shared))
+
+
+@contextmanager
+def evaluating(hands: Hands, stage: TorchBaseStage | TorchFuseStage) -> Iterator[None]:
+    """Let what begins in here be computed with the weights to evaluate, where an average is kept of them."""
+    models = [model for model in models_of(stage) if model.learning is not None and model.learning.average is not None]
+    if not models:
+        yield
+        return
+    with ExitStack() as averaged:
+        for model in models:
+            averaged.enter_context(model.averaged())
+        equip(hands, stage)
+    yield
+    equip(hands, stage)
 
 
 def fold(model: Model, result: Result, prefix: str = "") -> None:

@@ -1,1 +1,1 @@
-"""What all parties agreed and what one party says of itself, read once: job, party file, environment, user code."""
+"""Configuration, read once: the job that all parties agreed on, one party's file, the environment, user code."""

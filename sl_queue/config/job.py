@@ -16,6 +16,7 @@ from sl_queue.config.canonical import canonical
 from sl_queue.config.job_tables import (
     LIMIT,
     Count,
+    JobAlignment,
     JobBroker,
     JobEarlyStopping,
     JobFuse,
@@ -40,6 +41,7 @@ __all__ = [
     "DataFile",
     "FuseFile",
     "Job",
+    "JobAlignment",
     "JobBroker",
     "JobEarlyStopping",
     "JobFuse",
@@ -58,7 +60,7 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
 
 
 class Job(Schema):
-    """What all parties agreed to train. Read with `Job.load(path)`, or built in code from the same keys."""
+    """Agreement of all parties on what to train. Read with `Job.load(path)`, or built in code from the same keys."""
 
     name: _Name = Field(description="a name of letters, digits, '_', '-' and '.': begins the names of queues")
     seed: int = Field(
@@ -83,6 +85,7 @@ class Job(Schema):
     pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
     broker: JobBroker = Field(default=JobBroker(), description="a table [broker]")
     wire: JobWire = Field(default=JobWire(), description="a table [wire]")
+    alignment: JobAlignment = Field(default=JobAlignment(), description="a table [alignment]")
     early_stopping: JobEarlyStopping | None = Field(default=None, description="a table [early_stopping]")
     security: JobSecurity = Field(default=JobSecurity(), description="a table [security]")
     rules: Literal[1, 2] | None = Field(
@@ -121,7 +124,7 @@ class Job(Schema):
         return tuple(name for name, party in self.parties.items() if party.role == "feature")
 
     def cut(self, party: str) -> tuple[int, ...] | None:
-        """The shape of one row's activation of a party; None for a label holder without a base model."""
+        """Return the shape of one row's activation of a party; None for a label holder without a base model."""
         return self.parties[party].cut
 
     @property
@@ -133,7 +136,7 @@ class Job(Schema):
 
     @property
     def seed_of_holdout(self) -> int:
-        """What chooses the held-out rows."""
+        """Seed that chooses the held-out rows."""
         return self.seed if self.holdout_seed is None else self.holdout_seed
 
     def batches(self, n_rows: int, hashes: Hashes | None = None) -> Batches:
@@ -159,7 +162,7 @@ class Job(Schema):
         return batches
 
     def pipeline_of(self, batches: Batches) -> Pipeline:
-        """The order of work on those batches."""
+        """Return the order of work on those batches."""
         return Pipeline(batches, self.pipeline.depth, self.pipeline.staleness, self.pipeline.checkpoint_every)
 
     @property
@@ -169,11 +172,11 @@ class Job(Schema):
 
     @property
     def on_the_wire(self) -> Wire:
-        """How tensors travel."""
+        """Encoding of tensors in messages."""
         return Wire(self.wire.dtype, self.wire.compress)
 
     def topology(self, prefix: str = "") -> Topology:
-        """The names at the broker."""
+        """Return the names at the broker."""
         return Topology(self.label_holder, self.feature_parties, prefix)
 
     # Whether two parties mean the same job ---------------------------------------------------------------------
@@ -220,7 +223,7 @@ def _about_parties(job: Job) -> Iterator[str]:
 
 
 def _about_cuts(job: Job) -> Iterator[str]:
-    """What a message cannot carry; the label holder's own activations are not sent."""
+    """Yield what a message cannot carry; the label holder's own activations are not sent."""
     narrowest = ITEM_BYTES[job.wire.dtype] if job.wire.dtype != "float32" else ITEM_BYTES["float16"]  # of any model
     for name, party in job.parties.items():
         if party.role != "feature" or party.cut is None:
@@ -239,7 +242,7 @@ def _about_cuts(job: Job) -> Iterator[str]:
 
 
 def _is_word(name: str) -> bool:
-    """Whether a name can be a word of a routing key, a file name and a part of a queue's name."""
+    """Return True if a name can be a word of a routing key, a file name and a part of a queue's name."""
     return name.isascii() and 1 <= len(name) <= 64 and name.replace("_", "a").replace("-", "a").isalnum()
 
 

@@ -1,8 +1,8 @@
 """The tables of a job file: of each party, fuse, pipeline, broker, wire and early stopping."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sl_queue.config.schema import Schema
 from sl_queue.cut.packing import Compress, Dtype
@@ -85,6 +85,28 @@ class JobWire(Schema):
     )
 
 
+class JobAlignment(Schema):
+    """Search for the rows that all parties hold."""
+
+    method: Literal["equal", "psi"] = Field(
+        default="equal",
+        description='"equal" or "psi": all hold the same ids, or private set intersection finds those they share',
+    )
+    normalise: list[Literal["strip", "nfkc", "casefold"]] = Field(
+        default=[], description='a list of "strip", "nfkc" and "casefold": done to ids that are text, in this order'
+    )
+    at_least: Count = Field(default=1, description="a whole number of at least 1: shared rows without which to stop")
+    at_most: Count | None = Field(default=None, description="a whole number of at least 1: ids that a party may bring")
+    pad: Count = Field(default=1000, description="a whole number of at least 1: set sizes are told rounded up to it")
+
+    @model_validator(mode="after")
+    def _is_used(self) -> Self:
+        beside = sorted(self.model_fields_set - {"method", "normalise"})
+        if self.method == "equal" and beside:
+            raise ValueError(f'has {", ".join(beside)}, which only method = "psi" has a use for')
+        return self
+
+
 class JobEarlyStopping(Schema):
     """End of training before its last epoch, with the weights of the best one."""
 
@@ -93,3 +115,6 @@ class JobEarlyStopping(Schema):
     )
     patience: Count = Field(description="a whole number of at least 1: epochs without improvement")
     min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
+    mode: Literal["min", "max"] | None = Field(
+        default=None, description='"min" or "max": which value is better; without it, as the metric is known'
+    )

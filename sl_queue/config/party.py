@@ -17,15 +17,27 @@ from pydantic import (
     model_validator,
 )
 
-from sl_queue.compute.spec import NAMED_LOSSES
+from sl_queue.compute.names import NAMED_LOSSES
+from sl_queue.config.csv_file import CsvFile
 from sl_queue.config.environment import BROKER
+from sl_queue.config.features import FeatureFile
+from sl_queue.config.learning import (
+    GROUPS,
+    OPTIMIZER,
+    SCHEDULE,
+    Decay,
+    GroupsSetting,
+    OptimizerSetting,
+    Positive,
+    ScheduleSetting,
+)
+from sl_queue.config.objective import LossSetting, MetricsSetting
+from sl_queue.config.privacy import PrivacyFile
 from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, redacted, shown
 from sl_queue.config.user_code import NAME
 from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.broker_url import fault
-from sl_queue.protocol.fingerprints import SEED
-from sl_queue.protocol.text import nearest
 from sl_queue.security.private_file import read_secret
 
 _URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one"
@@ -41,7 +53,7 @@ _Path = Annotated[Path, Field(strict=False), AfterValidator(_from_folder)]
 
 
 def _named(what: str) -> Callable[[Any], Any]:
-    """A validator for what is named `module:callable` in a file, and may be the thing itself in code."""
+    """Return a validator for what is named `module:callable` in a file, and may be the thing itself in code."""
 
     def check(value: Any) -> Any:
         if callable(value) or (isinstance(value, str) and NAME.fullmatch(value)):
@@ -54,8 +66,24 @@ def _named(what: str) -> Callable[[Any], Any]:
 class DataFile(Schema):
     """Place of a party's rows: a table with an id column, or a callable that returns Rows."""
 
-    path: _Path | None = Field(default=None, description="the name of a .csv or .parquet file: this party's table")
-    id: str | None = Field(default=None, description="the name of a column: says which sample a row is of")
+    path: _Path | None = Field(
+        default=None,
+        description="the name of a .csv, .parquet or .arrow file, or of a folder of .parquet files: this party's table",
+    )
+    format: Literal["csv", "parquet", "arrow", "svmlight", "tag:value"] | None = Field(
+        default=None,
+        description='"csv", "parquet", "arrow", "svmlight" or "tag:value": how the file is written; without it, as its '
+        "name ends",
+    )
+    csv: CsvFile = Field(default=CsvFile(), description="a table [data.csv]")
+    id: str | list[str] | None = Field(
+        default=None,
+        description="the name of a column, or a list of names: says which sample a row is of",
+    )
+    exclude: list[str] = Field(default=[], description='a list of columns, or of patterns like "x*": left out')
+    duplicates: Literal["refuse", "first"] = Field(
+        default="refuse", description='"refuse" or "first": what becomes of further rows with the same id'
+    )
     features: list[str] | None = Field(
         default=None,
         description='a list of column names, for instance ["age", "income"]: what the base '
@@ -65,9 +93,10 @@ class DataFile(Schema):
     label: str | None = Field(
         default=None, description="the name of a column: the labels, which only the label holder has"
     )
-    id_type: Literal["text", "integer"] | None = Field(
+    id_type: Literal["text", "integer", "uuid"] | None = Field(
         default=None,
-        description='"text" or "integer": what ids are taken as, the same at every party; without it, as they look',
+        description='"text", "integer" or "uuid": what ids are taken as, the same at every party; without it, as '
+        "they look",
     )
     source: Annotated[Any, AfterValidator(_named("module:callable, returning sl_queue.Rows"))] | None = Field(
         default=None, description="module:callable, returning sl_queue.Rows: gives the rows in the place of a file"
@@ -84,13 +113,18 @@ class DataFile(Schema):
         if missing:
             raise ValueError(f"needs a path and an id, or a source; missing: {', '.join(missing)}")
         features = self.features or []
-        wrong = [name for name in (self.id, self.label) if name is not None and name in features]
-        wrong += [name for name, count in Counter(features).items() if count > 1]
-        if self.id == self.label:
-            wrong.append(str(self.id))
+        wrong = [name for name in (*self.ids, self.label) if name is not None and name in features]
+        wrong += [name for name, count in Counter([*features, *self.ids]).items() if count > 1]
+        if self.label in self.ids:
+            wrong.append(str(self.label))
         if wrong:
             raise ValueError(f"names a column more than once among id, label and features: {', '.join(wrong)}")
         return self
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of the columns that together say which sample a row is of."""
+        return (self.id,) if isinstance(self.id, str) else tuple(self.id or ())
 
 
 _Model = Annotated[Any, AfterValidator(_named("module:callable, returning a torch.nn.Module"))]
@@ -101,42 +135,46 @@ class BaseFile(Schema):
 
     model: _Model = Field(description="module:callable, returning a torch.nn.Module: called with args")
     args: dict[str, Any] = Field(default={}, description="a table of values: the model's arguments")
-    optimizer: dict[str, Any] = Field(
-        default={},
-        description='a table like { name = "adam", lr = 1e-3 }: a torch.optim class and its '
-        "arguments; without it, the weights stay",
+    optimizer: OptimizerSetting = Field(default={}, description=f"{OPTIMIZER}: what changes the weights")
+    groups: GroupsSetting = Field(default=[], description=f"{GROUPS}: parameters with numbers of their own")
+    schedule: ScheduleSetting = Field(
+        default=None, description=f"{SCHEDULE}: the learning rate of each step; without it, one for all"
+    )
+    clip_norm: Positive | None = Field(default=None, description="a number above 0: the largest norm of a gradient")
+    clip_value: Positive | None = Field(default=None, description="a number above 0: the largest value of a gradient")
+    ema: Decay | None = Field(
+        default=None, description="a number between 0 and 1: how much of the average of the weights stays in each step"
     )
 
-    @field_validator("optimizer")
-    @classmethod
-    def _has_a_name(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if value and not isinstance(value.get("name"), str):
-            raise ValueError('needs a name, that of a torch.optim class in lower case: { name = "adam", lr = 1e-3 }')
-        return value
+    @model_validator(mode="after")
+    def _learns_in_one_way(self) -> Self:
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("has both clip_norm and clip_value; take one of them out")
+        if self.groups and not isinstance(self.optimizer, dict):
+            raise ValueError("has groups, but an optimizer in code makes its own; take groups out")
+        return self
 
 
 class FuseFile(BaseFile):
     """The fuse model with its optimizer, the loss, and what is measured on held-out rows."""
 
-    loss: Any = Field(description=f"{', '.join(NAMED_LOSSES)} or module:callable: what is minimized")
-    metrics: list[str] = Field(
-        default=[], description='a list of names, for instance ["auroc", "accuracy"]: what is measured on held-out rows'
+    loss: LossSetting = Field(
+        description=f"{', '.join(NAMED_LOSSES)}, a table with such a name, or module:callable: what is minimized"
+    )
+    metrics: MetricsSetting = Field(
+        default=[],
+        description='a list of names, for instance ["auroc", "accuracy"], of tables with one, or of module:callable: '
+        "what is measured on held-out rows",
+    )
+    task: Literal["binary", "multiclass", "regression"] | None = Field(
+        default=None,
+        description='"binary", "multiclass" or "regression": what metrics measure; mostly found without it',
     )
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = Field(
         default=None,
         description='"logits", "probabilities" or "log_probabilities": what the fuse model puts out, for a loss of '
         "your own and metrics of classes; mostly found without it",
     )
-
-    @field_validator("loss")
-    @classmethod
-    def _is_known(cls, value: Any) -> Any:
-        if value in NAMED_LOSSES if isinstance(value, str) else callable(value):
-            return value
-        if isinstance(value, str) and NAME.fullmatch(value):
-            return value
-        advice = nearest(value, list(NAMED_LOSSES)) if isinstance(value, str) else ""
-        raise ValueError(f"= {shown(value)}; {advice}it must be {', '.join(NAMED_LOSSES)} or module:callable")
 
 
 class SecurityFile(Schema):
@@ -145,24 +183,29 @@ class SecurityFile(Schema):
     key: _Path = Field(description="the name of a file: this party's private key, as `sl-queue key` makes it")
 
 
-class PrivacyFile(Schema):
-    """Protection of this party's own numbers from the other parties."""
+class HandsFile(Schema):
+    """Hands of this party: processes that compute its micro-batches for its worker, as many as there are."""
 
-    secret: Any = Field(
+    broker: str | None = Field(
         default=None,
-        repr=False,
-        description='the name of a file with 32 secret bytes, or "seed": keys this party\'s '
-        "random draws; without it, a new secret",
+        description=f"{_URL}: where the worker meets its hands; without it, the broker of the job, in the virtual host "
+        "JOB.PARTY.hands",
+    )
+    alone: bool = Field(
+        default=True,
+        description="true or false: the worker computes while no hand is here; false for one without their GPU",
     )
 
-    @field_validator("secret")
+    @field_validator("broker")
     @classmethod
-    def _is_a_place(cls, value: Any, info: ValidationInfo) -> Path | str | None:
-        if value is None or value == SEED:
-            return None if value is None else SEED
-        if isinstance(value, str | Path) and str(value):
-            return _from_folder(Path(value), info)
-        raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and (problem := _url_problem(value)) is not None:
+            raise ValueError(f"= {problem}")
+        return value
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, redacted(value) if name == "broker" and value is not None else value
 
 
 class PartyFile(Schema):
@@ -177,6 +220,9 @@ class PartyFile(Schema):
     ] = Field(description="a table [data] with path and id, or with a source")
     base: BaseFile | None = Field(default=None, description="a table [base] with model and optimizer")
     fuse: FuseFile | None = Field(default=None, description="a table [fuse] with model, optimizer and loss")
+    features: dict[str, FeatureFile] | None = Field(
+        default=None, description="a table [features] with a line for each column, or for a pattern of columns"
+    )
     device: str = Field(
         default="cpu",
         min_length=1,
@@ -184,7 +230,8 @@ class PartyFile(Schema):
     )
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
-    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret")
+    hands: HandsFile | None = Field(default=None, description="a table [hands], which may be empty")
+    privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret and defences")
 
     _folder: Path | None = PrivateAttr(None)
 
@@ -218,7 +265,7 @@ class PartyFile(Schema):
         return self._folder
 
     def broker_url(self, option: str | None = None, *, again: bool = False) -> str:
-        """The broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
+        """Return the broker to use: `option`, else SL_QUEUE_BROKER, else the file's. Raises JobError if there is none.
 
         `again`: it was read before, and may have changed.
         """
@@ -236,7 +283,7 @@ class PartyFile(Schema):
 
 
 def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
-    """A broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
+    """Read a broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
 
     Raises JobError for a file that cannot be read, or that others may read, as a private key.
     """
@@ -251,7 +298,7 @@ def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> st
 
 
 def _url_problem(url: str) -> str | None:
-    """What is wrong with a broker's URL, without its password, or None."""
+    """Describe what is wrong with a broker's URL, without its password; None if nothing is."""
     if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
         return None
     return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"

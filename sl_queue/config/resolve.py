@@ -1,4 +1,4 @@
-"""What job, party file and user code come to for one party: checked together, and resolved into small frozen values.
+"""Resolution of job, party file and user code for one party: checked together, into small frozen values.
 
 Below the launch of a worker everything works on these, and nothing knows of files in TOML.
 """
@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
+from sl_queue.compute.names import HIGHER_IS_BETTER, LOWER_IS_BETTER, metric_name
 from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec
+from sl_queue.config.features import specs_of
 from sl_queue.config.job import Job
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
+from sl_queue.config.privacy import about_defences, settings_of
 from sl_queue.config.user_code import Importer
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
+from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.text import nearest
 
 
@@ -26,6 +30,7 @@ class PartySpec:
     peers: tuple[str, ...]  # whom it exchanges tensors with
     table: TableSpec
     compute: ComputeSpec
+    privacy: Settings
     chosen_secret: Path | str | None  # what keys its draws, as its file says: a file, "seed", or nothing chosen
 
     def with_secret(self, secret: bytes) -> Self:
@@ -39,7 +44,15 @@ def resolve(job: Job, party_file: PartyFile, importer: Importer) -> PartySpec:
     party = party_file.party
     peers = job.feature_parties if party == job.label_holder else (job.label_holder,)
     table, compute = table_spec(job, party_file, importer), compute_spec(job, party_file, importer)
-    return PartySpec(party, job.parties[party].role, peers, table, compute, party_file.privacy.secret)
+    return PartySpec(
+        party,
+        job.parties[party].role,
+        peers,
+        table,
+        compute,
+        settings_of(party_file.privacy),
+        party_file.privacy.secret,
+    )
 
 
 def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec:
@@ -51,6 +64,9 @@ def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec
         labels=party_file.party == job.label_holder,
         holdout_seed=job.seed_of_holdout if job.holdout else None,
         code=importer.within(party_file.folder),
+        declared=specs_of(party_file.features),
+        normalise=tuple(job.alignment.normalise),
+        training=lambda n_rows, hashes: job.batches(n_rows, hashes).training_positions,
     )
 
 
@@ -62,7 +78,7 @@ def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> Compute
         layers_of(job),
         _model(party_file.base),
         _model(fuse),
-        None if fuse is None else ObjectiveSpec(fuse.loss, tuple(fuse.metrics), fuse.outputs),
+        _objective(fuse),
         party_file.device,
         importer.within(party_file.folder),
         table_is_file=isinstance(party_file.data, DataFile) and party_file.data.source is None,
@@ -90,11 +106,31 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
     if isinstance(data, Rows):
         return data
     features = None if data.features is None else tuple(data.features)
-    return FileSpec(data.path, data.id, features, data.label, data.id_type, data.source)
+    return FileSpec(
+        data.path,
+        data.ids,
+        features,
+        data.label,
+        data.id_type,
+        data.source,
+        data.format,
+        data.csv.spec(),
+        tuple(data.exclude),
+        data.duplicates,
+    )
 
 
 def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
-    return None if table is None else ModelSpec(table.model, table.args, table.optimizer)
+    if table is None:
+        return None
+    how = (table.optimizer, tuple(table.groups), table.schedule, table.clip_norm, table.clip_value, table.ema)
+    return ModelSpec(table.model, table.args, *how)
+
+
+def _objective(table: FuseFile | None) -> ObjectiveSpec | None:
+    if table is None:
+        return None
+    return ObjectiveSpec(table.loss, tuple(table.metrics), table.outputs, table.task)
 
 
 # What only job and party file together show ---------------------------------------------------------------------
@@ -110,7 +146,9 @@ def agree(job: Job, party_file: PartyFile) -> None:
             f"its parties are {', '.join(known)}"
         )
     about_labels = _about_labels if party == job.label_holder else _about_no_labels
-    problems = [*_about_base(party_file, job), *about_labels(party_file, job)]
+    holder = job.label_holder
+    defences = about_defences(party_file.privacy, holds_labels=party == holder, party=party, label_holder=holder)
+    problems = [*_about_base(party_file, job), *about_labels(party_file, job), *defences]
     if problems:
         raise JobError("\n  ".join(f"party {party!r}: {problem}" for problem in problems))
 
@@ -136,11 +174,16 @@ def _about_labels(party: PartyFile, job: Job) -> Iterator[str]:
     if isinstance(data, DataFile) and data.source is None and data.label is None:
         yield "data.label is missing; the label holder names the column with the labels"
     rule = job.early_stopping
-    if rule is not None and party.fuse is not None and rule.metric not in (measured := ["loss", *party.fuse.metrics]):
+    if rule is None or party.fuse is None:
+        return
+    measured, metric = ["loss", *map(metric_name, party.fuse.metrics)], rule.metric
+    if metric not in measured:
         yield (
-            f"early_stopping.metric = {rule.metric!r} is not measured; {nearest(rule.metric, measured)}"
+            f"early_stopping.metric = {metric!r} is not measured; {nearest(metric, measured)}"
             f"it must be {', '.join(measured)}, or be added to fuse.metrics"
         )
+    elif rule.mode is None and metric not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+        yield f'early_stopping.mode is missing: whether {metric!r} is better when it is larger; "min" or "max"'
 
 
 def _about_no_labels(party: PartyFile, job: Job) -> Iterator[str]:

@@ -1,10 +1,10 @@
-"""What job and party files have in common: TOML in, frozen values out, and one error that says all that is wrong."""
+"""Basis of job and party files: TOML in, frozen values out, and one error that says all that is wrong."""
 
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -33,6 +33,21 @@ class Schema(BaseModel):
         except ValidationError as error:
             raise JobError(_complaint(type(self).__name__, type(self), error)) from None
 
+    def replace(self, **changes: Any) -> Self:
+        """Return the same with other values for some keys: `job.replace(epochs=20)`. Raises JobError.
+
+        A table that is given replaces the whole table of that name; it may be a dict.
+        """
+        unknown = changes.keys() - type(self).model_fields.keys()
+        if unknown:
+            key = sorted(unknown)[0]
+            raise JobError(f"{type(self).__name__}: {key} is unknown; {nearest(key, list(type(self).model_fields))}")
+        kept = {name: getattr(self, name) for name in self.model_fields_set - changes.keys()}
+        found = type(self)(**{**kept, **changes})
+        for name in type(self).__private_attributes__:
+            setattr(found, name, getattr(self, name))
+        return found
+
     # Tables inside of tables are then not built through __init__, and an error in one keeps its place.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
@@ -57,7 +72,7 @@ def load(model: type[M], path: Path | str) -> M:
 
 
 def redacted(url: str) -> str:
-    """A broker's URL without its password and options, for people to read."""
+    """Return a broker's URL without its password and options, for people to read."""
     login, at, host = url.rpartition("@")  # the last one, because a password may hold one that was not escaped
     if not at:  # what follows the colon is a port, or a password whose host was forgotten
         return re.sub(r"^((?:[^/]*//)?[^:/?\[]*):(?!\d*(?:[/?]|$))[^?]*", r"\1:***", url).partition("?")[0]
@@ -67,7 +82,7 @@ def redacted(url: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error may show it: short, and without the password of a URL."""
+    """Format a value for an error: short, and without the password of a URL."""
     if isinstance(value, str):
         value = redacted(value) if "://" in value or "@" in value else value
     elif isinstance(value, list | tuple):
@@ -109,7 +124,7 @@ def _dotted(location: Location) -> str:
 
 
 def _advice(model: type[Schema], location: Location) -> str:
-    """Where an unknown key may have been meant to stand."""
+    """Suggest the table that an unknown key may have been meant for."""
     table, _ = _declared_at(model, location[:-1])
     key, known = str(location[-1]), list(table.model_fields)
     advice = nearest(key, known)
@@ -127,7 +142,7 @@ def _allowed(model: type[Schema], location: Location) -> str:
 
 
 def _declared_at(model: type[Schema], location: Location) -> tuple[type[Schema], FieldInfo | None]:
-    """The innermost table and the innermost field on the way to a location."""
+    """Return the innermost table and the innermost field on the way to a location."""
     table, field = model, None
     parts = iter(location)
     for part in parts:
@@ -144,7 +159,7 @@ def _declared_at(model: type[Schema], location: Location) -> tuple[type[Schema],
 
 
 def table_in(annotation: Any) -> type[Schema] | None:
-    """The table that an annotation speaks of: `dict[str, JobParty]`, `BaseFile | None`."""
+    """Return the table that an annotation speaks of: `dict[str, JobParty]`, `BaseFile | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Schema):
         return annotation
     return next((table for inner in get_args(annotation) if (table := table_in(inner))), None)

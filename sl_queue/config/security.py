@@ -49,7 +49,7 @@ class JobSecurity(Schema):
     )
 
     def problems(self, parties: Iterable[str]) -> Iterator[str]:
-        """What is wrong with the keys of a job with those parties."""
+        """Yield what is wrong with the keys of a job with those parties."""
         roles = [*parties, SCHEDULER, OPERATOR]
         for name in self.keys:
             if name not in roles:

@@ -140,7 +140,10 @@ def _would_import(folder: Path, top: str) -> bool:
 
 def _is_from(folder: Path, top: str, module: ModuleType) -> bool:
     file = getattr(module, "__file__", None)
-    places = [file] if file else list(getattr(module, "__path__", ()))  # a package without __init__.py has no file
+    try:
+        places = [file] if file else list(getattr(module, "__path__", ()))  # a package without __init__.py has no file
+    except KeyError:  # whose parent has been set aside before it
+        return False
     paths = [Path(place).absolute() for place in places]
     return any(path == folder / f"{top}.py" or path.is_relative_to(folder / top) for path in paths)
 

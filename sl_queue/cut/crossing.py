@@ -238,7 +238,7 @@ def _compare(payload: Payload, expected: _Expected, crossing: Crossing) -> None:
         digests = f"digest {payload.rows.hex() or 'missing'}, expected {crossing.rows.digest.hex()}"
         raise RemoteProtocolError(
             f"{_blame(crossing)} belongs to other rows ({digests}): a table has changed since the run began; "
-            "start anew from the same rows"
+            "start from scratch from the same rows"
         )
 
 

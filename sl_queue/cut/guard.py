@@ -1,4 +1,4 @@
-"""What may be put in at the cut: a defence that changes what leaves, and taps that see what leaves and what arrives."""
+"""Guards that may be put in at the cut: a defence changes what leaves, taps see what leaves and what arrives."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -40,6 +40,16 @@ class Tap(Protocol):
         """Look at what leaves, before it is packed, or at what has arrived; keep a copy, never a view."""
 
 
+class Return(Protocol):
+    """Changes the gradient that comes back to an activation which a defence has changed; a pure function too."""
+
+    def apply(self, gradient: Tensor, activation: Tensor, inputs: Tensor, share: float) -> Tensor:
+        """Return the gradient of the base model's own output, of its shape.
+
+        `activation` is that output, `inputs` what it was computed from, `share` the micro-batch's of the step's rows.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Guard:
     """Defence and taps at the cut to one peer."""
@@ -47,6 +57,7 @@ class Guard:
     defence: Defence | None = None
     leaving: Tap | None = None
     arriving: Tap | None = None
+    returning: Return | None = None  # of a feature party
 
 
 UNGUARDED = Guard()

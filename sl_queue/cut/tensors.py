@@ -19,12 +19,12 @@ _SAME_WIDTH = {1: torch.uint8, 2: torch.int16}  # NumPy has no bfloat16 and no f
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch's name of a dtype without the prefix: "float32"."""
+    """Return torch's name of a dtype without the prefix: "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def described(tensor: Tensor | Payload) -> str:
-    """dtype and shape, which is all that a log line or an error may show of a tensor."""
+    """Return dtype and shape, which is all that a log line or an error may show of a tensor."""
     dtype = tensor.dtype if isinstance(tensor, Payload) else dtype_name(tensor.dtype)
     return f"{dtype} {tuple(tensor.shape)}"
 

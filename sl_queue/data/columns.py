@@ -3,16 +3,15 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
 
-from sl_queue.data import csv_file
+from sl_queue.data import files
 from sl_queue.data.faults import listed, refuse
+from sl_queue.data.feature_specs import Category, Spec, matches, resolve
 from sl_queue.data.matrices import Array, Numbers, gaps, label_array, matrix, plain
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
@@ -26,96 +25,123 @@ _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+
 class Columns:
     """The part of a file that a party trains on, in the file's order of rows; None where a fault stands for it."""
 
-    ids: Any = field(repr=False)  # an Arrow array of any type
+    ids: Any = field(repr=False)  # an Arrow array of any type, or a list of several that are one id together
     ids_are_csv: bool  # text that may mean whole numbers
     names: tuple[str, ...]  # of the features
     features: Array | None = field(repr=False)  # (rows, columns)
     labels: Array | None = field(repr=False)  # (rows,)
     notes: tuple[str, ...]  # what a person should know of a table that can be trained on
     faults: tuple[str, ...]  # what is wrong with it
+    raw: Mapping[str, Any] | None = field(default=None, repr=False)  # Arrow arrays, where [features] says what of them
+    specs: Mapping[str, Spec] | None = None  # what it says, column by column
 
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
     """The columns to read, by what they are for."""
 
-    ids: str
+    ids: tuple[str, ...]
     features: tuple[str, ...]
     labels: str | None
     notes: tuple[str, ...]
 
     @property
     def names(self) -> list[str]:
-        return [self.ids, *self.features, *([] if self.labels is None else [self.labels])]
+        return [*self.ids, *self.features, *([] if self.labels is None else [self.labels])]
 
 
-def read_columns(data: FileSpec, where: str, *, features: bool, labels: bool) -> Columns:
+def read_columns(
+    data: FileSpec, where: str, *, features: bool, labels: bool, declared: Mapping[str, Spec] | None = None
+) -> Columns:
     """Read ids, and features and labels if they are asked for; all faults that can be seen are returned.
 
-    Raises JobError that begins with `where` if nothing can be read.
+    `declared`: what [features] says; then features stay as they are in the file. Raises JobError that begins with
+    `where` if nothing can be read.
     """
     assert data.path is not None
-    is_csv = data.path.suffix.lower() == ".csv"
-    if not is_csv and data.path.suffix.lower() != ".parquet":
-        raise JobError(f"{where}: the name of a table ends in .csv or .parquet; for anything else use data.source")
+    kind = files.kind_of(data, where)
     try:
-        return _read(data, data.path, where, is_csv=is_csv, features=features, labels=labels)
+        with files.opened(data, data.path, kind) as source:
+            return _read(data, source, where, features=features, labels=labels, declared=declared)
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
-    except (OSError, csv.Error, pa.ArrowException) as error:
+    except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        kind = "comma-separated UTF-8 text with a header" if is_csv else "a Parquet file"
-        raise JobError(f"{where}: cannot be read ({reason}); is it {kind}?") from None
+        raise JobError(f"{where}: cannot be read ({reason}); is it {files.DESCRIBED[kind]}?") from None
 
 
-def _read(data: FileSpec, path: Path, where: str, *, is_csv: bool, features: bool, labels: bool) -> Columns:
-    if is_csv and (fault := csv_file.quote_fault(path)):  # before names are read: an open quote makes rows a name
+def _read(
+    data: FileSpec,
+    source: files.Source,
+    where: str,
+    *,
+    features: bool,
+    labels: bool,
+    declared: Mapping[str, Spec] | None,
+) -> Columns:
+    if fault := source.fault():  # before names are read: an open quote makes rows a name
         refuse(where, [fault])
-    known = csv_file.names_in(path) if is_csv else list(pa.parquet.read_schema(path).names)
+    known = source.names()
     selection = _selected(data, known, features=features, labels=labels)
     faults = list(_about_names(selection.names, known))
-    if features and not selection.features and data.id in known:
+    if features and not selection.features and set(data.ids) <= set(known):
         faults.append("there are no features: no column besides those of id and label")
+    specs, undeclared = resolve(declared or {}, selection.features) if declared is not None and features else ({}, [])
     readable = [name for name in selection.names if known.count(name) == 1]
     if not readable:
         refuse(where, faults)
-    ids = selection.ids if selection.ids in readable else None
-    table, bad_rows = csv_file.read(path, ids, readable) if is_csv else (_parquet(path, readable), [])
-    columns = {name: plain(table[name]) for name in readable if name != ids}
-    faults += [*bad_rows, *(_rounded(path, columns) if is_csv and not bad_rows else [])]
+    ids = [name for name in selection.ids if name in readable]
+    texts = [*ids, *(name for name, spec in specs.items() if isinstance(spec, Category) and name in readable)]
+    table, bad_rows = source.read(readable, texts)
+    columns = {name: plain(table[name]) for name in readable if name not in ids}
+    faults += [*bad_rows, *undeclared]
+    raw = None
+    if declared is not None and features:
+        raw = {name: columns.pop(name) for name in specs if name in columns}
+        selection = replace(selection, features=())
+    faults += [] if bad_rows else _rounded(source, columns)
     found = _numbers(selection, columns)
+    arrays = [table[name].combine_chunks() for name in ids] if len(ids) == len(selection.ids) else []
     return Columns(
-        None if ids is None else table[ids].combine_chunks(),
-        is_csv,
+        None if not arrays else arrays[0] if len(arrays) == 1 else arrays,
+        source.ids_are_text,
         selection.features,
         found.features.array,
         found.labels,
         (*selection.notes, *found.features.notes),
         (*faults, *found.faults),
+        raw,
+        specs if raw is not None else None,
     )
-
-
-def _parquet(path: Path, selected: list[str]) -> Any:
-    with pa.parquet.ParquetFile(path) as file:
-        return file.read(columns=selected)
 
 
 # Names ----------------------------------------------------------------------------------------------------------
 
 
 def _selected(data: FileSpec, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
-    assert data.id is not None
     wanted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if features and data.features is not None:
-        wanted = tuple(data.features)
+        wanted = tuple(dict.fromkeys(name for pattern in data.features for name in _matching(pattern, known, data)))
     elif features:
-        others = [(i, name) for i, name in enumerate(known, 1) if name not in (data.id, data.label)]
+        others = [(i, name) for i, name in enumerate(known, 1) if name not in (*data.ids, data.label)]
+        others = [(i, name) for i, name in others if not any(matches(pattern, name) for pattern in data.exclude)]
         nameless = [(i, name) for i, name in others if _NAMELESS.fullmatch(name)]
         wanted = tuple(dict.fromkeys(name for _, name in others if not _NAMELESS.fullmatch(name)))
         if nameless:
             notes = (_left_out(nameless),)
-    return _Selection(data.id, wanted, data.label if labels else None, notes)
+    return _Selection(data.ids, wanted, data.label if labels else None, notes)
+
+
+def _matching(pattern: str, known: Sequence[str], data: FileSpec) -> Iterator[str]:
+    """Yield the columns that an entry of data.features stands for: itself, or all that match a pattern."""
+    if pattern in known or not set("*?[") & set(pattern):
+        yield pattern
+        return
+    others = [name for name in known if name not in (*data.ids, data.label) and matches(pattern, name)]
+    yield from (name for name in others if not any(matches(out, name) for out in data.exclude))
+    if not others:
+        yield pattern  # which no column is called: an error says so
 
 
 def _left_out(columns: Sequence[tuple[int, str]]) -> str:
@@ -151,7 +177,11 @@ def _told(known: list[str]) -> str:
 def _separator(known: list[str]) -> str:
     """Advise on a header that was written with another separator."""
     found = [told for sign, told in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")) if sign in "".join(known[:1])]
-    return f"; is it separated by {found[0]}? write it with commas" if found and len(known) == 1 else ""
+    return (
+        f"; is it separated by {found[0]}? write it with commas, or say data.csv.delimiter"
+        if found and len(known) == 1
+        else ""
+    )
 
 
 # Values ---------------------------------------------------------------------------------------------------------
@@ -177,8 +207,8 @@ def _numbers(selection: _Selection, columns: dict[str, Any]) -> _Found:
     return _Found(features, labels, (*faults, *gaps(columns)))
 
 
-def _rounded(path: Path, columns: dict[str, Any]) -> Iterator[str]:
-    found = csv_file.rounded_when_read(path, columns)
+def _rounded(source: files.Source, columns: dict[str, Any]) -> Iterator[str]:
+    found = source.rounded(columns)
     if found:
         told = listed(f"{name!r} in {count} rows" for name, count in found.items())
         yield (

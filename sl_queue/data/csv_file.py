@@ -5,11 +5,15 @@ pool thread that still holds one when the interpreter ends aborts the process. O
 once more, in this thread, to count its bad rows.
 """
 
+import codecs
 import csv
+import gzip
 import math
 import mmap
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +22,56 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from sl_queue.data.spec import CsvSpec
 from sl_queue.protocol.exactness import BITS
+
+COMMAS = CsvSpec()
 
 _BLOCK_BYTES = 2**24  # Arrow needs a whole row in one block, and some tables have very many columns
 _SCANNED_BYTES = 2**19  # at a time, for quotes: a few arrays of as many bytes fit into a processor's cache
 _BAD_ROW = re.compile(r"Expected \d+ columns, got \d+")
 _BOM = b"\xef\xbb\xbf"
 _QUOTE = ord('"')
-_BESIDE_QUOTES = np.zeros(256, np.bool_)  # the bytes that may stand before an opening and after a closing quote
-_BESIDE_QUOTES[[_QUOTE, *b",\r\n"]] = True
-_OPENING = re.compile(rb'[,\r\n]"')
 _TO_CLOSING = re.compile(rb'[^"]*+(?:""[^"]*+)*+"')  # from behind an opening quote
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _DECIMAL_COMMA = r"^\s*[+-]?(\d*|\d{1,3}(\.\d{3})+),\d+\s*$"
 _WHOLE = r"^\s*[+-]?\d{16,300}\s*$"  # shorter ones are exact in float64
 
 
-def names_in(path: Path) -> list[str]:
+@contextmanager
+def plain(path: Path, dialect: CsvSpec) -> Iterator[Path]:
+    """Give the name of the same file as UTF-8 without compression, for as long as it is read.
+
+    What is neither is written to a temporary file, a block at a time.
+    """
+    packed = path.suffix.lower() == ".gz"
+    if not packed and codecs.lookup(dialect.encoding).name in ("utf-8", "ascii", "utf-8-sig"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="sl_queue-csv-") as folder:
+        copy = Path(folder) / "rows.csv"
+        with gzip.open(path) if packed else path.open("rb") as raw, copy.open("w", encoding="utf-8", newline="") as out:
+            reader = codecs.getreader(dialect.encoding)(raw)
+            while block := reader.read(_BLOCK_BYTES, _BLOCK_BYTES):
+                out.write(block)
+        yield copy
+
+
+def names_in(path: Path, delimiter: str = ",") -> list[str]:
     """Read the names of the columns, without a byte order mark and after empty lines."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        return next(filter(None, csv.reader(file)), [])
+        return next(filter(None, csv.reader(file, delimiter=delimiter)), [])
 
 
-def read(path: Path, id_column: str | None, selected: Sequence[str]) -> tuple[Any, list[str]]:
+def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: CsvSpec = COMMAS) -> tuple[Any, list[str]]:
     """Read these columns as an Arrow table, and say which faults the rows have; rows of another length are left out.
 
-    Ids stay text, so that "001" does not become 1. Raises OSError and ArrowException.
+    Those among `texts` stay text, ids for instance, so that "001" does not become 1. Raises OSError, ArrowException.
     """
-    types = {} if id_column is None else {id_column: pa.string()}
-    convert = pa.csv.ConvertOptions(include_columns=list(selected), column_types=types)
+    convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
+    delimiter = dialect.delimiter
     try:
-        return pa.csv.read_csv(path, _reading(threads=True), _parsing(), convert), []
+        return _grouped(pa.csv.read_csv(path, _reading(threads=True), _parsing(delimiter), convert), dialect, texts), []
     except pa.ArrowInvalid as error:
         if not _BAD_ROW.search(str(error)):
             raise
@@ -58,43 +81,72 @@ def read(path: Path, id_column: str | None, selected: Sequence[str]) -> tuple[An
         numbers.append(row.number)
         return "skip"
 
-    table = pa.csv.read_csv(path, _reading(threads=False), _parsing(skip), convert)
+    table = pa.csv.read_csv(path, _reading(threads=False), _parsing(delimiter, skip), convert)
     first = f", the first of them is row {numbers[0]} of the file" if numbers else ""
-    return table, [f"{len(numbers)} rows have more or fewer fields than the header{first}"]
+    faults = [f"{len(numbers)} rows have more or fewer fields than the header{first}"]
+    return _grouped(table, dialect, texts), faults
 
 
 def _reading(*, threads: bool) -> Any:
     return pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=threads)
 
 
-def _parsing(bad_row: Any = None) -> Any:
-    return pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=bad_row)
+def _parsing(delimiter: str, bad_row: Any = None) -> Any:
+    return pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=bad_row)
+
+
+def _converting(dialect: CsvSpec, selected: Sequence[str], types: Mapping[str, Any]) -> Any:
+    convert = pa.csv.ConvertOptions(include_columns=list(selected), column_types=dict(types))
+    convert.decimal_point = dialect.decimal
+    if dialect.missing:
+        convert.null_values = [*convert.null_values, *dialect.missing]
+    return convert
+
+
+def _grouped(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
+    """Make numbers of columns whose thousands are written in groups, like 1.234,5; other text stays what it is."""
+    if not dialect.thousands:
+        return table
+    sign, point = re.escape(dialect.thousands), re.escape(dialect.decimal)
+    number = rf"^\s*[+-]?(\d{{1,3}}({sign}\d{{3}})+|\d+)({point}\d*)?\s*$"
+    for place, name in enumerate(table.column_names):
+        column = table[name]
+        if name in texts or not pa.types.is_string(column.type):
+            continue
+        if pc.all(pc.match_substring_regex(column, number)).as_py():
+            bare = pc.replace_substring(pc.utf8_trim_whitespace(column), dialect.thousands, "")
+            numbers = pc.replace_substring(bare, dialect.decimal, ".").cast(pa.float64())
+            table = table.set_column(place, name, numbers)
+    return table
 
 
 # Quotes ---------------------------------------------------------------------------------------------------------
 
 
-def quote_fault(path: Path) -> str | None:
+def quote_fault(path: Path, delimiter: str = ",") -> str | None:
     """Say where a quote opens a value that swallows the rows below it; None if none does."""
+    sign = delimiter.encode()
     with path.open("rb") as file:
         if not file.seek(0, 2):
             return None
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(b'"') < 0 or _is_regular(content):
+            if content.find(b'"') < 0 or (len(sign) == 1 and _is_regular(content, sign)):
                 return None
-            return _swallowing(content)
+            return _swallowing(content, sign)
 
 
-def _is_regular(content: mmap.mmap) -> bool:
+def _is_regular(content: mmap.mmap, sign: bytes) -> bool:
     """Return True if every other quote opens a value and every other one closes it; one pass over the bytes."""
+    beside = np.zeros(256, np.bool_)  # the bytes that may stand before an opening and after a closing quote
+    beside[[_QUOTE, *sign, *b"\r\n"]] = True
     count, end, start = 0, len(content), content.find(b'"')
     while 0 <= start < end:
         stop = min(start + _SCANNED_BYTES, end)
-        before = b"," if _starts(content, start) else content[start - 1 : start]
+        before = sign if _starts(content, start) else content[start - 1 : start]
         block = np.frombuffer(before + content[start : stop + 1] + b"\n", np.uint8)
         at = np.flatnonzero(block[1 : stop - start + 1] == _QUOTE) + 1
         opening, closing = at[count % 2 :: 2], at[1 - count % 2 :: 2]
-        if not (_BESIDE_QUOTES[block[opening - 1]].all() and _BESIDE_QUOTES[block[closing + 1]].all()):
+        if not (beside[block[opening - 1]].all() and beside[block[closing + 1]].all()):
             return False
         count += len(at)
         start = content.find(b'"', stop)
@@ -105,24 +157,25 @@ def _starts(content: mmap.mmap, position: int) -> bool:
     return position == (len(_BOM) if content[: len(_BOM)] == _BOM else 0)
 
 
-def _swallowing(content: mmap.mmap) -> str | None:
+def _swallowing(content: mmap.mmap, sign: bytes) -> str | None:
     """Walk from quote to quote as a reader of the file does; a quote inside of a value without quotes means itself."""
+    opening = re.compile(rb'(?:%s|[\r\n])"' % re.escape(sign))
     start = len(_BOM) if content[: len(_BOM)] == _BOM else 0
-    opened = start + 1 if content[start : start + 1] == b'"' else _next_opening(content, start)
+    opened = start + 1 if content[start : start + 1] == b'"' else _next(opening, content, start)
     while opened is not None:
         closed = _TO_CLOSING.match(content, opened)
         if closed is None:
             return _said(content, opened, "never closes")
-        behind = content[closed.end() : closed.end() + 1]
-        if behind not in (b"", b",", b"\r", b"\n") and b"\n" in closed[0]:
+        behind = content[closed.end() : closed.end() + len(sign)]
+        if behind not in (b"", sign) and behind[:1] not in (b"\r", b"\n") and b"\n" in closed[0]:
             return _said(content, opened, "closes in another line, in the middle of a value")
-        opened = _next_opening(content, closed.end())
+        opened = _next(opening, content, closed.end())
     return None
 
 
-def _next_opening(content: mmap.mmap, position: int) -> int | None:
+def _next(opening: re.Pattern[bytes], content: mmap.mmap, position: int) -> int | None:
     """Return the position behind the next quote that opens a value."""
-    found = _OPENING.search(content, position)
+    found = opening.search(content, position)
     return None if found is None else found.end()
 
 
@@ -145,7 +198,7 @@ def text_kind(column: Any) -> str:
     numbers = _matching(column, _NUMBER)
     commas = _matching(column, _DECIMAL_COMMA)
     if commas and numbers + commas == len(column):
-        return "text: numbers with a decimal comma; write a decimal point"
+        return 'text: numbers with a decimal comma; write a decimal point, or say data.csv.decimal = ","'
     if numbers:
         return f"text: {len(column) - numbers} of {len(column)} values are not numbers"
     return "text"
@@ -155,13 +208,13 @@ def _matching(column: Any, pattern: str) -> int:
     return pc.sum(pc.match_substring_regex(column, pattern)).as_py() or 0
 
 
-def rounded_when_read(path: Path, columns: Mapping[str, Any]) -> dict[str, int]:
+def rounded_when_read(path: Path, columns: Mapping[str, Any], dialect: CsvSpec = COMMAS) -> dict[str, int]:
     """Count the whole numbers that Arrow has rounded because their column became float64, by column."""
     large = [name for name, column in columns.items() if pa.types.is_float64(column.type) and _is_large(column)]
     if not large:
         return {}
-    convert = pa.csv.ConvertOptions(include_columns=large, column_types=dict.fromkeys(large, pa.string()))
-    texts = pa.csv.read_csv(path, _reading(threads=True), _parsing(), convert)
+    convert = _converting(dialect, large, dict.fromkeys(large, pa.string()))
+    texts = pa.csv.read_csv(path, _reading(threads=True), _parsing(dialect.delimiter), convert)
     found = {}
     for name in large:
         whole = texts[name].filter(pc.match_substring_regex(texts[name], _WHOLE)).to_pylist()

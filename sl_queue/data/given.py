@@ -68,6 +68,16 @@ def labels_of(values: Any, what: str = "labels") -> Numbers:
     return _finite(found, what, {**_FLOATS, **_WHOLE, **whole})
 
 
+def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
+    """Make Arrow columns of a data frame, missing values null, for [features] to make numbers of."""
+    if not _is_frame(values):
+        return {}, ["[features] needs columns with names; let features be a data frame of pandas, polars or Arrow"]
+    try:
+        return {name: plain(_arrow(column)) for name, column in _named_columns(values)}, []
+    except _NO_COLUMN as error:
+        return {}, [f"features: a column is of objects that Arrow does not know ({type(error).__name__})"]
+
+
 def _finite(found: Numbers, what: str, dtypes: dict[str, Any]) -> Numbers:
     """Cast, after and before looking at the values: a cast must change none of them."""
     array = found.array
@@ -165,7 +175,7 @@ def _is_masked(value: Any) -> bool:
 
 
 def _of_tensor(tensor: Any) -> Any:
-    """A torch tensor's numbers, whatever device, layout and graph it belongs to."""
+    """Return a torch tensor's numbers, whatever device, layout and graph it belongs to."""
     tensor = tensor.detach().cpu()
     tensor = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
     return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).resolve_conj().resolve_neg().numpy()
@@ -185,18 +195,22 @@ def _is_series(values: Any) -> bool:
     return known and not isinstance(values, np.ndarray) and getattr(values, "ndim", 1) == 1
 
 
-def _of_frame(frame: Any, what: str) -> Numbers:
+def _named_columns(frame: Any) -> list[tuple[str, Any]]:
     if isinstance(frame, pa.Table | pa.RecordBatch):
-        names, columns = frame.schema.names, frame.columns
-    else:
-        names = [str(name) for name in frame.columns]
-        columns = [frame.iloc[:, i] if hasattr(frame, "iloc") else frame[name] for i, name in enumerate(frame.columns)]
+        return list(zip(frame.schema.names, frame.columns, strict=True))
+    by_place = hasattr(frame, "iloc")
+    return [(str(name), frame.iloc[:, i] if by_place else frame[name]) for i, name in enumerate(frame.columns)]
+
+
+def _of_frame(frame: Any, what: str) -> Numbers:
+    columns = _named_columns(frame)
+    names = [name for name, _ in columns]
     if not names:
         return _refused(what, "there are no columns")
     repeated = [f"{count} columns are called {name!r}" for name, count in Counter(names).items() if count > 1]
     if repeated:
         return _refused(what, f"{listed(repeated)}; rename them")
-    found = {name: plain(_column(column)) for name, column in zip(names, columns, strict=True)}
+    found = {name: plain(_column(column)) for name, column in columns}
     numbers = matrix(found, "leave them out", keep=True)
     faults = (*numbers.faults, *gaps(found))
     array = numbers.array if not faults else None
@@ -204,7 +218,7 @@ def _of_frame(frame: Any, what: str) -> Numbers:
 
 
 def _arrow(series: Any) -> Any:
-    """A column of one type as Arrow, missing values null."""
+    """Return a column of one type as Arrow, missing values null."""
     if isinstance(series, pa.Array | pa.ChunkedArray):
         return series
     if hasattr(series, "to_arrow"):

@@ -4,13 +4,15 @@ Faults name the party, the file, the column and the count of bad rows, and never
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
-from sl_queue.data.given import features_of, ids_of, labels_of
+from sl_queue.data.feature_specs import Spec, resolve
+from sl_queue.data.given import features_of, ids_of, labels_of, raw_columns
 from sl_queue.data.matrices import Array, Numbers
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
@@ -31,6 +33,8 @@ class Arrays:
     names: tuple[str, ...] | None = None  # of the columns of the features, where they have names
     notes: tuple[str, ...] = ()  # what a person should know of rows that can be trained on
     faults: tuple[str, ...] = ()  # what is wrong with them
+    raw: Mapping[str, Any] | None = field(default=None, repr=False)  # columns for [features] to make numbers of
+    specs: Mapping[str, Spec] | None = None  # what it says of each
 
 
 def read_rows(spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
@@ -38,34 +42,53 @@ def read_rows(spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
 
     Raises JobError if nothing can be read; all other faults are returned.
     """
-    data, where = spec.data, f"party {spec.party!r}"
+    data, where, declared = spec.data, f"party {spec.party!r}", spec.declared
     if isinstance(data, Rows):
-        return _given(data, f"{where}, data", features=features, labels=labels)
+        return _given(data, f"{where}, data", declared, features=features, labels=labels)
     if data.source is not None:
         name = data.source if isinstance(data.source, str) else getattr(data.source, "__qualname__", "a callable")
         where = f"{where}, data.source = {name!r}"
-        return _given(_returned(data.source, spec.code, where), where, features=features, labels=labels)
-    return _read(data, f"{where}, {data.path}", features=features, labels=labels)
+        return _given(_returned(data.source, spec.code, where), where, declared, features=features, labels=labels)
+    return _read(data, f"{where}, {data.path}", declared, features=features, labels=labels)
 
 
-def _read(data: FileSpec, where: str, *, features: bool, labels: bool) -> Arrays:
+def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]:
+    """Read the columns of a party's features as they are in its table, as Arrow arrays. Raises JobError."""
+    data, where = spec.data, f"party {spec.party!r}"
+    if isinstance(data, FileSpec) and data.source is None:
+        columns = read_columns(data, f"{where}, {data.path}", features=True, labels=False, declared=declared)
+        refuse(f"{where}, {data.path}", columns.faults)
+        return columns.raw or {}
+    rows = data if isinstance(data, Rows) else _returned(data.source, spec.code, where)
+    found, faults = raw_columns(rows.features)
+    refuse(where, faults)
+    return found
+
+
+def _read(data: FileSpec, where: str, declared: Mapping[str, Spec] | None, *, features: bool, labels: bool) -> Arrays:
     """Read a file."""
-    columns = read_columns(data, where, features=features, labels=labels)
+    columns = read_columns(data, where, features=features, labels=labels, declared=declared)
     if columns.ids is not None:
-        _require_rows(len(columns.ids), where)
+        _require_rows(len(columns.ids[0] if isinstance(columns.ids, list) else columns.ids), where)
     found = labels_of(columns.labels, f"label column {data.label!r}")
     faults = (*columns.faults, *found.faults)
     names = columns.names if columns.features is not None else None
     csv, notes = columns.ids_are_csv, columns.notes
-    return Arrays(where, columns.ids, csv, columns.features, found.array, names, notes, faults)
+    raw = (columns.raw, columns.specs)
+    return Arrays(where, columns.ids, csv, columns.features, found.array, names, notes, faults, *raw)
 
 
-def _given(rows: Rows, where: str, *, features: bool, labels: bool) -> Arrays:
+def _given(rows: Rows, where: str, declared: Mapping[str, Spec] | None, *, features: bool, labels: bool) -> Arrays:
     """Take Rows, built in code or returned by a source."""
     ids, wrong = ids_of(rows.ids)
     if ids is not None:
         _require_rows(len(ids), where)
-    found = features_of(rows.features) if features else Numbers(None)
+    raw, specs = None, None
+    if declared is not None and features and rows.features is not None:
+        raw, more = raw_columns(rows.features)
+        specs, undeclared = resolve(declared, list(raw))
+        wrong += [*more, *undeclared]
+    found = features_of(rows.features) if features and raw is None else Numbers(None)
     if features and rows.features is None:
         wrong.append("features are missing; the job gives this party a cut, so its base model needs them")
     targets = labels_of(rows.labels) if labels else Numbers(None)
@@ -73,7 +96,10 @@ def _given(rows: Rows, where: str, *, features: bool, labels: bool) -> Arrays:
     for name, array in (("features", found.array), ("labels", targets.array)):
         if array is not None and ids is not None and len(array) != len(ids):
             faults.append(f"there are {len(ids)} ids, but {name} for {len(array)} rows")
-    return Arrays(where, ids, False, found.array, targets.array, found.names, found.notes, tuple(faults))
+    if raw and ids is not None and any(len(column) != len(ids) for column in raw.values()):
+        faults.append(f"there are {len(ids)} ids, but features for another number of rows")
+    more_of_it = (found.names, found.notes, tuple(faults), raw, specs)
+    return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
 
 
 def _returned(source: Any, code: UserCode, where: str) -> Rows:

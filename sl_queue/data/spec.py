@@ -1,10 +1,22 @@
 """Specifications of a party's table, and the rows that may be given in its place."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from sl_queue.data.feature_specs import Spec
 from sl_queue.ports import UserCode
+from sl_queue.protocol.schedule.row_order import Hashes, Positions
+
+FileKind = Literal["csv", "parquet", "arrow", "svmlight", "tag:value"]
+
+
+def all_rows(n_rows: int, _: Hashes | None) -> Positions:
+    """Return the positions of all rows: none is held out."""
+    return np.arange(n_rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,15 +33,31 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class CsvSpec:
+    """The dialect of a CSV file."""
+
+    delimiter: str = ","
+    encoding: str = "utf-8"
+    decimal: str = "."
+    thousands: str = ""
+    missing: tuple[str, ...] = ()  # texts that stand for a gap, besides the usual
+    delimiter_given: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class FileSpec:
     """A table in a file with an id column, or a callable that returns Rows."""
 
     path: Path | None = None
-    id: str | None = None  # the names of columns
+    ids: tuple[str, ...] = ()  # the names of columns, which are one id together
     features: tuple[str, ...] | None = None  # None: all but id and label
     label: str | None = None
-    id_type: Literal["text", "integer"] | None = None
+    id_type: Literal["text", "integer", "uuid"] | None = None
     source: Any = None  # module:callable, or the callable itself
+    format: FileKind | None = None  # None: as the name of the file ends
+    csv: CsvSpec = CsvSpec()
+    exclude: tuple[str, ...] = ()  # names or patterns
+    duplicates: Literal["refuse", "first"] = "refuse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +70,6 @@ class TableSpec:
     labels: bool  # the party is the label holder
     holdout_seed: int | None  # chooses the held-out rows; None: no row is held out
     code: UserCode  # finds a source that is named as module:callable
+    declared: Mapping[str, Spec] | None = None  # [features]; None: all columns are numbers without gaps
+    normalise: tuple[str, ...] = ()  # done to ids that are text
+    training: Callable[[int, Hashes | None], Positions] = all_rows  # the rows that are trained on, ascending

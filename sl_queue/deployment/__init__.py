@@ -1,1 +1,1 @@
-"""What the broker and each party need to run at their own places."""
+"""Files that the broker and each party need to run at their own places."""

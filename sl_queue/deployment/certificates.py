@@ -36,7 +36,7 @@ class Certificate:
         return tuple(str(name.value) for name in names)
 
     def is_by(self, authority: "Certificate") -> bool:
-        """Whether that authority signed it, and the key that belongs to it is here."""
+        """Return True if that authority signed it, and the key that belongs to it is here."""
         issuer = x509.load_pem_x509_certificate(authority.certificate)
         try:
             x509.load_pem_x509_certificate(self.certificate).verify_directly_issued_by(issuer)
@@ -46,7 +46,7 @@ class Certificate:
 
 
 def new_authority(name: str, now: datetime.datetime) -> Certificate:
-    """A certificate authority that signs for one deployment only."""
+    """Create a certificate authority that signs for one deployment only."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _subject(f"{name} authority")
     builder = (
@@ -58,13 +58,13 @@ def new_authority(name: str, now: datetime.datetime) -> Certificate:
 
 
 def new_server(authority: Certificate, hosts: tuple[str, ...], now: datetime.datetime) -> Certificate:
-    """A certificate for a server that is reached under those names or addresses."""
+    """Create a certificate for a server that is reached under those names or addresses."""
     names = x509.SubjectAlternativeName([_host(host) for host in hosts])
     return _issue(authority, hosts[0], ExtendedKeyUsageOID.SERVER_AUTH, names, now)
 
 
 def new_client(authority: Certificate, user: str, now: datetime.datetime) -> Certificate:
-    """A certificate with which a user logs in."""
+    """Create a certificate with which a user logs in."""
     names = x509.SubjectAlternativeName([x509.DNSName(user)])
     return _issue(authority, user, ExtendedKeyUsageOID.CLIENT_AUTH, names, now)
 

@@ -1,4 +1,4 @@
-"""What a broker must know of a job: users with the least rights, exchanges, queues, bindings and limits.
+"""Definitions of a job for its broker: users with the least rights, exchanges, queues, bindings and limits.
 
 The format is RabbitMQ's own (`rabbitmqctl import_definitions`). A party may configure nothing, write to its own
 exchange with its own routing keys, and read its own queues. All of it is in a virtual host of the job, so that no
@@ -44,12 +44,12 @@ def roles(job: Job) -> tuple[str, ...]:
 
 
 def user_of(job: Job, role: str) -> str:
-    """The name with which a role logs in; users are the broker's, so the job's name stands before it."""
+    """Return the name with which a role logs in; users are the broker's, so the job's name stands before it."""
     return f"{job.name}.{role}"
 
 
 def rights_of(topology: Topology, role: str) -> Rights:
-    """The least that a role needs."""
+    """Return the least rights that a role needs."""
     exchange = topology.exchange(role)
     queues = [topology.queue(role, sender) for sender in topology.senders_to(role)]
     keys = [
@@ -66,7 +66,7 @@ def rights_of(topology: Topology, role: str) -> Rights:
 
 
 def definitions(job: Job, password_hashes: Mapping[str, str]) -> dict[str, Any]:
-    """The broker's side of a job, ready for JSON. `password_hashes`: by role, as `hashed` makes them."""
+    """Return the broker's side of a job, ready for JSON. `password_hashes`: by role, as `hashed` makes them."""
     names, vhost = job.topology(), job.name
     inboxes = [(receiver, sender) for receiver in roles(job) for sender in names.senders_to(receiver)]
     kind = job.broker.queues
@@ -90,13 +90,13 @@ def definitions(job: Job, password_hashes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def hashed(password: str, salt: bytes) -> str:
-    """A password as RabbitMQ keeps it: 4 bytes of salt, then SHA-256 of salt and password."""
+    """Hash a password as RabbitMQ keeps it: 4 bytes of salt, then SHA-256 of salt and password."""
     assert len(salt) == _SALT_BYTES
     return b64encode(salt + sha256(salt + password.encode()).digest()).decode()
 
 
 def is_hash_of(password: str, password_hash: str) -> bool:
-    """Whether `hashed` made this of that password."""
+    """Return True if `hashed` made this of that password."""
     salt = b64decode(password_hash)[:_SALT_BYTES]
     return compare_digest(hashed(password, salt), password_hash)
 
@@ -136,7 +136,7 @@ def _vhost_limits(vhost: str, *, users: int, queues: int) -> dict[str, Any]:
 
 
 def _limits_policy(vhost: str, names: Topology) -> dict[str, Any]:
-    """A sender that floods fills its own queues; those of dead letters and of the operator have limits of their own."""
+    """Limit the queues of senders, which a flood fills alone; those of dead letters and the operator have their own."""
     inboxes = rf"^{re.escape(names.prefix)}q\.(?!{OPERATOR}\.)[^.]+\.(?!dead$)[^.]+$"
     limits = {"max-length-bytes": QUEUE_BYTES, "max-length": QUEUE_MESSAGES, "overflow": "reject-publish"}
     return {

@@ -5,7 +5,7 @@
     <role>/        ca.crt broker.url seal.key [client.crt client.key]     for each party, the scheduler, the operator
     security.toml  the public keys, to be pasted into the job
 
-What is there is kept, so that it may be run again after every change of the job; secrets are made anew only when asked.
+What is there is kept, so that it may be run again after every change of the job; secrets are replaced only when asked.
 """
 
 import datetime
@@ -27,12 +27,12 @@ from sl_queue.security.keys import PrivateKey, PublicKey, read_key
 
 PORT = 5671
 BROKER_AT = "/etc/sl_queue"  # where the broker's folder lies on its machine
-RENEW_DAYS = 30  # a certificate that ends sooner is made anew
+RENEW_DAYS = 30  # a certificate that ends sooner is replaced
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # RabbitMQ 4's own; 3.10 would take 128 MiB
 
 
 class Secret(StrEnum):
-    """What may be made anew."""
+    """Secrets that `provision` may replace by new ones."""
 
     LOGINS = "logins"  # the passwords at the broker
     CERTIFICATES = "certificates"  # of the broker and its clients
@@ -42,7 +42,7 @@ class Secret(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How the broker is reached, and how one logs in there."""
+    """Address of the broker, and how one logs in there."""
 
     hosts: tuple[str, ...]  # names and addresses of the broker, or of its nodes; the URLs try them in turn
     port: int = PORT
@@ -62,7 +62,7 @@ def provision(
 
 
 def security_table(keys: Mapping[str, PublicKey]) -> str:
-    """The table [security] of a job with those keys."""
+    """Format the table [security] of a job with those keys."""
     lines = ["[security]", "seal = true"]
     for role, key in keys.items():
         lines += ["", f"[security.keys.{role}]", *(f'{name} = "{text}"' for name, text in key.texts().items())]
@@ -148,7 +148,7 @@ class _Folders:
         _write(folder / f"{stem}.key", made.key, secret=True)
 
     def _password(self, role: str) -> str:
-        """The password that stands in the role's URL, or a new one."""
+        """Return the password that stands in the role's URL, or a new one."""
         path = self.out / role / "broker.url"
         if path.exists() and Secret.LOGINS not in self.rotate:
             password = urlsplit(path.read_text().strip()).password
@@ -157,7 +157,7 @@ class _Folders:
         return secrets.token_urlsafe(32)
 
     def _key(self, role: str) -> PublicKey:
-        """The public key of a role; if only the job knows it, its private half is in safer hands than these."""
+        """Return the public key of a role; if only the job knows it, its private half is in safer hands than these."""
         path, listed = self.out / role / "seal.key", self.job.security.keys.get(role)
         if path.exists() and Secret.KEYS not in self.rotate:
             return read_key(path).public
@@ -169,7 +169,7 @@ class _Folders:
 
 
 def _configuration(place: Place) -> str:
-    """What the broker reads when it starts."""
+    """Format the configuration that the broker reads when it starts."""
     login = (
         [
             "auth_mechanisms.1 = EXTERNAL",
@@ -197,7 +197,7 @@ def _configuration(place: Place) -> str:
 
 
 def _known(folder: Path, stem: str) -> Certificate | None:
-    """What lies there; without a key if that has been moved away."""
+    """Load the certificate that lies there, without its key if that has been moved away."""
     certificate, key = folder / f"{stem}.crt", folder / f"{stem}.key"
     if not certificate.exists():
         return None

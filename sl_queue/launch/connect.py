@@ -1,4 +1,4 @@
-"""What every role needs of the outside: a link to the broker, a key, and a way to end all at once."""
+"""Connections of every role to the outside: a link to the broker, a key, and a way to end all at once."""
 
 import threading
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from sl_queue.protocol.topology import Topology
 from sl_queue.security.hpke import Cipher
 from sl_queue.security.keys import PublicKey, read_key
 from sl_queue.security.sealing import Seal
+from sl_queue.transport.alignment_channel import LinkAlignmentChannel
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.party_channel import PartyChannel
@@ -21,11 +22,12 @@ from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 
 MEMORY = "memory://"
 
+Channel = PartyChannel | LinkSchedulerChannel | LinkAlignmentChannel
 Connect = Callable[[str, int], Link]  # (party, prefetch) -> its link
 
 
 def topology(job: Job, broker: str) -> Topology:
-    """The names at that broker: the default virtual host is shared, so the job's name stands before every name."""
+    """Return the names at that broker: its default virtual host is shared, so the job's name begins each name."""
     vhost = "" if broker == MEMORY else unquote(split(broker).path[1:]) or "/"
     return job.topology(prefix=f"{job.name}." if vhost == "/" else "")
 
@@ -43,7 +45,7 @@ def connector(job: Job, broker: str, limits: Limits = Limits(), again: Callable[
 
 
 def sealing(job: Job, role: str, key: Path | None, broker: str) -> Seal | None:
-    """What seals the messages of a role; None if the job does not ask for it, or if they never leave this process.
+    """Return the seal of a role's messages; None if the job asks for none, or if they never leave this process.
 
     `key` is the file with its private key. Raises JobError without one, AlignmentError if it is not the job's.
     """
@@ -59,7 +61,7 @@ def sealing(job: Job, role: str, key: Path | None, broker: str) -> Seal | None:
 
 
 def key_file(option: Path | None, party_file: PartyFile | None = None) -> Path | None:
-    """Where a private key lies: `option`, else SL_QUEUE_KEY, else as the party's file says."""
+    """Return where a private key lies: `option`, else SL_QUEUE_KEY, else as the party's file says."""
     if option is not None:
         return option
     if given := KEY.read():
@@ -78,10 +80,10 @@ class Channels:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: list[PartyChannel | LinkSchedulerChannel] = []
+        self._open: list[Channel] = []
         self._error: SlQueueError | None = None
 
-    def add(self, channel: PartyChannel | LinkSchedulerChannel) -> None:
+    def add(self, channel: Channel) -> None:
         with self._lock:
             self._open.append(channel)
             error = self._error

@@ -1,4 +1,4 @@
-"""What a run keeps from its first checkpoint to its end: the rules and the secret that it was begun with."""
+"""Rules and secret that a run was begun with, kept from its first checkpoint to its end."""
 
 import logging
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ def rules_to_keep(job: Job, party: str, begun_with: Mapping[str, Any] | None) ->
     if rules > RULES:
         raise CheckpointError(
             f"party {party!r}: the run in its state folder was begun under rules {rules} of a later version of "
-            f"sl_queue, this one knows rules up to {RULES}; install that version, or start anew with another folder"
+            f"sl_queue, this one knows rules up to {RULES}; install it, or start from scratch with another folder"
         )
     if job.rules not in (None, rules):
         raise CheckpointError(
             f"party {party!r}: the run in its state folder was begun under rules {rules}, and the job asks for rules "
-            f"{job.rules}: take `rules` out of the job, or start anew with another state folder"
+            f"{job.rules}: take `rules` out of the job, or start from scratch with another state folder"
         )
     if rules != RULES:
         log.info("%s: the run was begun under rules %d, of an earlier version; it keeps them to its end", party, rules)
@@ -74,7 +74,7 @@ def _secret(
         if isinstance(chosen, Path):
             raise CheckpointError(
                 f"party {party!r}: rules = {rules} key all draws by the job's seed, and [privacy] secret = "
-                f"{str(chosen)!r} asks for a secret; take it out, or start anew under newer rules with another folder"
+                f"{str(chosen)!r} asks for a secret; remove it, or start afresh under newer rules in a new folder"
             )
         return b""
     if isinstance(chosen, Path):
@@ -85,7 +85,7 @@ def _secret(
     if begun is not None and not (state / NAME).exists():
         raise CheckpointError(
             f"party {party!r}: {state / NAME} is missing; a secret keys the draws of the run in this folder: restore "
-            "the file, set [privacy] secret to where it is, or start anew with another state folder"
+            "the file, set [privacy] secret to where it is, or start from scratch with another state folder"
         )
     return secret_in(state)
 

@@ -1,4 +1,4 @@
-"""What the operator does from outside: read where a run is, and ask it to stop."""
+"""Operator's view from outside: read where a run is, and ask it to stop."""
 
 import queue
 import time
@@ -18,7 +18,7 @@ from sl_queue.transport.mail import Letter, Mail, Spoilt
 from sl_queue.transport.retry import Limits
 
 TIMEOUT_S = 3.0  # the scheduler tells where the run is several times a second
-ENDED_S = 1.0  # to wait whether one that told of an end is followed by another that begins
+ENDED_S = 1.0  # to wait whether one that reported an end is followed by another that begins
 BACKLOG_S = 0.05  # what comes sooner after another lay in the queue with it
 ANSWER_S = 20.0  # within which a scheduler that runs has taken a request
 PATIENCE = Limits(first_s=5.0, busy_s=10.0)  # somebody waits for the answer; another operator may be asking
@@ -40,7 +40,7 @@ def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal 
 
 
 def watch_status(job: Job, broker: str, seal: Seal | None = None) -> Telling | None:
-    """Return the status that the scheduler tells now, else the last that it told; None if it never told any.
+    """Return the status that the scheduler reports now, else its last one; None if it never reported any.
 
     What lies in the queue may be of a scheduler that is gone: only what comes while we listen is of one that runs.
     Raises as `read_status`.
@@ -109,7 +109,7 @@ def _nothing_to_stop(run: RunStatus | None, asked: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """A status, and the scheduler that told it."""
+    """Status, and the scheduler that reported it."""
 
     run: RunStatus
     incarnation: str

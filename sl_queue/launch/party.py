@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -15,8 +15,9 @@ from sl_queue.compute import seeds
 from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
-from sl_queue.compute.fuse_stage import fuse_stage
+from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.modules.handover import Take, itself
+from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
@@ -25,14 +26,20 @@ from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
+from sl_queue.launch.alignment import align_party
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
+from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
+from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
+from sl_queue.launch.spending import Spending
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.log import to_log
 from sl_queue.observe.meter import Meter
+from sl_queue.privacy.guards import EpochMeter
 from sl_queue.protocol import events
+from sl_queue.protocol.alignment import MESSAGE_BYTES
 from sl_queue.protocol.events import Observer
 from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.measures import Measures
@@ -41,8 +48,11 @@ from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
+from sl_queue.storage.aligned_file import Aligned, read_aligned
 from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
+from sl_queue.storage.secret_file import read_secret
 from sl_queue.transport.party_channel import PartyChannel
 
 if TYPE_CHECKING:
@@ -78,7 +88,8 @@ def run_party(
     folder = _state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
+    lanes = Lanes.of(job, party_file, broker)
+    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, lanes=lanes, observe=observe)
 
 
 def serve_party(
@@ -93,33 +104,45 @@ def serve_party(
     *,
     private: bool = False,
     guards: Mapping[str, Guard] = MappingProxyType({}),
+    lanes: Lanes | None = None,
     observe: Observer = to_log,
 ) -> None:
     """One data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
+    `lanes`: the way to hands that compute its micro-batches.
     """
     party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
         folder = stack.enter_context(Folder(state, job_digest=job.digest, party=party, job=job.canonical()))
         if _has_finished(job, spec, folder, state, observe):
             return
-        spec, table, rules = _prepared(job, spec, folder, state, private=private)
+        aligned = _aligned(job, spec, connect, state, open_channels, seal, observe)
+        spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
         identity = _identity(job, party, incarnation, table, rules)
         pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
         meter = None if metrics is None else Meter()
         observe = fan_out(observe) if meter is None else fan_out(observe, meter)
         channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
         journal = Journal(state / "history.jsonl")
-        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
+        parts = parts_of(spec, table, pipeline.batches)
+        guards = {**parts.guards, **guards}
+        made = _stage(job, spec, table, pipeline, take, guards, lanes)
+        led = None
+        if lanes is not None:
+            led = leading(job, spec, table, rules, made, pipeline, channel, lanes, incarnation, observe)
+        stage = made if led is None else led.stage
+        worker, train = _role(job, spec, stage, pipeline, channel, folder, journal, identity, observe)
+        worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
         if metrics is not None and meter is not None:
-            stack.callback(_show(metrics, job, party, channel, worker, meter).close)
+            stack.callback(_show(metrics, job, party, channel, worker, meter, led).close)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
         observe(events.Ready(party))
-        final = worker.serve(train)
+        with nullcontext() if led is None else led.serving(channel):
+            final = worker.serve(train)
         observe(events.Finished(party, final.step, str(state / "final")))
 
 
@@ -138,15 +161,19 @@ def _identity(job: Job, party: str, incarnation: str, table: Table, rules: int) 
     return Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
 
 
-def _prepared(job: Job, spec: PartySpec, folder: Folder, state: Path, *, private: bool) -> tuple[PartySpec, Table, int]:
+def _prepared(
+    job: Job, spec: PartySpec, aligned: Aligned | None, folder: Folder, state: Path, *, private: bool
+) -> tuple[PartySpec, Table, int]:
     """Return the spec with its secret, the rows and the rules of the run; `folder` agrees to go on with them."""
     rules = rules_to_keep(job, spec.party, folder.begun_with)
-    table = _table(spec)
-    for note in table.notes:
-        log.info("%s: %s", spec.party, note)
+    require_lasting_secret(spec, state, private=private)
     secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
     spec = spec.with_secret(secret)
-    folder.require(fingerprint(spec.compute, table, rules))
+    table = table_of(spec, rules, aligned)
+    for note in table.notes:
+        log.info("%s: %s", spec.party, note)
+    folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint})
+    write_features(state, table.fitted)
     return spec, table, rules
 
 
@@ -174,12 +201,43 @@ def _channel(
     )
 
 
-def _table(spec: PartySpec) -> Table:
-    """Read the party's rows; a source in Python may draw random numbers, beside other parties of this process."""
+def _aligned(
+    job: Job,
+    spec: PartySpec,
+    connect: Connect,
+    state: Path,
+    open_channels: Channels,
+    seal: Seal | None,
+    observe: Observer,
+) -> Aligned | None:
+    """Find the rows that all parties hold."""
+    with _source_seeded(spec):
+        return align_party(job, spec.table, connect, state, open_channels, seal, observe, own_version())
+
+
+def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None) -> Table:
+    """Read the party's rows, with responses for labels if its file says so."""
+    with _source_seeded(spec):
+        positions = None if aligned is None else aligned.positions
+        return responded(spec, read_table(spec.table, positions, rules, token_key(spec)))
+
+
+def _source_seeded(spec: PartySpec) -> AbstractContextManager[None]:
+    """Let a source in Python draw random numbers, beside other parties of this process."""
     if getattr(spec.table.data, "source", None) is None:
-        return read_table(spec.table)
-    with seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu")):
-        return read_table(spec.table)
+        return nullcontext()
+    return seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu"))
+
+
+def _spending(
+    job: Job, spec: PartySpec, table: Table, state: Path, meter: EpochMeter | None, worker: Worker
+) -> Spending:
+    stage = whole_of(worker.stage)
+
+    def truly() -> Mapping[str, float | None]:
+        return stage.truly if isinstance(stage, TorchFuseStage) else {}
+
+    return Spending.of(job, spec, table, state, meter, truly)
 
 
 def own_version() -> str:
@@ -192,38 +250,54 @@ def own_version() -> str:
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
+    leftover = MESSAGE_BYTES if job.alignment.method == "psi" else 0
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
-        return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts)
-    return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()})
+        return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts, leftover)
+    return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()}, leftover)
+
+
+def _stage(
+    job: Job,
+    spec: PartySpec,
+    table: Table,
+    pipeline: Pipeline,
+    take: Take,
+    guards: Mapping[str, Guard],
+    lanes: Lanes | None,
+) -> TorchBaseStage | TorchFuseStage:
+    """Build the party's part of the model, and say what a person should know of it."""
+    compute = spec.compute if lanes is None else lanes.computes(spec.compute)
+    if spec.role == "label":
+        fuse = fuse_stage(compute, table, pipeline.batches, take, guards)
+        _remark(fuse.own)
+        for found in advice(fuse, job.stops_on):
+            log.warning("%s: %s", spec.party, found.text)
+        return fuse
+    base = base_stage(compute, table, pipeline.batches, take, guards.get(job.label_holder, UNGUARDED))
+    _remark(base)
+    return base
 
 
 def _role(
     job: Job,
     spec: PartySpec,
-    table: Table,
+    stage: TorchBaseStage | TorchFuseStage | SpreadBaseStage | SpreadFuseStage,
     pipeline: Pipeline,
     channel: PartyChannel,
     folder: Folder,
     journal: Journal,
     identity: Identity,
-    take: Take,
     observe: Observer,
-    guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
-    """The worker of this party, and the loop it runs."""
-    if spec.role == "label":
-        fuse = fuse_stage(spec.compute, table, pipeline.batches, take, guards)
-        _remark(fuse.own)
-        for found in advice(fuse, job.stops_on):
-            log.warning("%s: %s", spec.party, found.text)
-        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
-        return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker).train
-    guard = guards.get(job.label_holder, UNGUARDED)
-    base = base_stage(spec.compute, table, pipeline.batches, take, guard)
-    _remark(base)
-    worker = Worker(identity, channel, base, folder, pipeline, observe=observe)
-    return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
+    """Return the worker of this party, and the loop it runs."""
+    if isinstance(stage, TorchFuseStage | SpreadFuseStage):
+        worker = Worker(identity, channel, stage, folder, pipeline, journal=journal, observe=observe)
+        holder = LabelHolder(spec.peers, channel, stage, pipeline, worker)
+        answering(stage, holder.answer)
+        return worker, holder.train
+    worker = Worker(identity, channel, stage, folder, pipeline, observe=observe)
+    return worker, FeatureParty(job.label_holder, channel, stage, pipeline, worker).train
 
 
 def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
@@ -233,7 +307,11 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """
     try:
         rules = rules_to_keep(job, spec.party, folder.begun_with)
-        folder.require(fingerprint(spec.compute, _table(spec), rules))
+        if isinstance(spec.chosen_secret, Path):
+            spec = spec.with_secret(read_secret(spec.chosen_secret))
+        aligned = read_aligned(folder.path) if job.alignment.method == "psi" else None
+        now = fingerprint(spec.compute, table_of(spec, rules, aligned), rules)
+        folder.require({**now, **spec.privacy.fingerprint})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 
@@ -250,7 +328,15 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter) -> "HttpServer":
+def _show(
+    address: str,
+    job: Job,
+    party: str,
+    channel: PartyChannel,
+    worker: Worker,
+    meter: Meter,
+    led: Leading | None,
+) -> "HttpServer":
     from sl_queue.observe.prometheus import (  # only who is observed loads the library
         PartyCollector,
         Training,
@@ -267,4 +353,5 @@ def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Wor
     def vitals() -> Vitals:
         return Vitals(channel.pulse_age_s, channel.connectivity)
 
-    return serve(address, PartyCollector(job.name, party, measures, training), vitals)
+    hands = None if led is None else led.lead.counts
+    return serve(address, PartyCollector(job.name, party, measures, training, hands), vitals)

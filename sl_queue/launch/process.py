@@ -1,4 +1,4 @@
-"""How every program of sl_queue ends: one clear message on stderr, and the exit code that a supervisor acts on.
+"""Ends of every program of sl_queue: one clear message on stderr, and the exit code that a supervisor acts on.
 
 The codes are those of `errors`; 130 after Ctrl-C. Anything else that is raised is a bug and keeps its traceback.
 """

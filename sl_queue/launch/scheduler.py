@@ -8,10 +8,12 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from sl_queue.compute.names import LOWER_IS_BETTER
 from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
 from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
+from sl_queue.launch.alignment import align_scheduler
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
@@ -28,7 +30,6 @@ from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 log = logging.getLogger("sl_queue")
 
 LATE_S = 10.0  # a worker with its libraries has started after that
-LOWER_IS_BETTER = frozenset({"loss", "mse", "mae"})
 
 OnStatus = Callable[[RunStatus], None]
 
@@ -41,7 +42,7 @@ def run_scheduler(
     metrics: str | None = None,
     observe: Observer = to_log,
 ) -> None:
-    """The scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
+    """Run the scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
     `metrics`: `[HOST:]PORT` where Prometheus may ask.
     """
@@ -58,8 +59,8 @@ def run_scheduler(
 
 
 @dataclass(slots=True)
-class _Epochs:  # mutable: it remembers what it told
-    """An event for each epoch that ends; what a resumed run brings is not told again."""
+class _Epochs:  # mutable: it remembers what it reported
+    """An event for each epoch that ends; what a resumed run brings is not reported again."""
 
     observe: Observer
     told: int | None = None
@@ -84,7 +85,7 @@ def serve_scheduler(
     metrics: str | None = None,
     observe: Observer = to_log,
 ) -> RunState:
-    """The scheduler until every party has finished.
+    """Run the scheduler until every party has finished.
 
     `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
     Prometheus may ask, as `[HOST:]PORT`.
@@ -95,6 +96,8 @@ def serve_scheduler(
         finished = _finished_before(ledger)
         if finished is not None and not late_s:
             return finished
+        if job.alignment.method == "psi" and finished is None:
+            align_scheduler(job, connect, state, on_status, open_channels, seal, observe)
         plan = plan_of(job)
         about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
         channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
@@ -124,11 +127,12 @@ def _finished_before(ledger: RunFile) -> RunState | None:
 
 
 def plan_of(job: Job) -> Plan:
-    """What the scheduler must know of a job."""
+    """Return what the scheduler must know of a job."""
     rule = job.early_stopping
     early = None
     if rule is not None:
-        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, rule.metric in LOWER_IS_BETTER)
+        lower = rule.metric in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
+        early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, lower)
     return Plan(
         job=job.canonical(),
         label_holder=job.label_holder,

@@ -29,7 +29,7 @@ STATUS_EVERY_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a role's file and state lie on this machine."""
+    """Files and state folder of a role on this machine."""
 
     party_file: Path | None  # None: the scheduler
     state: Path
@@ -64,7 +64,7 @@ def failure_in(events: Path, pid: int) -> str | None:
 
 
 def command(job: Job, role: str, job_file: Path, place: Place) -> tuple[str, ...]:
-    """What starts the worker of a role."""
+    """Return the command that starts the worker of a role."""
     if role == SCHEDULER:
         module = "workers.scheduler"
     else:
@@ -94,7 +94,7 @@ class _Follower:
         self._look()
 
     def committed(self, role: str) -> int | None:
-        """The last step that a role is known to have on disk; for the scheduler the label holder's."""
+        """Return the last step that a role is known to have on disk; for the scheduler the label holder's."""
         newest = self._newest
         if newest is None:
             return None
@@ -116,6 +116,6 @@ class _Follower:
 
 
 def read_history(scheduler_state: Path) -> list[dict[str, Any]]:
-    """The epochs in a scheduler's history.jsonl so far."""
+    """Read the epochs in a scheduler's history.jsonl so far."""
     path = scheduler_state / "history.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -32,7 +32,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How patient supervision is."""
+    """Limits of supervision: how long it waits, how often it restarts."""
 
     first_pause_s: float = 0.5  # before a restart; doubled for every further crash at the same step
     longest_pause_s: float = 15.0
@@ -238,5 +238,5 @@ def die_with_parent() -> None:
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the kernel was told
+    if os.getppid() != parent:  # it was gone before the kernel was asked
         os._exit(128 + signal.SIGKILL)

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from sl_queue.compute.building import LAST
 from sl_queue.compute.modules.handover import Loan, Take
 from sl_queue.compute.results import lend_given, trained_module
 from sl_queue.compute.threads import limit_threads, require_nothing_lost, thread_counts_kept
@@ -24,8 +26,11 @@ from sl_queue.config.resolve import PartySpec, agree, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
+from sl_queue.launch.hand_process import HandThreads
+from sl_queue.launch.hands import Lanes
 from sl_queue.launch.party import compare_finished, serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
+from sl_queue.local.progress import OnEpoch, shown
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
@@ -37,14 +42,14 @@ log = logging.getLogger("sl_queue")
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run left: the history, one dict an epoch as in history.jsonl, and the trained modules."""
+    """Result of a run: the history, one dict an epoch as in history.jsonl, and the trained modules."""
 
     history: list[dict[str, Any]]
     modules: Mapping[tuple[str, str], nn.Module | SlQueueError] = field(repr=False)  # or why there is none
     label_holder: str
 
     def base(self, party: str) -> nn.Module:
-        """The trained base model of a party, in evaluation mode on the CPU. KeyError if it has none.
+        """Return the trained base model of a party, in evaluation mode on the CPU. KeyError if it has none.
 
         Raises ComputeError for a module that was given in code and cannot be copied.
         """
@@ -64,18 +69,22 @@ def _there(found: nn.Module | SlQueueError) -> nn.Module:
 
 def run_local(
     job: Job,
-    parties: Sequence[PartyFile],
+    parties: Sequence[PartyFile] | Mapping[str, PartyFile],
     broker: str = MEMORY,
     out: Path | str | None = None,
     on_status: Callable[[Mapping[str, Any]], None] | None = None,
     keys: Path | str | None = None,
+    *,
+    progress: bool = False,
+    on_epoch: OnEpoch | None = None,
 ) -> Result:
     """Train with every role as a thread of this process, and return the history and the trained modules.
 
     A module given in code is trained itself, and is what it was when this returns or raises; the result holds copies.
     `broker` is memory:// or an amqp(s):// URL; `out` keeps each role's state under `out/<party>` and `out/scheduler`
     (run again on the same folder, it resumes), None forgets it. `on_status` gets the status a few times a second, as
-    `sl-queue status --json` prints it, with the newest 20 epochs.
+    `sl-queue status --json` prints it, with the newest 20 epochs; `on_epoch` gets the line of each epoch in
+    history.jsonl, once and in order, also of those that an earlier call has trained. `progress` shows a line on stderr.
     `keys` is a folder with `<role>/seal.key` for a job that seals; over memory:// nothing leaves the process, and
     nothing is sealed.
 
@@ -87,15 +96,17 @@ def run_local(
     default device, modes and saved-tensor hooks around this call are refused, and no_grad and inference_mode change
     nothing. The caller's number of torch threads is given back at the end.
 
-    Raises the error of the party that failed, RunStopped if the run was stopped, and whatever `on_status` raises, which
-    ends the run everywhere. Run again on the same `out`, it resumes.
+    Raises the error of the party that failed, RunStopped if the run was stopped, and whatever `on_status` or `on_epoch`
+    raises, which ends the run everywhere. Run again on the same `out`, it resumes.
     """
     with ExitStack() as stack:
         root = Path(out) if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-")))
         states = {role: root / role for role in (*job.parties, SCHEDULER)}
         folder = None if keys is None else Path(keys)
-        tell: OnStatus = (lambda _: None) if on_status is None else (lambda status: on_status(as_json(status)))
-        return run_threads(job, parties, broker, states, tell, folder)
+        files = list(parties.values()) if isinstance(parties, Mapping) else list(parties)
+        tell, close = shown(on_status, on_epoch, progress, states[SCHEDULER] / "history.jsonl")
+        stack.callback(close)
+        return run_threads(job, files, broker, states, lambda status: tell(as_json(status)), folder)
 
 
 def run_threads(
@@ -105,8 +116,12 @@ def run_threads(
     states: Mapping[str, Path],
     on_status: OnStatus,
     keys: Path | None = None,
+    hands: Mapping[str, int] = MappingProxyType({}),
 ) -> Result:
-    """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
+    """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice.
+
+    `hands`: how many threads compute the micro-batches of a party, besides its own.
+    """
     require_all(job, parties)
     require_nothing_lost(party.device for party in parties)
     with torch.inference_mode(False), Loan() as loan:  # what is made in that mode could not be trained any further
@@ -114,14 +129,16 @@ def run_threads(
         specs = {party.party: resolve(job, party, importer) for party in parties}
         lend_given((spec.compute for spec in specs.values()), loan)
         with thread_counts_kept():
-            run_state = _Threads(job, parties, specs, broker, states, on_status, keys, loan).run()
+            run_state = _Threads(job, parties, specs, broker, states, on_status, keys, loan, hands).run()
         history = [history_line(result) for result in run_state.history]
         modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
         for party, spec in specs.items():
             for path in sorted((states[party] / "final").glob("*.safetensors")):
+                if path.stem.endswith(LAST):
+                    continue
                 try:
                     modules[party, path.stem] = trained_module(spec.compute, path, loan)
-                except SlQueueError as error:  # told to who asks for that module; the others are here
+                except SlQueueError as error:  # raised to whoever asks for that module; the others are here
                     modules[party, path.stem] = error
         return Result(history, modules, job.label_holder)
 
@@ -151,8 +168,10 @@ class _Threads:
         on_status: OnStatus,
         keys: Path | None,
         take: Take,
+        hands: Mapping[str, int],
     ) -> None:
         self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
+        self._hands = hands
         self._specs = specs
         self._broker, self._keys, self._take = broker, keys, take
         self._connect = connector(job, broker)
@@ -188,9 +207,17 @@ class _Threads:
             limit_threads(party_file.threads or shared_threads(len(self._parties)))
             seal = self._sealing(party_file.party, party_file)
             spec = self._specs[party_file.party]
-            serve_party(self._job, spec, self._connect, state, self._channels, seal, take=self._take)
+            lanes = self._lanes(party_file)
+            with HandThreads(self._job, spec, lanes, self._hands.get(spec.party, 0)):
+                serve_party(self._job, spec, self._connect, state, self._channels, seal, take=self._take, lanes=lanes)
 
         self._guard(f"party {party_file.party!r}", serve)
+
+    def _lanes(self, party_file: PartyFile) -> Lanes | None:
+        """Return the way to the party's hands, which are threads of this process; None if it has none."""
+        if party_file.hands is None and not self._hands.get(party_file.party):
+            return None
+        return Lanes.in_memory(alone=party_file.hands is None or party_file.hands.alone)
 
     def _run_scheduler(self) -> None:
         def serve() -> None:
@@ -242,7 +269,7 @@ def _told_by_another(error: SlQueueError) -> int:
 
 
 def have_finished(job: Job, states: Mapping[str, Path]) -> bool:
-    """Whether every party's folder holds its final weights, so that nobody waits for the scheduler."""
+    """Return True if every party's folder holds its final weights, so that nobody waits for the scheduler."""
     return all(holds_final(states[party], job.digest) for party in job.parties)
 
 
@@ -256,7 +283,7 @@ def compare_with_finished(job: Job, parties: Sequence[PartyFile], states: Mappin
 
 
 def key_in(keys: Path | None, role: str) -> Path | None:
-    """The private key of a role in a folder as `sl-queue provision` writes it."""
+    """Return the private key of a role in a folder as `sl-queue provision` writes it."""
     return None if keys is None else keys / role / "seal.key"
 
 

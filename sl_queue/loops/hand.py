@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sl_queue.errors import AlignmentError, ComputeError, PeerFailed, PeerSilent, RemoteProtocolError, SlQueueError
+from sl_queue.hand_ports import Lane, Workshop
 from sl_queue.loops.own_hand import done
-from sl_queue.ports import Lane, Workshop
 from sl_queue.protocol import hands as say
 from sl_queue.protocol.hands import BEAT_S, LEAD, Call
 from sl_queue.protocol.text import printable

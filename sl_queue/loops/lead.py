@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from sl_queue.errors import AlignmentError, ComputeError, RemoteProtocolError, SlQueueError, named
+from sl_queue.hand_ports import Lane, Workshop
 from sl_queue.loops.own_hand import Desk, OwnHand
-from sl_queue.ports import Lane, Workshop
 from sl_queue.protocol import hands as say
 from sl_queue.protocol.events import Event, HandCame, HandLeft, HandRefused, Observer, StillWaiting, ignore
 from sl_queue.protocol.fingerprints import differences
@@ -138,8 +138,8 @@ class Lead:
             waited = time.monotonic() - began
             if waited >= name_at:
                 name_at += self._patience_s
-                awaited = f"a result of {here} hands" if here or not self._lacks else "a hand"
-                self._observe(StillWaiting(self._party, awaited, waited))
+                why = f"hands: {here}" if here or self._alone else "none is here; start one: python -m workers.hand"
+                self._observe(StillWaiting(self._party, "the result of a hand", waited, reason=why))
 
     def end(self, task: int) -> None:
         with self._changed:
@@ -217,7 +217,7 @@ class Lead:
                     self._failure = named(error)(printable(message))
 
     def _claim(self, hand: str, number: int) -> None:
-        """Give a task to a hand. One that another has was dealt again by the broker: is that one still there?"""
+        """Give a task to a hand; if another has it, the broker dealt it again, so that one is asked for a sign of life."""
         if (holder := self._roster.holder(number)) in self._heard and holder != hand:
             self._send(holder, say.Beat(self._roster.lead))
         calls = self._roster.claim(hand, number) if hand in self._heard else ()

@@ -1,4 +1,4 @@
-"""What both data roles share: join, resume from the own last checkpoint, train, commit, finish.
+"""Lifecycle that both data roles share: join, resume from their own last checkpoint, train, commit, finish.
 
 Killed at any moment, a worker that starts again runs through the same lines; nothing else is needed.
 """
@@ -6,13 +6,13 @@ Killed at any moment, a worker that starts again runs through the same lines; no
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from sl_queue.errors import CheckpointError, ComputeError, PeerFailed, RunStopped, SlQueueError, TransportError
-from sl_queue.ports import BaseStage, Channel, Checkpoints, FuseStage, HistoryLog
+from sl_queue.ports import BaseStage, Channel, Checkpoints, FuseStage, HistoryLog, Meter, Spending
 from sl_queue.protocol import events
-from sl_queue.protocol.checkpoint import Final, Saved
+from sl_queue.protocol.checkpoint import Final, Saved, State
 from sl_queue.protocol.control import (
     Command,
     EpochDone,
@@ -73,6 +73,8 @@ class Worker:
     committed: int = BEFORE_FIRST_STEP
     held: tuple[int, ...] = ()
     journal: HistoryLog | None = None  # the label holder's; nobody else has one
+    meter: Meter | None = None  # if the party's file asks for one
+    spending: Spending | None = None
     history: History = field(default_factory=History)  # what is in it, as far as the committed step
     answered: Open | None = None  # what the scheduler asked last about the history
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
@@ -83,7 +85,7 @@ class Worker:
     def serve(self, train: Callable[[int], None]) -> Final:
         """Take part in the run to its end; `train(first_step)` is the role's loop.
 
-        Whatever ends it before, and would not be mended by a restart, is told to the scheduler.
+        Whatever ends it before, and would not be fixed by a restart, is reported to the scheduler.
         """
         try:
             final = self.checkpoints.finished() or self._train(train)
@@ -109,7 +111,7 @@ class Worker:
         try:
             return self._trained(train)
         except (RunStopped, PeerFailed):
-            with suppress(RunStopped, PeerFailed, Restarted, TransportError):  # but a disk that is full is told
+            with suppress(RunStopped, PeerFailed, Restarted, TransportError):  # but a full disk is reported
                 self.channel.wait_committed()
             raise
 
@@ -141,6 +143,8 @@ class Worker:
         if isinstance(order, Open) and order.keep != self.checkpoints.kept:
             self.channel.wait_committed()  # not while another is being written
             self.checkpoints.keep(order.keep)
+        if isinstance(order, Open) and self.spending is not None and self.run is not None:
+            self.spending.begin(self.run, self.generation, epoch)  # before anything of the epoch is sent
         return isinstance(order, Open)
 
     def _until(self, decision: Callable[[Orders], T | None]) -> T:
@@ -175,20 +179,23 @@ class Worker:
             raise CheckpointError(
                 "the scheduler has lost its history, and that of the label holder begins with epoch "
                 f"{self.history[0].epoch + 1}: nobody knows those before; restore history.jsonl in one of the two "
-                "state folders, or give every party and the scheduler a new one to train anew"
+                "state folders, or give every party and the scheduler a new one to train from scratch"
             )
         return page
 
     def commit(self, step: int, ended: EpochResult | None = None) -> None:
         """Have what is here and now become the checkpoint of `step`, with the result of an epoch that `ended` in it.
 
-        The scheduler is told when it is on disk.
+        The scheduler hears of it when it is on disk.
         """
         assert self.run is not None
         self.channel.wait_committed()
+        leak = self._measured(step)
+        if ended is not None:
+            ended = replace(ended, leak=leak)
         history = self.history if ended is None else self.history.after(ended)
         values = {"last_epoch": [_as_json(e) for e in history.newest(1)], "running": dict(self.running)}
-        state, run, generation = self.stage.state(), self.run, self.generation
+        state, run, generation = self._state(), self.run, self.generation
 
         def save() -> None:
             if self.journal is not None:  # before the checkpoint that counts on it
@@ -201,6 +208,25 @@ class Worker:
                 self.observe(events.EpochDone(self.identity.party, ended.epoch, step, ended.loss, ended.holdout))
 
         self.channel.commit(step, save)
+
+    def _measured(self, step: int) -> Mapping[str, Mapping[str, float]] | None:
+        """Return what others could read in the epoch that ends with `step`; None at other steps, or without a meter."""
+        batches = self.pipeline.batches
+        if self.meter is None or not batches.ends_epoch(step):
+            return None
+        found = self.meter.end_epoch()
+        for party, numbers in found.items():
+            told = ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
+            log.info("epoch %d: what party %r could read by what it was sent: %s", batches.epoch_of(step), party, told)
+        return found
+
+    def _state(self) -> State:
+        """All that a checkpoint must hold of what is computed here."""
+        state = self.stage.state()
+        if self.meter is None:
+            return state
+        measured = self.meter.state()
+        return State({**state.tensors, **measured.tensors}, {**state.values, **measured.values})
 
     def advance(self, step: int, rows: int, loss: float | None = None) -> None:
         """Report soon that an optimizer step is done."""
@@ -250,6 +276,8 @@ class Worker:
         self.checkpoints.discard_after(BEFORE_FIRST_STEP if saved is None else saved.step)
         self._remember(saved)
         self.stage.load(fresh if saved is None else saved.state)
+        if self.meter is not None:
+            self.meter.load(fresh if saved is None else saved.state)
         self.run, self.generation = start.run, start.generation
         self.channel.enter(start, self.committed)
         self.channel.report(self._progress(self.committed, None))
@@ -261,6 +289,8 @@ class Worker:
         self.channel.wait_committed()
         if step != self.committed:
             self.stage.load(self.checkpoints.load(step).state)
+        if self.spending is not None:
+            self.spending.finish(self.run)
         self.checkpoints.write_final(
             self.stage.weights(), run=self.run, step=step, incarnation=self.identity.incarnation
         )
@@ -271,4 +301,5 @@ class Worker:
 
 def _as_json(result: EpochResult) -> dict[str, Any]:
     holdout = None if result.holdout is None else dict(result.holdout)
-    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout}
+    leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
+    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout, **leak}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sl_queue.errors import ComputeError, SlQueueError
-from sl_queue.ports import Workshop
+from sl_queue.hand_ports import Workshop
 from sl_queue.protocol.hands import OWN, Call, Result, Weights
 
 

@@ -35,7 +35,7 @@ class Ledger(Protocol):
     """The scheduler's memory on disk."""
 
     def load(self) -> RunState | None:
-        """What was saved last, or None."""
+        """Return the state that was saved last, or None."""
 
     def save(self, state: RunState) -> None:
         """Write durably, the new epochs to `history.jsonl`."""
@@ -52,7 +52,7 @@ class Scheduler:
     clock: Callable[[], float]  # monotonic, seconds
     on_status: Callable[[RunStatus], None]
     late_s: float = 0.0  # how long a run that had finished before waits for parties that have lost what it left
-    wall: Callable[[], float] = time.time  # seconds since 1970: says when something was told, and decides nothing
+    wall: Callable[[], float] = time.time  # seconds since 1970: says when something was reported, and decides nothing
     observe: Observer = ignore
 
     def serve(self) -> RunState:

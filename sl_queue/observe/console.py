@@ -1,5 +1,7 @@
-"""What the command shows: a progress bar while a run trains, and tables of what came out. Results go to stdout, the
-rest to stderr; where that is no terminal, an epoch is a line instead of a bar."""
+"""Output of the command: a progress bar while a run trains, and tables of what came out.
+
+Results go to stdout, the rest to stderr; where that is no terminal, an epoch is a line instead of a bar.
+"""
 
 import logging
 import sys
@@ -14,8 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from sl_queue.protocol.alignment import ALIGNING
 from sl_queue.protocol.control import EpochResult
-from sl_queue.protocol.scheduler.state import epoch_text, number_text
+from sl_queue.protocol.scheduler.state import epoch_text, number_text, worst_reading
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus, Telling
 from sl_queue.protocol.text import printable
 
@@ -97,11 +100,11 @@ class Screen:
         logging.getLogger("sl_queue").removeHandler(self._log)
 
     def line(self, worker: str, text: str) -> None:
-        """A line that a worker wrote."""
+        """Print a line that a worker wrote."""
         self.console.print(Text.assemble((f"{worker}: ", "cyan"), text), soft_wrap=True)
 
     def status(self, status: RunStatus) -> None:
-        """The newest status of the run."""
+        """Show the newest status of the run."""
         rate = self._samples_per_s(status.samples)
         known = status.epoch if self._epochs is None or not self._tells_epochs else self._epochs
         for done in status.history:
@@ -122,7 +125,7 @@ class Screen:
     def _samples_per_s(self, samples: int) -> float | None:
         now = time.monotonic()
         if self._samples and (samples == 0 or samples < self._samples[-1][1]):
-            self._samples.clear()  # nothing is trained yet; or the label holder was restarted, and counts anew
+            self._samples.clear()  # nothing is trained yet; or the label holder was restarted, and counts from zero
         self._samples.append((now, samples))
         while now - self._samples[0][0] > RATE_OVER_S and len(self._samples) > 2:
             self._samples.popleft()
@@ -134,6 +137,9 @@ def _where(status: RunStatus) -> str:
     if status.phase == "gathering":
         late = [name for name, party in status.parties.items() if party.phase == "not joined"]
         return f"waiting for {', '.join(late)}" if late else "starting"
+    if status.phase == ALIGNING:
+        each = (f"{name} {party.phase}" for name, party in status.parties.items() if party.phase != "aligned")
+        return f"aligning: {', '.join(each)}"
     epoch = min(status.epoch + 1, status.epochs)
     running = "" if status.phase == "running" else f" {status.phase},"
     return f"{status.job}:{running} epoch {epoch}/{status.epochs}"
@@ -151,28 +157,34 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
     """One row an epoch."""
     metrics = list((history[0]["holdout"] or {}) if history else ())
     names = (_plain(f"held-out {name}") for name in metrics)
-    table = Table("epoch", "step", "loss", *(Column(name) for name in names), "seconds", box=None)
+    readers = sorted(history[0].get("leak") or {}) if history else []
+    columns = [Column(name) for name in (*names, *(_plain(f"read by {party}") for party in readers))]
+    table = Table("epoch", "step", "loss", *columns, "seconds", box=None)
     for epoch in history:
         held_out = [number_text((epoch["holdout"] or {}).get(name)) for name in metrics]
+        leak = epoch.get("leak") or {}
+        read = [number_text(worst_reading(leak.get(party) or {})) for party in readers]
         seconds = f"{epoch['seconds']:.1f}"
-        table.add_row(str(epoch["epoch"]), str(epoch["step"]), number_text(epoch["loss"]), *held_out, seconds)
+        table.add_row(str(epoch["epoch"]), str(epoch["step"]), number_text(epoch["loss"]), *held_out, *read, seconds)
     return table
 
 
 def status_view(telling: Telling, wall: float) -> Group:
-    """Where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
+    """Render where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
     status = telling.run
     steps = "" if status.steps is None else f" of {status.steps}"
     done = f"{status.epoch} of {status.epochs} epochs, {status.step + 1}{steps} steps done"
     head = [
         *([_silence(telling, wall), ""] if telling.silent else []),
         f"job {status.job}, run {status.run or '(not begun)'}, generation {status.generation}",
-        f"{status.phase}: {done}",
+        f"{status.phase}: {done}" if status.phase != ALIGNING else _where(status),
     ]
     if not telling.silent:
-        head.append(f"told {_when(telling, wall)}")
+        head.append(f"reported {_when(telling, wall)}")
     if status.loss is not None:
         head.append(f"loss {number_text(status.loss)}")
+    if status.history and status.history[-1].leak:
+        head.append(_leak(status.history[-1].leak))
     if status.reason:
         head.append(f"reason: {status.reason}")
     table = Table("party", "state", "steps done", "committed", "silent", "waits for", box=None)
@@ -190,6 +202,15 @@ def status_view(telling: Telling, wall: float) -> Group:
     return Group(*map(_plain, head), "", table, *map(_plain, refused))
 
 
+def _leak(leak: Mapping[str, Mapping[str, float]]) -> str:
+    """Say what the label holder's meter has found in the newest epoch."""
+    each = [
+        f"{party} AUC {number_text(worst_reading(found))} (chance {number_text(found.get('chance'))})"
+        for party, found in sorted(leak.items())
+    ]
+    return f"labels as read from gradients: {', '.join(each)}"
+
+
 FIXED = ("finished", "stopped", "refused", "not joined")  # what a party stays when nobody tells of it any more
 
 
@@ -198,7 +219,7 @@ def _silence(telling: Telling, wall: float) -> str:
     last = "" if age_s is None else f", {_when(telling, wall)}"
     return (
         f"the scheduler has said nothing for at least {telling.listened_s:.0f} s: it is gone, or it does not reach the "
-        f"broker, or the broker takes no messages (a resource alarm). This is the last that it told{last}; it may no "
+        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may no "
         "longer be so"
     )
 
@@ -220,7 +241,7 @@ def _plain(text: object) -> Text:
     return Text(printable(str(text), LONGEST_LINE))
 
 
-COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
+COLOURS = {"ok": "green", "note": "dim", "detail": "dim", "warning": "yellow", "error": "red"}
 
 
 def show_finding(console: Console, level: str, text: str) -> None:

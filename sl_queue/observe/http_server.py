@@ -28,7 +28,7 @@ log = logging.getLogger("sl_queue")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a page says."""
+    """Answer to a request for a page."""
 
     body: bytes
     status: str = "200 OK"

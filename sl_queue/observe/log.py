@@ -48,7 +48,7 @@ def text_of(event: Event) -> str:
 
 @text_of.register
 def _(event: events.Loaded) -> str:
-    return "libraries are loaded"
+    return "libraries loaded"
 
 
 @text_of.register
@@ -58,7 +58,7 @@ def _(event: events.Ready) -> str:
 
 @text_of.register
 def _(event: events.Reconnected) -> str:
-    return "what the broker has not confirmed is published again"
+    return "reconnected; unconfirmed messages were published again"
 
 
 @text_of.register
@@ -109,17 +109,32 @@ def _(event: events.Rejected) -> str:
 
 @text_of.register
 def _(event: events.Foreign) -> str:
-    return f"refuses what comes of {event.sender!r}: {event.reason}"
+    return f"ignores messages of {event.sender!r}: {event.reason}"
 
 
 @text_of.register
 def _(event: events.StillWaiting) -> str:
-    text = f"waiting for {event.what} since {event.seconds:.0f} s"
+    text = f"waiting for {event.what} for {event.seconds:.0f} s"
     if event.outage_s is not None:
-        return f"{text}; the own link to the broker has been of no use for {event.outage_s:.0f} s: {event.reason}"
+        return f"{text}; its own link to the broker has been unusable for {event.outage_s:.0f} s: {event.reason}"
     if event.silent_s is not None:
         return f"{text}; last heard of it {event.silent_s:.0f} s ago"
     return f"{text}: {event.reason}"
+
+
+@text_of.register
+def _(event: events.HandCame) -> str:
+    return f"{event.hand} is here; hands: {event.hands}"
+
+
+@text_of.register
+def _(event: events.HandLeft) -> str:
+    return f"{event.hand} is lost: {event.reason}; what it had is given to others; hands: {event.hands}"
+
+
+@text_of.register
+def _(event: events.HandRefused) -> str:
+    return f"refused, since it would compute other bits: {event.reason}"
 
 
 @text_of.register

@@ -1,4 +1,4 @@
-"""What a run's speed depends on, apart from its pipeline: seconds by rows and bytes."""
+"""Costs that decide a run's speed, apart from its pipeline: seconds by rows and bytes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

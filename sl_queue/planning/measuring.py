@@ -1,4 +1,4 @@
-"""What a step is made of: a few steps of all parties measured here, in this thread.
+"""Measurement of a step's parts: a few steps of all parties, here in this thread.
 
 Each action is measured with other data in the caches; some after a pause, as a worker meets it that has waited for a
 message, which alone makes it up to twice as long; and some beside another core that is as busy, as workers of one

@@ -1,4 +1,4 @@
-"""Which pipeline is fastest: every one played with what its actions cost here (costs.py), and what to paste."""
+"""Choice of the fastest pipeline: every one is played with what its actions cost here; prints what to paste."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from sl_queue.config.job import Job, JobPipeline, PartyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
+from sl_queue.data.aligning import shared_rows
 from sl_queue.data.table import read_table
 from sl_queue.local.threads import require_all
 from sl_queue.planning.costs import Costs
@@ -61,7 +62,8 @@ def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handlin
     limit_threads(next((file.threads for file in files if file.threads), None) or 1)
     importer = Importer()
     specs = {file.party: resolve(job, file, importer) for file in files}
-    tables = {party: read_table(spec.table) for party, spec in specs.items()}
+    shared = shared_rows([spec.table for spec in specs.values()]) if job.alignment.method == "psi" else {}
+    tables = {party: read_table(spec.table, shared.get(party)) for party, spec in specs.items()}
     measured = measure(job, {party: spec.compute for party, spec in specs.items()}, tables)
     found = []
     for wire in WIRES:

@@ -1,4 +1,4 @@
-"""How long a step would take: the pipeline's own actions, played with measured costs instead of models. Pure.
+"""Simulation of a step: the pipeline's own actions, played with measured costs instead of models. Pure.
 
 Each worker does its actions in order; a message passes its sender's driver, the broker, its party's link and its
 receiver's driver: drivers and links take one after the other, the broker one of each party and direction. Where all

@@ -1,4 +1,4 @@
-"""What a party keeps on disk: the state of its stage, checkpoints, and the final weights."""
+"""Values that a party keeps on disk: the state of its stage, checkpoints, and the final weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

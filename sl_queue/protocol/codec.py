@@ -25,6 +25,7 @@ from sl_queue.protocol.messages import (
     Gradient,
     Header,
     Kind,
+    Masked,
     MicroBatch,
     Payload,
     Role,
@@ -38,7 +39,7 @@ SCALE_BYTES: Final = 4  # of a row of narrower numbers
 MAX_RANK: Final = 16  # of a tensor: rows and the axes of the cut
 MAX_TENSOR_BYTES: Final = 2**32 - 1  # of a bin 32
 MAX_HEADER_BYTES: Final = 4096
-MAX_CONTROL_BYTES: Final = 8 * 1024 * 1024  # earlier versions told all epochs when they joined
+MAX_CONTROL_BYTES: Final = 8 * 1024 * 1024  # earlier versions sent all epochs when they joined
 MAX_CONTROL_ITEMS: Final = 50_000  # in one list: epochs of a history; what does not fit is refused in milliseconds
 _FIELDS: Final = 11
 _KINDS: Final = {kind.value: kind for kind in Kind}
@@ -107,7 +108,7 @@ def encode(header: Header, message: Message) -> bytes:
     """Return the bytes of a message. Raises LocalProtocolError if it is too large to be one."""
     description: tuple[Any, ...] | None
     match message:
-        case Activation(_, payload) | Gradient(_, payload):
+        case Activation(_, payload) | Gradient(_, payload) | Masked(_, payload):
             packing = (payload.packing,) if payload.packing else ()
             description, data = (payload.dtype, payload.shape, payload.rows, *packing), payload.data
         case _:
@@ -153,6 +154,8 @@ def decode(body: bytes, terms: Terms | None = None) -> tuple[Header, Message]:
         raise Unreadable(header, str(error)) from None
     if header.kind is Kind.GRADIENT:
         return header, Gradient(header.micro_batch, payload)
+    if header.kind is Kind.MASKED:
+        return header, Masked(header.micro_batch, payload)
     return header, Activation(header.micro_batch, payload, holdout=header.kind is Kind.HOLDOUT)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sl_queue.protocol.messages import PARTIES, Activation, Gradient, Kind, Role
+from sl_queue.protocol.messages import PARTIES, Activation, Gradient, Kind, Masked, Role
 
 # Reports ------------------------------------------------------------------------------------------------------
 
@@ -18,17 +18,18 @@ class EpochResult:
     loss: float
     holdout: Mapping[str, float | None] | None = None  # None for a metric that these rows do not define
     seconds: float = 0.0  # as the scheduler saw it pass
+    leak: Mapping[str, Mapping[str, float]] | None = None  # by party, what it could read of the labels; None: no meter
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
     """A worker is here: what it was asked to train, on which rows, and what it already holds.
 
-    Sent at every start and after every reconnect, so that a scheduler that lost its memory can learn everything anew.
+    Sent at every start and after every reconnect, so that a scheduler that lost its memory can learn everything again.
     One that was meant for an earlier scheduler may have been left behind by a worker that is gone.
     """
 
-    incarnation: str  # drawn anew by every worker process: commands to an earlier one are void
+    incarnation: str  # drawn by every new worker process: commands to an earlier one are void
     job: Mapping[str, Any]  # the canonical job, for naming the keys that differ
     n_rows: int
     rows_digest: str  # keyed digest of all row ids in canonical order, hexadecimal
@@ -115,7 +116,7 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A worker ends for a reason that a restart does not mend."""
+    """A worker ends for a reason that a restart does not fix."""
 
     incarnation: str
     error: str  # class name
@@ -149,7 +150,42 @@ class StopRequest:
     type: Literal["stop_request"] = "stop_request"
 
 
-Report = Join | Progress | EpochDone | Epochs | Waiting | Lost | Alive | Failed | Stopped | Finished | StopRequest
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A party is here to align its rows: how many ids it brings, rounded up, and of what type."""
+
+    incarnation: str
+    job: Mapping[str, Any]  # canonical
+    token: str  # names its secrets and its ids, and tells nothing of them
+    size: int
+    id_type: str
+    to: str  # the incarnation of the scheduler it has heard of; none other believes it
+    version: str = ""  # of sl_queue
+    type: Literal["offer"] = "offer"
+
+
+@dataclass(frozen=True, slots=True)
+class Aligning:
+    """The way that a party's own set has come."""
+
+    incarnation: str
+    done: int
+    total: int
+    type: Literal["aligning"] = "aligning"
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """A party has on disk which of its rows all parties hold."""
+
+    incarnation: str
+    session: str
+    to: str  # as in Offer
+    type: Literal["aligned"] = "aligned"
+
+
+_OfARun = Join | Progress | EpochDone | Epochs | Waiting | Lost | Alive | Failed | Stopped | Finished | StopRequest
+Report = _OfARun | Offer | Aligning | Aligned
 
 
 # Commands -----------------------------------------------------------------------------------------------------
@@ -206,7 +242,20 @@ class Stop:
     type: Literal["stop"] = "stop"
 
 
-Command = Start | Open | Finish | Stop
+@dataclass(frozen=True, slots=True)
+class Align:
+    """All parties are here: send the own ids around, then those finished masks that the scheduler lacks."""
+
+    incarnation: str
+    session: str  # names all parties' secrets and ids together: a message of another is void
+    round: int  # another one: a worker has come again, and may have lost what it had in hand
+    sizes: Mapping[str, int]  # by party
+    missing: tuple[int, ...] = ()  # chunks of this party's finished masks, the first few
+    shared: int | None = None  # rows that all parties hold, once all masks are here; these follow
+    type: Literal["align"] = "align"
+
+
+Command = Start | Open | Finish | Stop | Align
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +267,15 @@ class Status:
     type: Literal["status"] = "status"
 
 
-Message = Activation | Gradient | Report | Command | Status
+Message = Activation | Gradient | Masked | Report | Command | Status
 
 
 def kind_of(message: Message) -> Kind:
     """Return the kind that a message is filed and routed as."""
     match message:
-        case Activation() | Gradient():
+        case Activation() | Gradient() | Masked():
             return message.kind
-        case Start() | Open() | Finish() | Stop() | Status():
+        case Start() | Open() | Finish() | Stop() | Align() | Status():
             return Kind.COMMAND
         case _:
             return Kind.REPORT
@@ -242,13 +291,13 @@ def objection(message: Message, sender: Role, receiver: Role) -> str | None:
     match message:
         case Status():
             allowed = receiver is Role.OPERATOR
-        case Start() | Open() | Finish() | Stop():
+        case Start() | Open() | Finish() | Stop() | Align():
             allowed = receiver in PARTIES
         case StopRequest():
             allowed = sender is Role.OPERATOR
         case Alive():
             allowed = sender is not Role.OPERATOR
-        case Activation() | Gradient():
+        case Activation() | Gradient() | Masked():
             allowed = True
         case _:
             allowed = sender in PARTIES and (receiver is Role.SCHEDULER or isinstance(message, _TO_PARTIES))
@@ -261,11 +310,11 @@ def objection(message: Message, sender: Role, receiver: Role) -> str | None:
 def subject_of(message: Message) -> str | None:
     """Name what a newer statement of the same sender replaces this one in; None of facts, which stay true."""
     match message:
-        case Activation() | Gradient():  # first, as it is asked of every message
+        case Activation() | Gradient() | Masked():  # first, as it is asked of every message
             return None
         case Start() | Open() | Finish() | Stop():
             return "command"
-        case Alive() | Join() | Lost() | Progress() | StopRequest() | Waiting():
+        case Alive() | Join() | Lost() | Progress() | StopRequest() | Waiting() | Offer() | Aligning() | Align():
             return message.type
         case _:
             return None
@@ -274,9 +323,9 @@ def subject_of(message: Message) -> str | None:
 def addressee_of(message: Message) -> str | None:
     """Return the incarnation that a message is meant for; None if it is for whoever reads it."""
     match message:
-        case Start() | Open() | Finish() | Stop():
+        case Start() | Open() | Finish() | Stop() | Align():
             return message.incarnation
-        case Join() | StopRequest():
+        case Join() | StopRequest() | Offer():
             return message.to
         case _:
             return None

@@ -196,7 +196,7 @@ class StillWaiting:
     what: str
     seconds: float
     silent_s: float | None = None  # since anything was heard of whom it waits for
-    outage_s: float | None = None  # for which the own link to the broker has been of no use
+    outage_s: float | None = None  # for which its own link to the broker has been unusable
     reason: str = ""  # of that
 
 

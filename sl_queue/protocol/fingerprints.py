@@ -1,4 +1,4 @@
-"""What differs between the fingerprint that a run was begun with and that of now, in sentences.
+"""Differences between the fingerprint that a run was begun with and the present one, in sentences.
 
 A fingerprint says what a step depends on besides its checkpoint: flat, JSON values, made in compute/fingerprint. One
 that an earlier version wrote lacks the keys that came later; those are not compared, and the next checkpoint has them.
@@ -14,7 +14,10 @@ BY_POSITION = 1  # as the first version did: draws keyed by the job's seed alone
 SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names
-_FIRST = re.compile(r"torch|threads|device|fuse\.loss|(base|fuse)\.(model|(args|optimizer)\..+)")  # in every version
+_FIRST = re.compile(  # in every version, or there whenever the party file says it
+    r"torch|threads|device|privacy\..+|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
+    r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|groups|clip_norm|clip_value|ema)"
+)
 _OF_THE_MACHINE = re.compile(
     r"torch|threads|device|secret|autocast|default_dtype|float32_matmul_precision|(base|fuse)(\.loss)?\.packages"
 )
@@ -41,6 +44,7 @@ def differences(found: Mapping[str, Any], own: Mapping[str, Any], *, finished: b
 
 def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     named = {"base": own.get("base.model"), "fuse": own.get("fuse.model"), "fuse.loss": own.get("fuse.loss")}
+    named |= {k: own.get(k) for k in ("base.optimizer", "fuse.optimizer", "base.schedule", "fuse.schedule")}
     match key.rpartition("."):
         case (part, _, "code") if part in named:
             return f"the source code of {named[part]} has changed"
@@ -48,6 +52,8 @@ def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str
             return f"the initial weights of {named[part]}, given in code, are others"
         case (part, _, "settings") if part in named:
             return f"the attributes of {named[part]}, given in code, are others"
+        case ("data", _, "fitted"):
+            return "what [features] learned of the training rows is another: the table has changed, or [features] has"
         case ("", _, "secret"):
             return _about_secret(found.get(key), own.get(key))
         case _:
@@ -79,7 +85,7 @@ def _of_table(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]
 
 
 def _of_columns(before: list[str] | None, now: list[str] | None) -> Iterator[str]:
-    """What became of the names of the feature columns."""
+    """Describe how the names of the feature columns changed."""
     if before is None or now is None:
         if before != now:
             yield f"the columns were {before}, now {now}"
@@ -96,7 +102,7 @@ def _of_columns(before: list[str] | None, now: list[str] | None) -> Iterator[str
 
 
 def _of_values(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    """What became of the features, in the same columns and rows."""
+    """Describe how the features changed, in the same columns and rows."""
     if found.get("data.features") == own.get("data.features"):
         return
     before, now = (side.get("data.features.each") or () for side in (found, own))

@@ -1,4 +1,4 @@
-"""What a channel measures of itself, for whoever observes it."""
+"""Measurements that a channel makes of itself, for whoever observes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

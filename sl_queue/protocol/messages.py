@@ -31,6 +31,7 @@ class Kind(StrEnum):
     ACTIVATION = "activation"
     HOLDOUT = "holdout"  # an activation of held-out rows: evaluated, never answered
     GRADIENT = "gradient"
+    MASKED = "masked"  # ids of a party as masked points, while the rows are aligned
     REPORT = "report"
     COMMAND = "command"
 
@@ -42,6 +43,14 @@ WHO_MAY_SAY: Final[Mapping[Kind, frozenset[tuple[Role, Role]]]] = {  # (from, to
     Kind.ACTIVATION: frozenset({(Role.FEATURE_PARTY, Role.LABEL_HOLDER)}),
     Kind.HOLDOUT: frozenset({(Role.FEATURE_PARTY, Role.LABEL_HOLDER)}),
     Kind.GRADIENT: frozenset({(Role.LABEL_HOLDER, Role.FEATURE_PARTY)}),
+    Kind.MASKED: frozenset(
+        {
+            (Role.FEATURE_PARTY, Role.LABEL_HOLDER),
+            (Role.LABEL_HOLDER, Role.FEATURE_PARTY),
+            *((party, Role.SCHEDULER) for party in PARTIES),
+            *((Role.SCHEDULER, party) for party in PARTIES),
+        }
+    ),
     Kind.REPORT: frozenset(
         {
             (Role.FEATURE_PARTY, Role.LABEL_HOLDER),
@@ -119,6 +128,21 @@ class Gradient:
     @property
     def kind(self) -> Kind:
         return Kind.GRADIENT
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """A chunk of a party's masked ids, shape (ids, bytes of a point or of a finished mask).
+
+    `micro_batch.step` says whose they are and how far on their way, `micro_batch.index` counts the chunks.
+    """
+
+    micro_batch: MicroBatch
+    payload: Payload
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.MASKED
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,9 @@ class Table:
     columns: tuple[str, ...] | None = None  # the names of the features, in order, where they have any
     hashes: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, to choose held-out rows by
     notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
+    tokens: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, by a key of this party alone
+    truth: npt.NDArray[Any] | None = field(default=None, repr=False)  # the labels, where others stand in their place
+    fitted: str | None = field(default=None, repr=False)  # JSON: what [features] learned of the training rows
 
     @property
     def n_rows(self) -> int:

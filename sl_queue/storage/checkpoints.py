@@ -73,6 +73,11 @@ class Folder:
             self.close()
             raise
 
+    @property
+    def path(self) -> Path:
+        """The state folder."""
+        return self._path
+
     def close(self) -> None:
         """Let another worker use the folder. Idempotent."""
         self._unlock()
@@ -123,11 +128,11 @@ class Folder:
                     self._remove(old)
 
     def steps(self) -> tuple[int, ...]:
-        """The steps of all intact checkpoints, ascending."""
+        """Return the steps of all intact checkpoints, ascending."""
         return tuple(sorted(self._held))
 
     def load(self, step: int) -> Saved:
-        """Raises CheckpointError if there is no intact checkpoint of that step."""
+        """Load the checkpoint of `step`. Raises CheckpointError if there is no intact one."""
         stored = self._read(step)
         if stored is None:
             self._held.discard(step)
@@ -138,7 +143,7 @@ class Folder:
         return Saved(about["run"], about["generation"], about["step"], state, about["values"])
 
     def newest(self) -> Saved | None:
-        """The newest intact checkpoint, or None."""
+        """Load the newest intact checkpoint, or return None."""
         return self.load(max(self._held)) if self._held else None
 
     @property
@@ -147,7 +152,7 @@ class Folder:
         return self._kept
 
     def keep(self, step: int | None) -> None:
-        """Keep the checkpoint of `step` until told otherwise, also by a worker that starts again."""
+        """Keep the checkpoint of `step` until another one is kept, also by a worker that starts again."""
         if step == self._kept:
             return
         with self._writing():
@@ -176,7 +181,7 @@ class Folder:
         self._write_run(Final(run, step, incarnation, digests, reported=False))
 
     def finished(self) -> Final | None:
-        """What `write_final` left; None if this party has not finished."""
+        """Return what `write_final` left; None if this party has not finished."""
         path, self._final_says = self._final / "run.json", None
         if not path.exists():
             return None
@@ -194,7 +199,7 @@ class Folder:
         return final
 
     def mark_reported(self) -> None:
-        """The scheduler will learn that this party has finished: a worker that starts again has nothing left to do."""
+        """Note that the scheduler will learn of the end: a worker that starts again has nothing left to do."""
         final = self.finished()
         if final is None:
             raise LocalProtocolError("nothing final was written")
@@ -213,7 +218,7 @@ class Folder:
         return self._checkpoints / f"{_PREFIX}{step:09d}{_SUFFIX}"
 
     def _written(self) -> list[int]:
-        """The steps of all checkpoint files, intact or not, ascending."""
+        """List the steps of all checkpoint files, intact or not, ascending."""
         names = (path.name for path in self._checkpoints.glob(f"{_PREFIX}*{_SUFFIX}"))
         numbers = (name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names)
         return sorted(int(number) for number in numbers if number.isdecimal())
@@ -279,11 +284,11 @@ class Folder:
         if finished:
             raise CheckpointError(
                 f"party {party!r}: {path}: this run is finished, and it was trained with something else: {differing}. "
-                "Restore that to have its final weights, or train anew with another state folder"
+                "Restore that to have its final weights, or train from scratch with another state folder"
             )
         raise CheckpointError(
             f"party {party!r}: {path} was written with something else, and resuming would not give the same weights: "
-            f"{differing}. Restore that, or start anew with another state folder"
+            f"{differing}. Restore that, or start from scratch with another state folder"
         )
 
     def _locked(self) -> FileLock:
@@ -297,7 +302,7 @@ class Folder:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """An error of the system becomes one that says what to do."""
+        """Turn an error of the system into one that says what to do."""
         try:
             yield
         except OSError as error:
@@ -305,7 +310,7 @@ class Folder:
 
 
 def holds_final(path: Path, job_digest: str) -> bool:
-    """Whether a state folder holds the final weights of that job, whole, and the scheduler knows."""
+    """Return True if a state folder holds the job's final weights, whole, and the scheduler knows."""
     try:
         final, found = _read_final(path / "final")
     except (OSError, ValueError, KeyError, TypeError):
@@ -314,7 +319,7 @@ def holds_final(path: Path, job_digest: str) -> bool:
 
 
 def _read_final(folder: Path) -> tuple[Final, Mapping[str, Any]]:
-    """What `write_final` left, and whose it is. Raises OSError, ValueError, KeyError, TypeError."""
+    """Read what `write_final` left, and whose it is. Raises OSError, ValueError, KeyError, TypeError."""
     found = json.loads((folder / "run.json").read_bytes())
     final = Final(found["run"], found["step"], found["incarnation"], found["digests"], found["told"])
     for name, digest in final.digests.items():

@@ -76,7 +76,7 @@ def unusable(folder: Path, error: OSError) -> SlQueueError:
         return ResourceShortage(
             f"{what}start the worker again, it resumes; if this repeats, raise its limit of open files or memory"
         )
-    return CheckpointError(f"{what}make room or mend the rights, then start the worker again")
+    return CheckpointError(f"{what}make room or fix the permissions, then start the worker again")
 
 
 def warn_of_readers(folder: Path) -> None:

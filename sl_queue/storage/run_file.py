@@ -1,6 +1,6 @@
 """The scheduler's memory on disk: `run.json`, whole and atomically, and `history.jsonl`, a line an epoch.
 
-The law: the history is written first. A crash in between leaves an epoch that nobody has been told of, or after going
+The law: the history is written first. A crash in between leaves an epoch that nobody has heard of, or after going
 back fewer than there were; the label holder tells those again.
 """
 

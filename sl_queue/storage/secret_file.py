@@ -52,7 +52,7 @@ def secret_in(state: Path) -> bytes:
             _write(path)
         except OSError as error:
             raise CheckpointError(
-                f"the state folder {state} cannot be used: {error.strerror or error}; make room or mend the rights, "
+                f"the state folder {state} cannot be used: {error.strerror or error}; free space or fix permissions, "
                 "then start the worker again"
             ) from error
     return read_secret(path)

@@ -42,25 +42,25 @@ class TornFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a file holds."""
+    """Contents of a file."""
 
     tensors: Mapping[str, Payload] = field(repr=False)
     about: Mapping[str, Any]  # JSON values
 
 
 def packed(tensors: Mapping[str, Payload], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file that any reader of the format can load, for instance safetensors.torch.load_file."""
+    """Encode as a safetensors file that any reader of the format can load, such as safetensors.torch.load_file."""
     return bytes(serialize({name: _spec(payload) for name, payload in tensors.items()}, metadata=dict(metadata)))
 
 
 def sealed(tensors: Mapping[str, Payload], about: Mapping[str, Any]) -> bytes:
-    """A safetensors file that knows whether it is whole."""
+    """Encode as a safetensors file with a digest, by which a reader knows whether it is whole."""
     text = json.dumps(about, sort_keys=True)
     return packed(tensors, {_ABOUT: text, _DIGEST: _digest(text, tensors)})
 
 
 def unsealed(path: Path) -> Stored:
-    """What was sealed into a file. Raises TornFileError, OSError."""
+    """Read a file of `sealed` and check its digest. Raises TornFileError, OSError."""
     body = path.read_bytes()
     try:
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])

@@ -1,4 +1,4 @@
-"""What a broker of our own holds: virtual hosts and users, changed by Erlang expressions inside it."""
+"""Contents of a private broker: virtual hosts and users, changed by Erlang expressions inside it."""
 
 from urllib.parse import quote
 
@@ -7,14 +7,14 @@ USER = "sl_queue"
 
 
 class Contents:
-    """What a broker of our own holds, changed by Erlang expressions. Mutable: it remembers its virtual hosts."""
+    """Contents of a private broker, changed by Erlang expressions. Mutable: it remembers its virtual hosts."""
 
     port: int
     _password: str
     _vhosts: list[str]
 
     def url(self, vhost: str = "/") -> str:
-        """Where a client finds that virtual host, which is made if it is not there."""
+        """Return a client's URL of that virtual host, which is made if it is not there."""
         if vhost not in self._vhosts:
             self.evaluate(adding_vhost(vhost))
             self._vhosts.append(vhost)
@@ -26,11 +26,11 @@ class Contents:
         self.evaluate(deleting_vhost(vhost))
 
     def add_user(self, name: str, password: str, vhost: str, configure: str, write: str, read: str) -> None:
-        """A user with these rights (regular expressions of names) on a virtual host."""
+        """Add a user with these rights (regular expressions of names) on a virtual host."""
         self.evaluate(adding_user(name, password, vhost, configure, write, read))
 
     def evaluate(self, expression: str) -> str:
-        """What an Erlang expression gives inside the broker, as text."""
+        """Return the value of an Erlang expression inside the broker, as text."""
         raise NotImplementedError
 
     def _restore_vhosts(self) -> None:
@@ -45,17 +45,17 @@ def binary(text: str) -> str:
 
 
 def adding_vhost(vhost: str) -> str:
-    """The Erlang expression that makes a virtual host, if it is not there, and lets us use it."""
+    """Return the Erlang expression that makes a virtual host, if it is not there, and lets us use it."""
     return f"rabbit_vhost:add({binary(vhost)}, {binary(USER)}), {_permitting(USER, vhost, '.*', '.*', '.*')}"
 
 
 def deleting_vhost(vhost: str) -> str:
-    """The Erlang expression that removes a virtual host."""
+    """Return the Erlang expression that removes a virtual host."""
     return f"rabbit_vhost:delete({binary(vhost)}, {binary(USER)})"
 
 
 def adding_user(name: str, password: str, vhost: str, configure: str, write: str, read: str) -> str:
-    """The Erlang expression that makes a user, or changes one that is there."""
+    """Return the Erlang expression that makes a user, or changes one that is there."""
     user = f"#{{name => {binary(name)}, password => {binary(password)}, tags => []}}"
     made = f"rabbit_auth_backend_internal:put_user({user}, {binary(USER)})"
     return f"{made}, {_permitting(name, vhost, configure, write, read)}"

@@ -132,7 +132,7 @@ def run_chaos(
 ) -> Comparison:
     """Both runs; `party_files` by party. Raises JobError if `out` is not empty. Call from the main thread."""
     if out.exists() and any(out.iterdir()):
-        raise JobError(f"{out} is not empty; both runs must begin anew: give --out another folder")
+        raise JobError(f"{out} is not empty; both runs must begin from scratch: give --out another folder")
     roles = (*job.parties, SCHEDULER)
     with PrivateBroker() as broker:
         harness = _Harness(job, job_file, party_files, broker, say)
@@ -147,7 +147,7 @@ def run_chaos(
 
 @dataclass(frozen=True, slots=True)
 class _Harness:
-    """Where both runs take place."""
+    """Harness in which both runs take place."""
 
     job: Job
     job_file: Path
@@ -282,7 +282,7 @@ class _Injector:  # mutable: it remembers what it did
 
 
 def _committed(places: Mapping[str, Place]) -> Callable[[str], int]:
-    """The last step that a role has on disk; the scheduler, which computes none, goes on with everybody's newest."""
+    """Return the last step that a role has on disk; the scheduler, which computes none, has everybody's newest."""
 
     def newest(role: str) -> int:
         names = (path.stem for path in (places[role].state / "checkpoints").glob("step-*.safetensors"))

@@ -27,7 +27,7 @@ _ERL_CALLS = ("/usr/lib/erlang/bin", "/usr/local/lib/erlang/bin")
 
 
 def find_server() -> Path | None:
-    """The rabbitmq-server of this machine that any user may start with data of their own, or None.
+    """Find this machine's rabbitmq-server that any user may start with data of their own, or return None.
 
     The one that SL_QUEUE_RABBITMQ_SERVER names comes first.
     """
@@ -138,7 +138,7 @@ class PrivateBroker(Contents):  # mutable: it owns processes
     # Its contents -----------------------------------------------------------------------------------------------
 
     def evaluate(self, expression: str) -> str:
-        """What an Erlang expression gives inside the broker, as text: 15 ms where rabbitmqctl takes 500."""
+        """Return the value of an Erlang expression inside the broker, as text: 15 ms where rabbitmqctl takes 500."""
         erl_call = shutil.which("erl_call", path=os.pathsep.join((*_ERL_CALLS, os.environ.get("PATH", ""))))
         if erl_call is not None:
             command = [erl_call, "-r", "-address", f"{HOST}:{self._distribution_port}", "-e"]
@@ -230,8 +230,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, below those that outgoing connections use: a client that tries again and
-    again while the broker is down could otherwise take the broker's port, or even connect to itself."""
+    """Choose ports that nobody listens on now, below those that outgoing connections use.
+
+    A client that tries again and again while the broker is down could otherwise take the broker's port, or even
+    connect to itself.
+    """
     ports: list[int] = []
     while len(ports) < count:
         port = 20_000 + secrets.randbelow(12_000)
@@ -244,7 +247,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def answers(port: int) -> bool:
-    """Whether an AMQP broker greets there: its port may be open before it does."""
+    """Return True if an AMQP broker greets there: its port may be open before it does."""
     try:
         with socket.create_connection((HOST, port), timeout=5.0) as connection:
             connection.sendall(b"AMQP\x00\x00\x09\x01")

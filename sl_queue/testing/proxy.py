@@ -44,7 +44,7 @@ class Proxy:  # mutable: its attributes may be changed at any time
         self.cut()
 
     def url(self, url: str) -> str:
-        """The same URL, through this proxy."""
+        """Return the same URL, through this proxy."""
         parts = urlsplit(url)
         login = parts.netloc.rpartition("@")[0]
         return parts._replace(netloc=f"{login}@{HOST}:{self.port}").geturl()

@@ -1,4 +1,4 @@
-"""What `sl-queue chaos` shows at its end: what went wrong, what it cost, and whether a bit differs."""
+"""Report of `sl-queue chaos`: what went wrong, what it cost, and whether a bit differs."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from sl_queue.testing.chaos import Comparison, Run
 
 
 def report(comparison: Comparison) -> Group:
-    """The numbers, the digests, the last word."""
+    """Render the numbers, the digests and the verdict."""
     return Group(
         "", _summary(comparison), "", _losses(comparison), "", _weights(comparison), "", _last_word(comparison)
     )

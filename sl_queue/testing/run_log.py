@@ -1,4 +1,4 @@
-"""What the workers of a run did: who did which step when, and who did it again. Read from their events.
+"""Log of what the workers of a run did: each step by worker and time, repetitions too. Read from their events.
 
 The workers append their events to a file (SL_QUEUE_EVENTS). An event that was written is there even if its worker was
 killed right after it.
@@ -125,7 +125,7 @@ class RunLog:
             return sum(p.counts.get(what, 0) for processes in self._processes.values() for p in processes)
 
     def recomputed(self, worker: str) -> tuple[list[int], int]:
-        """Steps done again after each restart of that worker, and steps done again without a restart."""
+        """Return the steps done again after each restart of that worker, and those done again without a restart."""
         with self._changed:
             return recomputed([[step for step, _ in process.steps] for process in self._processes[worker]])
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sl_queue.errors import PartyBusy
-from sl_queue.ports import LaneSide
+from sl_queue.hand_ports import LaneSide
 from sl_queue.protocol.hands import HANDS, LEAD, TASKS
 
 PREFETCH = 2  # tickets that a hand has and has not done: the next is there when it has done one
@@ -45,10 +45,12 @@ class MemoryLane:
     _willing: bool = False
     _held: dict[int, bytes] = field(default_factory=dict, repr=False)
     _queue: deque[Callable[[], None]] = field(default_factory=deque, repr=False)
+    _thread: threading.Thread | None = field(default=None, repr=False)
+    _closed: bool = False
     _numbers = itertools.count(1)
 
     def open(self, side: LaneSide) -> None:
-        self._side, self._filled, self._closed = side, threading.Condition(), False
+        self._side, self._filled = side, threading.Condition()
         self._name = LEAD if self.lead else f"hand.{next(self._numbers)}"
         with self.lanes.lock:
             if self._name in self.lanes.ends:
@@ -88,7 +90,7 @@ class MemoryLane:
     def close(self) -> None:
         """Leave; tickets that are not done go to others. Also what a killed process does."""
         with self.lanes.lock:
-            if self._closed:
+            if self._closed or self._thread is None:
                 return
             self._closed = True
             self.lanes.ends.pop(self._name, None)

@@ -1,4 +1,4 @@
-"""How long a link could carry nothing: measured here, so that nobody's silence is counted meanwhile."""
+"""Durations for which a link could carry nothing, so that no peer's silence is counted meanwhile."""
 
 import threading
 import time

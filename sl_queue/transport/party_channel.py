@@ -83,7 +83,8 @@ class PartyChannel:
         self._reports, self._commits = Reports(shared, self._sources), Commits(shared, committer, self._check)
         self._resending = Resending(party, patience_s, observe)
         self._failure: SlQueueError | None = None
-        self._woken, self.between = False, lambda: None
+        self._woken = False
+        self.between: Callable[[], None] = _nothing
         self._pulse = Pulse(party, self._reports.every_s, self._beat, first_s=self._reports.every_s)
 
     def open(self) -> None:
@@ -312,3 +313,7 @@ class PartyChannel:
     def _publish(self, receiver: str, kind: Kind, body: bytes) -> None:
         self._observe(events.Sent(self._party, receiver, kind, len(body)))
         self._link.publish(receiver, kind, self._timeline.run, body, persistent=self._persistent)
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -1,4 +1,4 @@
-"""What a party says of itself: who is here, where it is, that it lives, and what it waits for."""
+"""Reports of a party about itself: that it is here, where it is, that it lives, and what it waits for."""
 
 import threading
 import time

@@ -1,6 +1,6 @@
 """Retries: bounded, exponential, jittered, and each one logged with what happens next.
 
-Only what another attempt may mend is tried again: connections. Computation and protocol errors never are.
+Only what another attempt may fix is tried again: connections. Computation and protocol errors never are.
 
 Jitter comes from the operating system. Python's global generator, which tenacity's own waits draw from, may at that
 moment be the one that a model's forward pass draws from in another thread.

@@ -1,4 +1,4 @@
-"""What the parts of a party's channel share."""
+"""State that the parts of a party's channel share."""
 
 import threading
 from dataclasses import dataclass

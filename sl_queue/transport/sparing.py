@@ -1,4 +1,4 @@
-"""What is said when it happens for the first time, and then as a sum after longer and longer pauses.
+"""Notes that are logged the first time, and then as a sum after longer and longer pauses.
 
 So a log stays short whatever a peer does, and nothing that happened is left out of its numbers.
 """

@@ -1,4 +1,4 @@
-"""What tests of a RabbitMQ link share: a virtual host of their own, links to it, and a proxy before it."""
+"""Fixtures of tests of a RabbitMQ link: a virtual host of their own, links to it, and a proxy before it."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from tests.support.rabbit import LIMITS, Connect
 
 @pytest.fixture
 def vhost(private_broker: Broker, unique: str) -> Iterator[str]:
-    """A virtual host of a broker that may be treated badly."""
+    """Yield a virtual host of a broker that may be treated badly."""
     private_broker.url(unique)
     yield unique
     private_broker.delete_vhost(unique)

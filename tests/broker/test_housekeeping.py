@@ -55,7 +55,7 @@ def connect(job: Job, broker_url: str) -> Iterator[Connect]:
 
 
 def refuse(connect: Connect, *bodies: bytes, reason: str = "is of run 'old'") -> Inbox:
-    """The insurer refuses what the bank sent; returns the insurer's end."""
+    """Have the insurer refuse what the bank sent; returns the insurer's end."""
     insurer, bank = connect("insurer"), connect("bank")
     send(bank.link, "insurer", *bodies)
     for delivery in insurer.take(len(bodies)):

@@ -1,4 +1,4 @@
-"""What is provisioned: a broker that outsiders cannot use, and no secret of one party in another's folder."""
+"""Tests of provision: a broker that outsiders cannot use, and no secret of one party in another's folder."""
 
 import datetime
 import json
@@ -254,7 +254,7 @@ def refuses(port: int, credentials: pika.credentials.PlainCredentials | None, co
 
 
 class Anonymous(pika.credentials.PlainCredentials):
-    """What RabbitMQ 4 lets in by default."""
+    """Parts of RabbitMQ 4's default configuration that let anonymous users in."""
 
     TYPE = "ANONYMOUS"
 

@@ -1,4 +1,4 @@
-"""What is special to RabbitMQ: lost connections and brokers, and what a link says about them."""
+"""Behaviour special to RabbitMQ: lost connections and brokers, and what a link says about them."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""What `sl-queue check --broker` says of a login: which right is missing, which is too wide."""
+"""Findings of `sl-queue check --broker` on a login: which right is missing, which is too wide."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def login(broker: Broker, vhost: str, configure: str, write: str, read: str) -> str:
-    """The URL of a new user with these rights."""
+    """Return the URL of a new user with these rights."""
     url = broker.url(vhost)
     broker.add_user(f"{vhost}-user", "secret", vhost, configure, write, read)
     return f"amqp://{vhost}-user:secret@{url.rpartition('@')[2]}"
@@ -29,7 +29,7 @@ def login(broker: Broker, vhost: str, configure: str, write: str, read: str) -> 
 
 @pytest.fixture
 def declared(private_broker: Broker, unique: str) -> Broker:
-    """A broker where everything is declared, by somebody who may."""
+    """Return a broker where everything is declared, by somebody who may."""
     for role in ("bank", "insurer", SCHEDULER):
         Inbox(RabbitLink(private_broker.url(unique), role, NAMES)).open().link.close()
     return private_broker

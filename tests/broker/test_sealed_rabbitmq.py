@@ -23,7 +23,7 @@ ROLES = ("bank", "telco", "insurer", SCHEDULER, OPERATOR)
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
-    """A private key for every role, in a folder of its own."""
+    """Write a private key for every role, in a folder of its own."""
     for role in ROLES:
         (tmp_path / "keys" / role).mkdir(parents=True)
         write_key(tmp_path / "keys" / role / "seal.key", PrivateKey.generate(signs=role == SCHEDULER))

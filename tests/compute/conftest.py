@@ -10,7 +10,7 @@ from sl_queue.compute.threads import limit_threads
 
 @pytest.fixture
 def one_thread_and_fixed_draws() -> Iterator[None]:
-    """Sums in one order, and initial weights that do not depend on the test before."""
+    """Sum in one order, and draw initial weights that do not depend on the test before."""
     before = torch.get_num_threads()
     limit_threads(1)
     torch.manual_seed(3)

@@ -297,7 +297,7 @@ def test_only_the_owner_may_look_into_a_new_state_folder(tmp_path: Path) -> None
 
 @contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """The kernel refuses to write more, as a full disk would."""
+    """Have the kernel refuse to write more, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:

@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The example's parties; the bank's model is spread over three modules."""
+    """Write the example's parties; the bank's model is spread over three modules."""
     write_credit(tmp_path)
     (tmp_path / "bank.py").write_text(MODELS)
     (tmp_path / "layers.py").write_text(LAYERS)

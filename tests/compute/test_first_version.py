@@ -23,7 +23,7 @@ WEIGHTS = ("bank/final/base.safetensors", "shop/final/fuse.safetensors")
 
 
 def stored(name: str, folder: Path) -> Path:
-    """A copy of what the first version left, as if this torch had written it and its models were where they are now."""
+    """Copy what the first version left, as if this torch had written it and its models were where they are now."""
     shutil.copytree(first_version.FOLDER / name, folder)
     for path in folder.glob("*/checkpoints/*.safetensors"):
         found = unsealed(path)
@@ -34,7 +34,7 @@ def stored(name: str, folder: Path) -> Path:
 
 
 def written_here() -> bool:
-    """True where the same kernels compute that computed what is stored."""
+    """Return True where the same kernels compute that computed what is stored."""
     path = next(first_version.FOLDER.glob("stopped/bank/checkpoints/*.safetensors"))
     same_torch = unsealed(path).about["fingerprint"]["torch"] == torch.__version__
     return same_torch and (platform.system(), platform.machine()) == ("Linux", "x86_64")

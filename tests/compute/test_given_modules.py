@@ -30,7 +30,7 @@ def run(bases: dict[str, Any], fuse: Any = None, out: Path | None = None, **chan
 
 
 def plain(base: nn.Module, fuse: nn.Module) -> nn.Module:
-    """The base after the same training in one loop, as docs/joined.md does it."""
+    """Return the base after the same training in one loop, as docs/joined.md does it."""
     optimizer = torch.optim.SGD([*base.parameters(), *fuse.parameters()], lr=SGD["lr"])
     for epoch in range(2):
         order = sl_queue.row_order(ROWS, 7, epoch)

@@ -1,4 +1,4 @@
-"""What is read off a graph: where code that is not torch's may run, and where a ReLU's zeros need no gradient."""
+"""Readings of a graph: where code that is not torch's may run, and where a ReLU's zeros need no gradient."""
 
 from collections.abc import Callable
 from typing import Any

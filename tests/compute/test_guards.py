@@ -49,7 +49,7 @@ class Album:
         self.seen[key].append(tensor.clone())
 
     def once(self) -> dict[Key, Tensor]:
-        """What was shown, which must be the same however often."""
+        """Return what was shown, which must be the same however often."""
         assert all(torch.equal(each, tensors[0]) for tensors in self.seen.values() for each in tensors)
         return {key: tensors[0] for key, tensors in self.seen.items()}
 
@@ -80,7 +80,7 @@ class Guarded:
         return Guard(defence, self.left, self.arrived)
 
     def stage(self, party: str) -> Any:
-        """A stage of its own, as a worker that starts again has one."""
+        """Return a new stage, as a worker that starts again has one."""
         job, file, table = self.parties.job, self.parties.files[party], self.parties.tables[party]
         batches = job.batches(ROWS)
         if party == "label":
@@ -89,8 +89,8 @@ class Guarded:
         return base_stage(job, file, table, batches, guard=self.guard(party))
 
     def run(self, **crashes: int) -> dict[str, Any]:
-        """The final weights of a run over a broker in memory, in which these parties crash once."""
-        run = ToyRun(stage=self.stage, crashes={party: CrashAt(at) for party, at in crashes.items()}, patience_s=5.0)
+        """Return the final weights of a run over a broker in memory, in which these parties crash once."""
+        run = ToyRun(stage=self.stage, crashes={party: CrashAt(at) for party, at in crashes.items()}, patience_s=20.0)
         return run.run(timeout_s=60.0).weights()
 
 
@@ -129,7 +129,7 @@ def test_a_replayed_crossing_has_the_bits_of_the_first_wherever_a_party_crashed(
     weights = quiet.run()
     replayed = 0
     for operation in range(5, 75, 14):
-        again = Guarded()
+        again = Guarded(parties=quiet.parties)
         assert again.run(**{victim: operation}) == weights, operation
         assert all(torch.equal(tensor, quiet.left.once()[key]) for key, tensor in again.left.once().items())
         replayed += any(len(tensors) > 1 for tensors in again.left.seen.values())

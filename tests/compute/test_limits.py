@@ -1,4 +1,4 @@
-"""What messages cannot carry is known to the job: whatever a valid job can make, every reader accepts."""
+"""Limits of messages, known to the job: whatever a valid job can make, every reader accepts."""
 
 from math import prod
 from typing import Any, get_args

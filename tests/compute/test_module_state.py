@@ -132,7 +132,7 @@ def setup(base: Any, fuse: Any = None, **changes: Any) -> Parties:
 
 
 def resumed(run: Parties, folder: Path, step: int) -> Stages:
-    """The run, killed after `step` and started again from files."""
+    """Return the run, killed after `step` and started again from files."""
     first, again = run.stages().train(run.pipeline, stop_after=step), run.stages()
     for name, one, other in (("bank", first.bases["bank"], again.bases["bank"]), ("fuse", first.fuse, again.fuse)):
         with Folder(folder / name, job_digest="a", party=name, fingerprint={}) as checkpoints:

@@ -10,7 +10,7 @@ from sklearn import metrics as reference
 from torch import Tensor, nn
 
 from sl_queue.compute.losses import LOSSES
-from sl_queue.compute.spec import NAMED_LOSSES
+from sl_queue.compute.names import NAMED_LOSSES
 from sl_queue.errors import (
     ComputeError,
     JobError,

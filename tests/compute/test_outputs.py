@@ -31,7 +31,7 @@ class Ending(Concatenated):
 
 
 def log_loss(output: Tensor, labels: Tensor) -> Tensor:
-    """A loss of the user's own, on probabilities."""
+    """Compute a loss of the user's own, on probabilities."""
     output = output if output.dim() > 1 and output.shape[1] > 1 else torch.cat([1 - output, output], 1)
     return F.nll_loss(output.clamp(1e-6).log(), labels.flatten())
 
@@ -118,7 +118,7 @@ def test_the_meaning_of_the_output_is_found(
 
 
 def held_out(run: Parties) -> tuple[Any, Any]:
-    """The held-out rows, and the logits that the models give for them."""
+    """Return the held-out rows, and the logits that the models give for them."""
     batches = run.job.batches(ROWS)
     rows = np.concatenate([batches.holdout_part(index) for index in range(batches.holdout_parts)])
     features = run.tables["bank"].features

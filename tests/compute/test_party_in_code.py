@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sl_queue.compute.spec import NAMED_LOSSES
+from sl_queue.compute.names import NAMED_LOSSES
 from sl_queue.config.job import PartyFile
 from sl_queue.config.resolve import agree
 from sl_queue.data.spec import Rows

@@ -1,4 +1,4 @@
-"""What a party's models draw at random is keyed by a secret of its own, so that no other party can draw it again."""
+"""Random draws of a party's models, keyed by a secret of its own, so that no other party can repeat them."""
 
 import logging
 import random
@@ -34,7 +34,7 @@ SECRET, OTHER = b"s" * 32, b"t" * 32
 
 
 def drawn(key: int) -> list[float]:
-    """A few numbers of each kind of generator."""
+    """Draw a few numbers of each kind of generator."""
     with seeded(key, CPU):
         return [*torch.randn(5).tolist(), *np.random.rand(5).tolist(), random.random()]
 
@@ -106,7 +106,7 @@ SEEN: list[torch.Tensor] = []
 
 
 def undone(privacy: dict[str, Any]) -> float:
-    """The largest error that is left when the label holder subtracts the noise that the job's seed gives."""
+    """Return the largest error left when the label holder subtracts the noise that the job's seed gives."""
     EXACT.clear()
     SEEN.clear()
     agreed = job(epochs=1, holdout=0.0, pipeline={"micro_batches": 1})

@@ -56,7 +56,7 @@ def features_of(setup: Parties, party: str) -> Any:
 
 
 def plain(setup: Parties, loss: Any, optimizer: Any) -> dict[str, Any]:
-    """A training loop that knows nothing of stages, payloads or pipelines."""
+    """Train in a loop that knows nothing of stages, payloads or pipelines."""
     job, holder = setup.job, setup.job.label_holder
     bases = {p: copy.deepcopy(setup.given[p]).train() for p in job.fused}
     fuse = copy.deepcopy(setup.given["fuse"]).train()

@@ -67,7 +67,7 @@ def job(**more: Any) -> sl_queue.Job:
 
 
 def ended(run: Callable[[], Any]) -> BaseException | None:
-    """How a run ended, which it must within half a minute."""
+    """Return the error that ended a run, which must end within half a minute."""
     found: list[BaseException | None] = []
 
     def go() -> None:

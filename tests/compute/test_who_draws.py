@@ -45,7 +45,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def global_draws(source: str) -> Iterator[str]:
-    """What in a program draws from a global generator, or may: by its dotted name."""
+    """Yield what in a program draws from a global generator, or may: by its dotted name."""
     tree = ast.parse(source)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     own = {id(call.func) for call in calls if any(keyword.arg == "generator" for keyword in call.keywords)}
@@ -197,7 +197,7 @@ def run(which: str, **more: Any) -> Parties:
 
 
 def disturbed(seed: int) -> None:
-    """What the rest of a process does to the global generators."""
+    """Disturb the global generators as the rest of a process does."""
     torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
 
 

@@ -1,4 +1,4 @@
-"""What tests of channels share."""
+"""Fixtures of tests of channels."""
 
 from collections.abc import Iterator
 

@@ -31,7 +31,7 @@ FIRST = MicroBatch(0, 0)
 
 
 def body(message: Message, sender: str = "a", receiver: str = "label", **changes: object) -> bytes:
-    """The message as its sender would publish it in run r, generation 1, unless something is changed."""
+    """Encode the message as its sender would publish it in run r, generation 1, unless something is changed."""
     where = message.micro_batch if isinstance(message, Activation | Gradient) else FIRST
     header = Header("r", 1, kind_of(message), sender, receiver, where)
     return encode(replace(header, **changes), message)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ class Label:
         return len(queue.ready) + len(queue.unacknowledged)
 
     def receives(self) -> bool:
-        """Whether the first message of an honest peer comes through."""
+        """Return True if the first message of an honest peer comes through."""
         self.publish(body(activation(0)))
         return self.channel.receive("a", Kind.ACTIVATION, FIRST) is not None
 

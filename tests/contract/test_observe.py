@@ -1,4 +1,4 @@
-"""What Prometheus is told: the numbers of a real run, and nothing of rows or secrets."""
+"""Numbers that Prometheus reads: those of a real run, and nothing of rows or secrets."""
 
 import math
 import os
@@ -136,7 +136,7 @@ def test_health_follows_what_the_worker_says() -> None:
 
 
 def shown() -> dict[str, str]:
-    """The type of every number that a worker can show, by the name it has in a query."""
+    """Return the type of every number that a worker can show, by the name it has in a query."""
     measures = Measures(1.0, 0.5, 0.0, {("a", "b"): 0.5}, {"a": 1.0}, {"applied": 1}, 1, 1, 1, 1, IN_PROCESS)
     parties = {"bank": PartyStatus("here", silent_s=1.0, committed=1)}
     status = RunStatus("running", "j", "r", epoch=1, history=(EpochResult(0, 1, 0.5),), parties=parties)

@@ -1,4 +1,4 @@
-"""What a waiting worker hears of the scheduler, and what it says of a peer that is silent."""
+"""Scheduler's orders as a waiting worker hears them, and its words about a peer that is silent."""
 
 import threading
 import time

@@ -20,7 +20,7 @@ QUEUES = [(receiver, sender) for receiver in (*TOPOLOGY.parties, SCHEDULER) for 
 
 
 def wrong_messages(rng: random.Random, run: ToyRun, receiver: str, sender: str) -> Iterator[bytes]:
-    """What anyone with write access to a queue might put there: nothing of it is a message of that sender."""
+    """Yield what anyone with write access to a queue might put there: nothing of it is a message of that sender."""
     state = run.ledger.state
     name = state.run if state is not None and state.run is not None else "?"
     step = rng.randrange(20)

@@ -70,7 +70,7 @@ def test_early_stopping_leaves_every_party_with_the_weights_of_a_run_of_just_the
 
 
 def again(run: ToyRun, **changes: Any) -> ToyRun:
-    """The same state folders and broker, with every worker started anew."""
+    """Return the same state folders and broker, with every worker started again."""
     return replace(run, errors=[], crashes={}, stages={}, counts={}, **changes)
 
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_fails_while_a_stop_comes_is_told_and_no_stop(what: Ex
     under_way = threading.Event()
 
     def committer() -> Executor | None:
-        """b commits in line, so that a waits for a gradient while it commits: b's next activation never comes."""
+        """Have b commit in line, so that a waits for a gradient while it commits: b's next activation never comes."""
         return AtOnce() if threading.current_thread().name == "b-main" else None
 
     run = ToyRun(epochs=6, checkpoint_every=1, committer=committer)
@@ -141,7 +141,7 @@ def test_a_state_that_is_lost_after_the_end_is_said_to_be_and_nobody_waits() -> 
     run = ToyRun().run()
     del run.stores["a"]
     began = time.monotonic()
-    with pytest.raises(CheckpointError, match="they are lost; to train anew"):
+    with pytest.raises(CheckpointError, match="they are lost; to train from scratch"):
         again(run, late_s=2.0, patience_s=60.0).run()
     assert time.monotonic() - began < 15
 
@@ -237,7 +237,7 @@ def test_a_worker_that_fails_ends_every_other_with_its_reason() -> None:
 
 
 def fail_while_the_label_holder_is_gone(patience_s: float, until_it_may_come_back: Callable[[ToyRun], bool]) -> ToyRun:
-    """The label holder dies at its first commit, and "b" fails in that step before it is there again."""
+    """Have the label holder die at its first commit, and "b" fail in that step before it is there again."""
     run = ToyRun(patience_s=patience_s)
     lives: list[str] = []
 

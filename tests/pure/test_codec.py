@@ -193,7 +193,7 @@ def samples() -> list[bytes]:
 
 
 def harmless(body: bytes) -> bool:
-    """Whether it is refused; what is not refused must be consistent in itself."""
+    """Return True if it is refused; what is not refused must be consistent in itself."""
     try:
         header, message = decode(body)
     except RemoteProtocolError as error:
@@ -214,7 +214,7 @@ def test_every_truncated_and_every_padded_message_is_refused() -> None:
 
 
 def mutated(rng: random.Random, body: bytes, other: bytes) -> bytes:
-    """The message with a few things wrong with it."""
+    """Return the message with a few things wrong with it."""
     changed = bytearray(body)
     for _ in range(rng.choice((1, 1, 2, 5))):
         place, length = rng.randrange(len(changed)), rng.randrange(1, 9)
@@ -350,7 +350,7 @@ def control(data: bytes, kind: str = "report") -> bytes:
 
 
 def with_list(key: str, item: bytes, count: int) -> bytes:
-    """A Join whose `key` is a list of `count` times `item`."""
+    """Encode a Join whose `key` is a list of `count` times `item`."""
     rest = msgpack.packb({k: v for k, v in JOINED.items() if k != key})
     array = b"\xdd" + count.to_bytes(4, "big") + item * count
     return control(bytes([rest[0] + 1]) + rest[1:] + msgpack.packb(key) + array)

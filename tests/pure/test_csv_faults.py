@@ -177,7 +177,7 @@ def test_all_faults_of_a_table_are_told_at_once(tmp_path: Path) -> None:
         "7 things are wrong",
         "there is no column 'wealth'",
         "1 rows have more or fewer fields",
-        "'city' (text), 'rate' (text: numbers with a decimal comma; write a decimal point)",
+        "'city' (text), 'rate' (text: numbers with a decimal comma; write a decimal point, or say data.csv.decimal",
         "values are missing in column 'age' in 1 of 4 rows, 'income' in 1 of 4 rows",
         "label column 'y' holds text",
         "1 of 4 rows have no id",

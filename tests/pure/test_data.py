@@ -47,7 +47,7 @@ def digest(table: Table, positions: Positions) -> bytes:
 
 
 def written(folder: Path, columns: dict[str, Any], suffix: str = ".parquet") -> dict[str, Any]:
-    """[data] of a file with these columns, of which `id` is the id."""
+    """Write these columns and return the [data] of the file, of which `id` is the id."""
     path, columns_of = folder / f"rows{suffix}", pa.table(columns)
     if suffix == ".csv":
         pa.csv.write_csv(columns_of, path)

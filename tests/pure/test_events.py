@@ -123,7 +123,7 @@ def test_every_event_that_is_not_counted_has_words(caplog: pytest.LogCaptureFixt
             events.Rejected("a", "b", "why", 4999, 2.0),
             "rejected 4,999 further messages of 'b' in 2 s, the last: why",
         ),
-        (events.StillWaiting("a", "x", 61.0, silent_s=3.0), "waiting for x since 61 s; last heard of it 3 s ago"),
+        (events.StillWaiting("a", "x", 61.0, silent_s=3.0), "waiting for x for 61 s; last heard of it 3 s ago"),
         (events.PhaseChanged("scheduler", "job", None, "gathering"), "job job is gathering"),
         (events.PhaseChanged("scheduler", "job", "r", "failed", "why"), "run r is failed: why"),
         (events.Missing("scheduler", ("a", "b")), "waiting for a, b"),

@@ -29,7 +29,7 @@ from tests.support.progress import PARTIES, STEPS, Mind, decide, epoch, joined, 
 
 @dataclass(slots=True)
 class Party:
-    """What a worker does, told in reports: joins, commits an epoch at a time, stops or finishes when ordered."""
+    """Worker, modelled by its reports: joins, commits an epoch at a time, stops or finishes when ordered."""
 
     name: str
     life: int = 0
@@ -70,7 +70,7 @@ class Party:
             self._commit(losses)
 
     def _may_train(self) -> bool:
-        """Whether its next epoch is open to it. A feature party gets gradients only of what the label holder trains."""
+        """Return True if its next epoch is open; gradients come only of what the label holder trains."""
         stop, start, opened = self.orders.stop, self.orders.start, self.orders.open
         if self.ended or self.introduce or start is None or opened is None:
             return False
@@ -102,7 +102,7 @@ class World:
     parties: dict[str, Party] = field(default_factory=lambda: {name: Party(name) for name in PARTIES})
 
     def hear(self, party: Party, die: str = "") -> None:
-        """The scheduler reduces a report, saves, orders and acknowledges, or is killed on the way."""
+        """Have the scheduler reduce a report, save, order and acknowledge, or be killed on the way."""
         if not party.out or self.mind.state.phase is Phase.STOPPED:
             return  # a scheduler that has stopped hears nothing; its next process will
         self.mind.hear(party.name, party.out[0])

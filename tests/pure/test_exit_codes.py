@@ -1,4 +1,4 @@
-"""A container engine restarts whatever does not exit with 0: SL_QUEUE_FINAL_EXIT spares it what no restart mends."""
+"""A container engine restarts whatever does not exit with 0: SL_QUEUE_FINAL_EXIT spares it what no restart fixes."""
 
 import os
 import subprocess
@@ -41,4 +41,4 @@ def test_a_worker_says_its_real_code_where_it_tells_another(final: str | None, c
     command = [sys.executable, "-m", "workers.scheduler", "--job", "nowhere.toml", "--broker", "amqp://localhost"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == code and "error: " in done.stderr and "nowhere.toml" in done.stderr
-    assert ("exit code 2, told as 0" in done.stderr) == (final is not None)
+    assert ("exit code 2, reported as 0" in done.stderr) == (final is not None)

@@ -31,7 +31,7 @@ def folder(path: Path, job_digest: str = "d") -> Folder:
 
 
 def with_checkpoint(path: Path, **about: Any) -> Path:
-    """A state folder with one checkpoint, of which something else is said."""
+    """Write a state folder with one checkpoint, of which something else is said."""
     with folder(path) as written:
         written.require({})
         written.save(3, State({"w": Payload("float32", (1,), b"\0\0\0\0")}, {}), run="r", generation=0, values={})
@@ -72,7 +72,7 @@ def test_checkpoints_that_the_first_version_left_are_read() -> None:
 
 
 def ledger(path: Path, **changes: Any) -> RunFile:
-    """A scheduler's folder of which something else is said; None takes it out."""
+    """Write a scheduler's folder of which something else is said; None takes it out."""
     with closing(RunFile(path, {"name": "job"}, "d")) as written:
         written.save(RunState(run="r"))
     says = {**json.loads((path / "run.json").read_text()), **changes}

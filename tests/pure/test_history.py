@@ -37,7 +37,7 @@ def plan(epochs: int) -> Plan:
 
 
 def running(epochs: int) -> RunState:
-    """A run that has just begun."""
+    """Return a run that has just begun."""
     state = RunState()
     for party in PARTIES:
         joined = Join(f"{party}1", JOB, 10, "d", "integer", None, 0, ())
@@ -191,7 +191,7 @@ def test_a_history_of_more_than_a_page_is_told_again_page_by_page() -> None:
 
 
 def stopped() -> ToyRun:
-    """A run of six epochs that was stopped after some."""
+    """Return a run of six epochs that was stopped after some."""
     run = ToyRun(epochs=6)
     run.crashes = {"label": AfterEpochs(run, 2, act=lambda: ask_to_stop(run), survives=True)}
     with pytest.raises(RunStopped):

@@ -1,4 +1,4 @@
-"""What watches a worker shares none of its limits: few connections, one thread, and an end to each of them."""
+"""Isolation of the metrics server: few connections, one thread, and an end to each, whatever watches a worker."""
 
 import os
 import resource
@@ -50,7 +50,7 @@ def connect(server: HttpServer) -> socket.socket:
 
 
 def ask(server: HttpServer, request: bytes) -> bytes:
-    """The first line of the answer."""
+    """Return the first line of the answer."""
     with connect(server) as peer:
         peer.sendall(request)
         return peer.makefile("rb").readline().strip()

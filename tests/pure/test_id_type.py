@@ -110,7 +110,7 @@ def test_decimal_and_binary_ids_of_databases_are_read(tmp_path: Path) -> None:
 
 
 def test_a_wrong_id_type_is_refused_with_what_is_allowed() -> None:
-    with pytest.raises(JobError, match='"text" or "integer"'):
+    with pytest.raises(JobError, match='"text", "integer" or "uuid"'):
         PartyFile(party="bank", data={"path": "a.csv", "id": "id", "id_type": "int"})
 
 

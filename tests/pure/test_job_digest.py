@@ -64,7 +64,7 @@ class NextParty(JobParty):
 class NextJob(Job):
     """The job of the next version: a table more, one that may be left out, and keys in three places."""
 
-    alignment: NextTable = NextTable()
+    conversion: NextTable = NextTable()
     prediction: NextTable | None = None
     pipeline: NextPipeline = Field(default=NextPipeline())
     parties: dict[str, NextParty]  # type: ignore[assignment]
@@ -75,7 +75,7 @@ def test_a_table_or_key_of_a_later_version_leaves_the_digests_as_they_are() -> N
     credit = tomllib.loads((EXAMPLE / "job.toml").read_text())
     assert NextJob(**credit).digest == Job(**credit).digest
     assert NextJob(**EVERY_TABLE).digest == Job(**EVERY_TABLE).digest
-    spelled_out = {"alignment": {"ids": "exact"}, "note": ""}
+    spelled_out = {"conversion": {"ids": "exact"}, "note": ""}
     assert NextJob(**EVERY_TABLE, **spelled_out).digest == Job(**EVERY_TABLE).digest
 
 
@@ -83,7 +83,7 @@ def test_a_table_or_key_of_a_later_version_leaves_the_digests_as_they_are() -> N
     ("changes", "where"),
     [
         ({"note": "x"}, {"note": "x"}),
-        ({"alignment": {"ids": "hashed"}}, {"alignment": {"ids": "hashed"}}),
+        ({"conversion": {"ids": "hashed"}}, {"conversion": {"ids": "hashed"}}),
         ({"prediction": {}}, {"prediction": {}}),
         ({"prediction": {"keys": ["a"]}}, {"prediction": {"keys": ["a"]}}),
     ],

@@ -41,7 +41,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the linter says of a copy with all of these."""
+    """Return the linter's complaints about a copy with all of these."""
     folder = tmp_path_factory.mktemp("wrong")
     for name in ("sl_queue", "workers"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -50,7 +50,7 @@ class MailboxMachine(RuleBasedStateMachine):
         self.start()
 
     def start(self) -> None:
-        """A new process: it remembers nothing but what is on disk."""
+        """Start a new process: it remembers nothing but what is on disk."""
         self.mailbox: Mailbox[int] = Mailbox("label")
         self.adopted = False
         self.given: set[Key] = set()
@@ -111,7 +111,7 @@ class MailboxMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.adopted and self.committed < STEPS - 1)
     @rule()
     def commit(self) -> None:
-        """The worker commits a step when it has applied everything that was sent for it."""
+        """Commit a step once everything that was sent for it is applied."""
         step = self.committed + 1
         if not all(key in self.given for key, g in self.sent if g == self.generation and key[2].step == step):
             return

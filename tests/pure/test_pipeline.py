@@ -216,7 +216,7 @@ class Queue:
 
 
 def feature(actions: Iterator[FeatureAction], inbox: Queue, outbox: Queue) -> Iterator[bool]:
-    """A feature party; yields True when it has done something, False while it waits."""
+    """Play a feature party; yields True when it has done something, False while it waits."""
     for action in actions:
         match action:
             case Forward(micro_batch):
@@ -234,7 +234,7 @@ def feature(actions: Iterator[FeatureAction], inbox: Queue, outbox: Queue) -> It
 
 
 def label(actions: Iterator[LabelAction], inboxes: list[Queue], outboxes: list[Queue]) -> Iterator[bool]:
-    """The label holder, likewise."""
+    """Play the label holder, likewise."""
     for action in actions:
         match action:
             case Fuse(micro_batch):
@@ -254,7 +254,7 @@ def label(actions: Iterator[LabelAction], inboxes: list[Queue], outboxes: list[Q
 
 
 def deadlocks(pipeline: Pipeline, prefetch: int, turns: list[int]) -> bool:
-    """Whether a label holder and two feature parties all wait for ever; each runs on for one of `turns` at a time."""
+    """Return True if a label holder and two feature parties all wait for ever; each does one of `turns` at a time."""
     ins, outs = [Queue(prefetch), Queue(prefetch)], [Queue(prefetch), Queue(prefetch)]
     running = [feature(pipeline.feature_actions(0), outs[i], ins[i]) for i in range(2)]
     running.append(label(pipeline.label_actions(0), ins, outs))

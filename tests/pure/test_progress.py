@@ -267,7 +267,7 @@ def test_a_stop_before_the_start_ends_those_who_are_here() -> None:
 
 
 def finished() -> Mind:
-    """A run of one epoch, whose scheduler was started again after all had finished."""
+    """Return a run of one epoch, whose scheduler was started again after all had finished."""
     mind = Mind(plan(epochs=1)).everyone_joins()
     mind.hear("label", EpochDone("label1", 0, epoch(0)))
     for party in PARTIES:

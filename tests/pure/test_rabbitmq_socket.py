@@ -19,7 +19,7 @@ messages = st.lists(
 
 
 def frames_of(channel: int, body: bytes, largest: int) -> list[bytes]:
-    """A delivery as a broker would send it, its body in frames of at most `largest` bytes."""
+    """Return a delivery as a broker would send it, its body in frames of at most `largest` bytes."""
     method = spec.Basic.Deliver("consumer", 7, False, "x.bank", "key")
     parts = [body[at : at + largest - 8] for at in range(0, len(body), largest - 8)]
     return [
@@ -30,7 +30,7 @@ def frames_of(channel: int, body: bytes, largest: int) -> list[bytes]:
 
 
 def received(incoming: Incoming, stream: bytes, cuts: list[int]) -> list[object]:
-    """What comes out when the stream arrives in these pieces, and no faster than there is space."""
+    """Return what comes out when the stream arrives in these pieces, and no faster than there is space."""
     found: list[object] = []
     edges = sorted({0, len(stream), *(cut % (len(stream) + 1) for cut in cuts)})
     for start, stop in pairwise(edges):

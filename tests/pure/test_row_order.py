@@ -1,4 +1,4 @@
-"""Which rows are trained on when: the same on every party and version, every row once an epoch."""
+"""Order of training rows: the same on every party and version, every row once an epoch."""
 
 import random
 import subprocess

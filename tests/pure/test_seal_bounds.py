@@ -1,4 +1,4 @@
-"""What a seal remembers of its peers is bounded, and what it forgot is not believed again."""
+"""Bounds of what a seal remembers of its peers; what it forgot is not believed again."""
 
 import tracemalloc
 
@@ -21,7 +21,7 @@ def process(name: str) -> Seal:
 
 
 def under_a_fresh_key(sender: str, receiver: str, body: bytes, heard: bytes = _NOBODY) -> bytes:
-    """A message as a process seals it that was never heard of before."""
+    """Seal a message as a process does that was never heard of before."""
     enc, context = setup_sender(
         Cipher.AES_256_GCM, PUBLIC[receiver].seal, _names(sender, receiver), OWN[sender].seal,
         X25519PrivateKey.generate(),

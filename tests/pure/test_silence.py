@@ -71,7 +71,7 @@ def test_who_cannot_reach_the_broker_says_so_and_blames_no_peer(caplog: pytest.L
     clock.now += 60.0
     with caplog.at_level(logging.WARNING, "sl_queue"):
         patience.name("insurer", "gradient 1.0 of party 'insurer'", 60.0)
-    assert "the own link to the broker has been of no use for 60 s: user 'bank' was refused" in caplog.text
+    assert "its own link to the broker has been unusable for 60 s: user 'bank' was refused" in caplog.text
     assert "last heard" not in caplog.text
     outages.end()
     clock.now += GIVE_UP - 1.0

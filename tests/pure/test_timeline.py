@@ -1,4 +1,4 @@
-"""What a party knows of its run, decided without threads, clocks or a broker."""
+"""Knowledge of a party about its run, decided without threads, clocks or a broker."""
 
 import pytest
 

@@ -45,7 +45,7 @@ def written(folder: Path, name: str, made: Certificate) -> Path:
 
 @contextmanager
 def listening(folder: Path, server: Certificate, trusts: Certificate | None = None) -> Iterator[int]:
-    """A port with that certificate, behind which nobody speaks AMQP; with `trusts` it wants one of the client too."""
+    """Listen on a port with that certificate, without speaking AMQP; with `trusts` it wants one of the client too."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(written(folder, "server", server))
     if trusts is not None:

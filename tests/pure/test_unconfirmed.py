@@ -1,4 +1,4 @@
-"""What a link has published and the broker has not confirmed: nothing is lost, nothing changes places."""
+"""Messages that a link has published and the broker has not confirmed: none is lost, none changes places."""
 
 import threading
 

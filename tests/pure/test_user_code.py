@@ -1,4 +1,4 @@
-"""What a party file names as module:callable is imported from its own folder."""
+"""Imports of module:callable in a party file, from its own folder."""
 
 import threading
 from pathlib import Path

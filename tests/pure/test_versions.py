@@ -25,7 +25,7 @@ FIRST = MicroBatch(0, 0)
 
 
 def of_version(version: int, report: Report, sender: str, receiver: str) -> bytes:
-    """A report as a program of another version sends it, which has a field more."""
+    """Encode a report as a program of another version sends it, which has a field more."""
     fields = msgpack.unpackb(encode(Header("r", 1, Kind.REPORT, sender, receiver, FIRST), report))
     return bytes(msgpack.packb([version, *fields[1:], "more"]))
 

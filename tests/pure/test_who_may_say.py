@@ -1,4 +1,4 @@
-"""Who may say what to whom: one table, which the codec, the queues at the broker and their rights follow."""
+"""Table of who may say what to whom, which the codec, the queues at the broker and their rights follow."""
 
 from dataclasses import replace
 from itertools import product
@@ -9,6 +9,9 @@ import pytest
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.codec import Terms, decode, encode
 from sl_queue.protocol.control import (
+    Align,
+    Aligned,
+    Aligning,
     Alive,
     EpochDone,
     EpochResult,
@@ -19,6 +22,7 @@ from sl_queue.protocol.control import (
     Join,
     Lost,
     Message,
+    Offer,
     Open,
     Progress,
     Start,
@@ -29,7 +33,17 @@ from sl_queue.protocol.control import (
     Waiting,
     kind_of,
 )
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch, Payload
+from sl_queue.protocol.messages import (
+    OPERATOR,
+    SCHEDULER,
+    Activation,
+    Gradient,
+    Header,
+    Kind,
+    Masked,
+    MicroBatch,
+    Payload,
+)
 from sl_queue.protocol.topology import Topology
 
 TOPOLOGY = Topology("label", ("a", "b"))
@@ -48,6 +62,11 @@ ALLOWED: list[tuple[Message, set[tuple[str, str]]]] = [
     (Activation(FIRST, PAYLOAD), ACTIVATION),
     (Activation(FIRST, PAYLOAD, holdout=True), ACTIVATION),
     (Gradient(FIRST, PAYLOAD), GRADIENT),
+    (Masked(FIRST, PAYLOAD), BETWEEN_PARTIES | TO_SCHEDULER | TO_PARTIES),
+    (Offer("i", {}, "t", 1, "text", "s"), TO_SCHEDULER),
+    (Aligning("i", 1, 2), TO_SCHEDULER),
+    (Aligned("i", "x", "s"), TO_SCHEDULER),
+    (Align("i", "x", 1, {}), TO_PARTIES),
     (Alive("i"), BETWEEN_PARTIES | TO_SCHEDULER | TO_PARTIES),
     (Waiting("i", 1, "a", Kind.GRADIENT, 0, 0, 1.0, 0.0), BETWEEN_PARTIES | TO_SCHEDULER),
     (Join("i", {}, 1, "", "", None, 0, ()), TO_SCHEDULER),

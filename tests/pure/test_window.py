@@ -24,7 +24,7 @@ Key = tuple[Kind, MicroBatch]
 
 
 def sent(pipeline: Pipeline, committed: int) -> list[Key]:
-    """What a feature party may have sent while its receiver has step `committed` on disk, from its own actions.
+    """Return what a feature party may have sent while its receiver has step `committed` on disk.
 
     The receiver answers all of one stretch, but nothing of the next one before it has committed.
     """
@@ -90,7 +90,7 @@ class Sent:
 
 @st.composite
 def anything(draw: st.DrawFn, pipeline: Pipeline) -> Sent:
-    """A message of a peer that may send to this party, and nothing else about it is right; or everything."""
+    """Draw a message of a peer that may send to this party, and nothing else about it is right; or everything."""
     run = draw(st.sampled_from(["r", "r", "r", "other"]))
     generation = draw(st.sampled_from([1, 1, 1, 0, 2, 3, 10**9]))
     kind = draw(st.sampled_from([Kind.ACTIVATION, Kind.ACTIVATION, Kind.HOLDOUT, Kind.GRADIENT]))
@@ -164,7 +164,7 @@ def test_whatever_a_peer_sends_the_window_has_room_or_holds_the_message_that_is_
 
 
 def assert_goes_on(window: Window, pipeline: Pipeline) -> None:
-    """An honest peer of the same name, started now, is heard to the end of the run."""
+    """Assert that an honest peer of the same name, started now, is heard to the end of the run."""
     committed = -1
     for stop in commits(pipeline)[1:]:
         for kind, micro_batch in sent(pipeline, committed):

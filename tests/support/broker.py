@@ -21,7 +21,7 @@ IMAGE = os.environ.get("SL_QUEUE_TEST_IMAGE", "rabbitmq:4-management")
 
 
 class Broker(Protocol):
-    """What the tests need of a broker that is theirs alone."""
+    """Broker as tests need it, when it is theirs alone."""
 
     port: int
 
@@ -94,7 +94,7 @@ def _docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[
 
 
 def own_broker() -> Broker | None:
-    """A private broker, not yet started; None where neither a rabbitmq-server nor Docker is to be had."""
+    """Return a private broker, not yet started; None where neither a rabbitmq-server nor Docker is to be had."""
     if "SL_QUEUE_TEST_IMAGE" not in os.environ and find_server() is not None:
         return TlsBroker() if TLS else PrivateBroker()
     return DockerBroker() if _has_docker() else None

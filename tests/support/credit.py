@@ -42,6 +42,6 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def bank_columns(folder: Path) -> dict[str, object]:
-    """The bank's table, to change and write again."""
+    """Read the bank's table, to change and write again."""
     table = pa.parquet.read_table(folder / "bank.parquet")
     return {name: table[name].to_numpy() for name in table.column_names}

@@ -51,7 +51,7 @@ _forked.set_forkserver_preload(
 
 
 def write_job(folder: Path, *, patience: float = 2.0, checkpoint_every: int = CHECKPOINT_EVERY) -> Path:
-    """The example as a job of 40 steps with a checkpoint every 4; neither setting changes a weight."""
+    """Write the example as a job of 40 steps with a checkpoint every 4; neither setting changes a weight."""
     job = write_credit(folder)
     edit(job, "epochs = 5", "epochs = 8")
     edit(job, "batch_size = 128", "batch_size = 32")
@@ -141,7 +141,7 @@ class Crew:
         os.kill(self.pid(role), number)
 
     def wait(self, role: str, timeout_s: float = WAIT_S) -> int:
-        """The exit code of a worker that ends by itself."""
+        """Wait for a worker that ends by itself; returns its exit code."""
         process = self._running[role]
         process.join(timeout_s)
         assert process.exitcode is not None, f"{role} did not end within {timeout_s} s:\n{self.tail(role)}"
@@ -176,11 +176,11 @@ class Crew:
     # What they say ----------------------------------------------------------------------------------------------
 
     def log_file(self, role: str, start: int | None = None) -> Path:
-        """The log of the newest process of a role, or of an earlier one, counted from 1."""
+        """Return the log of the newest process of a role, or of an earlier one, counted from 1."""
         return self.folder / f"{role}-{start or self._starts[role]}.log"
 
     def events_file(self, role: str, start: int | None = None) -> Path:
-        """The events of a process of a role, as `log_file`."""
+        """Return the events of a process of a role, as `log_file`."""
         return self.folder / f"{role}-{start or self._starts[role]}.events"
 
     def events(self, role: str) -> list[Event]:
@@ -188,7 +188,7 @@ class Crew:
         return events_in(self.events_file(role))
 
     def log(self, role: str) -> str:
-        """What the newest process of a role has said so far."""
+        """Return what the newest process of a role has logged so far."""
         return self.log_file(role).read_text(errors="replace")
 
     def tail(self, role: str) -> str:
@@ -212,7 +212,7 @@ class Crew:
         self.await_step(role, 0)
 
     def steps(self, role: str) -> list[list[int]]:
-        """The steps that each process of a role has done, in order."""
+        """Return the steps that each process of a role has done, in order."""
         processes = self.run_log(role).processes(role)
         return [[step for step, _ in process.steps] for process in processes]
 
@@ -228,7 +228,7 @@ class Crew:
         return run_log
 
     def generation(self) -> int:
-        """How often everybody went back to a common checkpoint, as the scheduler has it on disk."""
+        """Return how often everybody went back to a common checkpoint, as the scheduler has it on disk."""
         state = json.loads((self.states / "scheduler" / "run.json").read_text())["state"]
         return len(state["bases"])
 
@@ -313,7 +313,7 @@ def limit_file_size(size_bytes: int) -> None:
 
 @cache
 def quiet_weights() -> dict[str, str]:
-    """What the job gives when nothing goes wrong: over memory, in this process."""
+    """Return the weights of the job when nothing goes wrong: over memory, in this process."""
     with TemporaryDirectory(prefix="sl_queue-quiet-") as folder:
         job = write_job(Path(folder))
         files = [PartyFile.load(Path(folder) / name) for name in FILES]

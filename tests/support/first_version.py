@@ -34,7 +34,7 @@ class Noisy(nn.Module):
 
 
 def job(**changes: Any) -> sl_queue.Job:
-    """The job of the stored run."""
+    """Return the job of the stored run."""
     values: dict[str, Any] = {
         "name": "first",
         "seed": 11,
@@ -49,7 +49,7 @@ def job(**changes: Any) -> sl_queue.Job:
 
 
 def files(**bank: Any) -> list[sl_queue.PartyFile]:
-    """The party files of the stored run."""
+    """Return the party files of the stored run."""
     random = np.random.default_rng(3)
     features = random.normal(size=(N_ROWS, 3)).astype(np.float32)
     labels = (features[:, 0] > 0).astype(np.int64)
@@ -73,7 +73,7 @@ class Enough(Exception):
 
 
 def stop_after(epochs: int) -> Any:
-    """A status callback that ends a run as if it was killed."""
+    """Return a status callback that ends a run as if it was killed."""
 
     def on_status(status: Mapping[str, Any]) -> None:
         if len(status["history"]) >= epochs:

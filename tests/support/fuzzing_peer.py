@@ -223,7 +223,7 @@ class Workers:
         return "insurer" not in self.codes
 
     def newest_step(self) -> int:
-        """The newest step on the insurer's disk."""
+        """Return the newest step on the insurer's disk."""
         names = (self.folder / "states" / "insurer" / "checkpoints").glob("step-*.safetensors")
         return max((int(path.stem.removeprefix("step-")) for path in names), default=0)
 
@@ -238,7 +238,7 @@ class Workers:
 
 
 def write_job(folder: Path, rows: int, epochs: int, patience: float, sealed: bool) -> Job:
-    """The example with many short steps in few epochs, which log a line each."""
+    """Write the example with many short steps in few epochs, which log a line each."""
     path = write_credit(folder, rows)
     edit(path, "epochs = 5", f"epochs = {epochs}")
     edit(path, "batch_size = 128", "batch_size = 16")
@@ -249,7 +249,7 @@ def write_job(folder: Path, rows: int, epochs: int, patience: float, sealed: boo
 
 
 def run_of(folder: Path, timeout_s: float = 120.0) -> str:
-    """The name of the run, as soon as the insurer has a checkpoint of it."""
+    """Return the name of the run, as soon as the insurer has a checkpoint of it."""
     deadline = time.monotonic() + timeout_s
     state = folder / "states" / SCHEDULER / "run.json"
     while time.monotonic() < deadline:
@@ -277,7 +277,7 @@ def flood(url: str, job: Job, fuzzer: Fuzzer, seal: Seal | None, count: int, wor
 
 
 def play(folder: Path, url: str, options: argparse.Namespace) -> int:
-    """A quiet run in this process, then one that is flooded."""
+    """Play a quiet run in this process, then one that is flooded."""
     job = write_job(folder, options.rows, options.epochs, options.patience, options.seal)
     run_local(job, [PartyFile.load(folder / name) for name in FILES], out=folder / "quiet")
     pipeline = job.pipeline_of(job.batches(options.rows))
@@ -303,7 +303,7 @@ def play(folder: Path, url: str, options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a flood."""
+    """Outcome of a flood."""
 
     sent: int
     seconds: float

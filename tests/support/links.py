@@ -1,4 +1,4 @@
-"""What tests of links share: who is there, and an inbox that can be waited for."""
+"""Observers and inboxes of link tests: who is there, and an inbox that can be waited for."""
 
 import threading
 import time
@@ -39,7 +39,7 @@ class Inbox:  # mutable: it collects what a link says
             assert self._changed.wait_for(lambda: what(self), timeout_s), f"{self.failure}, {len(self.deliveries)} here"
 
     def take(self, count: int, timeout_s: float = WAIT_S) -> list[Delivery]:
-        """The first `count` deliveries that were not taken yet."""
+        """Take the first `count` deliveries that were not taken yet."""
         self.await_that(lambda inbox: len(inbox.deliveries) >= count, timeout_s)
         with self._changed:
             taken, self.deliveries = self.deliveries[:count], self.deliveries[count:]

@@ -32,7 +32,7 @@ def activation(step: int, index: int = 0) -> Activation:
 
 
 def body(message: Message, sender: str, receiver: str, **changes: Any) -> bytes:
-    """The message as its sender would publish it in run r, generation 1, unless something is changed."""
+    """Encode the message as its sender would publish it in run r, generation 1, unless something is changed."""
     where = message.micro_batch if isinstance(message, Activation | Gradient) else MicroBatch(0, 0)
     header = Header("r", 1, kind_of(message), sender, receiver, where)
     return encode(replace(header, **changes), message)
@@ -75,7 +75,7 @@ class Post:
         self.publish(party, SCHEDULER, body(command, SCHEDULER, party))
 
     def left(self, receiver: str, sender: str) -> int:
-        """How many messages the broker still holds for that queue."""
+        """Count the messages that the broker still holds for that queue."""
         queue = self.broker.queue(receiver, sender)
         return len(queue.ready) + len(queue.unacknowledged)
 

@@ -1,4 +1,4 @@
-"""What tests of a RabbitMQ link share: short limits, logins, and a look at the broker from outside."""
+"""Helpers for tests of a RabbitMQ link: short limits, logins, and a look at the broker from outside."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def with_login(url: str, user: str, password: str) -> str:
 
 
 def in_order(bodies: list[bytes]) -> list[bytes]:
-    """What arrived, without what came again."""
+    """Return what arrived, without what came again."""
     return list(dict.fromkeys(bodies))
 
 

@@ -19,7 +19,7 @@ SEALED, TLS = SECURE in ("seal", "1"), SECURE == "1"
 
 
 def write_keys(folder: Path, roles: Sequence[str]) -> str:
-    """A private key for every role as `<role>/seal.key`; returns the table for the job."""
+    """Write a private key for every role as `<role>/seal.key`; returns the table for the job."""
     keys = {role: PrivateKey.generate(signs=role == SCHEDULER) for role in roles}
     for role, key in keys.items():
         (folder / role).mkdir(parents=True)

@@ -23,7 +23,7 @@ SGD = {"name": "sgd", "lr": 0.1}
 
 
 def table_of(features: npt.NDArray[Any] | None, labels: npt.NDArray[Any] | None = None) -> Table:
-    """A table whose row i has the key i."""
+    """Return a table whose row i has the key i."""
     n_rows = len(features if features is not None else labels)  # type: ignore[arg-type]
     return Table(features, labels, np.arange(n_rows, dtype=np.uint64), "digest", "integer")
 
@@ -73,7 +73,7 @@ class Stages:
         return self
 
     def modules(self) -> dict[str, Any]:
-        """Base models by party, the fuse model under "fuse"."""
+        """Return base models by party, the fuse model under "fuse"."""
         found: dict[str, Any] = {"fuse": self.fuse.model.module}
         found |= {party: stage.module for party, stage in self.bases.items()}
         if self.fuse.own is not None:
@@ -172,12 +172,12 @@ class Concatenated(nn.Module):
 
 
 def equal_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold the same bits."""
+    """Return True if two modules hold the same bits."""
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def furthest(one: nn.Module, other: nn.Module) -> float:
-    """The largest difference between the weights of two modules."""
+    """Return the largest difference between the weights of two modules."""
     mine, theirs = one.state_dict(), other.state_dict()
     return max((float((mine[n].double() - theirs[n].double()).abs().max()) for n in mine), default=0.0)

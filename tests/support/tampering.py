@@ -24,7 +24,7 @@ TRICKS = ("reorder", "edit", "cut", "replay", "reroute", "swap")
 
 @dataclass(frozen=True)
 class Published:
-    """What a worker publishes: the method and the header as they came, and the body."""
+    """Publication of a worker: the method and the header as they came, and the body."""
 
     channel: bytes
     method: bytes
@@ -41,7 +41,7 @@ class Published:
 
     @property
     def names_scheduler(self) -> bool:
-        """Whether it is from or to the scheduler or the operator."""
+        """True if it is from or to the scheduler or the operator."""
         ends = {self.exchange.rpartition(".")[2], self.key.rpartition(".")[2]}
         return bool(ends & {SCHEDULER, OPERATOR})
 
@@ -99,7 +99,7 @@ class Tampering(Proxy):  # mutable
             sink.shutdown(socket.SHUT_RDWR)
 
     def _tamper(self, message: Published) -> tuple[bytes, bytes]:
-        """What is sent instead of this message, and what after the next one.
+        """Return what is sent instead of this message, and what after the next one.
 
         Nothing that the scheduler says or hears is lost: who loses what was confirmed stops a run, sealed or not.
         """
@@ -135,7 +135,7 @@ class Tampering(Proxy):  # mutable
 
 
 def _messages(source: socket.socket) -> Iterator[bytes | Published]:
-    """What a client sends: whole messages, and everything else frame by frame."""
+    """Yield what a client sends: whole messages, and everything else frame by frame."""
     buffer, greeted = b"", False
     method: bytes | None = None
     header, body = b"", b""
@@ -161,5 +161,5 @@ def _messages(source: socket.socket) -> Iterator[bytes | Published]:
 
 
 def _short(payload: bytes, at: int) -> str:
-    """A short string of AMQP."""
+    """Read a short string of AMQP."""
     return payload[at + 1 : at + 1 + payload[at]].decode()

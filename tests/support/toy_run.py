@@ -225,7 +225,7 @@ class ToyRun:
         return self
 
     def newest(self, party: str) -> int:
-        """The newest step that is on the party's disk."""
+        """Return the newest step that is on the party's disk."""
         return max(tuple(self.stores[party].saved), default=-1) if party in self.stores else -1
 
     def weights(self) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def check(job: Path, *parties: str, broker: str | None = None) -> tuple[int, lis
 
 
 def texts(findings: list[Finding], level: Level) -> list[str]:
-    return [finding.text for finding in findings if finding.level is level]
+    """Return all of a level, but for the warning that every job without a defence of its labels gets."""
+    found = [finding.text for finding in findings if finding.level is level]
+    return [text for text in found if "can read your labels" not in text]
 
 
 def told(findings: list[Finding]) -> str:
@@ -179,7 +181,7 @@ def test_too_much_computing_between_two_commits_is_a_warning(tmp_path: Path) -> 
 
 
 def test_a_model_with_randomness_of_its_own_is_found(job: Path) -> None:
-    """What a model draws from the system cannot be repeated, so split and joined differ."""
+    """A model's draws from the system cannot be repeated, so split and joined differ."""
     bank = job.parent / "bank.py"
     edit(
         bank,
@@ -192,3 +194,18 @@ def test_a_model_with_randomness_of_its_own_is_found(job: Path) -> None:
     code, findings = check(job)
     assert code == 5
     assert "weights differ by up to" in "\n".join(texts(findings, Level.ERROR))
+
+
+def test_labels_that_nothing_defends_are_a_warning_with_the_number(job: Path) -> None:
+    def warnings(*parties: str) -> list[str]:
+        findings = [f for f in check(job, *parties)[1] if "can read your labels" in f.text]
+        assert all(finding.level is Level.WARNING for finding in findings)
+        return [finding.text for finding in findings]
+
+    (warning,) = warnings()
+    expected = r"insurer: bank can read your labels from its gradients \(attack AUC (1\.00|0\.9\d) on 160 rows here\)"
+    assert re.match(expected, warning)
+    (alone,) = warnings("insurer.toml")
+    assert "on 160 rows here, with random numbers as activations of bank)" in alone
+    edit(job.parent / "insurer.toml", "[data]", "[privacy]\nlabels = { epsilon = 3.0 }\n\n[data]")
+    assert not warnings()

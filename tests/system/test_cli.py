@@ -30,7 +30,7 @@ def job(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The job after `sl-queue local --out run`, and that command."""
+    """Train once by `sl-queue local --out run`; returns the job, and that command's output."""
     job = write_credit(tmp_path_factory.mktemp("trained"))
     run = local(job, "--out", job.parent / "run")
     assert run.returncode == 0, run.stderr
@@ -39,7 +39,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture
 def trained(trained_once: Trained, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
+    """Copy it, so that a test may change it."""
     job, _ = trained_once
     return Path(shutil.copytree(job.parent, tmp_path / "trained")) / job.name
 
@@ -121,7 +121,7 @@ def test_a_state_that_is_lost_after_the_end_ends_with_what_to_do(trained: Path) 
     shutil.rmtree(job.parent / "run" / "bank")
     again = local(job, "--out", job.parent / "run")
     assert again.returncode == 4
-    assert "they are lost; to train anew" in again.stderr
+    assert "they are lost; to train from scratch" in again.stderr
 
 
 def test_another_job_on_the_same_folders_is_told_what_differs(trained: Path) -> None:

@@ -37,7 +37,7 @@ def url_of(nodes: tuple[PrivateBroker, ...], vhost: str) -> str:
 
 
 def leaders(node: PrivateBroker, vhost: str) -> str:
-    """Who leads the quorum queues, as Erlang prints it."""
+    """Return the leaders of the quorum queues, as Erlang prints them."""
     return node.evaluate(f'[amqqueue:get_pid(Q) || Q <- rabbit_amqqueue:list(<<"{vhost}">>)]')
 
 

@@ -106,7 +106,7 @@ class Project:
         return done.stdout + done.stderr
 
     def step(self) -> int:
-        """The newest step of the label holder, as its metrics tell; -1 while it has none."""
+        """Return the newest step of the label holder by its metrics; -1 while it has none."""
         told = self.inside("labels", "python", "-c", STEP, check=False)
         return int(float(told)) if told else -1
 
@@ -132,7 +132,7 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 180.0) ->
 
 @pytest.fixture(scope="module")
 def image() -> None:
-    """The image of what lies here now."""
+    """Build the image of what lies here now."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
@@ -142,7 +142,7 @@ def image() -> None:
 
 @pytest.fixture(scope="module")
 def example(image: None) -> Iterator[Project]:
-    """The example while it trains."""
+    """Yield the example while it trains."""
     with Project(SL_QUEUE_EPOCHS=str(EPOCHS)) as project:
         project.compose("up", "--detach")
         yield project
@@ -198,7 +198,7 @@ def kill(project: Project, service: str, by: str) -> None:
 
 
 def in_peace(files: Path, parties: tuple[str, ...], tmp_path: Path) -> Path:
-    """Where the weights of `sl-queue local` lie, run on the files of all parties."""
+    """Return the folder of the weights of `sl-queue local`, run on the files of all parties."""
     words = ["local", "job.toml", *(f"{party}.toml" for party in parties), "--broker", "memory://", "--out", "/tmp/out"]
     options = ["--network", "none", "--entrypoint", "sl-queue", "--env", "OMP_NUM_THREADS=1", "--workdir", "/job"]
     made = sh("docker", "create", *options, IMAGE, *words).stdout.strip()
@@ -260,7 +260,7 @@ def test_two_organisations_train_with_a_container_each_as_the_page_says(image: N
         organisation(feature)
         project.await_end("feature")
         assert project.inspect("feature")["RestartCount"] == 0
-        assert re.search(r"error: .*key.*\nexit code 3, told as 0 .*\n$", project.logs("feature"))
+        assert re.search(r"error: .*key.*\nexit code 3, reported as 0 .*\n$", project.logs("feature"))
         shutil.copy(tmp_path / "its.key", tmp_path / "bank" / "seal.key")
         organisation(feature)
         project.await_end("feature", "label", "coordinator")

@@ -58,7 +58,7 @@ def hasty(tmp_path: Path) -> Iterator[Deployment]:
 
 
 def write_sealed_job(folder: Path, place: Place, patience: float = 2.0) -> Path:
-    """The example's job with its keys, and what belongs to each role in `out`."""
+    """Write the example's job with its keys, and what belongs to each role in `out`."""
     job, out = write_job(folder, patience=patience), folder / "out"
     provision(Job.load(job), place, out, frozenset(), datetime.datetime.now(datetime.UTC))
     job.write_text(f"{job.read_text()}\n{(out / 'security.toml').read_text()}")

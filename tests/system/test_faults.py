@@ -1,4 +1,4 @@
-"""What can go wrong with real workers at a real broker, and that it changes no bit or is named."""
+"""Faults of real workers at a real broker: each changes no bit or is named."""
 
 import ast
 import itertools
@@ -112,7 +112,7 @@ def test_a_zombie_that_wakes_up_after_its_replacement_took_over_changes_nothing(
 
 
 def slow(model: Path, seconds: float) -> None:
-    """A forward that takes longer and computes the same."""
+    """Slow a forward down without changing what it computes."""
     edit(
         model,
         "        return self.relu",
@@ -266,7 +266,7 @@ def killed_after(crew: Crew, step: int, *victims: str) -> None:
 
 
 def everybody_else_was_told(crew: Crew, reason: str) -> bool:
-    """The scheduler and the other party end with the code of whom another one failed; both say why."""
+    """Return True if the scheduler and the other party end with the failed party's code, and both say why."""
     assert crew.wait("scheduler") == crew.wait("insurer") == PeerFailed.exit_code
     said = [crew.log(role) for role in ("scheduler", "insurer")]
     return all("party 'bank': the state folder" in text and reason in text for text in said)
@@ -294,7 +294,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_4(crew: Crew) -> None
     folder = crew.states / "bank" / "checkpoints"
     folder.chmod(0o500)
     assert crew.wait("bank") == EXIT_CHECKPOINT
-    assert "Permission denied" in crew.log("bank") and "mend the rights" in crew.log("bank")
+    assert "Permission denied" in crew.log("bank") and "fix the permissions" in crew.log("bank")
     assert everybody_else_was_told(crew, "Permission denied")
     folder.chmod(0o700)
     crew.start()

@@ -1,4 +1,4 @@
-"""What a login may do at the broker, measured: everybody tries everything that is not theirs.
+"""Rights of a login at the broker, measured: everybody tries everything that is not theirs.
 
 docs/security.md shows the same table; this test compares the two.
 """
@@ -124,7 +124,7 @@ OTHERS: dict[str, Try] = {
 
 
 def _own_key(names: Topology, me: str) -> str:
-    """A key with which `me` may publish."""
+    """Return a key with which `me` may publish."""
     receiver = names.receivers_of(me)[0]
     return names.routing_key("run", min(names.kinds_between(me, receiver)), receiver)
 
@@ -178,7 +178,7 @@ def outcome(connection: pika.BlockingConnection, attempt: Callable[[BlockingChan
 
 
 def measure(deployed: Deployed) -> dict[str, set[str]]:
-    """What became of each attempt, over all roles and all that are not them."""
+    """Measure what became of each attempt, over all roles and all that are not them."""
     found: dict[str, set[str]] = {what: set() for what in (*OTHERS, *OWN)}
     names = deployed.names
     for me in roles(deployed.job):
@@ -192,7 +192,7 @@ def measure(deployed: Deployed) -> dict[str, set[str]]:
 
 
 def documented() -> dict[str, str]:
-    """The table of docs/security.md."""
+    """Read the table of docs/security.md."""
     rows = [line.split("|")[1:3] for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
     return {what.strip(): said.strip().partition(" ")[0].rstrip(",;:") for what, said in rows}
 

@@ -85,7 +85,7 @@ class Run:
         return code
 
     def workers(self) -> dict[str, int]:
-        """The process id of each role's worker."""
+        """Return the process id of each role's worker."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             words = _words(folder)
@@ -129,7 +129,7 @@ def gone(pids: Iterator[int] | list[int], within_s: float = 20) -> bool:
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The final weights of an undisturbed run over memory://; a job's name does not show in them."""
+    """Return the final weights of an undisturbed run over memory://; a job's name does not show in them."""
     job = write_credit(tmp_path_factory.mktemp("quiet"))
     unhurried(job)
     files = [job, *(job.parent / name for name in FILES)]
@@ -215,11 +215,11 @@ def test_final_weights_that_are_lost_after_the_end_come_back(job: Path, broker_u
     shutil.rmtree(run.out / "bank")
     with started(job, broker_url, "run") as lost:
         assert lost.wait() == 4, lost.text
-    assert "they are lost; to train anew" in lost.text
+    assert "they are lost; to train from scratch" in lost.text
 
 
 def _phase(job: Path, broker_url: str) -> str:
-    """Where the run is, as the operator is told."""
+    """Return the phase of the run, as the operator reads it."""
     status = sl_queue("status", job, "--json", SL_QUEUE_BROKER=broker_url)
     return str(json.loads(status.stdout)["phase"])
 

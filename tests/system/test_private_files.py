@@ -1,4 +1,4 @@
-"""What a worker writes is its owner's alone, what others may read is no secret, and a shortage is no broken file."""
+"""Files of a worker are its owner's alone, what others may read is no secret, and a shortage is no broken file."""
 
 import errno
 import logging
@@ -188,4 +188,4 @@ def test_every_shortage_is_worth_a_restart(code: int) -> None:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO, errno.EDQUOT])
 def test_all_else_needs_a_person(code: int) -> None:
     error = unusable(Path("state"), OSError(code, os.strerror(code)))
-    assert isinstance(error, CheckpointError) and "make room or mend the rights" in str(error)
+    assert isinstance(error, CheckpointError) and "make room or fix the permissions" in str(error)

@@ -20,7 +20,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A fresh clone after its first two commands, as far as the others need one."""
+    """Lay out a fresh clone after its first two commands, as far as the others need one."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=lambda _, names: _not_tracked(names))
     (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path

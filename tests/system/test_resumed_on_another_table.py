@@ -30,7 +30,7 @@ def train(folder: Path, **options: Any) -> sl_queue.Result:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """The example in a folder of its own, trained for some of its epochs."""
+    """Train the example for some of its epochs, in a folder of its own."""
     write_credit(tmp_path)
     edit(tmp_path / "job.toml", "micro_batches = 4", "micro_batches = 4\ncheckpoint_every = 1")
     with pytest.raises(Enough):
@@ -62,7 +62,7 @@ def test_what_differs_is_said_with_both_remedies_and_the_broker_is_not_asked(beg
     told = str(caught.value)
     assert told.startswith("party 'bank': ")
     assert "columns 'age', 'income' moved to another place" in told
-    assert "Restore that, or start anew with another state folder" in told
+    assert "Restore that, or start from scratch with another state folder" in told
 
 
 def test_two_tables_that_changed_alike_are_refused_too(begun: Path) -> None:

@@ -49,7 +49,7 @@ def columns() -> dict[str, np.ndarray]:
 
 
 def write(folder: Path, name: str, names: list[str], seed: int, extension: str) -> Path:
-    """A party's own table: its columns, its rows in an order of its own."""
+    """Write a party's own table: its columns, its rows in an order of its own."""
     order = np.random.default_rng(seed).permutation(N_ROWS)
     table = pa.table({column: columns()[column][order] for column in names})
     path = folder / f"{name}.{extension}"
@@ -105,7 +105,7 @@ def party_files(folder: Path) -> list[sl_queue.PartyFile]:
 
 
 def joined(shuffle: bool, micro_batches: int, epochs: int = EPOCHS) -> dict[str, nn.Module]:
-    """The same layers trained as one module by a loop that knows nothing of sl_queue but the order of rows."""
+    """Train the same layers as one module by a loop that knows nothing of sl_queue but the order of rows."""
     models = fresh_models()
     order = np.argsort(columns()["id"])
     inputs = {

@@ -48,7 +48,7 @@ class Operator(MemoryBroker):
             super().publish(to, by, what, persistent=persistent, expires=expires)
 
     def _tamper(self, receiver: str, sender: str, body: bytes) -> list[tuple[str, str, bytes]]:
-        """What is put into the queues instead of this message, or with it.
+        """Return what is put into the queues instead of this message, or with it.
 
         Nothing is withheld from the scheduler for good: who loses what it had confirmed has stopped the run, sealed or
         not. Of what parties tell each other some is replaced.

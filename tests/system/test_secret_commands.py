@@ -14,7 +14,7 @@ DROPOUT = "        return self.relu"
 
 @pytest.fixture
 def job(tmp_path: Path, unique: str) -> Path:
-    """The example, with a bank whose model draws."""
+    """Write the example, with a bank whose model draws."""
     job = write_credit(tmp_path)
     edit(job, 'name = "credit"', f'name = "{unique}"')
     edit(tmp_path / "bank.py", DROPOUT, "        x = torch.nn.functional.dropout(x, 0.5, self.training)\n" + DROPOUT)

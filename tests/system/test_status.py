@@ -60,7 +60,7 @@ def test_a_status_that_does_not_say_when_it_was_told_has_no_age(told_at: Any) ->
 
 @pytest.fixture
 def scheduler(tmp_path: Path, broker_url: str, unique: str) -> Iterator[tuple[Job, Link]]:
-    """The end of a scheduler that tells what the test has it tell."""
+    """Play the scheduler's end, reporting what the test has it report."""
     path = write_job(tmp_path)
     edit(path, 'name = "credit"', f'name = "{unique}"')
     job = Job.load(path)
@@ -103,7 +103,7 @@ def test_the_dead_are_not_described_as_living(tmp_path: Path, broker_url: str) -
         crew.start()
         crew.await_step("insurer", 8)
         code, said = status(crew)
-        assert code == 0 and "told now" in said and "here" in said
+        assert code == 0 and "reported now" in said and "here" in said
         crew.kill("bank")
         for _ in range(3):
             code, told = status(crew, "--json")
@@ -133,7 +133,7 @@ def test_a_run_that_is_over_is_told_as_such_though_nobody_tells_it_any_more(tmp_
 
 
 def blocked_s(crew: Crew) -> float:
-    """The longest time for which the label holder has said that its link is of no use."""
+    """Return the longest time for which the label holder has said that its link is of no use."""
     waits = [event.outage_s for event in crew.events("insurer") if isinstance(event, StillWaiting)]
     return max((seconds for seconds in waits if seconds is not None), default=0.0)
 

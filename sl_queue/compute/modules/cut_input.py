@@ -1,4 +1,4 @@
-"""Where the fuse model's graph begins: activations come in, and the backward pass leaves their gradients there."""
+"""Inputs of the fuse model's graph: activations come in, and the backward pass leaves their gradients there."""
 
 from typing import Any
 

@@ -109,7 +109,7 @@ def require_known(
 
 
 def _place(module: nn.Module, tensor: Tensor) -> str:
-    """Where a module holds a tensor that is not registered."""
+    """Return the attribute that holds a tensor which is not registered."""
     for path, value in Contents.of(module).attributes().items():
         inside = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
         if any(each is tensor for each in inside):

@@ -1,4 +1,4 @@
-"""Graphs as autograd has built them, read before a backward pass: may code that is not torch's own run in it?
+"""Graphs as autograd has built them, read before a backward pass for code that is not torch's own.
 
 torch's own nodes and optimizers draw no random numbers. Hooks, autograd functions written in Python, and what saved
 tensors are unpacked with (torch.utils.checkpoint) may, and so may anything that is not known here.

@@ -23,7 +23,7 @@ _DEPTH = 4  # of what a loss holds
 
 
 class Take(Protocol):
-    """How a stage comes by a model or a loss that a party file brings."""
+    """Ways in which a stage obtains a model or a loss that a party file brings."""
 
     def __call__(self, party: str, part: str, thing: T, made: bool) -> T:
         """Return the object to train. `made`: a callable of the file has just made it."""
@@ -163,7 +163,7 @@ def _is_full(cell: Any) -> bool:
 
 
 class Holder(nn.Module):
-    """What a loss is made of, as a module: the modules in it are registered, the rest are plain attributes."""
+    """Module view of a loss: the modules in it are registered, everything else is a plain attribute."""
 
     def __init__(self, thing: Any) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Loan:
     def trained(self, party: str, part: str, make: Callable[[], nn.Module] | None) -> nn.Module | None:
         """Return the trained module, apart from the one that will be given back; None if none was trained here.
 
-        `make` is the callable of the party file, if it has one: what it makes anew is nobody's but ours.
+        `make` is the callable of the party file, if it has one: what it newly makes is nobody's but ours.
         Raises ComputeError if the module cannot be copied.
         """
         module = self._lent.get((party, part))
@@ -267,7 +267,7 @@ def _holdings(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _is_kept(module: nn.Module, make: Callable[[], nn.Module]) -> bool:
-    """Whether a callable gives the same module each time, which is then the caller's to keep."""
+    """Return True if a callable gives the same module each time, which is then the caller's to keep."""
     try:
         return make() is module
     except Exception:

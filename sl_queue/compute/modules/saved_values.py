@@ -33,7 +33,7 @@ def saved(memory: Remembered, built: Remembered | None, path: str, keep: Callabl
     """JSON values for a memory; its tensors are handed to `keep` by their paths. Raises NotCarriedError.
 
     `built` is what was there when the module was built: objects are carried only in the place of their like, and large
-    tensors only where there was one before, since what a forward makes anew is most often made to be looked at.
+    tensors only where there was one before, since what a forward newly makes is most often made to be looked at.
     """
     match memory:
         case Scalar(value):

@@ -222,7 +222,7 @@ class Built:
             except (KeyError, NotCarriedError, TypeError, ValueError) as error:
                 raise CheckpointError(
                     f"party {party!r}: the checkpoint holds the attribute {path!r}, which the model cannot take "
-                    f"({type(error).__name__}); restore the model, or start anew with another state folder"
+                    f"({type(error).__name__}); restore the model, or start from scratch with another state folder"
                 ) from None
 
     def _load_buffers(self, module: nn.Module, state: State, prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""What a party's peers may send it, and so how much of it may lie here. Pure.
+"""Bounds on what a party's peers may send it, and so on how much of it may lie here. Pure.
 
     Whatever is neither applied, refused nor dropped may not hold a place of a finite window.
 
@@ -33,8 +33,10 @@ def control_bytes(sender: str) -> int:
 
 
 def tensors_to(role: Role) -> frozenset[Kind]:
-    """Return the kinds of tensors that a party of this role is sent."""
-    allowed = ((kind, pairs) for kind, pairs in WHO_MAY_SAY.items() if kind not in (Kind.REPORT, Kind.COMMAND))
+    """Return the kinds of tensors that a party of this role is sent in a run."""
+    allowed = (
+        (kind, pairs) for kind, pairs in WHO_MAY_SAY.items() if kind not in (Kind.MASKED, Kind.REPORT, Kind.COMMAND)
+    )
     return frozenset(kind for kind, pairs in allowed if any(receiver is role for _, receiver in pairs))
 
 
@@ -48,6 +50,7 @@ class Bounds:
     pipeline: Pipeline
     kinds: frozenset[Kind]
     cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    leftover_bytes: int = 0  # of the largest message that an alignment may have left in the queues
     # of each sender: the shapes of the parts of every step of an epoch but its last, and of that
     _shapes: Mapping[str, tuple[Shapes, Shapes]] = field(init=False, repr=False, compare=False)
     _steps: tuple[int, int] = field(init=False, repr=False, compare=False)  # of the run, and of an epoch
@@ -77,7 +80,7 @@ class Bounds:
         """Return the size of the largest body that `sender` may send, before it is sealed."""
         cut = self.cuts.get(sender)
         tensor = 0 if cut is None else self.pipeline.batches.most_rows * prod(cut) * ITEM_BYTES["float64"]
-        return max(tensor + OVERHEAD_BYTES, control_bytes(sender))
+        return max(tensor + OVERHEAD_BYTES, control_bytes(sender), self.leftover_bytes)
 
     @property
     def memory_bytes(self) -> int:

@@ -1,8 +1,8 @@
-"""What the scheduler has ordered so far, as one value; commands only ever add to it."""
+"""Everything the scheduler has ordered so far, as one value; commands only ever add to it."""
 
 from dataclasses import dataclass, replace
 
-from sl_queue.protocol.control import Command, Finish, Open, Start, Stop
+from sl_queue.protocol.control import Align, Command, Finish, Open, Start, Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Orders:
                 if self.stop is not None and command.error is None and (self.stop.error or command.after_step is None):
                     return self
                 return replace(self, stop=command)
+            case Align():
+                return self  # left over: the rows are aligned before a worker joins
 
 
 class Restarted(Exception):

@@ -1,4 +1,4 @@
-"""What a party knows of the run it is in: what it was ordered, what came in and went out, what is on disk. Pure.
+"""Memory of the run that a party is in: its orders, messages in and out, and what is on disk. Pure.
 
 The channel acts on what comes back.
 """

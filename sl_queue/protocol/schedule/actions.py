@@ -1,4 +1,4 @@
-"""What a party does, one action after the other, and what each does to others: the vocabulary of all training loops."""
+"""Vocabulary of all training loops: the actions of a party, one after the other, and what each does to others."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which rows are trained on when: a pure function of the job, the same on every party and every version.
+"""Order in which rows are trained on: a pure function of the job, the same on every party and every version.
 
 Positions count rows in canonical order (ascending id). An epoch's order sorts positions by a keyed 64-bit hash, so any
 epoch and any step can be computed without the ones before, and a resumed worker needs no random state.
@@ -112,6 +112,21 @@ class Batches:
         if self.hashes is not None:
             return split_by_id(self.hashes, self.holdout)
         return split_holdout(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, self.holdout)
+
+    @property
+    def rows_in_epoch(self) -> int:
+        """Count the rows that an epoch trains on; with drop_last not all that are not held out."""
+        return min(self.training_rows, self.steps_per_epoch * self.batch_size)
+
+    @property
+    def training_positions(self) -> Positions:
+        """All rows that are not held out, in the order in which they are shuffled."""
+        return self._split[0]
+
+    @property
+    def holdout_positions(self) -> Positions:
+        """The rows that are held out, ascending."""
+        return self._split[1]
 
     @property
     def training_rows(self) -> int:

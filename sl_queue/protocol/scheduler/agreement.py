@@ -1,4 +1,4 @@
-"""Whether a party that joins can train with the others: the same job, the same rows, the same run."""
+"""Admission of a party that joins: it must have the same job, the same rows and the same run as the others."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,16 @@ MAX_KEYS = 10  # of two jobs, named one by one
 def disagreement(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
     """Why this party cannot train with the others, or None; `state` is from before it joined."""
     return (
-        _other_job(plan, sender, joined)
+        other_job(plan.job, sender, joined.job)
         or _other_rules(plan, state, sender, joined)
         or _other_rows(plan, state, sender, joined)
         or _other_run(state, sender, joined)
     )
 
 
-def _other_job(plan: Plan, sender: str, joined: Join) -> str | None:
-    differing = sorted(differing_keys(joined.job, plan.job).items())
+def other_job(ours: Mapping[str, Any], sender: str, theirs: Mapping[str, Any]) -> str | None:
+    """Say in which keys a party's job is not the scheduler's, or None."""
+    differing = sorted(differing_keys(theirs, ours).items())
     if not differing:
         return None
     told = "; ".join(
@@ -35,14 +36,14 @@ def _other_job(plan: Plan, sender: str, joined: Join) -> str | None:
 
 
 def _other_rows(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """A run that has begun says on which rows; before, those who are here are compared with each other."""
+    """Compare the party's rows with those the run was begun on; before it begins, with those of the parties here."""
     agreed = state.agreed
     if agreed is not None:
         if agreed.rows_digest == joined.rows_digest:
             return None
         return (
             f"the rows differ: {sender!r} has {joined.n_rows} rows, run {state.run} was begun on {agreed.n_rows}, and "
-            f"their ids are not the same; restore that table at {sender!r} and start its worker again, or train anew "
+            f"their ids differ; restore that table at {sender!r} and start its worker again, or train from scratch "
             "with new state folders everywhere"
         )
     for other in plan.parties:
@@ -83,7 +84,7 @@ def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str 
             f"the rules by which a run chooses its held-out rows differ: {older[1]!r} goes by rules {older[0]}, as an "
             f"earlier version of sl_queue or a run that one began does, and {newer[1]!r} by rules {newer[0]}. To go on "
             f"with the run, write rules = {older[0]} at the top of the job file of {newer[1]!r} (no digest changes); "
-            "to train anew, use this version of sl_queue and a new state folder everywhere"
+            "to train from scratch, use this version of sl_queue and a new state folder everywhere"
         )
     return None
 
@@ -106,7 +107,7 @@ def _listed(parties: Sequence[str]) -> str:
 
 
 def told_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """The keys in which another canonical job differs from ours, each with both values."""
+    """List the keys in which another canonical job differs from ours, each with both values."""
     differing = sorted(differing_keys(here, there).items())
     return "; ".join(f"{key}: {_told(ours)} here, {_told(theirs)} there" for key, (ours, theirs) in differing)
 

@@ -1,4 +1,4 @@
-"""How a run ends before it has finished: a failure, a stop of the operator, a party that cannot be understood. Pure."""
+"""Endings of a run before it has finished: a failure, an operator's stop, an unreadable party. Pure."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def stopped(plan: Plan, state: RunState, sender: str, step: int) -> tuple[RunSta
     """Note that a worker has stopped. The label holder is first; then all others learn after which step to stop."""
     state = changed(state, sender, stopped=True)
     if state.phase is not Phase.STOPPING:
-        return state, ()  # a worker that was interrupted, not one that was told to stop
+        return state, ()  # a worker that was interrupted, not one that was ordered to stop
     if sender != plan.label_holder:
         return ended(plan, state), ()
     state = replace(state, stop_after=step)

@@ -5,7 +5,7 @@ rows do not define, NaN) is neither the best nor one without a gain; if no epoch
 epoch and keeps the weights of that.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from sl_queue.protocol.control import EpochResult, Finish, Open
@@ -82,7 +82,7 @@ def all_committed(plan: Plan, state: RunState) -> bool:
 def recorded(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now: float) -> tuple[RunState, Addressed]:
     """Append what is new to the history, and open what may follow.
 
-    Where epochs are missing in between, the label holder is told again how many are known, and answers with those.
+    Where epochs are missing in between, the label holder hears again how many are known, and answers with those.
     """
     known = len(state.history)
     new = [r for r in results if r.epoch >= known]
@@ -95,7 +95,9 @@ def recorded(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now:
     passed = 0.0 if state.epoch_began is None or len(new) > 1 else round(now - state.epoch_began, 3)
     history, standing = state.history, state.standing
     for result in new:
-        history = history.after(replace(result, seconds=result.seconds or passed, holdout=_named(result)))
+        history = history.after(
+            replace(result, seconds=result.seconds or passed, holdout=_named(result), leak=_leak(result))
+        )
         standing = standing_after(plan.early_stopping, standing, history[-1])
     state = replace(state, history=history, standing=standing, epoch_began=now)
     opened = tuple((p, opening(plan, state, i)) for p, i in incarnations(plan, state))
@@ -107,6 +109,17 @@ def _named(result: EpochResult) -> dict[str, float | None] | None:
     if result.holdout is None:
         return None
     return {printable(name, LONGEST_NAME): value for name, value in list(result.holdout.items())[:MAX_METRICS]}
+
+
+def _leak(result: EpochResult) -> dict[str, dict[str, float]] | None:
+    """Give parties and attacks names that a log and a terminal can show."""
+    if result.leak is None:
+        return None
+    return {printable(party, LONGEST_NAME): _shown(found) for party, found in result.leak.items()}
+
+
+def _shown(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {printable(name, LONGEST_NAME): value for name, value in list(numbers.items())[:MAX_METRICS]}
 
 
 def finishing(plan: Plan, state: RunState) -> Addressed:

@@ -1,8 +1,8 @@
 """The scheduler's mind: a pure reducer (state, event, now) -> (state, commands).
 
 Anything may arrive from anyone at any time, so the scheduler has no order of its own. Every report is an idempotent
-statement about the present; every command follows from the state alone, so whoever joins again is told everything
-anew. The state is written to disk before a command leaves and before a report is acknowledged.
+statement about the present; every command follows from the state alone, so whoever joins again hears everything
+again. The state is written to disk before a command leaves and before a report is acknowledged.
 """
 
 from dataclasses import replace
@@ -10,6 +10,8 @@ from typing import assert_never
 
 from sl_queue.errors import failure
 from sl_queue.protocol.control import (
+    Aligned,
+    Aligning,
     Alive,
     Command,
     EpochDone,
@@ -20,6 +22,7 @@ from sl_queue.protocol.control import (
     Finished,
     Join,
     Lost,
+    Offer,
     Progress,
     Report,
     Start,
@@ -47,6 +50,11 @@ from sl_queue.protocol.scheduler.state import (
 )
 from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
 
+_ALIGNED = (
+    "the rows of all parties are aligned already, and party {!r} has lost what it knew of it: restore its state "
+    "folder, or give every party and the scheduler a new one to align and train anew"
+)
+
 
 def reduce(
     plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str, redelivered: bool = False
@@ -63,11 +71,13 @@ def reduce(
     heard = member.heard if redelivered else now
     if isinstance(report, Join):
         return _join(plan, state, sender, report, heard, now, fresh_run)
+    if isinstance(report, Offer):
+        return state, ((sender, Stop(report.incarnation, _ALIGNED.format(sender), error="AlignmentError")),)
     if report.incarnation != member.incarnation or not (member.here or isinstance(report, Finished)):
         return state, ()  # of an earlier worker of that party; one that has finished will not join again
     state = with_member(state, sender, replace(member, heard=heard))
     match report:
-        case Alive():
+        case Alive() | Aligning() | Aligned():
             return state, ()
         case Progress():
             return _progress(plan, state, sender, report)
@@ -177,8 +187,8 @@ def _too_late(plan: Plan, state: RunState, sender: str, joined: Join, problem: s
         begin = Start(joined.incarnation, state.run, state.bases)
         return ((sender, begin), (sender, Finish(joined.incarnation, step)))
     lost = f"run {state.run!r} has finished, and party {sender!r} holds neither its final weights nor their checkpoint"
-    anew = "to train anew, give every party and the scheduler a new state folder"
-    return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {anew}", error="CheckpointError")),)
+    scratch = "to train from scratch, give every party and the scheduler a new state folder"
+    return ((sender, Stop(joined.incarnation, f"{lost}: they are lost; {scratch}", error="CheckpointError")),)
 
 
 def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Addressed]:

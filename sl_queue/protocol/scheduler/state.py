@@ -1,4 +1,4 @@
-"""What the scheduler knows of a run, and what can be read from it. Values only."""
+"""State of a run as the scheduler knows it, and what can be read from it. Values only."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -82,11 +82,11 @@ class Member:
     stopped: bool = False
     refused: str | None = None  # why its newest worker may not join a run that goes on
     # what follows is not written to disk: it describes a moment
-    held: tuple[int, ...] | None = None  # None: it has not told this scheduler process yet
+    held: tuple[int, ...] | None = None  # None: it has not reported to this scheduler process yet
     step: int = BEFORE_FIRST_STEP
     loss: float | None = None
     samples: int = 0
-    rules: int | None = None  # None: it has not told this scheduler process yet
+    rules: int | None = None  # None: it has not reported to this scheduler process yet
     heard: float | None = None  # monotonic
     waiting: Waiting | None = None
     lost: Lost | None = None
@@ -169,14 +169,16 @@ def excused(state: RunState, seconds: float) -> RunState:
 
 
 def history_line(result: EpochResult) -> dict[str, Any]:
-    """One line of history.jsonl; `holdout` is None where no rows are held out."""
+    """One line of history.jsonl; `holdout` is None where no rows are held out, `leak` is there if it was measured."""
     holdout = None if result.holdout is None else dict(result.holdout)
+    leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
     return {
         "epoch": result.epoch,
         "step": result.step,
         "loss": result.loss,
         "holdout": holdout,
         "seconds": result.seconds,
+        **leak,
     }
 
 
@@ -186,14 +188,24 @@ def epoch_text(epoch: int, epochs: int, loss: float, holdout: Mapping[str, float
     return f"epoch {epoch + 1}/{epochs}  loss {number_text(loss)}{held_out}"
 
 
+BASE_LINES = ("chance", "probe", "probe_raw", "response", "one_of_each")  # of a meter: no attacks on gradients
+
+
+def worst_reading(found: Mapping[str, float]) -> float | None:
+    """Return the AUC of the best attack that a meter has tried on one party's gradients; None without any."""
+    return max((value for name, value in found.items() if name not in BASE_LINES), default=None)
+
+
 def result_of(line: Mapping[str, Any]) -> EpochResult:
     """Read a line of history.jsonl again. Raises KeyError, TypeError for anything else."""
     holdout = None if line["holdout"] is None else dict(line["holdout"])
-    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, float(line.get("seconds", 0.0)))
+    leak = None if line.get("leak") is None else {party: dict(found) for party, found in line["leak"].items()}
+    seconds = float(line.get("seconds", 0.0))
+    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, seconds, leak)
 
 
 def number_text(value: float | None) -> str:
-    """A loss or a metric, four digits; a metric may have no value."""
+    """Format a loss or a metric with four digits; a metric may have no value."""
     return "-" if value is None else f"{value:.4f}"
 
 

@@ -1,4 +1,4 @@
-"""Where a run is, as the scheduler tells it: typed here, JSON on its way to the operator and for programs."""
+"""Status of a run, as the scheduler reports it: typed here, JSON on its way to the operator and for programs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -69,11 +69,11 @@ class RunStatus:
 
     @property
     def over(self) -> bool:
-        """True if the run has ended, so that nothing more is to be told."""
+        """True if the run has ended, so that nothing more will be reported."""
         return self.phase in ENDED
 
     def age_s(self, wall: float) -> float | None:
-        """Return the seconds since it was told, by the clocks of two machines; None if it does not say when."""
+        """Return the seconds since it was reported, by the clocks of two machines; None if it does not say when."""
         try:
             told_at = datetime.fromisoformat(self.told_at or "")
         except ValueError:
@@ -86,7 +86,7 @@ class Telling:
     """A status, and whether it describes the present."""
 
     run: RunStatus
-    fresh: bool  # the scheduler told it while we listened
+    fresh: bool  # the scheduler reported it while we listened
     listened_s: float  # for another one
 
     @property
@@ -102,7 +102,7 @@ class Telling:
         return PeerFailed.exit_code if self.run.phase == Phase.FAILED else 0
 
     def as_json(self, wall: float) -> dict[str, Any]:
-        """Return the status with when it was told, for programs."""
+        """Return the status with the time of its report, for programs."""
         age_s = self.run.age_s(wall)
         return {**as_json(self.run), "fresh": self.fresh, "age_s": None if age_s is None else round(age_s, 3)}
 

@@ -1,4 +1,4 @@
-"""Where a broker's nodes are, who asks, and how: a user's URL becomes what pika wants."""
+"""Addresses of a broker's nodes and the login there: a user's URL becomes what pika wants."""
 
 import ssl
 from collections.abc import Mapping

@@ -66,7 +66,7 @@ class Connection:
             raise failure
 
     def _caused(self, error: BaseException) -> BaseException:
-        """pika's error, with what happened to the socket."""
+        """Return pika's error, with what happened to the socket as its cause."""
         error.__cause__ = self._pika.cause
         return error
 
@@ -91,7 +91,7 @@ class Connection:
             if self._pika.is_open:
                 self._pika.close(200, "done")
             await asyncio.wait([self.lost], timeout=CLOSE_S)
-            await self.abort("the broker did not answer when it was told that we leave")
+            await self.abort("the broker did not answer our goodbye")
 
     async def abort(self, reason: str) -> None:
         """Cut the connection without a word, as the kernel does for a killed process."""
@@ -128,6 +128,18 @@ class Channel:
             self._pika.queue_declare, name, passive=passive, durable=True, arguments=dict(arguments or {})
         )
         return int(frame.method.consumer_count)
+
+    async def fanout(self, name: str) -> None:
+        """Declare a durable exchange that gives each queue all it is given."""
+        await self._call(self._pika.exchange_declare, name, "fanout", durable=True)
+
+    async def private_queue(self, name: str) -> None:
+        """Declare a queue that is this connection's alone, and goes with it."""
+        await self._call(self._pika.queue_declare, name, exclusive=True, auto_delete=True)
+
+    async def purge(self, queue: str) -> None:
+        """Drop what waits in a queue."""
+        await self._call(self._pika.queue_purge, queue)
 
     async def bind(self, queue: str, exchange: str, key: str) -> None:
         await self._call(self._pika.queue_bind, queue, exchange, key)
@@ -184,7 +196,7 @@ class Channel:
             raise Lost(said(error)) from None
 
     def acknowledge(self, tag: int, *, and_before: bool) -> None:
-        """Raises Lost."""
+        """Acknowledge a delivery, or all up to it. Raises Lost."""
         try:
             self._pika.basic_ack(tag, multiple=and_before)
         except AMQPError as error:

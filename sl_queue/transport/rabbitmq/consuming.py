@@ -1,4 +1,4 @@
-"""What comes in on one connection: deliveries of each sender's queue, and what becomes of them.
+"""Consumer of one connection: deliveries of each sender's queue, acknowledged or rejected.
 
 `acknowledge` runs on the thread that has the link's turn, `reject` on any, all else on the link's I/O thread.
 """

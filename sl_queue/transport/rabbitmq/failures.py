@@ -1,4 +1,4 @@
-"""What can go wrong with a connection, in our words: pika's exceptions end here."""
+"""Failures of a connection, in our words: pika's exceptions end here."""
 
 import ssl
 from collections.abc import Iterator

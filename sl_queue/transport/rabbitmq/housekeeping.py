@@ -1,4 +1,4 @@
-"""What lies at a broker of a job: its dead letters, and the queues and exchanges that it left.
+"""Contents that a job left at a broker: its dead letters, its queues and its exchanges.
 
 Done by a person with a login that may, beside workers that run. What is read goes back to its place. A dead letter is
 written by the party that refused it, so its headers are a peer's text: it goes back only into a queue of that party.
@@ -26,7 +26,7 @@ DEFAULT_EXCHANGE = ""  # through which a queue is reached by its name
 
 
 class NotAllowed(BrokerUnreachable):
-    """This login lacks a right; another one, for instance the broker administrator's, may have it."""
+    """Missing right of this login; another one, for instance the broker administrator's, may have it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ log = logging.getLogger("sl_queue")
 class Nodes:
     """The node to connect to next. Mutable: it remembers the URL and whose turn it is. Raises JobError for a bad URL.
 
-    `again` gives the URL anew before each attempt but the first; what cannot be read or used leaves the one before.
+    `again` gives the URL again before each attempt but the first; what cannot be read or used leaves the one before.
     """
 
     def __init__(self, url: str, again: Callable[[], str] | None = None) -> None:

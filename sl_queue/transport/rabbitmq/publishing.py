@@ -1,4 +1,4 @@
-"""What goes out on one connection: published within a window, confirmed, returned, and tried again."""
+"""Publisher of one connection: messages go out within a window, are confirmed, returned, and tried again."""
 
 import asyncio
 import logging

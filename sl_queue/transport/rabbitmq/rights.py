@@ -1,4 +1,4 @@
-"""What a login may do at a broker, tried out: what a role needs, and what it does not. Leaves nothing behind.
+"""Rights of a login at a broker, tried out: those a role needs and those it must not have. Leaves nothing behind.
 
 A message that is read here goes back to its place; one that is published has no queue to go to.
 """

@@ -1,4 +1,4 @@
-"""What a link has been given to publish and the broker has not confirmed, in order. Thread-safe.
+"""Messages that a link was given to publish and the broker has not confirmed, in order. Thread-safe.
 
 Everything in here is published again after a reconnect. Messages wait, are sent, and leave when they are confirmed;
 confirms come in any order.

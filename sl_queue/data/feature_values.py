@@ -1,0 +1,99 @@
+"""Arrow columns of any type as what a feature is made of: float64 numbers, texts, or days; gaps stay gaps."""
+
+import re
+from datetime import date
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sl_queue.data.csv_file import text_kind
+from sl_queue.data.matrices import plain
+
+Floats = npt.NDArray[np.float64]
+
+EPOCH = date(1970, 1, 1)
+_OF_A_LANGUAGE = re.compile(r"%[aAbBcpxX]")  # what strptime reads differs with the machine's locale
+
+
+class Unusable(Exception):
+    """A column that cannot become what was declared; the message has counts and no values."""
+
+
+def numbers(column: Any) -> Floats:
+    """Return float64, NaN for a gap. Raises Unusable for text, and for infinities."""
+    column, types = plain(_whole(column)), pa.types
+    if types.is_null(column.type):
+        return np.full(len(column), np.nan)
+    if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
+        raise Unusable(f'is {kind_of(column)}, not numbers; say kind = "category" or kind = "date", or exclude it')
+    if types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    values: Floats = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
+    if infinite := int(np.isinf(values).sum()):
+        raise Unusable(f"infinity in {infinite} of {len(values)} rows; replace those values, or leave them empty")
+    return values
+
+
+def texts(column: Any) -> Any:
+    """Return large strings, null for a gap and for empty text; 7, 7.0 and "7" are one category."""
+    column, types = plain(_whole(column)), pa.types
+    if types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+        whole = pc.all(pc.equal(pc.floor(column), column)).as_py()
+        within = pc.all(pc.less(pc.abs(column), 2.0**53)).as_py()
+        if whole is not False and within is not False:
+            column = column.cast(pa.int64())
+    try:
+        found = column.cast(pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise Unusable(f"is {column.type}, which cannot be a category; exclude it") from None
+    return pc.if_else(pc.equal(found, ""), pa.scalar(None, pa.large_string()), found)
+
+
+def days(column: Any, pattern: str | None) -> Any:
+    """Return dates as date32, null for a gap; text is read by `pattern`, or as ISO 8601. Raises Unusable."""
+    column, types = plain(_whole(column)), pa.types
+    if types.is_date(column.type) or types.is_timestamp(column.type):
+        return column.cast(pa.date32(), safe=False)
+    if types.is_null(column.type):
+        return column.cast(pa.date32())
+    if not (types.is_string(column.type) or types.is_large_string(column.type)):
+        raise Unusable(f'is {kind_of(column)}, not dates; say kind = "number", or write dates like 2026-01-31')
+    if pattern is not None and _OF_A_LANGUAGE.search(pattern):
+        raise Unusable(f"format = {pattern!r} reads names of days or months, which differ from machine to machine")
+    column = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    shortened = pc.utf8_slice_codeunits(column, 0, 10) if pattern is None else column
+    read = pc.strptime(shortened, format=pattern or "%Y-%m-%d", unit="s", error_is_null=True)
+    if unread := read.null_count - column.null_count:
+        like = "like 2026-01-31" if pattern is None else f"of the form {pattern!r}"
+        raise Unusable(f'{unread} of {len(column)} values are not dates {like}; give their form: format = "%d.%m.%Y"')
+    return read.cast(pa.date32(), safe=False)
+
+
+def part(dates: Any, name: str, at: date | None) -> Floats:
+    """Return one part of dates as float64, NaN for a gap; an age counts days up to `at`."""
+    if name == "age":
+        assert at is not None
+        values: Floats = dates.cast(pa.int32()).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return float((at - EPOCH).days) - values
+    read = {"year": pc.year, "month": pc.month, "day": pc.day, "weekday": pc.day_of_week}[name]
+    found: Floats = read(dates).cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+    return found
+
+
+def kind_of(column: Any) -> str:
+    """Name what a column holds, for people."""
+    types = pa.types
+    if any(is_a(column.type) for is_a in (types.is_string, types.is_large_string, types.is_string_view)):
+        return text_kind(column.cast(pa.large_string()))
+    if types.is_date(column.type) or types.is_timestamp(column.type):
+        return "dates"
+    return str(column.type)
+
+
+def _whole(column: Any) -> Any:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -1,0 +1,163 @@
+"""Files of several kinds, read alike: the names of their columns, and some of these as Arrow."""
+
+import errno
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from sl_queue.data import csv_file, row_files
+from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
+from sl_queue.errors import JobError
+
+_ENDINGS: Mapping[str, FileKind] = {
+    ".csv": "csv",
+    ".csv.gz": "csv",
+    ".tsv": "csv",
+    ".tsv.gz": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".svmlight": "svmlight",
+    ".libsvm": "svmlight",
+}
+DESCRIBED: Mapping[FileKind, str] = {
+    "csv": "comma-separated UTF-8 text with a header",
+    "parquet": "a Parquet file",
+    "arrow": "an Arrow file",
+    "svmlight": "text with rows like `id label 3:0.5 7:1`",
+    "tag:value": "text with rows like `id,tag:value,tag:value`",
+}
+
+
+class Source(Protocol):
+    """A table in a file."""
+
+    ids_are_text: bool  # which may mean whole numbers
+
+    def fault(self) -> str | None:
+        """Say what makes it unreadable as it was meant."""
+
+    def names(self) -> list[str]:
+        """Read the names of its columns."""
+
+    def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
+        """Read these columns as an Arrow table, `texts` among them as text where the file does not say, and faults."""
+
+    def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
+        """Count the whole numbers that reading has rounded, by column."""
+
+
+def kind_of(data: FileSpec, where: str) -> FileKind:
+    """Return what kind of file a party's table is. Raises JobError if neither its name nor its party says so."""
+    assert data.path is not None
+    if data.format is not None:
+        return data.format
+    name = data.path.name.lower()
+    for ending, kind in _ENDINGS.items():
+        if name.endswith(ending):
+            return kind
+    if data.path.is_dir():
+        return "parquet"
+    raise JobError(
+        f"{where}: the name of a table ends in .csv or .parquet (also .csv.gz, .tsv, .arrow); say data.format for one "
+        "that does not, and for anything else use data.source"
+    )
+
+
+@contextmanager
+def opened(data: FileSpec, path: Path, kind: FileKind) -> Iterator[Source]:
+    """Open a table. Raises OSError, EOFError, UnicodeError, ArrowException."""
+    match kind:
+        case "csv":
+            dialect = data.csv
+            if ".tsv" in path.suffixes and not dialect.delimiter_given:
+                dialect = replace(dialect, delimiter="\t")
+            with csv_file.plain(path, dialect) as text:
+                yield _Csv(text, dialect)
+        case "parquet":
+            yield _Parquet(path)
+        case "arrow":
+            with pa.memory_map(str(path)) as mapped:
+                yield _Arrow(pa.ipc.open_file(mapped))
+        case "svmlight" | "tag:value":
+            with csv_file.plain(path, data.csv) as text:
+                yield row_files.RowFile(text, kind, data.csv.delimiter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Csv:
+    path: Path
+    dialect: CsvSpec
+    ids_are_text = True
+
+    def fault(self) -> str | None:
+        return csv_file.quote_fault(self.path, self.dialect.delimiter)
+
+    def names(self) -> list[str]:
+        return csv_file.names_in(self.path, self.dialect.delimiter)
+
+    def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
+        return csv_file.read(self.path, texts, selected, self.dialect)
+
+    def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
+        return csv_file.rounded_when_read(self.path, columns, self.dialect)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parquet:
+    """A Parquet file, or a folder of them with the same columns, in the order of their names."""
+
+    path: Path
+    ids_are_text = False
+
+    @property
+    def _files(self) -> list[Path]:
+        if not self.path.is_dir():
+            return [self.path]
+        found = sorted(self.path.rglob("*.parquet"))
+        if not found:
+            raise OSError(errno.ENODATA, "a folder without .parquet files")
+        return found
+
+    def fault(self) -> str | None:
+        first, *others = (pa.parquet.read_schema(path) for path in self._files)
+        differing = sum(set(schema.names) != set(first.names) for schema in others)
+        return f"{differing} of its files have other columns than the first" if differing else None
+
+    def names(self) -> list[str]:
+        return list(pa.parquet.read_schema(self._files[0]).names)
+
+    def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
+        tables = []
+        for path in self._files:
+            with pa.parquet.ParquetFile(path) as file:
+                tables.append(file.read(columns=list(selected)))
+        return pa.concat_tables(tables, promote_options="permissive"), []
+
+    def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrow:
+    """An Arrow file, mapped into memory."""
+
+    file: Any
+    ids_are_text = False
+
+    def fault(self) -> str | None:
+        return None
+
+    def names(self) -> list[str]:
+        return list(self.file.schema.names)
+
+    def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
+        return self.file.read_all().select(list(selected)), []
+
+    def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
+        return {}

@@ -1,0 +1,137 @@
+"""The alignment of rows, put together for a party and for the scheduler; both are done with it before a run begins."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from sl_queue.config.job import Job
+from sl_queue.data.aligning import described, id_texts, ids_digest
+from sl_queue.data.ids import Ids as TableIds
+from sl_queue.data.spec import TableSpec
+from sl_queue.data.table import read_ids
+from sl_queue.errors import AlignmentError
+from sl_queue.launch.connect import Channels, Connect
+from sl_queue.loops.alignment import Ids, PartyAlignment
+from sl_queue.loops.comparing import Comparing
+from sl_queue.protocol.alignment import Comparison, Ring, Rule, standing
+from sl_queue.protocol.events import Observer
+from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.scheduler.status import RunStatus, as_json
+from sl_queue.security.sealing import Seal
+from sl_queue.storage.aligned_file import Aligned, read_aligned
+from sl_queue.storage.alignment_files import PartyFiles, SchedulerFiles
+from sl_queue.transport.alignment_channel import PREFETCH, LinkAlignmentChannel
+
+log = logging.getLogger("sl_queue")
+
+
+def rule_of(job: Job) -> Rule:
+    """Return what the job says of the alignment."""
+    about = job.alignment
+    ring = Ring(job.label_holder, job.feature_parties)
+    return Rule(job.canonical(), ring, about.at_least, about.at_most, about.pad)
+
+
+def align_party(
+    job: Job,
+    table: TableSpec,
+    connect: Connect,
+    state: Path,
+    open_channels: Channels,
+    seal: Seal | None,
+    observe: Observer,
+    version: str = "",
+    *,
+    confirm: bool = False,
+) -> Aligned | None:
+    """Find which rows of a party all parties hold, from disk if it was found before; None if the job aligns nothing.
+
+    The caller has locked `state`. `confirm`: tell the scheduler also of what was found before. Raises JobError,
+    AlignmentError, CheckpointError and what the conversation raises.
+    """
+    if job.alignment.method != "psi":
+        return None
+    found, where = read_ids(table)
+    digest, files = ids_digest(found), PartyFiles(state)
+    aligned = read_aligned(state)
+    if aligned is not None:
+        aligned.require(digest, where)
+        files.forget()  # killed between the two, it would lie there for good
+        if not confirm:
+            return aligned
+    keys, token = files.keys(digest, len(job.parties))
+    incarnation = secrets.token_hex(8)
+    ids = Ids(len(found.texts), lambda: id_texts(found), found.type)
+    with ExitStack() as stack:
+        channel = _channel(job, table.party, connect, incarnation, seal, observe)
+        party = PartyAlignment(
+            table.party, incarnation, rule_of(job), ids, token, keys, files, channel, job.broker.patience,
+            time.monotonic, version,
+        )  # fmt: skip
+        stack.callback(channel.close)
+        channel.open()
+        open_channels.add(channel)
+        if aligned is None:
+            aligned = _converse(party, files, found, digest)
+        else:
+            files.forget()
+        party.confirm(aligned.session)
+    log.info("%s: %d of its %d rows are shared by all", table.party, len(aligned.positions), len(found.texts))
+    return aligned
+
+
+def _converse(party: PartyAlignment, files: PartyFiles, found: TableIds, digest: str) -> Aligned:
+    try:
+        positions, session = party.serve()
+    except AlignmentError as error:
+        if "no row is shared" not in str(error):
+            raise
+        told = f"those of {party.party!r} are {described(found)}"
+        log.warning("%s: ids may be written differently; %s", party.party, told)
+        raise AlignmentError(f"{error}: {told}") from None
+    aligned = Aligned(positions, digest, len(found.texts), session)
+    files.conclude(aligned)
+    return aligned
+
+
+def align_scheduler(
+    job: Job,
+    connect: Connect,
+    state: Path,
+    on_status: Callable[[RunStatus], None],
+    open_channels: Channels,
+    seal: Seal | None,
+    observe: Observer,
+) -> int:
+    """Serve the alignment until every party has its part; returns how many rows are shared, -1 if none was told.
+
+    Returns at once if that was so before. The caller has locked `state`.
+    """
+    file = SchedulerFiles(state)
+    outcome = file.load()
+    if outcome is not None and outcome.masks is None:
+        return -1
+    incarnation, comparison = secrets.token_hex(8), Comparison(rule_of(job), outcome)
+
+    def tell(about: Comparison, reason: str | None, error: str | None) -> dict[str, object]:
+        status = standing(about, job.name, job.epochs, time.time(), reason, error)
+        on_status(status)
+        return as_json(status)
+
+    with ExitStack() as stack:
+        channel = _channel(job, SCHEDULER, connect, incarnation, seal, observe)
+        stack.callback(channel.close)
+        channel.open()
+        open_channels.add(channel)
+        Comparing(comparison, channel, file, incarnation, job.broker.patience, time.monotonic, tell).serve()
+    return -1 if comparison.outcome is None or comparison.outcome.masks is None else len(comparison.outcome.masks)
+
+
+def _channel(
+    job: Job, role: str, connect: Connect, incarnation: str, seal: Seal | None, observe: Observer
+) -> LinkAlignmentChannel:
+    about = (connect(role, PREFETCH), role, job.topology(), incarnation)
+    return LinkAlignmentChannel(*about, patience_s=job.broker.patience, seal=seal, observe=observe)

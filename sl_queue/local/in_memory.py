@@ -1,0 +1,114 @@
+"""What trained modules make of rows that are at hand: outputs and measures, without a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sl_queue.compute.aggregation import aggregated
+from sl_queue.compute.fuse_stage import fuse_stage
+from sl_queue.compute.inputs import n_offers, offers
+from sl_queue.compute.modules.handover import copied
+from sl_queue.compute.modules.state import in_evaluation
+from sl_queue.compute.objective import Objective, measured
+from sl_queue.compute.seeds import key, seeded
+from sl_queue.compute.spec import ComputeSpec, LayersSpec
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import compute_spec
+from sl_queue.config.user_code import Importer
+from sl_queue.cut.packing import Wire
+from sl_queue.cut.tensors import take_rows
+from sl_queue.errors import JobError
+from sl_queue.protocol.table import Table
+
+PART = 4096  # rows that go through the models at once
+CPU = torch.device("cpu")
+
+
+def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]:
+    """Find the shape of one row's activation by trying a copy of the base model on a few rows. Raises JobError."""
+    refused = []
+    for choice in range(n_offers(_features(table))):
+        tried = copied(module)
+        features = offers(_alone(party), table, _dtype(tried))[choice].features
+        rows = take_rows(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
+        try:
+            with seeded(key(0, party, "shape"), CPU), in_evaluation(tried):
+                output = tried(rows)
+        except Exception as error:
+            refused.append(f"{type(error).__name__}: {error}")
+            continue
+        if isinstance(output, Tensor) and output.dim() > 1:
+            return tuple(output.shape[1:])
+        refused.append(f"it returns {type(output).__name__}; it must return one tensor (rows, ...)")
+    told = "; and with the same numbers in another form: ".join(refused)
+    raise JobError(f"party {party!r}: the base model fails on two rows of its features: {told}")
+
+
+def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.Module]) -> Tensor:
+    """The fuse model's output for all rows of the tables, in canonical order, on the CPU.
+
+    `modules` are trained ones by party, the fuse model under "fuse". Raises JobError if parties hold other rows.
+    """
+    digests = {tables[party].digest for party in job.fused}
+    if len(digests) > 1:
+        counts = ", ".join(f"{party} {tables[party].n_rows}" for party in job.fused)
+        raise JobError(f"the parties' ids differ; rows: {counts}; give the same rows for each party")
+    n_rows = tables[job.fused[0]].n_rows
+    taken = {party: _taken(party, tables[party], modules[party]) for party in job.fused}
+    fuse, found = modules["fuse"], []
+    with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad():
+        for first in range(0, n_rows, PART):
+            rows = np.arange(first, min(first + PART, n_rows))
+            inputs = [modules[p](take_rows(taken[p], rows, _dtype(modules[p]), CPU)) for p in job.fused]
+            found.append(fuse(aggregated(inputs, job.fuse.aggregation)))
+    return torch.cat(found)
+
+
+def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict[str, float | None]:
+    """Loss and metrics of an output for the labels of the label holder's table."""
+    objective = objective_for(job, file, table)
+    with torch.no_grad():
+        loss = objective.loss(output, objective.labels).item()
+    return {"loss": loss, **measured(objective, output, objective.labels)}
+
+
+def objective_for(job: Job, file: PartyFile, table: Table) -> Objective:
+    """The loss and the metrics, for the labels of a table."""
+    whole = job.replace(holdout=0.0, early_stopping=None, batch_size=table.n_rows, pipeline={})
+    spec = compute_spec(whole, file.replace(device="cpu"), Importer())
+    return fuse_stage(spec, table, whole.batches(table.n_rows)).objective
+
+
+def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
+    """The features in the form that the base model takes."""
+    refused: list[Exception] = []
+    for choice in range(n_offers(_features(table))):
+        features = offers(_alone(party), table, _dtype(module))[choice].features
+        try:
+            with seeded(key(0, party, "shape"), CPU), torch.no_grad():
+                module(take_rows(features, np.arange(min(2, len(features))), _dtype(module), CPU))
+        except Exception as error:
+            refused.append(error)
+            continue
+        return features
+    raise JobError(f"party {party!r}: the base model fails on its features: {refused[0]}") from refused[0]
+
+
+def _alone(party: str) -> ComputeSpec:
+    """A party of which nothing but its rows and its base model is known."""
+    layers = LayersSpec("", 0, "", (), {}, "list", Wire(), 1, 0)
+    return ComputeSpec(party, layers, None, None, None, "cpu", Importer().within(None))
+
+
+def _features(table: Table) -> npt.NDArray[Any]:
+    if table.features is None:
+        raise JobError("a party with a base model has no features")
+    return table.features
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)

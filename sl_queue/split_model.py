@@ -1,0 +1,328 @@
+"""A model whose layers live at several parties, trained from a notebook: fit, evaluate, predict, save, write.
+
+It has no engine of its own. `fit` builds a Job and a PartyFile for each party from what it was given, and runs them
+with `run_local`; `write` puts the same two into a folder, to be deployed.
+"""
+
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sl_queue.compute.metrics import predictions
+from sl_queue.compute.other_metrics import Task
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.data.spec import Rows
+from sl_queue.errors import JobError
+from sl_queue.local import in_memory, written_model
+from sl_queue.local.given_rows import Given, by_party, rows_of
+from sl_queue.local.progress import OnEpoch
+from sl_queue.local.threads import Result, run_local
+from sl_queue.local.written_code import given_parameters
+
+
+class Epoch(TypedDict, total=False):
+    """One epoch, as a line of history.jsonl."""
+
+    epoch: int
+    step: int
+    loss: float
+    holdout: dict[str, float | None] | None
+    seconds: float
+
+
+class History(list[Epoch]):
+    """The epochs of a run, oldest first."""
+
+    @property
+    def loss(self) -> list[float]:
+        """The training loss of each epoch."""
+        return [epoch["loss"] for epoch in self]
+
+    def held_out(self, name: str) -> list[float | None]:
+        """A metric of each epoch on the held-out rows. Raises KeyError if it was not measured."""
+        return [(epoch["holdout"] or {})[name] for epoch in self]
+
+
+class SplitModel:
+    """Base models by party, a fuse model, and how they learn; an estimator in the manner of scikit-learn.
+
+    `bases` and `fuse` are modules, or callables that make them; a module is trained itself and is afterwards what it
+    was, so that `fit` begins each time from the same weights. `columns` says which columns of one joined table are
+    whose, for who gives one instead of one for each party. An optimizer is a table like {"name": "adam", "lr": 1e-3},
+    or a callable that is given the parameters; `learning` are other keys of [base] and [fuse]: schedule, clip_norm,
+    ema, groups. `settings` are other keys of the job, for instance pipeline={"micro_batches": 4}.
+
+    Mutable: `fit` leaves `history_`, `bases_`, `fuse_`, `job_` and `parties_`.
+    """
+
+    def __init__(
+        self,
+        bases: Mapping[str, Any],
+        fuse: Any,
+        *,
+        label_holder: str,
+        loss: Any,
+        optimizer: Any = None,
+        metrics: Sequence[Any] = (),
+        aggregation: str = "list",
+        epochs: int = 10,
+        batch_size: int = 32,
+        validation: float = 0.0,
+        seed: int = 0,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        learning: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        name: str = "model",
+        progress: bool = True,
+    ) -> None:
+        self.bases, self.fuse, self.label_holder, self.loss = bases, fuse, label_holder, loss
+        self.optimizer, self.metrics, self.aggregation = optimizer, metrics, aggregation
+        self.epochs, self.batch_size, self.validation, self.seed = epochs, batch_size, validation, seed
+        self.columns, self.learning, self.settings = columns, learning, settings
+        self.device, self.name, self.progress = device, name, progress
+
+    # scikit-learn's conventions ---------------------------------------------------------------------------------
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments that it was built with."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def set_params(self, **params: Any) -> Self:
+        """Change arguments. Raises JobError for one that there is not."""
+        for name, value in params.items():
+            if name not in self.get_params():
+                raise JobError(f"{name!r} is no argument of SplitModel; they are {', '.join(self.get_params())}")
+            setattr(self, name, value)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn asks before it scores: called by it alone."""
+        sklearn = sys.modules["sklearn.utils"]
+        kind = "regressor" if self._is_of_numbers else "classifier"
+        tags = sklearn.Tags(estimator_type=kind, target_tags=sklearn.TargetTags(required=True))
+        if kind == "classifier":
+            tags.classifier_tags = sklearn.ClassifierTags()
+        else:
+            tags.regressor_tags = sklearn.RegressorTags()
+        return tags
+
+    @property
+    def _is_of_numbers(self) -> bool:
+        name = self.loss["name"] if isinstance(self.loss, Mapping) else self.loss
+        return name in ("mse", "l1", "huber", "poisson")
+
+    def score(self, features: Any, labels: Any, id: str | None = None) -> float:
+        """Accuracy, or R² of a regression."""
+        guessed = self.predict(features, id=id)
+        wanted = np.asarray(labels).reshape(guessed.shape)
+        if not self._is_of_numbers:
+            return float((guessed == wanted).mean())
+        rest = float(((wanted - guessed) ** 2).sum())
+        return 1 - rest / float(((wanted - wanted.mean(axis=0)) ** 2).sum())
+
+    # Training ---------------------------------------------------------------------------------------------------
+
+    def job(self, features: Any, labels: Any, *, id: str | None = None, **changes: Any) -> tuple[Job, list[PartyFile]]:
+        """The job and the party files that `fit` runs: the cuts are found by trying the base models."""
+        given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
+        return self._built(given, {**self.get_params(), **changes})
+
+    def fit(
+        self,
+        features: Any,
+        labels: Any,
+        *,
+        id: str | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        validation: float | None = None,
+        progress: bool | None = None,
+        on_epoch: OnEpoch | None = None,
+        out: Path | str | None = None,
+    ) -> History:
+        """Train from the initial weights, and return the epochs.
+
+        `features` are a table for each party (arrays, tensors, data frames, datasets), or one table with `columns`.
+        With `id`, the name of a column, rows are the same where their ids are; without it, by their places. `labels`
+        are an array, or the name of a column of the label holder's table. `on_epoch` gets each epoch as it ends; what
+        it raises ends the run and comes back. `out` keeps every party's state: a later call on it resumes.
+        """
+        given = {"epochs": epochs, "batch_size": batch_size, "validation": validation}
+        changes = {name: value for name, value in given.items() if value is not None}
+        job, files = self.job(features, labels, id=id, **changes)
+        show = self.progress if progress is None else progress
+        result = run_local(job, files, out=out, progress=show, on_epoch=on_epoch)
+        self._become(job, files, result)
+        return self.history_
+
+    def _become(self, job: Job, files: Sequence[PartyFile], result: Result) -> None:
+        self.job_, self.parties_ = job, {file.party: file for file in files}
+        self.bases_ = {party: result.base(party) for party in job.fused}
+        self.fuse_ = result.fuse
+        self.history_ = History(result.history)  # type: ignore[arg-type]
+        holder = self.parties_[job.label_holder]
+        given = holder.data
+        assert isinstance(given, Rows)
+        table = Given(holder.party, given.ids, given.features, given.labels).table()
+        objective = in_memory.objective_for(job, holder, table)
+        self.task_, self.outputs_ = objective.task.value, objective.outputs.value
+        if objective.task is not Task.REGRESSION:
+            self.classes_ = np.arange(objective.shape[0] if objective.task is Task.MULTICLASS else 2)
+
+    def _built(self, given: Mapping[str, Given], params: Mapping[str, Any]) -> tuple[Job, list[PartyFile]]:
+        roles: dict[str, Any] = {party: {"role": "feature"} for party in self.bases}
+        roles[self.label_holder] = {"role": "label"}
+        files = {party: self._file(party, given[party]) for party in roles}
+        for party in self.bases:
+            roles[party]["cut"] = list(self._cut(files[party], given[party]))
+        job = Job(
+            **{
+                "name": self.name,
+                "seed": self.seed,
+                "epochs": params["epochs"],
+                "batch_size": min(params["batch_size"], given[self.label_holder].n_rows),
+                "holdout": params["validation"],
+                "parties": roles,
+                "fuse": {"aggregation": self.aggregation},
+                **dict(self.settings or {}),
+            }
+        )
+        return job, list(files.values())
+
+    def _file(self, party: str, given: Given) -> PartyFile:
+        tables: dict[str, Any] = {"party": party, "data": rows_of(given), "device": self.device}
+        how = {"optimizer": self._optimizer(), **dict(self.learning or {})}
+        if party in self.bases:
+            tables["base"] = {"model": self.bases[party], **how}
+        if party == self.label_holder:
+            of_fuse = {key: value for key, value in how.items() if key != "groups"}
+            tables["fuse"] = {"model": self.fuse, "loss": self.loss, "metrics": list(self.metrics), **of_fuse}
+        return PartyFile(**tables)
+
+    def _optimizer(self) -> Any:
+        if self.optimizer is None:
+            return {"name": "adam", "lr": 1e-3}
+        return given_parameters(self.optimizer) if callable(self.optimizer) else dict(self.optimizer)
+
+    def _cut(self, file: PartyFile, given: Given) -> tuple[int, ...]:
+        module = self.bases[file.party]
+        made = module if isinstance(module, nn.Module) else written_model.made(file, "base")
+        return in_memory.shape_of_cut(file.party, given.table(), made)
+
+    # What it has learned ----------------------------------------------------------------------------------------
+
+    def predict(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
+        """The class of each row, or its number of a regression, in the order of the label holder's rows.
+
+        Of binary losses 0 or 1, an axis of length one left out.
+        """
+        output = self.decision_function(features, id=id)
+        if self._is_of_numbers:
+            return output
+        chances = self._chances(torch.from_numpy(output))
+        guessed = chances.argmax(1) if chances.dim() == 2 and self.task_ == Task.MULTICLASS else chances > 0.5
+        return guessed.long().numpy()
+
+    def predict_proba(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
+        """The probability of each class, (rows, classes); of several binary outputs that of a 1."""
+        chances = self._chances(torch.from_numpy(self.decision_function(features, id=id)))
+        return (torch.stack([1 - chances, chances], 1) if chances.dim() == 1 else chances).numpy()
+
+    def decision_function(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
+        """The fuse model's output of each row, an axis of length one left out."""
+        output = self._output(features, None, id)[0]
+        if output.dim() == 2 and output.shape[1] == 1:
+            output = output[:, 0]
+        return output.numpy()
+
+    def evaluate(self, features: Any, labels: Any, *, id: str | None = None) -> dict[str, float | None]:
+        """Loss and metrics of these rows, computed as of held-out ones."""
+        output, files, tables = self._output(features, labels, id, ordered=False)
+        holder = self.label_holder
+        return in_memory.measures_of(self._trained_job, files[holder], tables[holder], output)
+
+    def _output(self, features: Any, labels: Any, id: str | None, ordered: bool = True) -> tuple[Tensor, Any, Any]:
+        job = self._trained_job
+        given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
+        files = {party: self._file(party, given[party]) for party in given}
+        tables = {party: given[party].table() for party in given}
+        modules = {**self.bases_, "fuse": self.fuse_}
+        output = in_memory.outputs_of(job, tables, modules)
+        if ordered:
+            holder = self.label_holder if self.label_holder in given else next(iter(given))
+            found = torch.empty_like(output)
+            found[torch.from_numpy(given[holder].order())] = output
+            output = found
+        return output, files, tables
+
+    @property
+    def _trained_job(self) -> Job:
+        if not hasattr(self, "job_"):
+            raise JobError("this SplitModel has not been trained; call fit, or SplitModel.load")
+        return self.job_
+
+    def _chances(self, output: Tensor) -> Tensor:
+        """Probabilities of a model's output."""
+        task, outputs = Task(self.task_), self.outputs_
+        if task is Task.REGRESSION:
+            raise JobError("this model predicts numbers, which have no probabilities")
+        wide = output.reshape(len(output), -1) if task is Task.BINARY else output
+        labels = torch.zeros(len(output), *(wide.shape[1:] if task is Task.BINARY else ()))
+        return predictions(task, outputs, wide, labels)[0].reshape(output.shape).to(output.dtype)
+
+    # Folders ----------------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path | str) -> Path:
+        """Write what was trained as files to deploy: job.toml, and for each party a folder with its file and models.
+
+        The models begin from the weights that they were given with. Tables are written as Parquet, arrays of other
+        shapes as .npz. Raises JobError for code that has no name to be imported by.
+        """
+        return written_model.write(Path(folder), self._trained_job, list(self.parties_.values()), data=True)
+
+    def save(self, folder: Path | str) -> Path:
+        """Save the model with its trained weights and its history, without any row; no pickle."""
+        modules = {**self.bases_, "fuse": self.fuse_}
+        about = {"task": self.task_, "outputs": self.outputs_}
+        return written_model.save(Path(folder), self._trained_job, self.parties_, modules, list(self.history_), about)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """The model that `save` wrote, ready to predict, and to be trained anew from its initial weights."""
+        job, files, modules, about = written_model.load(Path(folder))
+        holder = files[job.label_holder]
+        assert holder.fuse is not None
+        fuse = holder.fuse
+        table = job.model_dump(exclude_unset=True)
+        own = ("name", "seed", "epochs", "batch_size", "holdout", "parties", "fuse")
+        keys = ("schedule", "clip_norm", "clip_value", "ema")
+        found = cls(
+            {party: written_model.made(files[party], "base") for party in job.fused},
+            written_model.made(holder, "fuse"),
+            label_holder=job.label_holder,
+            loss=written_model.resolved(fuse.loss, holder),
+            optimizer=fuse.optimizer,
+            metrics=[written_model.resolved(metric, holder) for metric in fuse.metrics],
+            aggregation=job.fuse.aggregation,
+            epochs=job.epochs,
+            batch_size=job.batch_size,
+            validation=job.holdout,
+            seed=job.seed,
+            learning={key: getattr(fuse, key) for key in keys if getattr(fuse, key) is not None} or None,
+            settings={key: value for key, value in table.items() if key not in own} or None,
+            name=job.name,
+        )
+        found.job_, found.parties_ = job, files
+        found.bases_ = {party: modules[party] for party in job.fused}
+        found.fuse_ = modules["fuse"]
+        found.history_ = History(about["history"])
+        found.task_, found.outputs_ = about["task"], about["outputs"]
+        return found

@@ -1,0 +1,57 @@
+"""The file `aligned.json` of a party's state folder: which of its rows all parties hold."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sl_queue.errors import CheckpointError
+from sl_queue.storage.files import unusable, write_durably
+
+NAME = "aligned.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """The outcome of an alignment at one party."""
+
+    positions: npt.NDArray[np.int64] = field(repr=False)  # of the shared rows in the own canonical order, ascending
+    table: str  # the digest of the own ids that were aligned
+    rows: int  # how many there were
+    session: str
+
+    def require(self, table: str, where: str) -> None:
+        """Raise CheckpointError if the own ids are no longer those that were aligned."""
+        if self.table != table:
+            raise CheckpointError(
+                f"{where}: the ids of the table are others than those that were aligned; restore the table, or give "
+                "every party and the scheduler a new state folder to align and train anew"
+            )
+
+
+def read_aligned(state: Path) -> Aligned | None:
+    """Read the outcome; None if there is none yet. Raises CheckpointError for a file that cannot be used."""
+    path = state / NAME
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {found['format']!r}, this version of sl_queue reads {FORMAT}")
+        return Aligned(np.array(found["positions"], np.int64), found["table"], found["rows"], found["session"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be used ({type(error).__name__}); restore it") from None
+
+
+def write_aligned(state: Path, aligned: Aligned) -> None:
+    """Have the outcome on disk. Raises CheckpointError, ResourceShortage."""
+    found = {"format": FORMAT, "rows": aligned.rows, "shared": len(aligned.positions), "table": aligned.table}
+    body = json.dumps({**found, "session": aligned.session, "positions": aligned.positions.tolist()})
+    try:
+        write_durably(state / NAME, body.encode())
+    except OSError as error:
+        raise unusable(state, error) from error

@@ -1,0 +1,125 @@
+"""A meter sees a sample of what is sent, adds up over epochs, and goes on where a checkpoint left it."""
+
+import numpy as np
+import pytest
+
+from sl_queue.privacy import meter
+from sl_queue.privacy.meter import ActivationMeter, GradientMeter
+
+N, KEY = 6000, b"k" * 32
+RNG = np.random.default_rng(7)
+LABELS = (RNG.random(N) < 0.03).astype(np.int64)
+TRAINING = np.setdiff1d(np.arange(N), np.arange(0, N, 5))
+WEIGHTS = np.array([0.5, -1.0, 0.2, 0.7])
+
+
+def gradients(rows: np.ndarray, noise: float, seed: int) -> np.ndarray:
+    """(p - y) times the fuse model's weights, and noise in all directions."""
+    rng = np.random.default_rng(seed)
+    exact = (0.03 - LABELS[rows])[:, None] * WEIGHTS
+    return (exact + noise * rng.standard_normal(exact.shape)).astype(np.float32)
+
+
+def epoch(found: GradientMeter, noise: float, seed: int, first: int = 0, last: int | None = None) -> None:
+    """Send one epoch's batches in an order of its own, or some of them."""
+    batches = np.array_split(np.random.default_rng(seed).permutation(TRAINING), 10)
+    for number, rows in list(enumerate(batches))[first:last]:
+        found.saw_gradient("bank", rows, gradients(rows, noise, 100 * seed + number))
+        found.saw_activation("bank", rows, gradients(rows, 0.1, 0))
+
+
+def test_an_undefended_run_gives_labels_away_by_every_attack_and_chance_does_not() -> None:
+    found = GradientMeter(LABELS, TRAINING, KEY)
+    epoch(found, 0.001, 1)
+    (leak,) = found.end_epoch().values()
+    assert min(leak[name] for name in ("norm", "direction", "spectral", "patient", "completion")) > 0.99
+    assert leak["probe"] > 0.9
+    assert leak["chance"] < 0.56
+
+
+def test_patience_finds_what_no_single_epoch_shows() -> None:
+    found = GradientMeter(LABELS, TRAINING, KEY)
+    seen = []
+    for number in range(12):
+        epoch(found, 2.0, number)
+        seen.append(found.end_epoch()["bank"])
+    assert max(leak["norm"] for leak in seen) < 0.65
+    assert seen[0]["patient"] < 0.75
+    assert seen[-1]["patient"] > seen[0]["patient"] + 0.1
+
+
+def test_a_meter_that_was_interrupted_says_what_an_uninterrupted_one_does() -> None:
+    whole = GradientMeter(LABELS, TRAINING, KEY)
+    for number in (1, 2):
+        epoch(whole, 0.3, number)
+        expected = whole.end_epoch()
+    first = GradientMeter(LABELS, TRAINING, KEY)
+    epoch(first, 0.3, 1)
+    first.end_epoch()
+    epoch(first, 0.3, 2, 0, 4)
+    second = GradientMeter(LABELS, TRAINING, KEY)
+    second.load(first.arrays())
+    epoch(second, 0.3, 2, 4)
+    assert second.end_epoch() == expected
+    second.load({})
+    epoch(second, 0.3, 1)
+    assert second.end_epoch()["bank"]["change"] == 0.5  # it has forgotten all
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 50])
+def test_few_rows_are_no_error(n_rows: int) -> None:
+    labels = np.arange(n_rows) % 2
+    found = GradientMeter(labels, np.arange(n_rows), KEY)
+    found.saw_gradient("bank", np.arange(n_rows), np.ones((n_rows, 3), np.float32))
+    found.end_epoch()
+    found.saw_gradient("bank", np.arange(n_rows), np.zeros((n_rows, 3), np.float32))
+    found.end_epoch()
+    own = ActivationMeter(np.ones((n_rows, 2)), np.arange(n_rows), KEY)
+    own.saw_activation(np.arange(n_rows), np.ones((n_rows, 3), np.float32))
+    own.end_epoch()
+
+
+def test_a_sample_is_bounded_and_half_of_it_is_of_the_rarest_class_where_there_are_so_many() -> None:
+    labels = (np.arange(1_000_000) % 50 == 0).astype(np.int64)
+    rows = meter.sample(labels, np.arange(1_000_000), KEY)
+    assert len(rows) == len(np.unique(rows)) == meter.SAMPLE
+    assert labels[rows].sum() == meter.SAMPLE // 2
+    assert np.array_equal(rows, meter.sample(labels, np.arange(1_000_000), KEY))
+    assert not np.array_equal(rows, meter.sample(labels, np.arange(1_000_000), b"other"))
+    assert set(meter.sample(LABELS, TRAINING, KEY)) <= set(TRAINING)
+
+
+def test_only_rows_of_the_sample_cost_memory_and_wide_cuts_are_thinned() -> None:
+    found = GradientMeter(LABELS, TRAINING, KEY)
+    found.saw_gradient("bank", TRAINING[:3000], np.ones((3000, 40, 25), np.float32))
+    sizes = {name: array.shape for name, array in found.arrays().items()}
+    assert sizes["gradient/rows/bank"] == (meter.SAMPLE, meter.WIDTH)
+    assert found.arrays()["gradient/norms/bank"].max() == pytest.approx(1000**0.5)  # of all numbers of the row
+
+
+def test_ten_classes_are_scored_as_ten() -> None:
+    labels = np.arange(N) % 10
+    p = np.full((N, 10), 0.1)
+    p[np.arange(N), labels] -= 1
+    sent = (p @ RNG.standard_normal((10, 16))).astype(np.float32)
+    found = GradientMeter(labels, np.arange(N), KEY)
+    found.saw_gradient("bank", np.arange(N), sent)
+    (leak,) = found.end_epoch().values()
+    assert leak["one_of_each"] > 0.99
+    assert leak["direction"] > 0.99
+    assert leak["patient"] > 0.99
+
+
+def test_a_feature_party_sees_how_much_of_its_columns_its_activations_give_back() -> None:
+    columns = RNG.standard_normal((N, 6))
+    found = ActivationMeter(columns, TRAINING, KEY)
+    found.saw_activation(TRAINING, (columns[TRAINING] @ RNG.standard_normal((6, 8))).astype(np.float32))
+    again = ActivationMeter(columns, TRAINING, KEY)
+    again.load(found.arrays())
+    leak = found.end_epoch()
+    assert leak == again.end_epoch()
+    assert leak["ridge"] > 0.99
+    assert leak["attribute"] > 0.99
+    assert leak["attribute_raw"] < 0.2
+    assert leak["chance"] < 0.2
+    assert found.end_epoch() == {}  # nothing was sent

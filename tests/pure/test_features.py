@@ -1,0 +1,210 @@
+"""Declared features: what is fitted, on which rows, and that it equals scikit-learn where both are defined."""
+
+import json
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, QuantileTransformer, StandardScaler
+
+from sl_queue.data.feature_specs import Category, Date, Number, Spec, resolve
+from sl_queue.data.features import Fitted, apply, fit, unseen
+from sl_queue.errors import JobError
+
+AGE = Date(("age",), date(2026, 1, 1))
+
+
+def fitted(specs: dict[str, Spec], columns: dict[str, Any], rows: Any = None) -> Fitted:
+    arrays = {name: pa.array(values) for name, values in columns.items()}
+    n_rows = len(next(iter(arrays.values())))
+    found, faults = fit(specs, arrays, np.arange(n_rows) if rows is None else np.array(rows))
+    assert faults == []
+    return found
+
+
+def applied(found: Fitted, columns: dict[str, Any]) -> np.ndarray[Any, Any]:
+    out, faults = apply(found, {name: pa.array(values) for name, values in columns.items()})
+    assert faults == []
+    return out
+
+
+def faults_of(specs: dict[str, Spec], columns: dict[str, Any]) -> list[str]:
+    arrays = {name: pa.array(values) for name, values in columns.items()}
+    return fit(specs, arrays, np.arange(len(next(iter(arrays.values())))))[1]
+
+
+def test_a_gap_gets_the_median_of_the_training_rows_alone_and_is_scaled_by_them() -> None:
+    ages = [10.0, 20.0, None, 60.0, 1000.0]  # the last is held out
+    found = fitted({"age": Number(missing="median", indicator=True)}, {"age": ages}, rows=[3, 1, 0, 2])
+    out = applied(found, {"age": ages})
+    seen = np.array([10.0, 20.0, 60.0])
+    assert found.names == ("age", "age missing")
+    assert np.allclose(out[:, 0], (np.array([10, 20, 20, 60, 1000]) - seen.mean()) / seen.std())
+    assert out[:, 1].tolist() == [0, 0, 1, 0, 0]
+
+
+def test_altering_held_out_rows_changes_no_fitted_value() -> None:
+    specs: dict[str, Spec] = {
+        "x": Number(scale="quantile"),
+        "c": Category(rare=2),
+        "d": Date(("age",), date(2026, 1, 1)),
+    }
+    rows = np.arange(8)
+
+    def columns(x: float, c: str, d: date) -> dict[str, Any]:
+        days = [date(2020, 1, day) for day in range(1, 9)]
+        return {"x": [*map(float, rows), x], "c": [*"aabbaabb", c], "d": [*days, d]}
+
+    one = fitted(specs, columns(1e9, "z", date(1900, 1, 1)), rows)
+    other = fitted(specs, columns(-4.0, "a", date(2024, 5, 5)), rows)
+    assert one.as_json() == other.as_json()
+    assert one.digest == other.digest
+
+
+def test_what_was_fitted_is_the_same_in_any_order_of_the_rows_and_comes_back_from_json() -> None:
+    rng = np.random.default_rng(1)
+    columns = {"x": rng.normal(size=500), "c": rng.choice(list("abc"), 500)}
+    specs: dict[str, Spec] = {"x": Number(), "c": Category()}
+    rows = rng.permutation(500)[:400]
+    found = fitted(specs, columns, rows)
+    assert found == fitted(specs, columns, rows[::-1])
+    assert Fitted.of_json(found.as_json()) == found
+    assert np.array_equal(applied(Fitted.of_json(found.as_json()), columns), applied(found, columns))
+
+
+def test_rare_unseen_and_missing_categories_have_places_of_their_own() -> None:
+    found = fitted({"r": Category(rare=2)}, {"r": ["a", "b", "a", "b", "rare", None]})
+    assert found.names == ("r=other", "r missing", "r=a", "r=b")
+    out = applied(found, {"r": ["b", "rare", "never", None, "", "a"]})
+    assert out.argmax(axis=1).tolist() == [3, 0, 0, 1, 1, 2]
+    assert (out.sum(axis=1) == 1).all()
+    index = fitted({"r": Category("index", rare=2)}, {"r": ["a", "b", "a", "b", "rare", None]})
+    assert (index.names, index.indexed) == (("r",), (0,))
+    assert applied(index, {"r": ["b", "rare", "never", None, "", "a"]})[:, 0].tolist() == [3, 0, 0, 1, 1, 2]
+
+
+def test_a_category_is_the_same_as_a_whole_number_a_float_and_its_text() -> None:
+    found = fitted({"r": Category()}, {"r": [7, 8]})
+    texts = [applied(found, {"r": values}).argmax(axis=1).tolist() for values in ([8, 7], [8.0, 7.0], ["8", "7"])]
+    assert texts == [[3, 2]] * 3
+    gap = applied(found, {"r": [8.0, None]}).argmax(axis=1).tolist()  # which pandas makes floating
+    assert gap == [3, 1]
+
+
+def test_the_word_nan_and_the_country_na_are_categories_and_nan_is_a_gap() -> None:
+    found = fitted({"r": Category()}, {"r": ["NA", "nan", None]})
+    assert found.names == ("r=other", "r missing", "r=NA", "r=nan")
+    assert applied(found, {"r": np.array([1.0, np.nan])}).argmax(axis=1).tolist() == [0, 1]
+
+
+def test_a_value_that_many_rows_share_gets_the_middle_of_its_ranks() -> None:
+    values = [0.0, 1.0, 1.0, 1.0, 2.0]
+    found = fitted({"x": Number(scale="quantile", knots=5)}, {"x": values})
+    assert applied(found, {"x": [*values, -9.0, 9.0]})[:, 0].tolist() == [0, 0.5, 0.5, 0.5, 1, 0, 1]
+
+
+def test_parts_of_dates_do_not_depend_on_today_nor_on_how_the_date_is_written() -> None:
+    days = [date(2024, 2, 29), date(2025, 12, 31), date(2026, 1, 1)]
+    spec = Date(("year", "month", "day", "weekday", "age"), date(2026, 1, 1), number=Number(scale="none"))
+    german = Date(spec.parts, spec.at, "%d.%m.%Y", spec.number)
+    expected = [[2024, 2, 29, 3, 672], [2025, 12, 31, 2, 1], [2026, 1, 1, 3, 0]]
+    assert applied(fitted({"d": spec}, {"d": days}), {"d": days}).tolist() == expected
+    texts = [day.isoformat() for day in days]
+    assert applied(fitted({"d": spec}, {"d": texts}), {"d": texts}).tolist() == expected
+    dotted = [day.strftime("%d.%m.%Y") for day in days]
+    assert applied(fitted({"d": german}, {"d": dotted}), {"d": dotted}).tolist() == expected
+    assert fitted({"d": spec}, {"d": days}).names == ("d.year", "d.month", "d.day", "d.weekday", "d.age")
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "told"),
+    [
+        (Number(), [1.0, None, None], 'missing in 2 training rows; say missing = "median", "mean" or "zero"'),
+        (Number(), [1.0, float("inf")], "infinity in 1 of 2 rows"),
+        (Number(), ["1", "secret"], "text: 1 of 2 values are not numbers"),
+        (Number(missing="mean"), [None, None], "no training row has a value"),
+        (Date(("year",)), ["2024-01-01", "31.12.2024"], "1 of 2 values are not dates like 2026-01-31"),
+        (Date(("year",), format="%d %B %Y"), ["1 May 2024"], "differ from machine to machine"),
+        (Date(("year",)), [1, 2], "is int64, not dates"),
+        (Category(), [str(n) for n in range(1001)], "1001 categories would be as many columns"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_named_by_column_and_count_and_no_value(
+    spec: Spec, values: list[Any], told: str
+) -> None:
+    (fault,) = faults_of({"col": spec}, {"col": values})
+    assert fault.startswith("[features] col: ")
+    assert told in fault
+    assert "secret" not in fault
+
+
+def test_a_gap_in_held_out_rows_and_a_value_beyond_float32_are_faults_too() -> None:
+    found = fitted({"x": Number(scale="none")}, {"x": [1.0, 2.0]})
+    assert apply(found, {"x": pa.array([1.0, None])})[1] == [
+        '[features] x: missing in 1 rows; say missing = "median", "mean" or "zero"'
+    ]
+    assert "beyond float32" in apply(found, {"x": pa.array([1e300])})[1][0]
+
+
+def test_new_categories_are_noted_and_refused_where_they_are_many() -> None:
+    found = fitted({"region": Category(rare=2)}, {"region": ["a"] * 9 + ["seldom"]})
+    rows = ["a"] * 859 + ["b"] * 41 + ["seldom"] * 100
+    assert unseen(found, {"region": pa.array(rows)}) == (
+        ['[features] region: 41 of 1000 new rows hold a category that training had not seen: they count as "other"'],
+        [],
+    )
+    notes, faults = unseen(found, {"region": pa.array(["a"] * 8 + ["b"] * 2)})
+    assert notes == []
+    assert "2 of 10 new rows" in faults[0]
+
+
+def test_the_first_pattern_that_matches_wins_and_a_column_without_one_is_named() -> None:
+    specs, faults = resolve({"x1": Category(), "x*": Number()}, ["x1", "x2"])
+    assert (specs, faults) == ({"x1": Category(), "x2": Number()}, [])
+    _, faults = resolve({"agee": Number()}, ["age"])
+    assert faults == [
+        "[features] agee: there is no such column among the features; did you mean 'age'?",
+        "[features] declares nothing for column 'age'; add a line for it, or leave it out: data.exclude = [\"age\"]",
+    ]
+
+
+def test_features_json_of_another_format_or_torn_is_refused() -> None:
+    found = fitted({"x": Number()}, {"x": [1.0, 2.0]})
+    with pytest.raises(JobError, match="format 2"):
+        Fitted.of_json(json.dumps({**json.loads(found.as_json()), "format": 2}))
+    with pytest.raises(JobError, match="cannot be read"):
+        Fitted.of_json(found.as_json()[:40])
+
+
+finite = st.integers(-(10**6), 10**6).map(lambda n: n / 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(finite, st.none()), min_size=2, max_size=60).filter(lambda v: any(x is not None for x in v)))
+def test_scaled_numbers_are_those_of_scikit_learn(values: list[float | None]) -> None:
+    array = np.array([np.nan if v is None else v for v in values], np.float64)[:, None]
+    seen = array[~np.isnan(array[:, 0])]
+    knots = len(seen)
+    theirs = {
+        "standard": StandardScaler(),
+        "minmax": MinMaxScaler(),
+        "quantile": QuantileTransformer(n_quantiles=knots, subsample=None),
+    }
+    for scale, transformer in theirs.items():
+        expected = transformer.fit(seen).transform(seen)[:, 0]
+        spec = Number(missing="zero", scale=scale, knots=knots)  # type: ignore[arg-type]
+        ours = applied(fitted({"x": spec}, {"x": values}), {"x": seen[:, 0]})[:, 0]
+        ties = scale == "quantile" and len(np.unique(seen)) < knots  # theirs depend on how a percentile was rounded
+        assert ties or np.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "Ä", "zz"]), min_size=1, max_size=40))
+def test_one_hot_columns_are_those_of_scikit_learn(values: list[str]) -> None:
+    array = np.array(values, object)[:, None]
+    expected = OneHotEncoder(sparse_output=False).fit_transform(array)
+    assert np.array_equal(applied(fitted({"c": Category()}, {"c": values}), {"c": values})[:, 2:], expected)

@@ -1,0 +1,76 @@
+"""`sl-queue check` reports on the tables at hand: what a data scientist looks at first, and no row."""
+
+from pathlib import Path
+
+import pytest
+
+from sl_queue.checking.check import check_job
+from sl_queue.checking.findings import Finding, Level
+from sl_queue.cli.main import app
+from tests.support import raw_tables
+
+PSI = raw_tables.JOB + '\n[alignment]\nmethod = "psi"\nat_least = 10\n'
+FILES = ("bank.toml", "insurer.toml")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    raw_tables.write_all(tmp_path, raw_tables.customers(60), raw_tables.customers(70, first=20), PSI)
+    return tmp_path
+
+
+def check(folder: Path, *files: str) -> tuple[int, str]:
+    findings: list[Finding] = []
+    code = check_job(folder / "job.toml", [folder / name for name in files or FILES], None, findings.append)
+    return code, "\n".join(f"{found.level}: {found.text}" for found in findings)
+
+
+def test_it_tells_shared_rows_labels_features_and_memory(folder: Path) -> None:
+    code, said = check(folder)
+    assert code == 0, said
+    assert "ok: rows: 40 are shared by bank, insurer; an alignment will find them" in said
+    assert "bank: 40 rows, ids are text, features (9,)" in said
+    assert "insurer: label 0: " in said and "rows trained on (" in said and " held out (" in said
+    assert "[features] income: number, " in said
+    assert "MiB of memory as float32" in said
+    assert "3 steps split and joined: all weights are equal bit for bit" in said
+    assert "c-000" not in said
+
+
+def test_a_party_alone_is_told_that_its_rows_are_not_aligned_yet(folder: Path) -> None:
+    code, said = check(folder, "bank.toml")
+    assert code == 0, said
+    assert "rows are not aligned yet" in said
+    assert "bank: 60 rows" in said
+
+
+def test_too_few_shared_rows_and_none_are_errors(folder: Path) -> None:
+    text = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(text.replace("at_least = 10", "at_least = 41"))
+    code, said = check(folder)
+    assert (code, "40 rows are shared by all, and alignment.at_least = 41" in said) == (3, True)
+    raw_tables.write_bank(folder / "bank.csv", raw_tables.customers(15))
+    code, said = check(folder)
+    assert (code, "no row is shared by" in said) == (2, True)
+
+
+def test_constant_and_unscaled_columns_are_warned_of(tmp_path: Path) -> None:
+    ids = raw_tables.customers(50)
+    raw_tables.write_all(tmp_path, ids, ids, raw_tables.JOB)
+    rows = "".join(f"{name};1;{number * 1000}\n" for number, name in enumerate(ids))
+    (tmp_path / "bank.csv").write_text(f"customer;one;income\n{rows}")
+    text = (tmp_path / "bank.toml").read_text().partition("[features]")[0].replace("width = 9", "width = 2")
+    (tmp_path / "bank.toml").write_text(text)
+    code, said = check(tmp_path)
+    assert code == 0, said
+    assert "warning: bank: constant among the training rows: column 'one'" in said
+    assert "warning: bank: not scaled: column 'income'" in said
+
+
+def test_names_of_queues_are_for_who_asks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(folder / name) for name in ("job.toml", *FILES)]
+    app(["check", *files], standalone_mode=False)
+    assert "reads queues" not in capsys.readouterr().out
+    app(["check", *files, "--verbose"], standalone_mode=False)
+    assert "bank: writes to exchange x.bank, reads queues q.bank.scheduler" in capsys.readouterr().out
+    assert Level.DETAIL == "detail"
