@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ from sl_queue.errors import JobError, RunStopped
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.local.processes import Place
+
+MOST_HANDS = 256  # of one party on one machine
 
 
 def demo(
@@ -35,6 +38,10 @@ def local(
         Path | None,
         typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it."),
     ] = None,
+    hands: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PARTY=COUNT", help="Hands that compute a party's micro-batches; may be repeated."),
+    ] = None,
 ) -> None:
     """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
     from sl_queue.config.job import Job, PartyFile
@@ -48,10 +55,12 @@ def local(
 
     require_all(agreed, list(files.values()))
     places = places_of(agreed, files, out)
+    counts = _hands(agreed, files, hands or [])
     url = read_broker_url(broker or MEMORY)
     if url.startswith(MEMORY):
-        history = _run_threads(agreed, list(files.values()), places)
+        history = _run_threads(agreed, list(files.values()), places, counts)
     else:
+        places = {role: replace(place, hands=counts.get(role)) for role, place in places.items()}
         history = _run_processes(agreed, job, list(files.values()), places, url, keys)
     console = stdout()
     console.print(history_table(history))
@@ -106,20 +115,31 @@ def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -
     return {**places, SCHEDULER: Place(None, beside / SCHEDULER)}
 
 
-def _run_threads(job: "Job", files: "list[PartyFile]", places: "dict[str, Place]") -> list[dict[str, Any]]:
+def _hands(job: "Job", files: "Mapping[Path, PartyFile]", asked: list[str]) -> dict[str, int]:
+    """Return how many hands each party gets that has any, or may have: one whose file has [hands]. Raises JobError."""
+    counts = {file.party: 0 for file in files.values() if file.hands is not None}
+    for text in asked:
+        party, _, count = text.rpartition("=")
+        if party not in job.parties or not count.isdecimal() or int(count) > MOST_HANDS:
+            raise JobError(f"--hands {text}: it must be PARTY=COUNT, with one of {', '.join(job.parties)}")
+        counts[party] = int(count)
+    return counts
+
+
+def _run_threads(
+    job: "Job", files: "list[PartyFile]", places: "dict[str, Place]", hands: Mapping[str, int]
+) -> list[dict[str, Any]]:
     from sl_queue.local.threads import run_threads
     from sl_queue.observe.console import Screen
 
     states = {role: place.state for role, place in places.items()}
     with Screen() as screen:
-        return run_threads(job, files, MEMORY, states, screen.status).history
+        return run_threads(job, files, MEMORY, states, screen.status, hands=hands).history
 
 
 def _run_processes(
     job: "Job", job_file: Path, files: "list[PartyFile]", places: "dict[str, Place]", broker: str, keys: Path | None
 ) -> list[dict[str, Any]]:
-    from dataclasses import replace
-
     from sl_queue.launch.connect import sealing
     from sl_queue.local.processes import read_history, run_processes
     from sl_queue.local.threads import compare_with_finished, have_finished, key_in

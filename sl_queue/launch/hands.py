@@ -1,4 +1,4 @@
-"""A party's lead and its hands, put together: the way between them, what they must agree in, and a hand's own process."""
+"""A party's lead, put together: the way to its hands, what they must agree in, and its stage over them."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +24,7 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import JobError, RunStopped, SlQueueError, TransportError
 from sl_queue.hand_ports import Lane
 from sl_queue.launch.connect import MEMORY
+from sl_queue.loops.hand import GONE_S
 from sl_queue.loops.lead import Lead
 from sl_queue.protocol.broker_url import fault, split
 from sl_queue.protocol.events import Observer
@@ -32,6 +33,7 @@ from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
 from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
 from sl_queue.transport.party_channel import PartyChannel
+from sl_queue.transport.retry import Limits
 
 log = logging.getLogger("sl_queue")
 
@@ -62,7 +64,8 @@ class Lanes:
         def again() -> str:
             return hands_url(job, party_file, broker, again=True)
 
-        return cls(lambda lead: RabbitLane(url, prefix, lead=lead, again=again), alone)
+        limits = Limits(first_s=GONE_S) if for_hand else Limits()  # a hand may be there long before its lead
+        return cls(lambda lead: RabbitLane(url, prefix, lead=lead, again=again, limits=limits), alone)
 
     @classmethod
     def in_memory(cls, *, alone: bool = True) -> "Lanes":
@@ -76,7 +79,7 @@ class Lanes:
 
 
 def hands_url(job: Job, party_file: PartyFile, broker: str | None, *, again: bool = False) -> str:
-    """Return the broker of a party's hands: SL_QUEUE_HANDS_BROKER, else its file's, else the job's in a vhost of its own.
+    """Return the broker of a party's hands: SL_QUEUE_HANDS_BROKER, its file's, or the job's in a vhost of their own.
 
     Raises JobError.
     """

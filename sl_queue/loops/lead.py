@@ -217,7 +217,7 @@ class Lead:
                     self._failure = named(error)(printable(message))
 
     def _claim(self, hand: str, number: int) -> None:
-        """Give a task to a hand; if another has it, the broker dealt it again, so that one is asked for a sign of life."""
+        """Give a task to a hand; if another has it, the broker dealt it again, and that one is asked for a sign."""
         if (holder := self._roster.holder(number)) in self._heard and holder != hand:
             self._send(holder, say.Beat(self._roster.lead))
         calls = self._roster.claim(hand, number) if hand in self._heard else ()

@@ -30,6 +30,7 @@ from sl_queue.transport.retry import CONNECTING, LOCKING, Limits, persist
 PREFETCH = 2  # tickets that a hand has and has not done: the next is there when it has done one
 IN_FLIGHT_BYTES = 64 * 1024 * 1024  # given to the driver and not confirmed
 LOCKED = 405
+NOT_FOUND = 404
 CLOSE_S = 5.0
 
 log = logging.getLogger("sl_queue")
@@ -171,7 +172,7 @@ class RabbitLane:
         except (Denied, Refused) as denied:
             raise BrokerUnreachable(
                 f"the hands' broker at {self._nodes} refuses this login: {denied}; a virtual host of its own is needed "
-                "there ([hands] broker), with the rights that `sl-queue provision` writes"
+                "there ([hands] broker), with the rights that `sl-queue provision --hands PARTY` writes"
             ) from None
         except Lost as lost:
             raise BrokerUnreachable(f"no connection to the hands' broker at {self._nodes}: {lost}") from None
@@ -238,15 +239,25 @@ class _Session:
             await self._in.private_queue(own)
         except Refused as refused:
             raise (_Locked() if refused.code == LOCKED else refused) from None
-        await self._in.fanout(self._prefix + HANDS)
-        await self._in.queue(self._prefix + TASKS, None, passive=False)
         if name == LEAD:
+            await self._in.fanout(self._prefix + HANDS)
+            await self._in.queue(self._prefix + TASKS, None, passive=False)
             await self._in.purge(self._prefix + TASKS)
         else:
-            await self._in.bind(own, self._prefix + HANDS, "")
+            await self._join(own)
         await self._out.confirms(self._on_confirm, self._on_return)
         await self._work.prefetch(PREFETCH)
         await self._in.consume(own, lambda tag, _, body: self._on_piece(tag, body), self._on_cancel, exclusive=True)
+
+    async def _join(self, own: str) -> None:
+        """Be one of the hands. Raises Lost before a lead has ever been here."""
+        try:
+            await self._in.queue(self._prefix + TASKS, None, passive=True)
+            await self._in.bind(own, self._prefix + HANDS, "")
+        except Refused as refused:
+            if refused.code == NOT_FOUND:
+                raise Lost("no lead has been here yet") from None
+            raise
 
     def _on_closed(self, why: object) -> None:
         if not self.refused.done():
