@@ -54,7 +54,10 @@ def run_processes(
         Worker(role, command(job, role, job_file, place), _meeting(place, broker)) for role, place in places.items()
     ]
     hands = {f"{role}, hand {n}": role for role, place in places.items() for n in range(1, 1 + (place.hands or 0))}
-    workers += [Worker(h, hand_command(job_file, places[r]), _meeting(places[r], broker)) for h, r in hands.items()]
+    workers += [
+        Worker(hand, hand_command(job_file, places[r]), _meeting(places[r], broker), helps=True)
+        for hand, r in hands.items()
+    ]
     with TemporaryDirectory(prefix="sl_queue-events-") as folder, follower:
         events = asked or Path(folder) / "events.jsonl"
         environ |= {EVENTS.name: str(events.absolute())}

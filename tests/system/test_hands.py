@@ -106,7 +106,10 @@ class Run:
         return sorted(found)
 
     def finish(self) -> None:
-        code = self.process.wait(180)
+        try:
+            code = self.process.wait(100)
+        except subprocess.TimeoutExpired:
+            pytest.fail(self.text)
         self._reader.join(10)
         assert code == 0, self.text
 
