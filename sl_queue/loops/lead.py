@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,7 @@ from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.text import printable
 
 PROBE_S = 0.25  # between two looks at who is still here
+LOOKS = 4  # after so many, a task that waits while a hand is idle is dealt again
 SILENT_S = 10.0  # without a sign of a hand, and what it has is given to others
 MOST_LOGGED = 10  # unreadable messages, logged one by one
 
@@ -265,15 +267,26 @@ class Lead:
         self._lane.send(to, say.encode(note))
 
     def _beat(self) -> None:
-        """Find out who is still here: a hand that is gone, or silent for long, has nothing any more."""
-        while not self._ended.wait(PROBE_S):
+        """Find out who is still here, and give out tickets again that somebody has who does nothing with them."""
+        passed_by: frozenset[int] = frozenset()
+        for look in count(1):
+            if self._ended.wait(PROBE_S):
+                return
             with self._locked():
-                late = time.monotonic() - SILENT_S
-                for hand, heard in tuple(self._heard.items()):
-                    if heard < late:
-                        self._lose(hand, f"nothing was heard of it for {SILENT_S:.0f} s", dead=False)
-                    else:
-                        self._send(hand, say.Beat(self._roster.lead))
+                self._look_for_hands()
+                if look % LOOKS == 0:
+                    idle, waiting = self._heard.keys() - self._roster.busy(), self._roster.waiting()
+                    self._deal(tuple(task for task in waiting if task in passed_by) if idle else ())
+                    passed_by = frozenset(waiting)
+
+    def _look_for_hands(self) -> None:
+        """Ask each for a sign: a hand that is gone, or silent for long, has nothing any more."""
+        late = time.monotonic() - SILENT_S
+        for hand, heard in tuple(self._heard.items()):
+            if heard < late:
+                self._lose(hand, f"nothing was heard of it for {SILENT_S:.0f} s", dead=False)
+            else:
+                self._send(hand, say.Beat(self._roster.lead))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

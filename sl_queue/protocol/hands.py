@@ -324,6 +324,11 @@ class Roster:
         """Return the tasks that nobody has."""
         return tuple(number for number, task in self._tasks.items() if task.waits)
 
+    def busy(self) -> frozenset[str]:
+        """Return who has a task with something unanswered."""
+        tasks = self._tasks.values()
+        return frozenset(t.holder for t in tasks if t.holder is not None and len(t.results) < len(t.calls))
+
     def end(self, number: int) -> None:
         """Close a task: nobody will need its calls again."""
         del self._tasks[number]
