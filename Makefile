@@ -22,6 +22,7 @@ check: $(INSTALLED)  ## What is checked without running anything: lint, format a
 
 test: check  ## Everything that CI checks, some minutes: the static checks and all tests.
 	sh tests/obtain_broker.sh
+	sh tests/obtain_browser.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time, in tests/conftest.py's order
 
 test-pure: $(INSTALLED)  ## The tests that need neither torch nor a broker, in seconds.

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sl_queue.checking.findings import Finding
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.data.spec import Rows
-    from sl_queue.data.table import holdout_rows
+    from sl_queue.data.table import holdout_rows, test_rows
     from sl_queue.errors import (
         AlignmentError,
         BrokerUnreachable,
@@ -61,6 +61,7 @@ __all__ = [
     "holdout_rows",
     "row_order",
     "run_local",
+    "test_rows",
 ]
 
 _HOMES = {
@@ -73,13 +74,14 @@ _HOMES = {
     "Result": "local.threads",
     "Rows": "data.spec",
     "holdout_rows": "data.table",
+    "test_rows": "data.table",
     "row_order": "protocol.schedule.row_order",
     "run_local": "local.threads",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported when they are used, so that the protocol can be imported without torch and pika."""
+    """Import a name when it is used, so that the protocol can be imported without torch and pika."""
     if name not in __all__:
         raise AttributeError(f"module 'sl_queue' has no attribute {name!r}")
     return getattr(import_module(f"sl_queue.{_HOMES.get(name, 'errors')}"), name)

@@ -50,18 +50,24 @@ class FuseStage(Protocol):
     """The label holder's part: its base model if it has one, the fuse model, the loss and the metrics."""
 
     def prepare(self, micro_batch: MicroBatch) -> None:
-        """As BaseStage.prepare, for the next `forward_backward`: the own base model needs no activation of others."""
+        """Prepare the next `forward_backward`: the own base model needs no activation of others."""
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
-        """Loss and gradients of one micro-batch; returns each feature party's gradient.
+        """Compute loss and gradients of one micro-batch; returns each feature party's gradient.
 
         The loss of a micro-batch is weighted by its share of the step's rows, so that a step's gradient is that of
         the mean over all its rows, however unevenly they were cut. Raises RemoteProtocolError for a payload that
         does not fit the cut layer or belongs to other rows, NonFiniteError naming the party or the loss.
         """
 
+    def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
+        """Return the gradients of the step's earlier micro-batches that had to wait for its last one, and forget them.
+
+        Where all rows of a step are fused at once, `forward_backward` returns nothing for any but the last.
+        """
+
     def update(self) -> float:
-        """One optimizer step; returns the step's loss, the mean over its rows."""
+        """Make one optimizer step; returns the step's loss, the mean over its rows."""
 
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         """Add held-out rows to the running evaluation."""
@@ -69,14 +75,20 @@ class FuseStage(Protocol):
     def metrics(self) -> Mapping[str, float | None]:
         """Return the loss and metrics over all rows evaluated since the last call, and forget these rows."""
 
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        """Return the metrics of the epoch's training passes, and forget these; None if they are not asked for."""
+
+    def evaluation_tables(self) -> Mapping[str, list[list[float]]] | None:
+        """Return what a person looks at of the last evaluation."""
+
     def state(self) -> State:
-        """As BaseStage.state."""
+        """Return as BaseStage.state."""
 
     def load(self, state: State) -> None:
-        """As BaseStage.load."""
+        """Load as BaseStage.load."""
 
     def weights(self) -> Weights:
-        """As BaseStage.weights."""
+        """Return as BaseStage.weights."""
 
 
 class Meter(Protocol):
@@ -93,7 +105,7 @@ class Meter(Protocol):
 
 
 class Spending(Protocol):
-    """What a party may release, and has released."""
+    """Ledger of what a party may release, and has released."""
 
     def begin(self, run: str, generation: int, epoch: int) -> None:
         """Enter what an epoch releases, on disk, before any of it is sent. Raises JobError if a budget forbids it."""
@@ -162,10 +174,10 @@ class SchedulerChannel(Protocol):
         """Acknowledge what `reports` returned: it has taken effect on disk."""
 
     def outage_s(self) -> float:
-        """Seconds, all in all, in which the own connection could not carry anything."""
+        """Return the seconds, all in all, in which its own connection could not carry anything."""
 
     def unreadable_senders(self) -> Sequence[str]:
-        """Parties in whose name messages came, of which none could be opened."""
+        """Return the parties in whose name messages came, of which none could be opened."""
 
     def foreign(self) -> Mapping[str, str]:
         """Name parties that have spoken nothing but another version for a patience, with what to do about it."""

@@ -46,7 +46,7 @@ class History(list[Epoch]):
         return [epoch["loss"] for epoch in self]
 
     def held_out(self, name: str) -> list[float | None]:
-        """A metric of each epoch on the held-out rows. Raises KeyError if it was not measured."""
+        """Return a metric of each epoch on the held-out rows. Raises KeyError if it was not measured."""
         return [(epoch["holdout"] or {})[name] for epoch in self]
 
 
@@ -92,19 +92,19 @@ class SplitModel:
     # scikit-learn's conventions ---------------------------------------------------------------------------------
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments that it was built with."""
+        """Return the arguments that it was built with."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self, **params: Any) -> Self:
         """Change arguments. Raises JobError for one that there is not."""
         for name, value in params.items():
             if name not in self.get_params():
-                raise JobError(f"{name!r} is no argument of SplitModel; they are {', '.join(self.get_params())}")
+                raise JobError(f"{name!r} is not an argument of SplitModel; they are {', '.join(self.get_params())}")
             setattr(self, name, value)
         return self
 
     def __sklearn_tags__(self) -> Any:
-        """What scikit-learn asks before it scores: called by it alone."""
+        """Return what scikit-learn asks before it scores: called by it alone."""
         sklearn = sys.modules["sklearn.utils"]
         kind = "regressor" if self._is_of_numbers else "classifier"
         tags = sklearn.Tags(estimator_type=kind, target_tags=sklearn.TargetTags(required=True))
@@ -120,7 +120,7 @@ class SplitModel:
         return name in ("mse", "l1", "huber", "poisson")
 
     def score(self, features: Any, labels: Any, id: str | None = None) -> float:
-        """Accuracy, or R² of a regression."""
+        """Return accuracy, or R² of a regression."""
         guessed = self.predict(features, id=id)
         wanted = np.asarray(labels).reshape(guessed.shape)
         if not self._is_of_numbers:
@@ -131,7 +131,7 @@ class SplitModel:
     # Training ---------------------------------------------------------------------------------------------------
 
     def job(self, features: Any, labels: Any, *, id: str | None = None, **changes: Any) -> tuple[Job, list[PartyFile]]:
-        """The job and the party files that `fit` runs: the cuts are found by trying the base models."""
+        """Build the job and the party files that `fit` runs: the cuts are found by trying the base models."""
         given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
         return self._built(given, {**self.get_params(), **changes})
 
@@ -182,7 +182,7 @@ class SplitModel:
         roles[self.label_holder] = {"role": "label"}
         files = {party: self._file(party, given[party]) for party in roles}
         for party in self.bases:
-            roles[party]["cut"] = list(self._cut(files[party], given[party]))
+            roles[party]["cut"] = self._cut(files[party], given[party])
         job = Job(
             **{
                 "name": self.name,
@@ -212,7 +212,7 @@ class SplitModel:
             return {"name": "adam", "lr": 1e-3}
         return given_parameters(self.optimizer) if callable(self.optimizer) else dict(self.optimizer)
 
-    def _cut(self, file: PartyFile, given: Given) -> tuple[int, ...]:
+    def _cut(self, file: PartyFile, given: Given) -> Any:
         module = self.bases[file.party]
         made = module if isinstance(module, nn.Module) else written_model.made(file, "base")
         return in_memory.shape_of_cut(file.party, given.table(), made)
@@ -220,7 +220,7 @@ class SplitModel:
     # What it has learned ----------------------------------------------------------------------------------------
 
     def predict(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """The class of each row, or its number of a regression, in the order of the label holder's rows.
+        """Predict the class of each row, or its number of a regression, in the order of the label holder's rows.
 
         Of binary losses 0 or 1, an axis of length one left out.
         """
@@ -232,19 +232,19 @@ class SplitModel:
         return guessed.long().numpy()
 
     def predict_proba(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """The probability of each class, (rows, classes); of several binary outputs that of a 1."""
+        """Predict the probability of each class, (rows, classes); of several binary outputs that of a 1."""
         chances = self._chances(torch.from_numpy(self.decision_function(features, id=id)))
         return (torch.stack([1 - chances, chances], 1) if chances.dim() == 1 else chances).numpy()
 
     def decision_function(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
-        """The fuse model's output of each row, an axis of length one left out."""
+        """Compute the fuse model's output of each row, an axis of length one left out."""
         output = self._output(features, None, id)[0]
         if output.dim() == 2 and output.shape[1] == 1:
             output = output[:, 0]
         return output.numpy()
 
     def evaluate(self, features: Any, labels: Any, *, id: str | None = None) -> dict[str, float | None]:
-        """Loss and metrics of these rows, computed as of held-out ones."""
+        """Return loss and metrics of these rows, computed as of held-out ones."""
         output, files, tables = self._output(features, labels, id, ordered=False)
         holder = self.label_holder
         return in_memory.measures_of(self._trained_job, files[holder], tables[holder], output)
@@ -270,7 +270,7 @@ class SplitModel:
         return self.job_
 
     def _chances(self, output: Tensor) -> Tensor:
-        """Probabilities of a model's output."""
+        """Return probabilities of a model's output."""
         task, outputs = Task(self.task_), self.outputs_
         if task is Task.REGRESSION:
             raise JobError("this model predicts numbers, which have no probabilities")
@@ -296,7 +296,7 @@ class SplitModel:
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """The model that `save` wrote, ready to predict, and to be trained anew from its initial weights."""
+        """Load the model that `save` wrote, ready to predict, and to be trained again from its initial weights."""
         job, files, modules, about = written_model.load(Path(folder))
         holder = files[job.label_holder]
         assert holder.fuse is not None

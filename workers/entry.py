@@ -22,6 +22,7 @@ from sl_queue.observe.log import to_log
 from sl_queue.protocol.events import Loaded, Observer, ending
 from sl_queue.protocol.messages import SCHEDULER
 
+PREDICTION = "prediction"  # the name of one that is given none
 Role = Literal["scheduler", "feature", "label", "hand"]
 
 FINAL_CODES = frozenset({2, 3, 4, 5, 6, 70})
@@ -93,7 +94,7 @@ def _run(role: Role) -> None:
             from sl_queue.launch.scheduler import run_scheduler  # without torch
 
             observe(Loaded(SCHEDULER))
-            run_scheduler(job, *options, observe)
+            run_scheduler(job, *options, observe, arguments.predict, arguments.track)
         else:
             import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
 
@@ -102,7 +103,12 @@ def _run(role: Role) -> None:
             party_file = PartyFile.load(arguments.party)
             name = party_file.party
             observe(Loaded(name))
-            run_party(role, job, party_file, *options, observe)
+            if arguments.predict is None:
+                run_party(role, job, party_file, *options, observe)
+            else:
+                from sl_queue.launch.prediction_worker import run_prediction
+
+                run_prediction(role, job, party_file, arguments.predict, arguments.run, *options[:3], observe)
 
 
 def _observer() -> Observer:
@@ -154,8 +160,26 @@ def _arguments(role: Role) -> argparse.Namespace:
         "--metrics-port",
         metavar="[HOST:]PORT",
         default=METRICS.read(),
-        help=f"where Prometheus may ask, this machine only unless a host is given; else {METRICS.name}",
+        help=f"where Prometheus scrapes, this machine only unless a host is given; else {METRICS.name}",
     )
+    parser.add_argument(
+        "--predict",
+        metavar="NAME",
+        nargs="?",
+        const=PREDICTION,
+        help="predict for the rows under [predict] in the party file; another NAME, the same at every worker, is "
+        "another prediction",
+    )
+    if role != "scheduler":
+        parser.add_argument("--run", help="the run whose weights to predict with; else the version in use")
+    else:
+        parser.add_argument(
+            "--track",
+            metavar="TRACKER",
+            action="append",
+            default=[],
+            help="feed tensorboard:DIR or mlflow:URL beside the run; may be given again",
+        )
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()
 

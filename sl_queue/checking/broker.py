@@ -74,7 +74,7 @@ def _given(job: Job, broker: str, files: Sequence[PartyFile]) -> tuple[str, str]
 
 
 def _role(job: Job, url: str, files: Sequence[PartyFile]) -> str:
-    """Whose login it is: users are named after job and role, or it is that of the one party at hand."""
+    """Return the role that logs in: users are named after job and role, or it is that of the one party at hand."""
     user = unquote(split(url).username or "")
     role = user.removeprefix(f"{job.name}.")
     if role != user and role in (*job.parties, SCHEDULER):
@@ -92,7 +92,7 @@ def _rights(check: Check, job: Job, url: str, role: str) -> None:
     if split(url).scheme == "amqps":
         check.attempt(lambda: _certificates(check, url))
     if not rights.heartbeat_s:
-        check.warn("heartbeat = 0 in the broker's URL: a connection that is dead is not noticed; take it out")
+        check.warn("heartbeat = 0 in the broker's URL: dead connections go unnoticed; remove it")
     needed = channels_needed(names, role)
     if 0 < rights.channels < needed:
         raise BrokerUnreachable(

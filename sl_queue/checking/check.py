@@ -6,9 +6,10 @@ It goes on after a finding as far as what was found allows, and starts no worker
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from sl_queue.checking.against_joined import compare_with_joined
 from sl_queue.checking.broker import MIB, brokers, message_sizes
 from sl_queue.checking.data_report import report_data
-from sl_queue.checking.dry_run import Readable, compare_with_joined, dry_run
+from sl_queue.checking.dry_run import Readable, dry_run
 from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.config.job import Job, PartyFile
@@ -104,7 +105,7 @@ def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> Mapping[str, 
     if job.alignment.method != "psi":
         return {}
     if len(specs) < len(job.parties):
-        check.note("rows are not aligned yet, so each table at hand is looked at with all its rows")
+        check.note("rows are not aligned yet, so every table is checked with all its rows")
         return {}
     shared = check.attempt(lambda: shared_rows(specs))
     if shared is None:
@@ -202,7 +203,7 @@ def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
 
 
 def _first_steps(actions: Iterable[Action]) -> Iterator[Action]:
-    """Up to the third update or the first commit."""
+    """Return the actions up to the third update or the first commit."""
     for action in actions:
         yield action
         if isinstance(action, Commit) or action == Update(SPELLED_OUT_STEPS - 1):

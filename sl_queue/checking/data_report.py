@@ -22,6 +22,8 @@ SHOWN = 8  # columns that a line names
 def report_data(check: Check, party: str, table: Table, batches: Batches) -> None:
     """Tell what the table holds; counts and names of columns, never a row."""
     split = batches.training_positions, batches.holdout_positions
+    if batches.test_rows:
+        check.note(f"{party}: {batches.test_rows} rows are for a test, and a run never touches them")
     for line in _about_labels(table, split):
         check.note(f"{party}: {line}")
     if table.features is None:
@@ -63,7 +65,7 @@ def _about_columns(table: Table, training: Any) -> Iterator[str]:
     low, high = rows.min(axis=0), rows.max(axis=0)
     constant = [name for name, one in zip(table.columns, low == high, strict=True) if one and not _expected(name)]
     if constant:
-        yield f"constant among the training rows: {_named(constant)}; exclude it, it says nothing"
+        yield f"constant among the training rows: {_named(constant)}; exclude it, it carries no information"
     if table.fitted is not None:
         return
     spread = rows.std(axis=0, dtype=np.float64)

@@ -1,15 +1,16 @@
-"""Whether feature parties can read the labels of this job, tried on its own tables and models before it is started."""
+"""Exposure of labels to feature parties, tried on the job's own tables and models before it is started."""
 
 import time
 from collections.abc import Iterator, Mapping
 
 from sl_queue.checking.dry_run import Readable
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
-from sl_queue.compute.fuse_stage import fuse_stage
+from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.stand_ins import stand_in
 from sl_queue.config.job import Job
 from sl_queue.cut.guard import Guard
 from sl_queue.cut.rows import CutRows
+from sl_queue.errors import NonFiniteError
 from sl_queue.launch.privacy import class_numbers
 from sl_queue.privacy.first_look import FirstLook, Reading
 from sl_queue.privacy.guards import RowIndex
@@ -34,6 +35,27 @@ def exposure(job: Job, parties: Mapping[str, Readable], batches: Batches) -> lis
     fuse = fuse_stage(label.compute, label.table, batches, None, guards)
     here = {party: parties[party] for party in job.feature_parties if party in parties}
     bases = {name: base_stage(party.compute, party.table, batches) for name, party in here.items()}
+    made_up = [party for party in job.feature_parties if party not in bases]
+    try:
+        _train(job, fuse, bases, look, label, batches)
+    except NonFiniteError:
+        if not made_up:
+            raise
+    for party in job.feature_parties:
+        look.finish(party)
+    more = f", with random numbers as activations of {', '.join(made_up)}" if made_up else ""
+    return [reading.told(more) for reading in readings]
+
+
+def _train(
+    job: Job,
+    fuse: TorchFuseStage,
+    bases: Mapping[str, TorchBaseStage],
+    look: FirstLook,
+    label: Readable,
+    batches: Batches,
+) -> None:
+    """Train until there are gradients enough, or an epoch is over, or it takes too long."""
     began = time.monotonic()
     for micro_batch in _first_epoch(batches):
         sent = {party: _activation(job, bases, party, label, batches, micro_batch) for party in job.feature_parties}
@@ -46,12 +68,7 @@ def exposure(job: Job, parties: Mapping[str, Readable], batches: Batches) -> lis
                 base.update()
         enough = all(look.rows(party) == 0 for party in job.feature_parties)  # said, or nothing is sent to it
         if enough or time.monotonic() - began > LONGEST_S:
-            break
-    for party in job.feature_parties:
-        look.finish(party)
-    made_up = [party for party in job.feature_parties if party not in bases]
-    more = f", with random numbers as activations of {', '.join(made_up)}" if made_up else ""
-    return [reading.told(more) for reading in readings]
+            return
 
 
 def _first_epoch(batches: Batches) -> Iterator[MicroBatch]:

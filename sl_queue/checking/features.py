@@ -57,7 +57,5 @@ def features_lines(job: Job, party_file: PartyFile) -> Iterator[str]:
 def proposal(job: Job, party_file: PartyFile) -> Proposal:
     """Propose a [features] table from the raw table. Raises JobError if the file has one already."""
     if party_file.features is not None:
-        raise JobError(
-            f"party {party_file.party!r}: its file has a [features] already; take it out to have one proposed"
-        )
+        raise JobError(f"party {party_file.party!r}: its file has a [features] already; remove it to have one proposed")
     return Proposal(propose(read_raw(table_spec(job, party_file, Importer()), {"*": Number()})))

@@ -112,7 +112,7 @@ def find_remains(job: Job, broker: str, *, force: bool) -> Remains:
     if connected and not force:
         raise PartyBusy(
             f"still connected: {', '.join(connected)}; stop the run first (sl-queue stop), or give --force: what is in "
-            "the queues is lost then, and workers that run make them again"
+            "the queues is lost then, and running workers declare them again"
         )
     return remains
 

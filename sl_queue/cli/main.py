@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sl_queue.cli import operate, prepare, run, tables
+from sl_queue.cli import after, operate, prepare, run, tables
 from sl_queue.config.environment import DEBUG
 from sl_queue.launch.process import leaving
 
@@ -16,7 +16,7 @@ class _Commands(TyperGroup):
     """A group of commands whose errors leave as one message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        with leaving(on_interrupt="interrupted; the same command goes on from the last checkpoint"):
+        with leaving(on_interrupt="interrupted; the same command resumes from the last checkpoint"):
             return super().invoke(ctx)
 
 
@@ -46,7 +46,14 @@ app.command()(tables.align)
 app.command()(prepare.plan)
 app.command()(prepare.privacy)
 app.command()(run.local)
+app.command()(after.predict)
+app.command()(after.evaluate)
+app.command()(after.versions)
+app.command()(after.promote)
+app.command()(after.export)
 app.command()(operate.status)
+app.command()(operate.watch)
+app.command()(operate.report)
 app.command()(operate.stop)
 app.command()(operate.dead)
 app.command()(operate.cleanup)

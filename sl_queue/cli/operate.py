@@ -1,12 +1,14 @@
-"""The commands for a run at a broker: status, stop, dead and cleanup."""
+"""The commands for a run at a broker: status, watch, stop, dead and cleanup."""
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sl_queue.cli.options import Broker, JobPath, OperatorKey, Yes, network_url, print_lines, require_consent
+from sl_queue.cli.watching import LOOPBACK, PORT, watch_run
 from sl_queue.errors import JobError, PeerSilent
 
 
@@ -36,6 +38,37 @@ def status(
     else:
         stdout().print(status_view(telling, time.time()), soft_wrap=True)
     raise typer.Exit(telling.exit_code)
+
+
+def watch(
+    job: JobPath,
+    broker: Broker = None,
+    key: OperatorKey = None,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Where the page is shown; 0: any free port.")] = PORT,
+    host: Annotated[str, typer.Option(help="Address to listen at; by default only this machine may look.")] = LOOPBACK,
+    browse: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Show the run on a page as it goes: who waits for whom, the curves, what went wrong. Until Ctrl-C."""
+    from sl_queue.config.job import Job
+
+    agreed, url = Job.load(job), network_url(broker)
+    watch_run(agreed, url, key, port, host, browse=browse)
+
+
+def report(
+    job: JobPath,
+    state: Annotated[Path, typer.Option(help="The scheduler's state folder.")] = Path("state/scheduler"),
+    out: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path(),
+) -> None:
+    """Write report.html, which opens anywhere, and curves.csv of a run that goes on or has ended."""
+    from sl_queue.config.job import Job
+    from sl_queue.launch.reporting import write_report
+
+    try:
+        for path in write_report(Job.load(job), state, out):
+            print(path)
+    except OSError as error:
+        raise JobError(f"{error.filename}: {error.strerror}; give --state and --out folders that can be used") from None
 
 
 def stop(job: JobPath, broker: Broker = None, key: OperatorKey = None) -> None:

@@ -22,7 +22,7 @@ OperatorKey = Annotated[
     Path | None,
     typer.Option("--key", envvar=KEY.name, show_envvar=True, help="The operator's key, if the job seals."),
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; needed where nobody can be asked.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation; required where nobody can answer.")]
 
 
 def read_broker_url(broker: str) -> str:
@@ -38,7 +38,7 @@ def network_url(broker: str | None) -> str:
         raise JobError("which broker? give --broker amqps://... or set SL_QUEUE_BROKER")
     url = read_broker_url(broker)
     if url.startswith(MEMORY):
-        raise JobError("a run over memory:// lives in one process and shows itself there; Ctrl-C stops it")
+        raise JobError("a run over memory:// lives in one process and shows its progress there; Ctrl-C stops it")
     return url
 
 
@@ -53,6 +53,6 @@ def require_consent(what: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise JobError(f"nobody can be asked whether to {what}: add --yes")
+        raise JobError(f"this would {what}, and nobody is here to confirm it: add --yes")
     if not typer.confirm(f"{what[0].upper()}{what[1:]}?"):
         raise typer.Exit(1)

@@ -15,19 +15,27 @@ def check(
     parties: Annotated[list[Path] | None, typer.Argument(metavar="[PARTY...]", help="The party files at hand.")] = None,
     broker: Broker = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Also the names of exchanges and queues.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep what was found as OUT/check.txt too, for `sl-queue report`.")
+    ] = None,
 ) -> None:
     """Find everything that can be wrong before anything is started, and report on the tables at hand."""
     from sl_queue.checking.check import check_job
     from sl_queue.checking.findings import Finding, Level
     from sl_queue.observe.console import show_finding, stdout
 
-    console = stdout()
+    console, lines = stdout(), list[str]()
 
     def say(found: Finding) -> None:
         if verbose or found.level is not Level.DETAIL:
             show_finding(console, found.level, found.text)
+            lines.append(f"{found.level:8}{found.text}\n")
 
-    raise typer.Exit(check_job(job, parties or [], broker, say))
+    code = check_job(job, parties or [], broker, say)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "check.txt").write_text("".join(lines), encoding="utf-8")
+    raise typer.Exit(code)
 
 
 def plan(
@@ -68,7 +76,7 @@ def privacy(
 
 
 def key(
-    out: Annotated[Path, typer.Option(help="The file for the private key; it must not be there yet.")],
+    out: Annotated[Path, typer.Option(help="The file for the private key; it must not exist yet.")],
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A party of the job, scheduler or operator.")
     ] = None,
@@ -108,9 +116,9 @@ def _make_key(name: str, out: Path) -> None:
 def provision(
     job: JobPath,
     broker_host: Annotated[
-        list[str], typer.Option(help="Name or address of the broker; again for each further node, tried in turn.")
+        list[str], typer.Option(help="Name or address of the broker; repeat it for each further node, tried in turn.")
     ],
-    out: Annotated[Path, typer.Option(help="A folder for all folders; what is there is kept.")],
+    out: Annotated[Path, typer.Option(help="Parent of all folders; existing files are kept.")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the broker listens.")] = 5671,
     at: Annotated[str, typer.Option(help="Where a role's folder will lie; '.' if its worker is started in it.")] = ".",
     broker_at: Annotated[str, typer.Option(help="Where the broker's folder will lie.")] = "/etc/sl_queue",

@@ -131,7 +131,7 @@ def _variable(variable: Variable) -> tuple[str, ...]:
 def _exit_codes() -> list[tuple[str, ...]]:
     found = [("0", "", "The run is finished, or the command has done what it was asked.")]
     found += [(str(error.exit_code), f"`{error.__name__}`", _sentence(error)) for error in _errors(SlQueueError)]
-    found.append((str(INTERRUPTED), "", "Interrupted with Ctrl-C; the same command goes on from the last checkpoint."))
+    found.append((str(INTERRUPTED), "", "Interrupted with Ctrl-C; the same command resumes from the last checkpoint."))
     return sorted(found, key=lambda row: int(row[0]))
 
 

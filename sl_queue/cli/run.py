@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sl_queue.cli.options import MEMORY, Broker, JobPath, PartyPaths, read_broker_url
+from sl_queue.cli.watching import Watch, shown_if, told_to
 from sl_queue.errors import JobError, RunStopped
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it do
     from sl_queue.config.job import Job, PartyFile
+    from sl_queue.launch.scheduler import OnStatus
     from sl_queue.local.processes import Place
 
 MOST_HANDS = 256  # of one party on one machine
@@ -20,11 +22,18 @@ MOST_HANDS = 256  # of one party on one machine
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for the files; default: a new temporary one.")] = None,
+    watch: Watch = False,
 ) -> None:
     """Train on scikit-learn's digits, offline: the joint model beats each party alone."""
-    from sl_queue.local.demo import run_demo
+    from tempfile import mkdtemp
 
-    run_demo(out)
+    from sl_queue.config.job import Job
+    from sl_queue.local.demo import run_demo, write_demo
+
+    folder = Path(mkdtemp(prefix="sl_queue-demo-")) if out is None else out
+    write_demo(folder)
+    with shown_if(watch, Job.load(folder / "job.toml")) as tell:
+        run_demo(folder, tell)
 
 
 def local(
@@ -38,6 +47,7 @@ def local(
         Path | None,
         typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it."),
     ] = None,
+    watch: Watch = False,
     hands: Annotated[
         list[str] | None,
         typer.Option(metavar="PARTY=COUNT", help="Hands that compute a party's micro-batches; may be repeated."),
@@ -57,11 +67,12 @@ def local(
     places = places_of(agreed, files, out)
     counts = _hands(agreed, files, hands or [])
     url = read_broker_url(broker or MEMORY)
-    if url.startswith(MEMORY):
-        history = _run_threads(agreed, list(files.values()), places, counts)
-    else:
-        places = {role: replace(place, hands=counts.get(role)) for role, place in places.items()}
-        history = _run_processes(agreed, job, list(files.values()), places, url, keys)
+    with shown_if(watch, agreed) as tell:
+        if url.startswith(MEMORY):
+            history = _run_threads(agreed, list(files.values()), places, tell, counts)
+        else:
+            places = {role: replace(place, hands=counts.get(role)) for role, place in places.items()}
+            history = _run_processes(agreed, job, list(files.values()), places, url, keys, tell)
     console = stdout()
     console.print(history_table(history))
     for role, place in places.items():
@@ -75,7 +86,7 @@ def chaos(
     kills: Annotated[int, typer.Option(min=0, help="Workers killed with SIGKILL.")] = 6,
     broker_restarts: Annotated[int, typer.Option(min=0, help="The broker killed, and started on its data.")] = 1,
     cuts: Annotated[int, typer.Option(min=0, help="Connections cut, delayed or half-open.")] = 2,
-    seed: Annotated[int, typer.Option(help="Which faults come when.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of which faults come when.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for both runs, empty or new; default: a temporary one.")
     ] = None,
@@ -85,7 +96,7 @@ def chaos(
 
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.local.threads import require_all
-    from sl_queue.observe.console import stdout
+    from sl_queue.observe.console import keep, stdout
     from sl_queue.testing.chaos import FaultPlan, run_chaos
     from sl_queue.testing.report import report
 
@@ -96,12 +107,15 @@ def chaos(
     plan = FaultPlan(kills, broker_restarts, cuts, seed)
     with TemporaryDirectory(prefix="sl_queue-chaos-") as temporary:
         comparison = run_chaos(agreed, job, paths, out or Path(temporary), plan, lambda text: print(text, flush=True))
-    stdout().print(report(comparison), soft_wrap=True)
+    shown = report(comparison)
+    stdout().print(shown, soft_wrap=True)
+    if out is not None:
+        keep(out / "chaos.txt", shown)  # for `sl-queue report`
     raise typer.Exit(0 if comparison.passed else 1)
 
 
 def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":
-    """Each role's file and state folder; without --out the scheduler's is beside the label holder's."""
+    """Return each role's file and state folder; without --out the scheduler's is beside the label holder's."""
     from sl_queue.local.processes import Place
     from sl_queue.protocol.messages import SCHEDULER
 
@@ -127,18 +141,24 @@ def _hands(job: "Job", files: "Mapping[Path, PartyFile]", asked: list[str]) -> d
 
 
 def _run_threads(
-    job: "Job", files: "list[PartyFile]", places: "dict[str, Place]", hands: Mapping[str, int]
+    job: "Job", files: "list[PartyFile]", places: "dict[str, Place]", tell: "OnStatus", hands: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     from sl_queue.local.threads import run_threads
     from sl_queue.observe.console import Screen
 
     states = {role: place.state for role, place in places.items()}
     with Screen() as screen:
-        return run_threads(job, files, MEMORY, states, screen.status, hands=hands).history
+        return run_threads(job, files, MEMORY, states, told_to(screen.status, tell), hands=hands).history
 
 
 def _run_processes(
-    job: "Job", job_file: Path, files: "list[PartyFile]", places: "dict[str, Place]", broker: str, keys: Path | None
+    job: "Job",
+    job_file: Path,
+    files: "list[PartyFile]",
+    places: "dict[str, Place]",
+    broker: str,
+    keys: Path | None,
+    tell: "OnStatus",
 ) -> list[dict[str, Any]]:
     from sl_queue.launch.connect import sealing
     from sl_queue.local.processes import read_history, run_processes
@@ -154,7 +174,7 @@ def _run_processes(
     places = {role: replace(place, key=key_in(keys, role)) for role, place in places.items()}
     seal = sealing(job, OPERATOR, key_in(keys, OPERATOR), broker)
     with Screen(epochs=False) as screen:
-        failure = run_processes(job, job_file, places, broker, screen, seal)
+        failure = run_processes(job, job_file, places, broker, screen, seal, tell)
     if failure is not None:
         print(f"error: {failure.worker}: {failure.reason}", file=sys.stderr)
         raise typer.Exit(failure.exit_code)

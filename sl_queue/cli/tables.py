@@ -42,7 +42,7 @@ def align(
         typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it."),
     ] = None,
 ) -> None:
-    """Find the rows that all parties hold, on this machine: sizes are told, nothing is trained."""
+    """Find the rows that all parties hold, on this machine: prints sizes, trains nothing."""
     from sl_queue.cli.run import places_of
     from sl_queue.config.job import Job, PartyFile
 

@@ -24,13 +24,13 @@ def advice(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
     metrics = list(stage.objective.metrics)
     if metrics and not stage.batches.holdout_rows:
         held = (
-            f"holdout = {stage.batches.holdout:g} of {stage.batches.n_rows} rows is none"
+            f"holdout = {stage.batches.holdout:g} of {stage.batches.n_rows} rows holds out none"
             if stage.batches.holdout
             else "holdout = 0"
         )
         yield Advice(
             f"metrics = {metrics} measure nothing, because no row is held out ({held}): set holdout in the job, for "
-            "instance to 0.2, or take the metrics out"
+            "instance to 0.2, or remove the metrics"
         )
     reasons: dict[str, list[str]] = {}
     for name, why in undefined_metrics(stage.objective, stage.batches).items():

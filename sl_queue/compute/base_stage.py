@@ -6,7 +6,7 @@ updates. Its gradient is added to the live weights, in its own step. Buffers (Ba
 forward order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.building import Inputs, blame, on_device, tensors_in
 from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
@@ -30,15 +30,18 @@ from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
 from sl_queue.protocol.table import Table
 
+Ends = tuple[list[Tensor], list[Tensor]]  # tensors that a backward pass begins at, and their gradients
+
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
     """An activation with its graph, whose gradient has not come yet."""
 
-    activation: Tensor = field(repr=False)
+    outputs: Sequence[Tensor] = field(repr=False)  # mostly one
     hooks: int  # `hooks_made()` before the forward pass
     weights: Mapping[str, Tensor] | None = field(repr=False)  # the copy it was computed with; None: the live ones
     rows: CutRows
+    penalty: Tensor | None = field(default=None, repr=False)  # the base model's own loss of these rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class PreparedRows:
     """A micro-batch's rows of this party's table."""
 
     micro_batch: MicroBatch
-    inputs: Tensor = field(repr=False)  # (rows, *anything)
+    inputs: Inputs = field(repr=False)  # (rows, *anything), or several of them
     rows: CutRows
 
 
@@ -83,9 +86,11 @@ class TorchBaseStage:
         assert prepared is not None
         weights, hooks = self._weights_of(micro_batch.step), hooks_made()
         with self.model.drawing("forward", micro_batch):
-            activation = self.model.run(prepared.inputs, place(self.model.party, micro_batch), weights)
-        payload = self.cut.leave(activation, micro_batch, prepared.rows)
-        self._in_flight[micro_batch] = InFlight(activation, hooks, weights, prepared.rows)
+            where = place(self.model.party, micro_batch)
+            outputs, penalty = self.model.run_with_penalty(prepared.inputs, where, weights)
+        learning = [place for place, output in enumerate(outputs) if output.requires_grad]
+        payload = self.cut.leave(self.model.joined(outputs), micro_batch, prepared.rows, learning)
+        self._in_flight[micro_batch] = InFlight(outputs, hooks, weights, prepared.rows, penalty)
         return payload
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
@@ -97,30 +102,41 @@ class TorchBaseStage:
         if next(iter(self._in_flight), None) != micro_batch or micro_batch.step != self._updates:
             raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
         flight = self._in_flight.pop(micro_batch)
-        tensor = self.cut.arrive(gradient, micro_batch, flight.rows)
-        if tensor is not None:
-            self.differentiate(micro_batch, flight, self.returned(micro_batch, flight.activation, flight.rows, tensor))
+        arrived = self.cut.arrive_each(gradient, micro_batch, flight.rows)
+        self.differentiate(micro_batch, flight, [self.returned(micro_batch, flight, tensor) for tensor in arrived])
 
-    def returned(self, micro_batch: MicroBatch, activation: Tensor, rows: CutRows, gradient: Tensor) -> Tensor:
+    def returned(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor | None) -> Tensor | None:
         """Return the gradient of the model's own output, of which a defence may have sent another one."""
         returning = self.cut.guard.returning
-        if returning is None:
+        if returning is None or gradient is None:
             return gradient
         inputs = self.inputs(self.batches.rows(micro_batch))
-        share = len(rows) / self.batches.rows_in_step(micro_batch.step)
-        return returning.apply(gradient, activation, inputs, share)
+        if not isinstance(inputs, Tensor) or len(flight.outputs) > 1:
+            raise JobError(f"party {self.model.party!r}: [privacy] changes gradients of one array to one output only")
+        share = len(flight.rows) / self.batches.rows_in_step(micro_batch.step)
+        return returning.apply(gradient, flight.outputs[0], inputs, share)
 
-    def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> None:
-        """Do the backward pass of an activation; random draws in it are keyed by the micro-batch."""
-        if not flight.activation.requires_grad:  # no parameter to learn
-            return
+    def differentiate(self, micro_batch: MicroBatch, flight: InFlight, gradients: Sequence[Tensor | None]) -> None:
+        """Do the backward pass of an activation and of a penalty; random draws in it are keyed by the micro-batch.
+
+        Without a gradient the loss does not depend on that output. A penalty counts as its rows do in the step.
+        """
+        ends: list[Ends] = []
+        pairs = zip(flight.outputs, gradients, strict=True)
+        learning = [(output, g) for output, g in pairs if g is not None and output.requires_grad]
+        if learning:  # there is a parameter to learn
+            ends.append(([output for output, _ in learning], [gradient for _, gradient in learning]))
+        if flight.penalty is not None and flight.penalty.requires_grad:
+            share = len(flight.rows) / self.batches.rows_in_step(micro_batch.step)
+            ends.append(([flight.penalty], [torch.full_like(flight.penalty, share)]))
         where = place(self.model.party, micro_batch)
-        scope = self.model.differentiating(flight.activation, flight.hooks, micro_batch)
-        with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
-            self._backpropagate(flight, gradient)
+        for roots, of_roots in ends:
+            scope = self.model.differentiating(roots, flight.hooks, micro_batch)
+            with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
+                self._backpropagate(flight, roots, of_roots, keep=roots is not ends[-1][0])
 
     def update(self) -> None:
-        """One optimizer step with the gradients since the last one."""
+        """Make one optimizer step with the gradients since the last one."""
         if any(micro_batch.step == self._updates for micro_batch in self._in_flight):
             raise LocalProtocolError(f"update {self._updates} with {self._flying()} in flight")
         self.model.step(self._updates)
@@ -131,11 +147,11 @@ class TorchBaseStage:
         """Return the activation of held-out rows in evaluation mode."""
         return self.cut.leave(*self._prediction(micro_batch))
 
-    def prediction(self, micro_batch: MicroBatch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """As `predict`, for a fuse model in the same process."""
+    def prediction(self, micro_batch: MicroBatch, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Compute as `predict` does, for a fuse model in the same process: each output."""
         activation, _, rows = self._prediction(micro_batch, weights)
         self.cut.check(activation, micro_batch, rows)
-        return activation
+        return [activation] if self.model.outputs is None else self.model.outputs.split(activation)
 
     def _prediction(
         self, micro_batch: MicroBatch, weights: Mapping[str, Tensor] | None = None
@@ -147,7 +163,7 @@ class TorchBaseStage:
             where = f"{place(self.model.party, micro_batch)} (held-out rows)"
             return self.model.run(self.inputs(positions), where, weights), micro_batch, rows
 
-    def inputs(self, positions: Positions) -> Tensor:
+    def inputs(self, positions: Positions) -> Inputs:
         """Return these rows of the table, for the model."""
         return take_rows(self.features, positions, self.model.dtype, self.model.device)
 
@@ -161,9 +177,10 @@ class TorchBaseStage:
         """Compute a training micro-batch's activation for a fuse model in the same process: nothing crosses."""
         hooks = hooks_made()
         with self.model.drawing("forward", micro_batch):
-            activation = self.model.run(self.inputs(positions), place(self.model.party, micro_batch), weights)
-        self.cut.check(activation, micro_batch, rows)
-        return InFlight(activation, hooks, weights, rows)
+            where = place(self.model.party, micro_batch)
+            outputs, penalty = self.model.run_with_penalty(self.inputs(positions), where, weights)
+        self.cut.check(self.model.joined([output.detach() for output in outputs]), micro_batch, rows)
+        return InFlight(outputs, hooks, weights, rows, penalty)
 
     def state(self) -> State:
         """Return a copy of everything that a step changes."""
@@ -185,7 +202,7 @@ class TorchBaseStage:
         return self.model.weights()
 
     def _weights_of(self, step: int) -> Mapping[str, Tensor] | None:
-        """None for the live weights when all earlier updates are in them, else the copy of this version."""
+        """Return None for the live weights when all earlier updates are in them, else the copy of this version."""
         if step < self._updates:
             raise LocalProtocolError(f"a forward of step {step} after {self._updates} updates")
         if step == self._updates:
@@ -197,24 +214,22 @@ class TorchBaseStage:
             }
         return self._copy
 
-    def _backpropagate(self, flight: InFlight, gradient: Tensor) -> None:
+    def _backpropagate(self, flight: InFlight, roots: list[Tensor], gradients: list[Tensor], *, keep: bool) -> None:
+        """Add the gradients of the parameters; `keep`: another backward pass through the same graph follows."""
         if flight.weights is None:
-            torch.autograd.backward(flight.activation, gradient)
+            torch.autograd.backward(roots, gradients, retain_graph=keep)
             return
+        names = [name for name, weight in flight.weights.items() if weight.requires_grad]
+        leaves = [flight.weights[name] for name in names]
         live = dict(self.module.named_parameters())
-        for name, grad in gradients_of(flight.activation, flight.weights, gradient).items():
-            before = live[name].grad
-            live[name].grad = grad if before is None else before + grad
+        found = torch.autograd.grad(roots, leaves, gradients, allow_unused=True, retain_graph=keep)
+        for name, grad in zip(names, found, strict=True):
+            if grad is not None:
+                before = live[name].grad
+                live[name].grad = grad if before is None else before + grad
 
     def _flying(self) -> str:
         return ", ".join(map(str, self._in_flight)) or "nothing"
-
-
-def gradients_of(activation: Tensor, weights: Mapping[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of the weights that an activation comes of; those it does not depend on have none."""
-    names = [name for name, weight in weights.items() if weight.requires_grad]
-    found = torch.autograd.grad(activation, [weights[name] for name in names], gradient, allow_unused=True)
-    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
 
 def base_stage(
@@ -256,10 +271,11 @@ def _stage(
     model = Model.build(spec, "base", sample, take, batches.steps)
     offer = offers(spec, table, model.dtype)[choice]
     trial = sample(model.dtype)
-    assert isinstance(trial, Tensor)
-    output = model.try_out(trial.to(model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
-    cut = BaseCut(party, layers.label_holder, shape, model.dtype, model.device, layers.wire, model.name, guard)
-    require_shape(output, len(trial), cut, f"party {party!r}")
+    output = model.try_out(on_device(trial, model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
+    cut = BaseCut(
+        party, layers.label_holder, shape, model.dtype, model.device, layers.wire, model.name, guard, model.outputs
+    )
+    require_shape(output, len(tensors_in(trial)[0]), cut, f"party {party!r}")
     if offer.fault is not None:
         raise JobError(offer.fault)
     if party in layers.feature_parties:

@@ -1,9 +1,11 @@
 """From a party file to a module: imported or given, built with keyed draws, on the device that the party has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,47 @@ from sl_queue.compute.modules.handover import Copies, Take
 from sl_queue.compute.modules.state import in_evaluation
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
+from sl_queue.cut.several import Outputs
+from sl_queue.cut.tensors import Inputs
 from sl_queue.errors import ComputeError, JobError, SlQueueError
 
 LAST = "-last"  # of a file in `final/`: the weights of the last step, where those of the part itself are averages
-Inputs = Tensor | list[Tensor]
+__all__ = ["Inputs"]
+
 Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
+
+
+def called(module: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """Call a module, with other `weights` if given; with keywords, where its forward has them for all of a dict."""
+    by_name = isinstance(inputs, dict) and inputs.keys() <= signature(module.forward).parameters.keys()
+    args, kwargs = ((), dict(inputs)) if by_name and isinstance(inputs, dict) else ((inputs,), {})
+    if weights is None:
+        return module(*args, **kwargs)
+    return torch.func.functional_call(module, dict(weights), args, kwargs)
+
+
+def is_penalised(output: Any, outputs: Outputs | None) -> bool:
+    """Tell whether a base model returns a penalty beside its activation; a list of two outputs is none."""
+    if not isinstance(output, tuple) or len(output) != 2:
+        return False
+    return outputs is None or isinstance(output[0], list | tuple | dict)
+
+
+def tensors_in(inputs: Any) -> list[Tensor]:
+    """List the tensors of a model's input, those of a fuse model that gets a dict of each party too."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    each = inputs.values() if isinstance(inputs, dict) else inputs
+    return [tensor for one in each for tensor in tensors_in(one)]
+
+
+def on_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Move a model's input."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return [tensor.to(device) for tensor in inputs]
 
 
 @contextmanager
@@ -55,7 +93,7 @@ def build_module(spec: ComputeSpec, part: Part, sample: Sample | None, take: Tak
         module = (take or Copies())(spec.party, part, module, made=module is not model)
         if sample is not None and _is_lazy(module):
             with blame(f"{where} fails on its input"), in_evaluation(module):
-                module(sample(dtype_of(module)))
+                called(module, sample(dtype_of(module)))
     for name, value in () if _is_lazy(module) else module.state_dict().items():
         if not isinstance(value, Tensor):
             raise JobError(f"{where}: its state_dict holds {name!r}, a {type(value).__name__}; only tensors are saved")
@@ -95,7 +133,7 @@ def table_of(spec: ComputeSpec, part: Part) -> ModelSpec:
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a module once, under its first name."""
+    """Yield every tensor of a module once, under its first name."""
     return chain(module.named_parameters(), module.named_buffers())
 
 

@@ -66,7 +66,7 @@ def code_digests(thing: Any, code: UserCode) -> Iterator[str]:
 
 
 def _of_object(thing: Any, folder: Path | None) -> Iterator[str]:
-    """As _codes, of a class or function."""
+    """Digest as `_codes`, but a class or function."""
     function = inspect.unwrap(thing.__func__ if isinstance(thing, MethodType) else thing)
     module = sys.modules.get(function.__module__)
     if module is None or module.__name__ == "__main__" or not getattr(module, "__file__", None):
@@ -119,7 +119,7 @@ def _sources(thing: Any, seen: set[str]) -> Iterator[str]:
 
 
 def _bytecode(thing: Any) -> Iterator[str]:
-    """Without a source, what Python made of it; another version of Python would make something else."""
+    """Digest what Python made of code without a source; another version of Python would make something else."""
     functions = (
         [thing] if isinstance(thing, FunctionType) else [f for f in vars(thing).values() if inspect.isfunction(f)]
     )
@@ -142,7 +142,7 @@ def _syntax(path: Path) -> str:
 
 
 def _dump(node: Any) -> str:
-    """As ast.dump, but the same in every version of Python: without docstrings and what is empty."""
+    """Dump as ast.dump, but the same in every version of Python: without docstrings and what is empty."""
     if isinstance(node, list):
         return f"[{','.join(map(_dump, node))}]"
     if not isinstance(node, ast.AST):

@@ -141,8 +141,10 @@ class _Rehearsal:
                 case Fuse(micro_batch):
                     yield from self._until_all(Kind.ACTIVATION, micro_batch)
                     activations = self._gather(Kind.ACTIVATION, micro_batch)
-                    for party, gradient in self.fuse.forward_backward(micro_batch, activations).items():
-                        self._send(party, Gradient(micro_batch, gradient))
+                    gradients = self.fuse.forward_backward(micro_batch, activations)
+                    for answered, found in (*self.fuse.late_gradients(), (micro_batch, gradients)):
+                        for party, gradient in found.items():
+                            self._send(party, Gradient(answered, gradient))
                 case Update():
                     self.fuse.update()
                 case Score(micro_batch):

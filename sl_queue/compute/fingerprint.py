@@ -51,6 +51,7 @@ def fingerprint(spec: ComputeSpec, table: Table | None = None, rules: int = RULE
             found |= {f"fuse.loss.{key}": value for key, value in loss.items() if key != "name"}
         known = isinstance(loss, Mapping) or (isinstance(loss, str) and loss in NAMED_LOSSES)
         found |= _of_code("fuse.loss", None if known else loss, spec.code)
+        found |= {"fuse.missing_labels": "mask"} if spec.objective.missing else {}
     return found
 
 
@@ -63,7 +64,7 @@ def _autocast(device: str) -> str:
 
 
 def _of_secret(spec: ComputeSpec) -> str:
-    """Salted, so that it names the secret to who has it, and tells nothing to anyone else."""
+    """Hash the secret with salt, so that it names the secret to who has it, and says nothing to anyone else."""
     if not spec.secret:
         return SEED
     salt = blake2b(f"{spec.layers.job_digest} {spec.party}".encode(), digest_size=16).digest()
@@ -74,7 +75,7 @@ def _of_secret(spec: ComputeSpec) -> str:
 
 
 def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
-    """Ids, features and labels as they are trained on; names of columns where the table has any."""
+    """Describe ids, features and labels as they are trained on; names of columns where the table has any."""
     features, columns = table.features, table.columns
     each: list[str] | None = None
     if features is not None and columns is not None and features.ndim == 2 and len(columns) <= _MANY:
@@ -87,6 +88,7 @@ def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
         "data.features.each": each,
         "data.label": None if table.labels is None else spec.label_column,
         "data.labels": None if table.labels is None else f"{_described(table.labels)} {_digest(table.labels)}",
+        **({} if table.weights is None else {"data.weights": _digest(table.weights)}),
     }
 
 
@@ -117,6 +119,8 @@ def _of_part(part: Part, table: ModelSpec, code: UserCode) -> dict[str, Any]:
             found |= {f"{part}.{group}": named(value)}
             is_code = not isinstance(value, str) or ":" in value
             found |= _of_code(f"{part}.{group}", value, code) if is_code else {}
+    if table.inputs != "tensor":
+        found[f"{part}.inputs"] = table.inputs
     for key in ("groups", "clip_norm", "clip_value", "ema"):
         if getattr(table, key):
             found[f"{part}.{key}"] = _plain(getattr(table, key), code)
@@ -152,7 +156,7 @@ def _of_tensor(tensor: Tensor) -> str:
 
 
 def _of_settings(module: nn.Module) -> str:
-    """Numbers and words that a module given in code and its layers hold as plain attributes, such as Dropout's p."""
+    """Describe the numbers and words that a module given in code and its layers hold, such as Dropout's p."""
     lines = [f"{name} {type(layer).__qualname__} {words(vars(layer))}" for name, layer in module.named_modules()]
     return digest_of("\n".join(lines).encode())
 

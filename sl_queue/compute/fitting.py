@@ -35,12 +35,12 @@ from sl_queue.compute.seeds import seeded
 from sl_queue.cut.tensors import described
 from sl_queue.errors import ComputeError, JobError
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     *(nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),
     *(nn.SoftMarginLoss, F.l1_loss, F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
     *(F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.soft_margin_loss),
 }
-_OF_CLASSES = {nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, F.cross_entropy, F.nll_loss, F.multi_margin_loss}
+CLASSES_TAKEN = {nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, F.cross_entropy, F.nll_loss, F.multi_margin_loss}
 
 _TRIED = 4  # rows on which both forms are compared
 _SAME = 1e-12  # relative, in float64: what changes by less does not change
@@ -66,19 +66,21 @@ class FittedLoss:
     form: Form
     floor: torch.dtype  # the narrowest dtype to compute in
 
-    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, output: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
+        """`weights` of the rows are handed on to a loss of the user's own that takes them."""
         output = widened(output, self.floor)
+        loss: Any = self.loss
         match self.form:
             case Form.NAMED:
-                return self.loss(output, labels)
+                return loss(output, labels)  # type: ignore[no-any-return]
             case Form.OUTPUT:
-                return self.loss(output, as_output(labels, output))
+                return loss(output, as_output(labels, output))  # type: ignore[no-any-return]
             case Form.CLASSES:
-                return self.loss(output, as_classes(labels, output))
+                return loss(output, as_classes(labels, output))  # type: ignore[no-any-return]
             case Form.SHAPE if same_numbers(labels, output):
-                return self.loss(output, _wide(labels, output).reshape(output.shape))
+                return loss(output, _wide(labels, output).reshape(output.shape), *weights)  # type: ignore[no-any-return]
             case _:
-                return self.loss(output, _wide(labels, output))
+                return loss(output, _wide(labels, output), *weights)  # type: ignore[no-any-return]
 
 
 def kind_of(loss: Any) -> Any:
@@ -99,9 +101,9 @@ def fitted(
     form, kind = Form.NAMED, kind_of(loss)
     warnings: list[str] = []
     tensor = label_tensor(labels)
-    if kind in _ELEMENTWISE:
+    if kind in ELEMENTWISE:
         form = Form.OUTPUT
-    elif kind in _OF_CLASSES:
+    elif kind in CLASSES_TAKEN:
         form = Form.CLASSES
         _check_whole(labels, output, where)
     elif kind not in LOSSES.values():

@@ -15,17 +15,20 @@ from torch import Tensor
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
 from sl_queue.compute.building import Inputs, blame
+from sl_queue.compute.epoch_tables import Rows
 from sl_queue.compute.losses import label_tensor
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Copies, Take
-from sl_queue.compute.objective import Objective, measured, objective_of, why_not_finite
+from sl_queue.compute.objective import Objective, measured, objective_of, tabulated, why_not_finite
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.compute.stand_ins import drawn
+from sl_queue.compute.training_outputs import TrainingOutputs
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.cut.rows import CutRows
+from sl_queue.cut.several import fuse_inputs
 from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
@@ -41,7 +44,7 @@ _RANGE_ROWS = 64  # on which the range of the output is looked at
 class Evaluated:
     """One held-out micro-batch."""
 
-    rows: int
+    amount: float  # of its rows
     loss: float
     output: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
@@ -58,12 +61,11 @@ class PreparedTargets:
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
-    """The outcome of a micro-batch: its mean loss, and the gradient of each activation that the loss depends on."""
+class GatheredInputs:
+    """A micro-batch that is here in full."""
 
-    loss: float
-    gradients: Mapping[str, Tensor | None] = field(repr=False)  # of the feature parties
-    own: Tensor | None = field(repr=False)
+    targets: PreparedTargets
+    inputs: Mapping[str, Sequence[CutInput]]  # each output of all parties with a base model
 
 
 @dataclass(slots=True)
@@ -77,27 +79,34 @@ class TorchFuseStage:
     table: Table
     batches: Batches
     cuts: Mapping[str, FuseCut]  # to the feature parties, in job order
+    trained: TrainingOutputs  # of the epoch so far
+    tables: Mapping[str, Rows] | None = None  # of the last evaluation
     truly: Mapping[str, float | None] = field(default_factory=dict)  # the last metrics on true labels, for this party
-    _losses: list[tuple[int, float]] = field(default_factory=list)  # of the step so far: rows, mean loss
+    _losses: list[tuple[float, float]] = field(default_factory=list)  # of the step so far: amount of rows, mean loss
+    _amounts: tuple[int, float] = (-1, 0.0)  # of the rows of a step
     _evaluated: dict[int, Evaluated] = field(default_factory=dict)
     _prepared: PreparedTargets | None = None
-    _put_off: tuple[MicroBatch, InFlight, Tensor] | None = None  # the own base model's backward pass: its gradient
+    _put_off: list[tuple[MicroBatch, InFlight, list[Tensor | None]]] = field(
+        default_factory=list
+    )  # the own base's backward passes
+    _gathered: list["GatheredInputs"] = field(default_factory=list)  # of a step whose rows are fused at once
+    _late: list[tuple[MicroBatch, Mapping[str, Payload]]] = field(default_factory=list)  # gradients not yet sent
     _step: int = 0  # of the last micro-batch
 
     def prepare(self, micro_batch: MicroBatch) -> None:
-        """Rows, labels and the own base model's forward pass, for `forward_backward`."""
+        """Prepare rows, labels and the own base model's forward pass, for `forward_backward`."""
         self._own_backward()
         self._prepared = self.begun(micro_batch)
 
     def begun(self, micro_batch: MicroBatch, own_weights: Mapping[str, Tensor] | None = None) -> PreparedTargets:
-        """Return what a micro-batch takes of this party alone, the base model with other weights if given."""
+        """Return what a micro-batch takes of this party alone, of the base model with other weights if given."""
         positions = self.batches.rows(micro_batch)
         rows = CutRows.of(self.table.row_keys, positions)
         flight = None if self.own is None else self.own.fused_in_place(micro_batch, positions, rows, own_weights)
         return PreparedTargets(micro_batch, rows, self._labels(positions), flight)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
-        """Loss and gradients of one micro-batch, weighted by its share of the step's rows.
+        """Compute loss and gradients of one micro-batch, weighted by its share of the step's rows.
 
         A party on whose activation the loss does not depend gets a gradient of no bytes, which is not one of zeros.
         """
@@ -105,32 +114,75 @@ class TorchFuseStage:
             self.prepare(micro_batch)
         mine, self._prepared = self._prepared, None
         assert mine is not None
-        fused = self.fused(mine, self.arrived(activations, micro_batch, mine.rows))
-        self.note(micro_batch, fused.loss)
-        if mine.flight is not None and fused.own is not None:
-            self._put_off = (micro_batch, mine.flight, fused.own)
-        return {p: cut.leave(fused.gradients[p], micro_batch, mine.rows) for p, cut in self.cuts.items()}
+        gathered = self.gathered(mine, self.arrived(activations, micro_batch, mine.rows))
+        self._gathered = [*(self._gathered if micro_batch.index else ()), gathered]
+        if self.layers.whole_batch and micro_batch.index + 1 < self.batches.parts(micro_batch.step):
+            return {}
+        parts, self._gathered = self._gathered if self.layers.whole_batch else self._gathered[-1:], []
+        self._fuse(parts)
+        *self._late, (_, answers) = [(part.targets.micro_batch, self._answers(part)) for part in parts]
+        return answers
 
-    def fused(
-        self, mine: PreparedTargets, arrived: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
-    ) -> Fused:
-        """Do forward and backward pass of the fuse model; gradients are added to its parameters, or to `weights`."""
-        micro_batch, n_rows = mine.micro_batch, len(mine.rows)
-        where = place(self.model.party, micro_batch)
-        inputs = {party: CutInput(tensor) for party, tensor in arrived.items()}
-        own = None if mine.flight is None else CutInput(mine.flight.activation.detach())
-        hooks, entering = hooks_made(), inputs if own is None else {**inputs, self.model.party: own}
-        entered = {party: each.enter() for party, each in entering.items()}
-        with self.model.drawing("forward", micro_batch):
-            output = self._fused(entered, where, weights)
-            loss, value = self._loss(output, mine.labels, where)
-        self._differentiate(loss * (n_rows / self.batches.rows_in_step(micro_batch.step)), hooks, micro_batch)
-        return Fused(value, {p: each.gradient for p, each in inputs.items()}, None if own is None else own.gradient)
+    def gathered(
+        self, mine: PreparedTargets, arrived: Mapping[str, tuple[Sequence[Tensor], Sequence[int]]]
+    ) -> GatheredInputs:
+        """Put a micro-batch together: what has arrived of others, and what this party has."""
+        inputs = {
+            party: [CutInput(t, p in learn) for p, t in enumerate(each)] for party, (each, learn) in arrived.items()
+        }
+        if mine.flight is not None:
+            inputs[self.model.party] = [CutInput(o.detach(), o.requires_grad) for o in mine.flight.outputs]
+        return GatheredInputs(mine, inputs)
 
-    def note(self, micro_batch: MicroBatch, loss: float) -> None:
-        """Add the mean loss of a micro-batch to the step."""
-        self._losses.append((self.batches.sizes(micro_batch.step)[micro_batch.index], loss))
+    def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
+        """Return the gradients that had to wait for the last micro-batch of their step, and forget them."""
+        late, self._late = self._late, []
+        return late
+
+    def _fuse(self, parts: Sequence["GatheredInputs"]) -> None:
+        """Do the forward and the backward pass of these micro-batches' rows, and keep what comes of it."""
+        value, output, positions = self.computed(parts)
+        self.trained.add(output, positions)
+        self.note(parts[-1].targets.micro_batch, positions, value)
+        for part in parts:
+            own = part.inputs.get(self.model.party)
+            if part.targets.flight is not None and own is not None:
+                self._put_off.append((part.targets.micro_batch, part.targets.flight, [each.gradient for each in own]))
+
+    def note(self, micro_batch: MicroBatch, positions: Positions, loss: float) -> None:
+        """Add the mean loss of these rows to the step."""
+        self._losses.append((self.objective.amount(positions), loss))
         self._step = micro_batch.step
+
+    def computed(
+        self, parts: Sequence["GatheredInputs"], weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[float, Tensor, Positions]:
+        """Compute these micro-batches' rows, all at once; returns their mean loss, the output and the rows.
+
+        Gradients are added to the parameters, or to `weights`.
+        """
+        first, last = parts[0].targets.micro_batch, parts[-1].targets.micro_batch
+        where, positions = (
+            place(self.model.party, last),
+            _joined([self.batches.rows(p.targets.micro_batch) for p in parts]),
+        )
+        hooks = hooks_made()
+        entered = [{party: [o.enter() for o in each] for party, each in part.inputs.items()} for part in parts]
+        inputs = entered[0]
+        if len(parts) > 1:
+            inputs = {p: [torch.cat(each) for each in zip(*(of[p] for of in entered), strict=True)] for p in entered[0]}
+        labels = parts[0].targets.labels if len(parts) == 1 else torch.cat([part.targets.labels for part in parts])
+        with self.model.drawing("forward", first):
+            output = self._fused(inputs, where, weights)
+            loss, value = self._loss(output, labels, positions, where)
+        amount = self.objective.amount(positions)
+        self._differentiate(loss * (amount / (self._amount_of_step(last.step) or 1.0)), hooks, first)
+        return value, output, positions
+
+    def _answers(self, part: "GatheredInputs") -> Mapping[str, Payload]:
+        """Return the gradients of a micro-batch's activations, as they are sent."""
+        about = (part.targets.micro_batch, part.targets.rows)
+        return {p: cut.leave_each([o.gradient for o in part.inputs[p]], *about) for p, cut in self.cuts.items()}
 
     def _differentiate(self, loss: Tensor, hooks: int, micro_batch: MicroBatch) -> None:
         """Do the backward pass from the loss to the activations; random draws in it are keyed by the micro-batch."""
@@ -138,14 +190,14 @@ class TorchFuseStage:
         if not loss.requires_grad:
             raise ComputeError(
                 f"{where}: the loss of {self.model.name} depends on no activation and on no parameter that is trained, "
-                "so nothing can be learnt; check for detach(), no_grad() and argmax() in model and loss"
+                "so nothing can be learned; check for detach(), no_grad() and argmax() in model and loss"
             )
-        scope = self.model.differentiating(loss, hooks, micro_batch)
+        scope = self.model.differentiating([loss], hooks, micro_batch)
         with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
             torch.autograd.backward(loss)
 
     def update(self) -> float:
-        """One optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
+        """Make one optimizer step of fuse and own base; returns the step's loss, the mean over its rows."""
         if not self._losses:
             raise LocalProtocolError("an update without a micro-batch")
         self._own_backward()
@@ -159,7 +211,7 @@ class TorchFuseStage:
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         """Add held-out rows to the running evaluation; their outputs stay in memory until `metrics`."""
         arrived = self.arrived(activations, micro_batch, self.held_out(micro_batch))
-        self.keep(micro_batch, *self.scored(micro_batch, arrived))
+        self.keep(micro_batch, *self.scored(micro_batch, {party: each for party, (each, _) in arrived.items()}))
 
     def held_out(self, micro_batch: MicroBatch) -> CutRows:
         """Return the held-out rows of a micro-batch."""
@@ -168,18 +220,19 @@ class TorchFuseStage:
     def scored(
         self,
         micro_batch: MicroBatch,
-        arrived: Mapping[str, Tensor],
+        arrived: Mapping[str, Sequence[Tensor]],
         weights: Mapping[str, Tensor] | None = None,
         own_weights: Mapping[str, Tensor] | None = None,
     ) -> tuple[float, Tensor]:
         """Return loss and output for held-out rows, with other weights if given."""
-        where, inputs = f"{place(self.model.party, micro_batch)} (held-out rows)", dict(arrived)
+        positions, inputs = self.batches.holdout_part(micro_batch.index), dict(arrived)
+        where = f"{place(self.model.party, micro_batch)} (held-out rows)"
         if self.own is not None:
             inputs[self.model.party] = self.own.prediction(micro_batch, own_weights)
         loss = self.objective.owned
         with self.model.evaluating(), loss.evaluating(), self.model.drawing("evaluate", micro_batch):
             output = self._fused(inputs, where, weights)
-            _, value = self._loss(output, self._labels(self.batches.holdout_part(micro_batch.index)), where)
+            _, value = self._loss(output, self._labels(positions), positions, where)
         return value, output
 
     def keep(self, micro_batch: MicroBatch, loss: float, output: Tensor) -> None:
@@ -187,33 +240,44 @@ class TorchFuseStage:
         positions = self.batches.holdout_part(micro_batch.index)
         labels = self._labels(positions).cpu()
         kept = (output.cpu(), labels) if self.objective.metrics else (output.new_empty(0), labels.new_empty(0))
-        self._evaluated[micro_batch.index] = Evaluated(len(positions), loss, *kept)
+        self._evaluated[micro_batch.index] = Evaluated(self.objective.amount(positions), loss, *kept)
 
     def metrics(self) -> Mapping[str, float | None]:
-        """Loss and metrics over all rows evaluated since the last call; None where these rows do not define one."""
+        """Return loss and metrics over all rows evaluated since the last call; None where rows do not define one."""
         parts = [self._evaluated[index] for index in sorted(self._evaluated)]
         if not parts:
             raise LocalProtocolError("metrics without an evaluation")
         self._evaluated.clear()
-        found: dict[str, float | None] = {"loss": _mean([(part.rows, part.loss) for part in parts])}
+        self.tables = None
+        found: dict[str, float | None] = {"loss": _mean([(part.amount, part.loss) for part in parts])}
         if self.objective.metrics:
             output, labels = torch.cat([p.output for p in parts]), torch.cat([p.labels for p in parts])
-            found |= measured(self.objective, output, labels)
+            rows = np.concatenate([self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)])
+            found |= measured(self.objective, output, labels, rows)
+            self.tables = tabulated(self.objective, output, labels, rows)
             if self.table.truth is not None:
-                self.truly = measured(self.objective, output, self._true_labels(len(parts)))
+                self.truly = measured(self.objective, output, label_tensor(self.table.truth[rows]), rows)
         return found
 
-    def _true_labels(self, parts: int) -> Tensor:
-        """The labels of the first held-out micro-batches, in whose place the stage is given others."""
-        assert self.table.truth is not None
-        positions = [self.batches.holdout_part(index) for index in range(parts)]
-        return label_tensor(self.table.truth[np.concatenate(positions)])
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        """Return the metrics of the epoch's training passes, and forget them; None if they are not asked for."""
+        found = self.trained.take()
+        if found is None:
+            return None
+        output, rows = found
+        return measured(self.objective, output, self.objective.labels[torch.from_numpy(rows)], rows)
+
+    def evaluation_tables(self) -> Mapping[str, Rows] | None:
+        """Return what a person looks at of the last evaluation; None of numbers, and without metrics."""
+        return self.tables
 
     def state(self) -> State:
         """Return a copy of everything that a step changes: fuse, own base, both optimizers, the loss."""
         if self._losses:
             raise LocalProtocolError("a checkpoint in the middle of a step")
-        states = [self.model.state(), self.objective.owned.state()] + ([] if self.own is None else [self.own.state()])
+        states = [self.model.state(), self.objective.owned.state(), self.trained.state()] + (
+            [] if self.own is None else [self.own.state()]
+        )
         return State(
             {name: tensor for state in states for name, tensor in state.tensors.items()},
             {name: value for state in states for name, value in state.values.items()},
@@ -223,13 +287,16 @@ class TorchFuseStage:
         """Become what `state` described."""
         self.model.load(state)
         self.objective.owned.load(state)
+        self.trained.load(state)
         if self.own is not None:
             self.own.load(state)
         self._losses.clear()
         self._evaluated.clear()
         for cut in self.cuts.values():
             cut.forget()
-        self._put_off = self._prepared = None
+        self._prepared = None
+        for waiting in (self._put_off, self._gathered, self._late):
+            waiting.clear()
 
     def weights(self) -> Weights:
         """Return the state_dict of the fuse model, and of the own base model if there is one."""
@@ -237,37 +304,57 @@ class TorchFuseStage:
 
     def _own_backward(self) -> None:
         """Do the backward pass of the own base model that was put off, if there is one."""
-        if self._put_off is not None and self.own is not None:
-            put_off, self._put_off = self._put_off, None
-            self.own.differentiate(*put_off)
+        put_off, self._put_off = self._put_off, []
+        for each in put_off:
+            assert self.own is not None
+            self.own.differentiate(*each)
 
-    def arrived(self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows) -> dict[str, Tensor]:
-        """Return the feature parties' activations in job order."""
+    def arrived(
+        self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows
+    ) -> dict[str, tuple[list[Tensor], tuple[int, ...]]]:
+        """Return the feature parties' outputs in job order, and which of them want a gradient."""
         missing = [party for party in self.cuts if party not in activations]
         if missing:
             raise LocalProtocolError(f"{place(self.model.party, micro_batch)}: no activation of {', '.join(missing)}")
-        return {party: cut.arrive(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
+        return {party: cut.arrive_each(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
 
-    def _fused(self, inputs: Mapping[str, Tensor], where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _fused(
+        self, inputs: Mapping[str, Sequence[Tensor]], where: str, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return the fuse model's output; inputs in job order, whatever order they came in."""
         with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
-            joined = aggregated([inputs[party] for party in self.layers.fused], self.layers.aggregation)
+            each = fuse_inputs(inputs, self.layers.outputs, self.layers.fused)
+            joined = aggregated(each, self.layers.aggregation)
         return self.model.run(joined, where, weights)
 
     def _labels(self, positions: Positions) -> Tensor:
         return self.objective.labels[torch.from_numpy(positions)].to(self.model.device)
 
-    def _loss(self, output: Tensor, labels: Tensor, where: str) -> tuple[Tensor, float]:
+    def _amount_of_step(self, step: int) -> float:
+        """Return how much the rows of a step count together."""
+        if self.objective.weighting is None:
+            return float(self.batches.rows_in_step(step))
+        if self._amounts[0] != step:
+            parts = [self.batches.rows(MicroBatch(step, index)) for index in range(self.batches.parts(step))]
+            self._amounts = (step, sum(map(self.objective.amount, parts)))
+        return self._amounts[1]
+
+    def _loss(self, output: Tensor, labels: Tensor, positions: Positions, where: str) -> tuple[Tensor, float]:
         with blame(f"{where}: the loss failed"):
-            loss = self.objective.loss(output, labels)
+            loss = self.objective.loss_of(output, labels, positions)
             value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteError(f"{where}: the loss is {value}; {why_not_finite(output, self.model.name)}")
         return loss, value
 
 
-def _mean(losses: Sequence[tuple[int, float]]) -> float:
-    return sum(rows * loss for rows, loss in losses) / sum(rows for rows, _ in losses)
+def _joined(positions: Sequence[Positions]) -> Positions:
+    return positions[0] if len(positions) == 1 else np.concatenate(positions)
+
+
+def _mean(losses: Sequence[tuple[float, float]]) -> float:
+    """Return the mean of losses by the amounts of their rows; 0 of rows that count for nothing."""
+    return sum(amount * loss for amount, loss in losses) / (sum(amount for amount, _ in losses) or 1.0)
 
 
 def fuse_stage(
@@ -293,7 +380,11 @@ def fuse_stage(
     ) -> Inputs:
         numbers = [drawn(layers.seed, p, (rows, *cut), scale) for p, cut in layers.cuts.items()]
         inputs = [x.to(device, dtype).requires_grad_().clone() for x in numbers]  # in the graph, and no leaves of it
-        return aggregated(inputs, layers.aggregation)
+        each = {
+            p: layers.outputs[p].split(x) if p in layers.outputs else [x]
+            for p, x in zip(layers.cuts, inputs, strict=True)
+        }
+        return aggregated(fuse_inputs(each, layers.outputs, layers.fused), layers.aggregation)
 
     take = take or Copies()  # of fuse model and loss together: one may hold the other
     model = Model.build(spec, "fuse", sample, take, batches.steps)
@@ -308,8 +399,10 @@ def fuse_stage(
     with model.drawing("loss trial", MicroBatch(0, 0)):
         objective = objective_of(spec, table, output, scaled, f"party {party!r}", modules, take)
     peers = layers.feature_parties
-    cuts = {peer: _cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
-    return TorchFuseStage(layers, model, own, objective, table, batches, cuts)
+    cuts = {peer: fuse_cut(layers, model, peer, (guards or {}).get(peer, UNGUARDED)) for peer in peers}
+    assert spec.objective is not None
+    trained = TrainingOutputs(spec.objective.train_metrics and bool(objective.metrics))
+    return TorchFuseStage(layers, model, own, objective, table, batches, cuts, trained)
 
 
 def _require_rows_first(output: Tensor, model: Model) -> None:
@@ -320,6 +413,9 @@ def _require_rows_first(output: Tensor, model: Model) -> None:
         )
 
 
-def _cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
+def fuse_cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
+    """Build the label holder's cut to a feature party."""
     dtypes = tuple(map(dtype_name, model.accepted()))
-    return FuseCut(model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard)
+    return FuseCut(
+        model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard, layers.outputs.get(peer)
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sl_queue.compute.base_stage import InFlight, TorchBaseStage, gradients_of
+from sl_queue.compute.base_stage import InFlight, TorchBaseStage
 from sl_queue.compute.building import blame
 from sl_queue.compute.fuse_stage import PreparedTargets, TorchFuseStage
 from sl_queue.compute.model import Model
@@ -24,6 +24,7 @@ from sl_queue.errors import LocalProtocolError
 from sl_queue.protocol.hands import Call, Tensors
 from sl_queue.protocol.messages import MicroBatch, Payload
 
+OUTPUT = " output"  # of a micro-batch, where metrics of the training passes are asked for
 Named = dict[str, Tensor]
 Outcome = tuple[dict[str, Any], dict[str, Payload]]  # values and tensors of a result
 Stage = TorchBaseStage | TorchFuseStage
@@ -97,7 +98,7 @@ class TorchHand:
         with model.drawing("forward", micro_batch):
             activation = model.run(stage.inputs(positions), place(model.party, micro_batch), weights)
         relu = stage.cut.wire.compress == "bitmap" and ends_in_relu(activation)
-        self._kept[call.task] = InFlight(activation, hooks, weights, rows)
+        self._kept[call.task] = InFlight([activation], hooks, weights, rows)
         return {"relu": relu}, {"": to_payload(activation), **payloads(model.saw)}
 
     def _for_fuse(self, stage: TorchFuseStage, call: Call, weights: dict[str, Named], arrived: Named) -> Outcome:
@@ -108,17 +109,27 @@ class TorchHand:
                 return {}, payloads({} if stage.own is None else stage.own.model.saw)
             case "fuse":
                 mine: PreparedTargets = self._kept.pop(call.task, None) or stage.begun(call.micro_batch, own)
-                fused = stage.fused(mine, arrived, weights["fuse"])
-                put_off = None if mine.flight is None or fused.own is None else (mine.flight, fused.own)
-                self._kept[call.task] = _Learned(_taken(weights["fuse"]), dict(stage.model.saw), put_off)
-                found = {party: gradient for party, gradient in fused.gradients.items() if gradient is not None}
-                return {"loss": fused.loss}, payloads(found)
+                return self._fuse(stage, call, mine, weights["fuse"], arrived)
             case "learn":
                 return self._learn(stage, call.micro_batch, self._kept.pop(call.task))
             case "evaluate":
-                loss, output = stage.scored(call.micro_batch, arrived, weights["fuse"], own)
+                each = {party: [tensor] for party, tensor in arrived.items()}
+                loss, output = stage.scored(call.micro_batch, each, weights["fuse"], own)
                 return {"loss": loss}, {"": to_payload(output)} if stage.objective.metrics else {}
         raise LocalProtocolError(f"no hand can {call.what!r}")
+
+    def _fuse(
+        self, stage: TorchFuseStage, call: Call, mine: PreparedTargets, weights: Named, arrived: Named
+    ) -> Outcome:
+        part = stage.gathered(mine, {party: ([tensor], (0,)) for party, tensor in arrived.items()})
+        loss, output, _ = stage.computed([part], weights)
+        gradients = {party: each[0].gradient for party, each in part.inputs.items()}
+        own = gradients.pop(stage.model.party, None)
+        put_off = None if mine.flight is None or own is None else (mine.flight, own)
+        seen = {**stage.model.saw, **({OUTPUT: output.detach()} if stage.trained.wanted else {})}
+        self._kept[call.task] = _Learned(_taken(weights), seen, put_off)
+        found = {party: gradient for party, gradient in gradients.items() if gradient is not None}
+        return {"loss": loss}, payloads(found)
 
     @staticmethod
     def _learn(stage: TorchFuseStage, micro_batch: MicroBatch, kept: _Learned) -> Outcome:
@@ -157,13 +168,15 @@ def _weights_of(model: Model, tensors: Tensors) -> Named:
 
 def _learned(stage: TorchBaseStage, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor) -> Named:
     """Do a base model's backward pass; random draws in it are keyed by the micro-batch."""
-    if not flight.activation.requires_grad:
+    (activation,), weights, model = flight.outputs, flight.weights, stage.model
+    if not activation.requires_grad:
         return {}
-    assert flight.weights is not None
-    model = stage.model
-    scope = model.differentiating(flight.activation, flight.hooks, micro_batch)
+    assert weights is not None
+    names = [name for name, weight in weights.items() if weight.requires_grad]
+    scope = model.differentiating([activation], flight.hooks, micro_batch)
     with blame(f"{place(model.party, micro_batch)}: the backward pass of {model.name} failed"), scope:
-        return gradients_of(flight.activation, flight.weights, gradient)
+        found = torch.autograd.grad(activation, [weights[name] for name in names], gradient, allow_unused=True)
+    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
 
 def _taken(weights: Named) -> Named:

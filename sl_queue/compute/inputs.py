@@ -42,12 +42,31 @@ def offers(spec: ComputeSpec, table: Table, dtype: torch.dtype) -> tuple[Offer, 
     """Return the forms of the features to try on a model of `dtype`, the one to prefer first."""
     features = table.features
     assert features is not None
+    if spec.base is not None and spec.base.inputs != "tensor" and features.ndim == 2:
+        features = _by_column(features, table.columns if spec.base.inputs == "dict" else None)
+    if features.dtype.names:
+        assert table.features is not None
+        return tuple(map(Offer, (features, _floating(features))[: n_offers(table.features)]))
     remark, fault = _looked_at(features, table.columns, dtype_name(dtype), f"party {spec.party!r}: features")
     if features.dtype.kind not in "iu":
         return (Offer(features, remark, fault),)
     floating = Offer(features.astype(np.float64 if dtype == torch.float64 else np.float32), remark, fault)
     whole = Offer(features)
     return (floating, whole) if spec.table_is_file and remark is fault is None else (whole, floating)
+
+
+def _floating(records: Array) -> Array:
+    """Make floating numbers of all fields."""
+    return records.astype([(name, np.float32) for name in records.dtype.names or ()])
+
+
+def _by_column(features: Array, columns: tuple[str, ...] | None) -> Array:
+    """Make a record of each row, a field a column: by name, or by place."""
+    names = columns or tuple(f"[{place}]" for place in range(features.shape[1]))
+    found = np.empty(len(features), [(name, features.dtype) for name in names])
+    for place, name in enumerate(names):
+        found[name] = features[:, place]
+    return found
 
 
 def _looked_at(

@@ -55,7 +55,7 @@ class Average:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """A scope in which the average stands in the place of the module's weights; without a copy."""
+        """Run the body with the average in the place of the module's weights; without a copy."""
         self.swap()
         try:
             yield
@@ -68,7 +68,7 @@ class Average:
             parameter.data, self.tensors[name] = self.tensors[name], parameter.data
 
     def state(self, prefix: str) -> State:
-        """A copy of the average."""
+        """Copy the average."""
         return State({f"{prefix}/{n}": to_payload(t) for n, t in self.tensors.items()}, {prefix: self.steps})
 
     def load(self, prefix: str, state: State) -> None:
@@ -144,7 +144,7 @@ class Learning:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """A scope in which the module has the weights to evaluate and to give away."""
+        """Run the body with the weights to evaluate and to give away in the module."""
         if self.average is None:
             yield
             return
@@ -157,7 +157,7 @@ class Learning:
             self.average.swap()
 
     def state(self) -> State:
-        """A copy of all that a step changes, besides the module."""
+        """Copy all that a step changes, besides the module."""
         found = self.built.state()
         if self.average is None:
             return found

@@ -25,7 +25,7 @@ _ONE = 1e-3  # how far the probabilities of a soft label may be from adding up t
 
 
 def bce_with_logits(output: Tensor, labels: Tensor, pos_weight: Any = None, reduction: str = "mean") -> Tensor:
-    """Binary cross-entropy of logits; labels from 0 to 1, (rows,) or as the output."""
+    """Compute binary cross-entropy of logits; labels from 0 to 1, (rows,) or as the output."""
     output = widened(output)
     weight = None if pos_weight is None else torch.as_tensor(pos_weight, dtype=output.dtype, device=output.device)
     given = as_output(labels, output)
@@ -35,7 +35,7 @@ def bce_with_logits(output: Tensor, labels: Tensor, pos_weight: Any = None, redu
 def cross_entropy(
     output: Tensor, labels: Tensor, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy of logits (rows, classes); labels are class numbers (rows,), or probabilities as the output."""
+    """Compute cross-entropy of logits (rows, classes); labels are class numbers (rows,), or probabilities."""
     output = widened(output)
     each = None if weight is None else torch.as_tensor(weight, dtype=output.dtype, device=output.device)
     given = as_classes(labels, output)
@@ -43,19 +43,19 @@ def cross_entropy(
 
 
 def mse(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean squared error; labels (rows,) or as the output."""
+    """Compute mean squared error; labels (rows,) or as the output."""
     output = widened(output)
     return F.mse_loss(output, as_output(labels, output), reduction=reduction)
 
 
 def l1(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean absolute error; labels (rows,) or as the output."""
+    """Compute mean absolute error; labels (rows,) or as the output."""
     output = widened(output)
     return F.l1_loss(output, as_output(labels, output), reduction=reduction)
 
 
 def huber(output: Tensor, labels: Tensor, delta: float = 1.0, reduction: str = "mean") -> Tensor:
-    """Squared error up to `delta`, absolute beyond; labels (rows,) or as the output."""
+    """Compute squared error up to `delta`, absolute beyond; labels (rows,) or as the output."""
     output = widened(output)
     return F.huber_loss(output, as_output(labels, output), reduction=reduction, delta=delta)
 
@@ -63,13 +63,13 @@ def huber(output: Tensor, labels: Tensor, delta: float = 1.0, reduction: str = "
 def poisson(
     output: Tensor, labels: Tensor, log_input: bool = True, full: bool = False, reduction: str = "mean"
 ) -> Tensor:
-    """Negative log likelihood of counts; the output is the logarithm of the rate unless `log_input` is false."""
+    """Compute negative log likelihood of counts; the output is the rate's logarithm unless `log_input` is false."""
     output = widened(output)
     return F.poisson_nll_loss(output, as_output(labels, output), log_input, full, reduction=reduction)
 
 
 def bce(output: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Binary cross-entropy of probabilities; labels from 0 to 1, (rows,) or as the output."""
+    """Compute binary cross-entropy of probabilities; labels from 0 to 1, (rows,) or as the output."""
     output = widened(output)
     return F.binary_cross_entropy(output, as_output(labels, output), reduction=reduction)
 

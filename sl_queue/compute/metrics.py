@@ -56,11 +56,11 @@ def task_of(
 
 
 def metrics_of(wanted: Sequence[Any], task: Task, where: str, code: UserCode, classes: int) -> dict[str, Metric]:
-    """The metrics by their names in the history: of ours, of torchmetrics, or in code.
+    """Build the metrics by their names in the history: of ours, of torchmetrics, or in code.
 
     Raises JobError for one that the task does not have.
     """
-    wanted = [metric for metric in wanted if metric != "loss"]  # which is always told
+    wanted = [metric for metric in wanted if metric != "loss"]  # which is always reported
     known = _known(task) if wanted else {}
     found: dict[str, Metric] = {}
     for metric in wanted:
@@ -75,7 +75,7 @@ def metrics_of(wanted: Sequence[Any], task: Task, where: str, code: UserCode, cl
 
 
 def check_targets(task: Task, output: Tensor, labels: npt.NDArray[Any], metrics: Iterable[str], where: str) -> None:
-    """Raise JobError if labels are none that these metrics can take; a loss of the user's own may have others."""
+    """Raise JobError for labels that these metrics cannot take; a loss of the user's own may have others."""
     told = ", ".join(metrics)
     if not told:
         return
@@ -86,7 +86,7 @@ def check_targets(task: Task, output: Tensor, labels: npt.NDArray[Any], metrics:
 
 
 def predictions(task: Task, outputs: str, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and labels as the task's metrics take them: probabilities and class numbers, or numbers; flat rows.
+    """Return output and labels as the task's metrics take them: probabilities and class numbers, or numbers; flat rows.
 
     `outputs` says whether the output is logits, probabilities or log_probabilities. A label between 0 and 1 counts as
     the class that is nearer, soft labels as their largest class.
@@ -144,7 +144,7 @@ def undefined(names: Iterable[str], task: Task, found: Tensor) -> dict[str, str]
 
 
 def _known(task: Task) -> Mapping[str, Metric]:
-    """Every metric of a task by name."""
+    """Return every metric of a task by name."""
     c, r = partial(_later, "classification"), partial(_later, "regression")
     match task:
         case Task.BINARY:
@@ -197,7 +197,7 @@ def _always(metric: _Function) -> Metric:
 
 
 def _of_different_targets(metric: _Function) -> Metric:
-    """None when all targets are the same: nothing can be told apart or explained."""
+    """Return None when all targets are the same: nothing can be told apart or explained."""
     return lambda predicted, targets: None if (targets == targets[0]).all() else metric(predicted, targets).item()
 
 

@@ -1,9 +1,10 @@
 """One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from sl_queue.compute.building import (
     Sample,
     blame,
     build_module,
+    called,
     device_of,
     dtype_of,
+    is_penalised,
     table_of,
+    tensors_in,
     tensors_of,
 )
 from sl_queue.compute.code_digest import named
@@ -26,6 +30,7 @@ from sl_queue.compute.modules.demands import (
     leaves_beyond,
     leaves_of,
     require_known,
+    require_number,
     require_savable,
     require_within_reach,
 )
@@ -39,6 +44,7 @@ from sl_queue.compute.optimizers import build_optimizer
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, Part
 from sl_queue.cut.crossing import CROSSING_DTYPES
+from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import described, from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError
 from sl_queue.protocol.checkpoint import State
@@ -62,9 +68,10 @@ class Model:
     built: Built = field(repr=False)
     warned: set[str] = field(default_factory=set)  # attributes of which it was said that no checkpoint carries them
     known: bool = False  # whether all parameters were the optimizer's in the first step
-    secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
+    outputs: Outputs | None = None  # of a base model with several
     statistics: Statistics = field(default_factory=Statistics)  # where micro-batches are computed apart
     saw: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # by the newest forward pass, of those
+    secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -100,19 +107,23 @@ class Model:
         if optimizer is not None:
             learning = Learning.of(optimizer, module, part, table, steps, where, spec.code)
         about = (spec.party, part, name, module, learning, device, dtype_of(module))
-        return cls(*about, spec.layers.seed, built, secret=spec.secret)
+        outputs = spec.layers.outputs.get(spec.party) if part == "base" else None
+        return cls(*about, spec.layers.seed, built, outputs=outputs, secret=spec.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Open a scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
         return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch, self.secret), self.device)
 
-    def differentiating(self, root: Tensor, hooks_before: int, micro_batch: MicroBatch) -> AbstractContextManager[None]:
-        """Open the scope of a backward pass from `root`: a keyed one if anything in it may draw random numbers.
+    def differentiating(
+        self, roots: Sequence[Tensor], hooks_before: int, micro_batch: MicroBatch
+    ) -> AbstractContextManager[None]:
+        """Open the scope of a backward pass from `roots`: a keyed one if anything in it may draw random numbers.
 
         `hooks_before`: `hooks_made()` before the forward pass. torch's own code draws nothing; with no lock around it,
         parties that are threads of one process compute at the same time.
         """
-        return nullcontext() if runs_only_torch(root, hooks_before) else self.drawing("backward", micro_batch)
+        quiet = all(runs_only_torch(root, hooks_before) for root in roots)
+        return nullcontext() if quiet else self.drawing("backward", micro_batch)
 
     def accepted(self) -> tuple[torch.dtype, ...]:
         """Return the dtypes of activations that the module may be given: its own, or narrower ones."""
@@ -122,18 +133,32 @@ class Model:
 
     def run(self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the module's output, with other `weights` in the place of its parameters if given."""
+        return self.joined(self.run_with_penalty(inputs, where, weights)[0])
+
+    def joined(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the outputs as they cross the cut: several lie side by side."""
+        return outputs[0] if self.outputs is None else self.outputs.joined(outputs)
+
+    def run_with_penalty(
+        self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return the module's outputs, mostly one, and a loss of its own if a base model returns one beside."""
         with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
-            if weights is None:
-                output = self.module(inputs)
-            elif self.statistics.feeding:
+            if weights is not None and self.statistics.feeding:
                 with self.statistics.apart(weights) as copies:
-                    output = torch.func.functional_call(self.module, {**weights, **copies}, (inputs,))
+                    output = called(self.module, inputs, {**weights, **copies})
                 self.saw = self.statistics.seen(copies, weights)
             else:
-                output = torch.func.functional_call(self.module, dict(weights), (inputs,))
+                output = called(self.module, inputs, weights)
+        penalty = None
+        if self.part == "base" and is_penalised(output, self.outputs):
+            output, penalty = output
+            require_number(penalty, f"{where}: the penalty of {self.name}")
+        if self.outputs is not None:
+            return self.outputs.listed(output, len(tensors_in(inputs)[0]), f"{where}: {self.name}"), penalty
         if not isinstance(output, Tensor):
             raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
-        return output
+        return [output], penalty
 
     def try_out(self, inputs: Inputs, *, ahead: bool = False, graph: bool = False) -> Tensor:
         """Return the output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails.
@@ -144,7 +169,7 @@ class Model:
         before = Snapshot.of(self.module)
         try:
             output = self._trial(inputs, None)
-            self._require_known(leaves_beyond(output, inputs))
+            self._require_known(leaves_beyond(output, tensors_in(inputs)))
             self._tell(self.built.changes(self.module, f"{self.part}/")[1])
         except ComputeError as error:
             raise ShapeError(f"{error}; check {self.name} and its args") from error
@@ -298,5 +323,7 @@ class Model:
             ) from error
 
 
-def _described(inputs: Inputs) -> str:
-    return described(inputs) if isinstance(inputs, Tensor) else "[" + ", ".join(map(described, inputs)) + "]"
+def _described(inputs: Any) -> str:
+    if isinstance(inputs, dict):
+        return "{" + ", ".join(f"{name}: {described(tensor)}" for name, tensor in inputs.items()) + "}"
+    return described(inputs) if isinstance(inputs, Tensor) else "[" + ", ".join(map(_described, inputs)) + "]"

@@ -45,7 +45,7 @@ class BuiltOptimizer:
         return cls(optimizer, module, prefix, _memories(optimizer, module))
 
     def state(self) -> State:
-        """A copy of all that a step changes. Raises ComputeError for what no checkpoint can carry."""
+        """Copy all that a step changes. Raises ComputeError for what no checkpoint can carry."""
         tensors: dict[str, Payload] = {}
         values: dict[str, Any] = {}
         more: dict[str, Any] = {}
@@ -112,13 +112,13 @@ class BuiltOptimizer:
                 self._put(place, found)
 
     def _of_parameters(self) -> list[tuple[str, str, Any]]:
-        """What is remembered of each parameter: its name, the key, the value. Raises ComputeError for strangers."""
+        """List the memory of each parameter: its name, the key, the value. Raises ComputeError for strangers."""
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         strange = [key for key in self.optimizer.state if key not in names]
         if strange:
             raise ComputeError(
                 f"the optimizer {type(self.optimizer).__name__} keeps state for a {type(strange[0]).__name__} that is "
-                "no parameter of the model; keep it in an attribute, or in the state of a parameter"
+                "not a parameter of the model; keep it in an attribute, or in the state of a parameter"
             )
         return [
             (name, key, value)
@@ -132,7 +132,7 @@ class BuiltOptimizer:
         return parameters[name]
 
     def _home(self, place: str) -> tuple[dict[str, Any], str]:
-        """Where a place is: the dict that holds it, and its key therein."""
+        """Return the dict that holds a place, and its key therein."""
         owner, _, name = place.partition(".")
         if owner == "attributes":
             return vars(self.optimizer), name
@@ -158,7 +158,7 @@ def _memory(module: nn.Module) -> Memory:
 
 
 def _memories(optimizer: Optimizer, module: nn.Module) -> dict[str, Remembered]:
-    """Copies of the numbers of an optimizer's groups, and of its own attributes."""
+    """Copy the numbers of an optimizer's groups, and of its own attributes."""
     memory = _memory(module)
     found = {
         f"groups[{number}].{key}": memory.remember(value)
@@ -172,7 +172,7 @@ def _memories(optimizer: Optimizer, module: nn.Module) -> dict[str, Remembered]:
 
 @cache
 def _of_every_optimizer() -> frozenset[str]:
-    """The attributes that torch gives each optimizer, and that are kept by other means or are no state."""
+    """Return the attributes that torch gives each optimizer, and that are kept by other means or are no state."""
     return frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"_opt_called", "_warned_capturable_if_run_uncaptured"}
 
 

@@ -26,7 +26,7 @@ def optimizer_names() -> dict[str, type[Optimizer]]:
 def build_optimizer(
     module: nn.Module, settings: Any, key: str, groups: Sequence[Mapping[str, Any]], code: UserCode
 ) -> Optimizer | None:
-    """The optimizer that a party file describes at `key`, or that its callable makes, found by `code`.
+    """Build the optimizer that a party file describes at `key`, or that its callable makes, found by `code`.
 
     None for a module without parameters. Raises JobError.
     """
@@ -69,7 +69,7 @@ def _built(kind: type[Optimizer], parts: list[Any], options: Mapping[str, Any], 
 
 
 def _groups(module: nn.Module, groups: Sequence[Mapping[str, Any]], no_decay: Sequence[str], where: str) -> list[Any]:
-    """The module's parameters as torch's optimizers take them: in groups, or plainly where there are none.
+    """Return the module's parameters as torch's optimizers take them: in groups, or plainly where there are none.
 
     The first group whose pattern a parameter's name matches has it; what `no_decay` matches has a weight decay of 0,
     wherever it is.
@@ -118,7 +118,7 @@ def _require_options(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], 
         for name in group.keys() - {"match"} - optimizer.defaults.keys():
             advice = nearest(name, list(optimizer.defaults))
             raise JobError(
-                f"{where} groups[{number}].{name} is no option of {type(optimizer).__name__}; {advice}"
+                f"{where} groups[{number}].{name} is not an option of {type(optimizer).__name__}; {advice}"
                 f"allowed are match, {', '.join(optimizer.defaults)}"
             )
     if bare and "weight_decay" not in optimizer.defaults:
@@ -129,7 +129,7 @@ def _require_options(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], 
 
 
 def _made(module: nn.Module, make: Any, key: str, code: UserCode) -> Optimizer:
-    """The optimizer that a callable makes of the module."""
+    """Return the optimizer that a callable makes of the module."""
     told = make if isinstance(make, str) else getattr(make, "__qualname__", type(make).__name__)
     make = code.load(make) if isinstance(make, str) else make
     try:
@@ -143,7 +143,7 @@ def _made(module: nn.Module, make: Any, key: str, code: UserCode) -> Optimizer:
     own = {id(parameter): name for name, parameter in module.named_parameters()}
     given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if given - own.keys():
-        raise JobError(f"{key} = {told!r} trains {len(given - own.keys())} tensors that are none of the model's")
+        raise JobError(f"{key} = {told!r} trains {len(given - own.keys())} tensors that are not the model's")
     left_out = [name for number, name in own.items() if number not in given]
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     if set(left_out) - frozen:

@@ -21,7 +21,7 @@ _TRIED = 8  # rows
 
 
 class Task(StrEnum):
-    """What is predicted; it decides which metrics there are."""
+    """Prediction task; it decides which metrics there are."""
 
     BINARY = "binary"  # one logit a row, or several independent ones, which are then pooled
     MULTICLASS = "multiclass"  # a logit for each class
@@ -45,7 +45,7 @@ class OfRawOutputs:
 
 
 def made(metric: Any, where: str, code: UserCode) -> Metric:
-    """A metric in code: a function, an object that is called, or a class that is built with the table's arguments."""
+    """Build a metric in code: a function, an object that is called, or a class built with the table's arguments."""
     options = {k: v for k, v in metric.items() if k not in ("name", "as")} if isinstance(metric, Mapping) else {}
     thing = metric["name"] if isinstance(metric, Mapping) else metric
     thing = code.load(thing) if isinstance(thing, str) else thing
@@ -64,7 +64,7 @@ def made(metric: Any, where: str, code: UserCode) -> Metric:
 
 
 def torchmetric(metric: Any, task: Task, known: Iterable[str], where: str, classes: int) -> Metric:
-    """A metric of torchmetrics by the name of its class or function, tried out. Raises JobError."""
+    """Build a metric of torchmetrics by the name of its class or function, tried out. Raises JobError."""
     name = metric if isinstance(metric, str) else metric["name"]
     options = {} if isinstance(metric, str) else {k: v for k, v in metric.items() if k not in ("name", "as")}
     functions = _functions(task)
@@ -93,7 +93,7 @@ def torchmetric(metric: Any, task: Task, known: Iterable[str], where: str, class
 
 
 def _functions(task: Task) -> dict[str, Callable[..., Any]]:
-    """The functions of torchmetrics for a task, by their names without prefix and underscores."""
+    """Return the functions of torchmetrics for a task, by their names without prefix and underscores."""
     kind = "regression" if task is Task.REGRESSION else "classification"
     module, prefix = import_module(f"torchmetrics.functional.{kind}"), _PREFIXES[task]
     names = [name for name in vars(module) if name.startswith(prefix) and not name.startswith("_")]
@@ -106,7 +106,7 @@ def _plain(name: str) -> str:
 
 
 def _trial(task: Task, classes: int) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of a few rows, as such metrics get them."""
+    """Return predictions and targets of a few rows, as such metrics get them."""
     numbers = torch.arange(_TRIED, dtype=torch.float64)
     match task:
         case Task.BINARY:
@@ -119,7 +119,7 @@ def _trial(task: Task, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def _number(found: Any, name: str) -> float | None:
-    """One number, None for one that these rows do not define."""
+    """Return one number, None for one that these rows do not define."""
     if isinstance(found, Tensor) and found.numel() == 1:
         found = found.item()
     if found is None or isinstance(found, bool | int | float):

@@ -104,7 +104,7 @@ def require_no_parameters(tried: Tensor, output: Tensor, models: Iterable[nn.Mod
     known = {id(output)} | {id(parameter) for model in models for parameter in model.parameters()}
     if any(id(leaf) not in known for leaf in leaves_of(tried)):
         raise JobError(
-            f"{where}: the loss comes of a tensor that requires a gradient, and nothing trains it; {_ADVICE}"
+            f"{where}: the loss depends on a tensor that requires a gradient, and nothing trains it; {_ADVICE}"
         )
 
 

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import base_stage
+from sl_queue.compute.building import called, is_penalised
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.model import Model
 from sl_queue.compute.objective import Objective, measured
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
+from sl_queue.cut.several import fuse_inputs
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.messages import MicroBatch
@@ -50,16 +52,18 @@ def train_joined(
     history: list[dict[str, Any]] = []
     losses: list[float] = []
     for step in range(batches.steps if steps is None else steps):
-        n_rows = batches.rows_in_step(step)
-        summed = 0.0
-        for index in range(batches.parts(step)):
-            summed += whole.differentiate(MicroBatch(step, index), n_rows)
+        parts = [MicroBatch(step, index) for index in range(batches.parts(step))]
+        amount = sum(whole.objective.amount(batches.rows(micro_batch)) for micro_batch in parts) or 1.0
+        if whole.layers.whole_batch:
+            summed = whole.differentiate(parts, amount)
+        else:
+            summed = sum(whole.differentiate([micro_batch], amount) for micro_batch in parts)
         for model in whole.models:
             if model.learning is not None:
                 with model.drawing("update", MicroBatch(step, 0)):
                     model.learning.step(step)
                 model.learning.built.optimizer.zero_grad()
-        losses.append(summed / n_rows)
+        losses.append(summed / amount)
         if batches.ends_epoch(step):
             epoch = batches.epoch_of(step)
             weights = [batches.rows_in_step(s) for s in range(step + 1 - batches.steps_per_epoch, step + 1)]
@@ -79,13 +83,14 @@ class _Cut:
     another order than a tensor of its own: the last bit would differ.
     """
 
-    def __init__(self, activation: Tensor, device: torch.device, crosses: bool) -> None:
+    def __init__(self, activation: Tensor, device: torch.device, crosses: bool, learning: bool = True) -> None:
         self._activation, self._crosses = activation, crosses
         self.gradient: Tensor | None = None  # stays None if the loss does not depend on it
         leaf = activation.detach()
         self._leaf = leaf.contiguous().to(device) if crosses else leaf
-        self._leaf.requires_grad_()
-        self._leaf.register_hook(self._keep)  # type: ignore[no-untyped-call]
+        if learning:
+            self._leaf.requires_grad_()
+            self._leaf.register_hook(self._keep)  # type: ignore[no-untyped-call]
 
     def entered(self) -> Tensor:
         """Return a copy that models may change in place, laid out as the activation is."""
@@ -96,16 +101,22 @@ class _Cut:
         )
         return empty.copy_(self._leaf)
 
-    def differentiate(self, base: Model, micro_batch: MicroBatch) -> None:
-        """Do the backward pass of the base model, if the loss depends on it and it has anything to learn."""
+    def end(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Return the activation and its gradient, if the loss depends on it and there is anything to learn."""
         if self.gradient is None or not self._activation.requires_grad:
-            return
-        gradient = self.gradient.contiguous().to(base.device) if self._crosses else self.gradient
-        with base.drawing("backward", micro_batch):
-            self._activation.backward(gradient)  # type: ignore[no-untyped-call]
+            return None
+        return self._activation, self.gradient.contiguous().to(device) if self._crosses else self.gradient
 
     def _keep(self, gradient: Tensor | None) -> None:
         self.gradient = gradient
+
+
+def _differentiate(cuts: Sequence[_Cut], base: Model, micro_batch: MicroBatch, *, keep: bool) -> None:
+    """Do the backward pass of a base model from all of its outputs that the loss depends on."""
+    ends = [end for cut in cuts if (end := cut.end(base.device)) is not None]
+    if ends:
+        with base.drawing("backward", micro_batch):
+            torch.autograd.backward([a for a, _ in ends], [g for _, g in ends], retain_graph=keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,42 +152,67 @@ class _Whole:
     def models(self) -> list[Model]:
         return [*self.bases.values(), self.fuse]
 
-    def differentiate(self, micro_batch: MicroBatch, rows_in_step: int) -> float:
-        """Add a micro-batch's gradients to those of its step, and return the loss summed over its rows."""
-        rows = self.batches.rows(micro_batch)
-        cuts = {
-            party: _Cut(activation, self.fuse.device, crosses=party != self.layers.label_holder)
-            for party, activation in self.activations(rows, "forward", micro_batch).items()
-        }
-        loss, _ = self.loss([cut.entered() for cut in cuts.values()], rows, "forward", micro_batch)
-        with self.fuse.drawing("backward", micro_batch):
-            (loss * (len(rows) / rows_in_step)).backward()  # type: ignore[no-untyped-call]
-        for party, cut in cuts.items():
-            cut.differentiate(self.bases[party], micro_batch)
-        return loss.item() * len(rows)
+    def differentiate(self, parts: Sequence[MicroBatch], amount_in_step: float) -> float:
+        """Add the gradients of micro-batches that are fused at once, and return the loss summed over their rows."""
+        rows = np.concatenate([self.batches.rows(micro_batch) for micro_batch in parts])
+        penalties: list[dict[str, Tensor]] = [{} for _ in parts]
+        cuts = [
+            {
+                party: [self._cut(party, output) for output in outputs]
+                for party, outputs in self.activations(self.batches.rows(part), "forward", part, own).items()
+            }
+            for part, own in zip(parts, penalties, strict=True)
+        ]
+        entered = [{party: [cut.entered() for cut in of] for party, of in each.items()} for each in cuts]
+        inputs = entered[0]
+        if len(parts) > 1:
+            inputs = {p: [torch.cat(of) for of in zip(*(each[p] for each in entered), strict=True)] for p in inputs}
+        loss, _ = self.loss(inputs, rows, "forward", parts[0])
+        with self.fuse.drawing("backward", parts[0]):
+            (loss * (self.objective.amount(rows) / amount_in_step)).backward()  # type: ignore[no-untyped-call]
+        for part, each, own in zip(parts, cuts, penalties, strict=True):
+            share = len(self.batches.rows(part)) / self.batches.rows_in_step(part.step)
+            for party, of in each.items():
+                _differentiate(of, self.bases[party], part, keep=party in own)
+                if party in own:
+                    with self.bases[party].drawing("backward", part):
+                        (own[party] * share).backward()  # type: ignore[no-untyped-call]
+        return loss.item() * self.objective.amount(rows)
 
-    def activations(self, rows: Positions, purpose: str, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """Return the outputs of all base models for these rows, in job order."""
+    def _cut(self, party: str, output: Tensor) -> _Cut:
+        learning = output.requires_grad or party not in self.layers.outputs
+        return _Cut(output, self.fuse.device, party != self.layers.label_holder, learning)
+
+    def activations(
+        self, rows: Positions, purpose: str, micro_batch: MicroBatch, penalties: dict[str, Tensor] | None = None
+    ) -> dict[str, list[Tensor]]:
+        """Return the outputs of all base models for these rows, in job order; their own losses go into `penalties`."""
         found = {}
         for party in self.layers.fused:
             base, features = self.bases[party], self.tables[party].features
             assert features is not None
             with base.drawing(purpose, micro_batch):
-                found[party] = base.module(take_rows(features, rows, base.dtype, base.device))
+                output = called(base.module, take_rows(features, rows, base.dtype, base.device))
+            penalised = is_penalised(output, base.outputs)
+            if penalised and penalties is not None:
+                penalties[party] = output[1]
+            output = output[0] if penalised else output
+            found[party] = [output] if base.outputs is None else base.outputs.listed(output, len(rows), party)
         return found
 
     def loss(
-        self, activations: list[Tensor], rows: Positions, purpose: str, micro_batch: MicroBatch
+        self, activations: Mapping[str, Sequence[Tensor]], rows: Positions, purpose: str, micro_batch: MicroBatch
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss over these rows, and the output."""
         labels = self.objective.labels[torch.from_numpy(rows)].to(self.fuse.device)
         with self.fuse.drawing(purpose, micro_batch):
-            output = self.fuse.module(aggregated(activations, self.layers.aggregation))
-            return self.objective.loss(output, labels), output
+            each = fuse_inputs(activations, self.layers.outputs, self.layers.fused)
+            output = self.fuse.module(aggregated(each, self.layers.aggregation))
+            return self.objective.loss_of(output, labels, rows), output
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float | None] | None:
-        """Loss and metrics of the held-out rows, None if there are none."""
+        """Return loss and metrics of the held-out rows, None if there are none."""
         if not self.batches.holdout_rows:
             return None
         parts = [self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)]
@@ -184,13 +220,17 @@ class _Whole:
             for scope in (*(model.evaluating() for model in self.models), self.objective.owned.evaluating()):
                 modes.enter_context(scope)
             found = [self._evaluated(rows, MicroBatch(step, index)) for index, rows in enumerate(parts)]
-        summed = sum(len(rows) * loss.item() for rows, (loss, _) in zip(parts, found, strict=True))
-        outputs = torch.cat([output for _, output in found]).cpu()
-        labels = self.objective.labels[torch.from_numpy(np.concatenate(parts))]
-        return {"loss": summed / self.batches.holdout_rows, **measured(self.objective, outputs, labels)}
+        amounts = [self.objective.amount(rows) for rows in parts]
+        summed = sum(amount * loss.item() for amount, (loss, _) in zip(amounts, found, strict=True))
+        outputs, everywhere = torch.cat([output for _, output in found]).cpu(), np.concatenate(parts)
+        labels = self.objective.labels[torch.from_numpy(everywhere)]
+        return {"loss": summed / (sum(amounts) or 1.0), **measured(self.objective, outputs, labels, everywhere)}
 
     def _evaluated(self, rows: Positions, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         found = self.activations(rows, "evaluate", micro_batch)
         mine = self.layers.label_holder
-        activations = [a if party == mine else a.contiguous().to(self.fuse.device) for party, a in found.items()]
+        activations = {
+            party: of if party == mine else [output.contiguous().to(self.fuse.device) for output in of]
+            for party, of in found.items()
+        }
         return self.loss(activations, rows, "evaluate", micro_batch)

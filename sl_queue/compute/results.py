@@ -14,7 +14,7 @@ from sl_queue.errors import JobError
 
 
 def trained_module(spec: ComputeSpec, path: Path, loan: Loan) -> nn.Module:
-    """As `final_module`, from the module that was trained in this process, if it was: with all that it has become."""
+    """Load as `final_module`, from the module trained in this process, if it was: with all that it has become."""
     part = part_of(path)
     given = given_module(spec, part)
     make = None if given is not None else lambda: build_module(spec, part, None)

@@ -29,6 +29,7 @@ _TRIAL = MicroBatch(0, 0)
 
 def separate(stage: TorchBaseStage | TorchFuseStage) -> None:
     """Let a stage's micro-batches be computed apart. Raises JobError, which says what stands in the way."""
+    _require_plain(stage)
     if isinstance(stage, TorchBaseStage):
         rows = np.arange(min(_ROWS, stage.table.n_rows))
         _separate(stage.model, stage.inputs(rows))
@@ -43,6 +44,19 @@ def separate(stage: TorchBaseStage | TorchFuseStage) -> None:
     _require_steady_loss(stage, output)
 
 
+def _require_plain(stage: TorchBaseStage | TorchFuseStage) -> None:
+    """Raise JobError for forms of a stage that hands do not compute."""
+    party = stage.model.party
+    if isinstance(stage, TorchFuseStage) and stage.layers.whole_batch:
+        raise JobError(
+            f"party {party!r}: the fuse model sees all rows of a step at once, so its micro-batches cannot be computed "
+            "apart; take [hands] out"
+        )
+    several = stage.model.outputs is not None if isinstance(stage, TorchBaseStage) else bool(stage.layers.outputs)
+    if several:
+        raise JobError(f"party {party!r}: hands compute base models with one output; take [hands] out")
+
+
 def _separate(model: Model, inputs: Inputs) -> Tensor:
     """Do one forward and backward pass in training mode, without a trace; returns its output."""
     module = model.module
@@ -52,10 +66,11 @@ def _separate(model: Model, inputs: Inputs) -> Tensor:
     where = f"party {model.party!r}: a trial of {model.name} in training mode"
     try:
         with torch.enable_grad(), model.drawing("trial", _TRIAL), blame(where):
-            output = model.run(inputs, f"party {model.party!r}", weights)
+            (output,), penalty = model.run_with_penalty(inputs, f"party {model.party!r}", weights)
             sparse = _sparse(output, weights)
         layers, often = layers_that_count(module, numbers)
         obstacles = [*_changed(model, numbers, layers, often), *_other_ways(model, output), *sparse]
+        obstacles += [] if penalty is None else ["it returns a penalty beside its output"]
     except ComputeError as error:
         raise JobError(f"{error}; micro-batches of it cannot be computed apart: take [hands] out") from error
     finally:
@@ -115,10 +130,11 @@ def _require_steady_loss(stage: TorchFuseStage, output: Tensor) -> None:
     """Raise JobError for a loss that remembers anything from one micro-batch to the next."""
     owned, labels = stage.objective.owned, stage.objective.labels
     before, state = Snapshot.of(owned.holder), owned.state()
-    some = labels[torch.arange(len(output)) % len(labels)].to(output.device)
+    rows = np.arange(len(output)) % len(labels)
+    some = labels[torch.from_numpy(rows)].to(output.device)
     try:
         with torch.enable_grad(), stage.model.drawing("trial", _TRIAL), blame("the loss"):
-            stage.objective.loss(output.requires_grad_(), some)
+            stage.objective.loss_of(output.requires_grad_(), some, rows)
         changed = owned.state() != state
     finally:
         before.put_back()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sl_queue.cut.packing import Wire
+from sl_queue.cut.several import Outputs
 from sl_queue.ports import UserCode
 
 Part = Literal["base", "fuse"]
@@ -24,6 +25,8 @@ class LayersSpec:
     wire: Wire  # how activations and gradients travel
     micro_batches: int
     staleness: int
+    whole_batch: bool = False  # fuse model and loss see all rows of a step at once
+    outputs: Mapping[str, Outputs] = field(default_factory=dict)  # of the parties whose base model has several
 
     @property
     def parties(self) -> tuple[str, ...]:
@@ -52,6 +55,7 @@ class ModelSpec:
     clip_norm: float | None = None
     clip_value: float | None = None
     ema: float | None = None  # by how much the average of the weights stays what it was
+    inputs: Literal["tensor", "list", "dict"] = "tensor"  # in which form the columns of a table enter
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class ObjectiveSpec:
     metrics: tuple[Any, ...] = ()  # names, tables with one, module:callable, or callables
     outputs: Literal["logits", "probabilities", "log_probabilities"] | None = None
     task: Literal["binary", "multiclass", "regression"] | None = None
+    missing: bool = False  # NaN labels are not known, and count for nothing
+    train_metrics: bool = False  # metrics of training rows too
 
 
 @dataclass(frozen=True, slots=True)

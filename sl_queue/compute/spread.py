@@ -9,22 +9,22 @@ function of weights and micro-batch. Everything with an order is done here, and 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sl_queue.compute.base_stage import TorchBaseStage
+from sl_queue.compute.base_stage import InFlight, TorchBaseStage
 from sl_queue.compute.fuse_stage import TorchFuseStage
-from sl_queue.compute.hand import models_of, payloads
+from sl_queue.compute.hand import OUTPUT, models_of, payloads
 from sl_queue.compute.model import Model
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import from_payload
 from sl_queue.errors import LocalProtocolError
 from sl_queue.hand_ports import Hands
 from sl_queue.protocol.checkpoint import State, Weights
-from sl_queue.protocol.hands import Result
+from sl_queue.protocol.hands import Result, Tensors
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.pipeline import Pipeline
 
@@ -58,7 +58,7 @@ class SpreadBaseStage:
         relu, activation = bool(result.values.get("relu")), self._tensor(result)
         if self.whole.cut.guard.returning is not None:
             self._sent[micro_batch] = activation
-        return self.whole.cut.leave(activation, micro_batch, self._rows(micro_batch), lambda _: relu)
+        return self.whole.cut.leave(activation, micro_batch, self._rows(micro_batch), ends=lambda _: relu)
 
     def backward(self, micro_batch: MicroBatch, gradient: Payload) -> None:
         """Hand on a gradient; what comes of it is awaited by the update."""
@@ -66,10 +66,12 @@ class SpreadBaseStage:
         if micro_batch not in self._tasks or micro_batch != expected:
             raise LocalProtocolError(f"backward {micro_batch} where {expected} is due")
         rows = self._rows(micro_batch)
-        tensor = self.whole.cut.arrive(gradient, micro_batch, rows)
+        (arrived,) = self.whole.cut.arrive_each(gradient, micro_batch, rows)
+        sent = self._sent.pop(micro_batch, None)
+        flight = InFlight([] if sent is None else [sent], 0, None, rows)
+        tensor = self.whole.returned(micro_batch, flight, arrived)
         self._learning[micro_batch] = tensor is not None
         if tensor is not None:
-            tensor = self.whole.returned(micro_batch, self._sent.pop(micro_batch, tensor), rows, tensor)
             self.hands.go_on(self._tasks[micro_batch], "backward", payloads({"": tensor}))
 
     def update(self) -> None:
@@ -152,7 +154,7 @@ class SpreadFuseStage:
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
         """Hand activations on, and return no gradients: `answer` is given those."""
-        arrived = payloads(self.whole.arrived(activations, micro_batch, self._rows(micro_batch)))
+        arrived = self._arrived(activations, micro_batch, self._rows(micro_batch))
         if micro_batch in self._tasks:
             self.hands.go_on(self._tasks[micro_batch], "fuse", arrived)
         else:
@@ -175,7 +177,7 @@ class SpreadFuseStage:
         rows, device = self._rows(micro_batch), self.whole.model.device
         found = {party: from_payload(payload, device) for party, payload in result.tensors.items()}
         cuts = self.whole.cuts.items()
-        self.answer(micro_batch, {party: cut.leave(found.get(party), micro_batch, rows) for party, cut in cuts})
+        self.answer(micro_batch, {party: cut.leave_each([found.get(party)], micro_batch, rows) for party, cut in cuts})
 
     def update(self) -> float:
         """One optimizer step of fuse and own base, when all gradients are given and all are learned from."""
@@ -185,8 +187,11 @@ class SpreadFuseStage:
         for micro_batch, task in self._tasks.items():
             if own is not None:
                 fold(own.model, self.hands.result(task, "prepare"))
-            self.whole.note(micro_batch, float(self.hands.result(task, "fuse").values["loss"]))
+            positions = self.whole.batches.rows(micro_batch)
+            self.whole.note(micro_batch, positions, float(self.hands.result(task, "fuse").values["loss"]))
             learned = self.hands.result(task, "learn")
+            if (output := learned.tensors.get(f"fuse/{OUTPUT}")) is not None:
+                self.whole.trained.add(from_payload(output), positions)
             for model in models_of(self.whole):
                 learn(model, learned, f"{model.part}/")
             fold(self.whole.model, learned, "fuse/")
@@ -198,9 +203,25 @@ class SpreadFuseStage:
 
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         """Hand held-out rows on."""
-        arrived = payloads(self.whole.arrived(activations, micro_batch, self.whole.held_out(micro_batch)))
+        arrived = self._arrived(activations, micro_batch, self.whole.held_out(micro_batch))
         with evaluating(self.hands, self.whole):
             self._held_out[micro_batch] = self.hands.begin("evaluate", micro_batch, arrived)
+
+    def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
+        """Return nothing: `answer` is given all gradients."""
+        return ()
+
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        """Return the metrics of the epoch's training passes."""
+        return self.whole.training_metrics()
+
+    def evaluation_tables(self) -> Mapping[str, list[list[float]]] | None:
+        """Return what a person looks at of the last evaluation."""
+        return self.whole.evaluation_tables()
+
+    def _arrived(self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows) -> Tensors:
+        arrived = self.whole.arrived(activations, micro_batch, rows)
+        return payloads({party: tensor for party, ((tensor,), _) in arrived.items()})
 
     def metrics(self) -> Mapping[str, float | None]:
         """Return loss and metrics over all rows evaluated since the last call."""

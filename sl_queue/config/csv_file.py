@@ -1,5 +1,6 @@
 """The table [data.csv] of a party file."""
 
+import codecs
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from sl_queue.data.spec import CsvSpec
 
 
 class CsvFile(Schema):
-    """How a CSV file is written."""
+    """Format of a CSV file."""
 
     delimiter: str = Field(
         default=",", min_length=1, max_length=1, description='one character, like ";": what separates columns'
@@ -30,8 +31,12 @@ class CsvFile(Schema):
 
     @model_validator(mode="after")
     def _can_be_told_apart(self) -> Self:
-        if self.thousands and self.thousands in (self.decimal, self.delimiter):
-            raise ValueError("uses one character for thousands and for something else")
-        if self.delimiter in (self.decimal, '"', "\r", "\n"):
+        if self.thousands == self.decimal:
+            raise ValueError("uses one character for thousands and before the fraction")
+        if self.delimiter in ('"', "\r", "\n"):
             raise ValueError(f"has the delimiter {self.delimiter!r}, which means something else")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(f"has the encoding {self.encoding!r}, which Python does not know") from None
         return self

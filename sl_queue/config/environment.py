@@ -107,7 +107,7 @@ EVENTS = Variable(
 )
 METRICS = Variable(
     "SL_QUEUE_METRICS_PORT",
-    "[HOST:]PORT, the port from 1 to 65535: where Prometheus may ask",
+    "[HOST:]PORT, the port from 1 to 65535: where Prometheus scrapes",
     None,
     _address,
     "Address of a worker's metrics and health, where --metrics-port is not given; without both there are none.",

@@ -76,6 +76,13 @@ class Job(Schema):
     holdout_seed: Annotated[int, Field(ge=-LIMIT, lt=LIMIT)] | None = Field(
         default=None, description="a whole number of 64 bits: chooses the held-out rows; without it, seed"
     )
+    test: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="a number from 0 to below 1: the share of rows that a run never touches, neither to train nor to "
+        "evaluate its epochs",
+    )
     shuffle: bool = Field(default=True, description="true or false: every epoch has an order of rows of its own")
     drop_last: bool = Field(
         default=False, description="true or false: the last step of an epoch is left out if its batch is not full"
@@ -125,7 +132,7 @@ class Job(Schema):
 
     def cut(self, party: str) -> tuple[int, ...] | None:
         """Return the shape of one row's activation of a party; None for a label holder without a base model."""
-        return self.parties[party].cut
+        return self.parties[party].flat
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -155,10 +162,11 @@ class Job(Schema):
             shuffle=self.shuffle,
             drop_last=self.drop_last,
             holdout_seed=self.holdout_seed,
+            test=self.test,
             hashes=None if self.rules == BY_POSITION else hashes,
         )
-        if self.early_stopping is not None and batches.holdout_rows == 0:
-            raise JobError(f"holdout = {self.holdout} of {n_rows} rows is none; early_stopping needs some")
+        if self.early_stopping is not None and not self.early_stopping.of_training and batches.holdout_rows == 0:
+            raise JobError(f"holdout = {self.holdout} of {n_rows} rows holds out none; early_stopping needs some")
         return batches
 
     def pipeline_of(self, batches: Batches) -> Pipeline:
@@ -228,7 +236,8 @@ def _about_cuts(job: Job) -> Iterator[str]:
     for name, party in job.parties.items():
         if party.role != "feature" or party.cut is None:
             continue
-        axes, row_bytes = len(party.cut), prod(party.cut) * narrowest
+        cut = party.flat or ()
+        axes, row_bytes = len(cut), prod(cut) * narrowest
         if axes >= MAX_RANK:
             yield (
                 f"parties.{name}.cut has {axes} numbers; it must have at most {MAX_RANK - 1}, since a message carries "
@@ -236,7 +245,7 @@ def _about_cuts(job: Job) -> Iterator[str]:
             )
         elif row_bytes > MAX_TENSOR_BYTES:
             yield (
-                f"parties.{name}.cut = {list(party.cut)}: one row takes at least {row_bytes} bytes, and a message "
+                f"parties.{name}.cut = {list(cut)}: one row takes at least {row_bytes} bytes, and a message "
                 f"carries at most {MAX_TENSOR_BYTES}; use a smaller cut"
             )
 
@@ -248,7 +257,11 @@ def _is_word(name: str) -> bool:
 
 def _about_aggregation(job: Job) -> Iterator[str]:
     aggregation = job.fuse.aggregation
-    cuts = {name: party.cut for name, party in job.parties.items() if party.cut is not None}
+    several = [name for name, party in job.parties.items() if party.outputs is not None]
+    if several and aggregation != "list":
+        yield f'fuse.aggregation = {shown(aggregation)}; party {several[0]!r} has several outputs, which need "list"'
+        return
+    cuts = {name: party.flat for name, party in job.parties.items() if party.flat is not None}
     told = ", ".join(f"{name} {list(cut)}" for name, cut in cuts.items())
     if aggregation in ("sum", "mean") and len(set(cuts.values())) > 1:
         yield f"fuse.aggregation = {shown(aggregation)} needs equal cuts, but they are {told}"
@@ -260,5 +273,12 @@ def _about_numbers(job: Job) -> Iterator[str]:
     micro_batches = job.pipeline.micro_batches
     if micro_batches > job.batch_size:
         yield f"pipeline.micro_batches = {micro_batches}; it must be at most batch_size, which is {job.batch_size}"
-    if job.early_stopping is not None and job.holdout == 0:
+    if job.holdout + job.test >= 1:
+        yield f"holdout = {job.holdout} and test = {job.test} leave no row to train on; together they must be below 1"
+    if job.fuse.whole_batch and job.pipeline.depth < micro_batches:
+        yield (
+            f"pipeline.depth = {job.pipeline.depth}; with fuse.whole_batch all activations of a step are sent before "
+            f"the first gradient comes, so it must be at least micro_batches, which is {micro_batches}"
+        )
+    if job.early_stopping is not None and not job.early_stopping.of_training and job.holdout == 0:
         yield "early_stopping needs held-out rows, but holdout = 0; set holdout, for instance to 0.2"

@@ -1,16 +1,27 @@
 """The tables of a job file: of each party, fuse, pipeline, broker, wire and early stopping."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
-from sl_queue.config.schema import Schema
+from sl_queue.config.schema import IN_CODE, IN_FILE, SEVERAL, Schema
 from sl_queue.cut.packing import Compress, Dtype
+from sl_queue.cut.several import Outputs
 
 LIMIT = 2**63  # integers travel as 64 bits
 
 Count = Annotated[int, Field(ge=1, lt=LIMIT)]
 _Size = Annotated[int, Field(strict=True, ge=1, lt=LIMIT)]
+
+
+_Shape = Annotated[tuple[_Size, ...], Field(strict=False, min_length=1)]
+
+
+def _kind_of_cut(value: Any) -> str:
+    if isinstance(value, dict):
+        return IN_CODE
+    several = isinstance(value, list | tuple) and value and all(isinstance(shape, list | tuple) for shape in value)
+    return SEVERAL if several else IN_FILE
 
 
 class JobParty(Schema):
@@ -19,12 +30,32 @@ class JobParty(Schema):
     role: Literal["feature", "label"] = Field(
         description='"feature" or "label": the label holder has the labels, the fuse model and the loss'
     )
-    cut: Annotated[tuple[_Size, ...], Field(strict=False, min_length=1)] | None = Field(
+    cut: (
+        Annotated[
+            Annotated[_Shape, Tag(IN_FILE)]
+            | Annotated[dict[str, _Shape], Tag(IN_CODE)]
+            | Annotated[tuple[_Shape, ...], Field(strict=False), Tag(SEVERAL)],
+            Discriminator(_kind_of_cut),
+        ]
+        | None
+    ) = Field(
         default=None,
-        description="a list of whole numbers of at least 1, for instance [32]: the shape of one "
-        "row's activation; a label "
-        "holder without a base model has none",
+        description="a list of whole numbers of at least 1, for instance [32], or a table or list of such lists: the "
+        "shape of one row's activation, or of several; a label holder without a base model has none",
     )
+
+    @property
+    def outputs(self) -> Outputs | None:
+        """The outputs of a base model with several: { logit = [1], embedding = [8] }, or [[1], [8]]."""
+        return Outputs.of(self.cut)
+
+    @property
+    def flat(self) -> tuple[int, ...] | None:
+        """The shape of one row as it crosses: several outputs lie side by side."""
+        outputs, cut = self.outputs, self.cut
+        if outputs is not None:
+            return (sum(outputs.sizes),)
+        return None if cut is None else cast(tuple[int, ...], cut)
 
 
 class JobFuse(Schema):
@@ -33,6 +64,10 @@ class JobFuse(Schema):
     aggregation: Literal["list", "concat", "sum", "mean"] = Field(
         default="list",
         description='"list", "concat", "sum" or "mean": how activations become the input of the fuse model',
+    )
+    whole_batch: bool = Field(
+        default=False,
+        description="true or false: fuse model and loss see all rows of a step at once, however it is cut",
     )
 
 
@@ -97,7 +132,7 @@ class JobAlignment(Schema):
     )
     at_least: Count = Field(default=1, description="a whole number of at least 1: shared rows without which to stop")
     at_most: Count | None = Field(default=None, description="a whole number of at least 1: ids that a party may bring")
-    pad: Count = Field(default=1000, description="a whole number of at least 1: set sizes are told rounded up to it")
+    pad: Count = Field(default=1000, description="a whole number from 1: set sizes are reported rounded up to it")
 
     @model_validator(mode="after")
     def _is_used(self) -> Self:
@@ -111,10 +146,16 @@ class JobEarlyStopping(Schema):
     """End of training before its last epoch, with the weights of the best one."""
 
     metric: str = Field(
-        description='"loss" or one of the label holder\'s metrics: what has to improve on held-out rows'
+        description='"loss" or one of the label holder\'s metrics: what has to improve on held-out rows; '
+        'with "train_" before it, on training rows'
     )
     patience: Count = Field(description="a whole number of at least 1: epochs without improvement")
     min_delta: float = Field(default=0.0, ge=0, description="a number of at least 0: what counts as an improvement")
     mode: Literal["min", "max"] | None = Field(
         default=None, description='"min" or "max": which value is better; without it, as the metric is known'
     )
+
+    @property
+    def of_training(self) -> bool:
+        """Tell whether it is measured on training rows: "train_loss", "train_auroc"."""
+        return self.metric.startswith("train_")

@@ -12,7 +12,6 @@ from pydantic import (
     InstanceOf,
     PrivateAttr,
     Tag,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -32,6 +31,8 @@ from sl_queue.config.learning import (
     ScheduleSetting,
 )
 from sl_queue.config.objective import LossSetting, MetricsSetting
+from sl_queue.config.paths import PathInFolder
+from sl_queue.config.prediction import PredictFile, ServeFile
 from sl_queue.config.privacy import PrivacyFile
 from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, redacted, shown
 from sl_queue.config.user_code import NAME
@@ -44,12 +45,7 @@ _URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:P
 _IN_FILE = "file:"
 
 
-def _from_folder(path: Path, info: ValidationInfo) -> Path:
-    folder = (info.context or {}).get("folder")
-    return path if folder is None else folder / path
-
-
-_Path = Annotated[Path, Field(strict=False), AfterValidator(_from_folder)]
+_Path = PathInFolder
 
 
 def _named(what: str) -> Callable[[Any], Any]:
@@ -90,8 +86,11 @@ class DataFile(Schema):
         "model gets; without it, all but id and "
         "label",
     )
-    label: str | None = Field(
-        default=None, description="the name of a column: the labels, which only the label holder has"
+    label: str | list[str] | None = Field(
+        default=None, description="the name of a column, or a list of names: the labels, only at the label holder"
+    )
+    weight: str | None = Field(
+        default=None, description="the name of a column: how much each row counts; without it, all alike"
     )
     id_type: Literal["text", "integer", "uuid"] | None = Field(
         default=None,
@@ -105,18 +104,16 @@ class DataFile(Schema):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.source is not None:
-            beside = [name for name in ("path", "id", "features", "label") if getattr(self, name) is not None]
+            beside = [name for name in ("path", "id", "features", "label", "weight") if getattr(self, name) is not None]
             if beside:
-                raise ValueError(f"has a source, which gives ids, features and labels; take out {', '.join(beside)}")
+                raise ValueError(f"has a source, which gives ids, features and labels; remove {', '.join(beside)}")
             return self
         missing = [name for name in ("path", "id") if getattr(self, name) is None]
         if missing:
             raise ValueError(f"needs a path and an id, or a source; missing: {', '.join(missing)}")
-        features = self.features or []
-        wrong = [name for name in (*self.ids, self.label) if name is not None and name in features]
-        wrong += [name for name, count in Counter([*features, *self.ids]).items() if count > 1]
-        if self.label in self.ids:
-            wrong.append(str(self.label))
+        labels = [self.label] if isinstance(self.label, str) else self.label or []
+        others = [*self.ids, *labels, *([] if self.weight is None else [self.weight])]
+        wrong = [name for name, count in Counter([*others, *(self.features or [])]).items() if count > 1]
         if wrong:
             raise ValueError(f"names a column more than once among id, label and features: {', '.join(wrong)}")
         return self
@@ -135,6 +132,10 @@ class BaseFile(Schema):
 
     model: _Model = Field(description="module:callable, returning a torch.nn.Module: called with args")
     args: dict[str, Any] = Field(default={}, description="a table of values: the model's arguments")
+    inputs: Literal["tensor", "list", "dict"] = Field(
+        default="tensor",
+        description='"tensor", "list" or "dict": the columns of a table in one tensor, in a list of them, or by name',
+    )
     optimizer: OptimizerSetting = Field(default={}, description=f"{OPTIMIZER}: what changes the weights")
     groups: GroupsSetting = Field(default=[], description=f"{GROUPS}: parameters with numbers of their own")
     schedule: ScheduleSetting = Field(
@@ -149,9 +150,9 @@ class BaseFile(Schema):
     @model_validator(mode="after")
     def _learns_in_one_way(self) -> Self:
         if self.clip_norm is not None and self.clip_value is not None:
-            raise ValueError("has both clip_norm and clip_value; take one of them out")
+            raise ValueError("has both clip_norm and clip_value; remove one of them")
         if self.groups and not isinstance(self.optimizer, dict):
-            raise ValueError("has groups, but an optimizer in code makes its own; take groups out")
+            raise ValueError("has groups, but an optimizer in code makes its own; remove groups")
         return self
 
 
@@ -165,6 +166,12 @@ class FuseFile(BaseFile):
         default=[],
         description='a list of names, for instance ["auroc", "accuracy"], of tables with one, or of module:callable: '
         "what is measured on held-out rows",
+    )
+    train_metrics: bool = Field(
+        default=False, description="true or false: metrics of the training passes too, as `train` in the history"
+    )
+    missing_labels: Literal["refuse", "mask"] = Field(
+        default="refuse", description='"refuse" or "mask": labels that are NaN or empty; masked ones count for nothing'
     )
     task: Literal["binary", "multiclass", "regression"] | None = Field(
         default=None,
@@ -223,6 +230,8 @@ class PartyFile(Schema):
     features: dict[str, FeatureFile] | None = Field(
         default=None, description="a table [features] with a line for each column, or for a pattern of columns"
     )
+    predict: PredictFile | None = Field(default=None, description="a table [predict] with a path")
+    serve: ServeFile = Field(default=ServeFile(), description="a table [serve] with an address or a limit")
     device: str = Field(
         default="cpu",
         min_length=1,

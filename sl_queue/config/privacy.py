@@ -19,11 +19,13 @@ class LabelResponse(Schema):
     epsilon: float = Field(
         gt=0, le=50, description="a number above 0, at most 50: how much a response may give away of a label"
     )
-    prior_ok: bool = Field(default=False, description="true to go on although most rows that say positive will not be")
+    prior_ok: bool = Field(
+        default=False, description="true or false: goes on although hardly any row that says positive is"
+    )
 
 
 class GradientNoise(Schema):
-    """Noise on gradients in all directions, drawn once for each row."""
+    """Noise on gradients in all directions, half of it drawn once for each row."""
 
     noise: float = Field(gt=0, description="a number above 0: times the largest gradient of a micro-batch")
 
@@ -38,29 +40,29 @@ class ActivationNoise(Schema):
 
 
 class PrivacyFile(Schema):
-    """What keeps this party's own numbers from the other parties."""
+    """Settings that keep this party's own numbers from the other parties."""
 
     secret: Any = Field(
         default=None,
         repr=False,
-        description='the name of a file with 32 secret bytes that key this party\'s random draws, or "seed"',
+        description='the name of a file with 32 secret bytes, or "seed": keys this party\'s '
+        "random draws; without it, a new secret",
     )
-
     labels: LabelResponse | None = Field(
         default=None, description="a table { epsilon = 2.0 }: labels answered at random, once for each row"
     )
-    gradients: Any = Field(
-        default=None, description='"max-norm" or a table { noise = 1.0 }: noise on gradients, once for each row'
-    )
+    gradients: Any = Field(default=None, description='"max-norm" or a table { noise = 1.0 }: noise on gradients')
     activations: ActivationNoise | None = Field(
         default=None, description="a table { clip = 1.0, sigma = 4.0 }: activations clipped, with noise"
     )
     nopeek: float = Field(default=0.0, ge=0, description="a number of at least 0: the weight of distance correlation")
-    meter: bool = Field(default=False, description="true or false: attacks on the own traffic, each epoch")
+    meter: bool = Field(default=False, description="true or false: attacks on its own traffic, each epoch")
     budget: float | None = Field(
         default=None, gt=0, description="a number above 0: the epsilon after which nothing more is sent"
     )
-    delta: float = Field(default=1e-6, gt=0, lt=1, description="a number between 0 and 1, below 1 / rows")
+    delta: float = Field(
+        default=1e-6, gt=0, lt=1, description="a number between 0 and 1: that of every epsilon here; below 1 / rows"
+    )
 
     @field_validator("gradients")
     @classmethod

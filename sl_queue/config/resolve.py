@@ -62,11 +62,12 @@ def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec
         _data(party_file.data),
         features=job.cut(party_file.party) is not None,
         labels=party_file.party == job.label_holder,
-        holdout_seed=job.seed_of_holdout if job.holdout else None,
+        holdout_seed=job.seed_of_holdout if job.holdout or job.test else None,
         code=importer.within(party_file.folder),
         declared=specs_of(party_file.features),
         normalise=tuple(job.alignment.normalise),
         training=lambda n_rows, hashes: job.batches(n_rows, hashes).training_positions,
+        missing_labels=party_file.fuse is not None and party_file.fuse.missing_labels == "mask",
     )
 
 
@@ -82,13 +83,13 @@ def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> Compute
         party_file.device,
         importer.within(party_file.folder),
         table_is_file=isinstance(party_file.data, DataFile) and party_file.data.source is None,
-        label_column=party_file.data.label if isinstance(party_file.data, DataFile) else None,
+        label_column=_label_column(party_file.data),
     )
 
 
 def layers_of(job: Job) -> LayersSpec:
     """Return the network that all parties have agreed on."""
-    cuts = {party: table.cut for party, table in job.parties.items() if table.cut is not None}
+    cuts = {party: table.flat for party, table in job.parties.items() if table.flat is not None}
     return LayersSpec(
         job_digest=job.digest,
         seed=job.seed,
@@ -99,7 +100,18 @@ def layers_of(job: Job) -> LayersSpec:
         wire=job.on_the_wire,
         micro_batches=job.pipeline.micro_batches,
         staleness=job.pipeline.staleness,
+        whole_batch=job.fuse.whole_batch,
+        outputs={party: table.outputs for party, table in job.parties.items() if table.outputs is not None},
     )
+
+
+def data_to_predict(party_file: PartyFile) -> FileSpec | None:
+    """Return the rows that [predict] names, read as those of [data] are; None without [predict]."""
+    if party_file.predict is None or not isinstance(party_file.data, DataFile):
+        return None
+    found = _data(party_file.data)
+    assert isinstance(found, FileSpec)
+    return replace(found, path=party_file.predict.path, source=None)
 
 
 def _data(data: DataFile | Rows) -> FileSpec | Rows:
@@ -110,27 +122,34 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
         data.path,
         data.ids,
         features,
-        data.label,
+        tuple(data.label) if isinstance(data.label, list) else data.label,
         data.id_type,
         data.source,
         data.format,
         data.csv.spec(),
         tuple(data.exclude),
         data.duplicates,
+        data.weight,
     )
+
+
+def _label_column(data: DataFile | Rows) -> str | None:
+    label = data.label if isinstance(data, DataFile) else None
+    return ", ".join(label) if isinstance(label, list) else label
 
 
 def _model(table: BaseFile | FuseFile | None) -> ModelSpec | None:
     if table is None:
         return None
     how = (table.optimizer, tuple(table.groups), table.schedule, table.clip_norm, table.clip_value, table.ema)
-    return ModelSpec(table.model, table.args, *how)
+    return ModelSpec(table.model, table.args, *how, inputs=table.inputs)
 
 
 def _objective(table: FuseFile | None) -> ObjectiveSpec | None:
     if table is None:
         return None
-    return ObjectiveSpec(table.loss, tuple(table.metrics), table.outputs, table.task)
+    about = (table.outputs, table.task, table.missing_labels == "mask", table.train_metrics)
+    return ObjectiveSpec(table.loss, tuple(table.metrics), *about)
 
 
 # What only job and party file together show ---------------------------------------------------------------------
@@ -158,7 +177,7 @@ def _about_base(party: PartyFile, job: Job) -> Iterator[str]:
     if cut is not None and party.base is None:
         yield f"[base] is missing; the job gives this party a cut, {list(cut)}, so it needs a base model"
     if cut is None and party.base is not None:
-        yield f"[base] has no use; the job gives this party no cut: take [base] out, or set parties.{party.party}.cut"
+        yield f"[base] has no use; the job gives this party no cut: remove [base], or set parties.{party.party}.cut"
     features = party.data.features
     if cut is not None and (features is None if isinstance(party.data, Rows) else features == []):
         yield "data.features is empty; the base model needs features"
@@ -176,13 +195,15 @@ def _about_labels(party: PartyFile, job: Job) -> Iterator[str]:
     rule = job.early_stopping
     if rule is None or party.fuse is None:
         return
-    measured, metric = ["loss", *map(metric_name, party.fuse.metrics)], rule.metric
+    names = list(map(metric_name, party.fuse.metrics))
+    of_training = ["train_loss", *(f"train_{name}" for name in names if party.fuse.train_metrics)]
+    measured, metric = ["loss", *names, *of_training], rule.metric
     if metric not in measured:
         yield (
             f"early_stopping.metric = {metric!r} is not measured; {nearest(metric, measured)}"
             f"it must be {', '.join(measured)}, or be added to fuse.metrics"
         )
-    elif rule.mode is None and metric not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
+    elif rule.mode is None and metric.removeprefix("train_") not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
         yield f'early_stopping.mode is missing: whether {metric!r} is better when it is larger; "min" or "max"'
 
 
@@ -192,3 +213,5 @@ def _about_no_labels(party: PartyFile, job: Job) -> Iterator[str]:
         yield f"[fuse] has no use; the label holder {job.label_holder!r} has the fuse model"
     if isinstance(party.data, DataFile) and party.data.label is not None:
         yield f"data.label has no use; only {job.label_holder!r} has labels (data.features can leave a column out)"
+    if isinstance(party.data, DataFile) and party.data.weight is not None:
+        yield f"data.weight has no use; {job.label_holder!r} says how much each row counts"

@@ -17,6 +17,7 @@ Location = tuple[int | str, ...]
 
 MAX_SHOWN = 80  # characters of a value in an error
 IN_FILE, IN_CODE = "<file>", "<code>"  # tags of a value that may be either; they stand in no dotted key
+SEVERAL = "<several>"
 
 
 class Schema(BaseModel):
@@ -106,7 +107,7 @@ def _complaint(source: str, model: type[Schema], error: ValidationError) -> str:
 
 
 def _lines(model: type[Schema], found: Any) -> Iterator[str]:
-    location = tuple(part for part in found["loc"] if part not in (IN_FILE, IN_CODE))
+    location = tuple(part for part in found["loc"] if part not in (IN_FILE, IN_CODE, SEVERAL))
     key = _dotted(location)
     match found["type"]:
         case "extra_forbidden":  # its value is not shown: it may be a secret that stands in the wrong place

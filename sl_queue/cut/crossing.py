@@ -3,7 +3,7 @@
 Out: check shape and numbers -> defence -> tap -> pack. In: compare with what is expected -> unpack -> finite -> tap.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from sl_queue.cut.guard import UNGUARDED, Crossing, Defence, Guard, Tap
 from sl_queue.cut.packing import Mask, Wire, is_unused, unused
 from sl_queue.cut.relu import ends_in_relu, gradient_mask
 from sl_queue.cut.rows import CutRows
+from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import cast, described, dtype_name, from_payload, is_finite, payload_view
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
@@ -58,6 +59,7 @@ class BaseCut:
     wire: Wire
     model: str  # the base model's name
     guard: Guard = UNGUARDED
+    outputs: Outputs | None = None  # of a base model with several
     _awaited: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,11 +84,17 @@ class BaseCut:
             )
 
     def leave(
-        self, tensor: Tensor, micro_batch: MicroBatch, rows: CutRows, ends: Callable[[Tensor], bool] = ends_in_relu
+        self,
+        tensor: Tensor,
+        micro_batch: MicroBatch,
+        rows: CutRows,
+        learning: Sequence[int] | None = None,
+        ends: Callable[[Tensor], bool] = ends_in_relu,
     ) -> Payload:
         """Return the activation as it travels; a training one is awaited back as a gradient.
 
-        `ends`: tells whether it ends in a ReLU, for a tensor that was computed elsewhere and has no graph.
+        `learning`: which of several outputs want one. `ends`: tells whether it ends in a ReLU, for a tensor that was
+        computed elsewhere and has no graph.
         """
         self.check(tensor, micro_batch, rows)
         sent = _guarded(self.guard, tensor, Crossing("activation", self.party, self.peer, micro_batch, rows))
@@ -96,10 +104,33 @@ class BaseCut:
         relu = self.wire.compress == "bitmap" and self.guard.defence is None and ends(tensor)
         payload = self.wire.pack(payload_view(sent, rows.digest), relu=relu)
         self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
-        return payload
+        return (
+            payload
+            if self.outputs is None or learning is None
+            else self.outputs.marked(payload, learning, payload.shape)
+        )
 
-    def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor | None:
-        """Return the gradient of an activation; None if the loss does not depend on it."""
+    def arrive_each(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> list[Tensor | None]:
+        """Return the gradient of each output; None where the loss does not depend on it."""
+        if self.outputs is None:
+            return [self.arrive(payload, micro_batch, rows)]
+        crossing = Crossing("gradient", self.peer, self.party, micro_batch, rows)
+        parts, plain = _parts_of(self.outputs, payload, crossing)
+        size = sum(self.outputs.sizes[place] for place in parts)
+        flat = self.arrive(plain, micro_batch, rows, None if plain is payload else (len(rows), size))
+        found: list[Tensor | None] = [None] * len(self.outputs.shapes)
+        if flat is not None:
+            for place, gradient in zip(parts, self.outputs.split(flat, parts), strict=True):
+                found[place] = gradient
+        return found
+
+    def arrive(
+        self, payload: Payload, micro_batch: MicroBatch, rows: CutRows, shape: tuple[int, ...] | None = None
+    ) -> Tensor | None:
+        """Return the gradient of an activation; None if the loss does not depend on it.
+
+        `shape`: of the numbers that are in it, where those of some outputs are.
+        """
         expected = self._awaited.pop(micro_batch, None)
         if expected is None:
             raise LocalProtocolError(f"{place(self.party, micro_batch)}: a gradient of an activation that never left")
@@ -107,6 +138,7 @@ class BaseCut:
         _compare(payload, expected, crossing)
         if _has_no_gradient(payload, crossing):
             return None
+        payload = payload if shape is None else replace(payload, shape=shape)
         return _check_and_unpack(payload, expected, self.wire, self.device, self.guard, crossing)
 
     def forget(self) -> None:
@@ -128,10 +160,21 @@ class FuseCut:
     device: torch.device
     wire: Wire
     guard: Guard = UNGUARDED
+    outputs: Outputs | None = None  # of a base model with several
     _owed: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.wire = replace(self.wire, cast=cast)
+
+    def arrive_each(
+        self, payload: Payload, micro_batch: MicroBatch, rows: CutRows
+    ) -> tuple[list[Tensor], tuple[int, ...]]:
+        """Return each output of the peer, and which of them want a gradient."""
+        if self.outputs is None:
+            return [self.arrive(payload, micro_batch, rows)], (0,)
+        crossing = Crossing("activation", self.peer, self.party, micro_batch, rows)
+        parts, plain = _parts_of(self.outputs, payload, crossing)
+        return self.outputs.split(self.arrive(plain, micro_batch, rows)), parts
 
     def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor:
         """Return an activation of the peer."""
@@ -142,6 +185,16 @@ class FuseCut:
         if not rows.held_out:
             self._owed[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
         return tensor
+
+    def leave_each(self, gradients: Sequence[Tensor | None], micro_batch: MicroBatch, rows: CutRows) -> Payload:
+        """Return the gradients of the outputs that have one, in one message."""
+        if self.outputs is None:
+            return self.leave(gradients[0], micro_batch, rows)
+        parts = [place for place, gradient in enumerate(gradients) if gradient is not None]
+        there = [gradient for gradient in gradients if gradient is not None]
+        payload = self.leave(self.outputs.joined(there) if there else None, micro_batch, rows)
+        whole = (len(rows), *self.shape)
+        return self.outputs.marked(payload, parts, whole) if there else payload
 
     def leave(self, tensor: Tensor | None, micro_batch: MicroBatch, rows: CutRows) -> Payload:
         """Return the gradient of the activation that has arrived; None: the loss does not depend on it.
@@ -240,6 +293,13 @@ def _compare(payload: Payload, expected: _Expected, crossing: Crossing) -> None:
             f"{_blame(crossing)} belongs to other rows ({digests}): a table has changed since the run began; "
             "start from scratch from the same rows"
         )
+
+
+def _parts_of(outputs: Outputs, payload: Payload, crossing: Crossing) -> tuple[tuple[int, ...], Payload]:
+    try:
+        return outputs.parts_of(payload)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{_blame(crossing)}: {error}") from None
 
 
 def _has_no_gradient(payload: Payload, crossing: Crossing) -> bool:

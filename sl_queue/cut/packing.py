@@ -36,7 +36,7 @@ _ZSTD_LEVEL: Final = 1
 
 
 def plain_cast(array: Array, dtype: Any) -> Array:
-    """NumPy's own, which knows no instructions for float16."""
+    """Cast with NumPy's own, which knows no instructions for float16."""
     return array.astype(dtype)
 
 
@@ -103,7 +103,7 @@ class Wire:
         return Payload(payload.dtype, payload.shape, wide.reshape(-1).view(np.uint8).data, payload.rows)
 
     def bytes_of(self, dtype: str, shape: tuple[int, ...], kept: float = 1.0) -> int:
-        """About how long a tensor is on its way when this share of its values is not zero; zstd counts as bitmap."""
+        """Estimate a tensor's size on its way when this share of its values is not zero; zstd counts as bitmap."""
         narrow = self.dtype if self.dtype != "float32" and dtype in _NARROWED else dtype
         items = prod(shape)
         dense = items * _WIDTH[narrow]
@@ -150,7 +150,7 @@ def _item(dtype: str, narrow: str) -> Any:
 
 @np.errstate(under="ignore")
 def _narrowed(exact: Array, narrow: str, cast: Cast) -> tuple[bytes, Array]:
-    """Scales as bytes, and the values."""
+    """Return scales as bytes, and the values."""
     match narrow:
         case "float16":
             scale = np.float32(2.0) ** np.float32(_exponent(exact))
@@ -169,7 +169,7 @@ def _narrowed(exact: Array, narrow: str, cast: Cast) -> tuple[bytes, Array]:
 
 
 def _exponent(exact: Array) -> int:
-    """Of the power of two by which the largest number is divided to fit float16; within float32's own."""
+    """Return the exponent by which the largest number is divided to fit float16; within float32's own."""
     largest = max(float(exact.max()), -float(exact.min()))
     _, exponent = np.frexp(largest / _FITS)
     return int(np.clip(exponent, -126, 126)) if largest else 0
@@ -177,7 +177,7 @@ def _exponent(exact: Array) -> int:
 
 @np.errstate(all="ignore")  # what a peer's scales make of it is looked at when it is a tensor
 def _widened(scales: Array, values: Array, dtype: str, narrow: str, cast: Cast) -> Array:
-    """Numbers of the dtype that was computed with, in C order."""
+    """Return numbers of the dtype that was computed with, in C order."""
     if narrow == dtype:
         return np.ascontiguousarray(values)
     wide = np.dtype(dtype)
@@ -198,7 +198,7 @@ def _widened(scales: Array, values: Array, dtype: str, narrow: str, cast: Cast) 
 def _values(
     data: memoryview, packing: str, items: int, item: Any, payload: Payload, wanted: Mask | None
 ) -> Array:  # (items,)
-    """All values, with the zeros that did not travel."""
+    """Return all values, with the zeros that did not travel."""
     size = np.dtype(item).itemsize
     match packing:
         case "none":

@@ -41,7 +41,7 @@ def payload_view(tensor: Tensor, rows: bytes) -> Payload:
 
 
 def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
-    """Detached from its graph and from its device."""
+    """Detach from its graph and from its device."""
     own = tensor.detach()
     if own.dtype == torch.bfloat16 or dtype_name(own.dtype).startswith("float8"):
         own = own.view(_SAME_WIDTH[own.element_size()])
@@ -56,7 +56,7 @@ def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor
     """
     dtype = getattr(torch, payload.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{payload.dtype!r} is no dtype of torch")
+        raise ValueError(f"{payload.dtype!r} is not a torch dtype")
     if any(size < 0 for size in payload.shape):
         raise ValueError(f"a shape cannot be {payload.shape}")
     declared = math.prod(payload.shape) * dtype.itemsize
@@ -70,7 +70,7 @@ def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor
 
 
 def cast(array: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
-    """As NumPy's astype; between float32 and float16 torch takes a fiftieth of the time."""
+    """Cast as NumPy's astype; between float32 and float16 torch takes a fiftieth of the time."""
     if {array.dtype, np.dtype(dtype)} != _HALVES:
         return array.astype(dtype)
     wanted = torch.float16 if dtype == np.float16 else torch.float32
@@ -86,7 +86,20 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def take_rows(array: npt.NDArray[Any], positions: Positions, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Take these rows of an array; floating ones are cast to `dtype`, integers stay what they are (for embeddings)."""
+Inputs = Tensor | list[Tensor] | dict[str, Tensor]  # of a model
+
+
+def take_rows(array: npt.NDArray[Any], positions: Positions, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Take these rows of an array; floating ones are cast to `dtype`, integers stay what they are (for embeddings).
+
+    Of records, several arrays side by side, a dict of tensors, or a list where their names are "[0]", "[1]".
+    """
+    if array.dtype.names:
+        found = {name: _taken(array[name], positions, dtype, device) for name in array.dtype.names}
+        return list(found.values()) if array.dtype.names[0] == "[0]" else found
+    return _taken(array, positions, dtype, device)
+
+
+def _taken(array: npt.NDArray[Any], positions: Positions, dtype: torch.dtype, device: torch.device) -> Tensor:
     rows = torch.from_numpy(np.take(array, positions, axis=0))
     return rows.to(device, dtype) if rows.is_floating_point() else rows.to(device)

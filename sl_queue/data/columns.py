@@ -5,13 +5,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from sl_queue.data import files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
+from sl_queue.data.later import Later
 from sl_queue.data.matrices import Array, Numbers, gaps, label_array, matrix, plain
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
@@ -29,11 +32,12 @@ class Columns:
     ids_are_csv: bool  # text that may mean whole numbers
     names: tuple[str, ...]  # of the features
     features: Array | None = field(repr=False)  # (rows, columns)
-    labels: Array | None = field(repr=False)  # (rows,)
+    labels: Array | None = field(repr=False)  # (rows,), or (rows, columns) of several
     notes: tuple[str, ...]  # what a person should know of a table that can be trained on
     faults: tuple[str, ...]  # what is wrong with it
     raw: Mapping[str, Any] | None = field(default=None, repr=False)  # Arrow arrays, where [features] says what of them
     specs: Mapping[str, Spec] | None = None  # what it says, column by column
+    weights: Array | None = field(default=None, repr=False)  # (rows,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +46,35 @@ class _Selection:
 
     ids: tuple[str, ...]
     features: tuple[str, ...]
-    labels: str | None
+    labels: tuple[str, ...]
+    weight: str | None
     notes: tuple[str, ...]
 
     @property
     def names(self) -> list[str]:
-        return [*self.ids, *self.features, *([] if self.labels is None else [self.labels])]
+        return [*self.ids, *self.features, *self.labels, *([] if self.weight is None else [self.weight])]
 
 
 def read_columns(
-    data: FileSpec, where: str, *, features: bool, labels: bool, declared: Mapping[str, Spec] | None = None
+    data: FileSpec,
+    where: str,
+    *,
+    features: bool,
+    labels: bool,
+    declared: Mapping[str, Spec] | None = None,
+    missing: bool = False,
 ) -> Columns:
     """Read ids, and features and labels if they are asked for; all faults that can be seen are returned.
 
-    `declared`: what [features] says; then features stay as they are in the file. Raises JobError that begins with
-    `where` if nothing can be read.
+    `missing`: labels may be; they are NaN then. `declared`: what [features] says; then features stay as they are in the
+    file. Raises JobError that begins with `where` if nothing can be read.
     """
     assert data.path is not None
     kind = files.kind_of(data, where)
     try:
         with files.opened(data, data.path, kind) as source:
-            return _read(data, source, where, features=features, labels=labels, declared=declared)
+            selecting = partial(_selected, data, features=features, labels=labels)
+            return _read(data, source, where, selecting, declared=declared if features else None, missing=missing)
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
     except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
@@ -74,15 +86,16 @@ def _read(
     data: FileSpec,
     source: files.Source,
     where: str,
+    selecting: partial[_Selection],
     *,
-    features: bool,
-    labels: bool,
     declared: Mapping[str, Spec] | None,
+    missing: bool,
 ) -> Columns:
     if fault := source.fault():  # before names are read: an open quote makes rows a name
         refuse(where, [fault])
     known = source.names()
-    selection = _selected(data, known, features=features, labels=labels)
+    selection = selecting(known)
+    features = selecting.keywords["features"]
     faults = list(_about_names(selection.names, known))
     if features and not selection.features and set(data.ids) <= set(known):
         faults.append("there are no features: no column besides those of id and label")
@@ -92,15 +105,18 @@ def _read(
         refuse(where, faults)
     ids = [name for name in selection.ids if name in readable]
     texts = [*ids, *(name for name, spec in specs.items() if isinstance(spec, Category) and name in readable)]
-    table, bad_rows = source.read(readable, texts)
-    columns = {name: plain(table[name]) for name in readable if name not in ids}
+    raw: Mapping[str, Any] | None = None
+    later = source.later(readable, texts) if specs else None
+    table, bad_rows = (later, []) if later is not None else source.read(readable, texts)
+    eager = [name for name in readable if name not in ids and name not in specs]
+    columns = {name: plain(table[name]) for name in eager}
     faults += [*bad_rows, *undeclared]
-    raw = None
     if declared is not None and features:
-        raw = {name: columns.pop(name) for name in specs if name in columns}
+        names = tuple(name for name in specs if name in readable)
+        raw = Later(names, lambda name: plain(table[name])) if later is None else later.then(plain, names)
         selection = replace(selection, features=())
     faults += [] if bad_rows else _rounded(source, columns)
-    found = _numbers(selection, columns)
+    found = _numbers(selection, columns, missing=missing)
     arrays = [table[name].combine_chunks() for name in ids] if len(ids) == len(selection.ids) else []
     return Columns(
         None if not arrays else arrays[0] if len(arrays) == 1 else arrays,
@@ -112,6 +128,7 @@ def _read(
         (*faults, *found.faults),
         raw,
         specs if raw is not None else None,
+        found.weights,
     )
 
 
@@ -124,13 +141,13 @@ def _selected(data: FileSpec, known: Sequence[str], *, features: bool, labels: b
     if features and data.features is not None:
         wanted = tuple(dict.fromkeys(name for pattern in data.features for name in _matching(pattern, known, data)))
     elif features:
-        others = [(i, name) for i, name in enumerate(known, 1) if name not in (*data.ids, data.label)]
+        others = [(i, name) for i, name in enumerate(known, 1) if name not in data.taken]
         others = [(i, name) for i, name in others if not any(matches(pattern, name) for pattern in data.exclude)]
         nameless = [(i, name) for i, name in others if _NAMELESS.fullmatch(name)]
         wanted = tuple(dict.fromkeys(name for _, name in others if not _NAMELESS.fullmatch(name)))
         if nameless:
             notes = (_left_out(nameless),)
-    return _Selection(data.ids, wanted, data.label if labels else None, notes)
+    return _Selection(data.ids, wanted, data.labels if labels else (), data.weight if labels else None, notes)
 
 
 def _matching(pattern: str, known: Sequence[str], data: FileSpec) -> Iterator[str]:
@@ -138,7 +155,7 @@ def _matching(pattern: str, known: Sequence[str], data: FileSpec) -> Iterator[st
     if pattern in known or not set("*?[") & set(pattern):
         yield pattern
         return
-    others = [name for name in known if name not in (*data.ids, data.label) and matches(pattern, name)]
+    others = [name for name in known if name not in data.taken and matches(pattern, name)]
     yield from (name for name in others if not any(matches(out, name) for out in data.exclude))
     if not others:
         yield pattern  # which no column is called: an error says so
@@ -191,20 +208,36 @@ def _separator(known: list[str]) -> str:
 class _Found:
     features: Numbers
     labels: Array | None
+    weights: Array | None
     faults: tuple[str, ...]
 
 
-def _numbers(selection: _Selection, columns: dict[str, Any]) -> _Found:
+def _numbers(selection: _Selection, columns: dict[str, Any], *, missing: bool) -> _Found:
     """Make arrays of Arrow columns, and say what is wrong with them."""
     own = {name: columns[name] for name in selection.features if name in columns}
     features = matrix(own, "list only the others as data.features") if own else Numbers(None)
     faults = list(features.faults)
-    labels = None
-    if selection.labels in columns:
-        column, where = columns[selection.labels], f"label column {selection.labels!r}"
-        labels, wrong = label_array(column, where)
+    targets: list[Array | None] = []
+    for name in selection.labels:
+        if name in columns:
+            array, wrong = label_array(columns[name], f"label column {name!r}", missing=missing)
+            targets.append(array)
+            faults += wrong
+    weights = None
+    if selection.weight is not None and selection.weight in columns:
+        weights, wrong = label_array(columns[selection.weight], f"weight column {selection.weight!r}")
         faults += wrong
-    return _Found(features, labels, (*faults, *gaps(columns)))
+    may_miss = selection.labels if missing else ()
+    faults += gaps({name: column for name, column in columns.items() if name not in may_miss})
+    return _Found(features, _side_by_side(targets, len(selection.labels)), weights, tuple(faults))
+
+
+def _side_by_side(arrays: Sequence[Array | None], wanted: int) -> Array | None:
+    """One label column as (rows,), several as (rows, columns); None if one of them is not there."""
+    there = [array for array in arrays if array is not None]
+    if not there or len(there) < wanted:
+        return None
+    return there[0] if wanted == 1 else np.stack(there, axis=1)
 
 
 def _rounded(source: files.Source, columns: dict[str, Any]) -> Iterator[str]:

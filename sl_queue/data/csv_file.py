@@ -15,19 +15,21 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from sl_queue.data.later import Later, TemporaryFolder
 from sl_queue.data.spec import CsvSpec
 from sl_queue.protocol.exactness import BITS
 
 COMMAS = CsvSpec()
 
 _BLOCK_BYTES = 2**24  # Arrow needs a whole row in one block, and some tables have very many columns
+_STREAMED_BYTES = 2**21  # of several blocks that Arrow reads ahead
 _SCANNED_BYTES = 2**19  # at a time, for quotes: a few arrays of as many bytes fit into a processor's cache
 _BAD_ROW = re.compile(r"Expected \d+ columns, got \d+")
 _BOM = b"\xef\xbb\xbf"
@@ -71,7 +73,7 @@ def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Csv
     convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
     delimiter = dialect.delimiter
     try:
-        return _grouped(pa.csv.read_csv(path, _reading(threads=True), _parsing(delimiter), convert), dialect, texts), []
+        return _cleaned(pa.csv.read_csv(path, _reading(threads=True), _parsing(delimiter), convert), dialect, texts), []
     except pa.ArrowInvalid as error:
         if not _BAD_ROW.search(str(error)):
             raise
@@ -84,11 +86,39 @@ def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Csv
     table = pa.csv.read_csv(path, _reading(threads=False), _parsing(delimiter, skip), convert)
     first = f", the first of them is row {numbers[0]} of the file" if numbers else ""
     faults = [f"{len(numbers)} rows have more or fewer fields than the header{first}"]
-    return _grouped(table, dialect, texts), faults
+    return _cleaned(table, dialect, texts), faults
 
 
-def _reading(*, threads: bool) -> Any:
-    return pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=threads)
+def later(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: CsvSpec = COMMAS) -> Later | None:
+    """Write these columns to a temporary Arrow file, a block at a time, and return them to be read from there.
+
+    None for a file that must be read as a whole to know the type of each column, or to count its faults.
+    """
+    folder = TemporaryFolder()
+    written = str(folder.path / "rows.arrow")
+    convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
+    reading = _reading(threads=True, block=_STREAMED_BYTES)
+    try:
+        with (
+            pa.csv.open_csv(path, reading, _parsing(dialect.delimiter), convert) as reader,
+            pa.OSFile(written, "wb") as file,
+            pa.ipc.new_file(file, reader.schema) as writer,
+        ):
+            for batch in reader:
+                writer.write_batch(batch)
+    except pa.ArrowInvalid:
+        folder.remove()
+        return None
+
+    def load(name: str) -> Any:
+        with pa.memory_map(written) as mapped:  # of which only the pages of this column are read
+            return _cleaned(pa.ipc.open_file(mapped).read_all().select([name]), dialect, texts)[name]
+
+    return Later(tuple(selected), load, folder)
+
+
+def _reading(*, threads: bool, block: int = _BLOCK_BYTES) -> Any:
+    return pa.csv.ReadOptions(block_size=block, use_threads=threads)
 
 
 def _parsing(delimiter: str, bad_row: Any = None) -> Any:
@@ -101,6 +131,16 @@ def _converting(dialect: CsvSpec, selected: Sequence[str], types: Mapping[str, A
     if dialect.missing:
         convert.null_values = [*convert.null_values, *dialect.missing]
     return convert
+
+
+def _cleaned(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
+    """Make gaps of the texts that stand for one, and numbers of those that are written in groups."""
+    for place, name in enumerate(table.column_names):
+        column = table[name]
+        if dialect.missing and pa.types.is_string(column.type):
+            gap = pc.is_in(column, pa.array(dialect.missing, pa.string()))
+            table = table.set_column(place, name, pc.if_else(gap, pa.scalar(None, pa.string()), column))
+    return _grouped(table, dialect, texts)
 
 
 def _grouped(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
@@ -127,19 +167,24 @@ def quote_fault(path: Path, delimiter: str = ",") -> str | None:
     """Say where a quote opens a value that swallows the rows below it; None if none does."""
     sign = delimiter.encode()
     with path.open("rb") as file:
-        if not file.seek(0, 2):
+        if not _holds_a_quote(file):
             return None
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(b'"') < 0 or (len(sign) == 1 and _is_regular(content, sign)):
+            if len(sign) == 1 and _is_regular(content, sign):
                 return None
             return _swallowing(content, sign)
+
+
+def _holds_a_quote(file: BinaryIO) -> bool:
+    """Look a block at a time: what is mapped would count as memory of this process."""
+    return any(b'"' in block for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
 
 
 def _is_regular(content: mmap.mmap, sign: bytes) -> bool:
     """Return True if every other quote opens a value and every other one closes it; one pass over the bytes."""
     beside = np.zeros(256, np.bool_)  # the bytes that may stand before an opening and after a closing quote
     beside[[_QUOTE, *sign, *b"\r\n"]] = True
-    count, end, start = 0, len(content), content.find(b'"')
+    count, end, start = 0, len(content), _quote_from(content, 0)
     while 0 <= start < end:
         stop = min(start + _SCANNED_BYTES, end)
         before = sign if _starts(content, start) else content[start - 1 : start]
@@ -149,8 +194,18 @@ def _is_regular(content: mmap.mmap, sign: bytes) -> bool:
         if not (beside[block[opening - 1]].all() and beside[block[closing + 1]].all()):
             return False
         count += len(at)
-        start = content.find(b'"', stop)
+        start = _quote_from(content, stop)
     return count % 2 == 0
+
+
+def _quote_from(content: mmap.mmap, position: int) -> int:
+    """Find the next quote, -1 if there is none; what was looked at no longer counts as memory of this process."""
+    for first in range(position, len(content), _BLOCK_BYTES):
+        found = content.find(b'"', first, first + _BLOCK_BYTES)
+        if found >= 0:
+            return found
+        content.madvise(mmap.MADV_DONTNEED)
+    return -1
 
 
 def _starts(content: mmap.mmap, position: int) -> bool:

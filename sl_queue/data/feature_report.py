@@ -1,4 +1,4 @@
-"""What [features] makes of a table, and a first [features] for one that has none; for people, and never a row."""
+"""Report of what [features] makes of a table, and a first [features] for one that has none; never a row."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a party declares of its columns: how each becomes numbers. Values only."""
+"""Declarations of a party's columns: how each becomes numbers. Values only."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -32,7 +32,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What was learned of the training rows, by raw column in order; JSON gives it back exactly."""
+    """Parameters learned from the training rows, by raw column in order; JSON gives them back exactly."""
 
     columns: Mapping[str, Learned] = field(repr=False)
     rows: int  # how many it was fitted on
@@ -99,6 +99,45 @@ def apply(fitted: Fitted, columns: Mapping[str, Any]) -> tuple[npt.NDArray[np.fl
             faults.append(f"[features] {name}: {error}")
         place += width
     return out, faults
+
+
+def fit_and_apply(
+    specs: Mapping[str, Spec], columns: Mapping[str, Any], rows: Rows, n_rows: int
+) -> tuple[Fitted, npt.NDArray[np.float32], list[str]]:
+    """Fit on some rows and apply to all, as `fit` and `apply` do, with one column at a time in memory.
+
+    Only categories are looked at twice: how many columns they need is known when they are fitted.
+    """
+    categories = {name: spec for name, spec in specs.items() if isinstance(spec, Category)}
+    known, faults = fit(categories, columns, rows)
+    widths = {
+        name: len(_names(name, known.columns[name])) if name in known.columns else _width(spec)
+        for name, spec in specs.items()
+    }
+    out = np.zeros((n_rows, sum(widths.values())), np.float32)
+    place, taken, learned = 0, pa.array(np.sort(rows)), dict[str, Learned]()
+    for name, spec in specs.items():
+        width = widths[name]
+        if name not in categories or name in known.columns:
+            column = columns[name]
+            try:
+                learned[name] = known.columns[name] if name in categories else _fit(spec, column.take(taken))
+                _write(learned[name], column, out[:, place : place + width])
+            except Unusable as error:
+                faults.append(f"[features] {name}: {error}")
+        place += width
+    return Fitted(learned, len(rows)), out, faults
+
+
+def _width(spec: Spec) -> int:
+    """Count the columns of what is no category; one that could not be fitted takes none."""
+    match spec:
+        case Number():
+            return 1 + spec.indicator
+        case Date():
+            return len(spec.parts) * (1 + spec.number.indicator)
+        case Category():
+            return 0
 
 
 def unseen(fitted: Fitted, columns: Mapping[str, Any]) -> tuple[list[str], list[str]]:

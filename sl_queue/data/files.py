@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from sl_queue.data import csv_file, row_files
+from sl_queue.data.later import Later
 from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
 from sl_queue.errors import JobError
 
@@ -47,6 +48,9 @@ class Source(Protocol):
 
     def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
         """Read these columns as an Arrow table, `texts` among them as text where the file does not say, and faults."""
+
+    def later(self, selected: Sequence[str], texts: Sequence[str]) -> Later | None:
+        """Return these columns to be read one at a time; None if this file cannot be read so."""
 
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
         """Count the whole numbers that reading has rounded, by column."""
@@ -104,6 +108,9 @@ class _Csv:
     def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
         return csv_file.read(self.path, texts, selected, self.dialect)
 
+    def later(self, selected: Sequence[str], texts: Sequence[str]) -> Later | None:
+        return csv_file.later(self.path, texts, selected, self.dialect)
+
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
         return csv_file.rounded_when_read(self.path, columns, self.dialect)
 
@@ -139,6 +146,9 @@ class _Parquet:
                 tables.append(file.read(columns=list(selected)))
         return pa.concat_tables(tables, promote_options="permissive"), []
 
+    def later(self, selected: Sequence[str], texts: Sequence[str]) -> Later | None:
+        return Later(tuple(selected), lambda name: self.read([name], [])[0][name])
+
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
         return {}
 
@@ -158,6 +168,9 @@ class _Arrow:
 
     def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
         return self.file.read_all().select(list(selected)), []
+
+    def later(self, selected: Sequence[str], texts: Sequence[str]) -> Later | None:
+        return None  # it is mapped into memory, and read as it is used
 
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
         return {}

@@ -5,7 +5,7 @@ never taken as data.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -51,21 +51,55 @@ def ids_of(ids: Any) -> tuple[Any, list[str]]:
         return None, [_MIXED_IDS]
 
 
-def features_of(values: Any) -> Numbers:
-    """Make features finite numbers in a dtype that torch computes with; integers stay what they are."""
+def features_of(values: Any, n_rows: int | None = None) -> Numbers:
+    """Make features finite numbers in a dtype that torch computes with; integers stay what they are.
+
+    Several arrays, a dict of them or a list, become one array of records, (rows,). `n_rows` tells a list of arrays of
+    so many rows from a list of rows.
+    """
+    several = _several(values, n_rows)
+    if several is not None:
+        return _records({name: features_of(array) for name, array in several.items()})
     found = _numbers(values, "features")
     if found.array is None or found.faults:
         return found
     return _finite(found, "features", {**_FLOATS, **_WHOLE, "b1": np.float32})
 
 
-def labels_of(values: Any, what: str = "labels") -> Numbers:
-    """Make labels finite numbers; whole numbers and booleans become int64."""
-    found = _numbers(values, what)
+def _several(values: Any, n_rows: int | None) -> dict[str, Any] | None:
+    """Return several arrays by name, those of a list as "[0]", "[1]"; None for a single one."""
+    if isinstance(values, Mapping):
+        return {str(name): array for name, array in values.items()}
+    if not isinstance(values, list | tuple) or not values or n_rows is None or len(values) == n_rows:
+        return None
+    if not all(hasattr(array, "__len__") and len(array) == n_rows for array in values):
+        return None
+    return {f"[{place}]": array for place, array in enumerate(values)}
+
+
+def _records(several: Mapping[str, Numbers]) -> Numbers:
+    """Put arrays of as many rows side by side, each with its own dtype and shape."""
+    faults = [f"{name}: {fault}" for name, found in several.items() for fault in found.faults]
+    arrays = {name: found.array for name, found in several.items() if found.array is not None}
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if not several or len(set(lengths.values())) > 1:
+        faults.append(f"features: the arrays have different numbers of rows: {lengths}" if several else "no features")
+    if faults or len(arrays) < len(several):
+        return Numbers(None, faults=tuple(faults))
+    fields: Any = [(name, array.dtype, array.shape[1:]) for name, array in arrays.items()]
+    found = np.empty(next(iter(lengths.values())), fields)
+    for name, array in arrays.items():
+        found[name] = array
+    return Numbers(found)
+
+
+def labels_of(values: Any, what: str = "labels", *, missing: bool = False) -> Numbers:
+    """Make labels finite numbers; whole numbers and booleans become int64. NaN stays where they may be `missing`."""
+    found = _numbers(values, what, missing=missing)
     if found.array is None or found.faults:
         return found
     whole = dict.fromkeys(("b1", "i1", "i2", "i4", "u1"), np.int64)
-    return _finite(found, what, {**_FLOATS, **_WHOLE, **whole})
+    return _finite(found, what, {**_FLOATS, **_WHOLE, **whole}, missing=missing)
 
 
 def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
@@ -78,7 +112,7 @@ def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"features: a column is of objects that Arrow does not know ({type(error).__name__})"]
 
 
-def _finite(found: Numbers, what: str, dtypes: dict[str, Any]) -> Numbers:
+def _finite(found: Numbers, what: str, dtypes: dict[str, Any], *, missing: bool = False) -> Numbers:
     """Cast, after and before looking at the values: a cast must change none of them."""
     array = found.array
     assert array is not None
@@ -86,14 +120,15 @@ def _finite(found: Numbers, what: str, dtypes: dict[str, Any]) -> Numbers:
         return Numbers(None, faults=(f"{what} go up to {array.max()}; they must fit into 64 bits with a sign",))
     with np.errstate(over="ignore"):
         array = array.astype(dtypes.get(array.dtype.str[1:], array.dtype.newbyteorder("=")), copy=False)
-    faults = tuple(f"{what}: {fault}" for fault in not_finite(array, found.names))
+    looked_at = np.where(np.isnan(array), 0, array) if missing and array.dtype.kind == "f" else array
+    faults = tuple(f"{what}: {fault}" for fault in not_finite(looked_at, found.names))
     return Numbers(array, found.names, found.notes, faults)
 
 
 # From whatever it is to NumPy -----------------------------------------------------------------------------------
 
 
-def _numbers(values: Any, what: str) -> Numbers:
+def _numbers(values: Any, what: str, *, missing: bool = False) -> Numbers:
     """Make an array of numbers with an axis of rows of anything that holds one."""
     if values is None:
         return Numbers(None)
@@ -105,9 +140,8 @@ def _numbers(values: Any, what: str) -> Numbers:
         return _of_frame(values, what)
     if _is_series(values):
         column = plain(_column(values))
-        missing = f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}"
-        if column.null_count:
-            return _refused(what, missing)
+        if column.null_count and not missing:
+            return _refused(what, f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}")
         values = column.to_numpy(zero_copy_only=False)
     if masked := _masked_rows(values):
         return _refused(what, f"values are masked in {masked} of {len(values)} rows; {_FILL}")
@@ -120,7 +154,7 @@ def _numbers(values: Any, what: str) -> Numbers:
         return _refused(what, f"{told}; give an array on the CPU")
     if array.ndim == 0:
         sparse = "; it is sparse: give .toarray()" if hasattr(values, "toarray") else ""
-        return _refused(what, f"one {type(values).__name__} is no array of rows{sparse}")
+        return _refused(what, f"one {type(values).__name__} is not an array of rows{sparse}")
     return _of_objects(array, what) if array.dtype.kind == "O" else _of_array(array, what)
 
 
@@ -227,7 +261,7 @@ def _arrow(series: Any) -> Any:
 
 
 def _column(series: Any) -> Any:
-    """As `_arrow`; numbers of several types as numbers, and objects of other types as text."""
+    """Build as `_arrow`; numbers of several types as numbers, and objects of other types as text."""
     try:
         return _arrow(series)
     except _NO_COLUMN:

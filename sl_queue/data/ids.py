@@ -135,7 +135,7 @@ def _composed(parts: Sequence[Any], *, are_csv: bool) -> tuple[Any | None, str]:
             return None, f"column {place} of the id: {fault}"
         text = part.cast(typed.type).cast(pa.large_string())
         if pc.any(pc.match_substring(text, _UNIT)).as_py():
-            return None, f"column {place} of the id holds the control character U+001F; take it out"
+            return None, f"column {place} of the id holds the control character U+001F; remove it"
         texts.append(text)
     return pc.binary_join_element_wise(*texts, pa.scalar(_UNIT, pa.large_string())), ""
 
@@ -195,7 +195,7 @@ def _uuids(ids: Any) -> tuple[Any | None, str]:
 
 
 def _typed(ids: Any, *, are_csv: bool, id_type: Declared | None) -> tuple[Any | None, str]:
-    """Ids without gaps as integers or text, or what is wrong with them."""
+    """Return ids without gaps as integers or text, or what is wrong with them."""
     types = pa.types
     if id_type == "uuid":
         return _uuids(ids)
@@ -232,7 +232,7 @@ def _told(ids: Any, more: str) -> str:
 
 
 def _integers(texts: Any, pattern: str) -> Any | None:
-    """Text as integers, if every one is written as the pattern says."""
+    """Return text as integers, if every one is written as the pattern says."""
     if not pc.all(pc.match_substring_regex(texts, pattern)).as_py():
         return None
     whole = pc.replace_substring_regex(pc.utf8_trim_whitespace(texts), r"\.0*$", "")

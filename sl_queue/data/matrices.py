@@ -73,12 +73,12 @@ def matrix(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> N
     return Numbers(array, tuple(columns), tuple(_counting(full)), tuple(faults))
 
 
-def label_array(column: Any, where: str) -> tuple[Array | None, list[str]]:
-    """Make a plain column an array of labels; its gaps are not among the faults."""
+def label_array(column: Any, where: str, *, missing: bool = False) -> tuple[Array | None, list[str]]:
+    """Make a plain column an array of labels; its gaps are not among the faults, and NaN if they may be `missing`."""
     if not _is_number(column.type):
         kind = _kind(column)
         return None, [f"{where} holds {kind}; write labels as numbers, classes as 0, 1, 2, ..."]
-    return (None, []) if column.null_count else (_values(column), [])
+    return (None, []) if column.null_count and not missing else (_values(column), [])
 
 
 def gaps(columns: Mapping[str, Any]) -> list[str]:

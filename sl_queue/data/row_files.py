@@ -64,6 +64,9 @@ class RowFile:
         faults = [f"{len(bad)} rows are not written so, the first of them is line {bad[0]}"] if bad else []
         return pa.table(columns), faults
 
+    def later(self, selected: Sequence[str], texts: Sequence[str]) -> None:
+        return None
+
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
         return {}
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
 from sl_queue.data.feature_specs import Spec, resolve
@@ -35,6 +37,7 @@ class Arrays:
     faults: tuple[str, ...] = ()  # what is wrong with them
     raw: Mapping[str, Any] | None = field(default=None, repr=False)  # columns for [features] to make numbers of
     specs: Mapping[str, Spec] | None = None  # what it says of each
+    weights: Array | None = field(default=None, repr=False)  # (rows,)
 
 
 def read_rows(spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
@@ -42,14 +45,14 @@ def read_rows(spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
 
     Raises JobError if nothing can be read; all other faults are returned.
     """
-    data, where, declared = spec.data, f"party {spec.party!r}", spec.declared
+    data, where = spec.data, f"party {spec.party!r}"
     if isinstance(data, Rows):
-        return _given(data, f"{where}, data", declared, features=features, labels=labels)
+        return _given(data, f"{where}, data", spec, features=features, labels=labels)
     if data.source is not None:
         name = data.source if isinstance(data.source, str) else getattr(data.source, "__qualname__", "a callable")
         where = f"{where}, data.source = {name!r}"
-        return _given(_returned(data.source, spec.code, where), where, declared, features=features, labels=labels)
-    return _read(data, f"{where}, {data.path}", declared, features=features, labels=labels)
+        return _given(_returned(data.source, spec.code, where), where, spec, features=features, labels=labels)
+    return _read(data, f"{where}, {data.path}", spec, features=features, labels=labels)
 
 
 def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]:
@@ -65,41 +68,61 @@ def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]
     return found
 
 
-def _read(data: FileSpec, where: str, declared: Mapping[str, Spec] | None, *, features: bool, labels: bool) -> Arrays:
+def _read(data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
     """Read a file."""
-    columns = read_columns(data, where, features=features, labels=labels, declared=declared)
+    missing = spec.missing_labels
+    columns = read_columns(data, where, features=features, labels=labels, declared=spec.declared, missing=missing)
     if columns.ids is not None:
         _require_rows(len(columns.ids[0] if isinstance(columns.ids, list) else columns.ids), where)
-    found = labels_of(columns.labels, f"label column {data.label!r}")
-    faults = (*columns.faults, *found.faults)
+    found = labels_of(columns.labels, f"label column {data.label!r}", missing=missing)
+    weights = _weights(columns.weights, f"weight column {data.weight!r}")
+    faults = (*columns.faults, *found.faults, *weights.faults)
     names = columns.names if columns.features is not None else None
     csv, notes = columns.ids_are_csv, columns.notes
-    raw = (columns.raw, columns.specs)
+    raw = (columns.raw, columns.specs, weights.array)
     return Arrays(where, columns.ids, csv, columns.features, found.array, names, notes, faults, *raw)
 
 
-def _given(rows: Rows, where: str, declared: Mapping[str, Spec] | None, *, features: bool, labels: bool) -> Arrays:
+def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
     """Take Rows, built in code or returned by a source."""
     ids, wrong = ids_of(rows.ids)
     if ids is not None:
         _require_rows(len(ids), where)
-    raw, specs = None, None
+    raw, specs, declared = None, None, spec.declared
     if declared is not None and features and rows.features is not None:
         raw, more = raw_columns(rows.features)
         specs, undeclared = resolve(declared, list(raw))
         wrong += [*more, *undeclared]
-    found = features_of(rows.features) if features and raw is None else Numbers(None)
+    n_rows = None if ids is None else len(ids)
+    found = features_of(rows.features, n_rows) if features and raw is None else Numbers(None)
     if features and rows.features is None:
         wrong.append("features are missing; the job gives this party a cut, so its base model needs them")
-    targets = labels_of(rows.labels) if labels else Numbers(None)
-    faults = [*wrong, *found.faults, *targets.faults]
-    for name, array in (("features", found.array), ("labels", targets.array)):
+    targets = labels_of(rows.labels, missing=spec.missing_labels) if labels else Numbers(None)
+    weights = _weights(rows.weights, "weights") if labels else Numbers(None)
+    faults = [*wrong, *found.faults, *targets.faults, *weights.faults]
+    for name, array in (("features", found.array), ("labels", targets.array), ("weights", weights.array)):
         if array is not None and ids is not None and len(array) != len(ids):
             faults.append(f"there are {len(ids)} ids, but {name} for {len(array)} rows")
     if raw and ids is not None and any(len(column) != len(ids) for column in raw.values()):
         faults.append(f"there are {len(ids)} ids, but features for another number of rows")
-    more_of_it = (found.names, found.notes, tuple(faults), raw, specs)
+    more_of_it = (found.names, found.notes, tuple(faults), raw, specs, weights.array)
     return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
+
+
+def _weights(values: Any, what: str) -> Numbers:
+    """Make weights of rows finite numbers of at least 0, some above it."""
+    found = labels_of(values, what)
+    array = found.array
+    if array is None or found.faults:
+        return found
+    faults = []
+    if array.ndim != 1:
+        faults.append(f"{what} have the shape {array.shape}; they must have one axis")
+    elif negative := int((array < 0).sum()):
+        faults.append(f"{what}: {negative} of {len(array)} are below 0; they must be at least 0")
+    elif not array.any():
+        faults.append(f"{what}: all are 0, so nothing could be learned")
+    return Numbers(array.astype(np.float64), faults=tuple(faults))
 
 
 def _returned(source: Any, code: UserCode, where: str) -> Rows:

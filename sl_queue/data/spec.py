@@ -30,6 +30,7 @@ class Rows:
     ids: Any = field(repr=False)  # (rows,): whole numbers or text, the same for the same sample at every party
     features: Any = field(default=None, repr=False)  # (rows, *anything); floating ones are cast to the model's dtype
     labels: Any = field(default=None, repr=False)  # (rows,) or (rows, *anything)
+    weights: Any = field(default=None, repr=False)  # (rows,): how much each row counts in loss and metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,24 @@ class FileSpec:
     path: Path | None = None
     ids: tuple[str, ...] = ()  # the names of columns, which are one id together
     features: tuple[str, ...] | None = None  # None: all but id and label
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None
     id_type: Literal["text", "integer", "uuid"] | None = None
     source: Any = None  # module:callable, or the callable itself
     format: FileKind | None = None  # None: as the name of the file ends
     csv: CsvSpec = CsvSpec()
     exclude: tuple[str, ...] = ()  # names or patterns
     duplicates: Literal["refuse", "first"] = "refuse"
+    weight: str | None = None  # of the column that says how much each row counts
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the label columns."""
+        return (self.label,) if isinstance(self.label, str) else self.label or ()
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """The columns that are no features."""
+        return (*self.ids, *self.labels, *([] if self.weight is None else [self.weight]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +85,4 @@ class TableSpec:
     declared: Mapping[str, Spec] | None = None  # [features]; None: all columns are numbers without gaps
     normalise: tuple[str, ...] = ()  # done to ids that are text
     training: Callable[[int, Hashes | None], Positions] = all_rows  # the rows that are trained on, ascending
+    missing_labels: bool = False  # a label may be missing: NaN in the table

@@ -5,6 +5,7 @@ Both come from one hash over all ids, and neither yields the other: the digest i
 joins, the keys never leave the party. Whoever does not know all ids can compute neither.
 """
 
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -14,14 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.faults import refuse
-from sl_queue.data.features import Fitted, apply, fit
+from sl_queue.data.features import Fitted, fit_and_apply
 from sl_queue.data.given import ids_of
 from sl_queue.data.ids import Ids, Positions, canonical_ids
+from sl_queue.data.later import Later
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
-from sl_queue.protocol.schedule.row_order import id_hashes, split_by_id
+from sl_queue.protocol.schedule.row_order import Hashes, held_out, id_hashes, split_by_id
 from sl_queue.protocol.table import Table
+
+_SLICE = 1000  # ids that are Python objects at a time
 
 
 def read_table(
@@ -35,37 +39,38 @@ def read_table(
     """
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
     arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
-    ids, faults = _ids(spec, arrays)
+    ids, faults = ids_in(spec, arrays)
     faults = [*arrays.faults, *faults]
     if spec.labels and arrays.labels is None and not faults:
         faults.append(f"there are no labels, and {spec.party!r} is the label holder")
     refuse(arrays.where, faults)
     assert ids is not None
     ids = ids if aligned is None else ids.only(aligned)
-    texts = _texts(ids)
-    row_keys, digest = _fingerprints(texts, pc.binary_length(ids.texts), ids.type)
-    hashes = None if spec.holdout_seed is None else id_hashes(texts, spec.holdout_seed)
-    features, labels = _ordered(arrays.features, ids.order), _ordered(arrays.labels, ids.order)
+    row_keys, digest = fingerprints_of(ids)
+    hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
+    features, labels = in_order(arrays.features, ids.order), in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    tokens = None if token_key is None else _keyed(texts, token_key)
+    tokens = None if token_key is None else _keyed(ids, token_key)
     names, recipe = arrays.names, None
     if arrays.raw is not None:
-        training = spec.training(len(texts), hashes if rules != BY_POSITION else None)
+        training = spec.training(len(ids.texts), hashes if rules != BY_POSITION else None)
         features, fitted = _made(arrays, ids.order, training)
         names, recipe = fitted.names, fitted.as_json()
-    return Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, tokens, fitted=recipe)
+    weights = in_order(arrays.weights, ids.order)
+    about = (names, hashes, notes, tokens)
+    return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights)
 
 
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:
     """Read the ids of a party's rows alone; and say what complaints about them begin with. Raises JobError."""
     arrays = read_rows(spec, features=False, labels=False)
-    ids, faults = _ids(spec, arrays)
+    ids, faults = ids_in(spec, arrays)
     refuse(arrays.where, [*arrays.faults, *faults])
     assert ids is not None
     return ids, arrays.where
 
 
-def _ids(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
+def ids_in(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
     """Put ids into canonical order, as job and party say."""
     if arrays.ids is None:
         return None, []
@@ -82,11 +87,9 @@ def _ids(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
 def _made(arrays: Arrays, order: Positions, training: Positions) -> tuple[npt.NDArray[Any], Fitted]:
     """Make numbers of raw columns as [features] says, fitted on the training rows alone."""
     assert arrays.raw is not None and arrays.specs is not None
-    taken = pa.array(order)
-    columns = {name: column.take(taken) for name, column in arrays.raw.items()}
-    fitted, faults = fit(arrays.specs, columns, training)
-    refuse(arrays.where, faults)
-    features, faults = apply(fitted, columns)
+    taken, raw = pa.array(order), arrays.raw
+    columns = Later(tuple(raw), lambda name: raw[name].take(taken))
+    fitted, features, faults = fit_and_apply(arrays.specs, columns, training, len(order))
     refuse(arrays.where, faults)
     return features, fitted
 
@@ -96,40 +99,62 @@ def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:
 
     `seed` is the job's `holdout_seed`, or its `seed` if it has none. Raises JobError for ids that no table may have.
     """
+    order, hashes = _hashed(ids, seed, "holdout_rows")
+    mask = np.zeros(len(order), np.bool_)
+    mask[order[split_by_id(hashes, holdout)[1]]] = True
+    return mask
+
+
+def test_rows(ids: Any, seed: int, test: float) -> npt.NDArray[np.bool_]:
+    """Say which rows a job keeps for a test, as `holdout_rows` says which it holds out.
+
+    `seed` is the job's `holdout_seed`, or its `seed` if it has none. Raises JobError for ids that no table may have.
+    """
+    order, hashes = _hashed(ids, seed, "test_rows")
+    mask = np.zeros(len(order), np.bool_)
+    first = len(order) - held_out(len(order), test)
+    mask[order[np.argsort(hashes, kind="stable")[first:]]] = True
+    return mask
+
+
+def _hashed(ids: Any, seed: int, where: str) -> tuple[Positions, Hashes]:
+    """Return the canonical order of ids given in code, and the hashes that choose among them, in that order."""
     given, faults = ids_of(ids)
     found = None
     if given is not None:
         found, wrong = canonical_ids(given, are_csv=False, id_type=None)
         faults += wrong
-    refuse("holdout_rows", faults)
+    refuse(where, faults)
     assert found is not None
-    mask = np.zeros(len(found.order), np.bool_)
-    mask[found.order[split_by_id(id_hashes(_texts(found), seed), holdout)[1]]] = True
-    return mask
+    return found.order, id_hashes(texts_of(found), seed)
 
 
-def _texts(ids: Ids) -> list[bytes]:
-    """Ids as text, in UTF-8."""
-    found: list[bytes] = ids.texts.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
-    return found
+def texts_of(ids: Ids) -> Iterator[bytes]:
+    """Yield ids as text, in UTF-8; few of them are Python objects at a time."""
+    for first in range(0, len(ids.texts), _SLICE):
+        yield from ids.texts[first : first + _SLICE].cast(pa.large_binary()).to_pylist()
 
 
-def _fingerprints(texts: list[bytes], lengths: Any, id_type: str) -> tuple[npt.NDArray[np.uint64], str]:
+def fingerprints_of(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
     """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
-    everything = blake2b(f"{id_type} {len(texts)} ".encode())
+    everything = blake2b(f"{ids.type} {len(ids.texts)} ".encode())
+    lengths = pc.binary_length(ids.texts)
     everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
-    everything.update(b"".join(texts))
+    for text in texts_of(ids):
+        everything.update(text)
     secret = everything.digest()
     key = blake2b(secret, person=b"sl_queue row key").digest()
     digest = blake2b(secret, digest_size=32, person=b"sl_queue digest").hexdigest()
-    return _keyed(texts, key), digest
+    return _keyed(ids, key), digest
 
 
-def _keyed(texts: list[bytes], key: bytes) -> npt.NDArray[np.uint64]:
-    """Return 64 bits of each text that depend on it and on the key alone."""
-    hashes = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in texts])
-    return np.frombuffer(hashes, "<u8").astype(np.uint64)
+def _keyed(ids: Ids, key: bytes) -> npt.NDArray[np.uint64]:
+    """Return 64 bits of each id that depend on it and on the key alone."""
+    hashes = bytearray()
+    for text in texts_of(ids):
+        hashes += blake2b(text, digest_size=8, key=key).digest()
+    return np.frombuffer(bytes(hashes), "<u8").astype(np.uint64)
 
 
-def _ordered(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:
+def in_order(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:
     return None if array is None else array[order]

@@ -39,7 +39,7 @@ class Rights:
 
 
 def roles(job: Job) -> tuple[str, ...]:
-    """Everybody who has a login, keys and a folder of their own."""
+    """Return everybody who has a login, keys and a folder of their own."""
     return (*job.parties, SCHEDULER, OPERATOR)
 
 

@@ -106,7 +106,7 @@ def align_scheduler(
     seal: Seal | None,
     observe: Observer,
 ) -> int:
-    """Serve the alignment until every party has its part; returns how many rows are shared, -1 if none was told.
+    """Serve the alignment until every party has its part; returns how many rows are shared, -1 if none was reported.
 
     Returns at once if that was so before. The caller has locked `state`.
     """

@@ -91,7 +91,7 @@ class Channels:
             channel.fail(error)
 
     def fail(self, error: SlQueueError) -> None:
-        """Whoever waits at a channel now, or opens one later, raises `error`."""
+        """Raise `error` at whoever waits at a channel now, or opens one later."""
         with self._lock:
             self._error = error
             channels = list(self._open)

@@ -29,7 +29,7 @@ def rules_to_keep(job: Job, party: str, begun_with: Mapping[str, Any] | None) ->
     if job.rules not in (None, rules):
         raise CheckpointError(
             f"party {party!r}: the run in its state folder was begun under rules {rules}, and the job asks for rules "
-            f"{job.rules}: take `rules` out of the job, or start from scratch with another state folder"
+            f"{job.rules}: remove `rules` from the job, or start from scratch with another state folder"
         )
     if rules != RULES:
         log.info("%s: the run was begun under rules %d, of an earlier version; it keeps them to its end", party, rules)
@@ -94,5 +94,5 @@ def _why(chosen: Path | str | None, rules: int) -> str:
     if rules == BY_POSITION:
         return f"rules = {rules} ask for that; a new run under newer rules draws with a secret"
     if chosen == SEED:
-        return '[privacy] secret = "seed" asks for that; take it out, and a new run draws with a secret'
+        return '[privacy] secret = "seed" asks for that; remove it, and a new run draws with a secret'
     return "the run was begun so; a new one, with another state folder, draws with a secret"

@@ -31,7 +31,7 @@ def read_status(job: Job, broker: str, timeout_s: float = TIMEOUT_S, seal: Seal 
     cannot be opened.
     """
     require_network(broker)
-    statuses = _Statuses(job, broker, seal)
+    statuses = Statuses(job, broker, seal)
     try:
         status = statuses.next(timeout_s)
         return None if status is None else status.run
@@ -46,7 +46,7 @@ def watch_status(job: Job, broker: str, seal: Seal | None = None) -> Telling | N
     Raises as `read_status`.
     """
     require_network(broker)
-    statuses = _Statuses(job, broker, seal)
+    statuses = Statuses(job, broker, seal)
     try:
         newest = statuses.next(TIMEOUT_S)
         if newest is None:
@@ -72,7 +72,7 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
     would stop a later start. Raises BrokerUnreachable, PeerSilent.
     """
     require_network(broker)
-    statuses = _Statuses(job, broker, seal)
+    statuses = Statuses(job, broker, seal)
     try:
         left_behind = statuses.next()
         if left_behind is None:
@@ -108,14 +108,14 @@ def _nothing_to_stop(run: RunStatus | None, asked: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class Told:
     """Status, and the scheduler that reported it."""
 
     run: RunStatus
     incarnation: str
 
 
-class _Statuses:
+class Statuses:
     """The statuses that the scheduler publishes, one after the other. The newest stays in its queue.
 
     What cannot be read stays there as well: whoever only looks takes nothing away.
@@ -129,7 +129,7 @@ class _Statuses:
         self._mail = Mail(self._link, OPERATOR, terms, "", patience_s=ANSWER_S, seal=seal)
         self._mail.open(self)
 
-    def next(self, timeout_s: float = TIMEOUT_S) -> _Told | None:
+    def next(self, timeout_s: float = TIMEOUT_S) -> Told | None:
         """Return the next one; None if none comes. The first may be what an earlier scheduler left behind.
 
         Raises BrokerUnreachable if the link has failed, RemoteProtocolError for what cannot be read.
@@ -144,7 +144,7 @@ class _Statuses:
             self._link.acknowledge([self._newest.delivery.tag])
         self._newest = arrived
         status = arrived.message
-        return _Told(from_json(status.run), status.incarnation) if isinstance(status, Status) else None
+        return Told(from_json(status.run), status.incarnation) if isinstance(status, Status) else None
 
     def answer(self, request: StopRequest) -> None:
         """Send the scheduler a request. Raises BrokerUnreachable if the broker does not confirm it."""

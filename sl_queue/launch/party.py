@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +33,7 @@ from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
 from sl_queue.launch.spending import Spending
+from sl_queue.launch.versions import keep_trained
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
@@ -71,9 +73,9 @@ def run_party(
     metrics: str | None = None,
     observe: Observer = to_log,
 ) -> None:
-    """One data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped on purpose.
+    """Run one data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `metrics`: `[HOST:]PORT` where Prometheus scrapes.
     """
     spec = resolve(job, party_file, Importer())
     if spec.role != role:
@@ -85,7 +87,7 @@ def run_party(
     require_network(url)
     limit_threads(party_file.threads or THREADS.read() or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
-    folder = _state_folder(party_file, state)
+    folder = state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
     lanes = Lanes.of(job, party_file, broker)
@@ -107,7 +109,7 @@ def serve_party(
     lanes: Lanes | None = None,
     observe: Observer = to_log,
 ) -> None:
-    """One data party from its table to its final weights; says so and returns if it has finished before.
+    """Run one data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
@@ -122,21 +124,21 @@ def serve_party(
         spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
         identity = _identity(job, party, incarnation, table, rules)
         pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
-        meter = None if metrics is None else Meter()
-        observe = fan_out(observe) if meter is None else fan_out(observe, meter)
-        channel = _channel(job, party, connect, incarnation, pipeline, seal, observe)
+        meter = Meter()
+        observe = fan_out(observe, meter)
+        channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
         journal = Journal(state / "history.jsonl")
         parts = parts_of(spec, table, pipeline.batches)
         guards = {**parts.guards, **guards}
-        made = _stage(job, spec, table, pipeline, take, guards, lanes)
-        led = None
+        made, led = _stage(job, spec, table, pipeline, take, guards, lanes), None
         if lanes is not None:
             led = leading(job, spec, table, rules, made, pipeline, channel, lanes, incarnation, observe)
         stage = made if led is None else led.stage
         worker, train = _role(job, spec, stage, pipeline, channel, folder, journal, identity, observe)
         worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
-        if metrics is not None and meter is not None:
+        if metrics is not None:
             stack.callback(_show(metrics, job, party, channel, worker, meter, led).close)
+        worker.on_final = partial(keep_trained, job, spec, table, pipeline.batches, state, made)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
@@ -177,7 +179,7 @@ def _prepared(
     return spec, table, rules
 
 
-def _channel(
+def channel_of(
     job: Job,
     party: str,
     connect: Connect,
@@ -185,6 +187,7 @@ def _channel(
     pipeline: Pipeline,
     seal: Seal | None,
     observe: Observer,
+    meter: Meter,
 ) -> PartyChannel:
     bounds = bounds_of(job, party, pipeline)
     return PartyChannel(
@@ -198,6 +201,7 @@ def _channel(
         seal=seal,
         bounds=bounds,
         observe=observe,
+        totals=meter.totals,
     )
 
 
@@ -249,7 +253,7 @@ def own_version() -> str:
 
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
-    """What the peers of `party` may send it: activations to the label holder, gradients of the own cut back."""
+    """Bound what the peers of `party` may send it: activations to the label holder, gradients of its own cut back."""
     leftover = MESSAGE_BYTES if job.alignment.method == "psi" else 0
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
@@ -293,7 +297,7 @@ def _role(
     """Return the worker of this party, and the loop it runs."""
     if isinstance(stage, TorchFuseStage | SpreadFuseStage):
         worker = Worker(identity, channel, stage, folder, pipeline, journal=journal, observe=observe)
-        holder = LabelHolder(spec.peers, channel, stage, pipeline, worker)
+        holder = LabelHolder(spec.peers, channel, stage, pipeline, worker, job.early_stopping is not None)
         answering(stage, holder.answer)
         return worker, holder.train
     worker = Worker(identity, channel, stage, folder, pipeline, observe=observe)
@@ -321,7 +325,8 @@ def _remark(stage: TorchBaseStage | None) -> None:
         log.warning("%s", stage.remark)
 
 
-def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
+def state_folder(party_file: PartyFile, state: Path | None) -> Path:
+    """Return the folder of a party's state. Raises JobError if there is none."""
     folder = state or party_file.state
     if folder is None:
         raise JobError(f"party {party_file.party!r} needs a state folder: give --state DIR or set `state` in its file")
@@ -329,13 +334,7 @@ def _state_folder(party_file: PartyFile, state: Path | None) -> Path:
 
 
 def _show(
-    address: str,
-    job: Job,
-    party: str,
-    channel: PartyChannel,
-    worker: Worker,
-    meter: Meter,
-    led: Leading | None,
+    address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter, led: Leading | None
 ) -> "HttpServer":
     from sl_queue.observe.prometheus import (  # only who is observed loads the library
         PartyCollector,

@@ -1,4 +1,4 @@
-"""What a party's [privacy] comes to: labels that were answered at random, guards at the cut, and a meter."""
+"""Parts that a party's [privacy] puts into its worker: randomized labels, guards at the cut, and a meter."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -62,7 +62,7 @@ def responded(spec: PartySpec, table: Table) -> Table:
     if classes is None:
         raise JobError(
             f"{where} needs classes, whole numbers, one a row; these labels are {table.labels.dtype} "
-            f"{table.labels.shape}: take it out, or write the labels as classes"
+            f"{table.labels.shape}: remove it, or write the labels as classes"
         )
     response = Response(settings.labels, classes)
     rare = rarest(table.labels, response)
@@ -88,7 +88,7 @@ def response_of(spec: PartySpec, table: Table) -> Response | None:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is put into a worker."""
+    """Parts that are put into a worker."""
 
     guards: Mapping[str, Guard]
     meter: EpochMeter | None = None
@@ -102,7 +102,7 @@ def parts_of(spec: PartySpec, table: Table, batches: Batches) -> Parts:
 
 def _parts_of_feature_party(spec: PartySpec, table: Table, batches: Batches, base: bytes) -> Parts:
     settings, party, tap, meter = spec.privacy, spec.party, None, None
-    if settings.meter and table.features is not None:
+    if settings.meter and table.features is not None and not table.features.dtype.names:
         columns = ActivationMeter(table.features, batches.training_positions, key_for(base, party, "meter"))
         tap, meter = (
             ActivationTap(columns, RowIndex.of(table.row_keys)),
@@ -124,7 +124,7 @@ def _parts_of_label_holder(spec: PartySpec, table: Table, batches: Batches, base
         gradients = GradientMeter(classes, batches.training_positions, key_for(base, party, "meter"), given)
         tap, meter = GradientTap(gradients, index), EpochMeter(gradients)
     elif settings.meter:
-        log.warning("party %r: [privacy] meter reads classes, and these labels are none; nothing is measured", party)
+        log.warning("party %r: [privacy] meter reads classes, and these labels are not; nothing is measured", party)
     if settings.max_norm or settings.gradients is not None:
         assert table.tokens is not None
         defence = GradientDefence(settings.gradients, index, table.tokens, base)
@@ -155,5 +155,5 @@ def numbered(labels: Labels, among: Labels) -> npt.NDArray[np.int64]:
 
 
 def _base(spec: PartySpec) -> bytes:
-    """What keys all of a party's defences: its secret, or what anyone can compute of the job."""
+    """Return the key of all of a party's defences: its secret, or what anyone can compute of the job."""
     return spec.compute.secret or seed_secret(spec.compute.layers.seed, spec.party)

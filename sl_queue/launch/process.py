@@ -48,7 +48,7 @@ def leaving(
 
 
 def leave_on_sigterm(say: Say = say) -> None:
-    """SIGTERM ends this process at once: by the recovery law nothing needs to be tidied up."""
+    """Have SIGTERM end this process at once: by the recovery law nothing needs to be tidied up."""
 
     def leave(number: int, _: FrameType | None) -> None:
         say("asked to end (SIGTERM); a restart resumes from the last checkpoint")

@@ -1,9 +1,10 @@
 """The scheduler, put together. It needs no torch, and so is there again half a second after it was killed."""
 
 import logging
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ from sl_queue.config.job import Job
 from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.alignment import align_scheduler
+from sl_queue.launch.asked import digest_of, folder_of, for_alignment, plan_of_prediction
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.keeper import Keeper
 from sl_queue.observe.log import to_log
+from sl_queue.observe.tracking import Tracker, sink_of
 from sl_queue.protocol import events
 from sl_queue.protocol.events import Observer
 from sl_queue.protocol.messages import SCHEDULER
@@ -41,10 +45,12 @@ def run_scheduler(
     key: Path | None = None,
     metrics: str | None = None,
     observe: Observer = to_log,
+    prediction: str | None = None,
+    track: Sequence[str] = (),
 ) -> None:
     """Run the scheduler in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
-    `metrics`: `[HOST:]PORT` where Prometheus may ask.
+    `metrics`: `[HOST:]PORT` where Prometheus may ask. `track`: trackers, as `tensorboard:DIR` or `mlflow:URL`.
     """
     given = broker or BROKER.read()
     if given is None:
@@ -54,8 +60,19 @@ def run_scheduler(
     seal = sealing(job, SCHEDULER, key_file(key), url)
     connect = connector(job, url, again=lambda: read_url(given, again=True))
     folder = state or Path("state/scheduler")
-    epochs = _Epochs(observe)
-    serve_scheduler(job, connect, folder, epochs.tell, Channels(), seal, metrics=metrics, observe=observe)
+    epochs, sinks = _Epochs(observe), {text: sink_of(text, job.name) for text in track}
+    with ExitStack() as stack:
+        trackers = [stack.enter_context(closing(Tracker(_shown_as(t), s, job.canonical()))) for t, s in sinks.items()]
+        tell = _told_to(epochs.tell, *(tracker.take for tracker in trackers))
+        if prediction is not None:  # has no epochs to report
+            folder, tell = folder_of(folder, prediction), _told_to()
+        about = (connect, folder, tell, Channels(), seal)
+        serve_scheduler(job, *about, metrics=metrics, observe=observe, prediction=prediction)
+
+
+def _shown_as(track: str) -> str:
+    """Return a tracker's name for the log, without a password."""
+    return re.sub(r"//[^/@]*@", "//", track)
 
 
 @dataclass(slots=True)
@@ -84,24 +101,29 @@ def serve_scheduler(
     late_s: float = LATE_S,
     metrics: str | None = None,
     observe: Observer = to_log,
+    prediction: str | None = None,
 ) -> RunState:
     """Run the scheduler until every party has finished.
 
     `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
-    Prometheus may ask, as `[HOST:]PORT`.
+    Prometheus may ask, as `[HOST:]PORT`. `prediction`: the name of the one that is run in the place of a training.
     """
     observe = fan_out(observe)
+    plan = plan_of(job) if prediction is None else plan_of_prediction(job, prediction)
     with ExitStack() as stack:
-        ledger = stack.enter_context(closing(RunFile(state, job.canonical(), job.digest)))
+        digest = job.digest if prediction is None else digest_of(job, prediction)
+        ledger = stack.enter_context(closing(RunFile(state, plan.job, digest)))
         finished = _finished_before(ledger)
         if finished is not None and not late_s:
             return finished
         if job.alignment.method == "psi" and finished is None:
-            align_scheduler(job, connect, state, on_status, open_channels, seal, observe)
-        plan = plan_of(job)
+            aligning = job if prediction is None else for_alignment(job)
+            align_scheduler(aligning, connect, state, on_status, open_channels, seal, observe)
         about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
         channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
         stack.callback(channel.close)
+        keeper = Keeper(state)
+        on_status = _told_to(keeper.take, on_status)
         if metrics is not None:
             on_status = _shown(metrics, channel, on_status, stack)
         try:
@@ -114,6 +136,16 @@ def serve_scheduler(
         observe(events.Ready(SCHEDULER))
         of_run = (secrets.token_hex(6), time.monotonic, on_status, min(late_s, plan.patience_s))
         return Scheduler(plan, channel, ledger, *of_run, observe=observe).serve()
+
+
+def _told_to(*takers: OnStatus) -> OnStatus:
+    """Return what hands each status to all of these, in this order."""
+
+    def tell(status: RunStatus) -> None:
+        for take in takers:
+            take(status)
+
+    return tell
 
 
 def _finished_before(ledger: RunFile) -> RunState | None:
@@ -131,7 +163,7 @@ def plan_of(job: Job) -> Plan:
     rule = job.early_stopping
     early = None
     if rule is not None:
-        lower = rule.metric in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
+        lower = rule.metric.removeprefix("train_") in LOWER_IS_BETTER if rule.mode is None else rule.mode == "min"
         early = EarlyStopping(rule.metric, rule.patience, rule.min_delta, lower)
     return Plan(
         job=job.canonical(),

@@ -1,4 +1,4 @@
-"""What a run may release, entered before it is sent, and what it has, said at its end in `final/privacy.json`."""
+"""Ledger of a run's releases: each is entered before it is sent; their sum is in `final/privacy.json` at the end."""
 
 import json
 import logging
@@ -91,11 +91,11 @@ class Spending:
             raise unusable(self.final.parent, error) from error
 
     def _chances(self, response: Response) -> dict[str, Any]:
-        """What prediction needs to undo a response."""
+        """Return what prediction needs to undo a response."""
         return {**asdict(response), "keep": response.keep, "swap": response.swap}
 
     def _due(self, run: str, generation: int, epoch: int) -> list[Release]:
-        """What is released from the beginning of an epoch to its end, evaluation included."""
+        """List the releases from the beginning of an epoch to its end, evaluation included."""
         about = (self.party, self.job.digest[:_JOB], run)
         found = []
         if self.response is not None:

@@ -69,7 +69,7 @@ def align_threads(
         for thread in threads:
             thread.join()
     except BaseException:
-        channels.fail(RunStopped("interrupted; the same command goes on"))
+        channels.fail(RunStopped("interrupted; the same command resumes"))
         for thread in threads:
             thread.join()
         raise

@@ -23,10 +23,12 @@ from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import MEMORY
+from sl_queue.launch.scheduler import OnStatus
 from sl_queue.local.digits import read_digits
 from sl_queue.local.threads import Result, run_threads
 from sl_queue.observe.console import Screen, stdout
 from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.scheduler.status import RunStatus
 
 MODELS = '''"""The demo's models, as one writes them in PyTorch."""
 
@@ -103,14 +105,20 @@ metrics = ["accuracy"]
 FILES = {"left": "left.parquet", "right": "right.csv"}
 
 
-def run_demo(out: Path | None) -> None:
+def run_demo(out: Path | None, tell: OnStatus | None = None) -> None:
     """Train the joint model, each party alone, and the same layers joined; print how well each does."""
     folder = Path(tempfile.mkdtemp(prefix="sl_queue-demo-")) if out is None else out
     write_demo(folder)
     with Screen(log_level=logging.WARNING) as screen:
+
+        def show(status: RunStatus) -> None:
+            screen.status(status)
+            if tell is not None:
+                tell(status)
+
         screen.console.print(f"scikit-learn's digits, cut in two halves: {folder}", soft_wrap=True)
-        joint = _train(folder, "job", ["left", "right", "labels"], screen)
-        alone = {party: _train(folder, f"{party}_alone", [party, "labels_alone"], screen) for party in FILES}
+        joint = _train(folder, "job", ["left", "right", "labels"], show)
+        alone = {party: _train(folder, f"{party}_alone", [party, "labels_alone"], show) for party in FILES}
     joined = _joined(folder)
     table = ScreenTable("model", "held-out accuracy", box=None)
     table.add_row("joint: left and right half, labels at a third party", _accuracy(joint.history))
@@ -152,7 +160,7 @@ def write_demo(folder: Path) -> None:
 
 
 def _half(ids: npt.NDArray[np.int64], half: npt.NDArray[np.float32]) -> pa.Table:
-    """One half of every image, shape (rows, 8, 4), as a column for each pixel."""
+    """Return one half of every image, shape (rows, 8, 4), as a column for each pixel."""
     columns = half.reshape(len(ids), -1)
     return pa.table({"image": ids, **{f"pixel_{i}": columns[:, i] for i in range(columns.shape[1])}})
 
@@ -165,10 +173,10 @@ def _load(folder: Path, job: str, parties: list[str]) -> tuple[Job, list[PartyFi
     return Job.load(folder / f"{job}.toml"), [PartyFile.load(folder / f"{party}.toml") for party in parties]
 
 
-def _train(folder: Path, name: str, parties: list[str], screen: Screen) -> Result:
+def _train(folder: Path, name: str, parties: list[str], show: OnStatus) -> Result:
     job, party_files = _load(folder, name, parties)
     states = {role: folder / "runs" / name / role for role in (*job.parties, SCHEDULER)}
-    return run_threads(job, party_files, MEMORY, states, screen.status)
+    return run_threads(job, party_files, MEMORY, states, show)
 
 
 def _joined(folder: Path) -> ReferenceRun:

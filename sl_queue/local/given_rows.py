@@ -23,7 +23,7 @@ from sl_queue.protocol.table import Table
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """What one party holds, in the order in which it was given."""
+    """Rows that one party holds, in the order in which they were given."""
 
     party: str
     ids: Any = field(repr=False)
@@ -35,11 +35,11 @@ class Given:
         return len(self.ids)
 
     def rows(self) -> Rows:
-        """The same as a party file takes it."""
+        """Return the same as a party file takes it."""
         return Rows(self.ids, self.features, self.labels)
 
     def table(self) -> Table:
-        """The same in canonical order. Raises JobError for rows that cannot be trained on."""
+        """Return the same in canonical order. Raises JobError for rows that cannot be trained on."""
         holds_labels, other = self.labels is not None, f"{self.party[:60]}-or"
         cut = {} if self.features is None else {"cut": [1]}
         role, others = ("label", "feature") if holds_labels else ("feature", "label")
@@ -48,7 +48,7 @@ class Given:
         return read_table(table_spec(job, PartyFile(party=self.party, data=self.rows()), Importer()))
 
     def order(self) -> npt.NDArray[np.int64]:
-        """Where each row of the canonical order stands in the given one."""
+        """Return the position in the given order of each row of the canonical one."""
         ids, _ = canonical_ids(ids_of(self.ids)[0], are_csv=False, id_type=None)
         assert ids is not None
         return ids.order
@@ -62,7 +62,7 @@ def by_party(
     labels: Any,
     id: str | None,
 ) -> dict[str, Given]:
-    """Each party's rows, in the order of `parties`; the label holder's without a base model if there are labels.
+    """Split into each party's rows, in the order of `parties`; the label holder has no base model if there are labels.
 
     Raises JobError for what is missing or not as long as the rest.
     """
@@ -72,7 +72,7 @@ def by_party(
     strange = [party for party in tables if party not in known]
     if strange:
         raise JobError(
-            f"there are rows for {strange[0]!r}, which is no party of this model; they are {', '.join(known)}"
+            f"there are rows for {strange[0]!r}, which is not a party of this model; they are {', '.join(known)}"
         )
     if isinstance(labels, str):
         if label_holder not in tables:
@@ -94,7 +94,7 @@ def by_party(
 
 
 def rows_of(given: Given) -> Rows:
-    """The rows as a party file takes them."""
+    """Return the rows as a party file takes them."""
     return given.rows()
 
 
@@ -113,8 +113,13 @@ def _tables(features: Any, parties: Mapping[str, Any], columns: Any) -> dict[str
     return {party: _selected(table, list(columns[party])) for party in parties}
 
 
+def _length(table: Any) -> int:
+    """Count the rows of a table, or of several arrays by name."""
+    return len(next(iter(table.values()))) if isinstance(table, Mapping) else len(table)
+
+
 def _stacked(table: Any) -> Any:
-    """A dataset as one array."""
+    """Stack a dataset into one array."""
     if isinstance(table, TensorDataset):
         return table.tensors[0]
     if isinstance(table, Dataset):
@@ -149,7 +154,7 @@ def _without(table: Any, name: str) -> Any:
 
 def _given(party: str, table: Any, id: str | None, ids: Any) -> Given:
     if id is None:
-        return Given(party, np.arange(len(table)), table, None)
+        return Given(party, np.arange(_length(table)), table, None)
     if ids is not None:
         names = table.column_names if isinstance(table, pa.Table) else list(table.columns)
         return Given(party, ids, _without(table, id) if id in names else table, None)
@@ -157,7 +162,7 @@ def _given(party: str, table: Any, id: str | None, ids: Any) -> Given:
 
 
 def _labels_alone(party: str, table: Any, labels: Any, id: str | None, ids: Any) -> Given:
-    """The rows of a label holder without a base model."""
+    """Return the rows of a label holder without a base model."""
     if id is not None and ids is None:
         if table is not None:
             ids = _column(table, id)

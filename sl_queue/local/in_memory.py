@@ -1,4 +1,4 @@
-"""What trained modules make of rows that are at hand: outputs and measures, without a run."""
+"""Evaluation of trained modules on rows that are at hand: outputs and measures, without a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
+from sl_queue.compute.building import called, is_penalised
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.modules.handover import copied
@@ -20,16 +21,30 @@ from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import compute_spec
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
+from sl_queue.cut.several import Outputs, fuse_inputs
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
+from sl_queue.protocol.schedule.row_order import Positions
 from sl_queue.protocol.table import Table
 
 PART = 4096  # rows that go through the models at once
 CPU = torch.device("cpu")
 
 
-def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]:
-    """Find the shape of one row's activation by trying a copy of the base model on a few rows. Raises JobError."""
+def _cut_of(output: Any) -> Any:
+    """Return the cut of a base model's output: a shape, or those of several; None if it is no such thing."""
+    if isinstance(output, Tensor):
+        return list(output.shape[1:]) if output.dim() > 1 else None
+    each = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    if not each or not all(isinstance(tensor, Tensor) and tensor.dim() > 1 for tensor in each):
+        return None
+    if isinstance(output, dict):
+        return {str(name): list(tensor.shape[1:]) for name, tensor in output.items()}
+    return [list(tensor.shape[1:]) for tensor in output]
+
+
+def shape_of_cut(party: str, table: Table, module: nn.Module) -> Any:
+    """Find the cut, one shape or several, by trying a copy of the base model on a few rows. Raises JobError."""
     refused = []
     for choice in range(n_offers(_features(table))):
         tried = copied(module)
@@ -37,19 +52,20 @@ def shape_of_cut(party: str, table: Table, module: nn.Module) -> tuple[int, ...]
         rows = take_rows(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
         try:
             with seeded(key(0, party, "shape"), CPU), in_evaluation(tried):
-                output = tried(rows)
+                output = called(tried, rows)
+                output = output[0] if is_penalised(output, None) else output
         except Exception as error:
             refused.append(f"{type(error).__name__}: {error}")
             continue
-        if isinstance(output, Tensor) and output.dim() > 1:
-            return tuple(output.shape[1:])
+        if (found := _cut_of(output)) is not None:
+            return found
         refused.append(f"it returns {type(output).__name__}; it must return one tensor (rows, ...)")
     told = "; and with the same numbers in another form: ".join(refused)
     raise JobError(f"party {party!r}: the base model fails on two rows of its features: {told}")
 
 
 def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.Module]) -> Tensor:
-    """The fuse model's output for all rows of the tables, in canonical order, on the CPU.
+    """Compute the fuse model's output for all rows of the tables, in canonical order, on the CPU.
 
     `modules` are trained ones by party, the fuse model under "fuse". Raises JobError if parties hold other rows.
     """
@@ -58,39 +74,41 @@ def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.M
         counts = ", ".join(f"{party} {tables[party].n_rows}" for party in job.fused)
         raise JobError(f"the parties' ids differ; rows: {counts}; give the same rows for each party")
     n_rows = tables[job.fused[0]].n_rows
+    several = {party: outputs for party in job.fused if (outputs := job.parties[party].outputs) is not None}
     taken = {party: _taken(party, tables[party], modules[party]) for party in job.fused}
     fuse, found = modules["fuse"], []
     with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad():
         for first in range(0, n_rows, PART):
             rows = np.arange(first, min(first + PART, n_rows))
-            inputs = [modules[p](take_rows(taken[p], rows, _dtype(modules[p]), CPU)) for p in job.fused]
-            found.append(fuse(aggregated(inputs, job.fuse.aggregation)))
+            each = {party: _of_rows(modules[party], taken[party], rows, several.get(party)) for party in job.fused}
+            found.append(fuse(aggregated(fuse_inputs(each, several, job.fused), job.fuse.aggregation)))
     return torch.cat(found)
 
 
 def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict[str, float | None]:
-    """Loss and metrics of an output for the labels of the label holder's table."""
+    """Compute loss and metrics of an output for the labels of the label holder's table."""
     objective = objective_for(job, file, table)
     with torch.no_grad():
-        loss = objective.loss(output, objective.labels).item()
-    return {"loss": loss, **measured(objective, output, objective.labels)}
+        rows = np.arange(table.n_rows)
+        loss = objective.loss_of(output, objective.labels, rows).item()
+    return {"loss": loss, **measured(objective, output, objective.labels, rows)}
 
 
 def objective_for(job: Job, file: PartyFile, table: Table) -> Objective:
-    """The loss and the metrics, for the labels of a table."""
+    """Return the loss and the metrics, for the labels of a table."""
     whole = job.replace(holdout=0.0, early_stopping=None, batch_size=table.n_rows, pipeline={})
     spec = compute_spec(whole, file.replace(device="cpu"), Importer())
     return fuse_stage(spec, table, whole.batches(table.n_rows)).objective
 
 
 def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
-    """The features in the form that the base model takes."""
+    """Return the features in the form that the base model takes."""
     refused: list[Exception] = []
     for choice in range(n_offers(_features(table))):
         features = offers(_alone(party), table, _dtype(module))[choice].features
         try:
             with seeded(key(0, party, "shape"), CPU), torch.no_grad():
-                module(take_rows(features, np.arange(min(2, len(features))), _dtype(module), CPU))
+                called(module, take_rows(features, np.arange(min(2, len(features))), _dtype(module), CPU))
         except Exception as error:
             refused.append(error)
             continue
@@ -98,8 +116,15 @@ def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
     raise JobError(f"party {party!r}: the base model fails on its features: {refused[0]}") from refused[0]
 
 
+def _of_rows(module: nn.Module, features: npt.NDArray[Any], rows: Positions, outputs: Outputs | None) -> list[Tensor]:
+    """Compute a base model's outputs of these rows, mostly one."""
+    found = called(module, take_rows(features, rows, _dtype(module), CPU))
+    found = found[0] if is_penalised(found, outputs) else found
+    return [found] if outputs is None else outputs.listed(found, len(rows), "the base model")
+
+
 def _alone(party: str) -> ComputeSpec:
-    """A party of which nothing but its rows and its base model is known."""
+    """Return the spec of a party of which nothing but its rows and its base model is known."""
     layers = LayersSpec("", 0, "", (), {}, "list", Wire(), 1, 0)
     return ComputeSpec(party, layers, None, None, None, "cpu", Importer().within(None))
 

@@ -3,8 +3,8 @@
 import json
 import os
 import sys
-import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 from sl_queue.config.environment import BROKER, EVENTS, HANDS_BROKER, LOCAL, LOG_FORMAT, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
+from sl_queue.launch.following import Follower
 from sl_queue.launch.operator import read_status
+from sl_queue.launch.scheduler import OnStatus
 from sl_queue.local.supervise import Failure, Worker, supervise
 from sl_queue.local.threads import shared_threads
 from sl_queue.observe.console import Screen
@@ -23,8 +25,6 @@ from sl_queue.protocol.events import Failed
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.security.sealing import Seal
-
-STATUS_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,35 +38,50 @@ class Place:
 
 
 def run_processes(
-    job: Job, job_file: Path, places: Mapping[str, Place], broker: str, screen: Screen, seal: Seal | None = None
+    job: Job,
+    job_file: Path,
+    places: Mapping[str, Place],
+    broker: str,
+    screen: Screen,
+    seal: Seal | None = None,
+    tell: OnStatus = lambda _: None,
 ) -> Failure | None:
     """Train to the end, restarting workers as `supervise` does; None, or why it ended before.
 
     The broker's URL goes to the workers through the environment: everybody on a machine can read a command line.
-    `seal` is the operator's. Raises BrokerUnreachable before anything is started.
+    `seal` is the operator's; `tell` gets each status, beside the screen. Raises BrokerUnreachable before anything is
+    started.
     """
-    follower = _Follower(job, broker, screen, seal)
+
+    def show(status: RunStatus) -> None:
+        screen.status(status)
+        tell(status)
+
+    stale = read_status(job, broker, timeout_s=0.5, seal=seal)  # what an earlier run may have left
+    newest = _Newest(job.label_holder, stale, show)
     threads = str(shared_threads(len(job.parties)))
     environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1"}
     environ |= {LOG_FORMAT.name: "text"}  # their lines are shown to a person
     asked: Path | None = EVENTS.read()
-    workers = [
-        Worker(role, command(job, role, job_file, place), _meeting(place, broker)) for role, place in places.items()
-    ]
+    workers = [Worker(r, command(job, r, job_file, place), _meeting(place, broker)) for r, place in places.items()]
     hands = {f"{role}, hand {n}": role for role, place in places.items() for n in range(1, 1 + (place.hands or 0))}
     workers += [
         Worker(hand, hand_command(job_file, places[r]), _meeting(places[r], broker), helps=True)
         for hand, r in hands.items()
     ]
-    with TemporaryDirectory(prefix="sl_queue-events-") as folder, follower:
+
+    def step_of(name: str) -> int | None:
+        return newest.committed(hands.get(name, name))  # a hand's is its party's
+
+    with TemporaryDirectory(prefix="sl_queue-events-") as folder:
         events = asked or Path(folder) / "events.jsonl"
         environ |= {EVENTS.name: str(events.absolute())}
         reason_of = partial(failure_in, events)
-
-        def step_of(name: str) -> int | None:
-            return follower.committed(hands.get(name, name))  # a hand's is its party's
-
-        return supervise(workers, environ, screen.line, step_of, reason_of=reason_of)
+        try:
+            with Follower(job, broker, seal, newest):
+                return supervise(workers, environ, screen.line, step_of, reason_of=reason_of)
+        finally:
+            _last_word(job, broker, seal, newest)
 
 
 def _meeting(place: Place, broker: str) -> dict[str, str]:
@@ -96,45 +111,37 @@ def command(job: Job, role: str, job_file: Path, place: Place) -> tuple[str, ...
     return (sys.executable, "-m", module, "--job", str(job_file), *party, *key, "--state", str(place.state))
 
 
-class _Follower:
-    """Shows the run's newest status, and remembers it; mutable: a thread reads while the main thread supervises."""
+class _Newest:
+    """Passes the run's statuses on, and remembers the newest; mutable: a thread tells while the main one supervises."""
 
-    def __init__(self, job: Job, broker: str, screen: Screen, seal: Seal | None) -> None:
-        self._job, self._broker, self._screen, self._seal = job, broker, screen, seal
-        self._stale = read_status(job, broker, timeout_s=0.5, seal=seal)  # what an earlier run may have left
+    def __init__(self, label_holder: str, stale: RunStatus | None, tell: OnStatus) -> None:
+        self._label_holder, self._stale, self._tell = label_holder, stale, tell
         self._newest: RunStatus | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="status", daemon=True)
-
-    def __enter__(self) -> "_Follower":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._look()
 
     def committed(self, role: str) -> int | None:
         """Return the last step that a role is known to have on disk; for the scheduler the label holder's."""
         newest = self._newest
         if newest is None:
             return None
-        party = newest.parties.get(self._job.label_holder if role == SCHEDULER else role)
+        party = newest.parties.get(self._label_holder if role == SCHEDULER else role)
         return None if party is None else party.committed
 
-    def _follow(self) -> None:
-        while not self._ended.wait(STATUS_EVERY_S):
-            self._look()
-
-    def _look(self) -> None:
-        try:
-            status = read_status(self._job, self._broker, seal=self._seal)
-        except TransportError:
-            return  # the workers notice it too, and what they say is shown
-        if status is not None and status != self._stale:
+    def take(self, status: RunStatus, age_s: float = 0.0) -> None:
+        """Pass on what is not left of an earlier run."""
+        if status not in (self._stale, self._newest):
             self._newest = status
-            self._screen.status(status)
+            self._tell(status)
+
+    def trouble(self, problem: str) -> None:
+        """Pass over it: the workers notice it too, and what they say is shown."""
+
+
+def _last_word(job: Job, broker: str, seal: Seal | None, newest: _Newest) -> None:
+    """Read how the run has ended: the follower may have left before."""
+    with suppress(TransportError):
+        status = read_status(job, broker, seal=seal)
+        if status is not None:
+            newest.take(status)
 
 
 def read_history(scheduler_state: Path) -> list[dict[str, Any]]:

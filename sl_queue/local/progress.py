@@ -1,4 +1,4 @@
-"""What a caller in Python sees while a run goes on: a line of progress, and each epoch once, in order."""
+"""Progress for a caller in Python while a run goes on: a line of it, and each epoch once, in order."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ class Epochs:
     offset: int = 0
 
     def __call__(self, status: Mapping[str, Any]) -> None:
-        """Look for new epochs; each status is told after its history is on disk."""
+        """Look for new epochs; each status is passed on after its history is on disk."""
         if int(status["epoch"]) > self.next:
             self.read()
 

@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why everything was ended."""
+    """Reason why everything was ended."""
 
     worker: str
     exit_code: int
@@ -221,7 +221,7 @@ def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
 
 
 def _worth_a_restart(code: int) -> bool:
-    """Killed by a signal (as the kernel tells it, or as a shell or container does), or no way to the broker."""
+    """Return True for a signal (as the kernel says it, or as a shell or container does), or no way to the broker."""
     return code < 0 or code > 128 or code == TransportError.exit_code
 
 

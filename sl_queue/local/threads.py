@@ -35,7 +35,8 @@ from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.security.sealing import Seal
-from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.final import holds_final
 
 log = logging.getLogger("sl_queue")
 
@@ -118,7 +119,7 @@ def run_threads(
     keys: Path | None = None,
     hands: Mapping[str, int] = MappingProxyType({}),
 ) -> Result:
-    """As `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice.
+    """Run as `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice.
 
     `hands`: how many threads compute the micro-batches of a party, besides its own.
     """
@@ -288,5 +289,5 @@ def key_in(keys: Path | None, role: str) -> Path | None:
 
 
 def shared_threads(workers: int) -> int:
-    """Torch threads for each of several workers on this machine: more than its cores together are slower."""
+    """Return the torch threads for each of several workers on this machine: more than its cores are slower."""
     return int(THREADS.read()) or max(1, (os.cpu_count() or 1) // workers)

@@ -62,7 +62,10 @@ class CodeFile:
         self.parts["rows"] = (
             'def rows(folder: Path):\n    """Read the rows of this party."""\n'
             '    with np.load(folder / "rows.npz") as arrays:\n'
-            '        return Rows(arrays["ids"], arrays.get("features"), arrays.get("labels"))'
+            '        features = arrays.get("features")\n'
+            "        if features is not None and features.dtype.names:\n"
+            "            features = {name: features[name] for name in features.dtype.names}\n"
+            '        return Rows(arrays["ids"], features, arrays.get("labels"))'
         )
 
     def write(self) -> None:
@@ -126,7 +129,7 @@ class CodeFile:
 
 
 def _home(thing: Any) -> ModuleType | None:
-    """The module in which a class or function has a name, None if there is none."""
+    """Return the module in which a class or function has a name, None if there is none."""
     names = [getattr(thing, "__module__", None), "torch", "torch.nn.functional", "math", "builtins"]
     for module in (sys.modules.get(name or "") for name in names):
         for path in (getattr(thing, "__qualname__", ""), getattr(thing, "__name__", "")):

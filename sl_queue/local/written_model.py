@@ -71,7 +71,7 @@ def save(
 
 
 def load(folder: Path) -> tuple[Job, dict[str, PartyFile], dict[str, nn.Module], dict[str, Any]]:
-    """What `save` wrote: the job, the party files, the trained modules, and the rest."""
+    """Load what `save` wrote: the job, the party files, the trained modules, and the rest."""
     job = Job.load(folder / "job.toml")
     files = {party: PartyFile.load(folder / party / f"{party}.toml") for party in job.parties}
     parts: list[tuple[str, str, Part]] = [(party, party, "base") for party in job.fused]
@@ -83,12 +83,12 @@ def load(folder: Path) -> tuple[Job, dict[str, PartyFile], dict[str, nn.Module],
 
 
 def made(file: PartyFile, part: Part) -> nn.Module:
-    """A model of a party file, as it is before training."""
+    """Build a model of a party file, as it is before training."""
     return build_module(compute_spec(_ANY, file, Importer()), part, None)
 
 
 def resolved(thing: Any, file: PartyFile) -> Any:
-    """What a party file names as module:callable, imported; anything else as it is."""
+    """Import what a party file names as module:callable; return anything else as it is."""
     if isinstance(thing, Mapping) and ":" in thing["name"]:
         return {**thing, "name": Importer().within(file.folder).load(thing["name"])}
     return Importer().within(file.folder).load(thing) if isinstance(thing, str) and ":" in thing else thing
@@ -139,7 +139,7 @@ def _metric(metric: Any, code: CodeFile, where: str) -> Any:
 
 
 def _settings(optimizer: Optimizer, where: str) -> dict[str, Any]:
-    """An optimizer of torch as a table. Raises JobError for any other."""
+    """Return an optimizer of torch as a table. Raises JobError for any other."""
     kind = type(optimizer)
     if optimizer_names().get(kind.__name__.lower()) is not kind or len(optimizer.param_groups) > 1:
         raise JobError(
@@ -160,17 +160,17 @@ def _as_list(value: Any) -> Any:
 
 
 def _data(folder: Path, file: PartyFile, code: CodeFile, *, written: bool) -> dict[str, Any]:
-    """The [data] of a party file, whose rows are written beside it."""
+    """Write the rows of a party file beside it, and return its [data]."""
     rows = file.data
     if not isinstance(rows, Rows):
         raise JobError(f"party {file.party!r}: its rows are in a file already; write that one")
     path = f"{file.party}.parquet"
-    features = features_of(rows.features) if rows.features is not None else None
+    features = features_of(rows.features, len(rows.ids)) if rows.features is not None else None
     labels = labels_of(rows.labels) if rows.labels is not None else None
     arrays = {
         name: None if found is None else found.array for name, found in (("features", features), ("labels", labels))
     }
-    flat = all(array is None or array.ndim <= 2 for array in arrays.values())
+    flat = all(array is None or (array.ndim <= 2 and not array.dtype.names) for array in arrays.values())
     if not flat or (arrays["labels"] is not None and arrays["labels"].ndim > 1):
         code.add_rows()
         if written:
@@ -196,7 +196,7 @@ def _data(folder: Path, file: PartyFile, code: CodeFile, *, written: bool) -> di
 
 
 def toml(table: Mapping[str, Any]) -> str:
-    """A file as TOML: its tables one below the other, [parties.NAME] each by itself, what is in them in one line."""
+    """Format a file as TOML: its tables one below the other, [parties.NAME] each by itself, the rest in one line."""
     lines = [f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
     for key, value in table.items():
         if key == "parties":

@@ -81,12 +81,12 @@ class PartyAlignment:
 
     @property
     def size(self) -> int:
-        """How many ids it says it brings."""
+        """Number of ids that it says it brings."""
         return padded(self.ids.count, self.rule.pad)
 
     @property
     def cut(self) -> Cut:
-        """How the own ids travel."""
+        """Cutting of the party's own ids into messages."""
         return Cut(self.size, self.rule.chunk)
 
     @property
@@ -96,7 +96,7 @@ class PartyAlignment:
     def serve(self) -> tuple[npt.NDArray[np.int64], str]:
         """Take part to the end; returns the positions of the shared rows, ascending, and the session.
 
-        What ends it here, and would not be mended by a restart, is told to the scheduler. Raises as `align`.
+        What ends it here, and would not be fixed by a restart, is reported to the scheduler. Raises as `align`.
         """
         try:
             found = self.align()
@@ -169,7 +169,7 @@ class PartyAlignment:
         for reason in self.channel.foreign().values():
             raise AlignmentError(reason)
         if silent_s > GIVE_UP * self.patience_s:
-            raise PeerSilent(f"nothing was heard of the scheduler for {silent_s:.0f} s; start it and this worker again")
+            raise PeerSilent(f"nothing was heard from the scheduler for {silent_s:.0f} s; start both workers again")
 
     def _act(self, now: float) -> None:
         """Send what is due."""

@@ -1,4 +1,4 @@
-"""What both sides of an alignment need of the outside; adapters in transport, security and storage provide it."""
+"""Protocols of what both sides of an alignment need; adapters in transport, security and storage provide it."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ class Arrival(Protocol):
 
 
 class Channel(Protocol):
-    """Where a role sends and receives while rows are aligned; used by one thread."""
+    """Channel of a role while rows are aligned; used by one thread."""
 
     reconnects: int  # how often what was on its way may have been lost
 
@@ -40,7 +40,7 @@ class Channel(Protocol):
         """Block until the broker has everything that was published."""
 
     def silent_s(self, sender: str) -> float:
-        """Seconds since that role was heard of."""
+        """Return the seconds since that role was heard of."""
 
     def foreign(self) -> Mapping[str, str]:
         """Name roles that speak another version, with what to do."""
@@ -55,7 +55,7 @@ class Secrets(Protocol):
 
 
 class Files(Protocol):
-    """What a party keeps on disk until its rows are aligned."""
+    """Files of a party until its rows are aligned."""
 
     def begin(self, session: str) -> set[int]:
         """Enter a session; returns the own chunks that came back in it."""

@@ -1,7 +1,7 @@
 """The scheduler while rows are aligned: a thin loop around protocol/alignment's Comparison. It holds no ids.
 
 It tells every party a few times a second that it is there, asks for the finished masks that it lacks, and ends when
-every party has the outcome on disk. The outcome is on its own disk before anyone is told.
+every party has the outcome on disk. The outcome is on its own disk before anyone hears of it.
 """
 
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger("sl_queue")
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How it ends before it is done, for everyone."""
+    """Premature end of an alignment, for everyone."""
 
     error: str
     reason: str
@@ -39,7 +39,7 @@ class _End:
 
 @dataclass(slots=True)
 class Comparing:
-    """Serves an alignment to its end. Mutable: the comparison, and what was told when."""
+    """Server of an alignment to its end. Mutable: the comparison, and what was sent when."""
 
     comparison: Comparison
     channel: Channel
@@ -50,7 +50,7 @@ class Comparing:
     on_status: Callable[[Comparison, str | None, str | None], Mapping[str, Any]]  # why it ends, and the error
     told_at: float = -inf
     asked: dict[str, tuple[frozenset[int], float]] = field(default_factory=dict)  # chunks of each party, and when
-    sent: dict[str, tuple[str, float]] = field(default_factory=dict)  # the worker that was told the outcome, and when
+    sent: dict[str, tuple[str, float]] = field(default_factory=dict)  # the worker that was sent the outcome, and when
     stopped: set[str] = field(default_factory=set)  # workers that know how it ended
     end: _End | None = None
 
@@ -125,7 +125,7 @@ class Comparing:
             self._fail("AlignmentError", problem, now)
 
     def _conclude(self, now: float) -> None:
-        """Compare once everything is here; have the outcome on disk, then let everyone be told."""
+        """Compare once everything is here; have the outcome on disk, then let everyone hear of it."""
 
         def compare() -> None:
             outcome = self.comparison.compared()
@@ -155,7 +155,7 @@ class Comparing:
             log.warning("scheduler: the alignment ends: %s", reason)
             self.end = _End(error, reason, failed, now)
 
-    # What is told -----------------------------------------------------------------------------------------------
+    # What is sent -----------------------------------------------------------------------------------------------
 
     def _tell(self, now: float) -> None:
         """Tell every party where it is, and whoever looks on."""
@@ -218,7 +218,7 @@ class Comparing:
         silent_s = self.channel.silent_s(party)
         if silent_s > GIVE_UP * self.patience_s:
             raise PeerSilent(
-                f"nothing was heard of party {party!r} for {silent_s:.0f} s while the rows are aligned; start its "
+                f"nothing was heard from party {party!r} for {silent_s:.0f} s while the rows are aligned; start its "
                 f"worker and the {SCHEDULER} again: the alignment resumes"
             )
 

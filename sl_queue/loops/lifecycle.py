@@ -49,6 +49,7 @@ class Identity:
     id_type: str
     rules: int = 1  # how it computes what it chooses, see protocol/fingerprints
     version: str = ""  # of sl_queue
+    weights: str = ""  # in a prediction: the run whose trained weights it brings
     party: str = ""  # its name, in events
 
 
@@ -80,6 +81,7 @@ class Worker:
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
     samples: int = 0
     step: int = BEFORE_FIRST_STEP  # the newest trained
+    on_final: Callable[[Final], None] | None = None  # with the final weights on disk, before anyone hears of them
     observe: Observer = ignore
 
     def serve(self, train: Callable[[int], None]) -> Final:
@@ -89,6 +91,8 @@ class Worker:
         """
         try:
             final = self.checkpoints.finished() or self._train(train)
+            if self.on_final is not None:
+                self.on_final(final)
             self.channel.report(Finished(final.incarnation, final.digests))
             self.channel.flush()
             self.checkpoints.mark_reported()
@@ -221,7 +225,7 @@ class Worker:
         return found
 
     def _state(self) -> State:
-        """All that a checkpoint must hold of what is computed here."""
+        """Return all that a checkpoint must hold of what is computed here."""
         state = self.stage.state()
         if self.meter is None:
             return state
@@ -241,7 +245,8 @@ class Worker:
         me = self.identity
         about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
         newest = self.history.newest()
-        return Join(*about, self.run, self.generation, self.held, newest, version=me.version, rules=me.rules)
+        held = (self.run, self.generation, self.held, newest)
+        return Join(*about, *held, version=me.version, rules=me.rules, weights=me.weights)
 
     def _remember(self, saved: Saved | None) -> None:
         """Become what a checkpoint says, or what nobody has trained yet."""
@@ -302,4 +307,6 @@ class Worker:
 def _as_json(result: EpochResult) -> dict[str, Any]:
     holdout = None if result.holdout is None else dict(result.holdout)
     leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
-    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout, **leak}
+    more = {"train": result.train, "tables": result.tables}
+    kept = {name: dict(value) for name, value in more.items() if value is not None}
+    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout, **leak, **kept}

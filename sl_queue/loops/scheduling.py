@@ -149,5 +149,5 @@ class Scheduler:
         if gone:
             named_gone = ", ".join(f"{party!r} for {age:.0f} s" for party, age in sorted(gone.items()))
             raise PeerSilent(
-                f"nothing was heard of {named_gone}; start those workers and this one again: the run resumes"
+                f"nothing was heard from {named_gone}; start those workers and this one again: the run resumes"
             )

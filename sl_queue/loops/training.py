@@ -68,6 +68,7 @@ class LabelHolder:
     stage: FuseStage
     pipeline: Pipeline
     worker: Worker
+    ends_early: bool = False  # each epoch may be the last
 
     def train(self, first_step: int) -> None:
         """Train from `first_step` to the end of the run, or until the scheduler ends it early."""
@@ -90,8 +91,9 @@ class LabelHolder:
                     assert_never(action)
 
     def _fuse(self, micro_batch: MicroBatch) -> None:
-        activations = self._gather(Kind.ACTIVATION, micro_batch)
-        self.answer(micro_batch, self.stage.forward_backward(micro_batch, activations))
+        gradients = self.stage.forward_backward(micro_batch, self._gather(Kind.ACTIVATION, micro_batch))
+        for answered, found in (*self.stage.late_gradients(), (micro_batch, gradients)):
+            self.answer(answered, found)
 
     def answer(self, micro_batch: MicroBatch, gradients: Mapping[str, Payload]) -> None:
         """Send each party its gradient; a stage over hands calls this itself, when the gradients are there."""
@@ -117,5 +119,13 @@ class LabelHolder:
             return
         holdout = self.stage.metrics() if batches.holdout_rows else None
         sums, self.worker.running = self.worker.running, {}
-        result = EpochResult(batches.epoch_of(step), step, sums["loss"] / sums["rows"], holdout)
+        last = self.ends_early or batches.epoch_of(step) == batches.epochs - 1
+        result = EpochResult(
+            batches.epoch_of(step),
+            step,
+            sums["loss"] / sums["rows"],
+            holdout,
+            train=self.stage.training_metrics(),
+            tables=self.stage.evaluation_tables() if last else None,
+        )
         self.worker.commit(step, result)

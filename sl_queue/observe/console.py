@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +34,12 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False)
+
+
+def keep(path: Path, *shown: RenderableType) -> None:
+    """Write to a file what is shown."""
+    with path.open("w", encoding="utf-8") as file:
+        Console(file=file, highlight=False, width=FILE_WIDTH).print(*shown, sep="\n", soft_wrap=True)
 
 
 class _LogLines(logging.Handler):
@@ -153,8 +160,16 @@ def _where_and_numbers(status: RunStatus, done: EpochResult) -> str:
     return f"{status.job}: {epoch_text(done.epoch, status.epochs, done.loss, done.holdout)}"
 
 
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Make a table of text; no markup is read in it."""
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    return table
+
+
 def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
-    """One row an epoch."""
+    """Render one row an epoch."""
     metrics = list((history[0]["holdout"] or {}) if history else ())
     names = (_plain(f"held-out {name}") for name in metrics)
     readers = sorted(history[0].get("leak") or {}) if history else []
@@ -219,8 +234,8 @@ def _silence(telling: Telling, wall: float) -> str:
     last = "" if age_s is None else f", {_when(telling, wall)}"
     return (
         f"the scheduler has said nothing for at least {telling.listened_s:.0f} s: it is gone, or it does not reach the "
-        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may no "
-        "longer be so"
+        f"broker, or the broker takes no messages (a resource alarm). This is its last report{last}; it may be "
+        "out of date"
     )
 
 

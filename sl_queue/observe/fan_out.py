@@ -26,4 +26,4 @@ class _FanOut:
             except Exception:
                 if place not in self.failed:
                     self.failed.add(place)
-                    log.exception("what watches the run has failed; the run goes on")
+                    log.exception("an observer of the run has failed; the run goes on")

@@ -197,7 +197,7 @@ class HttpServer:
         try:
             return page(headers)
         except Exception:
-            log.exception("a page for whoever watches could not be made")
+            log.exception("a metrics page could not be rendered")
             return _failure("500 Internal Server Error")
 
 

@@ -17,7 +17,7 @@ from sl_queue.protocol.events import Event, PerMessage
 log = logging.getLogger("sl_queue")
 
 COUNTED = get_args(PerMessage)
-UNWRITABLE = "%s cannot be written (%s): the events of this process from now on are missing in it"
+UNWRITABLE = "%s cannot be written (%s): from now on it lacks the events of this process"
 
 
 class JsonFormatter(logging.Formatter):

@@ -117,11 +117,11 @@ def _(event: events.Foreign) -> str:
 
 @text_of.register
 def _(event: events.StillWaiting) -> str:
-    text = f"waiting for {event.what} for {event.seconds:.0f} s"
+    text = f"has waited {event.seconds:.0f} s for {event.what}"
     if event.outage_s is not None:
         return f"{text}; its own link to the broker has been unusable for {event.outage_s:.0f} s: {event.reason}"
     if event.silent_s is not None:
-        return f"{text}; last heard of it {event.silent_s:.0f} s ago"
+        return f"{text}; last heard from it {event.silent_s:.0f} s ago"
     return f"{text}: {event.reason}"
 
 

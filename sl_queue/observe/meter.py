@@ -10,12 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from sl_queue.protocol.events import Committed, Event, Received, Reconnected, Sent, WaitBegan, Waited
+from sl_queue.protocol.events import Committed, Event, Received, Reconnected, Resent, Sent, WaitBegan, Waited
 from sl_queue.protocol.measures import Connectivity, Measures
+from sl_queue.protocol.totals import Now, Totals
 
 NS = 1e9
+FLOAT32_BYTES = 4
 
 Whom = tuple[str, str]  # (source, cause)
+
+COUNTED = (
+    *("sent_bytes", "received_bytes", "tensor_bytes", "float32_bytes"),
+    *("resent", "commits", "reconnects"),
+)
 
 
 class Meter:
@@ -29,7 +36,7 @@ class Meter:
         self._began = self._since = clock()
         self._busy = 0
         self._waited: dict[Whom, int] = {}
-        self._waiting: list[Whom] = []  # the innermost last; a commit may settle inside of a receive
+        self._waiting: list[tuple[Whom, int]] = []  # since when; a commit may settle inside of a receive
         self._counts: Counter[str] = Counter()
 
     def __call__(self, event: Event, /) -> None:
@@ -38,16 +45,19 @@ class Meter:
             match event:
                 case Sent():
                     self._counts["sent_bytes"] += event.bytes
+                    self._counts["tensor_bytes"] += event.bytes if event.numbers else 0
+                    self._counts["float32_bytes"] += FLOAT32_BYTES * event.numbers
                 case Received():
                     self._counts["received_bytes"] += event.bytes
                 case WaitBegan():
-                    self._attribute()
-                    self._waiting.append((event.source, event.cause))
+                    self._waiting.append(((event.source, event.cause), self._attribute()))
                 case Waited():
                     self._attribute()
                     self._waiting.pop()
                 case Committed():
                     self._counts["commits"] += 1
+                case Resent():
+                    self._counts["resent"] += event.messages
                 case Reconnected():
                     self._counts["reconnects"] += 1
                 case _:
@@ -73,12 +83,32 @@ class Meter:
                 broker=broker,
             )
 
+    def totals(self, messages: Mapping[str, int]) -> Totals:
+        """Return everything so far as the scheduler is told it; `messages`: of data, by what became of them."""
+        with self._lock:
+            at, counts = self._attribute(), self._counts
+            waited: dict[str, dict[str, float]] = {}
+            for (source, cause), nanoseconds in self._waited.items():
+                waited.setdefault(source, {})[cause] = nanoseconds / NS
+            now = None
+            if self._waiting:
+                (source, cause), began = self._waiting[-1]
+                now = Now(source, str(cause), (at - began) / NS)
+            return Totals(
+                age_s=(at - self._began) / NS,
+                busy_s=self._busy / NS,
+                waited_s=waited,
+                messages=messages,
+                now=now,
+                **{name: counts[name] for name in COUNTED},
+            )
+
     def _attribute(self) -> int:
         """Add the time since the last call to the innermost wait, or to being busy; returns now. With the lock held."""
         now = self._clock()
         passed, self._since = now - self._since, now
         if self._waiting:
-            whom = self._waiting[-1]
+            whom, _ = self._waiting[-1]
             self._waited[whom] = self._waited.get(whom, 0) + passed
         else:
             self._busy += passed

@@ -87,7 +87,7 @@ class PartyCollector(Collector):
         self._hands = hands
 
     def collect(self) -> Iterable[Metric]:
-        """Everything there is, now."""
+        """Collect everything there is, now."""
         yield from _of_training(self._job, self._party, self._training())
         yield from _of_channel(self._measures())
         if self._hands is not None:
@@ -110,7 +110,7 @@ class SchedulerCollector(Collector):
         yield InfoMetricFamily("sl_queue_worker", "Who this is", value=about)
         yield GaugeMetricFamily("sl_queue_generation", "Restarts from a common checkpoint", value=status.generation)
         yield GaugeMetricFamily("sl_queue_epochs_done", "Epochs in the history", value=status.epoch)
-        silent = GaugeMetricFamily("sl_queue_silent_seconds", "Since the peer was heard of", labels=["peer"])
+        silent = GaugeMetricFamily("sl_queue_silent_seconds", "Since the peer was last heard from", labels=["peer"])
         committed = GaugeMetricFamily("sl_queue_party_committed_step", "Newest step on disk", labels=["party"])
         for name, party in status.parties.items():
             if party.silent_s is not None and party.phase not in ("finished", "stopped"):
@@ -143,12 +143,10 @@ def _of_channel(measures: Measures) -> Iterable[Metric]:
     waited = CounterMetricFamily("sl_queue_waiting_seconds", "Waited for", labels=["peer", "cause"])
     for (peer, cause), seconds in measures.waited_s.items():
         waited.add_metric([peer, cause], seconds)
-    messages = CounterMetricFamily(
-        "sl_queue_messages", "Data messages received, by what became of them", labels=["fate"]
-    )
+    messages = CounterMetricFamily("sl_queue_messages", "Data messages received, by outcome", labels=["fate"])
     for fate, count in measures.messages.items():
         messages.add_metric([fate], count)
-    silent = GaugeMetricFamily("sl_queue_silent_seconds", "Since the peer was heard of", labels=["peer"])
+    silent = GaugeMetricFamily("sl_queue_silent_seconds", "Since the peer was last heard from", labels=["peer"])
     for peer, seconds in measures.silent_s.items():
         silent.add_metric([peer], seconds)
     yield from (waited, messages, silent)
@@ -156,9 +154,7 @@ def _of_channel(measures: Measures) -> Iterable[Metric]:
     yield CounterMetricFamily("sl_queue_sent_bytes", "Published", value=measures.sent_bytes)
     yield CounterMetricFamily("sl_queue_received_bytes", "Delivered", value=measures.received_bytes)
     yield CounterMetricFamily("sl_queue_checkpoints", "Commits of this process", value=measures.commits)
-    yield CounterMetricFamily(
-        "sl_queue_reconnects", "Connections that were lost and made again", value=measures.reconnects
-    )
+    yield CounterMetricFamily("sl_queue_reconnects", "Connections lost and re-established", value=measures.reconnects)
     yield from _of_vitals(Vitals(measures.pulse_age_s, measures.broker))
 
 
@@ -170,7 +166,7 @@ def _of_vitals(vitals: Vitals) -> Iterable[Metric]:
     yield GaugeMetricFamily("sl_queue_connected", "1 with a connection to the broker, else 0", value=broker.connected)
     ends = GaugeMetricFamily(
         "sl_queue_certificate_expiry_seconds",
-        "Unix time at which a certificate ends, as it was when the connection was made",
+        "Unix time at which a certificate expires, read when the connection was made",
         labels=["whose"],
     )
     for whose, at in broker.certificates.items():

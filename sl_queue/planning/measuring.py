@@ -153,7 +153,7 @@ class _Stages:
     def _micro_batch(
         self, clock: Stopwatch, micro_batch: MicroBatch
     ) -> tuple[Mapping[str, Payload], Mapping[str, Payload]]:
-        """Its activations and gradients."""
+        """Return the activations and gradients of a micro-batch."""
         sent = {}
         for party, base in self.bases.items():
             clock.time(party, "prepare", partial(base.prepare, micro_batch))

@@ -87,7 +87,7 @@ def _orders(job: Job) -> Iterator[JobPipeline]:
 
 
 def _simplest(candidates: Sequence[Candidate]) -> Candidate:
-    """Of those that are about as fast as the fastest the one that asks for least."""
+    """Choose of those that are about as fast as the fastest the one that asks for least."""
     limit = min(c.prediction.step_s for c in candidates) * SIMPLER
 
     def asks(candidate: Candidate) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""What each defence costs and keeps, tried on the user's own tables before a run: utility against the worst attack.
+"""Trade-off of each defence, tried on the user's own tables before a run: utility against the worst attack.
 
 Each option is a short run of its own in this process, with the meter on at every party. Nothing is recommended: the
 table is to choose from, and what to paste is printed with it.
@@ -63,7 +63,7 @@ OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one option came to; None where it could not be measured."""
+    """Outcome of one option; None where it could not be measured."""
 
     option: Option
     utility: float | None  # on true labels of held-out rows

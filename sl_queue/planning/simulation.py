@@ -161,7 +161,7 @@ class _Simulation:
                         self._computing[f"overhead {next(self._numbers)}"] = self._costs.overhead(wish.size)
 
     def _leave(self, worker: str, sent: _Send) -> None:
-        """Through the sender's driver, then through the broker, then over the link."""
+        """Send through the sender's driver, then through the broker, then over the link."""
         party, kind, _ = sent.message
 
         def to_broker() -> None:
@@ -177,7 +177,7 @@ class _Simulation:
             self._computing[line] = seconds
 
     def _to_next_event(self) -> None:
-        """To the moment at which the next work ends or the next message arrives."""
+        """Advance to the moment at which the next work ends or the next message arrives."""
         rate = self._rate()
         first = min(self._computing, key=self._computing.__getitem__, default=None)
         ends = self._now + self._computing[first] / rate if first is not None else float("inf")
@@ -212,7 +212,7 @@ class _Simulation:
                 self._busy[name] += passed
 
     def _handled(self, line: str) -> None:
-        """On with what follows, and with the next in the line."""
+        """Go on with what follows, and with the next in the line."""
         waiting = self._lines[line]
         _, then = waiting.popleft()
         if waiting:
@@ -220,7 +220,7 @@ class _Simulation:
         then()
 
     def _carry(self, sent: _Send) -> None:
-        """Over the link, after what is on it already."""
+        """Carry over the link, after what is on it already."""
         party, kind, _ = sent.message
         line = f"{kind} of {party}"
         free = max(self._now, self._link_free.get(line, 0.0))
@@ -239,7 +239,7 @@ class _Simulation:
 
 
 def _feature_work(costs: Costs, party: str) -> Mapping[Work, Affine]:
-    """Seconds by the rows of an action; a forward in evaluation mode counts as one in training."""
+    """Return the seconds by the rows of an action; a forward in evaluation mode counts as one in training."""
     each = costs.features[party]
     return {
         "prepare": each.prepare,
@@ -251,7 +251,7 @@ def _feature_work(costs: Costs, party: str) -> Mapping[Work, Affine]:
 
 
 def _label_work(costs: Costs) -> Mapping[Work, Affine]:
-    """Seconds by the rows of an action; an evaluation counts as a step without its update."""
+    """Return the seconds by the rows of an action; an evaluation counts as a step without its update."""
     return {
         "prepare": costs.fuse_prepare,
         "fuse": costs.fuse,

@@ -37,14 +37,14 @@ class Stopwatch:  # mutable: it collects
         return median(self.seconds[party, what])
 
     def times_as_long_as(self, other: "Stopwatch") -> float:
-        """At least once."""
+        """Return the ratio of the medians of both, at least 1."""
         here, there = (sum(clock.median(*action) for action in self.seconds) for clock in (self, other))
         return max(1.0, here / there)
 
 
 @contextmanager
 def copying() -> Iterator[None]:
-    """Another thread copies what does not fit into the caches, without Python's lock."""
+    """Have another thread copy what does not fit into the caches, without Python's lock."""
     ended, source, target = threading.Event(), np.ones(CACHES_BYTES, np.uint8), np.zeros(CACHES_BYTES, np.uint8)
 
     def copy() -> None:

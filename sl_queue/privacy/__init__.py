@@ -1,1 +1,1 @@
-"""What leaks through the cut layer, measured; defences that hold; and what they are worth in epsilon."""
+"""Leakage through the cut layer, measured; defences that hold; and what they are worth in epsilon."""

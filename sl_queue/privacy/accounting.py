@@ -1,4 +1,4 @@
-"""What mechanisms are worth together, in (epsilon, delta) and as a cap on the AUC of any attack. Exact formulas.
+"""Accounting of mechanisms together, in (epsilon, delta) and as a cap on any attack's AUC. Exact formulas.
 
 Gaussian mechanisms compose into one Gaussian mechanism exactly: releases with sensitivity s and deviation d add
 (s / d)^2 to the square of mu, and mu alone decides everything (Dong, Roth and Su 2022). Its epsilon is the root of

@@ -16,11 +16,12 @@ def max_norm(gradient: Tensor, draws: Tensor) -> Tensor:
     After Li et al. (2022), with draws that the caller makes once for each row: shape (rows,), standard normal. A
     batch of one row is left as it is.
     """
-    flat = gradient.flatten(1)
+    flat = gradient.flatten(1).double()  # in which no quotient of two norms overflows
     norms: Tensor = flat.norm(dim=1)
-    deviation = (norms.max() / norms).square().sub(1).clamp_min(0).sqrt() if len(norms) else norms
-    factor = 1 + torch.where(norms > 0, deviation, torch.zeros_like(norms)) * draws.to(flat)
-    return (flat * factor[:, None]).reshape(gradient.shape)
+    largest = norms.max() if len(norms) else norms.sum()
+    missing = (largest.square() - norms.square()).clamp_min(0).sqrt()
+    unit = flat / torch.where(norms > 0, norms, torch.ones_like(norms))[:, None]
+    return (flat + unit * (missing * draws.to(flat))[:, None]).to(gradient.dtype).reshape(gradient.shape)
 
 
 def isotropic(gradient: Tensor, level: float, draws: Tensor) -> Tensor:

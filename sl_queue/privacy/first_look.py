@@ -17,7 +17,7 @@ READABLE = 0.6  # an AUC above which labels count as readable
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a party reads of the labels."""
+    """Success of a party at reading the labels."""
 
     party: str
     auc: float  # of the best attack

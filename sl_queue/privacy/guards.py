@@ -1,5 +1,6 @@
 """Defences and meters as the cut takes them, and what a defence of activations does to the gradients that come back."""
 
+import math
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from sl_queue.cut.guard import Crossing
 from sl_queue.cut.tensors import from_payload, payload_view, to_payload
 from sl_queue.privacy import defences
-from sl_queue.privacy.draws import Words, key_for, normal, normal_rows, normal_stream, row_words
+from sl_queue.privacy.draws import Floats, Words, key_for, normal, normal_rows, normal_stream, row_words
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter, Positions
 from sl_queue.protocol.checkpoint import State
 
@@ -37,7 +38,12 @@ class RowIndex:
 
 @dataclass(frozen=True, slots=True)
 class GradientDefence:
-    """max-norm, or noise in all directions, with draws that a row keeps for good: `level` None means max-norm."""
+    """max-norm, or noise in all directions: `level` None means max-norm.
+
+    Draws of max-norm are made once for each row, and are the same for every receiver, so that nothing adds up. Of the
+    noise half is drawn once for each row, against whoever adds up epochs, and half for each release, against whoever
+    subtracts one epoch from the next: what is drawn once falls out of a difference.
+    """
 
     level: float | None
     index: RowIndex = field(repr=False)
@@ -45,23 +51,20 @@ class GradientDefence:
     secret: bytes = field(repr=False)
 
     def apply(self, tensor: Tensor, crossing: Crossing) -> Tensor:
-        """Return the gradient as it is sent. A draw of max-norm is the same for every receiver, so that none add up."""
+        """Return the gradient as it is sent."""
         tokens = self.tokens[self.index(crossing.rows.keys)]
         if self.level is None:
             words = row_words(tokens, key_for(self.secret, crossing.sender, "max-norm"))
             return defences.max_norm(tensor, torch.from_numpy(normal(words)))
         key = key_for(self.secret, crossing.sender, f"noise for {crossing.receiver}")
-        draws = normal_rows(tokens, key, tensor[0].numel() if len(tensor) else 0)
-        return defences.isotropic(tensor, self.level, torch.from_numpy(draws))
+        once = normal_rows(tokens, key, math.prod(tensor.shape[1:]))
+        now = _drawn_for(tensor, crossing, self.secret).reshape(once.shape)
+        return defences.isotropic(tensor, self.level, torch.from_numpy((once + now) / math.sqrt(2)))
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationDefence:
-    """Rows clipped, and noise that is keyed by what it hides: computed again it has the same bits.
-
-    An activation that is another one, after a forced rollback for instance, gets another draw, so no two of them can
-    be subtracted.
-    """
+    """Rows clipped, with noise that is drawn for each release."""
 
     clip: float
     sigma: float
@@ -72,18 +75,27 @@ class ActivationDefence:
         bounded = defences.clipped(tensor, self.clip)
         if not self.sigma:
             return bounded
-        at = crossing.micro_batch
-        purpose = f"noise at {at.step} {at.index} {crossing.rows.held_out} for {crossing.receiver}"
-        hidden = blake2b(key=key_for(self.secret, crossing.sender, purpose), digest_size=32)
-        hidden.update(crossing.rows.digest)
-        hidden.update(payload_view(bounded, b"").data)
-        draws = normal_stream(hidden.digest(), bounded.numel()).reshape(bounded.shape)
+        draws = _drawn_for(bounded, crossing, self.secret).reshape(bounded.shape)
         return defences.noised(bounded, self.sigma * self.clip, torch.from_numpy(draws))
+
+
+def _drawn_for(hidden: Tensor, crossing: Crossing, secret: bytes) -> Floats:
+    """Return a standard normal number for each number of a release, keyed by what it hides as well.
+
+    Computed again it has the same bits. A tensor that is another one, after a forced rollback for instance, gets
+    another draw, so no two releases can be subtracted.
+    """
+    at = crossing.micro_batch
+    purpose = f"noise at {at.step} {at.index} {crossing.rows.held_out} for {crossing.receiver}"
+    key = blake2b(key=key_for(secret, crossing.sender, purpose), digest_size=32)
+    key.update(crossing.rows.digest)
+    key.update(payload_view(hidden, b"").data)
+    return normal_stream(key.digest(), hidden.numel())
 
 
 @dataclass(frozen=True, slots=True)
 class Returning:
-    """What becomes of a gradient that comes back to an activation which was defended: the chain rule, and NoPeek."""
+    """Way of a gradient back to an activation that was defended: the chain rule, and NoPeek."""
 
     clip: float | None
     nopeek: float

@@ -42,7 +42,7 @@ def sample(labels: Classes | None, training: Positions, key: bytes) -> Positions
 
 @dataclass(slots=True)
 class _Seen:
-    """What one kind of message said of the sampled rows in this epoch. Mutable: an epoch fills it."""
+    """Messages of one kind about the sampled rows in this epoch. Mutable: an epoch fills it."""
 
     rows: npt.NDArray[np.float32]  # (sample, numbers)
     here: npt.NDArray[np.bool_]  # (sample,)
@@ -85,7 +85,7 @@ class GradientMeter:
     """The label holder's: what each feature party reads of the labels. Mutable: it gathers, and adds up over epochs."""
 
     def __init__(self, labels: Classes, training: Positions, key: bytes, given: Classes | None = None) -> None:
-        """`given`: the classes that stand in the place of `labels`, after a response."""
+        """Meter against `labels`; `given`: the classes that stand in their place, after a response."""
         self._key, self._epoch = key, 0
         self._sample = _Sampled.of(sample(labels, training, key), len(labels))
         self._labels = labels[self._sample.positions]

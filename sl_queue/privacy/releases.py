@@ -13,7 +13,7 @@ from sl_queue.protocol.releases import Release
 
 @dataclass(frozen=True, slots=True)
 class Worth:
-    """What releases are worth together; `epsilon` None: no number of epsilon bounds them."""
+    """Worth of releases together; `epsilon` None: no number of epsilon bounds them."""
 
     releases: int  # of a row
     epsilon: float | None

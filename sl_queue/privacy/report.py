@@ -33,10 +33,12 @@ def report_of_labels(
             )
         )
     if settings.max_norm or settings.gradients is not None:
-        what = "max-norm" if settings.max_norm else f"noise of {settings.gradients:g} times the largest gradient"
+        once = "drawn once for each row"
+        level = settings.gradients
+        half = f"noise of {level or 0:g} times the largest gradient, half of it {once}, half for each release"
         mechanisms.append(
             _mechanism(
-                f"{what}, drawn once for each row",
+                f"max-norm, {once}" if settings.max_norm else half,
                 "the label of each row, in the gradients alone; the fuse model learns from exact ones",
                 readers,
                 "one row has another label",

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a party's [privacy] says, as values."""
+    """Settings of a party's [privacy], as values."""
 
     labels: float | None = None  # epsilon
     prior_ok: bool = False
@@ -31,7 +31,7 @@ class Settings:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What changes the bits of a run, flat; empty without defences."""
+        """Settings that change the bits of a run, flat; empty without defences."""
         gradients = "max-norm" if self.max_norm else self.gradients
         clip = None if self.clip is None else f"clip {self.clip!r}, sigma {self.sigma!r}"
         found = {"labels": self.labels, "gradients": gradients, "activations": clip, "nopeek": self.nopeek or None}

@@ -46,14 +46,14 @@ def padded(n_ids: int, pad: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How so many ids are cut into messages."""
+    """Cutting of so many ids into messages."""
 
     n_ids: int
     size: int = CHUNK
 
     @property
     def chunks(self) -> int:
-        """How many messages they need."""
+        """Number of messages that they need."""
         return -(-self.n_ids // self.size)
 
     def size_of(self, chunk: int) -> int:
@@ -138,18 +138,18 @@ class Travel:
     sent: dict[int, float] = field(default_factory=dict)
 
     def due(self, now: float) -> list[int]:
-        """Chunks to send now: the first few that are not back, unless they are on their way."""
+        """Return the chunks to send now: the first few that are not back, unless they are on their way."""
         missing = [chunk for chunk in range(self.total) if chunk not in self.back][:WINDOW]
         due = [chunk for chunk in missing if now - self.sent.get(chunk, -np.inf) >= self.again_s]
         self.sent.update(dict.fromkeys(due, now))
         return due
 
     def again(self) -> None:
-        """Somebody may have lost what it had in hand: send all that is not back."""
+        """Send all that is not back: somebody may have lost what it had in hand."""
         self.sent.clear()
 
     def came_back(self, chunk: int, now: float) -> None:
-        """Count a chunk as finished; those behind it are on their way still, so their time begins anew."""
+        """Count a chunk as finished; those behind it are on their way still, so their time begins again."""
         self.sent.pop(chunk, None)
         self.back.add(chunk)
         self.sent = dict.fromkeys(self.sent, now)
@@ -157,7 +157,7 @@ class Travel:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What the job says of an alignment."""
+    """Rule of an alignment, as the job states it."""
 
     job: Mapping[str, Any]  # canonical
     ring: Ring
@@ -169,7 +169,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The masks that all parties hold; written down before anyone is told."""
+    """Masks that all parties hold; written down before anyone hears of them."""
 
     tokens: Mapping[str, str]  # of the parties that were compared
     sizes: Mapping[str, int]
@@ -291,7 +291,7 @@ class Comparison:
 
     @property
     def done(self) -> bool:
-        """Whether every party has its part on disk."""
+        """True if every party has its part on disk."""
         return self.aligned >= set(self.rule.ring.parties)
 
 
@@ -299,7 +299,7 @@ def too_few(shared: int, at_least: int, sizes: Mapping[str, int]) -> str:
     """Say that too few rows are shared, without a hint at which."""
     told = ", ".join(f"{party} up to {size}" for party, size in sizes.items())
     if not shared:
-        return f"no row is shared by all: {told} rows. Ids may be written differently; compare by telephone how"
+        return f"no row is shared by all: {told} rows. Ids may be written differently: ask the other parties how"
     return f"{shared} rows are shared by all, and alignment.at_least = {at_least}: {told} rows"
 
 
@@ -324,7 +324,7 @@ def _begun_without(sender: str, aligned: frozenset[str]) -> str:
     told = ", ".join(sorted(aligned))
     return (
         f"party {sender!r} is not aligned, or its table or state folder is another, and the rows of {told} are aligned "
-        "already: restore that state folder, or give every party and the scheduler a new one to align anew"
+        "already: restore that state folder, or give every party and the scheduler a new one to align from scratch"
     )
 
 
@@ -342,7 +342,7 @@ def positions_of(finished: Masks, common: Masks, n_ids: int) -> npt.NDArray[np.i
     ascending = finished[order]
     places = np.searchsorted(ascending, common)
     if (places >= len(ascending)).any() or (ascending[np.minimum(places, len(ascending) - 1)] != common).any():
-        raise RemoteProtocolError(f"{SCHEDULER} names shared ids that are not among the own ones")
+        raise RemoteProtocolError(f"{SCHEDULER} names shared ids that are not among its own")
     found = np.sort(order[places]).astype(np.int64)
     if len(found) and found[-1] >= n_ids:
         raise RemoteProtocolError(f"{SCHEDULER} names shared ids that nobody has")

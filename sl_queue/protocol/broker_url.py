@@ -65,6 +65,6 @@ def _rest_fault(parts: SplitResult, options: dict[str, list[str]]) -> str | None
     if "@" in parts.path + parts.query:
         return "an @ stands after the host"
     if not options.keys() <= {*TLS_OPTIONS, *OPTIONS}:
-        return f"what follows its ? is no option; options are {', '.join(sorted((*TLS_OPTIONS, *OPTIONS)))}"
+        return f"what follows its ? is not an option; options are {', '.join(sorted((*TLS_OPTIONS, *OPTIONS)))}"
     twice = next((name for name, values in options.items() if len(values) > 1), None)
     return None if twice is None else f"the option {twice} is given twice"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from sl_queue.protocol.messages import PARTIES, Activation, Gradient, Kind, Masked, Role
+from sl_queue.protocol.totals import Totals
 
 # Reports ------------------------------------------------------------------------------------------------------
 
@@ -19,6 +20,8 @@ class EpochResult:
     holdout: Mapping[str, float | None] | None = None  # None for a metric that these rows do not define
     seconds: float = 0.0  # as the scheduler saw it pass
     leak: Mapping[str, Mapping[str, float]] | None = None  # by party, what it could read of the labels; None: no meter
+    train: Mapping[str, float | None] | None = None  # metrics of the training passes, where they are asked for
+    tables: Mapping[str, list[list[float]]] | None = None  # of an epoch that may be the last: who was taken for whom
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Join:
     to: str = ""  # the incarnation of the scheduler it was last heard of; none other believes it
     version: str = ""  # of sl_queue, for people; empty before there was such a field
     rules: int = 1  # how it computes what it chooses, such as held-out rows; what the first version does not say is 1
+    weights: str = ""  # in a prediction: the run whose trained weights this party brings
     type: Literal["joined"] = "joined"
 
 
@@ -108,9 +112,10 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """A sign of life from a worker's I/O, also while it computes; goes to every peer."""
+    """A sign of life from a worker's I/O, also while it computes; goes to every peer, with totals to the scheduler."""
 
     incarnation: str
+    totals: Totals | None = None
     type: Literal["alive"] = "alive"
 
 

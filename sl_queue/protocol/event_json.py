@@ -25,7 +25,7 @@ _FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in KINDS.v
 def as_json(event: Event) -> dict[str, Any]:
     """Return an event as a dict of plain values; a number that is not finite is None."""
     kind = type(event)
-    values = {name: _plain(getattr(event, name)) for name in _FIELDS[kind]}
+    values = {name: finite(getattr(event, name)) for name in _FIELDS[kind]}
     return {"event": _NAMES[kind], **values}
 
 
@@ -43,9 +43,10 @@ def _reader(name: str) -> TypeAdapter[Event]:
     return TypeAdapter(KINDS[name])
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not isfinite(value):
-        return None
+def finite(value: Any) -> Any:
+    """Return plain values with None for each number that is not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _plain(number) for name, number in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+        return {name: finite(inner) for name, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -114,6 +114,7 @@ class Sent:
     receiver: str
     kind: str
     bytes: int
+    numbers: int = 0  # in its tensor
 
 
 @dataclass(frozen=True, slots=True)

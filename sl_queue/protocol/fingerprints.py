@@ -15,8 +15,9 @@ SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names
 _FIRST = re.compile(  # in every version, or there whenever the party file says it
-    r"torch|threads|device|privacy\..+|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
-    r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|groups|clip_norm|clip_value|ema)"
+    r"torch|threads|device|privacy\..+|data\.weights|fuse\.missing_labels"
+    r"|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
+    r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|inputs|groups|clip_norm|clip_value|ema)"
 )
 _OF_THE_MACHINE = re.compile(
     r"torch|threads|device|secret|autocast|default_dtype|float32_matmul_precision|(base|fuse)(\.loss)?\.packages"
@@ -49,11 +50,11 @@ def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str
         case (part, _, "code") if part in named:
             return f"the source code of {named[part]} has changed"
         case (part, _, "weights") if part in named:
-            return f"the initial weights of {named[part]}, given in code, are others"
+            return f"the initial weights of {named[part]}, given in code, differ"
         case (part, _, "settings") if part in named:
-            return f"the attributes of {named[part]}, given in code, are others"
+            return f"the attributes of {named[part]}, given in code, differ"
         case ("data", _, "fitted"):
-            return "what [features] learned of the training rows is another: the table has changed, or [features] has"
+            return "what [features] learned from the training rows differs: the table or [features] has changed"
         case ("", _, "secret"):
             return _about_secret(found.get(key), own.get(key))
         case _:
@@ -62,17 +63,17 @@ def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str
 
 def _about_secret(before: Any, now: Any) -> str:
     if SEED not in (before, now):
-        return "the secret that keys this party's draws is another one"
+        return "the secret that keys this party's draws has changed"
     was, became = ("the job's seed", "a secret") if before == SEED else ("a secret", "the job's seed")
     return f"this party's draws were keyed by {was}, now they are keyed by {became} ([privacy] secret)"
 
 
 def _of_table(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about the table: names of columns and counts, never a value."""
+    """Yield sentences about the table: names of columns and counts, never a value."""
     rows = found.get("data.rows") != own.get("data.rows")
     if rows:
         before, now = (str(side.get("data.rows")).split()[0] for side in (found, own))
-        yield f"the table had {before} rows, now {now}" if before != now else f"the ids of the {now} rows are others"
+        yield f"the table had {before} rows, now {now}" if before != now else f"the ids of the {now} rows differ"
     columns = list(_of_columns(found.get("data.columns"), own.get("data.columns")))
     yield from columns
     if found.get("data.label") != own.get("data.label"):
@@ -115,7 +116,7 @@ def _of_values(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str
 
 
 def _changed(what: str, before: Any, now: Any) -> str:
-    """Values differ, or dtype and shape already do."""
+    """Return True if values differ, or dtype and shape already do."""
     shapes = [str(side).rpartition(" ")[0] or "not there" for side in (before, now)]
     return f"the values of {what} differ" if shapes[0] == shapes[1] else f"{what} were {shapes[0]}, now {shapes[1]}"
 

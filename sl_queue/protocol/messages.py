@@ -8,6 +8,7 @@ about the present, so they need no key.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import prod
 from typing import Final
 
 SCHEDULER = "scheduler"
@@ -89,6 +90,11 @@ class Payload:
     data: bytes | memoryview = field(repr=False)
     rows: bytes = field(default=b"", repr=False)
     packing: str = ""  # how protocol/wire made it shorter for its way; empty: not at all
+
+    @property
+    def numbers(self) -> int:
+        """Number of its elements."""
+        return prod(self.shape)
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.shape}"

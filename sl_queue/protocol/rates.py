@@ -73,7 +73,7 @@ class Schedule:
                 return self._one_cycle(base, step, steps)
 
     def _one_cycle(self, base: float, step: int, steps: int) -> float:
-        """As torch's OneCycleLR with cosine phases and without a cycle of the momentum."""
+        """Compute as torch's OneCycleLR with cosine phases and without a cycle of the momentum."""
         first = base / self.div_factor
         last = first / self.final_div_factor
         top = float(self.pct_start * steps) - 1

@@ -1,4 +1,4 @@
-"""What a party has released of its own, as its ledger holds it."""
+"""Releases of a party's own, as its ledger holds them."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,7 +14,7 @@ class Release:
     party: str  # its name in the job
     job: str  # the beginning of its digest
     run: str
-    generation: int  # a run that was forced back draws anew
+    generation: int  # a run that was forced back draws again
     epoch: int | None  # None: once for the whole run
     secret: str  # a salted digest of what keys the draws
     epsilon: float | None = None  # of a response

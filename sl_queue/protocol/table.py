@@ -21,6 +21,7 @@ class Table:
     notes: tuple[str, ...] = ()  # what a person should know of how the table was read; no values
     tokens: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, by a key of this party alone
     truth: npt.NDArray[Any] | None = field(default=None, repr=False)  # the labels, where others stand in their place
+    weights: npt.NDArray[Any] | None = field(default=None, repr=False)  # (rows,): how much each counts; None: all alike
     fitted: str | None = field(default=None, repr=False)  # JSON: what [features] learned of the training rows
 
     @property

@@ -56,7 +56,7 @@ class Topology:
 
     @staticmethod
     def routing_key(run: str, kind: Kind, receiver: str) -> str:
-        """`<run>.<kind>.<receiver>`; before a run has a name, the run is `new`."""
+        """Return `<run>.<kind>.<receiver>`; before a run has a name, the run is `new`."""
         return f"{run or 'new'}.{kind}.{receiver}"
 
     @staticmethod

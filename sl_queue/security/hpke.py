@@ -69,7 +69,7 @@ class Context:
 def setup_sender(
     cipher: Cipher, receiver: X25519PublicKey, info: bytes, sender: X25519PrivateKey, ephemeral: X25519PrivateKey
 ) -> tuple[bytes, Context]:
-    """SetupAuthS: the encapsulated key, and the context to seal with. `ephemeral` must be new."""
+    """Set up the encapsulated key, and the context to seal with (SetupAuthS). `ephemeral` must be new."""
     enc = ephemeral.public_key().public_bytes_raw()
     shared = ephemeral.exchange(receiver) + sender.exchange(receiver)
     known = enc + receiver.public_bytes_raw() + sender.public_key().public_bytes_raw()
@@ -79,7 +79,7 @@ def setup_sender(
 def setup_receiver(
     cipher: Cipher, enc: bytes, receiver: X25519PrivateKey, info: bytes, sender: X25519PublicKey
 ) -> Context:
-    """SetupAuthR: the context to open with. Raises Unsealable for an encapsulated key that is none."""
+    """Set up the context to open with (SetupAuthR). Raises Unsealable for an invalid encapsulated key."""
     try:
         shared = receiver.exchange(X25519PublicKey.from_public_bytes(enc)) + receiver.exchange(sender)
     except ValueError:
@@ -89,12 +89,12 @@ def setup_receiver(
 
 
 def _shared_secret(shared: bytes, known: bytes) -> bytes:
-    """ExtractAndExpand of the KEM."""
+    """Compute ExtractAndExpand of the KEM."""
     return _expand(_KEM, _extract(_KEM, b"", b"eae_prk", shared), b"shared_secret", known, 32)
 
 
 def _context(cipher: Cipher, shared_secret: bytes, info: bytes) -> Context:
-    """KeySchedule, without a pre-shared key."""
+    """Compute KeySchedule, without a pre-shared key."""
     aead_id, aead = _AEAD[cipher]
     suite = b"HPKE" + struct.pack(">HHH", KEM_ID, KDF_ID, aead_id)
     hashes = _extract(suite, b"", b"psk_id_hash", b"") + _extract(suite, b"", b"info_hash", info)

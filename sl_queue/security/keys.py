@@ -33,12 +33,12 @@ class PublicKey:
 
     @classmethod
     def parse(cls, seal: str, sign: str | None = None) -> "PublicKey":
-        """From the base64 text that stands in the job. ValueError says what is wrong with it."""
+        """Parse the base64 text that stands in the job. ValueError says what is wrong with it."""
         verifying = None if sign is None else Ed25519PublicKey.from_public_bytes(_raw(sign))
         return cls(X25519PublicKey.from_public_bytes(_raw(seal)), verifying)
 
     def texts(self) -> dict[str, str]:
-        """As it stands in the job, under [security.keys.<party>]."""
+        """Return it as it stands in the job, under [security.keys.<party>]."""
         texts = {"seal": b64encode(self.seal.public_bytes_raw()).decode()}
         if self.sign is not None:
             texts["sign"] = b64encode(self.sign.public_bytes_raw()).decode()
@@ -58,7 +58,7 @@ class PrivateKey:
 
     @classmethod
     def parse(cls, pem: bytes) -> "PrivateKey":
-        """From the contents of a key file. ValueError says what is wrong with them, and shows nothing of them."""
+        """Parse the contents of a key file. ValueError says what is wrong with them, and shows nothing of them."""
         sealing, signing = None, None
         for block in pem.split(_END)[:-1]:
             try:

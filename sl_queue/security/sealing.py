@@ -167,7 +167,7 @@ class Seal:
 
 
 def _names(sender: str, receiver: str) -> bytes:
-    """From whom to whom, so that no key serves in another role."""
+    """Name from whom to whom, so that no key serves in another role."""
     names = (name.encode() for name in (sender, receiver))
     return b"sl_queue seal 1" + b"".join(struct.pack(">H", len(name)) + name for name in names)
 

@@ -28,8 +28,8 @@ class Aligned:
         """Raise CheckpointError if the own ids are no longer those that were aligned."""
         if self.table != table:
             raise CheckpointError(
-                f"{where}: the ids of the table are others than those that were aligned; restore the table, or give "
-                "every party and the scheduler a new state folder to align and train anew"
+                f"{where}: the table's ids differ from those that were aligned; restore the table, or give "
+                "every party and the scheduler a new state folder to align and train from scratch"
             )
 
 

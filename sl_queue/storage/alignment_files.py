@@ -1,7 +1,7 @@
-"""What is on disk while rows are aligned: a party's secrets and finished masks, and the scheduler's outcome.
+"""Files of an alignment under way: a party's secrets and finished masks, and the scheduler's outcome.
 
 The law: secrets are on disk before anything that was made with them leaves, so that a worker that comes again says the
-same; and an outcome is on disk before anyone is told. With the outcome at a party, all that led to it is deleted.
+same; and an outcome is on disk before anyone hears of it. With the outcome at a party, all that led to it is deleted.
 """
 
 import json
@@ -29,7 +29,7 @@ class PartyFiles:
     state: Path
 
     def keys(self, table: str, parties: int) -> tuple[MaskKeys, str]:
-        """Return the secrets for a set of ids, and the token that names both; drawn anew for another set."""
+        """Return the secrets for a set of ids, and the token that names both; redrawn for another set."""
         path = self.state / KEY
         try:
             if path.exists():
@@ -45,7 +45,7 @@ class PartyFiles:
             write_durably(path, json.dumps(body).encode())
             return keys, token
         except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{path} cannot be used; delete it, and the rows are aligned anew") from None
+            raise CheckpointError(f"{path} cannot be used; delete it, and the rows are aligned again") from None
         except OSError as error:
             raise unusable(self.state, error) from error
 
@@ -116,7 +116,7 @@ class SchedulerFiles:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{path} cannot be used; restore it, or align anew with new state folders") from None
+            raise CheckpointError(f"{path} cannot be used; restore it, or use new state folders") from None
 
     def save(self, outcome: Outcome) -> None:
         """Write it durably; without masks the alignment is done, and nothing is kept of them."""

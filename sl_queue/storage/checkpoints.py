@@ -9,7 +9,6 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,14 +20,14 @@ from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.protocol.scheduler.agreement import told_difference
 from sl_queue.storage.files import Held, is_passing, lock, unusable, warn_of_readers, write_durably
+from sl_queue.storage.final import OTHER_FOLDER, SUFFIX, finished_run, run_json, write_run, write_weights
 from sl_queue.storage.formats import FORMAT, require_format
-from sl_queue.storage.tensor_file import Stored, TornFileError, packed, sealed, unsealed
+from sl_queue.storage.tensor_file import Stored, TornFileError, sealed, unsealed
 
 log = logging.getLogger("sl_queue")
 
 LAST = 3  # how many checkpoints a party keeps, besides the best one
-_PREFIX, _SUFFIX = "step-", ".safetensors"
-_ANEW = "give this worker a state folder of its own (--state, or --out of sl-queue local), or remove that one"
+_PREFIX = "step-"
 
 
 class Folder:
@@ -110,7 +109,7 @@ class Folder:
             for step in sorted(self._held):
                 self._require(own, self._begun[step], self._file(step), finished=False)
         elif begun := self.begun_with:
-            self._require(own, begun, self._final / "run.json", finished=True)
+            self._require(own, begun, run_json(self._final), finished=True)
         self._fingerprint = own
 
     def save(self, step: int, state: State, *, run: str, generation: int, values: Mapping[str, Any]) -> None:
@@ -172,31 +171,15 @@ class Folder:
 
     def write_final(self, weights: Weights, *, run: str, step: int, incarnation: str) -> None:
         """Write `final/<stem>.safetensors`, then `final/run.json`, which says that this party has finished."""
-        digests = {}
         with self._writing():
-            for stem, tensors in weights.items():
-                name, body = f"{stem}{_SUFFIX}", packed(tensors, {"format": "pt"})
-                write_durably(self._final / name, body)
-                digests[name] = sha256(body).hexdigest()
+            digests = write_weights(self._final, weights)
         self._write_run(Final(run, step, incarnation, digests, reported=False))
 
     def finished(self) -> Final | None:
         """Return what `write_final` left; None if this party has not finished."""
-        path, self._final_says = self._final / "run.json", None
-        if not path.exists():
-            return None
-        try:
-            if "format" in (says := json.loads(path.read_bytes())):
-                require_format(says, path, _ANEW)  # before anything is read that another format may not have
-            final, found = _read_final(self._final)
-            self._require_owner(found, path)
-            self._final_says = found
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, OSError) and is_passing(error):
-                raise unusable(self._path, error) from error
-            log.warning("%s cannot be used (%s); the final weights will be written again", path, error)
-            return None
-        return final
+        found = finished_run(self._path, self._require_owner)
+        self._final_says = None if found is None else found[1]
+        return None if found is None else found[0]
 
     def mark_reported(self) -> None:
         """Note that the scheduler will learn of the end: a worker that starts again has nothing left to do."""
@@ -206,21 +189,18 @@ class Folder:
         self._write_run(Final(final.run, final.step, final.incarnation, final.digests, reported=True))
 
     def _write_run(self, final: Final) -> None:
-        told = {"run": final.run, "step": final.step, "incarnation": final.incarnation, "told": final.reported}
-        digests = {"digests": dict(final.digests), "fingerprint": self._fingerprint}
-        body = json.dumps(self._owner | told | digests, indent=1)
         with self._writing():
-            write_durably(self._final / "run.json", body.encode())
+            write_run(self._final, final, self._owner | {"fingerprint": self._fingerprint})
 
     # Files ------------------------------------------------------------------------------------------------------
 
     def _file(self, step: int) -> Path:
-        return self._checkpoints / f"{_PREFIX}{step:09d}{_SUFFIX}"
+        return self._checkpoints / f"{_PREFIX}{step:09d}{SUFFIX}"
 
     def _written(self) -> list[int]:
         """List the steps of all checkpoint files, intact or not, ascending."""
-        names = (path.name for path in self._checkpoints.glob(f"{_PREFIX}*{_SUFFIX}"))
-        numbers = (name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names)
+        names = (path.name for path in self._checkpoints.glob(f"{_PREFIX}*{SUFFIX}"))
+        numbers = (name.removeprefix(_PREFIX).removesuffix(SUFFIX) for name in names)
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _remove(self, step: int) -> None:
@@ -228,13 +208,13 @@ class Folder:
         self._held.discard(step)
 
     def _remove_leftovers(self) -> None:
-        """Of a worker that was killed while it wrote."""
+        """Remove what a worker left that was killed while it wrote."""
         for folder in (self._checkpoints, self._final):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()
 
     def _read(self, step: int) -> Stored | None:
-        """None, with a line in the log, for a file that is torn; CheckpointError for one that is another's."""
+        """Return None, with a line in the log, for a torn file. Raises CheckpointError for one that is another's."""
         path = self._file(step)
         try:
             stored = unsealed(path)
@@ -243,7 +223,7 @@ class Folder:
         except (TornFileError, OSError) as error:
             if isinstance(error, OSError) and is_passing(error):
                 raise unusable(self._path, error) from error
-            log.warning("%s is torn or altered (%s); it is passed over", path, error)
+            log.warning("%s is torn or altered (%s); it is skipped", path, error)
             return None
         self._require_owner(stored.about, path)
         self._begun[step] = stored.about["fingerprint"]
@@ -265,16 +245,18 @@ class Folder:
         return step if isinstance(step, int) else None
 
     def _require_owner(self, found: Mapping[str, Any], path: Path) -> None:
-        require_format(found, path, _ANEW)
+        require_format(found, path, OTHER_FOLDER)
         if found.get("party") != self._owner["party"]:
             raise CheckpointError(
-                f"{path} belongs to party {found.get('party')!r}, not {self._owner['party']!r}; {_ANEW}"
+                f"{path} belongs to party {found.get('party')!r}, not {self._owner['party']!r}; {OTHER_FOLDER}"
             )
         if found.get("job") != self._owner["job"]:
             says = found.get("says")
             digests = f"digest {str(found.get('job'))[:12]}, and this one is {str(self._owner['job'])[:12]}"
             differing = told_difference(self._job, says) if says else digests
-            raise CheckpointError(f"{path} belongs to another job ({differing}); {_ANEW}; or restore the job file")
+            raise CheckpointError(
+                f"{path} belongs to another job ({differing}); {OTHER_FOLDER}; or restore the job file"
+            )
 
     def _require(self, own: Mapping[str, Any], begun: Mapping[str, Any], path: Path, *, finished: bool) -> None:
         differing = "; ".join(differences(begun, own, finished=finished))
@@ -297,7 +279,7 @@ class Folder:
         except Held as held:
             raise PartyBusy(
                 f"another worker (process {held.holder}) serves party {self._owner['party']!r} "
-                f"with {self._path}; stop it first, or leave it to go on"
+                f"with {self._path}; stop it first, or let it continue"
             ) from None
 
     @contextmanager
@@ -307,22 +289,3 @@ class Folder:
             yield
         except OSError as error:
             raise unusable(self._path, error) from error
-
-
-def holds_final(path: Path, job_digest: str) -> bool:
-    """Return True if a state folder holds the job's final weights, whole, and the scheduler knows."""
-    try:
-        final, found = _read_final(path / "final")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return final.reported and found.get("job") == job_digest
-
-
-def _read_final(folder: Path) -> tuple[Final, Mapping[str, Any]]:
-    """Read what `write_final` left, and whose it is. Raises OSError, ValueError, KeyError, TypeError."""
-    found = json.loads((folder / "run.json").read_bytes())
-    final = Final(found["run"], found["step"], found["incarnation"], found["digests"], found["told"])
-    for name, digest in final.digests.items():
-        if sha256((folder / name).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{name} is torn or altered")
-    return final, found

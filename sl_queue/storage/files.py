@@ -18,7 +18,7 @@ _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, er
 
 
 def write_durably(path: Path, body: bytes) -> None:
-    """Temp file, fsync, rename, fsync of the folder. Raises OSError; then the old file is untouched."""
+    """Write a temporary file, fsync, rename, fsync the folder. Raises OSError; then the old file is untouched."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE), "wb") as file:

@@ -49,33 +49,7 @@ class RunFile:
         self._lock.release()
 
     def load(self) -> RunState | None:
-        path = self._folder / "run.json"
-        if not path.exists():
-            return None
-        try:
-            saved: dict[str, Any] = dict(json.loads(path.read_text()))
-            require_format(saved, path, _ANEW, default=1)  # the first version did not say
-            digest, kept = saved["job"], dict(saved["state"])
-            told = kept.pop("history", None)  # of a finished run; earlier versions kept it here all along
-            state, history = _states.validate_python(kept), self._history.load()
-            if told is not None:
-                history = History.of(_histories.validate_python(told))
-        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-            if isinstance(error, OSError) and is_passing(error):
-                raise unusable(self._folder, error) from None
-            raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run"
-            ) from None
-        if digest != self._job_digest:
-            says = saved.get("says")
-            differing = told_difference(self._job, says) if says else f"digest {str(digest)[:12]}"
-            raise CheckpointError(
-                f"{self._folder} belongs to another job ({differing}); give the scheduler another folder "
-                "(--state, or --out of sl-queue local), or restore the job file"
-            )
-        if history and history[0].epoch != 0:
-            history = History()
-        return replace(state, history=history)
+        return _read(self._folder, self._job, self._job_digest, self._history)
 
     def save(self, state: RunState) -> None:
         kept = asdict(replace(state, history=History()))
@@ -89,3 +63,38 @@ class RunFile:
             write_durably(self._folder / "run.json", body.encode())
         except OSError as error:
             raise unusable(self._folder, error) from None
+
+
+def read_run(folder: Path, job: Mapping[str, Any], job_digest: str) -> RunState | None:
+    """Read a scheduler's folder without using it; None if no run was begun there. Raises CheckpointError."""
+    return _read(folder, job, job_digest, HistoryFile(folder / "history.jsonl"))
+
+
+def _read(folder: Path, job: Mapping[str, Any], job_digest: str, lines: HistoryFile) -> RunState | None:
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    try:
+        saved: dict[str, Any] = dict(json.loads(path.read_text()))
+        require_format(saved, path, _ANEW, default=1)  # the first version did not say
+        digest, kept = saved["job"], dict(saved["state"])
+        told = kept.pop("history", None)  # of a finished run; earlier versions kept it here all along
+        state, history = _states.validate_python(kept), lines.load()
+        if told is not None:
+            history = History.of(_histories.validate_python(told))
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        if isinstance(error, OSError) and is_passing(error):
+            raise unusable(folder, error) from None
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}); remove it: the parties know the run"
+        ) from None
+    if digest != job_digest:
+        says = saved.get("says")
+        differing = told_difference(job, says) if says else f"digest {str(digest)[:12]}"
+        raise CheckpointError(
+            f"{folder} belongs to another job ({differing}); give the scheduler another folder "
+            "(--state, or --out of sl-queue local), or restore the job file"
+        )
+    if history and history[0].epoch != 0:
+        history = History()
+    return replace(state, history=history)

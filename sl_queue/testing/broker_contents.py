@@ -34,13 +34,13 @@ class Contents:
         raise NotImplementedError
 
     def _restore_vhosts(self) -> None:
-        """After a start, perhaps without the data of before."""
+        """Restore the virtual hosts after a start, perhaps without the data of before."""
         for vhost in self._vhosts[1:]:
             self.evaluate(adding_vhost(vhost))
 
 
 def binary(text: str) -> str:
-    """Text as an Erlang binary."""
+    """Return text as an Erlang binary."""
     return "<<" + ",".join(str(byte) for byte in text.encode()) + ">>"
 
 

@@ -130,7 +130,7 @@ def plan_faults(plan: FaultPlan, roles: Sequence[str], last_step: int) -> tuple[
 def run_chaos(
     job: Job, job_file: Path, party_files: Mapping[str, Path], out: Path, plan: FaultPlan, say: Say
 ) -> Comparison:
-    """Both runs; `party_files` by party. Raises JobError if `out` is not empty. Call from the main thread."""
+    """Do both runs; `party_files` by party. Raises JobError if `out` is not empty. Call from the main thread."""
     if out.exists() and any(out.iterdir()):
         raise JobError(f"{out} is not empty; both runs must begin from scratch: give --out another folder")
     roles = (*job.parties, SCHEDULER)
@@ -156,7 +156,7 @@ class _Harness:
     say: Say
 
     def run(self, name: str, out: Path, faults: tuple[Fault, ...]) -> Run:
-        """One run from nothing to its final weights, in a virtual host and folders of its own."""
+        """Do one run from nothing to its final weights, in a virtual host and folders of its own."""
         run_log, places = RunLog(), self._places(out)
         with ExitStack() as stack:
             proxies = {role: stack.enter_context(Proxy(self.broker.port)) for role in places}
@@ -222,7 +222,7 @@ class _Injector:  # mutable: it remembers what it did
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Faults happen while the body runs."""
+        """Have faults happen while the body runs."""
         self.began_s = time.monotonic()
         self._thread.start()
         try:

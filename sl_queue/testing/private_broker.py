@@ -98,13 +98,13 @@ class PrivateBroker(Contents):  # mutable: it owns processes
         self._restore_vhosts()
 
     def kill(self) -> None:
-        """SIGKILL, as a power cut would; what was on disk stays."""
+        """Kill by SIGKILL, as a power cut would; what was on disk stays."""
         if self._broker is not None:
             _kill(self._broker)
             self._broker = None
 
     def freeze(self) -> None:
-        """SIGSTOP: it goes on only after it was killed and started again, as a machine that is cut off."""
+        """Freeze by SIGSTOP: it goes on only after a kill and a start, as a machine that is cut off."""
         if self._broker is not None:
             os.killpg(self._broker.pid, signal.SIGSTOP)
 

@@ -55,7 +55,7 @@ class RunLog:
             self._changed.notify_all()
 
     def killed(self, worker: str) -> None:
-        """Its process is no longer there to be killed."""
+        """Note that its process is no longer there to be killed."""
         with self._changed:
             self._running.pop(worker, None)
 
@@ -78,7 +78,7 @@ class RunLog:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Nothing more will happen."""
+        """Note that nothing more will happen."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -120,7 +120,7 @@ class RunLog:
             return tuple(self._processes[worker])
 
     def count(self, what: str) -> int:
-        """Messages `applied`, `redelivered`, `duplicates`, `stale` or `rejected`, of all processes together."""
+        """Count messages `applied`, `redelivered`, `duplicates`, `stale` or `rejected`, of all processes together."""
         with self._changed:
             return sum(p.counts.get(what, 0) for processes in self._processes.values() for p in processes)
 
@@ -130,7 +130,7 @@ class RunLog:
             return recomputed([[step for step, _ in process.steps] for process in self._processes[worker]])
 
     def stalled_s(self, workers: Iterable[str], at_s: float) -> float:
-        """Seconds from a moment to when each of the workers had done a further step, and never did an old one."""
+        """Return the seconds from a moment to when each worker had done a further step, and never did an old one."""
         with self._changed:
             return max((self._next_progress(worker, at_s) - at_s for worker in workers), default=0.0)
 
@@ -141,7 +141,7 @@ class RunLog:
 
 
 def recomputed(processes: list[list[int]]) -> tuple[list[int], int]:
-    """As `RunLog.recomputed`, from the steps that each process of a worker has done, in order."""
+    """Return as `RunLog.recomputed`, from the steps that each process of a worker has done, in order."""
     after_restart, without, reached = [], 0, -1
     for number, steps in enumerate(processes):
         known, again = reached, 0

@@ -143,7 +143,7 @@ class LinkAlignmentChannel:
             self._link.acknowledge([delivery.tag])
 
     def on_late(self, letter: Letter) -> None:
-        """Take no note: who was not heard is told again and again."""
+        """Take no note: who was not heard is called again and again."""
 
     def on_spoilt(self, spoilt: Spoilt) -> None:
         self._mail.refuse(spoilt.delivery.sender, spoilt.delivery.tag, str(spoilt.reason))

@@ -37,7 +37,7 @@ class Liveness:
             self._heard[source] = now_s
 
     def silence_s(self, source: str) -> float:
-        """Seconds since anything was heard of `source`, without those in which nothing could be."""
+        """Return the seconds since `source` was heard of, without those in which nothing could be."""
         return self._listened_s() - self._heard[source]
 
     def _listened_s(self) -> float:
@@ -72,7 +72,7 @@ class Liveness:
     def name_broker(self, waited_s: float) -> None:
         """Say that the broker confirms nothing. Raises BrokerUnreachable for one that has not for too long."""
         why = printable(self._outage().reason) or "it may have a resource alarm, or a receiver's queue is full"
-        what = f"the broker to confirm what was sent for {waited_s:.0f} s: {why}"
+        what = f"waited {waited_s:.0f} s for the broker to confirm what was sent: {why}"
         self._observe(StillWaiting(self._party, "the broker to confirm what was sent", waited_s, reason=why))
         if waited_s > GIVE_UP * self._patience_s:
-            raise BrokerUnreachable(f"party {self._party!r} waited for {what}; start this worker again: it resumes")
+            raise BrokerUnreachable(f"party {self._party!r} {what}; start this worker again: it resumes")

@@ -164,7 +164,7 @@ class MemoryLink:
             self._on_delivery(delivery)
 
     def reconnect(self) -> None:
-        """As after a lost connection: earlier tags mean nothing any more."""
+        """Void earlier tags, as after a lost connection."""
         if not self._closed and self._on_reconnect is not None:
             self._on_reconnect()
 

@@ -27,6 +27,7 @@ from sl_queue.protocol.party.orders import Orders, Restarted
 from sl_queue.protocol.party.timeline import Timeline
 from sl_queue.protocol.text import printable
 from sl_queue.protocol.topology import Topology
+from sl_queue.protocol.totals import Totalling
 from sl_queue.security.sealing import Seal
 from sl_queue.transport.commits import Commits
 from sl_queue.transport.link import Link, Tag
@@ -64,6 +65,7 @@ class PartyChannel:
         committer: Executor | None = None,
         bounds: Bounds | None = None,
         observe: Observer = ignore,
+        totals: Totalling | None = None,
     ) -> None:
         self._link, self._party, self._sources = link, party, topology.senders_to(party)
         self._patience_s, self._persistent, self._depth = patience_s, persistent, depth
@@ -80,7 +82,7 @@ class PartyChannel:
             party, incarnation, patience_s, link, self._mail, self._timeline, self._changed, self._liveness, observe
         )
         committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
-        self._reports, self._commits = Reports(shared, self._sources), Commits(shared, committer, self._check)
+        self._reports, self._commits = Reports(shared, self._sources, totals), Commits(shared, committer, self._check)
         self._resending = Resending(party, patience_s, observe)
         self._failure: SlQueueError | None = None
         self._woken = False
@@ -110,7 +112,7 @@ class PartyChannel:
         body = self._mail.sealed(receiver, self._timeline.header(receiver, message), message)
         with self._changed:
             self._timeline.outbox.keep(receiver, message.kind, message.micro_batch, body)
-        self._publish(receiver, message.kind, body)
+        self._publish(receiver, message.kind, body, message.payload.numbers)
 
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         what = f"{kind} {micro_batch} of party {sender!r}"
@@ -188,9 +190,8 @@ class PartyChannel:
 
     def _wait(self, take: Callable[[], T | None], source: str, what: str, ask: Callable[[float], None]) -> T:
         """Block until `take` gives something; ask for it with growing pauses, and name whom we wait for."""
-        began = time.monotonic()
+        began, name_at = time.monotonic(), self._patience_s
         ask_at = pause_s = self._patience_s / 20
-        name_at = self._patience_s
         while True:
             with self._changed:
                 self._check()
@@ -308,10 +309,10 @@ class PartyChannel:
         self._resending.log_counts()
         if self._failure is not None:
             raise self._failure
-        self._reports.beat()
+        self._reports.beat(self.counts)
 
-    def _publish(self, receiver: str, kind: Kind, body: bytes) -> None:
-        self._observe(events.Sent(self._party, receiver, kind, len(body)))
+    def _publish(self, receiver: str, kind: Kind, body: bytes, numbers: int = 0) -> None:
+        self._observe(events.Sent(self._party, receiver, kind, len(body), numbers))
         self._link.publish(receiver, kind, self._timeline.run, body, persistent=self._persistent)
 
 

@@ -2,12 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.control import Alive, Join, Progress, Report
 from sl_queue.protocol.messages import SCHEDULER, Kind, MicroBatch
+from sl_queue.protocol.totals import TOTALS_S, Totalling
 from sl_queue.transport.shared import Shared
 
 PULSE_S = 0.25  # how often progress is reported
@@ -16,7 +17,7 @@ PULSE_S = 0.25  # how often progress is reported
 class Reports:
     """The reports of one party to the scheduler and to its peers, `receivers`. Mutable, thread-safe."""
 
-    def __init__(self, shared: Shared, receivers: tuple[str, ...]) -> None:
+    def __init__(self, shared: Shared, receivers: tuple[str, ...], totals: Totalling | None = None) -> None:
         self._mail, self._timeline, self._changed = shared.mail, shared.timeline, shared.changed
         self._liveness, self._patience_s = shared.liveness, shared.patience_s
         self._party, self._incarnation, self._receivers = shared.party, shared.incarnation, receivers
@@ -25,6 +26,7 @@ class Reports:
         self._reporting = threading.RLock()  # entered again where memory:// delivers on the publisher's thread
         self._alive_every_s, self._alive_at = min(self._patience_s / 4, 5.0), 0.0
         self.every_s = min(PULSE_S, self._alive_every_s)
+        self._totals, self._totals_at = totals, 0.0
 
     def announce(self, describe: Callable[[], Join]) -> None:
         """Report who is here, now and whenever the scheduler has to hear it again."""
@@ -64,7 +66,7 @@ class Reports:
             unusable = self._timeline.mailbox.ask(sender, kind, micro_batch)
         if unusable is not None and waited_s >= self._patience_s:
             raise RemoteProtocolError(
-                f"party {self._party!r} waits for {kind} {micro_batch} of party {sender!r}; whatever comes of it is "
+                f"party {self._party!r} waits for {kind} {micro_batch} of {sender!r}; what is computed from it is "
                 f"refused: {unusable}; compare job, models and versions of both parties"
             )
         silent_s = self._liveness.silence_s(sender)
@@ -77,13 +79,17 @@ class Reports:
         header = self._timeline.header(receiver, report)
         self._mail.send(receiver, header, report, lasting=lasting)
 
-    def beat(self) -> None:
-        """Report progress as soon as there is some, and give a sign of life a few times per patience."""
+    def beat(self, counts: Mapping[str, int]) -> None:
+        """Report progress as soon as there is some, totals once a second, and a sign of life a few times a patience."""
         self._send_progress()
-        if time.monotonic() >= self._alive_at:
-            self._alive_at = time.monotonic() + self._alive_every_s
+        now = time.monotonic()
+        if now >= self._alive_at:
+            self._alive_at = now + self._alive_every_s
             for receiver in self._receivers:
                 self.send(receiver, Alive(self._incarnation))
+        if self._totals is not None and now >= self._totals_at:
+            self._totals_at = now + TOTALS_S
+            self.send(SCHEDULER, Alive(self._incarnation, self._totals(counts)))
 
     def _send_progress(self) -> None:
         """Take the newest progress and send it as one, so that no other thread sends a newer one in between."""

@@ -1,4 +1,4 @@
-"""`sl-queue dead` and `sl-queue cleanup`: what lies at the broker is told, put back or removed, never by accident."""
+"""`sl-queue dead` and `sl-queue cleanup`: what lies at the broker is listed, put back or removed, never by accident."""
 
 import os
 import pty

@@ -36,12 +36,14 @@ def test_a_commit_that_waits_for_confirms_says_so_and_gives_up_at_last(
     private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")  # as if its memory were used up
     try:
         channel.report(Stopped("b1", 0))
-        with pytest.raises(BrokerUnreachable, match="party 'bank' waited for the broker to confirm what was sent"):
+        with pytest.raises(
+            BrokerUnreachable, match=r"party 'bank' waited \d+ s for the broker to confirm what was sent"
+        ):
             channel.flush()
     finally:
         private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
         channel.close()
-    assert "bank: waiting for the broker to confirm what was sent" in caplog.text
+    assert "s for the broker to confirm what was sent" in caplog.text
 
 
 def test_what_is_published_while_the_broker_is_killed_and_started_again_arrives(

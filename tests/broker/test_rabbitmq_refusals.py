@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def failure_of(url: str, limits: Limits = LIMITS) -> tuple[SlQueueError, float]:
-    """Why `bank` cannot open a link there, and after how many seconds it said so."""
+    """Return why `bank` cannot open a link there, and after how many seconds it said so."""
     link = RabbitLink(url, "bank", two_parties(), limits=limits)
     began = time.monotonic()
     with pytest.raises(SlQueueError) as failure:

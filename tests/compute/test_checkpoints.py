@@ -25,7 +25,8 @@ from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
 from sl_queue.protocol.checkpoint import Final, Saved, State
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, Payload
 from sl_queue.protocol.scheduler.state import RunState
-from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.final import holds_final
 from sl_queue.storage.run_file import RunFile
 from sl_queue.storage.tensor_file import TornFileError, sealed, unsealed
 
@@ -174,7 +175,7 @@ from pathlib import Path
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload
 from sl_queue.protocol.scheduler.state import RunState
-from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.run_file import RunFile
 checkpoints = Folder(Path(sys.argv[1]), job_digest="a" * 64, party="bank", fingerprint={})
 first = (checkpoints.steps() or (-1,))[-1] + 1
@@ -216,7 +217,7 @@ LOCK_IT = """
 import sys
 from pathlib import Path
 from sl_queue.protocol.scheduler.state import RunState
-from sl_queue.storage.checkpoints import Folder, holds_final
+from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.run_file import RunFile
 Folder(Path(sys.argv[1]), job_digest="a" * 64, party="bank", fingerprint={})
 """

@@ -84,7 +84,7 @@ def rewritten(folder: Path, columns: dict[str, Any]) -> None:
         (lambda c: c | {"debt": c["income"]}, "column 'debt' added"),
         (lambda c: {n: v for n, v in c.items() if n != "age"}, "column 'age' gone"),
         (lambda c: {n: v[1:] for n, v in c.items()}, "the table had 200 rows, now 199"),
-        (lambda c: c | {"customer_id": c["customer_id"] + 1}, "the ids of the 200 rows are others"),
+        (lambda c: c | {"customer_id": c["customer_id"] + 1}, "the ids of the 200 rows differ"),
         (
             lambda c: {n: v.astype("f4") if n != "customer_id" else v for n, v in c.items()},
             "'age', 'income', 'balance'",

@@ -92,7 +92,7 @@ def run_of(staleness: int = 0, holdout: float = 0.0, models: Any = None, **learn
 
 
 def plain(run: Parties, make: Any, before: Any = None, after: Any = None) -> dict[str, nn.Module]:
-    """A loop that knows nothing of sl_queue but the order of rows; `make(module)` is its optimizer."""
+    """Train in a loop that knows nothing of sl_queue but the order of rows; `make(module)` is its optimizer."""
     modules = {name: copy.deepcopy(module) for name, module in run.given.items()}
     optimizers = {name: make(module) for name, module in modules.items()}
     labels = torch.from_numpy(run.tables["holder"].labels).float()
@@ -120,7 +120,7 @@ def parts(stages: Stages) -> dict[str, Any]:
 
 
 def through_a_checkpoint(stages: Stages, run: Parties) -> Stages:
-    """New stages that begin where these stand, as files hold it: JSON values, tensors by name."""
+    """Build new stages that begin where these stand, as files hold it: JSON values, tensors by name."""
     import json
 
     fresh = run.stages()
@@ -417,11 +417,11 @@ def strange(module: nn.Module) -> torch.optim.Optimizer:
         ({"optimizer": lambda m: torch.optim.LBFGS(m.parameters())}, ["LBFGS evaluates the loss more than once"]),
         ({"optimizer": lambda m: Sam(m.parameters(), lr=0.1)}, ["Sam evaluates the loss more than once a step"]),
         ({"optimizer": lambda m: m}, ["returns Net; it must return a torch.optim.Optimizer"]),
-        ({"optimizer": strange}, ["'strange' trains 1 tensors that are none of the model's"]),
+        ({"optimizer": strange}, ["'strange' trains 1 tensors that are not the model's"]),
         ({"optimizer": lambda m: torch.optim.SGD(m.head.parameters(), lr=1.0)}, ["leaves out embedding.weight"]),
         ({"optimizer": lambda m: Lookahead(torch.optim.Adam(m.parameters()))}, ["holds another optimizer", "'inner'"]),
         ({"groups": [{"match": "heads.*", "lr": 0.1}]}, ["'heads.*' matches no parameter", "embedding.weight"]),
-        ({"groups": [{"match": "head.*", "lrr": 0.1}]}, ["groups[0].lrr is no option of SGD; did you mean 'lr'?"]),
+        ({"groups": [{"match": "head.*", "lrr": 0.1}]}, ["groups[0].lrr is not an option of SGD; did you mean 'lr'?"]),
         ({"groups": [{"match": "*", "lr": -1.0}]}, ["refused by torch.optim.SGD", "-1.0"]),
         ({"optimizer": {"name": "rprop", "no_decay": ["*.bias"]}}, ["no_decay has no use: Rprop has no weight_decay"]),
         ({"schedule": lambda step, steps: float("nan")}, ["schedule gives nan for step 0 of 6"]),

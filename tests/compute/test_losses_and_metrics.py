@@ -64,7 +64,7 @@ def trained(run: Parties) -> Stages:
 
 
 def held_out(run: Parties) -> tuple[Tensor, Tensor]:
-    """Outputs of the held-out rows after the last epoch, and their labels."""
+    """Return the outputs of the held-out rows after the last epoch, and their labels."""
     stages, batches = trained(run), run.job.batches(ROWS)
     rows = np.concatenate([batches.holdout_part(i) for i in range(batches.holdout_parts)])
     modules = stages.modules()

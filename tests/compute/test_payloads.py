@@ -41,8 +41,8 @@ def test_a_payload_is_a_copy_in_c_order_without_a_graph() -> None:
         (Payload("float32", (2, 3), bytes(23)), r"float32 \(2, 3\) takes 24 bytes, but holds 23"),
         (Payload("float32", (2**62, 2**62), b""), "but holds 0"),
         (Payload("float32", (-1, -6), bytes(24)), "a shape cannot be"),
-        (Payload("Tensor", (1,), bytes(4)), "'Tensor' is no dtype"),
-        (Payload("no_such", (1,), bytes(4)), "'no_such' is no dtype"),
+        (Payload("Tensor", (1,), bytes(4)), "'Tensor' is not a torch dtype"),
+        (Payload("no_such", (1,), bytes(4)), "'no_such' is not a torch dtype"),
     ],
 )
 def test_a_payload_that_lies_about_itself_is_refused(payload: Payload, complaint: str) -> None:

@@ -15,7 +15,7 @@ def rng() -> np.random.Generator:
 
 
 def gradients(labels: np.ndarray, spread: float = 0.05) -> np.ndarray:
-    """What a linear fuse model sends: (p - y) times its weights."""
+    """Return what a linear fuse model sends: (p - y) times its weights."""
     weights, p = np.array([0.5, -1.0, 0.2, 0.7]), 0.1 + 0.05 * rng().random(len(labels))
     return (p - labels)[:, None] * weights + spread * 0.01 * rng().standard_normal((len(labels), 4))
 

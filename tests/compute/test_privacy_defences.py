@@ -146,6 +146,12 @@ def test_max_norm_gives_every_row_the_largest_norm_in_the_mean_and_keeps_its_dir
     assert torch.allclose(found[:, 1, 0] / found[:, 1, 1], torch.full((20_000,), 0.75), atol=1e-4)
 
 
+def test_max_norm_takes_rows_that_are_nearly_zero() -> None:
+    gradient = torch.tensor([[1e-38, 0.0], [1e-42, 0.0], [3.0, 4.0]])
+    found = max_norm(gradient, torch.ones(3))
+    assert torch.allclose(found, torch.tensor([[5.0, 0.0], [5.0, 0.0], [3.0, 4.0]]))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (1, 3), (4, 2, 3)])
 def test_defences_take_no_row_one_row_and_rows_of_any_shape(shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))

@@ -65,18 +65,28 @@ def test_without_sigma_rows_are_clipped_and_nothing_else() -> None:
     assert torch.equal(sent, clipped(ACTIVATION, 0.5))
 
 
-@pytest.mark.parametrize("level", [None, 1.0])
-def test_a_row_keeps_its_draw_in_every_epoch_and_batch(level: float | None) -> None:
+def test_a_row_keeps_its_draw_of_max_norm_in_every_epoch_and_batch() -> None:
     """The largest row fixes the scale here, so that equal gradients get equal noise, whatever else is in the batch."""
-    defence = GradientDefence(level, RowIndex.of(KEYS), TOKENS, SECRET)
+    defence = GradientDefence(None, RowIndex.of(KEYS), TOKENS, SECRET)
     gradient = torch.full((8, 5), 0.1)
     gradient[0] = 1.0
     first = defence.apply(gradient, crossing(slice(0, 8), what="gradient"))
     other = defence.apply(gradient[[0, 5, 2]], crossing([0, 5, 2], step=99, what="gradient"))
     assert torch.allclose(first[[0, 5, 2]], other, atol=1e-6)
     assert not torch.allclose(first[1], gradient[1])
-    foreign = GradientDefence(level, RowIndex.of(KEYS), TOKENS, OTHER)
+    foreign = GradientDefence(None, RowIndex.of(KEYS), TOKENS, OTHER)
     assert not torch.allclose(foreign.apply(gradient, crossing(what="gradient")), first)
+
+
+def test_half_of_the_noise_is_drawn_once_for_a_row_and_half_for_each_release() -> None:
+    """Against whoever adds up epochs, and against whoever subtracts one from the next."""
+    defence = GradientDefence(1.0, RowIndex.of(KEYS), TOKENS, SECRET)
+    gradient = torch.ones(N, 400)
+    noise = [defence.apply(gradient, crossing(slice(0, N), step, what="gradient")) - 1 for step in (1, 2)]
+    assert torch.equal(noise[0], defence.apply(gradient, crossing(slice(0, N), 1, what="gradient")) - 1)
+    assert noise[0].std().item() == pytest.approx(1.0, rel=0.05)  # the norm of a row, spread over its numbers
+    assert (noise[0] * noise[1]).mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (noise[0] - noise[1]).std().item() == pytest.approx(1.0, rel=0.05)
 
 
 def test_max_norm_draws_the_same_for_every_receiver_so_that_colluders_add_up_nothing() -> None:

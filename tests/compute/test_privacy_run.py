@@ -49,7 +49,7 @@ def job(**changes: Any) -> sl_queue.Job:
 
 
 def files(shop: Mapping[str, Any], bank: Mapping[str, Any], n_rows: int = N) -> list[PartyFile]:
-    """The parties with these tables [privacy]; the post has none."""
+    """Return the parties with these tables [privacy]; the post has none."""
     ids = np.arange(1000, 1000 + n_rows)
     given: dict[str, Any] = {}
     for place, party in enumerate(("bank", "post")):
@@ -146,7 +146,7 @@ def test_defences_change_what_is_trained_and_evaluation_is_defended_too(tmp_path
 def given_labels(party_file: PartyFile, secret: bytes) -> np.ndarray:
     """Return the labels that a run trains on."""
     spec = resolve(job(), party_file, Importer()).with_secret(secret)
-    table = responded(spec, read_table(spec.table, token_key(spec)))
+    table = responded(spec, read_table(spec.table, token_key=token_key(spec)))
     assert table.labels is not None
     assert table.truth is not None
     return table.labels

@@ -212,7 +212,7 @@ def test_a_run_whose_secret_is_lost_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_no_other_secret(tmp_path: Path) -> None:
     interrupted(tmp_path / "run")
     write_secret(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="the secret that keys this party's draws is another one"):
+    with pytest.raises(CheckpointError, match="the secret that keys this party's draws has changed"):
         deployed(tmp_path / "run", privacy={"secret": tmp_path / "other"})
     with pytest.raises(CheckpointError, match=r"keyed by a secret, now they are keyed by the job's seed"):
         deployed(tmp_path / "run", privacy={"secret": "seed"})

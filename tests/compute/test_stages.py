@@ -68,7 +68,7 @@ def test_a_base_model_that_goes_wrong_in_training_is_named_with_its_micro_batch(
     message = raised(NonFiniteError, failing(lambda y: y / 0))
     assert message.startswith("party 'bank', micro-batch 1.0: activation holds NaN or infinity")
     where = "party 'bank', micro-batch 1.0: tests.compute.test_stages:Changing"
-    message = raised(ShapeError, failing(lambda y: (y, y)))
+    message = raised(ShapeError, failing(lambda y: (y, y, y)))
     assert message == f"{where} returns tuple; it must return one tensor"
     message = raised(ComputeError, failing(lambda y: y @ y))
     assert message.startswith(f"{where} failed on float32 (8, 3): RuntimeError: ")

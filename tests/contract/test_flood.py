@@ -264,7 +264,7 @@ def test_a_message_that_is_awaited_and_can_never_be_used_ends_the_wait_by_name()
     label.broker.publish = answer  # type: ignore[method-assign]  # as party a answers
     try:
         with pytest.raises(
-            RemoteProtocolError, match=r"waits for activation 0\.0 of party 'a'; whatever comes .* refus"
+            RemoteProtocolError, match=r"waits for activation 0\.0 of 'a'; what is computed from it is refused"
         ):
             label.channel.receive("a", Kind.ACTIVATION, FIRST)
     finally:

@@ -469,7 +469,7 @@ def test_many_columns_are_not_all_listed(tmp_path: Path) -> None:
         (Rows([[1], [2]], [[1.0], [2.0]], [0, 1]), ["ids have the shape (2, 1)"]),
         (Rows([1, 2], [[1.0], [2.0, 3.0]], [0, 1]), ["different shapes"]),
         (Rows([1, 2], [["a"], ["b"]], [0, 1]), ["features are of dtype", "encode"]),
-        (Rows([1, 2], 3.0, [0, 1]), ["no array of rows"]),
+        (Rows([1, 2], 3.0, [0, 1]), ["not an array of rows"]),
         (Rows([1, 2], None, [0, 1]), ["features are missing"]),
         (Rows([1, 2], [[1.0, np.nan], [np.inf, np.nan]], [0, 1]), ["features", "NaN or infinity in 2 of 2 rows"]),
         (Rows([1, 2], [[1.0], [2.0]], ["no", "yes"]), ["labels are of dtype", "encode"]),

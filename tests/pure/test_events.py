@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +33,7 @@ ANY = st.one_of(*(st.from_type(kind) for kind in KINDS.values()))
 
 def is_finite(event: Event) -> bool:
     numbers = [getattr(event, field.name) for field in fields(event)]
-    numbers += [value for number in numbers if isinstance(number, dict) for value in number.values()]
+    numbers += [value for number in numbers if isinstance(number, Mapping) for value in number.values()]
     return all(math.isfinite(number) for number in numbers if isinstance(number, float))
 
 
@@ -93,7 +94,7 @@ def test_what_one_sink_raises_reaches_neither_who_speaks_nor_the_other_sinks(cap
     for _ in range(100):
         observe(DONE)
     assert taken == [DONE] * 100
-    assert [record.getMessage() for record in caplog.records] == ["what watches the run has failed; the run goes on"]
+    assert [record.getMessage() for record in caplog.records] == ["an observer of the run has failed; the run goes on"]
 
 
 def test_nobody_who_watches_costs_nothing() -> None:
@@ -123,7 +124,7 @@ def test_every_event_that_is_not_counted_has_words(caplog: pytest.LogCaptureFixt
             events.Rejected("a", "b", "why", 4999, 2.0),
             "rejected 4,999 further messages of 'b' in 2 s, the last: why",
         ),
-        (events.StillWaiting("a", "x", 61.0, silent_s=3.0), "waiting for x for 61 s; last heard of it 3 s ago"),
+        (events.StillWaiting("a", "x", 61.0, silent_s=3.0), "has waited 61 s for x; last heard from it 3 s ago"),
         (events.PhaseChanged("scheduler", "job", None, "gathering"), "job job is gathering"),
         (events.PhaseChanged("scheduler", "job", "r", "failed", "why"), "run r is failed: why"),
         (events.Missing("scheduler", ("a", "b")), "waiting for a, b"),

@@ -95,7 +95,7 @@ class Party:
 
 @dataclass(slots=True)
 class World:
-    """Parties, a broker that keeps what was told, and a scheduler that is killed between any two things it does."""
+    """Parties, a broker that keeps what was said, and a scheduler that is killed between any two things it does."""
 
     mind: Mind
     losses: Sequence[float]

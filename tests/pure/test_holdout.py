@@ -109,3 +109,23 @@ def test_without_held_out_rows_the_order_of_training_is_what_it_was() -> None:
 def test_ids_that_no_table_may_have_are_refused() -> None:
     with pytest.raises(JobError, match="1 of 3 rows repeat the id of another row"):
         sl_queue.holdout_rows([1, 2, 2], 7, 0.5)
+
+
+def test_a_test_set_is_never_touched_and_takes_no_held_out_row(tmp_path: Path) -> None:
+    table: dict[str, object] = {"name": "j", "seed": 7, "epochs": 2, "batch_size": 16, "holdout": 0.2}
+    parties = {"a": {"role": "feature", "cut": [1]}, "b": {"role": "label"}}
+    job = Job(**table, test=0.13, parties=parties)
+    hashes = id_hashes((str(i).encode() for i in IDS), 7)
+    with_test, without = job.batches(1000, hashes), Job(**table, parties=parties).batches(1000, hashes)
+    assert (with_test.training_rows, with_test.holdout_rows, with_test.test_rows) == (670, 200, 130)
+    assert with_test.holdout_positions.tolist() == without.holdout_positions.tolist()
+    touched = {int(row) for step in range(with_test.steps) for row in with_test.rows(MicroBatch(step, 0))}
+    touched |= {int(row) for i in range(with_test.holdout_parts) for row in with_test.holdout_part(i)}
+    assert not touched & set(with_test.test_positions.tolist())
+    assert len(touched) == 870
+    told = sl_queue.test_rows(IDS, 7, 0.13)
+    assert np.flatnonzero(told).tolist() == with_test.test_positions.tolist()
+    assert not (told & sl_queue.holdout_rows(IDS, 7, 0.2)).any()
+    assert Job(**table, parties=parties, test=0.0).digest == Job(**table, parties=parties).digest != job.digest
+    with pytest.raises(JobError, match="leave no row to train on"):
+        Job(**table, parties=parties, test=0.8)

@@ -1,4 +1,4 @@
-"""Parties whose files hold the same ids in different types can say so, and are told how."""
+"""Parties whose files hold the same ids in different types can say so, and the error says how."""
 
 from pathlib import Path
 from typing import Any

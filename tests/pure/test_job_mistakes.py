@@ -178,5 +178,5 @@ def test_tables_built_in_code_complain_in_the_same_way() -> None:
 def test_early_stopping_needs_rows_that_are_held_out() -> None:
     careful = job(batch_size=4, holdout=0.01, early_stopping={"metric": "loss", "patience": 2})
     assert careful.batches(1000).holdout_rows == 10
-    with pytest.raises(JobError, match=r"holdout = 0.01 of 10 rows is none"):
+    with pytest.raises(JobError, match=r"holdout = 0.01 of 10 rows holds out none"):
         careful.batches(10)

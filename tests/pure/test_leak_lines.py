@@ -1,4 +1,4 @@
-"""What a meter has measured, as history and table hold it."""
+"""Measurements of a meter, as history and table hold them."""
 
 import json
 from io import StringIO

@@ -77,6 +77,18 @@ def test_a_job_file_that_differs_is_named_by_its_keys_with_both_values_and_ends_
     assert mind.ordered(Stop)["label"].error == "AlignmentError", "who comes later is told, too"
 
 
+def test_the_base_of_one_run_is_not_joined_with_the_fuse_of_another() -> None:
+    mind = Mind().hear("a", joined("a1", weights="a034")).hear("b", joined("b1", weights="91c2"))
+    assert mind.state.error == "AlignmentError"
+    told = mind.state.reason or ""
+    assert told.startswith("a has the weights of run a034, b has the weights of run 91c2; ")
+    assert "--run" in told
+    mind = Mind().everyone_joins(weights="a034")
+    assert mind.state.error is None
+    mind.restart().hear("b", joined("b1", weights="a034"))
+    assert mind.state.error is None, "a scheduler that starts again has yet to hear it of the others"
+
+
 def test_rows_that_differ_are_told_by_their_counts_and_never_by_an_id_or_digest() -> None:
     mind = Mind().hear("a", joined("a1", n_rows=10, rows_digest="c0ffee"))
     mind.hear("label", joined("label1", n_rows=12, rows_digest="decade"))

@@ -1,4 +1,4 @@
-"""Whose silence is counted: only of who could be heard, and only what was not heard before is a sign of life."""
+"""Silence is counted only of peers that could be heard, and only what was not heard before is a sign of life."""
 
 import logging
 import time

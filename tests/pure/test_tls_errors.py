@@ -1,4 +1,4 @@
-"""A certificate that TLS refuses is told in words that say which one, why, and what to do; and when good ones end."""
+"""A certificate that TLS refuses is reported with which one, why, and what to do; and when good ones end."""
 
 import datetime
 import socket

@@ -54,7 +54,7 @@ def test_what_an_older_version_left_in_a_queue_names_nobody() -> None:
 
 
 class Foreigner:
-    """A worker of party a that speaks another version: its signs of life, until it is told to end. Mutable."""
+    """Worker of party a that speaks another version: its signs of life, until it is ordered to end. Mutable."""
 
     def __init__(self, broker: MemoryBroker, receivers: tuple[str, ...], every_s: float) -> None:
         self._ended = threading.Event()

@@ -61,7 +61,7 @@ class Crew:
     random: Random = field(default_factory=lambda: Random(0))
 
     def lead(self, own: bool = False, **more: Any) -> Lead:
-        """A lead of this party, open."""
+        """Open a lead of this party."""
         lead = Lead(
             "left",
             MemoryLane(self.lanes, lead=True),
@@ -100,7 +100,7 @@ class Crew:
 
 
 def spread(stage: Stage, lead: Lead, pipeline: Pipeline, answer: Any = None) -> Any:
-    """The stage over hands; it begins with the weights that it has."""
+    """Put a stage over hands; it begins with the weights that it has."""
     separate(stage)
     made: Any = (
         SpreadFuseStage(stage, lead, answer)

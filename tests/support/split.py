@@ -111,7 +111,8 @@ class Stages:
                         yield f"label holder waits for {micro_batch}"
                     activations = {key[1]: self.under_way.pop(key) for key in reversed(keys)}  # in any order
                     gradients = self.fuse.forward_backward(micro_batch, activations)
-                    self.under_way |= {("gradient", party, micro_batch): g for party, g in gradients.items()}
+                    for answered, found in (*self.fuse.late_gradients(), (micro_batch, gradients)):
+                        self.under_way |= {("gradient", party, answered): g for party, g in found.items()}
                 case Update():
                     self.losses.append(self.fuse.update())
                 case Score(micro_batch):

@@ -28,7 +28,7 @@ class LocalRun:
             time.sleep(0.01)
 
     def worker(self, role: str) -> int:
-        """The process id of a role's worker."""
+        """Return the process id of a role's worker."""
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = folder.joinpath("cmdline").read_text().split("\0")

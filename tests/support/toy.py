@@ -59,12 +59,21 @@ class ToyStage:
         self.gradients = digest(self.gradients, joined, micro_batch)
         return {party: payload("gradient", joined, party) for party in activations}
 
+    def late_gradients(self) -> tuple[tuple[MicroBatch, Mapping[str, Payload]], ...]:
+        return ()
+
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         self.evaluated = digest(self.evaluated, *(bytes(a.data) for _, a in sorted(activations.items())))
 
     def metrics(self) -> Mapping[str, float | None]:
         value, self.evaluated = int.from_bytes(self.evaluated[:4], "big") / 2**32, b""
         return {"loss": value}
+
+    def training_metrics(self) -> Mapping[str, float | None] | None:
+        return None
+
+    def evaluation_tables(self) -> Mapping[str, list[list[float]]] | None:
+        return None
 
     def update(self) -> float:
         self.weights_, self.gradients = digest(self.weights_, self.gradients), b""

@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
+from torch import nn
 
 import sl_queue
 from sl_queue.cli.main import app
@@ -15,6 +18,8 @@ from sl_queue.config.job import Job
 from sl_queue.config.party import PartyFile
 from sl_queue.errors import AlignmentError, CheckpointError
 from sl_queue.launch.operator import read_status
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER
+from sl_queue.security.keys import PrivateKey, read_key, write_key
 from tests.support import raw_tables
 from tests.support.tables_run import started
 from tests.system.test_cli import environment
@@ -34,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def joined(tmp_path: Path) -> Path:
-    """The same companies, with the rows that both hold and no others."""
+    """Write the same companies, with the rows that both hold and no others."""
     other = tmp_path / "joined"
     other.mkdir()
     raw_tables.write_all(other, SHARED, SHARED[::-1], raw_tables.JOB)
@@ -74,7 +79,7 @@ def test_a_finished_run_is_compared_with_the_rows_that_were_aligned(folder: Path
     raw_tables.write_bank(folder / "bank.csv", BANK[1:])
     run = json.loads((folder / "out/bank/final/run.json").read_text())
     (folder / "out/bank/final/run.json").write_text(json.dumps({**run, "told": False, "reported": False}))
-    with pytest.raises(CheckpointError, match="are others than those that were aligned"):
+    with pytest.raises(CheckpointError, match="differ from those that were aligned"):
         sl_queue.run_local(*loaded(folder), out=folder / "out")
 
 
@@ -133,3 +138,84 @@ def test_processes_over_a_broker_align_through_kills_to_the_same_weights(
     job = Job.load(folder / "job.toml")
     status = read_status(job, broker_url)
     assert status is not None
+
+
+def test_a_sealed_run_over_a_broker_aligns_to_the_same_weights(
+    folder: Path, joined: Path, broker_url: str, unique: str
+) -> None:
+    roles = ("bank", "insurer", SCHEDULER, OPERATOR)
+    for role in roles:
+        (folder / "keys" / role).mkdir(parents=True)
+        write_key(folder / "keys" / role / "seal.key", PrivateKey.generate(signs=role == SCHEDULER))
+    public = {role: read_key(folder / "keys" / role / "seal.key").public.texts() for role in roles}
+    job, files = loaded(folder)
+    sealed = Job(**{**tomllib.loads(PSI), "name": unique, "security": {"seal": True, "keys": public}})
+    result = sl_queue.run_local(sealed, files, broker=broker_url, out=folder / "out", keys=folder / "keys")
+    plain = sl_queue.run_local(*loaded(joined), out=joined / "out")
+    for one, other in zip(result.fuse.parameters(), plain.fuse.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert job.digest != sealed.digest
+
+
+def test_three_companies_and_a_label_holder_without_columns(tmp_path: Path) -> None:
+    """Mixed formats, shuffled rows, 30 % in common; the label holder has labels only."""
+    everyone = raw_tables.customers(100)
+    names = {"bank": everyone[:65], "telco": everyone[35:], "court": everyone[20:80]}
+    shared = sorted(set.intersection(*map(set, names.values())))
+    assert len(shared) == 30
+    tables = {name: tmp_path / f"{name}.csv" for name in ("bank", "telco")}
+    for name, path in tables.items():
+        raw_tables.write_bank(path, names[name])
+    labels = raw_tables.insurer_table(names["court"]).select(["customer", "claim"])
+    pyarrow.parquet.write_table(labels, tmp_path / "court.parquet")
+
+    def run(aligned: bool) -> Any:
+        job = Job(
+            **{
+                "name": "three", "seed": 3, "epochs": 2, "batch_size": 8, "holdout": 0.2,
+                "parties": {
+                    "bank": {"role": "feature", "cut": [3]},
+                    "telco": {"role": "feature", "cut": [3]},
+                    "court": {"role": "label"},
+                },
+            }
+            | ({"alignment": {"method": "psi", "pad": 7}} if aligned else {})
+        )  # fmt: skip
+        files = []
+        for name, path in tables.items():
+            data: Any = {"path": path, "id": "customer", "csv": {"delimiter": ";", "decimal": ","}}
+            features = {"income": {"kind": "number", "missing": "mean"}, "*": {"kind": "category", "rare": 100}}
+            base = {"model": Base, "args": {"width": 5}, "optimizer": {"name": "sgd", "lr": 0.1}}
+            files.append(PartyFile(party=name, data=data, features=features, base=base))
+        data = {"path": tmp_path / "court.parquet", "id": "customer", "label": "claim"}
+        fuse = {"model": Fuse, "optimizer": {"name": "sgd", "lr": 0.1}, "loss": "bce_with_logits"}
+        files.append(PartyFile(party="court", data=data, fuse=fuse))
+        return sl_queue.run_local(job, files)
+
+    found = run(aligned=True)
+    for name, path in tables.items():
+        raw_tables.write_bank(path, shared if name == "bank" else shared[::-1])
+    labels = raw_tables.insurer_table(shared).select(["customer", "claim"])
+    pyarrow.parquet.write_table(labels, tmp_path / "court.parquet")
+    plain = run(aligned=False)
+    for one, other in zip(found.fuse.parameters(), plain.fuse.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Base(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 3)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.layer(rows))
+
+
+class Fuse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        found: torch.Tensor = self.layer(torch.cat(inputs, dim=1)).squeeze(1)
+        return found

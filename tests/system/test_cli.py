@@ -324,7 +324,7 @@ def test_ctrl_c_ends_with_130_and_the_run_can_go_on(job: Path) -> None:
                 break
         said = run.stderr.read()
     assert run.returncode == 130, said
-    assert "interrupted; the same command goes on" in said
+    assert "interrupted; the same command resumes" in said
     assert "Traceback" not in said
     assert not list(job.parent.glob("run/*/final/*"))
     began = time.monotonic()

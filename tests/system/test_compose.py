@@ -52,7 +52,7 @@ def answers(*words: str) -> bool:
 
 
 def missing() -> str | None:
-    """Why this machine cannot run it."""
+    """Return why this machine cannot run it."""
     wanted = os.environ.get("SL_QUEUE_TEST_COMPOSE")
     if wanted == "1":
         return None

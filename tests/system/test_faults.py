@@ -84,7 +84,7 @@ def test_without_a_scheduler_the_parties_train_to_the_end_of_the_open_epochs_and
     crew.kill("scheduler")
     crew.await_step("bank", 9)  # the second epoch was open
     for party in PARTIES:
-        crew.await_log(party, "waiting for the scheduler's word")
+        crew.await_log(party, "s for the scheduler's word")
     crew.start("scheduler")
     crew.finish()
     assert crew.weights() == quiet_weights()

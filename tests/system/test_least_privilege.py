@@ -99,13 +99,13 @@ OTHERS: dict[str, Try] = {
         channel, names.exchange(other), "run.report.scheduler"
     ),
     "delete another's exchange": lambda channel, names, me, other: channel.exchange_delete(names.exchange(other)),
-    "bind another's queue to the own exchange": lambda channel, names, me, other: channel.queue_bind(
+    "bind another's queue to its own exchange": lambda channel, names, me, other: channel.queue_bind(
         _inbox(names, other), names.exchange(me), "#"
     ),
     "bind an own queue to another's exchange": lambda channel, names, me, other: channel.queue_bind(
         _inbox(names, me), names.exchange(other), "#"
     ),
-    "bind the own exchange to another's": lambda channel, names, me, other: channel.exchange_bind(
+    "bind its own exchange to another's": lambda channel, names, me, other: channel.exchange_bind(
         names.exchange(me), names.exchange(other), "#"
     ),
     "unbind another's queue": lambda channel, names, me, other: channel.queue_unbind(
@@ -134,8 +134,8 @@ OWN: dict[str, Callable[[BlockingChannel, Topology, str], None]] = {
     "declare a queue that the broker names": lambda channel, names, me: channel.queue_declare("", exclusive=True),
     "declare an exchange": lambda channel, names, me: channel.exchange_declare("mine", "topic"),
     "delete an own queue": lambda channel, names, me: channel.queue_delete(_inbox(names, me)),
-    "delete the own exchange": lambda channel, names, me: channel.exchange_delete(names.exchange(me)),
-    "bind an own queue to the own exchange": lambda channel, names, me: channel.queue_bind(
+    "delete its own exchange": lambda channel, names, me: channel.exchange_delete(names.exchange(me)),
+    "bind an own queue to its own exchange": lambda channel, names, me: channel.queue_bind(
         _inbox(names, me), names.exchange(me), "#"
     ),
     "publish on the broker's own exchanges": lambda channel, names, me: _publish(
@@ -158,7 +158,7 @@ OWN: dict[str, Callable[[BlockingChannel, Topology, str], None]] = {
     "answer a direct reply": lambda channel, names, me: _publish(channel, "", "amq.rabbitmq.reply-to.x"),
     "read an own queue": lambda channel, names, me: channel.basic_get(_inbox(names, me)),
     "empty an own queue": lambda channel, names, me: channel.queue_purge(_inbox(names, me)),
-    "publish on the own exchange": lambda channel, names, me: _publish(
+    "publish on its own exchange": lambda channel, names, me: _publish(
         channel, names.exchange(me), _own_key(names, me)
     ),
 }

@@ -254,7 +254,7 @@ def test_ctrl_c_ends_the_workers_in_order(job: Path, broker_url: str) -> None:
         workers = run.workers()
         run.process.send_signal(signal.SIGINT)
         assert run.wait() == 130
-        assert "interrupted; the same command goes on" in run.text
+        assert "interrupted; the same command resumes" in run.text
         assert "Traceback" not in run.text
         ended = re.findall(r"^(\w+): asked to end", run.text, re.MULTILINE)
         assert ended == ["bank", "insurer", "scheduler"]

@@ -166,7 +166,7 @@ def test_a_label_holder_without_a_base_model_brings_the_labels_alone() -> None:
     ("change", "words"),
     [
         (lambda x, y: ({"bank": x["bank"]}, y), "there are no rows for party 'insurer'"),
-        (lambda x, y: ({**x, "bnak": y}, y), "rows for 'bnak', which is no party of this model"),
+        (lambda x, y: ({**x, "bnak": y}, y), "rows for 'bnak', which is not a party of this model"),
         (lambda x, y: (x, y[:-1]), "different numbers of rows: bank 60, insurer 60, labels 59"),
         (lambda x, y: ({**x, "bank": x["bank"][:, :2]}, y), "party 'bank': the base model fails on two rows"),
         (lambda x, y: (x["bank"], y), "features are one table; give a dict"),
@@ -201,7 +201,7 @@ def test_it_can_be_cloned_and_cross_validated() -> None:
     assert copied.get_params()["columns"] == model.columns
     assert copied.epochs == 1
     assert len(copied.fit(joined, y)) == 1
-    with pytest.raises(JobError, match="'epoch' is no argument of SplitModel"):
+    with pytest.raises(JobError, match="'epoch' is not an argument of SplitModel"):
         copied.set_params(epoch=1)
 
 
@@ -222,7 +222,7 @@ def test_nothing_of_scikit_learn_is_loaded_by_using_it() -> None:
 
 
 class Pruned(Exception):
-    """What a search raises."""
+    """Exception that a search raises to stop a run."""
 
 
 def test_each_epoch_is_told_once_and_in_order_and_what_is_raised_comes_back(tmp_path: Path) -> None:

@@ -157,4 +157,4 @@ def test_a_broker_that_takes_no_messages_is_no_silence_of_a_peer(
             private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
         crew.restart_until_done({}, timeout_s=120.0)
         logs = "".join(path.read_text() for path in crew.folder.glob("*-*.log"))
-        assert "has been silent for" not in logs and "nothing was heard of" not in logs
+        assert "has been silent for" not in logs and "nothing was heard from" not in logs

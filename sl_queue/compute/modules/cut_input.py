@@ -13,12 +13,14 @@ class CutInput:
     since models may change their inputs in place, as they may when joined.
     """
 
-    def __init__(self, activation: Tensor) -> None:
-        self._waiting = [activation]
+    def __init__(self, activation: Tensor, learning: bool = True) -> None:
+        self._waiting, self._learning = [activation], learning
         self.gradient: Tensor | None = None
 
     def enter(self) -> Tensor:
         """Return the activation as a tensor whose gradient will be kept here; once."""
+        if not self._learning:
+            return self._waiting.pop()
         anchor = torch.empty(0, requires_grad=True)
         entered: Tensor = _GradientTap.apply(anchor, self)  # type: ignore[no-untyped-call]
         return entered

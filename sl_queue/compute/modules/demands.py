@@ -11,7 +11,7 @@ from sl_queue.compute.modules.handover import modules_in
 from sl_queue.compute.modules.remembered import is_iterator
 from sl_queue.compute.modules.state import Built, Contents
 from sl_queue.cut.tensors import described, dtype_name, to_payload
-from sl_queue.errors import JobError
+from sl_queue.errors import JobError, NonFiniteError, ShapeError
 from sl_queue.protocol.checkpoint import SAVABLE
 
 
@@ -49,6 +49,17 @@ def _problem(tensor: Tensor) -> str | None:
         except (TypeError, RuntimeError, ValueError, NotImplementedError):
             return f"a {type(tensor).__name__}"
     return None
+
+
+def require_number(penalty: object, what: str) -> None:
+    """Raise ShapeError unless a penalty is one number of a tensor, NonFiniteError if it is none."""
+    if not isinstance(penalty, Tensor) or penalty.numel() != 1:
+        told = described(penalty) if isinstance(penalty, Tensor) else type(penalty).__name__
+        raise ShapeError(f"{what} is {told}; it must be one number, the mean over the rows")
+    if not bool(penalty.isfinite()):
+        raise NonFiniteError(
+            f"{what} is {penalty.item()}; lower the learning rate, or look in it for a division by zero"
+        )
 
 
 def leaves_of(output: Tensor) -> list[Tensor]:
@@ -102,7 +113,7 @@ def require_known(
     strangers = [leaf for leaf in reached if id(leaf) not in known]
     if strangers:
         raise JobError(
-            f"{where}: {_place(module, strangers[0])} requires a gradient and is none of the module's parameters, so "
+            f"{where}: {_place(module, strangers[0])} requires a gradient and is no parameter of the module, so "
             "no optimizer trains it; register it (nn.Parameter, nn.ParameterList, nn.ModuleList), or let it require "
             "no gradient"
         )

@@ -30,7 +30,7 @@ class NotCarriedError(Exception):
 
 
 def saved(memory: Remembered, built: Remembered | None, path: str, keep: Callable[[str, Tensor], None]) -> Any:
-    """JSON values for a memory; its tensors are handed to `keep` by their paths. Raises NotCarriedError.
+    """Return a memory as JSON values; its tensors are handed to `keep` by their paths. Raises NotCarriedError.
 
     `built` is what was there when the module was built: objects are carried only in the place of their like, and large
     tensors only where there was one before, since what a forward newly makes is most often made to be looked at.
@@ -66,7 +66,7 @@ def _of_as_many(built: Remembered | None, n: int) -> tuple[Remembered | None, ..
 
 
 def _carried(memory: Instance) -> Mapping[str, Remembered]:
-    """Of an object, without its functions, classes and submodules, which its code or its module brings."""
+    """Return what an object holds, without functions, classes and submodules, which its code or module brings."""
     return {name: value for name, value in memory.attributes.items() if not isinstance(value, Fixed)}
 
 

@@ -128,7 +128,7 @@ class Snapshot:
 
 
 def _all(module: nn.Module) -> dict[str, Any]:
-    """Plain attributes, derived ones among them."""
+    """Return the plain attributes, derived ones among them."""
     if isinstance(module, torch.jit.ScriptModule):
         return plain_attributes(module)
     return {name: value for name, value in vars(module).items() if name not in OWN}

@@ -23,7 +23,7 @@ from sl_queue.errors import JobError
 
 NameOf = Callable[[Any, str], str]  # (class or function, where it stands) -> module:name
 _SCALARS = (type(None), bool, int, float, str)
-_OF_RNN = {"_flat_weights", "_flat_weight_refs"}  # made anew by _init_flat_weights
+_OF_RNN = {"_flat_weights", "_flat_weight_refs"}  # made again by _init_flat_weights
 
 
 def write_module(module: nn.Module, path: Path, name_of: NameOf, what: str) -> None:
@@ -91,7 +91,7 @@ class _Writer:
         return {"tensor": path, "learns": tensor.requires_grad, "persistent": persistent}
 
     def value(self, value: Any, path: str) -> Any:
-        """A plain attribute as JSON."""
+        """Return a plain attribute as JSON."""
         if type(value) in _SCALARS:
             return value
         if type(value) in (list, tuple, torch.Size, set, frozenset):

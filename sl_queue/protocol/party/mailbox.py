@@ -194,7 +194,7 @@ class Mailbox(Generic[Tag]):
         return payload
 
     def commit(self, step: int) -> tuple[Tag, ...]:
-        """Everything up to `step` is on disk: the tags that may now be acknowledged."""
+        """Commit everything up to `step`, which is on disk; returns the tags that may now be acknowledged."""
         self._move(step)
         done = [key for key in self._held if key[2].step <= step]
         tags = (self._held.pop(key).tag for key in done)

@@ -59,7 +59,7 @@ class Timeline(Generic[Tag]):
         return self.mailbox.enter(start.run, start.generation, resume_step)
 
     def commit(self, step: int) -> tuple[Tag, ...]:
-        """Everything up to `step` is on disk: what may be acknowledged. A stop at the next commit meant this one."""
+        """Commit everything up to `step`; returns what may be acknowledged. A stop at the next commit meant it."""
         self.committed = step
         stop = self.orders.stop
         if stop is not None and stop.after_step is None:

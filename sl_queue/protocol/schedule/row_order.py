@@ -27,7 +27,7 @@ _HOLDOUT = -1  # the "epoch" whose order chooses the held-out rows by position
 
 
 def _splitmix64(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Steele, Lea and Flood's finaliser (OOPSLA 2014): a bijection of 64-bit words that mixes every bit."""
+    """Mix every bit by a bijection of 64-bit words: Steele, Lea and Flood's finaliser (OOPSLA 2014)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -60,8 +60,10 @@ def held_out(n_rows: int, holdout: float) -> int:
 def id_hashes(ids: Iterable[bytes], seed: int) -> Hashes:
     """Hash every id, as UTF-8 text, for the choice of held-out rows."""
     key = blake2b(str(seed).encode(), digest_size=32, person=b"sl_queue holdout").digest()
-    found = b"".join([blake2b(text, digest_size=8, key=key).digest() for text in ids])
-    return np.frombuffer(found, "<u8").astype(np.uint64)
+    found = bytearray()
+    for text in ids:
+        found += blake2b(text, digest_size=8, key=key).digest()
+    return np.frombuffer(bytes(found), "<u8").astype(np.uint64)
 
 
 def split_by_id(hashes: Hashes, holdout: float) -> tuple[Positions, Positions]:
@@ -97,6 +99,7 @@ class Batches:
     shuffle: bool = True
     drop_last: bool = False
     holdout_seed: int | None = None  # None: `seed`
+    test: float = 0.0  # share of rows that are neither trained on nor evaluated: those with the largest hashes
     hashes: Hashes | None = field(default=None, repr=False, compare=False)  # of the ids; None: held out by position
 
     def __post_init__(self) -> None:
@@ -108,10 +111,14 @@ class Batches:
             )
 
     @cached_property
-    def _split(self) -> tuple[Positions, Positions]:
+    def _split(self) -> tuple[Positions, Positions, Positions]:
+        """Positions to train on, held out and for a test, each ascending."""
         if self.hashes is not None:
-            return split_by_id(self.hashes, self.holdout)
-        return split_holdout(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, self.holdout)
+            order = np.argsort(self.hashes, kind="stable")
+        else:
+            order = row_order(self.n_rows, self.seed if self.holdout_seed is None else self.holdout_seed, _HOLDOUT)
+        first, last = self.holdout_rows, self.n_rows - self.test_rows
+        return np.sort(order[first:last]), np.sort(order[:first]), np.sort(order[last:])
 
     @property
     def rows_in_epoch(self) -> int:
@@ -129,8 +136,17 @@ class Batches:
         return self._split[1]
 
     @property
+    def test_positions(self) -> Positions:
+        """The rows that training never touches, ascending."""
+        return self._split[2]
+
+    @property
     def training_rows(self) -> int:
-        return self.n_rows - self.holdout_rows
+        return self.n_rows - self.holdout_rows - self.test_rows
+
+    @property
+    def test_rows(self) -> int:
+        return min(held_out(self.n_rows, self.test), self.n_rows - self.holdout_rows)
 
     @property
     def holdout_rows(self) -> int:
@@ -235,12 +251,12 @@ class Batches:
 
 
 def _part(n: int, parts: int, index: int) -> tuple[int, int]:
-    """Bounds of part `index` when n things are cut into `parts`, sizes differing by at most one, the larger first."""
+    """Return the bounds of part `index` when n things are cut into `parts` of about equal size, the larger first."""
     size, larger = divmod(n, parts)
     start = index * size + min(index, larger)
     return start, start + size + (index < larger)
 
 
 def _part_sizes(n: int, parts: int) -> tuple[int, ...]:
-    """Sizes of all parts of `_part`."""
+    """Return the sizes of all parts of `_part`."""
     return tuple(stop - start for start, stop in (_part(n, parts, index) for index in range(parts)))

@@ -12,10 +12,11 @@ MAX_KEYS = 10  # of two jobs, named one by one
 
 
 def disagreement(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """Why this party cannot train with the others, or None; `state` is from before it joined."""
+    """Explain why this party cannot train with the others, or return None; `state` is from before it joined."""
     return (
         other_job(plan.job, sender, joined.job)
         or _other_rules(plan, state, sender, joined)
+        or _other_weights(plan, state, sender, joined)
         or _other_rows(plan, state, sender, joined)
         or _other_run(state, sender, joined)
     )
@@ -74,7 +75,7 @@ def _other_run(state: RunState, sender: str, joined: Join) -> str | None:
 
 
 def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
-    """Parties that choose held-out rows differently would not agree on a single micro-batch."""
+    """Compare the rules: parties that choose held-out rows differently would not agree on a single micro-batch."""
     others = {p: m.rules for p, m in state.members.items() if p in plan.parties and p != sender and m.here}
     for other, rules in others.items():
         if rules is None or rules == joined.rules:
@@ -87,6 +88,16 @@ def _other_rules(plan: Plan, state: RunState, sender: str, joined: Join) -> str 
             "to train from scratch, use this version of sl_queue and a new state folder everywhere"
         )
     return None
+
+
+def _other_weights(plan: Plan, state: RunState, sender: str, joined: Join) -> str | None:
+    """Compare the runs whose weights are brought to a prediction: the base of one with the fuse of another is noise."""
+    brought = {p: m.weights for p, m in state.members.items() if p in plan.parties and m.here and m.weights is not None}
+    brought[sender] = printable(joined.weights, LONGEST_NAME)
+    if len(set(brought.values())) <= 1:
+        return None
+    told = ", ".join(f"{party} has the weights of run {run or '(none)'}" for party, run in sorted(brought.items()))
+    return f"{told}; the parts of a model belong together: name one run at every party with --run"
 
 
 def differing_id_types(types: Mapping[str, str]) -> str:
@@ -117,7 +128,7 @@ def _told(value: Any) -> str:
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values; None stands for a missing one."""
+    """Return dotted keys whose values differ, with both values; None stands for a missing one."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in ours.keys() | theirs.keys():
         a, b = ours.get(key), theirs.get(key)

@@ -7,12 +7,14 @@ epoch and keeps the weights of that.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from sl_queue.protocol.control import EpochResult, Finish, Open
 from sl_queue.protocol.scheduler.state import Addressed, EarlyStopping, Plan, RunState, Standing, incarnations
 from sl_queue.protocol.text import LONGEST_NAME, printable
 
 MAX_METRICS = 100  # of one epoch
+MAX_TABLES, MAX_ROWS = 5, 50  # of one epoch, and of one table; as many columns
 
 
 def standing_after(rule: EarlyStopping | None, standing: Standing, result: EpochResult) -> Standing:
@@ -38,7 +40,12 @@ def standing_of(plan: Plan, history: Iterable[EpochResult]) -> Standing:
 
 
 def _measured(rule: EarlyStopping, result: EpochResult) -> float | None:
-    value = (result.holdout or {}).get(rule.metric)
+    if rule.metric == "train_loss":
+        value: float | None = result.loss
+    elif rule.metric.startswith("train_"):
+        value = (result.train or {}).get(rule.metric.removeprefix("train_"))
+    else:
+        value = (result.holdout or {}).get(rule.metric)
     return None if value is None or value != value else value
 
 
@@ -56,7 +63,7 @@ def last_epoch(plan: Plan, state: RunState) -> int | None:
 
 
 def opening(plan: Plan, state: RunState, incarnation: str) -> Open:
-    """Without early stopping an epoch is opened while the one before is trained, so that nobody waits."""
+    """Open the epochs that may be trained: without early stopping one ahead, so that nobody waits."""
     last, known = last_epoch(plan, state), len(state.history)
     ahead = 0 if plan.early_stopping is not None else 1
     through = last if last is not None else min(known + ahead, plan.epochs - 1)
@@ -96,7 +103,7 @@ def recorded(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now:
     history, standing = state.history, state.standing
     for result in new:
         history = history.after(
-            replace(result, seconds=result.seconds or passed, holdout=_named(result), leak=_leak(result))
+            replace(result, seconds=result.seconds or passed, **_bounded(result), leak=_leak(result))
         )
         standing = standing_after(plan.early_stopping, standing, history[-1])
     state = replace(state, history=history, standing=standing, epoch_began=now)
@@ -104,11 +111,25 @@ def recorded(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now:
     return state, (*opened, *finishing(plan, state))
 
 
-def _named(result: EpochResult) -> dict[str, float | None] | None:
+def _bounded(result: EpochResult) -> dict[str, Any]:
+    """Take of a peer's measurements no more than a history can hold."""
+    tables = result.tables
+    if tables is not None and (len(tables) > MAX_TABLES or any(_is_large(rows) for rows in tables.values())):
+        tables = None
+    if tables is not None:
+        tables = {printable(name, LONGEST_NAME): rows for name, rows in tables.items()}
+    return {"holdout": _named(result.holdout), "train": _named(result.train), "tables": tables}
+
+
+def _is_large(rows: list[list[float]]) -> bool:
+    return len(rows) > MAX_ROWS or any(len(row) > MAX_ROWS for row in rows)
+
+
+def _named(found: Mapping[str, float | None] | None) -> dict[str, float | None] | None:
     """Give metrics names that a log and a terminal can show."""
-    if result.holdout is None:
+    if found is None:
         return None
-    return {printable(name, LONGEST_NAME): value for name, value in list(result.holdout.items())[:MAX_METRICS]}
+    return {printable(name, LONGEST_NAME): value for name, value in list(found.items())[:MAX_METRICS]}
 
 
 def _leak(result: EpochResult) -> dict[str, dict[str, float]] | None:

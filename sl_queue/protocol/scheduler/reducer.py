@@ -49,17 +49,18 @@ from sl_queue.protocol.scheduler.state import (
     with_member,
 )
 from sl_queue.protocol.text import LONGEST, LONGEST_NAME, printable
+from sl_queue.protocol.totals import bounded
 
 _ALIGNED = (
     "the rows of all parties are aligned already, and party {!r} has lost what it knew of it: restore its state "
-    "folder, or give every party and the scheduler a new one to align and train anew"
+    "folder, or give every party and the scheduler a new one to align and train from scratch"
 )
 
 
 def reduce(
     plan: Plan, state: RunState, sender: str, report: Report, now: float, fresh_run: str, redelivered: bool = False
 ) -> tuple[RunState, Addressed]:
-    """One report of one party (or of the operator). `fresh_run` names the run if this report begins one.
+    """Take one report of one party (or of the operator). `fresh_run` names the run if this report begins one.
 
     What is delivered again says nothing of whether its sender is still alive.
     """
@@ -77,7 +78,9 @@ def reduce(
         return state, ()  # of an earlier worker of that party; one that has finished will not join again
     state = with_member(state, sender, replace(member, heard=heard))
     match report:
-        case Alive() | Aligning() | Aligned():
+        case Alive(totals=totals):
+            return (state if totals is None else changed(state, sender, totals=bounded(totals, plan.parties))), ()
+        case Aligning() | Aligned():
             return state, ()
         case Progress():
             return _progress(plan, state, sender, report)
@@ -156,8 +159,10 @@ def _entered(state: RunState, sender: str, joined: Join, heard: float | None) ->
         held=joined.held,
         epochs=joined.epochs,
         version=printable(joined.version, LONGEST_NAME),
+        weights=printable(joined.weights, LONGEST_NAME),
         stopped=False,
         waiting=None,
+        totals=None,
         lost=None,
         refused=None,
         refused_at=None,
@@ -179,7 +184,7 @@ def _refused(
 
 
 def _too_late(plan: Plan, state: RunState, sender: str, joined: Join, problem: str | None) -> Addressed:
-    """Of a run that has finished: who holds the checkpoint of the final weights writes them again."""
+    """Handle a party of a finished run: who holds the checkpoint of the final weights writes them again."""
     step = final_step(plan, state)
     if problem is not None:
         return ((sender, Stop(joined.incarnation, problem, error="AlignmentError")),)
@@ -200,7 +205,7 @@ def _remembered(plan: Plan, state: RunState, now: float) -> tuple[RunState, Addr
 
 
 def _begin(state: RunState, fresh_run: str) -> RunState:
-    """Everyone is here and agrees: go on with the run that is on disk, or begin one."""
+    """Go on with the run that is on disk, or begin one: everyone is here and agrees."""
     held = [m for m in state.members.values() if m.run is not None]
     if state.run is None and held:
         newest = max(m.generation for m in held)
@@ -212,7 +217,7 @@ def _begin(state: RunState, fresh_run: str) -> RunState:
 
 
 def _all_orders(plan: Plan, state: RunState, party: str) -> Addressed:
-    """Everything a party that (re)joins must know."""
+    """Return everything a party that (re)joins must know."""
     incarnation = dict(incarnations(plan, state)).get(party)
     if incarnation is None or state.run is None or state.phase not in (Phase.RUNNING, Phase.STOPPING):
         return ()

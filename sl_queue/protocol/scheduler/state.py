@@ -8,6 +8,7 @@ from typing import Any
 from sl_queue.protocol.control import Command, EpochResult, Lost, Waiting
 from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
+from sl_queue.protocol.totals import Totals
 
 GIVE_UP = 10  # patiences after which whoever waits for one that is silent ends with PeerSilent
 
@@ -89,10 +90,12 @@ class Member:
     rules: int | None = None  # None: it has not reported to this scheduler process yet
     heard: float | None = None  # monotonic
     waiting: Waiting | None = None
+    totals: Totals | None = None  # of its process, as it told last
     lost: Lost | None = None
     epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's own history, when it joined
     refused_at: float | None = None  # monotonic
     version: str = ""  # of sl_queue; empty of those that do not say it
+    weights: str | None = None  # the run whose trained weights it brings; None: it has not told this process yet
 
     @property
     def committed(self) -> int:
@@ -100,7 +103,7 @@ class Member:
         return max(self.held or (), default=BEFORE_FIRST_STEP)
 
     def durable(self) -> "Member":
-        """Without what describes a moment."""
+        """Return it without what describes a moment."""
         return Member(
             self.incarnation,
             self.here,
@@ -115,7 +118,7 @@ class Member:
         )
 
     def back_to(self, step: int) -> "Member":
-        """As everyone goes back to the checkpoint of `step`."""
+        """Return it as everyone goes back to the checkpoint of `step`."""
         held = tuple(held for held in self.held or () if held <= step)
         epochs = tuple(epoch for epoch in self.epochs if epoch.step <= step)
         return replace(self, waiting=None, lost=None, held=held, epochs=epochs)
@@ -169,7 +172,7 @@ def excused(state: RunState, seconds: float) -> RunState:
 
 
 def history_line(result: EpochResult) -> dict[str, Any]:
-    """One line of history.jsonl; `holdout` is None where no rows are held out, `leak` is there if it was measured."""
+    """Format one line of history.jsonl; `holdout` is None without held-out rows, `leak` there if it was measured."""
     holdout = None if result.holdout is None else dict(result.holdout)
     leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
     return {
@@ -179,6 +182,8 @@ def history_line(result: EpochResult) -> dict[str, Any]:
         "holdout": holdout,
         "seconds": result.seconds,
         **leak,
+        **({} if result.train is None else {"train": dict(result.train)}),
+        **({} if result.tables is None else {"tables": dict(result.tables)}),
     }
 
 
@@ -201,7 +206,8 @@ def result_of(line: Mapping[str, Any]) -> EpochResult:
     holdout = None if line["holdout"] is None else dict(line["holdout"])
     leak = None if line.get("leak") is None else {party: dict(found) for party, found in line["leak"].items()}
     seconds = float(line.get("seconds", 0.0))
-    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, seconds, leak)
+    more = (leak, line.get("train"), line.get("tables"))
+    return EpochResult(int(line["epoch"]), int(line["step"]), line["loss"], holdout, seconds, *more)
 
 
 def number_text(value: float | None) -> str:
@@ -236,13 +242,13 @@ def gone(state: RunState, member: Member) -> bool:
 
 
 def missing(plan: Plan, state: RunState) -> tuple[str, ...]:
-    """Parties that the run waits for before it begins."""
+    """Return the parties that the run waits for before it begins."""
     members = ((party, state.members.get(party, Member())) for party in plan.parties)
     return tuple(party for party, m in members if not m.here and m.finished is None)
 
 
 def untold(plan: Plan, state: RunState) -> tuple[str, ...]:
-    """Parties that may not know that the run has ended; of one that stopped or failed also who has yet to come."""
+    """Return the parties that may not know that the run has ended; if stopped or failed, also those yet to come."""
     if state.phase not in (Phase.FAILED, Phase.STOPPED, Phase.FINISHED):
         return ()
     members = ((party, state.members.get(party, Member())) for party in plan.parties)
@@ -250,7 +256,7 @@ def untold(plan: Plan, state: RunState) -> tuple[str, ...]:
 
 
 def silent(plan: Plan, state: RunState, since: float, now: float) -> dict[str, float]:
-    """Parties that should be here and have not been heard of for GIVE_UP patiences, with the seconds of silence."""
+    """Return the parties that should be here, and their seconds of silence, where it is GIVE_UP patiences or more."""
     members = {party: state.members.get(party, Member()) for party in plan.parties}
     awaited = {p: m for p, m in members.items() if not gone(state, m)}
     ages = {p: now - (since if m.heard is None else m.heard) for p, m in awaited.items()}

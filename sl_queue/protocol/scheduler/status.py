@@ -13,6 +13,7 @@ from sl_queue.protocol.control import EpochResult, Waiting
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.protocol.scheduler.state import Member, Phase, Plan, RunState, history_line
 from sl_queue.protocol.text import LONGEST_NAME, printable
+from sl_queue.protocol.totals import Totals
 
 ENDED = frozenset({Phase.FINISHED.value, Phase.FAILED.value, Phase.STOPPED.value})
 
@@ -44,6 +45,7 @@ class PartyStatus:
     refused_s: float | None = None  # since then
     waiting_for: str | None = None  # in words
     wait: Wait | None = None
+    totals: Totals | None = None  # of its process
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def _party(plan: Plan, state: RunState, party: str, now: float) -> PartyStatus:
         refused_s=None if member.refused_at is None else round(now - member.refused_at, 1),
         waiting_for=None if wait is None else str(wait),
         wait=wait,
+        totals=member.totals,
     )
 
 

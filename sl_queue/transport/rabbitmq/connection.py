@@ -91,7 +91,7 @@ class Connection:
             if self._pika.is_open:
                 self._pika.close(200, "done")
             await asyncio.wait([self.lost], timeout=CLOSE_S)
-            await self.abort("the broker did not answer our goodbye")
+            await self.abort("the broker did not answer the closing of the connection")
 
     async def abort(self, reason: str) -> None:
         """Cut the connection without a word, as the kernel does for a killed process."""

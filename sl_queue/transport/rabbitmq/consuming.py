@@ -98,7 +98,7 @@ class Consumer:
             await self._require_consumers(channel, name, 1)
 
     async def _require_consumers(self, channel: Channel, queue: str, count: int) -> None:
-        """Quorum queues ignore that a consumer is exclusive: count them. Who comes second is inactive and leaves."""
+        """Count the consumers: quorum queues ignore that one is exclusive. Who comes second is inactive and leaves."""
         if await channel.queue(queue, None, passive=True) > count:
             await channel.close()
             self._held[0].clear()
@@ -134,7 +134,7 @@ class Consumer:
             del held[tag]
 
     def reject(self, tag: Tag, reason: str) -> None:
-        """To the dead letters; acknowledged when the broker has it there. May be called by any thread."""
+        """Send to the dead letters; acknowledged when the broker has it there. May be called by any thread."""
         session, queue, number = tag
         held = self._held[queue].get(number) if session == self._session else None
         if held is None:

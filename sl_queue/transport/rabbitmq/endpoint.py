@@ -13,7 +13,7 @@ from sl_queue.transport.retry import Limits
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Whose connection it is, where to, and what may be waiting in it."""
+    """Owner and address of a connection, and what may be waiting in it."""
 
     address: Address
     party: str
@@ -30,7 +30,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why a session is over. With an error there is no next one; `denied`: the broker refused what was published."""
+    """Reason why a session is over. With an error it is the last; `denied`: the broker refused what was published."""
 
     reason: str
     error: SlQueueError | None = None

@@ -56,7 +56,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def why_not(error: BaseException, address: Address) -> Lost | Denied:
-    """Why a connection could not be opened, and whether another attempt may help."""
+    """Explain why a connection could not be opened, and whether another attempt may help."""
     causes = list(_causes(error))
     text = " ".join(str(cause) for cause in causes)
     if any(isinstance(cause, ProbableAuthenticationError) for cause in causes) and "ACCESS_REFUSED" in text:

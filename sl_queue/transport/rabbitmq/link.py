@@ -186,7 +186,7 @@ class RabbitLink:
             self._fail(ResourceShortage(f"{self._endpoint.who} cannot connect: {error.strerror}; start it again"))
 
     def _work(self) -> None:
-        """With the turn: hand what other threads left to the session; without one, acknowledgements are void anyway."""
+        """Hand, with the turn, what other threads left to the session; without one, acknowledgements are void."""
         with self._lock:
             self._woken = False
             acknowledged, self._acknowledged = self._acknowledged, []
@@ -195,7 +195,7 @@ class RabbitLink:
             self._session.pump()
 
     async def _live(self) -> None:
-        """From the first connection to the last word."""
+        """Serve from the first connection to the last."""
         with self._lock:
             self._loop, self._life = asyncio.get_running_loop(), asyncio.current_task()
             closed = self._closed
@@ -246,7 +246,7 @@ class RabbitLink:
             log.info("%s: connected again", self._endpoint.who)
 
     async def _pause(self, ended: Ended, times: int, *, brief: bool) -> None:
-        """Between two sessions; longer and longer while they confirm and deliver nothing."""
+        """Pause between two sessions; longer and longer while they confirm and deliver nothing."""
         if times >= FRUITLESS_SESSIONS and not ended.denied:
             raise BrokerUnreachable(
                 f"lost the broker at {self._endpoint.address} {times} times as soon as it was reached; "

@@ -40,7 +40,7 @@ def channels_needed(topology: Topology, party: str) -> int:
 
 
 async def declare(connection: Connection, topology: Topology, party: str, queue_type: QueueType) -> None:
-    """Everything that the party touches. Raises Lost, also for what is not there and may not be declared."""
+    """Declare everything that the party touches. Raises Lost, also for what is not there and may not be declared."""
     declaring = _Declaring(await connection.channel(), connection, topology, queue_type)
     await declaring.exchange(topology.exchange(party))
     await declaring.queue(topology.dead_letters(party), dead_letter_arguments(queue_type))

@@ -96,7 +96,7 @@ class Session:
         self._consumer.acknowledge(tags)
 
     def reject(self, tag: Tag, reason: str) -> None:
-        """To the dead letters; acknowledged when the broker has it there. May be called by any thread."""
+        """Send to the dead letters; acknowledged when the broker has it there. May be called by any thread."""
         self._consumer.reject(tag, reason)
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Whose turn it is to use the driver: pika may be used by one thread at a time, whichever it is."""
+"""Turns at the driver: pika may be used by one thread at a time, whichever it is."""
 
 import selectors
 import threading
@@ -13,7 +13,7 @@ class Turns(selectors.DefaultSelector):
         self.turn = threading.Lock()
 
     def select(self, timeout: float | None = None) -> Any:
-        """As every selector's; meanwhile the turn is free."""
+        """Select as every selector does; meanwhile the turn is free."""
         self.turn.release()
         try:
             return super().select(timeout)

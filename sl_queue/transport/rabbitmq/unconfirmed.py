@@ -34,7 +34,7 @@ class Outgoing:  # mutable: it remembers its troubles
         return f"{self.exchange} {self.routing_key.rpartition('.')[2]}"
 
     def expires_in_s(self) -> float | None:
-        """Seconds until it is worth nothing, None for never."""
+        """Return the seconds until it is worth nothing, None for never."""
         return None if self.expires_at is None else self.expires_at - time.monotonic()
 
 
@@ -114,7 +114,7 @@ class Unconfirmed:
             return bool(flushed)
 
     def fail(self, error: SlQueueError) -> None:
-        """Whoever publishes or flushes from now on gets this; the first one given counts."""
+        """Raise this at whoever publishes or flushes from now on; the first one given counts."""
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()

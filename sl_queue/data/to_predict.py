@@ -1,0 +1,91 @@
+"""Rows that a trained model is asked about: in canonical order, and the way back into the order of their file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sl_queue.data.faults import refuse
+from sl_queue.data.features import Fitted, apply
+from sl_queue.data.ids import Positions
+from sl_queue.data.rows import read_rows
+from sl_queue.data.spec import FileSpec, TableSpec
+from sl_queue.data.table import fingerprints_of, ids_in, in_order, texts_of
+from sl_queue.errors import JobError
+from sl_queue.protocol.schedule.row_order import id_hashes
+from sl_queue.protocol.table import Table
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ToPredict:
+    """A party's rows to predict."""
+
+    table: Table
+    ids: Mapping[str, Any] = field(repr=False)  # Arrow arrays by column, in the order of the file
+    positions: Positions = field(repr=False)  # of each row of the file in the table; -1: another party lacks the row
+
+    @property
+    def missing(self) -> int:
+        """Count the rows of the file that get no prediction."""
+        return int((self.positions < 0).sum())
+
+
+def read_to_predict(spec: TableSpec, aligned: Positions | None, recipe: str | None) -> ToPredict:
+    """Read rows; `recipe` is what [features] learned of the training rows, and nothing is learned here.
+
+    `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. Raises one JobError for
+    everything that is wrong, and for a table without rows.
+    """
+    data = spec.data
+    empty = isinstance(data, FileSpec) and data.features == ()
+    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
+    ids, faults = ids_in(spec, arrays)
+    faults = [*arrays.faults, *faults]
+    if spec.labels and arrays.labels is None and not faults:
+        faults.append("there are no labels to compare predictions with")
+    refuse(arrays.where, faults)
+    assert ids is not None
+    ids = ids if aligned is None else ids.only(aligned)
+    if not len(ids.order):
+        raise JobError(f"{arrays.where}: there are no rows to predict")
+    features, names = in_order(arrays.features, ids.order), arrays.names
+    if arrays.raw is not None:
+        features, names = _made(arrays.where, arrays.raw, ids.order, recipe)
+    row_keys, digest = fingerprints_of(ids)
+    labels = in_order(arrays.labels, ids.order)
+    notes = (*arrays.notes, *ids.notes)
+    hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
+    table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes)
+    columns = _columns(data, arrays.ids)
+    positions = np.full(len(next(iter(columns.values()))), -1, np.int64)
+    positions[ids.order] = np.arange(len(ids.order))
+    return ToPredict(table, columns, positions)
+
+
+def _made(
+    where: str, raw: Mapping[str, Any], order: Positions, recipe: str | None
+) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
+    """Make numbers of raw columns by what was learned in training."""
+    if recipe is None:
+        raise JobError(
+            f"{where}: [features] is there, and the version to predict with has no features.json: it was trained "
+            "without; predict with a version that was trained with it, or take [features] out"
+        )
+    fitted = Fitted.of_json(recipe)
+    taken = pa.array(order)
+    columns = {name: column.take(taken) for name, column in raw.items()}
+    features, faults = apply(fitted, columns)
+    refuse(where, faults)
+    return features, fitted.names
+
+
+def _columns(data: Any, ids: Any) -> dict[str, Any]:
+    names = data.ids if isinstance(data, FileSpec) and data.ids else ("id",)
+    parts = ids if isinstance(ids, list) else [ids]
+    return {
+        name: part.combine_chunks() if isinstance(part, pa.ChunkedArray) else part
+        for name, part in zip(names, parts, strict=True)
+    }

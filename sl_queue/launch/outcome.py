@@ -1,0 +1,61 @@
+"""The outcome of a prediction at the label holder: a file of predictions, an evaluation where labels are known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sl_queue.compute.evaluated import Evaluation, evaluate
+from sl_queue.compute.predicted import columns_of
+from sl_queue.config.party import PartyFile
+from sl_queue.data.predictions import require_name, write_predictions
+from sl_queue.launch.prediction import Predicted
+from sl_queue.storage.files import write_durably
+
+NAME = "predictions.parquet"
+
+
+def place_of(party_file: PartyFile, out: Path | None) -> Path:
+    """Return where predictions are written: in `out`, as [predict] says, or beside the party file. Raises JobError."""
+    said = None if party_file.predict is None else party_file.predict.out
+    if out is not None:
+        path = out / (NAME if said is None else said.name)
+    else:
+        path = said or (party_file.folder or Path()) / NAME
+    require_name(path)
+    return path
+
+
+def write_outcome(predicted: Predicted, path: Path) -> list[str]:
+    """Write the predictions, and the ids without one beside them; return what to tell."""
+    rows, version = predicted.rows, predicted.version
+    task, meaning = _meaning(predicted)
+    columns = columns_of(predicted.outputs, task, meaning)
+    count = write_predictions(path, rows.ids, rows.positions, columns)
+    told = [f"{count} predictions with run {version.run}: {path}"]
+    if rows.missing:
+        lacking = path.with_name(f"{path.stem}-missing.csv")
+        write_predictions(lacking, rows.ids, np.where(rows.positions < 0, 0, -1), {})
+        told.append(f"{rows.missing} rows that another party lacks have no prediction: {lacking}")
+    return told
+
+
+def write_evaluation(predicted: Predicted, folder: Path) -> Evaluation:
+    """Compare the predictions with labels, and write `evaluation.json`."""
+    assert predicted.objective is not None
+    found = evaluate(predicted.objective, predicted.outputs, predicted.held_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    body = json.dumps({"run": predicted.version.run, **found.as_json()}, indent=1)
+    write_durably(folder / "evaluation.json", body.encode())
+    return found
+
+
+def _meaning(predicted: Predicted) -> tuple[str, str]:
+    """Return task and meaning of the outputs: as the version says, else by the loss that its party file names."""
+    if predicted.objective is not None:
+        return str(predicted.objective.task), str(predicted.objective.outputs)
+    about = predicted.version.about
+    if "task" in about:
+        return str(about["task"]), str(about["outputs"])
+    tasks = {"bce_with_logits": "binary", "cross_entropy": "multiclass"}
+    return tasks.get(predicted.loss, "regression"), "logits"

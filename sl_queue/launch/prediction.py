@@ -1,0 +1,216 @@
+"""A prediction, put together for a party: the rows to predict, a version of the weights, and the run that joins them.
+
+It is a run of its own under `<state>/predictions/<name>/`, with the queues of the training run. A worker that starts
+again goes on where it was; one that finds the prediction done writes the file again and leaves.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sl_queue.compute.objective import Objective
+from sl_queue.compute.predicting import PredictingFuse
+from sl_queue.compute.trained import evaluating_fuse, predicting_base, predicting_fuse
+from sl_queue.config.job import Job
+from sl_queue.config.resolve import PartySpec
+from sl_queue.cut.guard import UNGUARDED, Guard
+from sl_queue.data.to_predict import ToPredict, read_to_predict
+from sl_queue.errors import AlignmentError, CheckpointError, JobError
+from sl_queue.launch.alignment import align_party
+from sl_queue.launch.asked import Asked, canonical_of, digest_of, folder_of, for_alignment, schedule_of
+from sl_queue.launch.connect import Channels, Connect
+from sl_queue.launch.party import channel_of, own_version
+from sl_queue.launch.privacy import parts_of
+from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.training import FeatureParty, LabelHolder
+from sl_queue.observe.fan_out import fan_out
+from sl_queue.observe.log import to_log
+from sl_queue.observe.meter import Meter
+from sl_queue.protocol import events
+from sl_queue.protocol.events import Observer
+from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.security.sealing import Seal
+from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.history_file import Journal
+from sl_queue.storage.pieces import PieceFolder
+from sl_queue.storage.secret_file import read_secret
+from sl_queue.storage.versions import Version, choose_version
+from sl_queue.transport.party_channel import PartyChannel
+
+log = logging.getLogger("sl_queue")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predicted:
+    """What the label holder ends up with."""
+
+    version: Version
+    rows: ToPredict
+    outputs: npt.NDArray[Any] = field(repr=False)  # (rows, *outputs), in canonical order
+    objective: Objective | None = None  # if there are labels
+    loss: str = ""  # by name, if it has one
+    held_out: npt.NDArray[np.int64] | None = None  # positions of the rows that training held out, if they are asked for
+
+
+def predict_party(
+    job: Job,
+    spec: PartySpec,
+    asked: Asked,
+    connect: Connect,
+    state: Path,
+    open_channels: Channels,
+    seal: Seal | None = None,
+    observe: Observer = to_log,
+    folder: Path | None = None,
+) -> Predicted | None:
+    """Take part in a prediction to its end; the label holder returns what was predicted, all others None.
+
+    `spec.table` is that of the rows to predict. `folder`: for the state of the prediction; None: its place in `state`.
+    Raises SlQueueError.
+    """
+    party, meter = spec.party, Meter()
+    observe = fan_out(observe, meter)
+    version, place = choose_version(state, asked.run), folder or folder_of(state, asked.name)
+    spec = _with_secret(spec, state)
+    with ExitStack() as stack:
+        kept = Folder(place, job_digest=digest_of(job, asked.name), party=party, job=canonical_of(job, asked.name))
+        stack.enter_context(kept)
+        rows = _rows(job, spec, asked, version, connect, place, open_channels, seal, observe)
+        kept.require(_fingerprint(version, rows))
+        pieces = PieceFolder(place / "pieces")
+        pipeline = schedule_of(job, rows.table.n_rows)
+        guards = _guards(spec, rows, pipeline.batches)
+        stage, objective = _stage(spec, rows, version, pipeline.batches, pieces, guards, labels=asked.labels)
+        done = kept.finished()
+        if done is None or not done.reported:
+            incarnation = secrets.token_hex(8)
+            channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
+            stack.callback(channel.close)
+            identity = _identity(job, asked.name, version, rows, incarnation, party)
+            worker = Worker(identity, channel, stage, kept, pipeline, journal=_journal(spec, place), observe=observe)
+            channel.open()
+            open_channels.add(channel)
+            observe(events.Ready(party))
+            done = worker.serve(_loop(job, spec, channel, stage, pipeline, worker))
+        observe(events.Finished(party, done.step, str(place)))
+        if spec.role != "label":
+            return None
+        loss = None if spec.compute.objective is None else spec.compute.objective.loss
+        outputs = pieces.read(rows.table.n_rows)
+        held_out = _held_out(job, rows) if asked.held_out else None
+        return Predicted(version, rows, outputs, objective, loss if isinstance(loss, str) else "", held_out)
+
+
+def _rows(
+    job: Job,
+    spec: PartySpec,
+    asked: Asked,
+    version: Version,
+    connect: Connect,
+    place: Path,
+    open_channels: Channels,
+    seal: Seal | None,
+    observe: Observer,
+) -> ToPredict:
+    """Read the rows that all parties hold. Raises AlignmentError if some of the label holder's are not among them."""
+    about = (connect, place, open_channels, seal, observe, own_version())
+    aligned = align_party(for_alignment(job), spec.table, *about)
+    recipe = version.path / "features.json"
+    learned = recipe.read_text(encoding="utf-8") if recipe.exists() else None
+    rows = read_to_predict(spec.table, None if aligned is None else aligned.positions, learned)
+    for note in rows.table.notes:
+        log.info("%s: %s", spec.party, note)
+    if spec.role == "label" and rows.missing:
+        others = ", ".join(spec.peers)
+        told = f"{rows.missing} of {len(rows.positions)} rows to predict are not held by every party ({others})"
+        if not asked.leave_out:
+            raise AlignmentError(f'{told}; complete their tables, or set missing = "leave-out" in [predict]')
+        log.warning("%s: %s, and get no prediction", spec.party, told)
+    return rows
+
+
+def _held_out(job: Job, rows: ToPredict) -> npt.NDArray[np.int64]:
+    batches = job.batches(rows.table.n_rows, rows.table.hashes)
+    if not batches.holdout_rows:
+        raise JobError("the job holds no rows out: set holdout, or evaluate on the rows of [predict]")
+    return np.concatenate([batches.holdout_part(index) for index in range(batches.holdout_parts)])
+
+
+def _stage(
+    spec: PartySpec,
+    rows: ToPredict,
+    version: Version,
+    batches: Batches,
+    pieces: PieceFolder,
+    guards: Mapping[str, Guard],
+    *,
+    labels: bool,
+) -> tuple[Any, Objective | None]:
+    if spec.role != "label":
+        guard = guards.get(spec.peers[0], UNGUARDED)
+        return predicting_base(spec.compute, rows.table, batches, version.weights("base"), guard), None
+    parts = ("base", "fuse") if spec.party in spec.compute.layers.cuts else ("fuse",)
+    weights = {part: version.weights(part) for part in parts}
+    if labels:
+        return evaluating_fuse(spec.compute, rows.table, batches, weights, pieces, guards)
+    return predicting_fuse(spec.compute, rows.table, batches, weights, pieces, guards), None
+
+
+def _guards(spec: PartySpec, rows: ToPredict, batches: Batches) -> Mapping[str, Guard]:
+    """Return the defences of the activations that leave; the label holder sends nothing but receipts."""
+    if spec.role == "label":
+        return {}
+    unmeasured = replace(spec, privacy=replace(spec.privacy, meter=False))
+    return parts_of(unmeasured, rows.table, batches).guards
+
+
+def _loop(
+    job: Job, spec: PartySpec, channel: PartyChannel, stage: Any, pipeline: Pipeline, worker: Worker
+) -> Callable[[int], None]:
+    if isinstance(stage, PredictingFuse):
+        return LabelHolder(spec.peers, channel, stage, pipeline, worker).train
+    return FeatureParty(job.label_holder, channel, stage, pipeline, worker).train
+
+
+def _identity(job: Job, name: str, version: Version, rows: ToPredict, incarnation: str, party: str) -> Identity:
+    about = (rows.table.n_rows, rows.table.digest, rows.table.id_type)
+    return Identity(
+        incarnation, canonical_of(job, name), *about, version=own_version(), weights=version.run, party=party
+    )
+
+
+def _journal(spec: PartySpec, place: Path) -> Journal | None:
+    return Journal(place / "history.jsonl") if spec.role == "label" else None
+
+
+def _with_secret(spec: PartySpec, state: Path) -> PartySpec:
+    """Key what the models draw in evaluation as the party's own; a version is predicted with by one party's secret."""
+    path = spec.chosen_secret
+    return spec.with_secret(read_secret(path)) if isinstance(path, Path) else spec
+
+
+def _fingerprint(version: Version, rows: ToPredict) -> dict[str, Any]:
+    """Return what must not change between two starts of one prediction."""
+    from hashlib import sha256
+
+    features = rows.table.features
+    about = b"" if features is None else np.ascontiguousarray(features).tobytes()
+    return {"weights": version.run, "rows": rows.table.digest, "features": sha256(about).hexdigest()}
+
+
+def spec_to_predict(spec: PartySpec, data: Any, asked: Asked) -> PartySpec:
+    """Return a party of the job with other rows: a FileSpec or Rows. Raises CheckpointError if there are none."""
+    if asked.held_out:
+        return spec
+    if data is None:
+        raise CheckpointError(f"party {spec.party!r} has no rows to predict: write [predict] path into its file")
+    labelled = asked.labels and spec.role == "label"
+    return replace(spec, table=replace(spec.table, data=data, labels=labelled, holdout_seed=None))

@@ -1,0 +1,191 @@
+"""Predictions of a trained run equal its modules' on the same rows, whatever the order of each party's table."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sl_queue
+from sl_queue.compute.predicted import columns_of
+from sl_queue.errors import AlignmentError, CheckpointError, JobError
+from sl_queue.launch.asked import Asked, schedule_of
+from sl_queue.local.prediction import predict_threads
+from sl_queue.storage.versions import versions_in
+
+N, NEW = 200, 90
+
+
+class Base(nn.Module):
+    """A base model whose training and evaluation modes differ."""
+
+    def __init__(self, inputs: int, cut: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(inputs, cut), nn.BatchNorm1d(cut), nn.ReLU(), nn.Dropout(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layers(x)
+        return output
+
+
+class Fuse(nn.Module):
+    """A logit of all activations."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, 1)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        output: Tensor = self.linear(torch.cat(inputs, dim=1))
+        return output
+
+
+def job(**changes: Any) -> sl_queue.Job:
+    values: dict[str, Any] = {
+        "name": "credit",
+        "seed": 7,
+        "epochs": 2,
+        "batch_size": 32,
+        "holdout": 0.2,
+        "parties": {"bank": {"role": "feature", "cut": [8]}, "insurer": {"role": "label", "cut": [4]}},
+        "pipeline": {"micro_batches": 2},
+    }
+    return sl_queue.Job(**(values | changes))
+
+
+ADAM = {"name": "adam", "lr": 0.01}
+
+
+def files(rows: Mapping[str, sl_queue.Rows]) -> list[sl_queue.PartyFile]:
+    base = {"bank": {"inputs": 3, "cut": 8}, "insurer": {"inputs": 2, "cut": 4}}
+    fuse = {"model": Fuse, "args": {"inputs": 12}, "optimizer": ADAM, "loss": "bce_with_logits", "metrics": ["auroc"]}
+    return [
+        sl_queue.PartyFile(
+            party=party,
+            data=rows[party],
+            threads=1,
+            base={"model": Base, "args": args, "optimizer": ADAM},
+            **({"fuse": fuse} if party == "insurer" else {}),
+        )
+        for party, args in base.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[sl_queue.PartyFile], sl_queue.Result]:
+    root = tmp_path_factory.mktemp("trained")
+    rng = np.random.default_rng(0)
+    ids, bank, insurer = np.arange(N), rng.standard_normal((N, 3)), rng.standard_normal((N, 2))
+    labels = (bank[:, 0] - insurer[:, 1] > 0).astype(int)
+    parties = files({"bank": sl_queue.Rows(ids, bank), "insurer": sl_queue.Rows(ids, insurer, labels)})
+    return root, parties, sl_queue.run_local(job(), parties, out=root)
+
+
+def states(root: Path) -> dict[str, Path]:
+    return {role: root / role for role in ("bank", "insurer")}
+
+
+def new_rows(seed: int = 1) -> tuple[dict[str, sl_queue.Rows], np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Return rows in an order of each party's own; the label holder's ids; features by party in the label holder's."""
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(np.arange(5000, 5000 + NEW))
+    columns = {"bank": rng.standard_normal((NEW, 3)), "insurer": rng.standard_normal((NEW, 2))}
+    other = rng.permutation(NEW)
+    rows = {
+        "bank": sl_queue.Rows(ids[other], columns["bank"][other]),
+        "insurer": sl_queue.Rows(
+            ids, columns["insurer"], (columns["bank"][:, 0] > columns["insurer"][:, 1]).astype(int)
+        ),
+    }
+    return rows, ids, columns
+
+
+def joined(result: sl_queue.Result, columns: Mapping[str, Any], order: Any, size: int) -> Tensor:
+    """Run the trained modules on the same rows in parts of the same size."""
+    parts = []
+    with torch.no_grad():
+        for first in range(0, len(order), size):
+            rows = order[first : first + size]
+            inputs = [result.base(party)(torch.tensor(columns[party][rows]).float()) for party in ("bank", "insurer")]
+            parts.append(result.fuse(inputs))
+    return torch.cat(parts)
+
+
+def test_a_finished_run_leaves_a_version_with_a_card_at_each_party(trained: Any) -> None:
+    root, _, result = trained
+    for party in ("bank", "insurer"):
+        (version,) = versions_in(root / party)
+        assert {path.name for path in version.path.iterdir()} >= {"card.md", "run.json", "base.safetensors"}
+    assert version.metrics == result.history[-1]["holdout"]
+    assert (version.about["task"], version.about["outputs"], version.about["shape"]) == ("binary", "logits", [1])
+    card = (version.path / "card.md").read_text()
+    assert "| auroc |" in card and "160 rows" not in card and f"{N} rows, of which 40 were held out" in card
+
+
+def test_predictions_are_those_of_the_modules_bit_for_bit(trained: Any) -> None:
+    root, parties, result = trained
+    rows, ids, columns = new_rows()
+    found = predict_threads(job(), parties, states(root), Asked(), rows=rows)
+    order = np.argsort(ids)
+    wanted = joined(result, columns, order, schedule_of(job(), NEW).batches.batch_size)
+    assert np.array_equal(found.outputs, wanted.numpy())
+    chances = columns_of(found.outputs, "binary", "logits")["probability"][found.rows.positions]
+    assert np.array_equal(chances, wanted[:, 0].sigmoid().numpy()[np.argsort(order)])
+    assert found.rows.ids["id"].to_numpy().tolist() == ids.tolist()
+
+
+def test_the_labels_that_are_there_are_measured(trained: Any) -> None:
+    root, parties, _ = trained
+    rows, _, _ = new_rows()
+    found = predict_threads(job(), parties, states(root), Asked(labels=True), rows=rows)
+    assert found.objective is not None
+    labels = found.rows.table.labels
+    assert labels is not None and len(labels) == NEW
+
+
+def test_a_row_that_a_party_lacks_is_refused_without_an_alignment(trained: Any) -> None:
+    root, parties, _ = trained
+    rows, _, _ = new_rows()
+    rows["bank"] = sl_queue.Rows(rows["bank"].ids[1:], rows["bank"].features[1:])
+    with pytest.raises(AlignmentError, match="the rows differ"):
+        predict_threads(job(), parties, states(root), Asked(), rows=rows)
+
+
+def test_the_base_of_another_run_is_refused_by_name(trained: Any, tmp_path: Path) -> None:
+    root, parties, _ = trained
+    sl_queue.run_local(job(), parties, out=tmp_path)
+    mixed = {"bank": tmp_path / "bank", "insurer": root / "insurer"}
+    with pytest.raises(AlignmentError, match=r"bank has the weights of run \w+, insurer .*--run"):
+        predict_threads(job(), parties, mixed, Asked(), rows=new_rows()[0])
+    with pytest.raises(CheckpointError, match="no version of run 'zzz'"):
+        predict_threads(job(), parties, states(root), Asked(run="zzz"), rows=new_rows()[0])
+
+
+def test_nothing_to_predict_is_said(trained: Any) -> None:
+    root, parties, _ = trained
+    empty = {party: sl_queue.Rows([], np.zeros((0, n))) for party, n in (("bank", 3), ("insurer", 2))}
+    with pytest.raises(JobError):
+        predict_threads(job(), parties, states(root), Asked(), rows=empty)
+    with pytest.raises(CheckpointError, match="has no rows to predict"):
+        predict_threads(job(), parties, states(root), Asked())
+
+
+def test_rows_that_are_shared_are_predicted_and_the_others_left_out_or_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids, bank, insurer = np.arange(N), rng.standard_normal((N, 3)), rng.standard_normal((N, 2))
+    psi = job(alignment={"method": "psi", "at_least": 100})
+    parties = files({"bank": sl_queue.Rows(ids, bank), "insurer": sl_queue.Rows(ids, insurer, ids % 2)})
+    result = sl_queue.run_local(psi, parties, out=tmp_path)
+    rows, new, columns = new_rows()
+    kept = rows["bank"].ids != new[3]
+    rows["bank"] = sl_queue.Rows(rows["bank"].ids[kept], rows["bank"].features[kept])
+    with pytest.raises(AlignmentError, match="1 of 90 rows to predict are not held by every party"):
+        predict_threads(psi, parties, states(tmp_path), Asked(), rows=rows)
+    found = predict_threads(psi, parties, states(tmp_path), Asked(leave_out=True), rows=rows)
+    assert found.rows.positions[3] == -1 and (found.rows.positions >= 0).sum() == NEW - 1
+    order = np.argsort(new)[np.sort(new) != new[3]]
+    wanted = joined(result, columns, order, schedule_of(psi, NEW - 1).batches.batch_size)
+    assert np.array_equal(found.outputs, wanted.numpy())

@@ -1,0 +1,188 @@
+"""Files as organisations write them are read as they were meant, whatever their dialect, compression and kind."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.errors import JobError
+from sl_queue.protocol.table import Table
+from tests.support.tables import read_table
+
+PARTIES = {"bank": {"role": "feature", "cut": [1]}, "insurer": {"role": "label", "cut": [1]}}
+
+
+def read(data: dict[str, Any], features: dict[str, Any] | None = None, **alignment: Any) -> Table:
+    about = {"alignment": alignment} if alignment else {}
+    job = Job(name="t", seed=1, epochs=1, batch_size=2, parties=PARTIES, **about)
+    party = "insurer" if "label" in data else "bank"
+    return read_table(job, PartyFile(party=party, data=data, **({} if features is None else {"features": features})))
+
+
+def values(table: Table) -> Any:
+    assert table.features is not None
+    return table.features.tolist()
+
+
+EXPECTED = [[1234.5, 2.0], [-0.5, 30000.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "dialect"),
+    [
+        ("a.csv", "id,x,y\n1,1234.5,2\n2,-0.5,30000\n", {}),
+        ("a.csv", "\ufeffid;x;y\n1;1234,5;2\n2;-0,5;30000\n", {"delimiter": ";", "decimal": ","}),
+        ("a.csv", 'id;x;y\n1;"1.234,5";2\n2;-0,5;30.000\n', {"delimiter": ";", "decimal": ",", "thousands": "."}),
+        ("a.tsv", "id\tx\ty\n1\t1234.5\t2\n2\t-0.5\t30000\n", {}),
+        ("a.csv.gz", "id,x,y\n1,1234.5,2\n2,-0.5,30000\n", {}),
+        ("a.tsv.gz", 'id\t"x"\ty\n1\t1,234.5\t2\n2\t-0.5\t30,000\n', {"thousands": ","}),
+        ("a.csv", 'id,x,y\r\n1,"1234.5",2\r\n2,-0.5,30000\r\n', {"encoding": "utf-16"}),
+    ],
+)
+def test_a_csv_is_read_in_its_dialect(tmp_path: Path, name: str, text: str, dialect: dict[str, Any]) -> None:
+    body = text.encode(dialect.get("encoding", "utf-8"))
+    (tmp_path / name).write_bytes(gzip.compress(body) if name.endswith(".gz") else body)
+    table = read({"path": tmp_path / name, "id": "id", "csv": dialect})
+    assert (values(table), table.columns) == (EXPECTED, ("x", "y"))
+
+
+def test_text_of_another_encoding_is_a_category_and_a_quoted_newline_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes('id;town\n1;"Köln\nSüd"\n2;Genf\n'.encode("cp1252"))
+    csv = {"delimiter": ";", "encoding": "cp1252"}
+    table = read({"path": tmp_path / "a.csv", "id": "id", "csv": csv}, {"town": {"kind": "category"}})
+    assert table.columns == ("town=other", "town missing", "town=Genf", "town=Köln\nSüd")
+
+
+def test_codes_with_leading_zeros_stay_what_they_are_and_missing_texts_are_gaps(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,code,x\n1,007,?\n2,7,1.5\n3,?,2.5\n")
+    features = {"code": {"kind": "category"}, "x": {"kind": "number", "missing": "zero", "scale": "none"}}
+    table = read({"path": tmp_path / "a.csv", "id": "id", "csv": {"missing": ["?"]}}, features)
+    assert table.columns == ("code=other", "code missing", "code=007", "code=7", "x")
+    assert values(table) == [[0, 0, 1, 0, 0], [0, 0, 0, 1, 1.5], [0, 1, 0, 0, 2.5]]
+
+
+def test_an_open_quote_is_found_in_any_dialect(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id;x\n1;"open\n2;3\n')
+    with pytest.raises(JobError, match="never closes"):
+        read({"path": tmp_path / "a.csv", "id": "id", "csv": {"delimiter": ";"}})
+
+
+def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
+    (tmp_path / "rows/2024").mkdir(parents=True)
+    pa.parquet.write_table(pa.table({"id": [3, 1], "x": [3.0, 1.0]}), tmp_path / "rows/b.parquet")
+    pa.parquet.write_table(pa.table({"x": [2.0], "id": [2]}), tmp_path / "rows/2024/a.parquet")
+    assert values(read({"path": tmp_path / "rows", "id": "id"})) == [[1.0], [2.0], [3.0]]
+    pa.parquet.write_table(pa.table({"id": [9]}), tmp_path / "rows/c.parquet")
+    with pytest.raises(JobError, match="1 of its files have other columns than the first"):
+        read({"path": tmp_path / "rows", "id": "id"})
+
+
+def test_an_arrow_file_is_read(tmp_path: Path) -> None:
+    table = pa.table({"id": ["b", "a"], "x": [2, 1]})
+    pa.feather.write_feather(table, tmp_path / "a.feather", compression="uncompressed")
+    assert values(read({"path": tmp_path / "a.feather", "id": "id"})) == [[1], [2]]
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert values(read({"path": tmp_path / "a.arrow", "id": "id"})) == [[1], [2]]
+
+
+def test_types_of_parquet_become_numbers(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "id": pa.array(["x", "y"]).dictionary_encode(),
+            "small": pa.array([1, 2], pa.uint8()),
+            "flag": [True, False],
+            "money": pa.array([1, 2], pa.int64()).cast(pa.decimal128(21, 2)),
+            "seen": pa.array([0, 86400 * 10**6], pa.timestamp("us")),
+            "town": pa.array(["a", "b"]).dictionary_encode(),
+        }
+    )
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    features = {
+        "town": {"kind": "category"},
+        "seen": {"kind": "date", "parts": ["day"], "scale": "none"},
+        "*": {"kind": "number", "scale": "none"},
+    }
+    found = read({"path": tmp_path / "a.parquet", "id": "id"}, features)
+    assert values(found) == [[1, 1, 1, 1, 0, 0, 1, 0], [2, 0, 2, 2, 0, 0, 0, 1]]
+
+
+def test_rows_that_name_their_columns_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.svmlight").write_text("b 1 2:0.5 10:3\na 0 # nothing\n\n")
+    table = read({"path": tmp_path / "a.svmlight", "id": "id", "label": "label"})
+    assert (table.columns, values(table)) == (("2", "10"), [[0.0, 0.0], [0.5, 3.0]])
+    assert table.labels is not None and table.labels.tolist() == [0, 1]
+    (tmp_path / "tags.txt").write_text("b,x:1,y:2\na,y:0.5\n")
+    table = read({"path": tmp_path / "tags.txt", "id": "id", "format": "tag:value"})
+    assert (table.columns, values(table)) == (("x", "y"), [[0.0, 0.5], [1.0, 2.0]])
+    (tmp_path / "tags.txt").write_text("b,x:1,y\nc,x:1\n")
+    with pytest.raises(JobError, match="1 rows are not written so, the first of them is line 1"):
+        read({"path": tmp_path / "tags.txt", "id": "id", "format": "tag:value"})
+
+
+def test_features_are_chosen_by_patterns_and_left_out_by_others(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,x1,x2,y,z\n1,1,2,3,4\n")
+    data = {"path": tmp_path / "a.csv", "id": "id"}
+    assert read({**data, "features": ["y", "x*"], "exclude": ["x2"]}).columns == ("y", "x1")
+    assert read({**data, "exclude": ["x*"]}).columns == ("y", "z")
+
+
+# Ids ------------------------------------------------------------------------------------------------------------
+
+
+def test_several_columns_are_one_id(tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.table({"n": [1, 12], "c": ["a1", "a"], "x": [2.0, 1.0]}), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text("x,c,n\n1,a,12\n2,a1,1\n")
+    one, other = (read({"path": tmp_path / name, "id": ["c", "n"]}) for name in ("a.parquet", "b.csv"))
+    assert one.digest == other.digest
+    assert values(one) == [[1.0], [2.0]] == values(other)
+    (tmp_path / "b.csv").write_text("x,c,n\n1,a,\n2,a1,1\n")
+    with pytest.raises(JobError, match="1 of 2 rows have no id"):
+        read({"path": tmp_path / "b.csv", "id": ["c", "n"]})
+
+
+def test_uuids_are_the_same_however_they_are_written(tmp_path: Path) -> None:
+    ids = [UUID(int=7), UUID(int=2**100)]
+    raw = pa.array([i.bytes for i in ids], pa.binary(16))
+    pa.parquet.write_table(pa.table({"id": raw, "x": [1, 2]}), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text(f"id,x\n{{{str(ids[1]).upper()}}},2\n{ids[0].hex},1\n")
+    (tmp_path / "c.csv").write_text("id,x\n" + "".join(f"{i},{n}\n" for n, i in enumerate(ids, 1)))
+    tables = [read({"path": tmp_path / n, "id": "id", "id_type": "uuid"}) for n in ("a.parquet", "b.csv", "c.csv")]
+    assert len({table.digest for table in tables}) == 1
+    assert tables[0].digest == read({"path": tmp_path / "c.csv", "id": "id"}).digest
+    with pytest.raises(JobError, match=r'say so: data\.id_type = "uuid"'):
+        read({"path": tmp_path / "a.parquet", "id": "id"})
+    (tmp_path / "b.csv").write_text("id,x\n7,2\n")
+    with pytest.raises(JobError, match="1 of 1 ids are not UUIDs"):
+        read({"path": tmp_path / "b.csv", "id": "id", "id_type": "uuid"})
+
+
+def test_ids_are_written_alike_as_the_job_says(tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.table({"id": [" ANNA", "Straße", "\u2160"], "x": [1, 2, 3]}), tmp_path / "a.parquet")
+    pa.parquet.write_table(pa.table({"id": ["anna", "STRASSE", "i"], "x": [1, 2, 3]}), tmp_path / "b.parquet")
+    steps = {"normalise": ["strip", "nfkc", "casefold"]}
+    one, other = (read({"path": tmp_path / n, "id": "id"}, **steps) for n in ("a.parquet", "b.parquet"))
+    assert one.digest == other.digest
+    assert values(one) == values(other) == [[1], [3], [2]]
+    pa.parquet.write_table(pa.table({"id": ["Anna", "anna"], "x": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(JobError, match="1 of 2 rows repeat the id of another row"):
+        read({"path": tmp_path / "a.parquet", "id": "id"}, **steps)
+
+
+def test_repeated_ids_are_refused_with_row_numbers_or_the_first_is_taken(tmp_path: Path) -> None:
+    ids = np.array([5, 7, 5, 6, 7, 5])
+    pa.parquet.write_table(pa.table({"id": ids, "x": [1, 2, 3, 4, 5, 6]}), tmp_path / "a.parquet")
+    with pytest.raises(JobError) as raised:
+        read({"path": tmp_path / "a.parquet", "id": "id"})
+    assert "3 of 6 rows repeat the id of another row" in str(raised.value)
+    assert "rows 3, 5, 6 of the table" in str(raised.value)
+    table = read({"path": tmp_path / "a.parquet", "id": "id", "duplicates": "first"})
+    assert values(table) == [[1], [4], [2]]
+    assert table.notes == ("3 of 6 rows repeat the id of another row; the first row of each id is used",)

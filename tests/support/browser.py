@@ -1,0 +1,52 @@
+"""A headless Chromium for the tests: Debian's, which tests/obtain_browser.sh installs where it is missing."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
+
+
+@contextmanager
+def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iterator[Chrome]:
+    """Return a browser; it fails the test where there is none, as tests without a broker do."""
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.fail("no Chromium for the tests: sh tests/obtain_browser.sh, or apt-get install chromium-driver")
+    options = ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", f"--window-size={width},{height}"):
+        options.add_argument(argument)
+    if os.geteuid() == 0:  # Chromium's sandbox needs another user
+        options.add_argument("--no-sandbox")
+    if dark:
+        options.add_argument("--blink-settings=preferredColorScheme=0")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = Chrome(options=options, service=Service(driver))
+    try:
+        chrome.set_window_size(width, height)
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def until(chrome: Chrome, condition: Callable[[Chrome], Any], timeout_s: float) -> Any:
+    """Wait for something to be so on the page."""
+    return WebDriverWait(chrome, timeout_s, poll_frequency=0.05).until(condition)
+
+
+def text_of(chrome: Chrome, name: str) -> str:
+    """Read the text of an element by its id."""
+    found: str = chrome.execute_script("return document.getElementById(arguments[0]).textContent", name)
+    return found
+
+
+def complaints(chrome: Chrome) -> list[str]:
+    """List what the page wrote to the console since it was last asked."""
+    return [json.dumps(entry) for entry in chrome.get_log("browser")]

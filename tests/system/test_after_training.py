@@ -1,0 +1,132 @@
+"""A trained model as its users meet it: predicted with, evaluated, listed, exported; and workers that are killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from tests.support.credit import FILES, write_credit
+from tests.system.test_cli import environment, sl_queue
+
+NEW = 3000
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train the example, and write new customers of both companies, in an order of each one's own."""
+    folder = tmp_path_factory.mktemp("after")
+    job = write_credit(folder)
+    assert sl_queue("local", job, *(folder / name for name in FILES)).returncode == 0
+    rng = np.random.default_rng(5)
+    ids = rng.permutation(np.arange(70_000, 70_000 + NEW))
+    order = rng.permutation(NEW)
+    bank, insurer = rng.standard_normal((3, NEW)), rng.standard_normal((2, NEW))
+    columns = {"customer_id": ids[order], "age": bank[0], "income": bank[1], "balance": bank[2]}
+    pa.parquet.write_table(pa.table(columns), folder / "bank_new.parquet")
+    labels = (bank[0][np.argsort(order)] + insurer[0] > 0).astype(int)
+    rows = {"customer_id": ids, "claims": insurer[0], "mileage": insurer[1], "defaulted": labels}
+    pa.csv.write_csv(pa.table(rows), folder / "insurer_new.csv")
+    with (folder / "bank.toml").open("a") as file:
+        file.write('\n[predict]\npath = "bank_new.parquet"\n')
+    with (folder / "insurer.toml").open("a") as file:
+        file.write('\n[predict]\npath = "insurer_new.csv"\nout = "predictions.csv"\n')
+    return folder
+
+
+def files(folder: Path) -> list[Path]:
+    return [folder / "job.toml", *(folder / name for name in FILES)]
+
+
+def test_new_customers_are_predicted_in_the_order_of_the_label_holders_file(trained: Path) -> None:
+    done = sl_queue("predict", *files(trained))
+    assert done.returncode == 0, done.stderr
+    assert f"{NEW} predictions with run " in done.stdout
+    found = pa.csv.read_csv(trained / "predictions.csv")
+    assert found.column_names == ["customer_id", "probability"]
+    assert found["customer_id"].to_pylist() == pa.csv.read_csv(trained / "insurer_new.csv")["customer_id"].to_pylist()
+
+
+def test_an_evaluation_says_loss_metrics_and_tables_and_draws_them(trained: Path) -> None:
+    done = sl_queue("evaluate", *files(trained), "--out", trained / "seen", "--plot")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((trained / "seen" / "evaluation.json").read_text())
+    assert found["rows"] == NEW and found["metrics"]["auroc"] > 0.7
+    assert sum(map(sum, found["tables"]["confusion"])) == NEW
+    assert (trained / "seen" / "evaluation.svg").read_text().count("<path") == 5
+    held = sl_queue("evaluate", *files(trained), "--held-out", "--out", trained / "held")
+    assert held.returncode == 0, held.stderr
+    found = json.loads((trained / "held" / "evaluation.json").read_text())
+    history = (trained / "state" / "insurer" / "history.jsonl").read_text().splitlines()
+    wanted = json.loads(history[-1])["holdout"]
+    assert found["rows"] == 40
+    assert {name: round(value, 6) for name, value in found["metrics"].items()} == {
+        name: round(wanted[name], 6) for name in found["metrics"]
+    }
+
+
+def test_versions_are_listed_promoted_and_exported(trained: Path) -> None:
+    job, _, insurer = files(trained)
+    listed = sl_queue("versions", job, insurer)
+    assert listed.returncode == 0, listed.stderr
+    (folder,) = (trained / "state" / "insurer" / "versions").iterdir()
+    assert folder.name in listed.stdout and "auroc" in listed.stdout and "in use" in listed.stdout
+    assert "defaulted" not in (folder / "card.md").read_text().split("## Data")[0]
+    promoted = sl_queue("promote", job, insurer, folder.name[:6])
+    assert promoted.returncode == 0 and "is in use" in promoted.stdout
+    exported = sl_queue("export", job, insurer, "--to", "torch")
+    assert exported.returncode == 0, exported.stderr
+    assert "inputs bank, insurer" in exported.stdout
+    assert {path.name for path in folder.glob("*.pt2")} == {"base.pt2", "fuse.pt2"}
+
+
+def test_what_cannot_be_predicted_is_said_in_one_line(trained: Path, tmp_path: Path) -> None:
+    lacking = sl_queue("predict", *files(trained), "--state", tmp_path)
+    assert lacking.returncode != 0
+    assert "holds no trained model" in lacking.stderr
+    unknown = sl_queue("predict", *files(trained), "--run", "nowhere")
+    assert "no version of run 'nowhere'" in unknown.stderr
+
+
+@pytest.mark.timeout(240)
+def test_workers_that_are_killed_leave_the_same_file_with_each_row_once(trained: Path, broker_url: str) -> None:
+    assert sl_queue("predict", *files(trained)).returncode == 0
+    wanted = (trained / "predictions.csv").read_bytes()
+    (trained / "predictions.csv").unlink()
+    commands = {
+        "scheduler": ["workers.scheduler", "--state", trained / "state" / "scheduler"],
+        "bank": ["workers.feature_party", "--party", trained / "bank.toml"],
+        "insurer": ["workers.label_holder", "--party", trained / "insurer.toml"],
+    }
+
+    def start(role: str) -> "subprocess.Popen[bytes]":
+        module, *rest = commands[role]
+        command = [sys.executable, "-m", module, "--job", trained / "job.toml", *rest, "--predict", "today"]
+        environ = environment(SL_QUEUE_BROKER=broker_url)
+        return subprocess.Popen(list(map(str, command)), env=environ, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    workers = {role: start(role) for role in commands}
+    pieces = trained / "state" / "insurer" / "predictions" / "today" / "pieces"
+    try:
+        for role in commands:
+            deadline = time.monotonic() + 90.0
+            while not any(pieces.glob("*.npy")) and workers["insurer"].poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            workers[role].send_signal(signal.SIGKILL)
+            workers[role].communicate()
+            workers[role] = start(role)
+        said = {role: worker.communicate(timeout=120) for role, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.communicate()
+    assert {role: worker.returncode for role, worker in workers.items()} == dict.fromkeys(commands, 0), said
+    assert (trained / "predictions.csv").read_bytes() == wanted

@@ -1,0 +1,156 @@
+"""The live page of a run over a real broker, in a real browser: one party is slow, is killed, and comes back."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from selenium.webdriver import Chrome
+
+from sl_queue.protocol.messages import OPERATOR
+from sl_queue.testing.private_broker import free_ports
+from tests.support.browser import chromium, complaints, text_of, until
+from tests.support.credit import edit
+from tests.support.crew import KEYS, ROLES, Crew, write_job
+from tests.support.secured import SEALED, write_keys
+from tests.system.test_cli import sl_queue
+
+SOON_S = 3.0  # within which the page says who is waited for
+DEAD_S = 5.0  # within which it shows that a worker was killed
+
+
+def work_slowly(environ: Mapping[str, str]) -> None:
+    """Prepare a worker's process."""
+    os.environ.update(environ)
+
+
+def write_slow_run(folder: Path, name: str) -> Path:
+    """Write a sealed job that lasts, whose bank takes a while for each forward pass."""
+    job = write_job(folder, checkpoint_every=20)
+    edit(job, 'name = "credit"', f'name = "{name}"')
+    edit(job, "epochs = 8", "epochs = 2000")
+    edit(folder / "bank.py", "    def forward(self, x: torch.Tensor) -> torch.Tensor:\n", SLOW_FORWARD)
+    if not SEALED:
+        job.write_text(f"{job.read_text()}\n{write_keys(folder / KEYS, (*ROLES, OPERATOR))}")
+    return job
+
+
+SLOW_FORWARD = """    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        __import__("time").sleep(0.05)
+"""
+
+
+@contextmanager
+def watching(job: Path, url: str, *options: str) -> Iterator[str]:
+    """Run `sl-queue watch` and yield the address of its page."""
+    command = (sys.executable, "-m", "sl_queue.cli", "watch", str(job), "--broker", url, "--port", "0", *options)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            found = re.search(r"http://\S+", line)
+            assert found, line + process.stderr.read()
+            yield found[0]
+        finally:
+            process.terminate()
+
+
+def start(crew: Crew, role: str, metrics: int) -> None:
+    key = crew.folder / KEYS / role / "seal.key"
+    environ = {"SL_QUEUE_KEY": str(key), "SL_QUEUE_METRICS_PORT": str(metrics)}
+    crew.start(role, prepare=(work_slowly, environ), log_level="info")
+
+
+def busy_and_age(port: int) -> tuple[float, float]:
+    """Read a party's counters as Prometheus does."""
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    busy = re.search(r"^sl_queue_busy_seconds_total (\S+)", text, re.MULTILINE)
+    assert busy
+    waits = re.findall(r"^sl_queue_waiting_seconds_total\{[^}]*\} (\S+)", text, re.MULTILINE)
+    return float(busy[1]), float(busy[1]) + sum(map(float, waits))
+
+
+def measured_bubble(ports: Mapping[str, int], seconds: float) -> float:
+    """Return the share of the time in which even the busiest party waits, by Prometheus' counters."""
+    before = {role: busy_and_age(port) for role, port in ports.items()}
+    time.sleep(seconds)
+    after = {role: busy_and_age(port) for role, port in ports.items()}
+    return 1 - max((after[r][0] - before[r][0]) / (after[r][1] - before[r][1]) for r in ports)
+
+
+def points(chrome: Chrome) -> list[int]:
+    found: list[int] = chrome.execute_script(
+        "return [...document.querySelectorAll('#charts [data-points]')].map(e => Number(e.dataset.points))"
+    )
+    return found
+
+
+@pytest.fixture
+def crew(tmp_path: Path, broker_url: str, unique: str) -> Iterator[Crew]:
+    write_slow_run(tmp_path, unique)
+    with Crew(tmp_path, broker_url) as started:
+        yield started
+
+
+@pytest.mark.timeout(300)
+def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew: Crew) -> None:
+    ports = dict(zip(ROLES, free_ports(len(ROLES)), strict=True))
+    key = ("--key", str(crew.folder / KEYS / OPERATOR / "seal.key"))
+    for role in ROLES:
+        start(crew, role, ports[role])
+    crew.await_first_step("insurer")
+    with watching(crew.job, crew.url, *key) as url, chromium() as chrome:
+        began = time.monotonic()
+        chrome.get(url)
+        until(chrome, lambda c: "bank is waited for: insurer waits for its" in text_of(c, "verdict"), SOON_S)
+        said_s = time.monotonic() - began
+        assert re.search(r"activations( and held-out activations)? \d+ % of the time", text_of(chrome, "verdict"))
+        assert text_of(chrome, "phase") == "running"
+
+        bubble = measured_bubble({role: ports[role] for role in ("bank", "insurer")}, 11.0)
+        shown = int(text_of(chrome, "bubble").split()[0]) / 100
+        assert shown == pytest.approx(bubble, abs=0.05)
+        assert re.search(r"even bank, the busiest, waits; ideal \d+ %", text_of(chrome, "bubbleof"))
+
+        assert sl_queue("status", str(crew.job), "--broker", crew.url, *key).returncode == 0  # beside the page
+
+        had = until(chrome, lambda c: points(c) if points(c) and points(c)[0] > 5 else None, 10)
+        chrome.refresh()
+        until(chrome, lambda c: len(points(c)) == len(had) and points(c)[0] >= had[0], 10)
+
+        killed = time.monotonic()
+        crew.kill("bank")
+        until(chrome, lambda c: "bank is gone" in text_of(c, "verdict"), DEAD_S)
+        dead_s = time.monotonic() - killed
+        start(crew, "bank", ports["bank"])
+        until(chrome, lambda c: "bank a new process goes on from its checkpoint" in text_of(c, "log"), 60)
+        until(chrome, lambda c: "bank is gone" not in text_of(c, "verdict"), 10)
+        assert "bank is heard of again" in text_of(chrome, "log")
+
+        chrome.set_window_size(500, 900)  # Chromium has no narrower window: the page is looked at in a frame of 400
+        assert overflow(chrome, 400) <= 0
+        assert complaints(chrome) == []
+        print(f"said who is waited for after {said_s:.1f} s, shown dead after {dead_s:.1f} s, bubble {bubble:.3f}")
+
+
+def overflow(chrome: Chrome, width: int) -> int:
+    """Count the pixels by which the page is wider than a screen of that width."""
+    chrome.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    found: int = chrome.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    return found
+
+
+def test_a_sealed_run_is_shown_to_nobody_without_the_key(tmp_path: Path, broker_url: str, unique: str) -> None:
+    job = write_slow_run(tmp_path, unique)
+    done = sl_queue("watch", str(job), "--broker", broker_url, "--port", "0")
+    assert done.returncode == 2
+    assert "'operator' needs its private key" in done.stderr
