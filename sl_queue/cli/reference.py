@@ -29,7 +29,13 @@ Every key of job and party file, every environment variable, every exit code and
 """
 _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "text", list: "list"}
 _KINDS = {"GaugeMetricFamily": "gauge", "CounterMetricFamily": "counter", "InfoMetricFamily": "info"}
-_WORKERS = {"SchedulerCollector": "scheduler", "_of_training": "party", "_of_channel": "party", "_of_vitals": "all"}
+_WORKERS = {
+    "SchedulerCollector": "scheduler",
+    "_of_training": "party",
+    "_of_hands": "party",
+    "_of_channel": "party",
+    "_of_vitals": "all",
+}
 
 
 def reference() -> str:

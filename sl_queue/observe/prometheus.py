@@ -134,8 +134,9 @@ def _of_hands(counts: HandCounts) -> Iterable[Metric]:
     yield GaugeMetricFamily("sl_queue_hands_waiting_tasks", "Micro-batches that no hand has yet", value=counts.waiting)
     yield GaugeMetricFamily("sl_queue_hands_lacking", "1 while the run waits for a hand to come", value=counts.lacks)
     yield CounterMetricFamily("sl_queue_hands_calls", "Calls that hands have done", value=counts.calls)
-    again = "Micro-batches given to another hand, since the first was lost"
-    yield CounterMetricFamily("sl_queue_hands_repeated", again, value=counts.repeated)
+    yield CounterMetricFamily(
+        "sl_queue_hands_repeated", "Micro-batches dealt again after a loss", value=counts.repeated
+    )
     yield CounterMetricFamily("sl_queue_hands_busy_seconds", "Computed by all hands together", value=counts.busy_s)
 
 
