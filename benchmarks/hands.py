@@ -106,7 +106,8 @@ def write(folder: Path, load: Load, epochs: int) -> None:
     optimizer = 'optimizer = { name = "sgd", lr = 0.01 }\n'
     args = f"args = {{ seconds = {own['features']}, width = {load.width}, layers = {load.layers} }}\n"
     (folder / "features.toml").write_text(
-        f'party = "features"\n[data]\npath = "features.csv"\nid = "id"\n[base]\nmodel = "models:Base"\n{args}{optimizer}'
+        'party = "features"\n[data]\npath = "features.csv"\nid = "id"\n[base]\nmodel = "models:Base"\n'
+        f"{args}{optimizer}"
     )
     (folder / "labels.toml").write_text(
         'party = "labels"\n[data]\npath = "labels.csv"\nid = "id"\nlabel = "label"\n[fuse]\nmodel = "models:Fuse"\n'
