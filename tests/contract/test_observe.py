@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sl_queue.errors import JobError
 from sl_queue.observe.prometheus import PartyCollector, SchedulerCollector, Training, Vitals, serve
 from sl_queue.protocol.control import EpochResult
-from sl_queue.protocol.measures import IN_PROCESS, HandCounts, Connectivity, Measures
+from sl_queue.protocol.measures import IN_PROCESS, Connectivity, HandCounts, Measures
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
 from sl_queue.testing.private_broker import free_ports
 from tests.support.crew import CHECKPOINT_EVERY, ROLES, Crew, write_job
