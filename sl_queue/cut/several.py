@@ -6,17 +6,18 @@ whose numbers alone are in it. Without it, all. An output that the loss does not
 one of zeros.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from sl_queue.cut.tensors import described
 from sl_queue.errors import RemoteProtocolError, ShapeError
 from sl_queue.protocol.messages import Payload
+
+if TYPE_CHECKING:  # a job file is read where no torch is
+    from torch import Tensor
 
 _MARK = "of:"
 
@@ -29,7 +30,7 @@ class Outputs:
     shapes: tuple[tuple[int, ...], ...]  # of one row
 
     @classmethod
-    def of(cls, cut: Any) -> "Outputs | None":
+    def of(cls, cut: Any) -> Outputs | None:
         """Read a cut that is a table or a list of shapes; None of a single shape."""
         if isinstance(cut, Mapping):
             names = tuple(sorted(cut))  # a table has no order
@@ -45,6 +46,10 @@ class Outputs:
 
     def listed(self, output: Any, rows: int, what: str) -> list[Tensor]:
         """Return a model's output as a list in the order of the cut. Raises ShapeError if it is another."""
+        from torch import Tensor
+
+        from sl_queue.cut.tensors import described
+
         kind = "dict" if self.names is not None else "list"
         if not isinstance(output, dict if self.names is not None else list | tuple):
             raise ShapeError(f"{what} returns {type(output).__name__}; the cut asks for a {kind} of tensors")
@@ -65,10 +70,14 @@ class Outputs:
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """Lay outputs, or gradients of some, side by side: (rows, numbers)."""
+        import torch
+
         return torch.cat([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
 
     def split(self, flat: Tensor, parts: Sequence[int] | None = None) -> list[Tensor]:
         """Undo `joined`; `parts`: of these outputs alone. Each is a tensor of its own."""
+        import torch
+
         places = range(len(self.shapes)) if parts is None else parts
         found = torch.split(flat, [self.sizes[place] for place in places], dim=1)
         return [
