@@ -158,16 +158,15 @@ def test_a_hand_of_another_job_is_sent_away(tmp_path: Path, unique: str, broker_
     other = tmp_path / "other"
     other.mkdir()
     edit(write(other, unique), "seed = 7", "seed = 8")
-    with started(job, broker_url, "bank=0") as run:
-        run.until("epoch 1/")
-        command = [sys.executable, "-m", "workers.hand", "--job", other / "job.toml", "--party", other / "bank.toml"]
-        done = subprocess.run(
-            list(map(str, command)),
-            env=environment(SL_QUEUE_HANDS_BROKER=broker_url, SL_QUEUE_THREADS="1"),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 3, done.stderr
-        assert "does not fit its lead: job was" in done.stderr
-        run.until("refused, since it would compute other bits")
+    command = [sys.executable, "-m", "workers.hand", "--job", other / "job.toml", "--party", other / "bank.toml"]
+    variables = environment(SL_QUEUE_HANDS_BROKER=broker_url, SL_QUEUE_THREADS="1")
+    hand = subprocess.Popen(list(map(str, command)), env=variables, stderr=subprocess.PIPE, text=True)
+    try:
+        with started(job, broker_url, "bank=0") as run:  # it may be there before its lead
+            _, said = hand.communicate(timeout=100)
+            assert hand.returncode == 3, said
+            assert "does not fit its lead: job was" in said
+            run.until("refused, since it would compute other bits")
+    finally:
+        hand.kill()
+        hand.wait()
