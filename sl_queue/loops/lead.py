@@ -21,9 +21,10 @@ from sl_queue.loops.own_hand import Desk, OwnHand
 from sl_queue.protocol import hands as say
 from sl_queue.protocol.events import Event, HandCame, HandLeft, HandRefused, Observer, StillWaiting, ignore
 from sl_queue.protocol.fingerprints import differences
-from sl_queue.protocol.hands import HANDS, MOST_DEATHS, TASKS, Call, Result, Roster, Tensors
+from sl_queue.protocol.hands import HANDS, MOST_DEATHS, TASKS, Call, Result, Tensors
 from sl_queue.protocol.measures import HandCounts
 from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.roster import Roster
 from sl_queue.protocol.text import printable
 
 PROBE_S = 0.25  # between two looks at who is still here

@@ -95,6 +95,21 @@ def test_what_is_packed_at_the_cut_is_packed_alike(wire: dict[str, str]) -> None
         assert equal_weights(module, with_hands.modules()[name]), name
 
 
+def test_hands_draw_with_the_secret_of_their_party() -> None:
+    of = made(pipeline={"micro_batches": 3, "depth": 3})
+    plain, private, crew = of.stages(), of.stages(), Crew(lambda: of.stages().bases["left"])
+    plain.bases["left"].model.secret = b"s" * 32
+    crew.join()
+    lead = crew.lead(secret=b"s" * 32)
+    stage = spread(private.bases["left"], lead, of.pipeline)
+    first = MicroBatch(0, 0)
+    assert bytes(stage.forward(first).data) == bytes(plain.bases["left"].forward(first).data)
+    assert bytes(stage.forward(MicroBatch(0, 1)).data) != bytes(
+        of.stages().bases["left"].forward(MicroBatch(0, 1)).data
+    )
+    lead.close()
+
+
 class Hits(nn.Module):
     """Each forward changes what the next one reads."""
 

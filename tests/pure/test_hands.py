@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol import hands as say
-from sl_queue.protocol.hands import MOST_DEATHS, OWN, Call, Result, Roster, decode, encode
+from sl_queue.protocol.hands import MOST_DEATHS, OWN, Call, Result, decode, encode
 from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.roster import Roster
 
 LEAD = "lead 1"
 FIRST = MicroBatch(0, 0)
