@@ -19,7 +19,17 @@ from sl_queue.errors import AlignmentError, ComputeError, RemoteProtocolError, S
 from sl_queue.hand_ports import Lane, Workshop
 from sl_queue.loops.own_hand import Desk, OwnHand
 from sl_queue.protocol import hands as say
-from sl_queue.protocol.events import Event, HandCame, HandLeft, HandRefused, Observer, StillWaiting, ignore
+from sl_queue.protocol.events import (
+    Event,
+    HandCame,
+    HandLeft,
+    HandRefused,
+    Observer,
+    StillWaiting,
+    WaitBegan,
+    Waited,
+    ignore,
+)
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.hands import HANDS, MOST_DEATHS, TASKS, Call, Result, Tensors
 from sl_queue.protocol.measures import HandCounts
@@ -127,22 +137,37 @@ class Lead:
             return self._roster.result(task, what) is not None
 
     def result(self, task: int, what: str) -> Result:
-        began, name_at = time.monotonic(), self._patience_s
-        while True:
-            with self._changed:
-                self._raise_failure()
-                found = self._roster.result(task, what)
-                self._lacks = found is None and not self._heard and self._alone is None
-                if found is not None:
-                    return found
-                self._changed.wait(0.2)
-                here = len(self._heard)
+        if (found := self._found(task, what)) is not None:
+            return found
+        began, source = time.monotonic(), "hands" if self._alone or self._heard else "a hand to come"
+        self._observe(WaitBegan(self._party, source, what))
+        try:
+            return self._awaited(task, what, began)
+        finally:
+            self._observe(Waited(self._party, source, what, time.monotonic() - began))
+
+    def _awaited(self, task: int, what: str, began: float) -> Result:
+        name_at = self._patience_s
+        while (found := self._found(task, what)) is None:
             self._check()
             waited = time.monotonic() - began
             if waited >= name_at:
                 name_at += self._patience_s
+                here = len(self._heard)
                 why = f"hands: {here}" if here or self._alone else "none is here; start one: python -m workers.hand"
                 self._observe(StillWaiting(self._party, "the result of a hand", waited, reason=why))
+            with self._changed:
+                if self._roster.result(task, what) is None:
+                    self._changed.wait(0.2)
+        return found
+
+    def _found(self, task: int, what: str) -> Result | None:
+        """Return the result if it is here. Raises what the model did."""
+        with self._changed:
+            self._raise_failure()
+            found = self._roster.result(task, what)
+            self._lacks = found is None and not self._heard and self._alone is None
+            return found
 
     def end(self, task: int) -> None:
         with self._changed:

@@ -173,7 +173,7 @@ class WaitBegan:
     """A worker begins to wait; waits may nest, and each ends with its `Waited`."""
 
     party: str
-    source: str  # a party, "scheduler", "broker" or "disk"
+    source: str  # a party, "scheduler", "broker", "disk", "hands" or "a hand to come"
     cause: str
 
 
