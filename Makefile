@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo check test test-pure bench chaos picture install clean
+.PHONY: help demo check test test-pure bench chaos picture pictures install clean
 
 help:  ## This list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,11 @@ chaos: $(INSTALLED)  ## A few minutes of killed workers, broker and connections:
 
 picture: $(INSTALLED)  ## Draw docs/house.svg, the packages and what they import.
 	$(BIN)/python ops/picture.py
+
+pictures: $(INSTALLED)  ## Take the pictures of the documentation: the live page and a report of a real run.
+	sh tests/obtain_broker.sh
+	sh tests/obtain_browser.sh
+	$(BIN)/python ops/pictures.py
 
 install: $(INSTALLED)  ## The product, its tests and tools, into .venv.
 

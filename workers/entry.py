@@ -103,7 +103,11 @@ def _run(role: Role) -> None:
             party_file = PartyFile.load(arguments.party)
             name = party_file.party
             observe(Loaded(name))
-            if arguments.predict is None:
+            if arguments.serve:
+                from sl_queue.launch.service_worker import run_service
+
+                run_service(role, job, party_file, arguments.run, *options[:3])
+            elif arguments.predict is None:
                 run_party(role, job, party_file, *options, observe)
             else:
                 from sl_queue.launch.prediction_worker import run_prediction
@@ -172,6 +176,9 @@ def _arguments(role: Role) -> argparse.Namespace:
     )
     if role != "scheduler":
         parser.add_argument("--run", help="the run whose weights to predict with; else the version in use")
+        parser.add_argument(
+            "--serve", action="store_true", help="answer single requests for the rows under [predict], over HTTP"
+        )
     else:
         parser.add_argument(
             "--track",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from sl_queue.cli import vocabulary
 from sl_queue.config.environment import VARIABLES, Variable
 from sl_queue.config.job import Job
 from sl_queue.config.party import PartyFile
@@ -24,8 +25,8 @@ from sl_queue.observe import prometheus
 
 HEAD = """# Reference
 
-Every key of job and party file, every environment variable, every exit code and every metric. This file is written by
-`python -m sl_queue.cli.reference > docs/reference.md`, from where they are declared; a test compares the two.
+Every key of job and party file, every environment variable, exit code, metric, key of a status and event. This file is
+written by `python -m sl_queue.cli.reference > docs/reference.md`, from where they are declared; a test compares both.
 """
 _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "text", list: "list"}
 _KINDS = {"GaugeMetricFamily": "gauge", "CounterMetricFamily": "counter", "InfoMetricFamily": "info"}
@@ -50,6 +51,10 @@ def reference() -> str:
         _table(("code", "error", "meaning"), _exit_codes()),
         "## Metrics\n\nWhere a worker is given `--metrics-port`, it answers at `/metrics`, and at `/health`.\n",
         _table(("metric", "type", "labels", "of", "meaning"), _metrics()),
+        "## Status\n\nKeys of `sl-queue status JOB --json`; a later version may have more.\n",
+        _table(("key", "type", "meaning"), vocabulary.status_keys()),
+        "## Events\n\nLines of `SL_QUEUE_LOG_FORMAT=json` and of `SL_QUEUE_EVENTS` name one as `event`, with fields.\n",
+        _table(("event", "fields", "meaning"), vocabulary.events()),
     ]
     return "\n".join(parts)
 
@@ -71,7 +76,7 @@ def keys(model: type[Schema]) -> Iterator[tuple[str, FieldInfo]]:
     """Yield the keys of a table that hold no table."""
     for name, field in model.model_fields.items():
         if table_in(field.annotation) is None:
-            yield name, field
+            yield field.alias or name, field
 
 
 def halves(field: FieldInfo) -> tuple[str, str]:

@@ -47,6 +47,12 @@ def local(
         Path | None,
         typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it."),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Begin with the final weights of an earlier run, under FROM/<party>; over memory://."
+        ),
+    ] = None,
     watch: Watch = False,
     hands: Annotated[
         list[str] | None,
@@ -67,6 +73,10 @@ def local(
     places = places_of(agreed, files, out)
     counts = _hands(agreed, files, hands or [])
     url = read_broker_url(broker or MEMORY)
+    if start is not None:
+        if not url.startswith(MEMORY):
+            raise JobError("--from is for memory://; over a broker write [start] from = DIR into each party's file")
+        files = {path: file.replace(start={"from": start / file.party}) for path, file in files.items()}
     with shown_if(watch, agreed) as tell:
         if url.startswith(MEMORY):
             history = _run_threads(agreed, list(files.values()), places, tell, counts)

@@ -70,6 +70,7 @@ class Model:
     known: bool = False  # whether all parameters were the optimizer's in the first step
     outputs: Outputs | None = None  # of a base model with several
     statistics: Statistics = field(default_factory=Statistics)  # where micro-batches are computed apart
+    shares_all: bool = False  # what never changes, too: hands do not have it
     saw: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # by the newest forward pass, of those
     secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
@@ -231,6 +232,8 @@ class Model:
 
     def shared(self) -> dict[str, Tensor]:
         """Return what changes from step to step and a forward pass reads: parameters that train, running averages."""
+        if self.shares_all:
+            return {name: tensor.detach() for name, tensor in tensors_of(self.module)}
         learning = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
         return learning | self.statistics.buffers()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sl_queue.compute.aggregation import aggregated
+from sl_queue.compute.answering import AnsweringFuse
 from sl_queue.compute.base_stage import base_stage
 from sl_queue.compute.building import Inputs
 from sl_queue.compute.final_weights import settled
@@ -98,3 +99,11 @@ def _fuse(
     settled(model.module, spec.party, weights["fuse"]).to(model.device)
     cuts = {p: fuse_cut(layers, model, p, guards.get(p, UNGUARDED)) for p in layers.feature_parties}
     return PredictingFuse(model, own, table.row_keys, batches, cuts, layers, pieces)
+
+
+def trained_fuse(spec: ComputeSpec, model: Model, weights: Path) -> AnsweringFuse:
+    """Give a fuse model its trained weights, to answer single requests with."""
+    layers = spec.layers
+    settled(model.module, spec.party, weights).to(model.device)
+    cuts = {party: fuse_cut(layers, model, party, UNGUARDED) for party in layers.feature_parties}
+    return AnsweringFuse(model, cuts, layers)

@@ -215,6 +215,17 @@ class HandsFile(Schema):
             yield name, redacted(value) if name == "broker" and value is not None else value
 
 
+class StartFile(Schema):
+    """Weights that a run begins with, of an earlier one."""
+
+    from_: _Path = Field(
+        alias="from", description="the name of a folder: state of an earlier run, whose final weights this one takes"
+    )
+    optimizer: bool = Field(
+        default=False, description="true or false: what its optimizer remembered of each parameter is taken too"
+    )
+
+
 class PartyFile(Schema):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
@@ -238,6 +249,7 @@ class PartyFile(Schema):
         description='a torch device, for instance "cpu" or "cuda": where the models compute',
     )
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
+    start: StartFile | None = Field(default=None, description="a table [start] with a folder")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
     hands: HandsFile | None = Field(default=None, description="a table [hands], which may be empty")
     privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret and defences")

@@ -22,6 +22,14 @@ from sl_queue.protocol.text import nearest
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """State folder of an earlier run."""
+
+    folder: Path
+    optimizer: bool  # take what its optimizer remembered too
+
+
+@dataclass(frozen=True, slots=True)
 class PartySpec:
     """One party of one job."""
 
@@ -32,6 +40,7 @@ class PartySpec:
     compute: ComputeSpec
     privacy: Settings
     chosen_secret: Path | str | None  # what keys its draws, as its file says: a file, "seed", or nothing chosen
+    start: "Start | None" = None  # an earlier run that this one begins with
 
     def with_secret(self, secret: bytes) -> Self:
         """Return the same party with a secret for its draws."""
@@ -52,6 +61,7 @@ def resolve(job: Job, party_file: PartyFile, importer: Importer) -> PartySpec:
         compute,
         settings_of(party_file.privacy),
         party_file.privacy.secret,
+        None if party_file.start is None else Start(party_file.start.from_, party_file.start.optimizer),
     )
 
 

@@ -104,10 +104,7 @@ def apply(fitted: Fitted, columns: Mapping[str, Any]) -> tuple[npt.NDArray[np.fl
 def fit_and_apply(
     specs: Mapping[str, Spec], columns: Mapping[str, Any], rows: Rows, n_rows: int
 ) -> tuple[Fitted, npt.NDArray[np.float32], list[str]]:
-    """Fit on some rows and apply to all, as `fit` and `apply` do, with one column at a time in memory.
-
-    Only categories are looked at twice: how many columns they need is known when they are fitted.
-    """
+    """Fit on some rows and apply to all, one column in memory at a time; only categories are read twice."""
     categories = {name: spec for name, spec in specs.items() if isinstance(spec, Category)}
     known, faults = fit(categories, columns, rows)
     widths = {

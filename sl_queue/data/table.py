@@ -50,7 +50,7 @@ def read_table(
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
     features, labels = in_order(arrays.features, ids.order), in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
-    tokens = None if token_key is None else _keyed(ids, token_key)
+    tokens = None if token_key is None else keyed_ids(ids, token_key)
     names, recipe = arrays.names, None
     if arrays.raw is not None:
         training = spec.training(len(ids.texts), hashes if rules != BY_POSITION else None)
@@ -145,10 +145,10 @@ def fingerprints_of(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
     secret = everything.digest()
     key = blake2b(secret, person=b"sl_queue row key").digest()
     digest = blake2b(secret, digest_size=32, person=b"sl_queue digest").hexdigest()
-    return _keyed(ids, key), digest
+    return keyed_ids(ids, key), digest
 
 
-def _keyed(ids: Ids, key: bytes) -> npt.NDArray[np.uint64]:
+def keyed_ids(ids: Ids, key: bytes) -> npt.NDArray[np.uint64]:
     """Return 64 bits of each id that depend on it and on the key alone."""
     hashes = bytearray()
     for text in texts_of(ids):

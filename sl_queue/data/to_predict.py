@@ -1,6 +1,6 @@
 """Rows that a trained model is asked about: in canonical order, and the way back into the order of their file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,15 @@ import pyarrow as pa
 
 from sl_queue.data.faults import refuse
 from sl_queue.data.features import Fitted, apply
-from sl_queue.data.ids import Positions
+from sl_queue.data.ids import Ids, Positions
 from sl_queue.data.rows import read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
-from sl_queue.data.table import fingerprints_of, ids_in, in_order, texts_of
+from sl_queue.data.table import fingerprints_of, ids_in, in_order, read_ids, texts_of
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import id_hashes
 from sl_queue.protocol.table import Table
+
+_LONGEST_ID = 1000  # characters, of an id in a request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +65,26 @@ def read_to_predict(spec: TableSpec, aligned: Positions | None, recipe: str | No
     positions = np.full(len(next(iter(columns.values()))), -1, np.int64)
     positions[ids.order] = np.arange(len(ids.order))
     return ToPredict(table, columns, positions)
+
+
+def ids_to_predict(spec: TableSpec) -> Ids:
+    """Read the ids of rows that a service answers for, in canonical order. Raises JobError."""
+    return read_ids(spec)[0]
+
+
+def canonical_request(given: Sequence[Any], id_type: str) -> tuple[Ids | None, list[int]]:
+    """Put ids of a request in form: those that are of the table's type, and the places of the others."""
+    wrong = [place for place, one in enumerate(given) if not _is_of(one, id_type)]
+    if wrong or not given:
+        return None, wrong
+    texts = pa.array([str(one) for one in given], pa.large_string())
+    return Ids(texts, id_type, np.arange(len(texts))), []  # type: ignore[arg-type]
+
+
+def _is_of(one: Any, id_type: str) -> bool:
+    if isinstance(one, bool) or not isinstance(one, int | str) or len(str(one)) > _LONGEST_ID:
+        return False
+    return isinstance(one, int) if id_type == "integer" else isinstance(one, str)
 
 
 def _made(

@@ -14,9 +14,11 @@ from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_ids
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.connect import Channels, Connect
-from sl_queue.loops.alignment import Ids, PartyAlignment
+from sl_queue.loops.alignment import PartyAlignment
+from sl_queue.loops.alignment_ports import Ids
 from sl_queue.loops.comparing import Comparing
-from sl_queue.protocol.alignment import Comparison, Ring, Rule, standing
+from sl_queue.protocol.alignment import Ring, Rule
+from sl_queue.protocol.comparison import Comparison, standing
 from sl_queue.protocol.events import Observer
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.status import RunStatus, as_json

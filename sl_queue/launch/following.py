@@ -21,7 +21,7 @@ class Watcher(Protocol):
     """Takes what is heard, on the follower's thread."""
 
     def take(self, status: RunStatus, age_s: float = 0.0) -> None:
-        """Take a status that was told `age_s` ago."""
+        """Take a status that the scheduler reported `age_s` ago."""
 
     def trouble(self, problem: str) -> None:
         """Note why nothing can be heard of the run."""
@@ -75,5 +75,5 @@ class Follower:
                 heard = now
             elif now - heard >= SILENT_S:
                 if self._told_at is None:
-                    self._watcher.trouble("no scheduler has told anything of this job at that broker yet")
+                    self._watcher.trouble("no scheduler has reported anything of this job at that broker yet")
                 return

@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,8 @@ from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
+from sl_queue.compute.going_on import begin_with, begin_with_moments, digest_of_start
+from sl_queue.compute.model import Model
 from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
 from sl_queue.compute.threads import limit_threads
@@ -51,7 +53,7 @@ from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.aligned_file import Aligned, read_aligned
-from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.checkpoints import Folder, newest_state
 from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
 from sl_queue.storage.secret_file import read_secret
@@ -174,7 +176,7 @@ def _prepared(
     table = table_of(spec, rules, aligned)
     for note in table.notes:
         log.info("%s: %s", spec.party, note)
-    folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint})
+    folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint, **_of_start(spec)})
     write_features(state, table.fitted)
     return spec, table, rules
 
@@ -275,11 +277,13 @@ def _stage(
     if spec.role == "label":
         fuse = fuse_stage(compute, table, pipeline.batches, take, guards)
         _remark(fuse.own)
+        _begin(spec, [fuse.model, *([] if fuse.own is None else [fuse.own.model])])
         for found in advice(fuse, job.stops_on):
             log.warning("%s: %s", spec.party, found.text)
         return fuse
     base = base_stage(compute, table, pipeline.batches, take, guards.get(job.label_holder, UNGUARDED))
     _remark(base)
+    _begin(spec, [base.model])
     return base
 
 
@@ -304,6 +308,22 @@ def _role(
     return worker, FeatureParty(job.label_holder, channel, stage, pipeline, worker).train
 
 
+def _of_start(spec: PartySpec) -> dict[str, str]:
+    return {} if spec.start is None else {"start": digest_of_start(spec.start.folder, spec.start.optimizer)}
+
+
+def _begin(spec: PartySpec, models: Sequence[Model]) -> None:
+    """Give the models the weights of an earlier run, if the party's file says so."""
+    if spec.start is None:
+        return
+    for model in models:
+        model.shares_all = True  # a hand has none of them
+    for said in begin_with(models, spec.start.folder):
+        log.warning("%s", said)
+    if spec.start.optimizer:
+        begin_with_moments(models, newest_state(spec.start.folder))
+
+
 def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """Raise CheckpointError if a run that has finished was trained on another table, or with other models.
 
@@ -315,7 +335,7 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
             spec = spec.with_secret(read_secret(spec.chosen_secret))
         aligned = read_aligned(folder.path) if job.alignment.method == "psi" else None
         now = fingerprint(spec.compute, table_of(spec, rules, aligned), rules)
-        folder.require({**now, **spec.privacy.fingerprint})
+        folder.require({**now, **spec.privacy.fingerprint, **_of_start(spec)})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 

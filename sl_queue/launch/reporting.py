@@ -55,7 +55,7 @@ def _nobody() -> dict[str, Any]:
 
 
 def _status(job: Job, run: RunState, kept: Mapping[str, Any] | None, epochs: int) -> RunStatus:
-    """Return where the run is by what is on disk for certain, with what was told last of the rest."""
+    """Return where the run is by what is on disk, and for the rest by the last status that was kept."""
     told = RunStatus(phase=run.phase.value) if kept is None else from_json(kept)
     unknown = PartyStatus("finished" if run.phase is Phase.FINISHED else "")
     parties = {name: told.parties.get(name, unknown) for name in job.parties}

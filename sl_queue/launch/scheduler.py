@@ -122,10 +122,7 @@ def serve_scheduler(
         about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
         channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
         stack.callback(channel.close)
-        keeper = Keeper(state)
-        on_status = _told_to(keeper.take, on_status)
-        if metrics is not None:
-            on_status = _shown(metrics, channel, on_status, stack)
+        on_status = _shown(metrics, channel, _told_to(Keeper(state).take, on_status), stack)
         try:
             channel.open()
         except BrokerUnreachable:
@@ -176,8 +173,10 @@ def plan_of(job: Job) -> Plan:
     )
 
 
-def _shown(address: str, channel: LinkSchedulerChannel, on_status: OnStatus, stack: ExitStack) -> OnStatus:
-    """Have the newest status, and whether the scheduler is alive, shown at that address."""
+def _shown(address: str | None, channel: LinkSchedulerChannel, on_status: OnStatus, stack: ExitStack) -> OnStatus:
+    """Have the newest status, and whether the scheduler is alive, shown at that address, if there is one."""
+    if address is None:
+        return on_status
     from sl_queue.observe.prometheus import SchedulerCollector, Vitals, serve
 
     newest: list[RunStatus | None] = [None]

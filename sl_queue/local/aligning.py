@@ -75,4 +75,4 @@ def align_threads(
         raise
     if errors:
         raise min(errors, key=lambda error: 2 * isinstance(error, RunStopped) + isinstance(error, PeerFailed))
-    return found
+    return {file.party: found[file.party] for file in parties}

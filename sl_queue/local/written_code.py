@@ -44,9 +44,22 @@ class CodeFile:
         if _is_script(module):
             self._take(target, where)
             return f"{self.name}:{qualname}"
-        if self._copy(module):
-            self.imports[module.__name__] = f"import {module.__name__}"
+        self._copy(module)
         return f"{module.__name__}:{qualname if _leads_to(module, qualname, target) else target.__name__}"
+
+    def bound(self, thing: Any, where: str) -> str:
+        """Return as `name_of` does, with a name in this file for what is in another one of the user's.
+
+        Two parties of a process may have modules of the same name; what a file has imported stays its own.
+        """
+        name = self.name_of(thing, where)
+        module, _, path = name.partition(":")
+        if module == self.name or not files_of(sys.modules[module], None):
+            return name
+        top, dot, rest = path.partition(".")
+        alias = f"{module.replace('.', '_')}_{top}"
+        self.imports[alias] = f"from {module} import {top} as {alias}"
+        return f"{self.name}:{alias}{dot}{rest}"
 
     def add_reader(self, part: str) -> None:
         """Add a function that makes the module written as `part`.json."""

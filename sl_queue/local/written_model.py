@@ -115,7 +115,7 @@ def _part(folder: Path, table: BaseFile | FuseFile, part: str, code: CodeFile, p
     where = f"party {party!r}: [{part}]"
     kept = {name: getattr(table, name) for name in type(table).model_fields if name in table.model_fields_set}
     if isinstance(table.model, nn.Module):
-        write_module(table.model, folder / f"{part}.json", code.name_of, f"{where} model")
+        write_module(table.model, folder / f"{part}.json", code.bound, f"{where} model")
         code.add_reader(part)
         kept |= {"model": f"{code.name}:{part}"}
     elif not isinstance(table.model, str):

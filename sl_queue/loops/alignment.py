@@ -9,7 +9,7 @@ two of them comes by way of the label holder.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sl_queue.errors import AlignmentError, PeerSilent, RemoteProtocolError, SlQueueError, TransportError, named
-from sl_queue.loops.alignment_ports import Channel, Files, Secrets
+from sl_queue.loops.alignment_ports import Channel, Files, Ids, Secrets
 from sl_queue.protocol.alignment import (
     MASK_BYTES,
     POINT_BYTES,
@@ -28,25 +28,17 @@ from sl_queue.protocol.alignment import (
     Travel,
     as_masks,
     padded,
+    payload,
     positions_of,
 )
 from sl_queue.protocol.control import Align, Aligned, Aligning, Alive, Failed, Offer, Stop
-from sl_queue.protocol.messages import SCHEDULER, Masked, Payload
+from sl_queue.protocol.messages import SCHEDULER, Masked
 from sl_queue.protocol.scheduler.state import GIVE_UP
 from sl_queue.protocol.text import printable
 
 TELL_S = 1.0  # between two signs of life, which also say how far the own set has come
 WAIT_S = 0.2
 HELD = 256  # messages that are here and not dealt with, of all senders
-
-
-@dataclass(frozen=True, slots=True)
-class Ids:
-    """A party's own ids, in canonical order."""
-
-    count: int
-    texts: Callable[[], Iterable[bytes]] = field(repr=False)  # with their type, so that 7 is not "7"
-    type: str
 
 
 @dataclass(slots=True)
@@ -304,8 +296,3 @@ class PartyAlignment:
         own: Masks = np.empty_like(sent)
         own[self.places] = sent
         return positions_of(own, common, self.ids.count)
-
-
-def payload(body: bytes | memoryview, item_bytes: int) -> Payload:
-    """Wrap points or masks as a tensor of bytes."""
-    return Payload("int8", (len(body) // item_bytes, item_bytes), body)

@@ -1,11 +1,21 @@
 """Protocols of what both sides of an alignment need; adapters in transport, security and storage provide it."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sl_queue.protocol.alignment import Outcome
+from sl_queue.protocol.comparison import Outcome
 from sl_queue.protocol.control import Command, Message, Report, Status
 from sl_queue.protocol.messages import Masked
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """A party's own ids, in canonical order."""
+
+    count: int
+    texts: Callable[[], Iterable[bytes]] = field(repr=False)  # with their type, so that 7 is not "7"
+    type: str
 
 
 class Arrival(Protocol):

@@ -11,9 +11,9 @@ from math import inf
 from typing import Any
 
 from sl_queue.errors import PeerFailed, PeerSilent, RunStopped, SlQueueError, failure, named
-from sl_queue.loops.alignment import payload
 from sl_queue.loops.alignment_ports import Channel, OutcomeFile
-from sl_queue.protocol.alignment import MASK_BYTES, Comparison, Cut
+from sl_queue.protocol.alignment import MASK_BYTES, Cut, payload
+from sl_queue.protocol.comparison import Comparison
 from sl_queue.protocol.control import Align, Aligned, Aligning, Alive, Failed, Join, Offer, Status, Stop, StopRequest
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Masked, MicroBatch
 from sl_queue.protocol.scheduler.agreement import other_job

@@ -1,4 +1,4 @@
-"""What a party did with its time: in the last seconds, and in all of its processes together. From totals alone."""
+"""Time of a party, by what it was spent on: in the last seconds, and in all of its processes. From totals alone."""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping

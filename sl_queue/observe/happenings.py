@@ -1,4 +1,4 @@
-"""What went wrong in a run and was mended, in words: read from the differences of what the scheduler tells."""
+"""Faults and recoveries of a run in words, read from the differences of successive statuses."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,9 +87,9 @@ def _of_party(name: str, before: PartyStatus | None, party: PartyStatus, at_s: f
         return
     lost, was_lost = is_lost(party), is_lost(before)
     if lost and not was_lost:
-        yield Line(at_s, name, "lost", f"nothing is heard of it for {party.silent_s or 0:.0f} s: killed, or cut off")
+        yield Line(at_s, name, "lost", f"nothing heard from it for {party.silent_s or 0:.0f} s: killed, or cut off")
     if was_lost and not lost and party.silent_s is not None:
-        yield Line(at_s, name, "back", f"is heard of again, after {before.silent_s or 0:.0f} s")
+        yield Line(at_s, name, "back", f"is heard again, after {before.silent_s or 0:.0f} s")
     if party.phase != before.phase and party.phase in ("refused", "stopped", "finished"):
         reason = f": {party.refused}" if party.refused else ""
         yield Line(at_s, name, party.phase, f"{party.phase}{reason}")

@@ -17,7 +17,7 @@ SPARE_S = 0.45  # views are made no more often, whoever looks
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What somebody has been shown: which view, and how much of the curves."""
+    """Position of a viewer: the view it was shown last, and how much of the curves it has."""
 
     number: int = 0
     serial: int = -1
@@ -39,7 +39,7 @@ class Live:
         self._view: tuple[int, float, dict[str, Any]] = (0, float("-inf"), {})
 
     def take(self, status: RunStatus, age_s: float = 0.0) -> None:
-        """Take a status that was told `age_s` ago."""
+        """Take a status that the scheduler reported `age_s` ago."""
         with self._changed:
             self._trace.take(status, self._wall() - age_s)
             self._heard, self._problem = self._clock() - age_s, None

@@ -84,7 +84,7 @@ class Meter:
             )
 
     def totals(self, messages: Mapping[str, int]) -> Totals:
-        """Return everything so far as the scheduler is told it; `messages`: of data, by what became of them."""
+        """Return everything so far, for the scheduler; `messages`: of data, by what became of them."""
         with self._lock:
             at, counts = self._attribute(), self._counts
             waited: dict[str, dict[str, float]] = {}

@@ -22,6 +22,16 @@ PHASES = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 LATER = frozenset({408, 425, 429})  # besides 5xx: codes of a server that may take it later
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refusal of redirects: another server would be sent the login."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 class MLflow:
     """The experiment has the job's name; the run is found again by its tag. Mutable: it knows the run's id.
 
@@ -95,7 +105,7 @@ class MLflow:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
                 return dict(json.loads(answer.read() or b"{}"))
         except urllib.error.HTTPError as error:
             told = f"the server at {self._where} answers {error.code} to {path}"

@@ -1,4 +1,4 @@
-"""What a tracker is told of a run: named numbers by step, made of what the scheduler tells a few times a second."""
+"""Numbers of a run for trackers, by name and step, made of the statuses that the scheduler reports."""
 
 import re
 from collections.abc import Iterator
@@ -64,6 +64,9 @@ class Scalars:
             for name, value in (epoch.holdout or {}).items():
                 if value is not None:
                     yield f"holdout/{name}", epoch.step, value
+            for party, numbers in (epoch.leak or {}).items():
+                for name, value in numbers.items():
+                    yield f"leak/{party}/{name}", epoch.step, value
 
     def _activity(self, status: RunStatus, at_s: float) -> Iterator[tuple[str, int, float]]:
         if at_s - self.activity_at_s < ACTIVITY_S or status.step < 0:

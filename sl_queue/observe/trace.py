@@ -41,7 +41,7 @@ class Trace:
     happenings: Happenings = field(default_factory=Happenings)
 
     def take(self, status: RunStatus, at_s: float) -> None:
-        """Take a status that was told at that time, in seconds since 1970."""
+        """Take a status of that time, in seconds since 1970."""
         if self.status is not None and _is_another(self.status, status):
             self._forget()
         self.status = status

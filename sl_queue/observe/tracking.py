@@ -28,7 +28,7 @@ log = logging.getLogger("sl_queue")
 
 
 class TrackerDown(Exception):
-    """The tracker cannot be told now; said later, the same may be taken."""
+    """The tracker does not answer now; later it may take the same."""
 
 
 class TrackerRefuses(Exception):
@@ -119,7 +119,7 @@ class Tracker:
             self._changed.notify_all()
         self._thread.join(LEAVE_S)
         if self._waiting:
-            log.warning("--track %s: the run has ended, and %d numbers were not told", self._name, len(self._waiting))
+            log.warning("--track %s: the run has ended, and %d numbers were not logged", self._name, len(self._waiting))
 
     # The thread -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The page that shows a run, at http://HOST:PORT: one file, and a stream of server-sent events.
 
-Nothing is asked of the run: who looks is shown what was told. Who may look: whoever reaches the port, by a name that
+Nothing is asked of the run: it shows what the scheduler reports. Who may look: whoever reaches the port, by a name that
 is ours. A page of another site whose name was made to mean this machine (DNS rebinding) has that site's name in the
 Host header, and is refused.
 """

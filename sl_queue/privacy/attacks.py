@@ -49,10 +49,17 @@ def each_class(labels: Classes, scores: Callable[[npt.NDArray[np.bool_]], npt.ND
 
 def scored(labels: Classes) -> Classes:
     """Return the classes that an AUC is a mean over: of two the rarer, of more all, of one none."""
-    classes, counts = np.unique(labels, return_counts=True)
+    classes, counts = counted(labels)
     if len(classes) < 2:
         return classes[:0]
     return classes[[int(counts.argmin())]] if len(classes) == 2 else classes
+
+
+def counted(labels: Classes) -> tuple[Classes, Classes]:
+    """Return the classes that occur, ascending, and how often each does."""
+    counts = np.bincount(labels)
+    classes = np.flatnonzero(counts)
+    return classes, counts[classes]
 
 
 def directions(rows: Rows) -> Rows:
@@ -72,20 +79,20 @@ def norm(gradients: Rows, labels: Classes) -> float:
 
 def direction(unit: Rows, labels: Classes, rng: Rng) -> float:
     """Return the AUC of the likeness to one row whose class is known; the mean over a few such rows."""
-    known = 5 if len(np.unique(labels)) <= 2 else 1
+    classes = scored(labels)
+    known = 5 if len(classes) == 1 else 1
 
     def score(of_class: npt.NDArray[np.bool_]) -> float:
         members = np.flatnonzero(of_class)
         chosen = rng.choice(members, min(known, len(members)), replace=False)
         return float(np.mean([auc(of_class, likeness) for likeness in unit[chosen] @ unit.T]))
 
-    classes = scored(labels)
     return float(np.mean([score(labels == c) for c in classes])) if len(classes) else 0.5
 
 
 def spectral(unit: Rows, labels: Classes) -> float:
     """Return the AUC of the main direction in which gradients differ: clustering, with no row known."""
-    few = main_directions(unit, len(np.unique(labels)))
+    few = main_directions(unit, len(counted(labels)[0]))
     return each_class(labels, lambda of_class: max(few, key=lambda along: auc(of_class, along))) if len(few) else 0.5
 
 
@@ -109,7 +116,7 @@ def chance(scores: Rows, labels: Classes, rng: Rng) -> float:
 
 def completion(rows: Rows, labels: Classes, rng: Rng, known: int = 40) -> float:
     """Return the AUC of a linear model that is fitted on a few rows whose labels are known, on all others."""
-    classes, counts = np.unique(labels, return_counts=True)
+    classes, counts = counted(labels)
     each = max(1, min(known // max(len(classes), 1), int(counts.min()) // 2)) if len(classes) else 0
     if len(classes) < 2 or int(counts.min()) < 2:
         return 0.5
@@ -124,7 +131,7 @@ def completion(rows: Rows, labels: Classes, rng: Rng, known: int = 40) -> float:
 
 def one_of_each(unit: Rows, labels: Classes, rng: Rng) -> float:
     """Return the share of labels that are read with one known row of each class, by likeness."""
-    classes = np.unique(labels)
+    classes = counted(labels)[0]
     known = np.array([rng.choice(np.flatnonzero(labels == c)) for c in classes])
     rest = np.setdiff1d(np.arange(len(labels)), known)
     nearest = classes[np.argmax(unit[rest] @ unit[known].T, axis=1)]
@@ -136,7 +143,11 @@ def one_of_each(unit: Rows, labels: Classes, rng: Rng) -> float:
 
 def reconstruction(seen: Rows, columns: Rows, rng: Rng, known: int = 100, *, network: bool = False) -> float:
     """Return the share of the columns' variance that is recovered from what is seen, with some rows known; from 0."""
-    each = _recovered(seen, columns, rng, known, network=network)
+    return together(recovered(seen, columns, rng, known, network=network), columns)
+
+
+def together(each: npt.NDArray[np.float64], columns: Rows) -> float:
+    """Return the share of all columns' variance, from the share of each."""
     variance = columns.var(axis=0)
     total = float(variance.sum())
     return max(0.0, float((each * variance).sum()) / total) if total > 0 else 0.0
@@ -144,7 +155,7 @@ def reconstruction(seen: Rows, columns: Rows, rng: Rng, known: int = 100, *, net
 
 def attribute(seen: Rows, columns: Rows, rng: Rng, known: int = 100) -> float:
     """Return the share of variance that is recovered of the one column that is recovered best."""
-    each = _recovered(seen, columns, rng, known, network=False)
+    each = recovered(seen, columns, rng, known, network=False)
     return max(0.0, float(each.max())) if each.size else 0.0
 
 
@@ -153,11 +164,13 @@ def attribute_raw(columns: Rows, rng: Rng, known: int = 100) -> float:
     if columns.shape[1] < 2:
         return 0.0
     tried = range(min(columns.shape[1], 32))
-    found = [_recovered(np.delete(columns, c, 1), columns[:, [c]], rng, known, network=False)[0] for c in tried]
+    found = [recovered(np.delete(columns, c, 1), columns[:, [c]], rng, known, network=False)[0] for c in tried]
     return max(0.0, float(max(found)))
 
 
-def _recovered(seen: Rows, columns: Rows, rng: Rng, known: int, *, network: bool) -> npt.NDArray[np.float64]:
+def recovered(
+    seen: Rows, columns: Rows, rng: Rng, known: int = 100, *, network: bool = False
+) -> npt.NDArray[np.float64]:
     """Return the share of variance that is recovered of each column, on the rows that are not known; may be below 0."""
     known = min(known, len(seen) // 2)
     order = rng.permutation(len(seen))

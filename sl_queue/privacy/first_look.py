@@ -10,8 +10,9 @@ from sl_queue.cut.guard import Crossing, Tap
 from sl_queue.privacy import attacks
 from sl_queue.privacy.attacks import Classes, Rows
 from sl_queue.privacy.guards import RowIndex, numbers_of
-from sl_queue.privacy.meter import SAMPLE, WIDTH
+from sl_queue.privacy.meter import WIDTH
 
+ROWS = 2000  # that are enough
 READABLE = 0.6  # an AUC above which labels count as readable
 
 
@@ -37,7 +38,7 @@ class FirstLook:
 
     labels: Classes = field(repr=False)  # of all rows
     index: RowIndex = field(repr=False)
-    wanted: int  # rows, at most SAMPLE
+    wanted: int  # rows, at most ROWS
     say: Callable[[Reading], None]
     _seen: dict[str, tuple[list[Rows], list[Classes]]] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
@@ -45,7 +46,7 @@ class FirstLook:
     @classmethod
     def of(cls, labels: Classes, index: RowIndex, rows: int, say: Callable[[Reading], None]) -> "FirstLook":
         """Look at the first `rows` rows, or fewer of a larger table."""
-        return cls(labels, index, min(rows, SAMPLE), say)
+        return cls(labels, index, min(rows, ROWS), say)
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy; say what can be read once there are rows enough."""
@@ -53,7 +54,7 @@ class FirstLook:
         if crossing.what != "gradient" or party in self._said:
             return
         rows, labels = self._seen.setdefault(party, ([], []))
-        numbers = numbers_of(tensor, np.ones(len(tensor), bool)).reshape(len(tensor), -1)
+        numbers = numbers_of(tensor, np.arange(len(tensor))).reshape(len(tensor), -1)
         rows.append(numbers[:, :: -(-numbers.shape[1] // WIDTH)].astype(np.float64))
         labels.append(self.labels[self.index(crossing.rows.keys)])
         if self.rows(party) >= self.wanted:

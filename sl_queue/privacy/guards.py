@@ -113,24 +113,29 @@ class Returning:
         return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GradientTap:
-    """Shows the label holder's meter what leaves, and what arrives."""
+    """Shows the label holder's meter what leaves and arrives. Mutable: all peers' tensors are of the same rows."""
 
     meter: GradientMeter
     index: RowIndex = field(repr=False)
+    _rows: bytes = b""  # the digest of the rows looked up last
+    _sampled: tuple[Positions, npt.NDArray[np.int64]] | None = None  # those in the sample, and their places in them
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        positions = self.index(crossing.rows.keys)
-        chosen = self.meter.samples(positions)
-        if not chosen.any():
+        if crossing.rows.digest != self._rows or self._sampled is None:
+            positions = self.index(crossing.rows.keys)
+            places = np.flatnonzero(self.meter.samples(positions))
+            self._rows, self._sampled = crossing.rows.digest, (positions[places], places)
+        positions, places = self._sampled
+        if not len(places):
             return
-        numbers = numbers_of(tensor, chosen)
+        numbers = numbers_of(tensor, places)
         if crossing.what == "gradient":
-            self.meter.saw_gradient(crossing.receiver, positions[chosen], numbers)
+            self.meter.saw_gradient(crossing.receiver, positions, numbers)
         else:
-            self.meter.saw_activation(crossing.sender, positions[chosen], numbers)
+            self.meter.saw_activation(crossing.sender, positions, numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +148,14 @@ class ActivationTap:
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
         positions = self.index(crossing.rows.keys)
-        chosen = self.meter.samples(positions)
-        if chosen.any():
-            self.meter.saw_activation(positions[chosen], numbers_of(tensor, chosen))
+        places = np.flatnonzero(self.meter.samples(positions))
+        if len(places):
+            self.meter.saw_activation(positions[places], numbers_of(tensor, places))
 
 
-def numbers_of(tensor: Tensor, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """Return a copy of the chosen rows on the CPU."""
-    found: npt.NDArray[np.float32] = tensor[torch.from_numpy(chosen).to(tensor.device)].float().cpu().numpy()
+def numbers_of(tensor: Tensor, places: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Return a copy of these rows on the CPU."""
+    found: npt.NDArray[np.float32] = tensor[torch.from_numpy(places).to(tensor.device)].float().cpu().numpy()
     return found
 
 

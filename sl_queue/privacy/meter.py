@@ -15,7 +15,7 @@ from sl_queue.privacy import attacks
 from sl_queue.privacy.attacks import Classes, Rows
 from sl_queue.privacy.draws import Floats
 
-SAMPLE = 2000  # rows that are looked at
+SAMPLE = 1000  # rows that are looked at
 WIDTH = 128  # numbers of a row that are looked at; of wider ones every so many
 KNOWN = 5  # rows of a class that an attacker knows, for the direction that it adds up
 MOST_CLASSES = 10  # that are scored; the rarest ones
@@ -32,8 +32,8 @@ def sample(labels: Classes | None, training: Positions, key: bytes) -> Positions
         return np.sort(training)
     if labels is None:
         return np.sort(rng.choice(training, SAMPLE, replace=False))
-    _, which, counts = np.unique(labels[training], return_inverse=True, return_counts=True)
-    of_rarest = which == int(counts.argmin())
+    classes, counts = attacks.counted(labels[training])
+    of_rarest = labels[training] == classes[counts.argmin()]
     n_rare = min(int(of_rarest.sum()), SAMPLE // 2)
     rare = rng.choice(training[of_rarest], n_rare, replace=False)
     others = training[~of_rarest] if n_rare + int((~of_rarest).sum()) >= SAMPLE else np.setdiff1d(training, rare)
@@ -94,7 +94,7 @@ class GradientMeter:
         self._activations: dict[str, _Seen] = {}
         self._before: dict[str, npt.NDArray[np.float32]] = {}  # the gradients' rows of the epoch before
         self._patience: dict[str, Floats] = {}  # (sample, scored classes)
-        classes, counts = np.unique(self._labels, return_counts=True)
+        classes, counts = attacks.counted(self._labels)
         few = 1 if len(classes) == 2 else MOST_CLASSES
         self._scored = classes[np.argsort(counts, kind="stable")][:few] if len(classes) > 1 else classes[:0]
         rng = _rng(key, "friends", 0)
@@ -229,10 +229,11 @@ class ActivationMeter:
             return {}
         rows, columns = seen.rows[seen.here].astype(np.float64), self._columns[seen.here]
         shuffled = rng.permutation(rows)
+        each = attacks.recovered(rows, columns, rng)
         found = {
-            "ridge": attacks.reconstruction(rows, columns, rng),
+            "ridge": attacks.together(each, columns),
             "network": attacks.reconstruction(rows, columns, rng, network=True),
-            "attribute": attacks.attribute(rows, columns, rng),
+            "attribute": max(0.0, float(each.max(initial=0.0))),
             "chance": attacks.attribute(shuffled, columns, rng),
         }
         return {**{name: round(value, 4) for name, value in found.items()}, "attribute_raw": self._raw}

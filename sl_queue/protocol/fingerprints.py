@@ -15,7 +15,7 @@ SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names
 _FIRST = re.compile(  # in every version, or there whenever the party file says it
-    r"torch|threads|device|privacy\..+|data\.weights|fuse\.missing_labels"
+    r"torch|threads|device|start|privacy\..+|data\.weights|fuse\.missing_labels"
     r"|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
     r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|inputs|groups|clip_norm|clip_value|ema)"
 )

@@ -17,9 +17,9 @@ SELF = ("scheduler", "broker", "disk")  # sources of a wait that are no party
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """What a worker waits for at this moment."""
+    """Wait of a worker at this moment."""
 
-    source: str  # a party, or one of SELF
+    source: str  # a party, scheduler, broker or disk
     cause: str
     seconds: float
 
@@ -29,7 +29,7 @@ class Totals:
     """Counters since the process started; `busy_s` and all of `waited_s` add up to `age_s`."""
 
     age_s: float = 0.0
-    busy_s: float = 0.0
+    busy_s: float = 0.0  # not waiting for anything
     waited_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by source, then by cause
     messages: Mapping[str, int] = field(default_factory=dict)  # data messages received, by what became of them
     sent_bytes: int = 0
@@ -37,9 +37,9 @@ class Totals:
     tensor_bytes: int = 0  # of what was sent, messages with a tensor
     float32_bytes: int = 0  # which would have taken this as float32
     resent: int = 0  # messages sent again because a peer asked
-    commits: int = 0
+    commits: int = 0  # checkpoints written
     reconnects: int = 0
-    now: Now | None = None
+    now: Now | None = None  # what it waits for
 
 
 Totalling = Callable[[Mapping[str, int]], Totals]  # given the data messages by fate

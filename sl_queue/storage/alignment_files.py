@@ -13,7 +13,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from sl_queue.errors import CheckpointError
-from sl_queue.protocol.alignment import MASK_BYTES, Outcome, as_masks
+from sl_queue.protocol.alignment import MASK_BYTES, as_masks
+from sl_queue.protocol.comparison import Outcome
 from sl_queue.security.masking import MaskKeys
 from sl_queue.storage.aligned_file import Aligned, write_aligned
 from sl_queue.storage.files import PRIVATE, unusable, write_durably

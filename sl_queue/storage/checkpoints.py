@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from filelock import FileLock
 
-from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
+from sl_queue.errors import CheckpointError, JobError, LocalProtocolError, PartyBusy
 from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
 from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
@@ -289,3 +289,14 @@ class Folder:
             yield
         except OSError as error:
             raise unusable(self._path, error) from error
+
+
+def newest_state(path: Path) -> State:
+    """Read the state in a folder's newest checkpoint, of whatever job it is. Raises JobError if there is none."""
+    for file in sorted((path / "checkpoints").glob(f"{_PREFIX}*{SUFFIX}"), reverse=True):
+        try:
+            stored = unsealed(file)
+        except (TornFileError, OSError):
+            continue
+        return State(stored.tensors, stored.about["state"])
+    raise JobError(f"{path} holds no checkpoint, so no state of an optimizer; remove optimizer from [start]")

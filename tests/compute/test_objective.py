@@ -243,7 +243,7 @@ CLASSES, NUMBERS = np.arange(ROWS) % 2, np.linspace(0, 1, ROWS)[:, None]
     ("loss", "labels", "metric", "complaint"),
     [
         ("bce_with_logits", CLASSES, "auc", "'auc' is unknown for a binary loss; allowed are loss, auroc, accuracy"),
-        ("mse", NUMBERS, "auroc", "'auroc' is unknown for a regression loss; allowed are loss, mse, mae, r2"),
+        ("mse", NUMBERS, "auroc", "'auroc' is unknown for a regression loss; allowed are loss, mse, rmse, mae, r2"),
         (nn.functional.l1_loss, NUMBERS, "f1", "'f1' is unknown for a regression loss"),
         (hinge, CLASSES, "auc", "'auc' is unknown for a binary loss"),
     ],

@@ -6,8 +6,11 @@ from io import StringIO
 from rich.console import Console
 
 from sl_queue.observe.console import history_table
+from sl_queue.observe.scalars import Scalars
 from sl_queue.protocol.control import EpochResult
-from sl_queue.protocol.scheduler.state import history_line, result_of, worst_reading
+from sl_queue.protocol.scheduler.epochs import recorded
+from sl_queue.protocol.scheduler.state import Plan, RunState, history_line, result_of, worst_reading
+from sl_queue.protocol.scheduler.status import RunStatus
 
 LEAK = {"bank": {"direction": 0.99, "norm": 0.7, "chance": 0.55, "probe": 0.999}}
 
@@ -28,3 +31,22 @@ def test_the_table_of_a_run_says_how_well_labels_were_read() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "read by bank" in text
     assert text.count("0.9900") == 2
+
+
+def test_trackers_are_given_every_attack_by_party() -> None:
+    status = RunStatus("running", "toy", "r1", step=3, loss=0.5, history=(EpochResult(0, 3, 0.5, None, 1.0, LEAK),))
+    said = {each.name: (each.step, each.value) for each in Scalars().of(status, 1.0)}
+    assert said["leak/bank/direction"] == (3, 0.99)
+    assert said["leak/bank/chance"] == (3, 0.55)
+
+
+def test_what_a_label_holder_makes_up_fills_no_history() -> None:
+    """Parties that there are not, names that no terminal shows, and numbers that are none."""
+    plan = Plan({}, "label", ("bank",), 3, 10.0)
+    made_up = {"bank": {"norm": 0.7, "a\x1b[2J": 0.5, "nothing": float("nan")}, **{f"x{i}": {} for i in range(1000)}}
+    state, _ = recorded(plan, RunState(), (EpochResult(0, 3, 0.5, leak=made_up),), 1.0)
+    (kept,) = state.history
+    assert kept.leak is not None
+    assert set(kept.leak) == {"bank"}
+    assert sorted(kept.leak["bank"].values()) == [0.5, 0.7]
+    assert all(name.isprintable() for name in kept.leak["bank"])

@@ -1,4 +1,4 @@
-"""What is shown and kept of a run follows from statuses: who waited, what went wrong, and curves of bounded size."""
+"""A run as shown and kept follows from statuses: who waited, what went wrong, and curves of bounded size."""
 
 import json
 from collections.abc import Mapping
@@ -207,6 +207,15 @@ def test_a_hundred_thousand_epochs_stay_few_and_in_order() -> None:
     assert len(numbers) <= MOST_EPOCHS
     assert numbers == sorted(set(numbers))
     assert (numbers[0], numbers[-1]) == (0, 19_999)
+
+
+def test_an_alignment_that_goes_on_before_a_run_is_shown_as_what_it_is() -> None:
+    trace = Trace()
+    trace.take(status(PartyStatus("masking 40 %"), phase="aligning", run=None), 1.0)
+    view = trace.view()
+    assert (view["status"]["phase"], view["status"]["parties"]["a"]["phase"]) == ("aligning", "masking 40 %")
+    assert [line["text"] for line in view["log"]] == ["the run is aligning"]
+    assert not view["parties"]["a"]["lost"]
 
 
 def test_a_trace_of_nothing_is_a_view_too() -> None:

@@ -1,5 +1,6 @@
-"""Trackers: what they are told, that no restart doubles a point, and that one that is down holds nobody up."""
+"""Trackers: what they log, that no restart doubles a point, and that one that is down holds nobody up."""
 
+import http.server
 import logging
 import struct
 import threading
@@ -7,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -15,7 +16,7 @@ from sl_queue.errors import JobError
 from sl_queue.observe.mlflow import MLflow
 from sl_queue.observe.scalars import Scalar, Scalars
 from sl_queue.observe.tensorboard import TensorBoard, crc32c, steps_in
-from sl_queue.observe.tracking import MOST_WAITING, Tracker, TrackerDown, parameters_of, sink_of
+from sl_queue.observe.tracking import MOST_WAITING, Tracker, TrackerDown, TrackerRefuses, parameters_of, sink_of
 from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
 from sl_queue.protocol.totals import Totals
@@ -151,6 +152,35 @@ def test_a_server_that_is_not_there_is_down_and_its_password_is_not_told() -> No
     with pytest.raises(TrackerDown, match=rf"127\.0\.0\.1:{port} cannot be asked") as raised:
         MLflow(f"http://user:secret@127.0.0.1:{port}", "toy").begin("r1", {})
     assert "secret" not in str(raised.value)
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """Answers everything with a redirect to itself, and remembers what it was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(302)
+        self.send_header("Location", "/stolen")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def test_a_login_is_not_sent_on_to_where_a_server_redirects() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            with pytest.raises(TrackerRefuses, match="answers 302"):
+                MLflow(f"http://user:secret@127.0.0.1:{server.server_port}", "toy").begin("r1", {})
+        finally:
+            server.shutdown()
+            thread.join()
+    assert [path.partition("?")[0] for path in Elsewhere.asked] == ["/api/2.0/mlflow/experiments/get-by-name"]
 
 
 # Event files ------------------------------------------------------------------------------------------------------

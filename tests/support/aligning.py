@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sl_queue.errors import SlQueueError
-from sl_queue.loops.alignment import Ids, PartyAlignment
+from sl_queue.loops.alignment import PartyAlignment
+from sl_queue.loops.alignment_ports import Ids
 from sl_queue.loops.comparing import Comparing
-from sl_queue.protocol.alignment import Comparison, Ring, Rule
+from sl_queue.protocol.alignment import Ring, Rule
+from sl_queue.protocol.comparison import Comparison
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.topology import Topology
 from sl_queue.security.sealing import Seal

@@ -15,7 +15,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 @contextmanager
 def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iterator[Chrome]:
-    """Return a browser; it fails the test where there is none, as tests without a broker do."""
+    """Start a browser; fails the test where there is none, as tests without a broker do."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.fail("no Chromium for the tests: sh tests/obtain_browser.sh, or apt-get install chromium-driver")
@@ -50,3 +50,13 @@ def text_of(chrome: Chrome, name: str) -> str:
 def complaints(chrome: Chrome) -> list[str]:
     """List what the page wrote to the console since it was last asked."""
     return [json.dumps(entry) for entry in chrome.get_log("browser")]
+
+
+def overflow(chrome: Chrome, width: int) -> int:
+    """Count the pixels by which the page is wider than a screen of that width."""
+    chrome.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    found: int = chrome.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    return found

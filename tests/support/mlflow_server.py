@@ -21,7 +21,7 @@ SERVE = "import sys; from mlflow.server import app; app.run(port=int(sys.argv[1]
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """Yield the URL of a server that keeps what it is told in that folder."""
+    """Yield the URL of a server that keeps its runs in that folder."""
     (port,) = free_ports(1)
     environ = {
         **os.environ,

@@ -1,7 +1,9 @@
 """A trained model as its users meet it: predicted with, evaluated, listed, exported; and workers that are killed."""
 
+import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,3 +132,59 @@ def test_workers_that_are_killed_leave_the_same_file_with_each_row_once(trained:
             worker.communicate()
     assert {role: worker.returncode for role, worker in workers.items()} == dict.fromkeys(commands, 0), said
     assert (trained / "predictions.csv").read_bytes() == wanted
+
+
+def ask(port: int, ids: list[int]) -> tuple[int, dict[str, object]]:
+    """Ask a service; (0, {}) while nobody listens."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("POST", "/predict", json.dumps({"ids": ids}))
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    except OSError:
+        return 0, {}
+    finally:
+        connection.close()
+
+
+@pytest.mark.timeout(240)
+def test_a_service_answers_over_http_whoever_is_killed(trained: Path, broker_url: str) -> None:
+    assert sl_queue("predict", *files(trained)).returncode == 0
+    table = pa.csv.read_csv(trained / "predictions.csv")
+    first = dict(zip(table["customer_id"].to_pylist()[:5], table["probability"].to_pylist()[:5], strict=True))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    party = trained / "insurer-serve.toml"
+    party.write_text(
+        f'{(trained / "insurer.toml").read_text()}\n[serve]\nlisten = "127.0.0.1:{port}"\ndeadline = 15.0\n'
+    )
+    commands = {
+        "bank": ["workers.feature_party", "--party", trained / "bank.toml"],
+        "insurer": ["workers.label_holder", "--party", party],
+    }
+
+    def start(role: str) -> "subprocess.Popen[bytes]":
+        module, *rest = commands[role]
+        command = [sys.executable, "-m", module, "--job", trained / "job.toml", *rest, "--serve"]
+        environ = environment(SL_QUEUE_BROKER=broker_url)
+        return subprocess.Popen(list(map(str, command)), env=environ, stderr=subprocess.DEVNULL)
+
+    workers = {role: start(role) for role in commands}
+    try:
+        for role in ("bank", "insurer", "bank"):
+            deadline = time.monotonic() + 60.0
+            status, said = 0, {}
+            while status != 200:
+                assert time.monotonic() < deadline, (status, said)
+                status, said = ask(port, [*first])
+                time.sleep(0.1)
+            predictions = said["predictions"]
+            assert isinstance(predictions, list)
+            assert {one["id"]: pytest.approx(one["probability"], abs=1e-6) for one in predictions} == first
+            workers[role].kill()
+            workers[role].wait()
+            workers[role] = start(role)
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()

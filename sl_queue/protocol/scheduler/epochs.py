@@ -7,6 +7,7 @@ epoch and keeps the weights of that.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from sl_queue.protocol.control import EpochResult, Finish, Open
@@ -103,7 +104,7 @@ def recorded(plan: Plan, state: RunState, results: tuple[EpochResult, ...], now:
     history, standing = state.history, state.standing
     for result in new:
         history = history.after(
-            replace(result, seconds=result.seconds or passed, **_bounded(result), leak=_leak(result))
+            replace(result, seconds=result.seconds or passed, **_bounded(result), leak=_leak(plan, result))
         )
         standing = standing_after(plan.early_stopping, standing, history[-1])
     state = replace(state, history=history, standing=standing, epoch_began=now)
@@ -132,15 +133,16 @@ def _named(found: Mapping[str, float | None] | None) -> dict[str, float | None] 
     return {printable(name, LONGEST_NAME): value for name, value in list(found.items())[:MAX_METRICS]}
 
 
-def _leak(result: EpochResult) -> dict[str, dict[str, float]] | None:
-    """Give parties and attacks names that a log and a terminal can show."""
+def _leak(plan: Plan, result: EpochResult) -> dict[str, dict[str, float]] | None:
+    """Keep what a meter says of this run's parties, in numbers, under names that a log and a terminal can show."""
     if result.leak is None:
         return None
-    return {printable(party, LONGEST_NAME): _shown(found) for party, found in result.leak.items()}
+    return {party: _shown(found) for party, found in result.leak.items() if party in plan.feature_parties}
 
 
 def _shown(numbers: Mapping[str, float]) -> dict[str, float]:
-    return {printable(name, LONGEST_NAME): value for name, value in list(numbers.items())[:MAX_METRICS]}
+    found = list(numbers.items())[:MAX_METRICS]
+    return {printable(name, LONGEST_NAME): value for name, value in found if isfinite(value)}
 
 
 def finishing(plan: Plan, state: RunState) -> Addressed:

@@ -25,8 +25,8 @@ class Wait:
     source: str
     kind: str
     step: int
-    index: int
-    seconds: float
+    index: int  # of the micro-batch
+    seconds: float  # since it began to wait
 
     def __str__(self) -> str:
         return f"{self.kind} {self.step}.{self.index} of {self.source} for {self.seconds:.0f} s"
@@ -36,9 +36,9 @@ class Wait:
 class PartyStatus:
     """One party; `phase` is finished, refused, stopped, not joined, silent, waiting or here."""
 
-    phase: str
-    step: int = BEFORE_FIRST_STEP
-    committed: int = BEFORE_FIRST_STEP
+    phase: str  # finished, refused, stopped, not joined, silent, waiting or here
+    step: int = BEFORE_FIRST_STEP  # newest trained, from 0
+    committed: int = BEFORE_FIRST_STEP  # newest on disk
     silent_s: float | None = None  # since it was heard of
     version: str = ""  # of sl_queue
     refused: str | None = None  # why
@@ -52,16 +52,16 @@ class PartyStatus:
 class RunStatus:
     """A run; `phase` is one of `Phase`, or of a later version."""
 
-    phase: str
-    job: str = ""
-    run: str | None = None
-    generation: int = 0
+    phase: str  # gathering, running, stopping, stopped, failed or finished
+    job: str = ""  # its name
+    run: str | None = None  # its id; null before it has begun
+    generation: int = 0  # how often all went back to a common checkpoint
     epoch: int = 0  # epochs done
-    epochs: int = 0
-    step: int = BEFORE_FIRST_STEP
-    steps: int | None = None
-    loss: float | None = None
-    samples: int = 0
+    epochs: int = 0  # in all
+    step: int = BEFORE_FIRST_STEP  # newest at the label holder, from 0
+    steps: int | None = None  # in all
+    loss: float | None = None  # of that step
+    samples: int = 0  # rows trained on by the label holder's process
     parties: Mapping[str, PartyStatus] = field(default_factory=dict)
     history: tuple[EpochResult, ...] = ()  # the newest epochs; the file has them all
     reason: str | None = None

@@ -1,0 +1,103 @@
+"""Models that answer single requests: activations of a party's rows by key, and the fuse model on gathered ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sl_queue.compute.aggregation import aggregated
+from sl_queue.compute.base_stage import TorchBaseStage
+from sl_queue.compute.building import blame
+from sl_queue.compute.model import Model
+from sl_queue.compute.spec import LayersSpec
+from sl_queue.cut.crossing import FuseCut, place
+from sl_queue.cut.rows import CutRows
+from sl_queue.cut.several import fuse_inputs
+from sl_queue.protocol.messages import MicroBatch, Payload
+
+Keys = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowIndex:
+    """Positions of a table's rows by the keyed hashes of their ids."""
+
+    keys: Keys = field(repr=False)  # ascending
+    positions: npt.NDArray[np.int64] = field(repr=False)
+
+    @classmethod
+    def of(cls, keys: Keys) -> "RowIndex":
+        """Index the rows of a table, by their keys in its order."""
+        order = np.argsort(keys, kind="stable")
+        return cls(keys[order], order)
+
+    def look_up(self, keys: Keys) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Return which keys are here, and the positions of those."""
+        if not len(self.keys):
+            return np.zeros(len(keys), np.bool_), np.zeros(0, np.int64)
+        at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        found = self.keys[at] == keys
+        return found, self.positions[at[found]]
+
+
+@dataclass(slots=True)
+class AnsweringBase:
+    """A party's base model in evaluation mode, on rows that are asked for by key."""
+
+    stage: TorchBaseStage  # with trained weights
+    index: RowIndex
+
+    def answer(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], Payload | None]:
+        """Return which rows are here, and their activation as it leaves the cut; None for none."""
+        found, activation, rows = self._run(number, keys)
+        return found, None if activation is None else self.stage.cut.leave(activation, number, rows)
+
+    def in_place(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], list[Tensor] | None]:
+        """Do as `answer`, for a fuse model in the same process: each output."""
+        found, activation, rows = self._run(number, keys)
+        if activation is None:
+            return found, None
+        self.stage.cut.check(activation, number, rows)
+        outputs = self.stage.model.outputs
+        return found, [activation] if outputs is None else outputs.split(activation)
+
+    def _run(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], Tensor | None, CutRows]:
+        found, positions = self.index.look_up(keys)
+        rows = rows_of(keys[found])
+        if not len(positions):
+            return found, None, rows
+        model = self.stage.model
+        with model.evaluating(), model.drawing("serve", MicroBatch(0, 0)):
+            return found, model.run(self.stage.inputs(positions), place(model.party, number)), rows
+
+
+@dataclass(slots=True)
+class AnsweringFuse:
+    """The fuse model in evaluation mode, on activations of rows that all parties have found."""
+
+    model: Model
+    cuts: Mapping[str, FuseCut]
+    layers: LayersSpec
+
+    def arrive(self, party: str, number: MicroBatch, keys: Keys, activation: Payload) -> list[Tensor]:
+        """Return the outputs of a party for these rows. Raises RemoteProtocolError."""
+        return self.cuts[party].arrive_each(activation, number, rows_of(keys))[0]
+
+    def fuse(self, number: MicroBatch, inputs: Mapping[str, list[Tensor]]) -> npt.NDArray[np.generic]:
+        """Return the outputs for rows of which all inputs are here, in the same order, shape (rows, *outputs)."""
+        where = place(self.model.party, number)
+        with self.model.evaluating(), self.model.drawing("serve", MicroBatch(0, 0)):
+            with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
+                each = fuse_inputs(inputs, self.layers.outputs, self.layers.fused)
+                joined = aggregated(each, self.layers.aggregation)
+            output = self.model.run(joined, where).detach()
+        found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
+        return found
+
+
+def rows_of(keys: Keys) -> CutRows:
+    """Return rows as both sides of the cut know them in a single request."""
+    return CutRows.of(keys, np.arange(len(keys)), held_out=True)

@@ -1,0 +1,206 @@
+"""The HTTP service of a label holder: predictions for single requests, health, metrics, version, documentation."""
+
+import asyncio
+import hmac
+import json
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from sl_queue.compute.predicted import columns_of
+from sl_queue.data.to_predict import canonical_request
+from sl_queue.errors import SlQueueError
+from sl_queue.launch.service import LabelHolderService, row_keys
+from sl_queue.loops.serving import Outcome, Unanswered
+from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN
+
+MOST_BYTES = 1024 * 1024  # of a request
+_PAGE = """<!doctype html><html lang="en"><title>sl_queue</title><h1>Predictions</h1>
+<pre>POST /predict {&quot;ids&quot;: EXAMPLE}</pre>
+<p>200: a prediction for each id, or <code>missing</code>: parties that lack it. 401: a token is needed.
+409: parties hold other weights. 413: too large. 422: ids of another type. 429: hourly limit. 503: one was silent.</p>
+<p><a href="/openapi.json">openapi.json</a> <a href="/version">version</a> <a href="/health">health</a>
+<a href="/metrics">metrics</a></p></html>
+"""
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+@dataclass(slots=True)
+class Api:
+    """The routes. Mutable: it counts requests by how they ended."""
+
+    holder: LabelHolderService
+    id_type: str  # of the ids in the label holder's own table
+    token: str | None
+    failure: Callable[[], SlQueueError | None] = lambda: None
+    ended: Counter[int] = field(default_factory=Counter)
+    rows: int = 0
+
+    def app(self) -> Starlette:
+        """Return the ASGI application."""
+        routes = [
+            Route("/predict", self.predict, methods=["POST"]),
+            Route("/health", self.health),
+            Route("/version", self.version),
+            Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
+            Route("/docs", self.docs),
+        ]
+        return Starlette(routes=routes)
+
+    async def predict(self, request: Request) -> Response:
+        """Answer `{"ids": [...]}` with a prediction for each id, or the parties that lack it."""
+        answer = await self._predict(request)
+        self.ended[answer.status_code] += 1
+        return answer
+
+    async def _predict(self, request: Request) -> Response:
+        if not self._may(request):
+            return _said(401, "a token is needed: Authorization: Bearer TOKEN")
+        body = await _body(request)
+        if body is None:
+            return _said(413, f"a request has at most {MOST_BYTES} bytes")
+        try:
+            ids = json.loads(body)["ids"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return _said(422, 'a request is JSON like {"ids": [10017, 10018]}')
+        if not isinstance(ids, list) or not ids or len(ids) > MOST_ROWS:
+            return _said(422, f"ids must be a list of 1 to {MOST_ROWS}")
+        found, wrong = canonical_request(ids, self.id_type)
+        if found is None:
+            return _said(422, f"ids must be of type {self.id_type}", places=wrong[:10])
+        try:
+            outcome = await asyncio.wrap_future(self.holder.service.predict(row_keys(self.holder.job, found)))
+        except Unanswered as error:
+            return _unanswered(error)
+        except SlQueueError as error:
+            return _said(503, str(error))
+        self.rows += len(ids)
+        return JSONResponse({"run": outcome.run, "predictions": self._predictions(ids, outcome)}, headers=_HEADERS)
+
+    def _predictions(self, ids: list[Any], outcome: Outcome) -> list[dict[str, Any]]:
+        import numpy as np
+
+        there = [row for row in outcome.outputs if row is not None]
+        about = self.holder.models.version.about
+        task, meaning = str(about.get("task", "")), str(about.get("outputs", "logits"))
+        columns = columns_of(np.stack(there), task, meaning) if there else {}
+        place, found = 0, []
+        for one, output, lacking in zip(ids, outcome.outputs, outcome.lacking, strict=True):
+            if output is None:
+                found.append({"id": one, "missing": list(lacking)})
+                continue
+            found.append({"id": one, **{name: values[place].item() for name, values in columns.items()}})
+            place += 1
+        return found
+
+    async def health(self, request: Request) -> Response:
+        """Answer 200 while the link to the broker stands."""
+        failure = self.failure()
+        if failure is not None:
+            return _said(503, str(failure))
+        return JSONResponse({"run": self.holder.models.run}, headers=_HEADERS)
+
+    async def version(self, request: Request) -> Response:
+        """Answer with the version in use."""
+        version = self.holder.models.version
+        about = {"run": version.run, "step": version.step, "job": version.job, "finished_at": version.finished_at}
+        return JSONResponse(about, headers=_HEADERS)
+
+    async def metrics(self, request: Request) -> Response:
+        """Answer with counters for Prometheus."""
+        lines = ["# TYPE sl_queue_serve_requests_total counter"]
+        lines += [f'sl_queue_serve_requests_total{{status="{code}"}} {n}' for code, n in sorted(self.ended.items())]
+        lines += ["# TYPE sl_queue_serve_rows_total counter", f"sl_queue_serve_rows_total {self.rows}"]
+        return PlainTextResponse("\n".join(lines) + "\n", headers=_HEADERS)
+
+    async def openapi(self, request: Request) -> Response:
+        """Answer with the description of these routes."""
+        return JSONResponse(description(self.id_type), headers=_HEADERS)
+
+    async def docs(self, request: Request) -> Response:
+        """Answer with a page that says how to ask."""
+        example = "[10017, 10018]" if self.id_type == "integer" else '["a-17", "a-18"]'
+        return HTMLResponse(_PAGE.replace("EXAMPLE", example), headers=_HEADERS)
+
+    def _may(self, request: Request) -> bool:
+        if self.token is None:
+            return True
+        said = request.headers.get("authorization", "")
+        return hmac.compare_digest(said.encode(), f"Bearer {self.token}".encode())
+
+
+class HttpServer:
+    """The service at an address, in a thread of its own. Mutable: it is closed."""
+
+    def __init__(self, app: Starlette, host: str, port: int) -> None:
+        listener = socket.create_server((host, port), backlog=1024)
+        self.port: int = listener.getsockname()[1]
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=5, limit_concurrency=1000
+        )
+        self._server, self._listener = uvicorn.Server(config), listener
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long; True if the server has ended meanwhile."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Answer what was accepted, then end."""
+        self._server.should_exit = True
+        self._thread.join(10.0)
+        self._listener.close()
+
+
+def description(id_type: str) -> dict[str, Any]:
+    """Return the OpenAPI description of the service."""
+    one: Mapping[str, Any] = {"type": "integer" if id_type == "integer" else "string"}
+    body = {"type": "object", "required": ["ids"], "properties": {"ids": {"type": "array", "items": one}}}
+    said = {"description": "what is wrong, in `error`"}
+    answers = dict.fromkeys(("401", "409", "413", "422", "429", "503"), said)
+    predict = {
+        "summary": "Predict for rows that all parties hold",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {"200": {"description": "a prediction for each id, in order"}, **answers},
+    }
+    about = {"get": {"summary": "Version in use", "responses": {"200": {"description": "run, step, job"}}}}
+    paths = {"/predict": {"post": predict}, "/version": about}
+    return {"openapi": "3.1.0", "info": {"title": "sl_queue", "version": "1"}, "paths": paths}
+
+
+async def _body(request: Request) -> bytes | None:
+    """Read a request up to its limit; None beyond it, without reading on."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MOST_BYTES:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _said(status: int, error: str, **more: Any) -> JSONResponse:
+    return JSONResponse({"error": error, **more}, status_code=status, headers=_HEADERS)
+
+
+def _unanswered(error: Unanswered) -> JSONResponse:
+    if OTHER_RUN in error.refused.values():
+        parties = [party for party, why in error.refused.items() if why == OTHER_RUN]
+        return _said(409, f"{', '.join(parties)} cannot answer with this run's weights", parties=parties)
+    if error.refused:
+        return _said(429, f"{', '.join(error.refused)} answers no more in this hour", parties=list(error.refused))
+    return _said(
+        503, f"no answer of {', '.join(error.silent)}", missing=list(error.silent), silent_s=round(error.after_s, 1)
+    )

@@ -1,0 +1,215 @@
+"""A service put together: a feature party that answers, and a label holder that fuses, with the version in use."""
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sl_queue.compute.answering import AnsweringBase, AnsweringFuse, RowIndex
+from sl_queue.compute.trained import fuse_model, predicting_base, trained_fuse
+from sl_queue.config.job import Job
+from sl_queue.config.resolve import PartySpec
+from sl_queue.data.ids import Ids
+from sl_queue.data.table import keyed_ids
+from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
+from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
+from sl_queue.loops.serving import FeatureService, Found, LabelService
+from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.serving import Answered, Came, HourlyLimit, Keys
+from sl_queue.security.sealing import Seal
+from sl_queue.storage.versions import Version, choose_version
+from sl_queue.transport.serving_channel import ServingChannel
+
+log = logging.getLogger("sl_queue")
+
+PREFETCH = 256
+_KEPT = 2  # versions in memory: the one in use, and the one before or after it
+_LOOK_S = 1.0  # between two looks at which version is in use
+
+
+@dataclass(slots=True)
+class Versions:
+    """The versions of one party, built when they are first asked for. Mutable: it remembers the newest few."""
+
+    spec: PartySpec
+    state: Path
+    rows: Callable[[Version], ToPredict]
+    index: RowIndex
+    _built: dict[str, AnsweringBase] = field(default_factory=dict)
+
+    def base_of(self, run: str) -> AnsweringBase | None:
+        """Return the base model of a run, None if there is no version of it."""
+        if run not in self._built:
+            try:
+                version = choose_version(self.state, run)
+            except CheckpointError:
+                return None
+            if version.run != run:
+                return None
+            table = self.rows(version).table
+            batches = Batches(table.n_rows, self.spec.compute.layers.seed, 1, table.n_rows, 1, shuffle=False)
+            stage = predicting_base(self.spec.compute, table, batches, version.weights("base")).stage
+            while len(self._built) >= _KEPT:
+                del self._built[next(iter(self._built))]
+            self._built[run] = AnsweringBase(stage, self.index)
+        return self._built[run]
+
+
+def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
+    """Read the rows that a party answers for. Raises JobError."""
+    ids = ids_to_predict(spec.table)
+
+    def rows(version: Version) -> ToPredict:
+        recipe = version.path / "features.json"
+        return read_to_predict(spec.table, None, recipe.read_text(encoding="utf-8") if recipe.exists() else None)
+
+    return Versions(spec, state, rows, RowIndex.of(row_keys(job, ids)))
+
+
+def row_keys(job: Job, ids: Ids) -> Keys:
+    """Return the key under which each id is asked for: keyed by the job, so that no id travels."""
+    return keyed_ids(ids, bytes.fromhex(job.digest)[:32])
+
+
+@dataclass(slots=True)
+class Served:
+    """A service that runs. Mutable: it is closed."""
+
+    channel: ServingChannel
+    feature: FeatureService | None = None
+    label: "LabelHolderService | None" = None
+    _work: "queue.Queue[Came | None] | None" = None
+
+    def close(self) -> None:
+        """Stop, and leave the broker."""
+        if self.label is not None:
+            self.label.service.close()
+        if self._work is not None:
+            self._work.put(None)
+        self.channel.close()
+
+
+def serve_feature(
+    job: Job, spec: PartySpec, state: Path, connect: Any, seal: Seal | None, *, at_most: int, deadline_s: float
+) -> Served:
+    """Begin to answer requests in a thread of its own. Raises SlQueueError."""
+    versions, work = versions_of(job, spec, state), queue.Queue[Came | None]()
+    choose_version(state)
+    channel = ServingChannel(
+        connect(spec.party, PREFETCH), spec.party, job.topology(), secrets.token_hex(8), work.put,
+        deadline_s=deadline_s, patience_s=job.broker.patience, seal=seal,
+    )  # fmt: skip
+
+    def refused(rows: int) -> None:
+        log.warning("%s: the label holder asked for %d rows beyond %d an hour, and got none", spec.party, rows, at_most)
+
+    service = FeatureService(channel, versions.base_of, HourlyLimit(at_most), refused)
+
+    def answer() -> None:
+        while (came := work.get()) is not None:
+            try:
+                service.serve(came)
+            except RemoteProtocolError as error:
+                log.warning("%s: a request was dropped: %s", spec.party, error)
+                came.done()
+            except SlQueueError as error:
+                channel.fail(error)
+                return
+            except Exception as error:  # a bug: the next worker may do better, and the request comes again
+                log.exception("%s: a request failed", spec.party)
+                channel.fail(SlQueueError(f"{type(error).__name__}: {error}"))
+                return
+
+    threading.Thread(target=answer, name=f"{spec.party} answers", daemon=True).start()
+    channel.open()
+    return Served(channel, feature=service, _work=work)
+
+
+class Models:
+    """The label holder's models with the weights of one version: loops.serving.Fuse."""
+
+    def __init__(self, spec: PartySpec, version: Version, versions: Versions | None) -> None:
+        self.run, self.party, self.version, self._versions = version.run, spec.party, version, versions
+        self.fuse: AnsweringFuse = trained_fuse(spec.compute, fuse_model(spec.compute), version.weights("fuse"))
+
+    def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
+        """Return which rows the label holder has, and its outputs for those; None without a base model."""
+        base = None if self._versions is None else self._versions.base_of(self.run)
+        return None if base is None else base.in_place(number, keys)
+
+    def fused(
+        self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
+    ) -> npt.NDArray[np.generic]:
+        """Return the outputs for the rows that are `there`. Raises RemoteProtocolError."""
+        inputs = {}
+        for party, answer in answers.items():
+            if answer.activation is None:
+                raise RemoteProtocolError(f"party {party!r} has answered without an activation")
+            outputs = self.fuse.arrive(party, number, keys[answer.found], answer.activation)
+            inputs[party] = _only(outputs, there[answer.found])
+        if own is not None:
+            assert isinstance(own, tuple)
+            inputs[self.party] = _only(own[1], there[own[0]])
+        return self.fuse.fuse(number, inputs)
+
+
+def _only(outputs: Any, rows: Found) -> list[Any]:
+    return [output[rows] for output in outputs]
+
+
+class LabelHolderService:
+    """The label holder's side; takes over the version in use without a pause. Mutable, thread-safe."""
+
+    def __init__(self, job: Job, spec: PartySpec, state: Path, run: str | None) -> None:
+        self.job, self.spec, self._state, self._asked = job, spec, state, run
+        base = spec.party in spec.compute.layers.cuts
+        self._versions = versions_of(job, spec, state) if base else None
+        self.models = Models(spec, choose_version(state, run), self._versions)
+        self._looked, self._lock = time.monotonic(), threading.Lock()
+        self.service: LabelService
+
+    def current(self) -> Models:
+        """Return the models of the version in use; it is looked up once a second."""
+        with self._lock:
+            if self._asked is None and time.monotonic() - self._looked > _LOOK_S:
+                self._looked = time.monotonic()
+                try:
+                    version = choose_version(self._state)
+                    if version.run != self.models.run:
+                        self.models = Models(self.spec, version, self._versions)
+                        log.info("%s: serves run %s from now on", self.spec.party, version.run)
+                except SlQueueError as error:
+                    log.warning("%s: goes on with run %s: %s", self.spec.party, self.models.run, error)
+            return self.models
+
+
+def serve_label(
+    job: Job, spec: PartySpec, state: Path, connect: Any, seal: Seal | None, run: str | None, *, deadline_s: float
+) -> Served:
+    """Begin to take requests by `Served.label.service.predict`. Raises SlQueueError."""
+    holder = LabelHolderService(job, spec, state, run)
+
+    def take(came: Came) -> None:
+        try:
+            holder.service.take(came)
+        except RemoteProtocolError as error:
+            log.warning("%s: an answer of %s was dropped: %s", spec.party, came.sender, error)
+            came.done()
+
+    channel = ServingChannel(
+        connect(spec.party, PREFETCH), spec.party, job.topology(), secrets.token_hex(8), take,
+        deadline_s=deadline_s, patience_s=job.broker.patience, seal=seal,
+    )  # fmt: skip
+    holder.service = LabelService(channel, spec.peers, holder.current, deadline_s)
+    channel.open()
+    holder.service.start()
+    return Served(channel, label=holder)

@@ -1,0 +1,105 @@
+"""A worker that serves: in a process of its own, over a broker, until it is ended."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Literal
+
+from sl_queue.compute.threads import limit_threads
+from sl_queue.config.environment import THREADS
+from sl_queue.config.job import Job
+from sl_queue.config.party import PartyFile
+from sl_queue.config.resolve import PartySpec, data_to_predict, resolve
+from sl_queue.config.user_code import Importer
+from sl_queue.data.to_predict import ids_to_predict
+from sl_queue.errors import JobError
+from sl_queue.launch.asked import Asked
+from sl_queue.launch.connect import connector, key_file, require_network, sealing
+from sl_queue.launch.party import state_folder
+from sl_queue.launch.prediction import spec_to_predict
+from sl_queue.launch.service import Served, serve_feature, serve_label
+from sl_queue.security.private_file import read_secret
+
+log = logging.getLogger("sl_queue")
+
+_IN_FILE = "file:"
+_LOOK_S = 0.2
+
+
+def run_service(
+    role: Literal["feature", "label"],
+    job: Job,
+    party_file: PartyFile,
+    run: str | None,
+    broker: str | None,
+    state: Path | None,
+    key: Path | None = None,
+) -> None:
+    """Serve the rows of [predict] until the process is ended. Raises SlQueueError."""
+    spec = resolve(job, party_file, Importer())
+    if spec.role != role:
+        raise JobError(f"party {spec.party!r} has the role {spec.role!r} in the job, and this worker is for {role!r}")
+    spec = spec_to_predict(spec, data_to_predict(party_file), Asked())
+    url = party_file.broker_url(broker)
+    require_network(url)
+    limit_threads(party_file.threads or THREADS.read() or None)
+    seal = sealing(job, spec.party, key_file(key, party_file), url)
+    connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
+    folder, serve = state_folder(party_file, state), party_file.serve
+    if role == "feature":
+        about = (job, spec, folder, connect, seal)
+        served = serve_feature(*about, at_most=serve.at_most, deadline_s=serve.deadline)
+        log.info("%s: answers requests", spec.party)
+        try:
+            _until_failure(served)
+        finally:
+            served.close()
+        return
+    served = serve_label(job, spec, folder, connect, seal, run, deadline_s=serve.deadline)
+    try:
+        _over_http(spec, party_file, served)
+    finally:
+        served.close()
+
+
+def _over_http(spec: PartySpec, party_file: PartyFile, served: Served) -> None:
+    try:
+        from sl_queue.launch.http_service import Api, HttpServer
+    except ImportError as error:
+        raise JobError("--serve needs starlette and uvicorn: pip install 'sl_queue[serve]'") from error
+    assert served.label is not None
+    host, _, port = party_file.serve.listen.rpartition(":")
+    api = Api(served.label, ids_to_predict(spec.table).type, _token(party_file), lambda: served.channel.failure)
+    try:
+        server = HttpServer(api.app(), host.strip("[]"), int(port))
+    except OSError as error:
+        raise JobError(f"[serve] listen = {party_file.serve.listen!r}: {error.strerror or error}") from None
+    log.info("%s: serves run %s at http://%s:%d", spec.party, served.label.models.run, host, server.port)
+    try:
+        while not server.wait(_LOOK_S):
+            if served.channel.failure is not None:
+                raise served.channel.failure
+    finally:
+        server.close()
+
+
+def _until_failure(served: Served) -> None:
+    while served.channel.failure is None:
+        time.sleep(_LOOK_S)
+    raise served.channel.failure
+
+
+def _token(party_file: PartyFile) -> str | None:
+    said = party_file.serve.token
+    if said is None:
+        return None
+    if not said.startswith(_IN_FILE):
+        raise JobError("[serve] token must be file:PATH, so that it stands in no file that others are shown")
+    path = (party_file.folder or Path()) / said.removeprefix(_IN_FILE)
+    try:
+        token = read_secret(path, "token of the service").decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"[serve] token: {path} cannot be read ({type(error).__name__})") from None
+    if len(token) < 16:
+        raise JobError(f"[serve] token: {path} holds fewer than 16 characters, which can be guessed")
+    return token
