@@ -23,7 +23,7 @@ from sl_queue.protocol.events import Loaded, Observer, ending
 from sl_queue.protocol.messages import SCHEDULER
 
 PREDICTION = "prediction"  # the name of one that is given none
-Role = Literal["scheduler", "feature", "label"]
+Role = Literal["scheduler", "feature", "label", "hand"]
 
 FINAL_CODES = frozenset({2, 3, 4, 5, 6, 70})
 
@@ -82,6 +82,13 @@ def _run(role: Role) -> None:
         job = Job.load(arguments.job)
         if job.security.seal:
             leave_no_core()
+        if role == "hand":
+            from sl_queue.launch.hand_process import run_hand
+
+            party_file = PartyFile.load(arguments.party)
+            name = party_file.party
+            run_hand(job, party_file, arguments.broker)
+            return
         options = (arguments.broker, arguments.state, arguments.key, arguments.metrics_port)
         if role == "scheduler":
             from sl_queue.launch.scheduler import run_scheduler  # without torch
@@ -150,6 +157,8 @@ def _arguments(role: Role) -> argparse.Namespace:
     if role != "scheduler":
         parser.add_argument("--party", type=Path, required=True, help="this party's own file")
     parser.add_argument("--broker", help="URL of the broker; before it comes SL_QUEUE_BROKER, then the party file's")
+    if role == "hand":  # which has neither state nor secrets
+        return parser.parse_args()
     parser.add_argument("--key", type=Path, help="file with the private key of a job that seals; else SL_QUEUE_KEY")
     parser.add_argument(
         "--metrics-port",
@@ -183,4 +192,5 @@ def _arguments(role: Role) -> argparse.Namespace:
 
 
 def _module(role: Role) -> str:
-    return {"scheduler": "workers.scheduler", "feature": "workers.feature_party", "label": "workers.label_holder"}[role]
+    modules = {"feature": "workers.feature_party", "label": "workers.label_holder"}
+    return modules.get(role, f"workers.{role}")

@@ -18,6 +18,7 @@ from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 OUT = Path("/out")  # a volume for each role is mounted below it
 WORKER = 10001  # the user of the image
 TABLES = {**FILES, "labels": "labels.csv"}
+HANDS = "\n[hands]\n"  # every party may have hands: docker compose up --detach --scale left-hand=4
 
 
 def main() -> None:
@@ -29,7 +30,10 @@ def main() -> None:
         demo, secrets = Path(temporary) / "demo", Path(temporary) / "secrets"
         write_demo(demo)
         _set_epochs(demo / "job.toml")
-        place = Place(("broker",))
+        for party in TABLES:
+            with (demo / f"{party}.toml").open("a") as file:
+                file.write(HANDS)
+        place = Place(("broker",), hands=tuple(TABLES))
         provision(Job.load(demo / "job.toml"), place, secrets, frozenset(), datetime.datetime.now(datetime.UTC))
         job = f"{(demo / 'job.toml').read_text()}\n{(secrets / 'security.toml').read_text()}"
         _give("broker", list((secrets / "broker").iterdir()))
@@ -39,6 +43,9 @@ def main() -> None:
                 own += [demo / TABLES[role], demo / "models.py", demo / f"{role}.toml"]
             (Path(temporary) / "job.toml").write_text(job)
             _give(role, [*own, Path(temporary) / "job.toml"])
+            if role in TABLES:  # a hand has a login of its own, and no key
+                alike = [path for path in own if path.parent == demo]
+                _give(f"{role}-hand", [*(secrets / f"{role}-hand").iterdir(), *alike, Path(temporary) / "job.toml"])
     print(f"prepared {', '.join(sorted(path.name for path in OUT.iterdir()))}")
 
 

@@ -12,6 +12,7 @@ from sl_queue.checking.data_report import report_data
 from sl_queue.checking.dry_run import Readable, dry_run
 from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
+from sl_queue.checking.hands import check_hands
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
@@ -72,6 +73,9 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
             if held.table.n_rows == batches.n_rows:
                 report_data(check, name, held.table, batches)
         tried = dry_run(check, job, parties, batches)
+        for file, _ in readable:
+            if file.party in parties:
+                check_hands(check, job, file, parties[file.party], batches)
         if aligned and check.exit_code == 0 and set(parties) == set(job.parties):
             check.attempt(lambda: compare_with_joined(check, job, parties, batches, tried.seconds))
         defended = [spec.privacy.defends_labels for _, spec in readable if spec.role == "label"]

@@ -128,6 +128,9 @@ def provision(
     rotate: Annotated[
         list[str] | None, typer.Option(help="logins, certificates, authority or keys: replace these.")
     ] = None,
+    hands: Annotated[
+        list[str] | None, typer.Option(metavar="PARTY", help="A party whose hands meet it here; may be repeated.")
+    ] = None,
 ) -> None:
     """Write everything a deployment needs: one folder for each party, one for the broker."""
     from datetime import UTC, datetime
@@ -140,11 +143,13 @@ def provision(
     if unknown:
         raise JobError(f"--rotate {unknown[0]}: it must be {', '.join(kinds)}")
     agreed = Job.load(job)
-    place = Place(tuple(broker_host), port, at, broker_at, client_certificates)
+    place = Place(tuple(broker_host), port, at, broker_at, client_certificates, tuple(hands or ()))
     keys = provision(agreed, place, out, frozenset(Secret(name) for name in rotate or []), datetime.now(UTC))
     print(f"{out / 'broker'}: for {broker_at} on the machine of the broker")
     for role in keys:
         print(f"{out / role}: for {role}")
+    for party in place.hands:
+        print(f"{out / f'{party}-hand'}: for the hands of {party}")
     print(f"{out / 'authority'}: keep ca.key away from all of them")
     listed = {name: public.model_dump(exclude_none=True) for name, public in agreed.security.keys.items()}
     if listed != {name: public.texts() for name, public in keys.items()}:

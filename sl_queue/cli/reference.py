@@ -30,7 +30,13 @@ written by `python -m sl_queue.cli.reference > docs/reference.md`, from where th
 """
 _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "text", list: "list"}
 _KINDS = {"GaugeMetricFamily": "gauge", "CounterMetricFamily": "counter", "InfoMetricFamily": "info"}
-_WORKERS = {"SchedulerCollector": "scheduler", "_of_training": "party", "_of_channel": "party", "_of_vitals": "all"}
+_WORKERS = {
+    "SchedulerCollector": "scheduler",
+    "_of_training": "party",
+    "_of_hands": "party",
+    "_of_channel": "party",
+    "_of_vitals": "all",
+}
 
 
 def reference() -> str:

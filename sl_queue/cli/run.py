@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need 
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.launch.scheduler import OnStatus
     from sl_queue.local.processes import Place
+
+MOST_HANDS = 256  # of one party on one machine
 
 
 def demo(
@@ -51,6 +54,10 @@ def local(
         ),
     ] = None,
     watch: Watch = False,
+    hands: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PARTY=COUNT", help="Hands that compute a party's micro-batches; may be repeated."),
+    ] = None,
 ) -> None:
     """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
     from sl_queue.config.job import Job, PartyFile
@@ -64,6 +71,7 @@ def local(
 
     require_all(agreed, list(files.values()))
     places = places_of(agreed, files, out)
+    counts = _hands(agreed, files, hands or [])
     url = read_broker_url(broker or MEMORY)
     if start is not None:
         if not url.startswith(MEMORY):
@@ -71,8 +79,9 @@ def local(
         files = {path: file.replace(start={"from": start / file.party}) for path, file in files.items()}
     with shown_if(watch, agreed) as tell:
         if url.startswith(MEMORY):
-            history = _run_threads(agreed, list(files.values()), places, tell)
+            history = _run_threads(agreed, list(files.values()), places, tell, counts)
         else:
+            places = {role: replace(place, hands=counts.get(role)) for role, place in places.items()}
             history = _run_processes(agreed, job, list(files.values()), places, url, keys, tell)
     console = stdout()
     console.print(history_table(history))
@@ -130,15 +139,26 @@ def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -
     return {**places, SCHEDULER: Place(None, beside / SCHEDULER)}
 
 
+def _hands(job: "Job", files: "Mapping[Path, PartyFile]", asked: list[str]) -> dict[str, int]:
+    """Return how many hands each party gets that has any, or may have: one whose file has [hands]. Raises JobError."""
+    counts = {file.party: 0 for file in files.values() if file.hands is not None}
+    for text in asked:
+        party, _, count = text.rpartition("=")
+        if party not in job.parties or not count.isdecimal() or int(count) > MOST_HANDS:
+            raise JobError(f"--hands {text}: it must be PARTY=COUNT, with one of {', '.join(job.parties)}")
+        counts[party] = int(count)
+    return counts
+
+
 def _run_threads(
-    job: "Job", files: "list[PartyFile]", places: "dict[str, Place]", tell: "OnStatus"
+    job: "Job", files: "list[PartyFile]", places: "dict[str, Place]", tell: "OnStatus", hands: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     from sl_queue.local.threads import run_threads
     from sl_queue.observe.console import Screen
 
     states = {role: place.state for role, place in places.items()}
     with Screen() as screen:
-        return run_threads(job, files, MEMORY, states, told_to(screen.status, tell)).history
+        return run_threads(job, files, MEMORY, states, told_to(screen.status, tell), hands=hands).history
 
 
 def _run_processes(
@@ -150,8 +170,6 @@ def _run_processes(
     keys: Path | None,
     tell: "OnStatus",
 ) -> list[dict[str, Any]]:
-    from dataclasses import replace
-
     from sl_queue.launch.connect import sealing
     from sl_queue.local.processes import read_history, run_processes
     from sl_queue.local.threads import compare_with_finished, have_finished, key_in

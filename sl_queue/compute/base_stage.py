@@ -103,9 +103,9 @@ class TorchBaseStage:
             raise LocalProtocolError(f"backward {micro_batch} in step {self._updates}; in flight: {self._flying()}")
         flight = self._in_flight.pop(micro_batch)
         arrived = self.cut.arrive_each(gradient, micro_batch, flight.rows)
-        self.differentiate(micro_batch, flight, [self._returned(micro_batch, flight, tensor) for tensor in arrived])
+        self.differentiate(micro_batch, flight, [self.returned(micro_batch, flight, tensor) for tensor in arrived])
 
-    def _returned(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor | None) -> Tensor | None:
+    def returned(self, micro_batch: MicroBatch, flight: InFlight, gradient: Tensor | None) -> Tensor | None:
         """Return the gradient of the model's own output, of which a defence may have sent another one."""
         returning = self.cut.guard.returning
         if returning is None or gradient is None:
@@ -147,32 +147,40 @@ class TorchBaseStage:
         """Return the activation of held-out rows in evaluation mode."""
         return self.cut.leave(*self._prediction(micro_batch))
 
-    def prediction(self, micro_batch: MicroBatch) -> list[Tensor]:
+    def prediction(self, micro_batch: MicroBatch, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Compute as `predict` does, for a fuse model in the same process: each output."""
-        activation, _, rows = self._prediction(micro_batch)
+        activation, _, rows = self._prediction(micro_batch, weights)
         self.cut.check(activation, micro_batch, rows)
         return [activation] if self.model.outputs is None else self.model.outputs.split(activation)
 
-    def _prediction(self, micro_batch: MicroBatch) -> tuple[Tensor, MicroBatch, CutRows]:
+    def _prediction(
+        self, micro_batch: MicroBatch, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, MicroBatch, CutRows]:
         """Return the output for held-out rows, of that micro-batch, and the rows."""
         positions = self.batches.holdout_part(micro_batch.index)
         rows = CutRows.of(self.table.row_keys, positions, held_out=True)
         with self.model.evaluating(), self.model.drawing("evaluate", micro_batch):
             where = f"{place(self.model.party, micro_batch)} (held-out rows)"
-            return self.model.run(self.inputs(positions), where), micro_batch, rows
+            return self.model.run(self.inputs(positions), where, weights), micro_batch, rows
 
     def inputs(self, positions: Positions) -> Inputs:
         """Return these rows of the table, for the model."""
         return take_rows(self.features, positions, self.model.dtype, self.model.device)
 
-    def fused_in_place(self, micro_batch: MicroBatch, positions: Positions, rows: CutRows) -> InFlight:
+    def fused_in_place(
+        self,
+        micro_batch: MicroBatch,
+        positions: Positions,
+        rows: CutRows,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> InFlight:
         """Compute a training micro-batch's activation for a fuse model in the same process: nothing crosses."""
         hooks = hooks_made()
         with self.model.drawing("forward", micro_batch):
             where = place(self.model.party, micro_batch)
-            outputs, penalty = self.model.run_with_penalty(self.inputs(positions), where)
+            outputs, penalty = self.model.run_with_penalty(self.inputs(positions), where, weights)
         self.cut.check(self.model.joined([output.detach() for output in outputs]), micro_batch, rows)
-        return InFlight(outputs, hooks, None, rows, penalty)
+        return InFlight(outputs, hooks, weights, rows, penalty)
 
     def state(self) -> State:
         """Return a copy of everything that a step changes."""

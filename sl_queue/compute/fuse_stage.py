@@ -96,10 +96,14 @@ class TorchFuseStage:
     def prepare(self, micro_batch: MicroBatch) -> None:
         """Prepare rows, labels and the own base model's forward pass, for `forward_backward`."""
         self._own_backward()
+        self._prepared = self.begun(micro_batch)
+
+    def begun(self, micro_batch: MicroBatch, own_weights: Mapping[str, Tensor] | None = None) -> PreparedTargets:
+        """Return what a micro-batch takes of this party alone, of the base model with other weights if given."""
         positions = self.batches.rows(micro_batch)
         rows = CutRows.of(self.table.row_keys, positions)
-        flight = None if self.own is None else self.own.fused_in_place(micro_batch, positions, rows)
-        self._prepared = PreparedTargets(micro_batch, rows, self._labels(positions), flight)
+        flight = None if self.own is None else self.own.fused_in_place(micro_batch, positions, rows, own_weights)
+        return PreparedTargets(micro_batch, rows, self._labels(positions), flight)
 
     def forward_backward(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> Mapping[str, Payload]:
         """Compute loss and gradients of one micro-batch, weighted by its share of the step's rows.
@@ -110,13 +114,8 @@ class TorchFuseStage:
             self.prepare(micro_batch)
         mine, self._prepared = self._prepared, None
         assert mine is not None
-        arrived = self._arrived(activations, micro_batch, mine.rows, place(self.model.party, micro_batch))
-        inputs = {
-            party: [CutInput(t, p in learn) for p, t in enumerate(each)] for party, (each, learn) in arrived.items()
-        }
-        if mine.flight is not None:
-            inputs[self.model.party] = [CutInput(o.detach(), o.requires_grad) for o in mine.flight.outputs]
-        self._gathered = [*(self._gathered if micro_batch.index else ()), GatheredInputs(mine, inputs)]
+        gathered = self.gathered(mine, self.arrived(activations, micro_batch, mine.rows))
+        self._gathered = [*(self._gathered if micro_batch.index else ()), gathered]
         if self.layers.whole_batch and micro_batch.index + 1 < self.batches.parts(micro_batch.step):
             return {}
         parts, self._gathered = self._gathered if self.layers.whole_batch else self._gathered[-1:], []
@@ -124,13 +123,44 @@ class TorchFuseStage:
         *self._late, (_, answers) = [(part.targets.micro_batch, self._answers(part)) for part in parts]
         return answers
 
+    def gathered(
+        self, mine: PreparedTargets, arrived: Mapping[str, tuple[Sequence[Tensor], Sequence[int]]]
+    ) -> GatheredInputs:
+        """Put a micro-batch together: what has arrived of others, and what this party has."""
+        inputs = {
+            party: [CutInput(t, p in learn) for p, t in enumerate(each)] for party, (each, learn) in arrived.items()
+        }
+        if mine.flight is not None:
+            inputs[self.model.party] = [CutInput(o.detach(), o.requires_grad) for o in mine.flight.outputs]
+        return GatheredInputs(mine, inputs)
+
     def late_gradients(self) -> Sequence[tuple[MicroBatch, Mapping[str, Payload]]]:
         """Return the gradients that had to wait for the last micro-batch of their step, and forget them."""
         late, self._late = self._late, []
         return late
 
     def _fuse(self, parts: Sequence["GatheredInputs"]) -> None:
-        """Do the forward and the backward pass of these micro-batches' rows, all at once."""
+        """Do the forward and the backward pass of these micro-batches' rows, and keep what comes of it."""
+        value, output, positions = self.computed(parts)
+        self.trained.add(output, positions)
+        self.note(parts[-1].targets.micro_batch, positions, value)
+        for part in parts:
+            own = part.inputs.get(self.model.party)
+            if part.targets.flight is not None and own is not None:
+                self._put_off.append((part.targets.micro_batch, part.targets.flight, [each.gradient for each in own]))
+
+    def note(self, micro_batch: MicroBatch, positions: Positions, loss: float) -> None:
+        """Add the mean loss of these rows to the step."""
+        self._losses.append((self.objective.amount(positions), loss))
+        self._step = micro_batch.step
+
+    def computed(
+        self, parts: Sequence["GatheredInputs"], weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[float, Tensor, Positions]:
+        """Compute these micro-batches' rows, all at once; returns their mean loss, the output and the rows.
+
+        Gradients are added to the parameters, or to `weights`.
+        """
         first, last = parts[0].targets.micro_batch, parts[-1].targets.micro_batch
         where, positions = (
             place(self.model.party, last),
@@ -143,17 +173,11 @@ class TorchFuseStage:
             inputs = {p: [torch.cat(each) for each in zip(*(of[p] for of in entered), strict=True)] for p in entered[0]}
         labels = parts[0].targets.labels if len(parts) == 1 else torch.cat([part.targets.labels for part in parts])
         with self.model.drawing("forward", first):
-            output = self._fused(inputs, where)
+            output = self._fused(inputs, where, weights)
             loss, value = self._loss(output, labels, positions, where)
-        self.trained.add(output, positions)
         amount = self.objective.amount(positions)
         self._differentiate(loss * (amount / (self._amount_of_step(last.step) or 1.0)), hooks, first)
-        self._losses.append((amount, value))
-        self._step = last.step
-        for part in parts:
-            own = part.inputs.get(self.model.party)
-            if part.targets.flight is not None and own is not None:
-                self._put_off.append((part.targets.micro_batch, part.targets.flight, [each.gradient for each in own]))
+        return value, output, positions
 
     def _answers(self, part: "GatheredInputs") -> Mapping[str, Payload]:
         """Return the gradients of a micro-batch's activations, as they are sent."""
@@ -186,20 +210,37 @@ class TorchFuseStage:
 
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         """Add held-out rows to the running evaluation; their outputs stay in memory until `metrics`."""
-        positions = self.batches.holdout_part(micro_batch.index)
+        arrived = self.arrived(activations, micro_batch, self.held_out(micro_batch))
+        self.keep(micro_batch, *self.scored(micro_batch, {party: each for party, (each, _) in arrived.items()}))
+
+    def held_out(self, micro_batch: MicroBatch) -> CutRows:
+        """Return the held-out rows of a micro-batch."""
+        return CutRows.of(self.table.row_keys, self.batches.holdout_part(micro_batch.index), held_out=True)
+
+    def scored(
+        self,
+        micro_batch: MicroBatch,
+        arrived: Mapping[str, Sequence[Tensor]],
+        weights: Mapping[str, Tensor] | None = None,
+        own_weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[float, Tensor]:
+        """Return loss and output for held-out rows, with other weights if given."""
+        positions, inputs = self.batches.holdout_part(micro_batch.index), dict(arrived)
         where = f"{place(self.model.party, micro_batch)} (held-out rows)"
-        rows = CutRows.of(self.table.row_keys, positions, held_out=True)
-        arrived = self._arrived(activations, micro_batch, rows, where)
-        inputs: dict[str, Sequence[Tensor]] = {party: each for party, (each, _) in arrived.items()}
         if self.own is not None:
-            inputs[self.model.party] = self.own.prediction(micro_batch)
+            inputs[self.model.party] = self.own.prediction(micro_batch, own_weights)
         loss = self.objective.owned
         with self.model.evaluating(), loss.evaluating(), self.model.drawing("evaluate", micro_batch):
-            output = self._fused(inputs, where)
-            labels = self._labels(positions)
-            _, value = self._loss(output, labels, positions, where)
-        kept = (output.cpu(), labels.cpu()) if self.objective.metrics else (output.new_empty(0), labels.new_empty(0))
-        self._evaluated[micro_batch.index] = Evaluated(self.objective.amount(positions), value, *kept)
+            output = self._fused(inputs, where, weights)
+            _, value = self._loss(output, self._labels(positions), positions, where)
+        return value, output
+
+    def keep(self, micro_batch: MicroBatch, loss: float, output: Tensor) -> None:
+        """Keep what was scored until `metrics`; the output only where something is measured of it."""
+        positions = self.batches.holdout_part(micro_batch.index)
+        labels = self._labels(positions).cpu()
+        kept = (output.cpu(), labels) if self.objective.metrics else (output.new_empty(0), labels.new_empty(0))
+        self._evaluated[micro_batch.index] = Evaluated(self.objective.amount(positions), loss, *kept)
 
     def metrics(self) -> Mapping[str, float | None]:
         """Return loss and metrics over all rows evaluated since the last call; None where rows do not define one."""
@@ -268,21 +309,23 @@ class TorchFuseStage:
             assert self.own is not None
             self.own.differentiate(*each)
 
-    def _arrived(
-        self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows, where: str
+    def arrived(
+        self, activations: Mapping[str, Payload], micro_batch: MicroBatch, rows: CutRows
     ) -> dict[str, tuple[list[Tensor], tuple[int, ...]]]:
         """Return the feature parties' outputs in job order, and which of them want a gradient."""
         missing = [party for party in self.cuts if party not in activations]
         if missing:
-            raise LocalProtocolError(f"{where}: no activation of {', '.join(missing)}")
+            raise LocalProtocolError(f"{place(self.model.party, micro_batch)}: no activation of {', '.join(missing)}")
         return {party: cut.arrive_each(activations[party], micro_batch, rows) for party, cut in self.cuts.items()}
 
-    def _fused(self, inputs: Mapping[str, Sequence[Tensor]], where: str) -> Tensor:
+    def _fused(
+        self, inputs: Mapping[str, Sequence[Tensor]], where: str, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return the fuse model's output; inputs in job order, whatever order they came in."""
         with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
             each = fuse_inputs(inputs, self.layers.outputs, self.layers.fused)
             joined = aggregated(each, self.layers.aggregation)
-        return self.model.run(joined, where)
+        return self.model.run(joined, where, weights)
 
     def _labels(self, positions: Positions) -> Tensor:
         return self.objective.labels[torch.from_numpy(positions)].to(self.model.device)

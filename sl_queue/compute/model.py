@@ -39,6 +39,7 @@ from sl_queue.compute.modules.handover import Take
 from sl_queue.compute.modules.saved_values import NotCarriedError
 from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
+from sl_queue.compute.modules.statistics import Statistics
 from sl_queue.compute.optimizers import build_optimizer
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, Part
@@ -68,6 +69,9 @@ class Model:
     warned: set[str] = field(default_factory=set)  # attributes of which it was said that no checkpoint carries them
     known: bool = False  # whether all parameters were the optimizer's in the first step
     outputs: Outputs | None = None  # of a base model with several
+    statistics: Statistics = field(default_factory=Statistics)  # where micro-batches are computed apart
+    shares_all: bool = False  # what never changes, too: hands do not have it
+    saw: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # by the newest forward pass, of those
     secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
     @property
@@ -141,7 +145,12 @@ class Model:
     ) -> tuple[list[Tensor], Tensor | None]:
         """Return the module's outputs, mostly one, and a loss of its own if a base model returns one beside."""
         with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
-            output = called(self.module, inputs, weights)
+            if weights is not None and self.statistics.feeding:
+                with self.statistics.apart(weights) as copies:
+                    output = called(self.module, inputs, {**weights, **copies})
+                self.saw = self.statistics.seen(copies, weights)
+            else:
+                output = called(self.module, inputs, weights)
         penalty = None
         if self.part == "base" and is_penalised(output, self.outputs):
             output, penalty = output
@@ -220,6 +229,27 @@ class Model:
                     error.path,
                     type(error.value).__name__,
                 )
+
+    def shared(self) -> dict[str, Tensor]:
+        """Return what changes from step to step and a forward pass reads: parameters that train, running averages."""
+        if self.shares_all:
+            return {name: tensor.detach() for name, tensor in tensors_of(self.module)}
+        learning = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        return learning | self.statistics.buffers()
+
+    def learn(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add the gradients of one micro-batch to those of the parameters, as its backward pass would have done here.
+
+        The tensors are kept, and must be nobody else's.
+        """
+        for name, parameter in self.module.named_parameters():
+            gradient = gradients.get(name)
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
 
     def step(self, number: int) -> None:
         """Apply and forget the gradients of the parameters; `number` counts the optimizer steps from 0."""

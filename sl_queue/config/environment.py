@@ -140,6 +140,13 @@ BROKER = Variable(
     str,
     "Broker of a worker or a command, where --broker is not given; comes before the `broker` of a party file.",
 )
+HANDS_BROKER = Variable(
+    "SL_QUEUE_HANDS_BROKER",
+    "a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one",
+    None,
+    str,
+    "Broker between a worker and its hands; comes before `broker` under [hands] in a party file.",
+)
 KEY = Variable(
     "SL_QUEUE_KEY",
     "the name of a file",
@@ -158,7 +165,7 @@ RABBITMQ_SERVER = Variable(
 
 VARIABLES = (
     *(THREADS, LOG, LOG_FORMAT, EVENTS, METRICS, FINAL_EXIT, LOCAL, PARENT),
-    *(BROKER, KEY, DEBUG, RABBITMQ_SERVER),
+    *(BROKER, HANDS_BROKER, KEY, DEBUG, RABBITMQ_SERVER),
 )
 
 

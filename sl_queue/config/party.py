@@ -190,6 +190,31 @@ class SecurityFile(Schema):
     key: _Path = Field(description="the name of a file: this party's private key, as `sl-queue key` makes it")
 
 
+class HandsFile(Schema):
+    """Hands of this party: processes that compute its micro-batches for its worker, as many as there are."""
+
+    broker: str | None = Field(
+        default=None,
+        description=f"{_URL}: where the worker meets its hands; without it, the broker of the job, in the virtual host "
+        "JOB.PARTY.hands",
+    )
+    alone: bool = Field(
+        default=True,
+        description="true or false: the worker computes while no hand is here; false for one without their GPU",
+    )
+
+    @field_validator("broker")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and (problem := _url_problem(value)) is not None:
+            raise ValueError(f"= {problem}")
+        return value
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, redacted(value) if name == "broker" and value is not None else value
+
+
 class StartFile(Schema):
     """Weights that a run begins with, of an earlier one."""
 
@@ -226,6 +251,7 @@ class PartyFile(Schema):
     threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
     start: StartFile | None = Field(default=None, description="a table [start] with a folder")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
+    hands: HandsFile | None = Field(default=None, description="a table [hands], which may be empty")
     privacy: PrivacyFile = Field(default=PrivacyFile(), description="a table [privacy] with a secret and defences")
 
     _folder: Path | None = PrivateAttr(None)

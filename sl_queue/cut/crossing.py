@@ -3,7 +3,7 @@
 Out: check shape and numbers -> defence -> tap -> pack. In: compare with what is expected -> unpack -> finite -> tap.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -84,18 +84,24 @@ class BaseCut:
             )
 
     def leave(
-        self, tensor: Tensor, micro_batch: MicroBatch, rows: CutRows, learning: Sequence[int] | None = None
+        self,
+        tensor: Tensor,
+        micro_batch: MicroBatch,
+        rows: CutRows,
+        learning: Sequence[int] | None = None,
+        ends: Callable[[Tensor], bool] = ends_in_relu,
     ) -> Payload:
         """Return the activation as it travels; a training one is awaited back as a gradient.
 
-        `learning`: which of several outputs want one.
+        `learning`: which of several outputs want one. `ends`: tells whether it ends in a ReLU, for a tensor that was
+        computed elsewhere and has no graph.
         """
         self.check(tensor, micro_batch, rows)
         sent = _guarded(self.guard, tensor, Crossing("activation", self.party, self.peer, micro_batch, rows))
         if rows.held_out:
             return self.wire.pack(payload_view(sent, rows.digest))
         # Nothing else asks for a ReLU, and asking makes hooks. A defended activation shows other zeros than the ReLU's.
-        relu = self.wire.compress == "bitmap" and self.guard.defence is None and ends_in_relu(tensor)
+        relu = self.wire.compress == "bitmap" and self.guard.defence is None and ends(tensor)
         payload = self.wire.pack(payload_view(sent, rows.digest), relu=relu)
         self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
         return (

@@ -78,7 +78,7 @@ def definitions(job: Job, password_hashes: Mapping[str, str]) -> dict[str, Any]:
     ]
     return {
         "vhosts": [{"name": vhost}],
-        "users": [_user(user_of(job, role), password_hashes[role]) for role in roles(job)],
+        "users": [user_entry(user_of(job, role), password_hashes[role]) for role in roles(job)],
         "permissions": [_permission(job, vhost, role) for role in roles(job)],
         "topic_permissions": [_topic_permission(job, vhost, role) for role in roles(job)],
         "parameters": [_vhost_limits(vhost, users=len(roles(job)), queues=len(queues) + len(dead))],
@@ -105,7 +105,7 @@ def _any_of(names: Sequence[str]) -> str:
     return f"^({'|'.join(map(re.escape, names))})$"
 
 
-def _user(name: str, password_hash: str) -> dict[str, Any]:
+def user_entry(name: str, password_hash: str) -> dict[str, Any]:
     return {
         "name": name,
         "password_hash": password_hash,

@@ -3,6 +3,7 @@
     authority/     ca.crt ca.key                       signs certificates; keep it off every machine that runs something
     broker/        rabbitmq.conf definitions.json enabled_plugins ca.crt server.crt server.key
     <role>/        ca.crt broker.url seal.key [client.crt client.key]     for each party, the scheduler, the operator
+    <party>-hand/  ca.crt broker.url [client.crt client.key]              for the hands of a party, if it has any
     security.toml  the public keys, to be pasted into the job
 
 What is there is kept, so that it may be run again after every change of the job; secrets are replaced only when asked.
@@ -21,6 +22,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 from sl_queue.config.job import Job
 from sl_queue.deployment.certificates import Certificate, new_authority, new_client, new_server
 from sl_queue.deployment.definitions import definitions, hashed, is_hash_of, roles, user_of
+from sl_queue.deployment.hands import SUFFIX, hand_user, hands_vhost, with_hands
 from sl_queue.errors import JobError
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.security.keys import PrivateKey, PublicKey, read_key
@@ -49,6 +51,7 @@ class Place:
     at: str = "."  # a role's folder, as its worker sees it: it is started there, or this is absolute
     broker_at: str = BROKER_AT
     client_certificates: bool = False  # instead of passwords
+    hands: tuple[str, ...] = ()  # parties whose hands meet them at this broker
 
 
 def provision(
@@ -82,13 +85,25 @@ class _Folders:
         if taken:
             raise JobError(f"party {taken.pop()!r} needs another name: a folder of that name has another use")
         authority = self._authority()
+        self._require_parties()
         passwords = {role: self._password(role) for role in roles(self.job)}
         for role in roles(self.job):
-            self._role(role, authority, passwords[role])
-        self._broker(authority, passwords)
+            self._login(role, user_of(self.job, role), self.job.name, authority, passwords[role])
+        of_hands = {party: self._password(f"{party}{SUFFIX}") for party in self.place.hands}
+        for party, password in of_hands.items():
+            user, vhost = hand_user(self.job, party), hands_vhost(self.job, party)
+            self._login(f"{party}{SUFFIX}", user, vhost, authority, password)
+        self._broker(authority, passwords, of_hands)
         keys = {role: self._key(role) for role in roles(self.job)}
         _write(self.out / "security.toml", security_table(keys).encode())
         return keys
+
+    def _require_parties(self) -> None:
+        for party in self.place.hands:
+            if party not in self.job.parties:
+                raise JobError(f"--hands {party}: it must be one of {', '.join(self.job.parties)}")
+            if f"{party}{SUFFIX}" in self.job.parties:
+                raise JobError(f"party {party + SUFFIX!r} needs another name: a folder of that name has another use")
 
     def _authority(self) -> Certificate:
         folder = self.out / "authority"
@@ -100,8 +115,8 @@ class _Folders:
         _write(folder / "ca.key", made.key, secret=True)
         return made
 
-    def _role(self, role: str, authority: Certificate, password: str) -> None:
-        folder, user, place = self.out / role, user_of(self.job, role), self.place
+    def _login(self, name: str, user: str, vhost: str, authority: Certificate, password: str) -> None:
+        folder, place = self.out / name, self.place
         _write(folder / "ca.crt", authority.certificate)
         options = {"cacertfile": f"{place.at}/ca.crt"}
         login = f"{quote(user, safe='')}:{quote(password, safe='')}@"
@@ -110,10 +125,10 @@ class _Folders:
             options |= {"certfile": f"{place.at}/client.crt", "keyfile": f"{place.at}/client.key"}
             login, options["auth_mechanism"] = "", "external"
         nodes = ",".join(f"[{host}]:{place.port}" if ":" in host else f"{host}:{place.port}" for host in place.hosts)
-        where = f"{nodes}/{quote(self.job.name, safe='')}?{urlencode(options, safe='/')}"
+        where = f"{nodes}/{quote(vhost, safe='')}?{urlencode(options, safe='/')}"
         _write(folder / "broker.url", f"amqps://{login}{where}\n".encode(), secret=True)
 
-    def _broker(self, authority: Certificate, passwords: Mapping[str, str]) -> None:
+    def _broker(self, authority: Certificate, passwords: Mapping[str, str], of_hands: Mapping[str, str]) -> None:
         folder, hosts = self.out / "broker", self.place.hosts
         self._certificate(folder, "server", authority, hosts, lambda: new_server(authority, hosts, self.now))
         _write(folder / "ca.crt", authority.certificate)
@@ -122,7 +137,8 @@ class _Folders:
         _write(folder / "enabled_plugins", f"[{','.join(plugins)}].\n".encode())
         known = _known_hashes(folder / "definitions.json")
         hashes = {role: self._hash(passwords[role], known.get(user_of(self.job, role))) for role in passwords}
-        body = json.dumps(definitions(self.job, hashes), indent=2) + "\n"
+        of_hand = {p: self._hash(password, known.get(hand_user(self.job, p))) for p, password in of_hands.items()}
+        body = json.dumps(with_hands(definitions(self.job, hashes), self.job, of_hand), indent=2) + "\n"
         _write(folder / "definitions.json", body.encode(), secret=True)
 
     def _hash(self, password: str, known: str | None) -> str:

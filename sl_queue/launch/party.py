@@ -20,6 +20,7 @@ from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.going_on import begin_with, begin_with_moments, digest_of_start
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.handover import Take, itself
+from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
@@ -30,6 +31,7 @@ from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.alignment import align_party
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
+from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
 from sl_queue.launch.spending import Spending
@@ -90,7 +92,8 @@ def run_party(
     folder = state_folder(party_file, state)
     private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, observe=observe)
+    lanes = Lanes.of(job, party_file, broker)
+    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, lanes=lanes, observe=observe)
 
 
 def serve_party(
@@ -105,12 +108,14 @@ def serve_party(
     *,
     private: bool = False,
     guards: Mapping[str, Guard] = MappingProxyType({}),
+    lanes: Lanes | None = None,
     observe: Observer = to_log,
 ) -> None:
     """Run one data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
+    `lanes`: the way to hands that compute its micro-batches.
     """
     party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
@@ -127,16 +132,21 @@ def serve_party(
         journal = Journal(state / "history.jsonl")
         parts = parts_of(spec, table, pipeline.batches)
         guards = {**parts.guards, **guards}
-        worker, train = _role(job, spec, table, pipeline, channel, folder, journal, identity, take, observe, guards)
+        made, led = _stage(job, spec, table, pipeline, take, guards, lanes), None
+        if lanes is not None:
+            led = leading(job, spec, table, rules, made, pipeline, channel, lanes, incarnation, observe)
+        stage = made if led is None else led.stage
+        worker, train = _role(job, spec, stage, pipeline, channel, folder, journal, identity, observe)
         worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
         if metrics is not None:
-            stack.callback(_show(metrics, job, party, channel, worker, meter).close)
-        worker.on_final = partial(keep_trained, job, spec, table, pipeline.batches, state, worker.stage)
+            stack.callback(_show(metrics, job, party, channel, worker, meter, led).close)
+        worker.on_final = partial(keep_trained, job, spec, table, pipeline.batches, state, made)
         stack.callback(channel.close)
         channel.open()
         open_channels.add(channel)
         observe(events.Ready(party))
-        final = worker.serve(train)
+        with nullcontext() if led is None else led.serving(channel):
+            final = worker.serve(train)
         observe(events.Finished(party, final.step, str(state / "final")))
 
 
@@ -163,7 +173,7 @@ def _prepared(
     require_lasting_secret(spec, state, private=private)
     secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
     spec = spec.with_secret(secret)
-    table = _table(spec, rules, aligned)
+    table = table_of(spec, rules, aligned)
     for note in table.notes:
         log.info("%s: %s", spec.party, note)
     folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint, **_of_start(spec)})
@@ -211,7 +221,7 @@ def _aligned(
         return align_party(job, spec.table, connect, state, open_channels, seal, observe, own_version())
 
 
-def _table(spec: PartySpec, rules: int, aligned: Aligned | None) -> Table:
+def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None) -> Table:
     """Read the party's rows, with responses for labels if its file says so."""
     with _source_seeded(spec):
         positions = None if aligned is None else aligned.positions
@@ -228,7 +238,7 @@ def _source_seeded(spec: PartySpec) -> AbstractContextManager[None]:
 def _spending(
     job: Job, spec: PartySpec, table: Table, state: Path, meter: EpochMeter | None, worker: Worker
 ) -> Spending:
-    stage = worker.stage
+    stage = whole_of(worker.stage)
 
     def truly() -> Mapping[str, float | None]:
         return stage.truly if isinstance(stage, TorchFuseStage) else {}
@@ -253,34 +263,49 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()}, leftover)
 
 
-def _role(
+def _stage(
     job: Job,
     spec: PartySpec,
     table: Table,
+    pipeline: Pipeline,
+    take: Take,
+    guards: Mapping[str, Guard],
+    lanes: Lanes | None,
+) -> TorchBaseStage | TorchFuseStage:
+    """Build the party's part of the model, and say what a person should know of it."""
+    compute = spec.compute if lanes is None else lanes.computes(spec.compute)
+    if spec.role == "label":
+        fuse = fuse_stage(compute, table, pipeline.batches, take, guards)
+        _remark(fuse.own)
+        _begin(spec, [fuse.model, *([] if fuse.own is None else [fuse.own.model])])
+        for found in advice(fuse, job.stops_on):
+            log.warning("%s: %s", spec.party, found.text)
+        return fuse
+    base = base_stage(compute, table, pipeline.batches, take, guards.get(job.label_holder, UNGUARDED))
+    _remark(base)
+    _begin(spec, [base.model])
+    return base
+
+
+def _role(
+    job: Job,
+    spec: PartySpec,
+    stage: TorchBaseStage | TorchFuseStage | SpreadBaseStage | SpreadFuseStage,
     pipeline: Pipeline,
     channel: PartyChannel,
     folder: Folder,
     journal: Journal,
     identity: Identity,
-    take: Take,
     observe: Observer,
-    guards: Mapping[str, Guard],
 ) -> tuple[Worker, Callable[[int], None]]:
     """Return the worker of this party, and the loop it runs."""
-    if spec.role == "label":
-        fuse = fuse_stage(spec.compute, table, pipeline.batches, take, guards)
-        _remark(fuse.own)
-        _begin(spec, [fuse.model, *([] if fuse.own is None else [fuse.own.model])])
-        for found in advice(fuse, job.stops_on):
-            log.warning("%s: %s", spec.party, found.text)
-        worker = Worker(identity, channel, fuse, folder, pipeline, journal=journal, observe=observe)
-        return worker, LabelHolder(spec.peers, channel, fuse, pipeline, worker, job.early_stopping is not None).train
-    guard = guards.get(job.label_holder, UNGUARDED)
-    base = base_stage(spec.compute, table, pipeline.batches, take, guard)
-    _remark(base)
-    _begin(spec, [base.model])
-    worker = Worker(identity, channel, base, folder, pipeline, observe=observe)
-    return worker, FeatureParty(job.label_holder, channel, base, pipeline, worker).train
+    if isinstance(stage, TorchFuseStage | SpreadFuseStage):
+        worker = Worker(identity, channel, stage, folder, pipeline, journal=journal, observe=observe)
+        holder = LabelHolder(spec.peers, channel, stage, pipeline, worker, job.early_stopping is not None)
+        answering(stage, holder.answer)
+        return worker, holder.train
+    worker = Worker(identity, channel, stage, folder, pipeline, observe=observe)
+    return worker, FeatureParty(job.label_holder, channel, stage, pipeline, worker).train
 
 
 def _of_start(spec: PartySpec) -> dict[str, str]:
@@ -291,6 +316,8 @@ def _begin(spec: PartySpec, models: Sequence[Model]) -> None:
     """Give the models the weights of an earlier run, if the party's file says so."""
     if spec.start is None:
         return
+    for model in models:
+        model.shares_all = True  # a hand has none of them
     for said in begin_with(models, spec.start.folder):
         log.warning("%s", said)
     if spec.start.optimizer:
@@ -307,7 +334,7 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
         if isinstance(spec.chosen_secret, Path):
             spec = spec.with_secret(read_secret(spec.chosen_secret))
         aligned = read_aligned(folder.path) if job.alignment.method == "psi" else None
-        now = fingerprint(spec.compute, _table(spec, rules, aligned), rules)
+        now = fingerprint(spec.compute, table_of(spec, rules, aligned), rules)
         folder.require({**now, **spec.privacy.fingerprint, **_of_start(spec)})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
@@ -326,7 +353,9 @@ def state_folder(party_file: PartyFile, state: Path | None) -> Path:
     return folder
 
 
-def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter) -> "HttpServer":
+def _show(
+    address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter, led: Leading | None
+) -> "HttpServer":
     from sl_queue.observe.prometheus import (  # only who is observed loads the library
         PartyCollector,
         Training,
@@ -343,4 +372,5 @@ def _show(address: str, job: Job, party: str, channel: PartyChannel, worker: Wor
     def vitals() -> Vitals:
         return Vitals(channel.pulse_age_s, channel.connectivity)
 
-    return serve(address, PartyCollector(job.name, party, measures, training), vitals)
+    hands = None if led is None else led.lead.counts
+    return serve(address, PartyCollector(job.name, party, measures, training, hands), vitals)

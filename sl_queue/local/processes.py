@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sl_queue.config.environment import BROKER, EVENTS, LOCAL, LOG_FORMAT, THREADS
+from sl_queue.config.environment import BROKER, EVENTS, HANDS_BROKER, LOCAL, LOG_FORMAT, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
 from sl_queue.launch.following import Follower
@@ -34,6 +34,7 @@ class Place:
     party_file: Path | None  # None: the scheduler
     state: Path
     key: Path | None = None  # the role's private key, if the job seals and its party file does not name it
+    hands: int | None = None  # processes that compute its micro-batches; None: it computes them itself
 
 
 def run_processes(
@@ -62,16 +63,35 @@ def run_processes(
     environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1"}
     environ |= {LOG_FORMAT.name: "text"}  # their lines are shown to a person
     asked: Path | None = EVENTS.read()
-    workers = [Worker(role, command(job, role, job_file, place)) for role, place in places.items()]
+    workers = [Worker(r, command(job, r, job_file, place), _meeting(place, broker)) for r, place in places.items()]
+    hands = {f"{role}, hand {n}": role for role, place in places.items() for n in range(1, 1 + (place.hands or 0))}
+    workers += [
+        Worker(hand, hand_command(job_file, places[r]), _meeting(places[r], broker), helps=True)
+        for hand, r in hands.items()
+    ]
+
+    def step_of(name: str) -> int | None:
+        return newest.committed(hands.get(name, name))  # a hand's is its party's
+
     with TemporaryDirectory(prefix="sl_queue-events-") as folder:
         events = asked or Path(folder) / "events.jsonl"
         environ |= {EVENTS.name: str(events.absolute())}
         reason_of = partial(failure_in, events)
         try:
             with Follower(job, broker, seal, newest):
-                return supervise(workers, environ, screen.line, newest.committed, reason_of=reason_of)
+                return supervise(workers, environ, screen.line, step_of, reason_of=reason_of)
         finally:
             _last_word(job, broker, seal, newest)
+
+
+def _meeting(place: Place, broker: str) -> dict[str, str]:
+    """Tell a worker and its hands where they meet: at the one broker, whose owner holds all files anyway."""
+    return {} if place.hands is None else {HANDS_BROKER.name: broker}
+
+
+def hand_command(job_file: Path, place: Place) -> tuple[str, ...]:
+    """Return what starts a hand."""
+    return (sys.executable, "-m", "workers.hand", "--job", str(job_file), "--party", str(place.party_file))
 
 
 def failure_in(events: Path, pid: int) -> str | None:

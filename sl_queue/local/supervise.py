@@ -28,6 +28,7 @@ class Worker:
     name: str
     command: tuple[str, ...]
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # besides what all workers get
+    helps: bool = False  # others: it is not waited for when they have ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class _Supervisor:  # mutable: it owns processes
         try:
             for child in self._children:
                 self._start(child)
-            while any(child.process or child.restart_at for child in self._children):
+            while any(child.process or child.restart_at for child in self._children if not child.worker.helps):
                 failure = self._step()
                 if failure is not None:
                     return self._await_others(failure)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from sl_queue.config.resolve import PartySpec, agree, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
+from sl_queue.launch.hand_process import HandThreads
+from sl_queue.launch.hands import Lanes
 from sl_queue.launch.party import compare_finished, serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.local.progress import OnEpoch, shown
@@ -114,8 +117,12 @@ def run_threads(
     states: Mapping[str, Path],
     on_status: OnStatus,
     keys: Path | None = None,
+    hands: Mapping[str, int] = MappingProxyType({}),
 ) -> Result:
-    """Run as `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice."""
+    """Run as `run_local`, with the state of each role, the scheduler's too, in a folder of its own choice.
+
+    `hands`: how many threads compute the micro-batches of a party, besides its own.
+    """
     require_all(job, parties)
     require_nothing_lost(party.device for party in parties)
     with torch.inference_mode(False), Loan() as loan:  # what is made in that mode could not be trained any further
@@ -123,7 +130,7 @@ def run_threads(
         specs = {party.party: resolve(job, party, importer) for party in parties}
         lend_given((spec.compute for spec in specs.values()), loan)
         with thread_counts_kept():
-            run_state = _Threads(job, parties, specs, broker, states, on_status, keys, loan).run()
+            run_state = _Threads(job, parties, specs, broker, states, on_status, keys, loan, hands).run()
         history = [history_line(result) for result in run_state.history]
         modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}
         for party, spec in specs.items():
@@ -162,8 +169,10 @@ class _Threads:
         on_status: OnStatus,
         keys: Path | None,
         take: Take,
+        hands: Mapping[str, int],
     ) -> None:
         self._job, self._parties, self._states, self._on_status = job, parties, states, on_status
+        self._hands = hands
         self._specs = specs
         self._broker, self._keys, self._take = broker, keys, take
         self._connect = connector(job, broker)
@@ -199,9 +208,17 @@ class _Threads:
             limit_threads(party_file.threads or shared_threads(len(self._parties)))
             seal = self._sealing(party_file.party, party_file)
             spec = self._specs[party_file.party]
-            serve_party(self._job, spec, self._connect, state, self._channels, seal, take=self._take)
+            lanes = self._lanes(party_file)
+            with HandThreads(self._job, spec, lanes, self._hands.get(spec.party, 0)):
+                serve_party(self._job, spec, self._connect, state, self._channels, seal, take=self._take, lanes=lanes)
 
         self._guard(f"party {party_file.party!r}", serve)
+
+    def _lanes(self, party_file: PartyFile) -> Lanes | None:
+        """Return the way to the party's hands, which are threads of this process; None if it has none."""
+        if party_file.hands is None and not self._hands.get(party_file.party):
+            return None
+        return Lanes.in_memory(alone=party_file.hands is None or party_file.hands.alone)
 
     def _run_scheduler(self) -> None:
         def serve() -> None:

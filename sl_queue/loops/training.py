@@ -4,6 +4,7 @@ An activation's way: rows -> forward -> send ... receive -> fuse -> send ... rec
 between the two is made and checked at the cut, which belongs to the stages.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -92,8 +93,12 @@ class LabelHolder:
     def _fuse(self, micro_batch: MicroBatch) -> None:
         gradients = self.stage.forward_backward(micro_batch, self._gather(Kind.ACTIVATION, micro_batch))
         for answered, found in (*self.stage.late_gradients(), (micro_batch, gradients)):
-            for party, gradient in found.items():
-                self.channel.send(party, Gradient(answered, gradient))
+            self.answer(answered, found)
+
+    def answer(self, micro_batch: MicroBatch, gradients: Mapping[str, Payload]) -> None:
+        """Send each party its gradient; a stage over hands calls this itself, when the gradients are there."""
+        for party, gradient in gradients.items():
+            self.channel.send(party, Gradient(micro_batch, gradient))
 
     def _gather(self, kind: Kind, micro_batch: MicroBatch) -> dict[str, Payload]:
         """Receive one activation of each feature party, by key: order of arrival means nothing."""

@@ -22,6 +22,9 @@ LEVELS: dict[type[Event], int] = {  # what is not here has no line: it would be 
     events.Resent: logging.INFO,
     events.PhaseChanged: logging.INFO,
     events.Missing: logging.INFO,
+    events.HandCame: logging.INFO,
+    events.HandLeft: logging.INFO,
+    events.HandRefused: logging.WARNING,
     events.Rejected: logging.WARNING,
     events.Foreign: logging.WARNING,
     events.StillWaiting: logging.WARNING,
@@ -120,6 +123,21 @@ def _(event: events.StillWaiting) -> str:
     if event.silent_s is not None:
         return f"{text}; last heard from it {event.silent_s:.0f} s ago"
     return f"{text}: {event.reason}"
+
+
+@text_of.register
+def _(event: events.HandCame) -> str:
+    return f"{event.hand} is here; hands: {event.hands}"
+
+
+@text_of.register
+def _(event: events.HandLeft) -> str:
+    return f"{event.hand} is lost: {event.reason}; what it had is given to others; hands: {event.hands}"
+
+
+@text_of.register
+def _(event: events.HandRefused) -> str:
+    return f"refused, since it would compute other bits: {event.reason}"
 
 
 @text_of.register

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from sl_queue.errors import JobError
 from sl_queue.observe.http_server import Answer, HttpServer
-from sl_queue.protocol.measures import Connectivity, Measures
+from sl_queue.protocol.measures import Connectivity, HandCounts, Measures
 from sl_queue.protocol.scheduler.status import RunStatus
 
 PULSE_S = 60.0  # a pulse beats several times a second; without one for so long a worker is not alive
@@ -76,14 +76,22 @@ class PartyCollector(Collector):
     """A data party."""
 
     def __init__(
-        self, job: str, party: str, measures: Callable[[], Measures], training: Callable[[], Training]
+        self,
+        job: str,
+        party: str,
+        measures: Callable[[], Measures],
+        training: Callable[[], Training],
+        hands: Callable[[], HandCounts] | None = None,
     ) -> None:
         self._job, self._party, self._measures, self._training = job, party, measures, training
+        self._hands = hands
 
     def collect(self) -> Iterable[Metric]:
         """Collect everything there is, now."""
         yield from _of_training(self._job, self._party, self._training())
         yield from _of_channel(self._measures())
+        if self._hands is not None:
+            yield from _of_hands(self._hands())
 
 
 class SchedulerCollector(Collector):
@@ -119,6 +127,17 @@ def _of_training(job: str, party: str, training: Training) -> Iterable[Metric]:
     yield GaugeMetricFamily("sl_queue_step", "Newest step trained, from 0", value=training.step)
     yield GaugeMetricFamily("sl_queue_committed_step", "Newest step on disk, from 0", value=training.committed)
     yield CounterMetricFamily("sl_queue_samples", "Rows trained on by this process", value=training.samples)
+
+
+def _of_hands(counts: HandCounts) -> Iterable[Metric]:
+    yield GaugeMetricFamily("sl_queue_hands", "Hands that compute for this party now", value=counts.hands)
+    yield GaugeMetricFamily("sl_queue_hands_waiting_tasks", "Micro-batches that no hand has yet", value=counts.waiting)
+    yield GaugeMetricFamily("sl_queue_hands_lacking", "1 while the run waits for a hand to come", value=counts.lacks)
+    yield CounterMetricFamily("sl_queue_hands_calls", "Calls that hands have done", value=counts.calls)
+    yield CounterMetricFamily(
+        "sl_queue_hands_repeated", "Micro-batches dealt again after a loss", value=counts.repeated
+    )
+    yield CounterMetricFamily("sl_queue_hands_busy_seconds", "Computed by all hands together", value=counts.busy_s)
 
 
 def _of_channel(measures: Measures) -> Iterable[Metric]:

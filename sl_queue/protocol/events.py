@@ -173,7 +173,7 @@ class WaitBegan:
     """A worker begins to wait; waits may nest, and each ends with its `Waited`."""
 
     party: str
-    source: str  # a party, "scheduler", "broker" or "disk"
+    source: str  # a party, "scheduler", "broker", "disk", "hands" or "a hand to come"
     cause: str
 
 
@@ -199,6 +199,36 @@ class StillWaiting:
     silent_s: float | None = None  # since anything was heard of whom it waits for
     outage_s: float | None = None  # for which its own link to the broker has been unusable
     reason: str = ""  # of that
+
+
+# Hands ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HandCame:
+    """A hand computes for a party from now on; `hands`: how many do."""
+
+    party: str
+    hand: str
+    hands: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandLeft:
+    """A hand is gone, and what it had is given to others; `hands`: how many are left."""
+
+    party: str
+    hand: str
+    hands: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandRefused:
+    """A process that would be a hand of a party is not, since it would compute other bits."""
+
+    party: str
+    reason: str
 
 
 # The scheduler --------------------------------------------------------------------------------------------------
@@ -257,6 +287,9 @@ Rare = (
     | Foreign
     | Reconnected
     | StillWaiting
+    | HandCame
+    | HandLeft
+    | HandRefused
     | PhaseChanged
     | Missing
     | Refused

@@ -36,3 +36,15 @@ class Measures:
     commits: int
     reconnects: int
     broker: Connectivity
+
+
+@dataclass(frozen=True, slots=True)
+class HandCounts:
+    """Numbers of a lead: its hands now, and what they did since its process started."""
+
+    hands: int
+    calls: int  # done
+    repeated: int  # tasks that were dealt again, since whoever had them was lost
+    busy_s: float  # of all hands, the lead's own among them
+    waiting: int  # tasks that nobody has
+    lacks: bool  # whether the run waits for a hand to come

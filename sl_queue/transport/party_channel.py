@@ -85,6 +85,8 @@ class PartyChannel:
         self._reports, self._commits = Reports(shared, self._sources, totals), Commits(shared, committer, self._check)
         self._resending = Resending(party, patience_s, observe)
         self._failure: SlQueueError | None = None
+        self._woken = False
+        self.between: Callable[[], None] = _nothing
         self._pulse = Pulse(party, self._reports.every_s, self._beat, first_s=self._reports.every_s)
 
     def open(self) -> None:
@@ -175,6 +177,17 @@ class PartyChannel:
 
     # Waiting ----------------------------------------------------------------------------------------------------
 
+    def wake(self) -> None:
+        """Have a worker that waits here call `between` once, in its own thread; from any thread."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise what ends or redirects the worker, as `receive` does; for who waits for something else."""
+        with self._changed:
+            self._check()
+
     def _wait(self, take: Callable[[], T | None], source: str, what: str, ask: Callable[[float], None]) -> T:
         """Block until `take` gives something; ask for it with growing pauses, and name whom we wait for."""
         began, name_at = time.monotonic(), self._patience_s
@@ -185,8 +198,11 @@ class PartyChannel:
                 taken = take()
                 if taken is not None:
                     return taken
-                if not self._timeline.announce:
+                if not self._timeline.announce and not self._woken:
                     self._changed.wait(min(0.5, pause_s))
+                woken, self._woken = self._woken, False
+            if woken:
+                self.between()
             self._reports.announce_if_needed()
             waited = time.monotonic() - began
             if waited >= ask_at:
@@ -298,3 +314,7 @@ class PartyChannel:
     def _publish(self, receiver: str, kind: Kind, body: bytes, numbers: int = 0) -> None:
         self._observe(events.Sent(self._party, receiver, kind, len(body), numbers))
         self._link.publish(receiver, kind, self._timeline.run, body, persistent=self._persistent)
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sl_queue.errors import JobError
 from sl_queue.observe.prometheus import PartyCollector, SchedulerCollector, Training, Vitals, serve
 from sl_queue.protocol.control import EpochResult
-from sl_queue.protocol.measures import IN_PROCESS, Connectivity, Measures
+from sl_queue.protocol.measures import IN_PROCESS, Connectivity, HandCounts, Measures
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
 from sl_queue.testing.private_broker import free_ports
 from tests.support.crew import CHECKPOINT_EVERY, ROLES, Crew, write_job
@@ -138,10 +138,11 @@ def test_health_follows_what_the_worker_says() -> None:
 def shown() -> dict[str, str]:
     """Return the type of every number that a worker can show, by the name it has in a query."""
     measures = Measures(1.0, 0.5, 0.0, {("a", "b"): 0.5}, {"a": 1.0}, {"applied": 1}, 1, 1, 1, 1, IN_PROCESS)
+    hands = HandCounts(2, 5, 1, 1.0, 0, False)
     parties = {"bank": PartyStatus("here", silent_s=1.0, committed=1)}
     status = RunStatus("running", "j", "r", epoch=1, history=(EpochResult(0, 1, 0.5),), parties=parties)
     collectors = (
-        PartyCollector("job", "bank", lambda: measures, lambda: Training("r", 0, 1, 1, 1)),
+        PartyCollector("job", "bank", lambda: measures, lambda: Training("r", 0, 1, 1, 1), lambda: hands),
         SchedulerCollector(lambda: status, vitals),
     )
     families = [family for collector in collectors for family in collector.collect()]

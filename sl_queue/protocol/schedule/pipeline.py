@@ -90,6 +90,21 @@ class Pipeline:
             yield from map(Score, self._held_out(last))
             yield Commit(last)
 
+    def together(self, first_step: int) -> Iterator[tuple[MicroBatch, ...]]:
+        """Group the forwards from `first_step` (a step after a commit) to the next commit by the update before them.
+
+        Those of one group use the same weights, so it does not matter in which order or where they are computed.
+        """
+        stretch = next(self._stretches(first_step), None)
+        group: list[MicroBatch] = []
+        for action in () if stretch is None else self._window(*stretch):
+            match action:
+                case Forward(micro_batch):
+                    group.append(micro_batch)
+                case Update():
+                    yield tuple(group)
+                    group = []
+
     def _stretches(self, first_step: int) -> Iterator[tuple[int, int]]:
         """Cut the run from `first_step` on into (first, last) steps between two commits."""
         first = first_step

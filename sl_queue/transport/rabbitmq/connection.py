@@ -129,6 +129,18 @@ class Channel:
         )
         return int(frame.method.consumer_count)
 
+    async def fanout(self, name: str) -> None:
+        """Declare a durable exchange that gives each queue all it is given."""
+        await self._call(self._pika.exchange_declare, name, "fanout", durable=True)
+
+    async def private_queue(self, name: str) -> None:
+        """Declare a queue that is this connection's alone, and goes with it."""
+        await self._call(self._pika.queue_declare, name, exclusive=True, auto_delete=True)
+
+    async def purge(self, queue: str) -> None:
+        """Drop what waits in a queue."""
+        await self._call(self._pika.queue_purge, queue)
+
     async def bind(self, queue: str, exchange: str, key: str) -> None:
         await self._call(self._pika.queue_bind, queue, exchange, key)
 

@@ -1,0 +1,193 @@
+"""Scaling of one party with its hands: emulated compute, which costs no core, and real compute up to the cores.
+
+Every role is a process, as deployed. A step's time is that of whole epochs, the first left out.
+"""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks import goals
+from benchmarks.report import table
+from sl_queue.config.environment import BROKER, HANDS_BROKER, LOCAL, THREADS
+from sl_queue.local.supervise import Worker, supervise
+from sl_queue.testing.private_broker import PrivateBroker
+
+COUNTS = (1, 2, 4, 8)
+MICRO_BATCHES = 16
+ROWS_OF_ONE = 4
+COLUMNS = 8
+SLEEP_S = 0.05  # forwards, and as much backwards
+BIG = 1_250_000  # parameters: 5 MB
+
+MODELS = """import time
+
+import torch
+from torch import nn
+
+
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+class Base(nn.Module):
+    def __init__(self, seconds, width, layers):
+        super().__init__()
+        self.seconds = seconds
+        self.wide = nn.Linear({columns}, width)
+        self.deep = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
+        self.cut = nn.Linear(width, 4)
+
+    def forward(self, x):
+        return Slow.apply(self.cut(self.deep(self.wide(x))), self.seconds)
+
+
+class Fuse(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, inputs):
+        return Slow.apply(self.linear(inputs[0]), self.seconds)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The compute of each party."""
+
+    name: str
+    party: str  # whose it is
+    sleep_s: float = SLEEP_S
+    width: int = 16
+    layers: int = 0
+    steps: int = 2  # an epoch
+
+    def bytes_a_step(self) -> int:
+        """Return what goes between lead and one hand: weights, and gradients of each micro-batch."""
+        base = COLUMNS * self.width + self.width + self.layers * (self.width**2 + self.width) + 4 * self.width + 4
+        parameters = base if self.party == "features" else 5
+        return 4 * parameters * (1 + MICRO_BATCHES)
+
+
+def write(folder: Path, load: Load, epochs: int) -> None:
+    """Write job, party files, tables and models."""
+    rows = MICRO_BATCHES * ROWS_OF_ONE * load.steps
+    numbers = np.random.default_rng(0).standard_normal((rows, COLUMNS))
+    names = [f"c{column}" for column in range(COLUMNS)]
+    lines = [",".join([str(row), *(f"{x:.6f}" for x in numbers[row])]) for row in range(rows)]
+    (folder / "features.csv").write_text("\n".join([",".join(["id", *names]), *lines]) + "\n")
+    labels = [f"{row},{int(numbers[row, 0] > 0)}" for row in range(rows)]
+    (folder / "labels.csv").write_text("\n".join(["id,label", *labels]) + "\n")
+    (folder / "models.py").write_text(MODELS.replace("{columns}", str(COLUMNS)))
+    own = {party: load.sleep_s if load.party == party else 0.0 for party in ("features", "labels")}
+    (folder / "job.toml").write_text(
+        f'name = "hands"\nseed = 1\nepochs = {epochs}\nbatch_size = {MICRO_BATCHES * ROWS_OF_ONE}\n'
+        '[parties.features]\nrole = "feature"\ncut = [4]\n[parties.labels]\nrole = "label"\n'
+        f"[pipeline]\nmicro_batches = {MICRO_BATCHES}\ndepth = {MICRO_BATCHES}\n"
+    )
+    optimizer = 'optimizer = { name = "sgd", lr = 0.01 }\n'
+    args = f"args = {{ seconds = {own['features']}, width = {load.width}, layers = {load.layers} }}\n"
+    (folder / "features.toml").write_text(
+        'party = "features"\n[data]\npath = "features.csv"\nid = "id"\n[base]\nmodel = "models:Base"\n'
+        f"{args}{optimizer}"
+    )
+    (folder / "labels.toml").write_text(
+        'party = "labels"\n[data]\npath = "labels.csv"\nid = "id"\nlabel = "label"\n[fuse]\nmodel = "models:Fuse"\n'
+        f'args = {{ seconds = {own["labels"]} }}\nloss = "bce_with_logits"\n{optimizer}'
+    )
+
+
+def measure(broker: PrivateBroker, load: Load, hands: int | None, epochs: int = 4) -> tuple[float, float]:
+    """Return milliseconds a step and processor seconds a step; None for `hands`: a plain worker."""
+    with TemporaryDirectory(prefix="sl_queue-hands-") as temporary:
+        folder = Path(temporary)
+        write(folder, load, epochs)
+        url = broker.url(f"hands-{os.urandom(4).hex()}")
+        environ = {**os.environ, BROKER.name: url, THREADS.name: "1", LOCAL.name: "1", "SL_QUEUE_LOG": "warning"}
+        before = _spent()
+        failure = supervise(list(_workers(folder, load, hands, url)), environ, lambda *_: None, lambda _: None)
+        spent = _spent() - before
+        assert failure is None, failure
+        lines = (folder / "scheduler" / "history.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines][1:]
+    return 1e3 * sum(seconds) / (len(seconds) * load.steps), spent / (epochs * load.steps)
+
+
+def _spent() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _workers(folder: Path, load: Load, hands: int | None, url: str) -> Iterator[Worker]:
+    meet = {} if hands is None else {HANDS_BROKER.name: url}
+    job = ("--job", str(folder / "job.toml"))
+
+    def worker(name: str, module: str, *options: str, helps: bool = False) -> Worker:
+        own = meet if load.party in name else {}
+        return Worker(name, (sys.executable, "-m", f"workers.{module}", *job, *options), own, helps)
+
+    yield worker("scheduler", "scheduler", "--state", str(folder / "scheduler"))
+    for party, module in (("features", "feature_party"), ("labels", "label_holder")):
+        file = ("--party", str(folder / f"{party}.toml"))
+        yield worker(party, module, *file, "--state", str(folder / party))
+    for number in range(hands or 0):
+        yield worker(f"{load.party} {number}", "hand", "--party", str(folder / f"{load.party}.toml"), helps=True)
+
+
+def compare(broker: PrivateBroker, quick: bool) -> list[str]:
+    """Return one table for each load, with R = 1, 2, 4, 8 side by side."""
+    sleep_s = 0.01 if quick else SLEEP_S
+    loads = [
+        Load("a feature party that sleeps", "features", sleep_s),
+        Load("a label holder that sleeps", "labels", sleep_s),
+        Load("a feature party of 5 MB that sleeps", "features", sleep_s, 1100, 1),
+        Load("a feature party that computes", "features", 0.0, 1100, 1),
+    ]
+    return [_table(broker, load, quick) for load in loads]
+
+
+def _table(broker: PrivateBroker, load: Load, quick: bool) -> str:
+    variants: list[tuple[str, int | None]] = [
+        ("plain", None),
+        ("no hand", 0),
+        *((str(count), count) for count in COUNTS),
+    ]
+    found = {count: measure(broker, load, count, 2 if quick else 4) for _, count in variants}
+    one = found[1][0]
+    rows = [
+        (name, f"{found[count][0]:.0f}", f"{one / found[count][0]:.2f}", f"{found[count][1]:.2f}")
+        for name, count in variants
+    ]
+    cores = f"{os.cpu_count()} cores" if load.sleep_s == 0.0 else f"{1e3 * load.sleep_s:.0f} ms forwards and backwards"
+    about = (
+        f"{load.name}: {MICRO_BATCHES} micro-batches, {cores}, {load.bytes_a_step() / 1e6:.2f} MB a step and hand\n\n"
+    )
+    body = table(("hands", "ms a step", "times one hand", "processor s a step, starts included"), rows)
+    lines = []
+    if load.sleep_s:
+        at_four = 0.8 if load.width > 16 else 0.9
+        lines = [
+            goals.line("R = 4 to one hand, of 4", one / found[4][0] / 4, at_four, at_least=True),
+            goals.line("R = 8 to one hand, of 8", one / found[8][0] / 8, 0.8, at_least=True),
+            goals.line("one hand to a plain worker", one / found[None][0], 1.05),
+            goals.line("[hands] without a hand to a plain worker", found[0][0] / found[None][0], 1.05),
+        ]
+    return about + body + "\n" + "\n".join(lines) + "\n"

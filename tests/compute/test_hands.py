@@ -1,0 +1,183 @@
+"""Stages over hands: however many there are, and whoever is lost, not one bit differs."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sl_queue.compute.separate import separate
+from sl_queue.errors import JobError
+from sl_queue.protocol.messages import MicroBatch, Payload
+from tests.support.hands import Crew, spread
+from tests.support.split import Concatenated, Parties, Stages, equal_weights, parties
+
+ADAM = {"name": "adam", "lr": 0.01}
+
+
+def base(normalised: bool = True) -> nn.Module:
+    norms = [nn.BatchNorm1d(8), nn.BatchNorm1d(5, momentum=None)] if normalised else [nn.Identity(), nn.Identity()]
+    return nn.Sequential(nn.Linear(4, 8), norms[0], nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 5), norms[1])
+
+
+def made(left: nn.Module | None = None, **job: Any) -> Parties:
+    rng = np.random.default_rng(0)
+    rows = 118
+    fuse = nn.Sequential(Concatenated(10, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 1))
+    features = {party: rng.standard_normal((rows, 4)).astype(np.float32) for party in ("left", "holder")}
+    labels = (features["left"][:, 0] > 0).astype(np.int64)
+    settings: dict[str, Any] = {"batch_size": 20, "holdout": 0.2, "epochs": 3, "optimizer": ADAM, "metrics": ["auroc"]}
+    cuts = {"left": [5], "holder": [5]}
+    return parties({"left": left or base(), "holder": base()}, fuse, features, labels, cuts=cuts, **settings | job)
+
+
+class Waiting(Stages):
+    """Stages of which some are over hands: the label holder's answers come when they come."""
+
+    def answer(self, micro_batch: MicroBatch, gradients: dict[str, Payload]) -> None:
+        self.under_way |= {("gradient", party, micro_batch): g for party, g in gradients.items()}
+
+    def _feature(self, party: str, *how: Any) -> Any:
+        for wait in Stages._feature(self, party, *how):
+            getattr(self.fuse, "deliver", lambda: None)()
+            yield wait
+
+
+def over_hands(of: Parties, hands: int, loss: float, who: tuple[str, ...], own: bool = False) -> tuple[Any, int]:
+    """Train with hands at these parties; returns the stages, and how many hands were lost."""
+    whole, pipeline = of.stages(), of.pipeline
+    stages: Any = Waiting(dict(whole.bases), whole.fuse)
+    crews = []
+    for party in who:
+        build: Any = (lambda: of.stages().bases["left"]) if party == "left" else (lambda: of.stages().fuse)
+        crew = Crew(build, loss)
+        for _ in range(hands):
+            crew.join()
+        lead = crew.lead(own)
+        if party == "left":
+            stages.bases["left"] = spread(whole.bases["left"], lead, pipeline)
+        else:
+            stages.fuse = spread(whole.fuse, lead, pipeline, stages.answer)
+        crews.append((crew, lead))
+    stages.train(pipeline)
+    for crew, lead in crews:
+        crew.loss = 0.0
+        lead.close()
+        for thread in crew.threads:
+            thread.join(10)
+    whole.losses, whole.evaluations = stages.losses, stages.evaluations
+    return whole, sum(crew.lost for crew, _ in crews)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize(("hands", "loss", "own"), [(0, 0.0, True), (1, 0.0, False), (3, 0.0, True), (3, 0.02, False)])
+def test_hands_change_no_bit(hands: int, loss: float, own: bool, staleness: int) -> None:
+    pipeline = {"micro_batches": 5, "depth": 5 * (staleness + 1), "staleness": staleness, "checkpoint_every": 3}
+    of = made(pipeline=pipeline)
+    plain = of.stages().train(of.pipeline)
+    for who in (("left",), ("holder",), ("left", "holder")):
+        with_hands, lost = over_hands(of, hands, loss, who, own)
+        assert with_hands.losses == plain.losses
+        assert with_hands.evaluations == plain.evaluations
+        for name, module in plain.modules().items():
+            assert equal_weights(module, with_hands.modules()[name]), (who, name)
+        assert bool(lost) == bool(loss)
+
+
+@pytest.mark.parametrize("wire", [{"dtype": "float16"}, {"compress": "bitmap"}])
+def test_what_is_packed_at_the_cut_is_packed_alike(wire: dict[str, str]) -> None:
+    of = made(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), wire=wire, pipeline={"micro_batches": 3, "depth": 3})
+    plain = of.stages().train(of.pipeline)
+    with_hands, _ = over_hands(of, 2, 0.0, ("left", "holder"))
+    assert with_hands.losses == plain.losses
+    for name, module in plain.modules().items():
+        assert equal_weights(module, with_hands.modules()[name]), name
+
+
+def test_hands_draw_with_the_secret_of_their_party() -> None:
+    of = made(pipeline={"micro_batches": 3, "depth": 3})
+    plain, private, crew = of.stages(), of.stages(), Crew(lambda: of.stages().bases["left"])
+    plain.bases["left"].model.secret = b"s" * 32
+    crew.join()
+    lead = crew.lead(secret=b"s" * 32)
+    stage = spread(private.bases["left"], lead, of.pipeline)
+    first = MicroBatch(0, 0)
+    assert bytes(stage.forward(first).data) == bytes(plain.bases["left"].forward(first).data)
+    assert bytes(stage.forward(MicroBatch(0, 1)).data) != bytes(
+        of.stages().bases["left"].forward(MicroBatch(0, 1)).data
+    )
+    lead.close()
+
+
+class Hits(nn.Module):
+    """Each forward changes what the next one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+        self.register_buffer("hits", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.hits += 1
+        return self.linear(x) * self.hits  # type: ignore[no-any-return]
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 5), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(x)  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(self.norm(x)))  # type: ignore[no-any-return]
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 5, sparse=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.embedding((x[:, 0] > 0).long())  # type: ignore[no-any-return]
+
+
+class Aside(nn.Module):
+    """Reaches its weight in another way than by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+        self.aside = [self.linear.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.aside[0].T
+
+
+REFUSED = {
+    "hits": (Hits(), "each forward pass changes 'hits', which the next one may read"),
+    "spectral norm": (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), "each forward pass changes 'parametri"),
+    "attribute": (Counts(), "each forward pass changes 'calls'"),
+    "twice": (Twice(), "one forward pass uses 'norm' more than once, with running averages"),
+    "sparse": (Embedded(), "the gradients of 'embedding.weight' are sparse"),
+    "aside": (Aside(), "in another way than by name"),
+}
+
+
+@pytest.mark.parametrize(("model", "complaint"), REFUSED.values(), ids=REFUSED)
+def test_a_model_whose_micro_batches_depend_on_each_other_is_refused(model: nn.Module, complaint: str) -> None:
+    stage = made(left=model, optimizer={"name": "sgd", "lr": 0.1}).stages().bases["left"]
+    before = {name: tensor.clone() for name, tensor in stage.module.state_dict().items()}
+    with pytest.raises(JobError, match="cannot be computed apart") as raised:
+        separate(stage)
+    assert complaint in str(raised.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in stage.module.state_dict().items())

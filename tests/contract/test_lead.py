@@ -1,0 +1,129 @@
+"""A lead without a model: what it says while it waits, whom it sends away, and what noise does to it."""
+
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sl_queue.errors import AlignmentError, ComputeError
+from sl_queue.loops.hand import Hand
+from sl_queue.loops.lead import Lead
+from sl_queue.protocol.events import Event, HandCame, HandRefused, WaitBegan, Waited
+from sl_queue.protocol.hands import HANDS, LEAD, TASKS, Call, Result, encode
+from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
+
+ABOUT = {"job": "j", "cpu": "AVX2"}
+FIRST = MicroBatch(0, 0)
+
+
+class Echo:
+    """A workshop that gives back what it gets."""
+
+    def __init__(self) -> None:
+        self.versions: set[int] = set()
+
+    def equip(self, version: int, *_: Any) -> None:
+        self.versions.add(version)
+
+    def has(self, version: int) -> bool:
+        return version in self.versions
+
+    def forget(self) -> None:
+        self.versions.clear()
+
+    def key_draws(self, secret: bytes) -> None:
+        pass
+
+    def do(self, call: Call) -> Any:
+        if call.what == "fail":
+            raise ComputeError("as it was asked")
+        return {"version": call.version}, dict(call.tensors)
+
+
+class Place:
+    """A lead with its lanes, and hands in threads; mutable."""
+
+    def __init__(self) -> None:
+        self.lanes, self.events = MemoryLanes(), list[Event]()
+        self.lead = Lead("bank", MemoryLane(self.lanes, lead=True), ABOUT, "lead 1", observe=self.events.append)
+        self.lead.open()
+        self.lead.equip({})
+
+    def hand(self, about: Any = ABOUT) -> tuple[threading.Thread, list[BaseException]]:
+        ended: list[BaseException] = []
+
+        def serve() -> None:
+            try:
+                Hand("bank", MemoryLane(self.lanes), about, Echo()).serve()
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        return thread, ended
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    place = Place()
+    yield place
+    place.lead.close()
+
+
+def test_a_lead_that_lacks_a_hand_says_so_and_goes_on_when_one_comes(place: Place) -> None:
+    task = place.lead.begin("echo", FIRST, {"": Payload("int8", (1,), b"x")})
+    timer = threading.Timer(0.5, place.hand)
+    timer.start()
+    result = place.lead.result(task, "echo")
+    assert bytes(result.tensors[""].data) == b"x" and result.values["version"] == 1
+    waits = [event for event in place.events if isinstance(event, WaitBegan | Waited)]
+    assert [event.source for event in waits] == ["a hand to come"] * 2
+    counts = place.lead.counts()
+    assert (counts.hands, counts.calls, counts.waiting, counts.lacks) == (1, 1, 0, False)
+
+
+def test_a_hand_that_would_compute_other_bits_is_sent_away_by_what_differs(place: Place) -> None:
+    thread, ended = place.hand({**ABOUT, "cpu": "AVX512"})
+    thread.join(10)
+    (error,) = ended
+    assert isinstance(error, AlignmentError) and "cpu was 'AVX2', now 'AVX512'" in str(error)
+    assert [event for event in place.events if isinstance(event, HandRefused)]
+
+
+def test_what_the_model_does_at_a_hand_is_raised_at_the_lead_and_hands_go_home(place: Place) -> None:
+    thread, ended = place.hand()
+    task = place.lead.begin("fail", FIRST)
+    with pytest.raises(ComputeError, match="as it was asked"):
+        place.lead.result(task, "fail")
+    place.lead.close(ComputeError("as it was asked"))
+    thread.join(10)
+    assert "as it was asked" in str(ended[0])
+
+
+def test_ten_thousand_messages_of_noise_change_nothing(place: Place) -> None:
+    place.hand()
+    while not any(isinstance(event, HandCame) for event in place.events):
+        threading.Event().wait(0.01)
+    noisy, chance = MemoryLane(place.lanes), random.Random(5)
+
+    class Deaf:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: None
+
+    noisy.open(Deaf())
+    whole = [encode(Result("lead 1", "hand.1", n, "echo", {}, {})) for n in range(3)] + [
+        encode(Call("lead 1", 0, "x", FIRST, 1))
+    ]
+    tasks = []
+    for number in range(10_000):
+        body = bytearray(chance.choice(whole))
+        body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
+        noisy.send(chance.choice([LEAD, TASKS, HANDS]), bytes(body))
+        if number % 1000 == 0:
+            tasks.append(place.lead.begin("echo", FIRST, {"": Payload("int8", (1,), bytes([number // 1000]))}))
+    found = [bytes(place.lead.result(task, "echo").tensors[""].data) for task in tasks]
+    assert found == [bytes([number]) for number in range(10)]
+    noisy.close()

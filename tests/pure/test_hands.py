@@ -1,0 +1,181 @@
+"""Lead and hands: what they say survives nothing but itself, and every call is answered whoever is lost."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sl_queue.errors import RemoteProtocolError
+from sl_queue.protocol import hands as say
+from sl_queue.protocol.hands import MOST_DEATHS, OWN, Call, Result, decode, encode
+from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.roster import Roster
+
+LEAD = "lead 1"
+FIRST = MicroBatch(0, 0)
+TENSORS = {"": Payload("float32", (2,), b"12345678"), "0.weight": Payload("bfloat16", (0, 3), b"")}
+NOTES = [
+    say.Hello("hand.1", {"torch": "2.4", "threads": 1, "data.columns": ["a"], "secret": None}),
+    say.Welcome(LEAD, "hand.1", "00ff"),
+    say.Farewell("JobError", "it was wrong"),
+    say.Beat(LEAD),
+    say.Weights(LEAD, 3, 2, 17, TENSORS),
+    say.Ticket(LEAD, 4),
+    say.Claim(LEAD, "hand.1", 4),
+    say.Drop(LEAD, 4),
+    say.Back(LEAD, "hand.1", 4),
+    Call(LEAD, 4, "forward", MicroBatch(7, 2), 3, TENSORS),
+    Result(LEAD, "hand.1", 4, "fuse", {"loss": 0.1 + 0.2, "seconds": 1e-9}, TENSORS),
+    say.Failure(LEAD, "hand.1", 4, "ShapeError", "it was \u00e4"),
+]
+
+
+@pytest.mark.parametrize("note", NOTES, ids=lambda note: type(note).__name__)
+def test_what_is_said_is_what_is_read(note: say.Note) -> None:
+    assert decode(encode(note)) == note
+
+
+def test_ten_thousand_altered_messages_are_none() -> None:
+    chance = random.Random(7)
+    whole = [encode(note) for note in NOTES]
+    read = 0
+    for _ in range(10_000):
+        body = bytearray(chance.choice(whole))
+        for _ in range(chance.randint(1, 4)):
+            body[chance.randrange(len(body))] = chance.randrange(256)
+        cut = bytes(body[: chance.randrange(len(body) + 1)]) if chance.random() < 0.3 else bytes(body)
+        if cut in whole:
+            continue
+        try:
+            decode(cut)
+            read += 1
+        except RemoteProtocolError:
+            pass
+    assert read == 0
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"\0" * 8, bytes(100), b"\xff" * 100])
+def test_noise_is_no_message(body: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode(body)
+
+
+class Crew:
+    """Hands that do what they are given; mutable: it deals as a broker does."""
+
+    def __init__(self) -> None:
+        self.roster = Roster(LEAD)
+        self.tickets: list[int] = []
+        self.calls: dict[str, list[Call]] = {}
+        self.graphs: dict[str, set[int]] = {}
+
+    def leave(self, hand: str) -> None:
+        del self.calls[hand], self.graphs[hand]
+        self.tickets += self.roster.leave(hand, dead=False)
+
+    def deal(self, hand: str) -> None:
+        if self.tickets:
+            self.calls[hand] += self.roster.claim(hand, self.tickets.pop(0))
+
+    def work(self, hand: str) -> None:
+        if not self.calls[hand]:
+            self.deal(hand)
+            return
+        call = self.calls[hand].pop(0)
+        if call.what == "backward":
+            assert call.task in self.graphs[hand], "a backward pass where the graph is"
+        self.graphs[hand].add(call.task)
+        self.roster.take(Result(LEAD, hand, call.task, call.what))
+
+    def go_on(self, task: int) -> None:
+        call, holder = self.roster.go_on(task, "backward", {})
+        if holder is None:
+            self.tickets.append(task)
+        else:
+            self.calls[holder].append(call)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["join", "leave", "work", "backward"]), st.integers(0, 5)), max_size=80))
+def test_every_call_is_answered_whoever_is_lost(events: list[tuple[str, int]]) -> None:
+    crew, roster = Crew(), None
+    roster = crew.roster
+    tasks = [roster.begin("forward", MicroBatch(0, index), 1, {}) for index in range(6)]
+    crew.tickets += tasks
+    came, asked = 0, set[int]()
+    for what, which in events:
+        here = sorted(crew.calls)
+        if what == "join":
+            came += 1
+            crew.calls[f"hand {came}"], crew.graphs[f"hand {came}"] = [], set()
+        elif what == "leave" and here:
+            crew.leave(here[which % len(here)])
+        elif what == "work" and here:
+            crew.work(here[which % len(here)])
+        elif what == "backward" and which not in asked and roster.result(tasks[which], "forward"):
+            asked.add(which)
+            crew.go_on(tasks[which])
+    crew.calls["last"], crew.graphs["last"] = [], set()
+    for _ in range(100):
+        for hand in list(crew.calls):
+            crew.work(hand)
+        for index in set(range(6)) - asked:
+            if roster.result(tasks[index], "forward"):
+                asked.add(index)
+                crew.go_on(tasks[index])
+    assert all(roster.result(task, what) for task in tasks for what in ("forward", "backward"))
+    assert not roster.waiting()
+
+
+def test_a_task_that_another_has_is_not_given_twice_and_its_result_counts_whoever_gave_it() -> None:
+    roster = Roster(LEAD)
+    task = roster.begin("forward", FIRST, 1, {})
+    assert [call.what for call in roster.claim("one", task)] == ["forward"]
+    assert roster.claim("two", task) == () and roster.claim("two", 99) == ()
+    result = Result(LEAD, "two", task, "forward")
+    assert not roster.take(replace(result, lead="an earlier one")) and not roster.take(replace(result, what="backward"))
+    assert roster.take(result) and not roster.take(replace(result, hand="one"))
+
+
+def test_what_was_cleared_is_no_news_and_numbers_are_not_used_again() -> None:
+    roster = Roster(LEAD)
+    task = roster.begin("forward", FIRST, 1, {})
+    roster.claim("one", task)
+    roster.clear()
+    assert not roster.take(Result(LEAD, "one", task, "forward")) and not roster.is_open(task)
+    assert roster.begin("forward", FIRST, 2, {}) > task
+
+
+def test_weights_are_kept_while_an_open_task_names_them() -> None:
+    roster = Roster(LEAD)
+    first, second = (roster.begin("forward", MicroBatch(0, i), version, {}) for i, version in ((0, 1), (1, 3)))
+    assert roster.oldest(5) == (1, first)
+    roster.end(first)
+    assert roster.oldest(5) == (3, second)
+    roster.end(second)
+    assert roster.oldest(5) == (5, second + 1)
+
+
+def test_the_leads_own_hand_begins_only_while_it_is_alone_and_ends_what_it_began() -> None:
+    roster = Roster(LEAD)
+    first = roster.begin("forward", FIRST, 1, {})
+    assert roster.next_own(alone=False) is None
+    call = roster.next_own(alone=True)
+    assert call is not None and call.task == first and roster.holder(first) == OWN
+    roster.begin("forward", MicroBatch(0, 1), 1, {})
+    roster.go_on(first, "backward", {})
+    later = roster.next_own(alone=False)
+    assert later is not None and (later.task, later.what) == (first, "backward")
+    assert roster.next_own(alone=False) is None
+
+
+def test_a_micro_batch_that_ends_every_hand_is_named_and_only_the_one_that_was_computed() -> None:
+    roster = Roster(LEAD)
+    deadly, other = (roster.begin("forward", MicroBatch(0, index), 1, {}) for index in (0, 1))
+    for number in range(MOST_DEATHS):
+        assert roster.deadly() is None
+        hand = f"hand {number}"
+        assert roster.claim(hand, deadly) and roster.claim(hand, other)
+        assert list(roster.leave(hand)) == [deadly, other]
+    assert roster.deadly() == FIRST
