@@ -120,7 +120,7 @@ class Fuse(Protocol):
     def fused(
         self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
     ) -> Outputs:
-        """Return the outputs for the rows that are `there`. Raises RemoteProtocolError for an answer that does not fit."""
+        """Return the outputs for the rows that are `there`. Raises RemoteProtocolError."""
 
 
 @dataclass(slots=True)
