@@ -1,4 +1,4 @@
-"""What a hand computes: the very functions of its party's stage, on weights that it was given. It learns nothing.
+"""Computing of a hand: the very functions of its party's stage, on weights that it was given. It learns nothing.
 
 Nothing crosses the cut here: activations and gradients go to the lead as they are, which checks, defends and packs
 them. Between the calls of one task a hand keeps what lies between them: the graph of a forward pass until its backward.

@@ -1,4 +1,4 @@
-"""What a broker must know of a party's hands: a virtual host of their own, and two logins with the least rights there.
+"""Definitions of a broker for a party's hands: a virtual host of their own, and two logins with the least rights there.
 
 The lead, who is the party, may declare and empty what is its own; a hand may declare nothing but its own queue. Neither
 can reach from there into the job, and a hand's login reaches nothing else.

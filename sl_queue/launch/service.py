@@ -21,7 +21,7 @@ from sl_queue.data.ids import Ids
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
-from sl_queue.loops.serving import FeatureService, Found, LabelService
+from sl_queue.loops.serving import FeatureService, Found, LabelService, Unanswered
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.serving import Answered, Came, HourlyLimit, Keys
@@ -174,22 +174,30 @@ class LabelHolderService:
         base = spec.party in spec.compute.layers.cuts
         self._versions = versions_of(job, spec, state) if base else None
         self.models = Models(spec, choose_version(state, run), self._versions)
-        self._looked, self._lock = time.monotonic(), threading.Lock()
+        self._looked, self._lock, self._probing = time.monotonic(), threading.Lock(), False
         self.service: LabelService
 
     def current(self) -> Models:
-        """Return the models of the version in use; it is looked up once a second."""
+        """Return the models of the version in use, as far as all parties have it; it is looked up once a second."""
         with self._lock:
-            if self._asked is None and time.monotonic() - self._looked > _LOOK_S:
-                self._looked = time.monotonic()
-                try:
-                    version = choose_version(self._state)
-                    if version.run != self.models.run:
-                        self.models = Models(self.spec, version, self._versions)
-                        log.info("%s: serves run %s from now on", self.spec.party, version.run)
-                except SlQueueError as error:
-                    log.warning("%s: goes on with run %s: %s", self.spec.party, self.models.run, error)
+            if self._asked is None and not self._probing and time.monotonic() - self._looked > _LOOK_S:
+                self._looked, self._probing = time.monotonic(), True
+                threading.Thread(target=self._look, daemon=True).start()
             return self.models
+
+    def _look(self) -> None:
+        """Take over the version in use, if it is another and every party answers for it."""
+        try:
+            version = choose_version(self._state)
+            if version.run != self.models.run:
+                models = Models(self.spec, version, self._versions)
+                self.service.probe(models).result()
+                self.models = models
+                log.info("%s: serves run %s from now on", self.spec.party, version.run)
+        except (SlQueueError, Unanswered) as error:
+            log.warning("%s: goes on with run %s: %s", self.spec.party, self.models.run, error)
+        finally:
+            self._probing = False
 
 
 def serve_label(

@@ -123,6 +123,9 @@ class Fuse(Protocol):
         """Return the outputs for the rows that are `there`. Raises RemoteProtocolError."""
 
 
+_Request = tuple[Keys, Future[Outcome]]
+
+
 @dataclass(slots=True)
 class _Asked:
     """One message's worth of rows, on its way."""
@@ -145,7 +148,7 @@ class LabelService:
 
     def __init__(self, post: Post, parties: Sequence[str], fuse: Callable[[], Fuse], deadline_s: float) -> None:
         self._post, self._parties, self._fuse, self._deadline_s = post, tuple(parties), fuse, deadline_s
-        self._requests: queue.Queue[tuple[Keys, Future[Outcome]] | None] = queue.Queue()
+        self._requests: queue.Queue[_Request | None] = queue.Queue()
         self._lock, self._number = threading.Lock(), secrets.randbits(40)  # no two processes number alike
         self._asked: dict[MicroBatch, _Asked] = {}
         self.heard: dict[str, float] = {}
@@ -168,6 +171,12 @@ class LabelService:
         self._requests.put((keys, future))
         return future
 
+    def probe(self, fuse: Fuse) -> Future[Outcome]:
+        """Ask with other models than those in use, for a row that hardly anyone has, to learn who has this run."""
+        future: Future[Outcome] = Future()
+        self._send([(np.array([secrets.randbits(64)], np.uint64), future)], fuse)
+        return future
+
     def take(self, came: Came) -> None:
         """Take an answer; one that nobody waits for any more is forgotten."""
         with self._lock:
@@ -183,7 +192,7 @@ class LabelService:
             self._finish(asked)
 
     def _gather(self) -> None:
-        held: tuple[Keys, Future[Outcome]] | None = None
+        held: _Request | None = None
         while not self._closed.is_set():
             first = held or self._requests.get()
             held = None
@@ -204,13 +213,14 @@ class LabelService:
                 rows += len(following[0])
             self._send(batch)
 
-    def _send(self, batch: list[tuple[Keys, Future[Outcome]]]) -> None:
+    def _send(self, batch: list[_Request], fuse: Fuse | None = None) -> None:
         keys = np.concatenate([each for each, _ in batch])
-        self._number += 1
         waiting = [(len(each), future) for each, future in batch]
         try:
-            asked = _Asked(MicroBatch(self._number, 0), self._fuse(), keys, waiting, time.monotonic())
+            models = self._fuse() if fuse is None else fuse
             with self._lock:
+                self._number += 1
+                asked = _Asked(MicroBatch(self._number, 0), models, keys, waiting, time.monotonic())
                 self._asked[asked.number] = asked
             for party in self._parties:
                 self._post.ask(party, asked.fuse.run, asked.number, request_of(keys))

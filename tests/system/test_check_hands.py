@@ -1,4 +1,4 @@
-"""What `sl-queue check` says of hands."""
+"""Findings of `sl-queue check` about hands."""
 
 from pathlib import Path
 

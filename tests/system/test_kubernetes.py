@@ -1,4 +1,4 @@
-"""What ops/kubernetes renders to: valid for the API, restricted, and with no secret of a party at its hands.
+"""Rendering of ops/kubernetes: valid for the API, restricted, and with no secret of a party at its hands.
 
 No cluster is here: the schemas of the API are those that the package kubernetes-validate brings.
 """
