@@ -218,10 +218,10 @@ class Case:
 
 CASES = (
     Case("none", {}),
-    Case("max-norm, drawn anew (as published)", {}, MaxNormAnew()),
-    Case("isotropic noise x1, anew", {}, IsotropicAnew(1.0)),
-    Case("isotropic noise x4, anew", {}, IsotropicAnew(4.0)),
-    Case("Marvell, power 4, anew", {}, Marvell, binary=True),
+    Case("max-norm, drawn each time (as published)", {}, MaxNormAnew()),
+    Case("isotropic noise x1, each time", {}, IsotropicAnew(1.0)),
+    Case("isotropic noise x4, each time", {}, IsotropicAnew(4.0)),
+    Case("Marvell, power 4, each time", {}, Marvell, binary=True),
     Case("Laplace at the logit, epsilon 12 in all", {}, 15 / 12, binary=True),
     Case("Laplace at the logit, epsilon 3 in all", {}, 15 / 3, binary=True),
     *(Case(f"**labels, epsilon {e:g}**", {"labels": {"epsilon": e, "prior_ok": True}}) for e in (4.0, 3.0, 2.0, 1.0)),

@@ -15,7 +15,7 @@ Rows = Sequence[Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model does on rows whose labels are known."""
+    """Results of a model on rows whose labels are known."""
 
     rows: int
     metrics: Mapping[str, float | None]  # the loss first

@@ -18,7 +18,7 @@ _STRETCH_BYTES: Final = 64 * 1024 * 1024  # of one party's activations between t
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What all roles of a prediction are asked for; `name` must be the same everywhere."""
+    """Request that all roles of a prediction share; `name` must be the same everywhere."""
 
     name: str = NAME
     run: str | None = None  # whose weights; None: of the version in use

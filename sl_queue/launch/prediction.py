@@ -50,7 +50,7 @@ log = logging.getLogger("sl_queue")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predicted:
-    """What the label holder ends up with."""
+    """Outcome of a prediction at the label holder."""
 
     version: Version
     rows: ToPredict

@@ -93,7 +93,7 @@ def _listed(found: tuple[Found, Payload | None]) -> tuple[Sequence[bool], Payloa
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the rows of one request."""
+    """Outcome of one request, row by row."""
 
     run: str
     outputs: Sequence[Outputs | None]  # of each row; None for one that a party lacks
@@ -120,7 +120,7 @@ class Fuse(Protocol):
     def fused(
         self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
     ) -> Outputs:
-        """Return the outputs for the rows that are `there`. Raises RemoteProtocolError for an answer that is none."""
+        """Return the outputs for the rows that are `there`. Raises RemoteProtocolError for an answer that does not fit."""
 
 
 @dataclass(slots=True)
@@ -139,7 +139,7 @@ class _Asked:
 class LabelService:
     """Asks all feature parties at once, and fuses what they answer. Mutable; thread-safe.
 
-    Requests that come within `GATHER_S` go as one message. `fuse` is asked for the models of each message anew, so a
+    Requests that come within `GATHER_S` go as one message. `fuse` is asked for the models of each message, so a
     new version is taken over between two messages.
     """
 

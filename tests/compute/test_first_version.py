@@ -96,7 +96,9 @@ def test_settings_that_the_first_version_compared_are_compared(tmp_path: Path) -
 
 def test_a_run_is_not_resumed_under_rules_that_it_does_not_have(tmp_path: Path) -> None:
     folder = stored("stopped", tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"begun under rules 1, and the job asks for rules 2: take `rules` out"):
+    with pytest.raises(
+        CheckpointError, match=r"begun under rules 1, and the job asks for rules 2: remove `rules` from"
+    ):
         sl_queue.run_local(first_version.job(rules=2), first_version.files(), out=folder)
 
 

@@ -41,7 +41,7 @@ def test_trackers_are_given_every_attack_by_party() -> None:
 
 
 def test_what_a_label_holder_makes_up_fills_no_history() -> None:
-    """Parties that there are not, names that no terminal shows, and numbers that are none."""
+    """Parties that there are not, names that no terminal shows, and NaN."""
     plan = Plan({}, "label", ("bank",), 3, 10.0)
     made_up = {"bank": {"norm": 0.7, "a\x1b[2J": 0.5, "nothing": float("nan")}, **{f"x{i}": {} for i in range(1000)}}
     state, _ = recorded(plan, RunState(), (EpochResult(0, 3, 0.5, leak=made_up),), 1.0)

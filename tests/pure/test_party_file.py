@@ -69,7 +69,7 @@ def test_paths_are_relative_to_the_file_and_absolute_ones_stay(tmp_path: Path, m
         ({"data": {"path": "x.csv", "id": "i", "features": ["i"]}}, ["more than once", ": i"]),
         ({"data": {"path": "x.csv", "id": "i", "features": ["a", "b", "a"]}}, ["more than once", ": a"]),
         ({"data": {"path": "x.csv", "id": "i", "label": "i"}}, ["more than once", ": i"]),
-        ({"data": {"source": "m:f", "path": "x.csv", "id": "i"}}, ["take out path, id"]),
+        ({"data": {"source": "m:f", "path": "x.csv", "id": "i"}}, ["remove path, id"]),
         ({"data": {"source": "rows"}}, ["data.source = 'rows'", "module:callable"]),
         ({"data": {"source": 3}}, ["data.source = 3"]),
         ({"base": {"model": "BaseModel"}}, ["base.model = 'BaseModel'", "module:callable"]),
