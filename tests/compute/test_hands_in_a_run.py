@@ -24,21 +24,26 @@ RICH: dict[str, Any] = {
 
 
 def base() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 5))
+    """Return a base model whose first layer stays as it is."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 5))
+    model[0].requires_grad_(False)
+    return model
 
 
 def fuse() -> nn.Module:
     return nn.Sequential(Concatenated(10, 6), nn.BatchNorm1d(6), nn.Dropout(0.1), nn.Linear(6, 1))
 
 
-def outcome(folder: Path, hands: dict[str, int], staleness: int) -> dict[str, str]:
+def outcome(
+    folder: Path, hands: dict[str, int], staleness: int, seed: int = 5, start: Path | None = None
+) -> dict[str, str]:
     """Train, and return digests of all final weights, and the history without times."""
     chance = np.random.default_rng(3)
     features = {party: chance.standard_normal((ROWS, 4)).astype(np.float32) for party in ("left", "labels")}
     labels = (features["left"][:, 0] + features["labels"][:, 1] > 0).astype(np.int64)
     job = Job(
         name="run",
-        seed=5,
+        seed=seed,
         epochs=4,
         batch_size=32,
         holdout=0.2,
@@ -47,8 +52,9 @@ def outcome(folder: Path, hands: dict[str, int], staleness: int) -> dict[str, st
         early_stopping={"metric": "loss", "patience": 3},
     )
     parts: dict[str, Any] = {"base": {"model": base, **RICH}}
+    begins: dict[str, Any] = {} if start is None else {"start": {"from": str(start / "left")}}
     files = [
-        PartyFile(party="left", data=Rows(np.arange(ROWS), features["left"], None), **parts),
+        PartyFile(party="left", data=Rows(np.arange(ROWS), features["left"], None), **parts, **begins),
         PartyFile(
             party="labels",
             data=Rows(np.arange(ROWS), features["labels"], labels),
@@ -70,3 +76,9 @@ def test_hands_in_a_run_change_neither_weights_nor_history(tmp_path: Path, stale
     assert len(plain) == 7  # base, base and fuse, each with the average and the last weights; and the history
     for name, hands in {"two": {"left": 2}, "three": {"labels": 3}, "both": {"left": 1, "labels": 2}}.items():
         assert outcome(tmp_path / name, hands, staleness) == plain, name
+
+
+def test_hands_begin_with_the_weights_of_an_earlier_run_as_their_lead_does(tmp_path: Path) -> None:
+    outcome(tmp_path / "earlier", {}, 0, seed=6)
+    plain = outcome(tmp_path / "plain", {}, 0, start=tmp_path / "earlier")
+    assert outcome(tmp_path / "hands", {"left": 2}, 0, start=tmp_path / "earlier") == plain
