@@ -16,7 +16,7 @@ from sl_queue.config.user_code import Importer
 from sl_queue.errors import JobError, SlQueueError
 from sl_queue.hand_ports import Lane
 from sl_queue.launch.hands import Lanes, about, require_hands_possible, stage_of
-from sl_queue.launch.party import table_of
+from sl_queue.launch.rows import table_of
 from sl_queue.loops.hand import Hand
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
 from sl_queue.protocol.table import Table

@@ -2,23 +2,16 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from sl_queue.compute import seeds
-from sl_queue.compute.advice import advice
-from sl_queue.compute.base_stage import TorchBaseStage, base_stage
+from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.fingerprint import fingerprint
-from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
-from sl_queue.compute.going_on import begin_with, begin_with_moments, digest_of_start
-from sl_queue.compute.model import Model
+from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
 from sl_queue.compute.threads import limit_threads
@@ -26,15 +19,15 @@ from sl_queue.config.environment import LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.cut.guard import UNGUARDED, Guard
-from sl_queue.data.table import read_table
+from sl_queue.cut.guard import Guard
 from sl_queue.errors import JobError
-from sl_queue.launch.alignment import align_party
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
-from sl_queue.launch.privacy import parts_of, require_lasting_secret, responded, token_key
+from sl_queue.launch.privacy import parts_of, require_lasting_secret
+from sl_queue.launch.rows import aligned_rows, own_version, table_of
 from sl_queue.launch.spending import Spending
+from sl_queue.launch.stages import build_stage, of_start
 from sl_queue.launch.versions import keep_trained
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
@@ -53,7 +46,7 @@ from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.aligned_file import Aligned, read_aligned
-from sl_queue.storage.checkpoints import Folder, newest_state
+from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
 from sl_queue.storage.secret_file import read_secret
@@ -122,7 +115,7 @@ def serve_party(
         folder = stack.enter_context(Folder(state, job_digest=job.digest, party=party, job=job.canonical()))
         if _has_finished(job, spec, folder, state, observe):
             return
-        aligned = _aligned(job, spec, connect, state, open_channels, seal, observe)
+        aligned = aligned_rows(job, spec, connect, state, open_channels, seal, observe)
         spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
         identity = _identity(job, party, incarnation, table, rules)
         pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
@@ -132,7 +125,7 @@ def serve_party(
         journal = Journal(state / "history.jsonl")
         parts = parts_of(spec, table, pipeline.batches)
         guards = {**parts.guards, **guards}
-        made, led = _stage(job, spec, table, pipeline, take, guards, lanes), None
+        made, led = build_stage(job, spec, table, pipeline, take, guards, lanes), None
         if lanes is not None:
             led = leading(job, spec, table, rules, made, pipeline, channel, lanes, incarnation, observe)
         stage = made if led is None else led.stage
@@ -176,7 +169,7 @@ def _prepared(
     table = table_of(spec, rules, aligned)
     for note in table.notes:
         log.info("%s: %s", spec.party, note)
-    folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint, **_of_start(spec)})
+    folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint, **of_start(spec)})
     write_features(state, table.fitted)
     return spec, table, rules
 
@@ -207,34 +200,6 @@ def channel_of(
     )
 
 
-def _aligned(
-    job: Job,
-    spec: PartySpec,
-    connect: Connect,
-    state: Path,
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
-) -> Aligned | None:
-    """Find the rows that all parties hold."""
-    with _source_seeded(spec):
-        return align_party(job, spec.table, connect, state, open_channels, seal, observe, own_version())
-
-
-def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None) -> Table:
-    """Read the party's rows, with responses for labels if its file says so."""
-    with _source_seeded(spec):
-        positions = None if aligned is None else aligned.positions
-        return responded(spec, read_table(spec.table, positions, rules, token_key(spec)))
-
-
-def _source_seeded(spec: PartySpec) -> AbstractContextManager[None]:
-    """Let a source in Python draw random numbers, beside other parties of this process."""
-    if getattr(spec.table.data, "source", None) is None:
-        return nullcontext()
-    return seeds.seeded(seeds.key(spec.compute.layers.seed, spec.party, "source"), torch.device("cpu"))
-
-
 def _spending(
     job: Job, spec: PartySpec, table: Table, state: Path, meter: EpochMeter | None, worker: Worker
 ) -> Spending:
@@ -246,14 +211,6 @@ def _spending(
     return Spending.of(job, spec, table, state, meter, truly)
 
 
-def own_version() -> str:
-    """Look up the installed version of sl_queue; empty where it runs without being installed."""
-    try:
-        return version("sl_queue")
-    except PackageNotFoundError:
-        return ""
-
-
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """Bound what the peers of `party` may send it: activations to the label holder, gradients of its own cut back."""
     leftover = MESSAGE_BYTES if job.alignment.method == "psi" else 0
@@ -261,30 +218,6 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
         return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts, leftover)
     return Bounds(pipeline, tensors_to(Role.FEATURE_PARTY), {job.label_holder: job.cut(party) or ()}, leftover)
-
-
-def _stage(
-    job: Job,
-    spec: PartySpec,
-    table: Table,
-    pipeline: Pipeline,
-    take: Take,
-    guards: Mapping[str, Guard],
-    lanes: Lanes | None,
-) -> TorchBaseStage | TorchFuseStage:
-    """Build the party's part of the model, and say what a person should know of it."""
-    compute = spec.compute if lanes is None else lanes.computes(spec.compute)
-    if spec.role == "label":
-        fuse = fuse_stage(compute, table, pipeline.batches, take, guards)
-        _remark(fuse.own)
-        _begin(spec, [fuse.model, *([] if fuse.own is None else [fuse.own.model])])
-        for found in advice(fuse, job.stops_on):
-            log.warning("%s: %s", spec.party, found.text)
-        return fuse
-    base = base_stage(compute, table, pipeline.batches, take, guards.get(job.label_holder, UNGUARDED))
-    _remark(base)
-    _begin(spec, [base.model])
-    return base
 
 
 def _role(
@@ -308,22 +241,6 @@ def _role(
     return worker, FeatureParty(job.label_holder, channel, stage, pipeline, worker).train
 
 
-def _of_start(spec: PartySpec) -> dict[str, str]:
-    return {} if spec.start is None else {"start": digest_of_start(spec.start.folder, spec.start.optimizer)}
-
-
-def _begin(spec: PartySpec, models: Sequence[Model]) -> None:
-    """Give the models the weights of an earlier run, if the party's file says so."""
-    if spec.start is None:
-        return
-    for model in models:
-        model.shares_all = True  # a hand has none of them
-    for said in begin_with(models, spec.start.folder):
-        log.warning("%s", said)
-    if spec.start.optimizer:
-        begin_with_moments(models, newest_state(spec.start.folder))
-
-
 def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
     """Raise CheckpointError if a run that has finished was trained on another table, or with other models.
 
@@ -335,14 +252,9 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
             spec = spec.with_secret(read_secret(spec.chosen_secret))
         aligned = read_aligned(folder.path) if job.alignment.method == "psi" else None
         now = fingerprint(spec.compute, table_of(spec, rules, aligned), rules)
-        folder.require({**now, **spec.privacy.fingerprint, **_of_start(spec)})
+        folder.require({**now, **spec.privacy.fingerprint, **of_start(spec)})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
-
-
-def _remark(stage: TorchBaseStage | None) -> None:
-    if stage is not None and stage.remark is not None:
-        log.warning("%s", stage.remark)
 
 
 def state_folder(party_file: PartyFile, state: Path | None) -> Path:

@@ -26,8 +26,9 @@ from sl_queue.errors import AlignmentError, CheckpointError, JobError
 from sl_queue.launch.alignment import align_party
 from sl_queue.launch.asked import Asked, canonical_of, digest_of, folder_of, for_alignment, schedule_of
 from sl_queue.launch.connect import Channels, Connect
-from sl_queue.launch.party import channel_of, own_version
+from sl_queue.launch.party import channel_of
 from sl_queue.launch.privacy import parts_of
+from sl_queue.launch.rows import own_version
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out

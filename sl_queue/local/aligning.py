@@ -1,16 +1,16 @@
 """The rows that all parties hold, found with every role as a thread of this process; nothing is trained."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import table_spec
 from sl_queue.config.user_code import Importer
-from sl_queue.errors import PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.alignment import align_party, align_scheduler
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.local.threads import key_in, require_all
+from sl_queue.local.together import run_together
 from sl_queue.observe.log import to_log
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.status import RunStatus
@@ -36,7 +36,6 @@ def align_threads(
     importer = Importer()
     connect, channels = connector(job, broker), Channels()
     found: dict[str, Aligned] = {}
-    errors: list[SlQueueError] = []
 
     def seal_of(role: str, file: PartyFile | None = None) -> Seal | None:
         return sealing(job, role, key_file(key_in(keys, role), file), broker)
@@ -53,26 +52,6 @@ def align_threads(
         if not again:
             align_scheduler(job, connect, states[SCHEDULER], on_status, channels, seal_of(SCHEDULER), to_log)
 
-    def guarded(serve: Callable[[], None]) -> None:
-        try:
-            serve()
-        except SlQueueError as error:
-            errors.append(error)
-            if not isinstance(error, RunStopped):
-                channels.fail(RunStopped(f"another role of this process failed: {error}"))
-
-    work: list[Callable[[], None]] = [scheduler, *(lambda file=file: party(file) for file in parties)]
-    threads = [threading.Thread(target=guarded, args=(serve,)) for serve in work]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        channels.fail(RunStopped("interrupted; the same command resumes"))
-        for thread in threads:
-            thread.join()
-        raise
-    if errors:
-        raise min(errors, key=lambda error: 2 * isinstance(error, RunStopped) + isinstance(error, PeerFailed))
+    work: list[Callable[[], None]] = [scheduler, *(partial(party, file) for file in parties)]
+    run_together(work, channels, "interrupted; the same command resumes")
     return {file.party: found[file.party] for file in parties}

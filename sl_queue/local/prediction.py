@@ -1,8 +1,8 @@
 """A prediction with every role as a thread of this process."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,12 +13,12 @@ from sl_queue.compute.threads import limit_threads, thread_counts_kept
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import data_to_predict, resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.errors import PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.prediction import Predicted, predict_party, spec_to_predict
 from sl_queue.launch.scheduler import OnStatus, serve_scheduler
 from sl_queue.local.threads import key_in, require_all, shared_threads
+from sl_queue.local.together import run_together
 from sl_queue.observe.log import to_log
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.security.sealing import Seal
@@ -64,34 +64,8 @@ def predict_threads(
             about = (connect, root / SCHEDULER, on_status, channels, seal_of(SCHEDULER))
             serve_scheduler(job, *about, late_s=0.0, prediction=asked.name)
 
-        _together([scheduler, *(lambda name=name: party(name) for name in specs)], channels)
+        work: list[Callable[[], None]] = [scheduler, *(partial(party, name) for name in specs)]
+        run_together(work, channels, "interrupted; nothing was written")
     predicted = found[job.label_holder]
     assert predicted is not None
     return predicted
-
-
-def _together(work: Sequence[Callable[[], None]], channels: Channels) -> None:
-    """Run all at once; the first error that a role met itself ends all, and is raised."""
-    errors: list[SlQueueError] = []
-
-    def guarded(serve: Callable[[], None]) -> None:
-        try:
-            serve()
-        except SlQueueError as error:
-            errors.append(error)
-            if not isinstance(error, RunStopped):
-                channels.fail(RunStopped(f"another role of this process failed: {error}"))
-
-    threads = [threading.Thread(target=guarded, args=(serve,)) for serve in work]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        channels.fail(RunStopped("interrupted; nothing was written"))
-        for thread in threads:
-            thread.join()
-        raise
-    if errors:
-        raise min(errors, key=lambda error: 2 * isinstance(error, RunStopped) + isinstance(error, PeerFailed))

@@ -339,14 +339,30 @@ def test_another_number_of_threads_or_another_job_is_refused_and_the_run_goes_on
 ROOT = Path(__file__).parents[2]
 NO_WORKER = ("cli", "provision", "certificates", "operate", "prepare")  # what a person starts and reads
 MONOTONIC = {"monotonic", "monotonic_ns", "sleep", "perf_counter", "process_time"}
-FOR_PEOPLE = {  # when something was told or refused, which is shown and decides nothing
+FOR_PEOPLE = {  # when something was told, refused, finished or spent, which is shown and decides nothing
     "sl_queue/checking/broker.py": {"time"},
+    "sl_queue/launch/alignment.py": {"time"},
+    "sl_queue/launch/following.py": {"time"},
+    "sl_queue/launch/versions.py": {"datetime"},
     "sl_queue/loops/scheduling.py": {"time"},
     "sl_queue/observe/console.py": {"strftime", "localtime"},
     "sl_queue/observe/json_lines.py": {"datetime"},
+    "sl_queue/observe/keeper.py": {"time"},
+    "sl_queue/observe/live.py": {"time"},
+    "sl_queue/observe/mlflow.py": {"time"},
+    "sl_queue/observe/tensorboard.py": {"time"},
+    "sl_queue/observe/tracking.py": {"time"},
+    "sl_queue/protocol/comparison.py": {"datetime"},
     "sl_queue/protocol/scheduler/status.py": {"datetime"},
+    "sl_queue/storage/privacy_ledger.py": {"datetime"},
     "sl_queue/transport/rabbitmq/connection.py": {"time"},
-}
+} | dict.fromkeys(  # dates in tables
+    (
+        *("sl_queue/config/features.py", "sl_queue/data/feature_report.py", "sl_queue/data/feature_specs.py"),
+        *("sl_queue/data/feature_values.py", "sl_queue/data/features.py"),
+    ),
+    {"datetime"},
+)
 
 
 def test_no_worker_reads_the_clock_that_may_be_set_back() -> None:
