@@ -98,6 +98,26 @@ class AnsweringFuse:
         return found
 
 
+def outputs_of_rows(stage: TorchBaseStage, positions: npt.NDArray[np.int64], size: int = 4096) -> list[Tensor]:
+    """Return a base model's outputs for rows of its table, in evaluation mode, computed in parts of that size."""
+    parts: list[list[Tensor]] = []
+    model = stage.model
+    for first in range(0, len(positions), size):
+        with model.evaluating(), model.drawing("explain", MicroBatch(0, 0)):
+            activation = model.run(stage.inputs(positions[first : first + size]), f"party {model.party!r}")
+        parts.append([activation] if model.outputs is None else model.outputs.split(activation))
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+
+def fused_outputs(model: Model, layers: LayersSpec, inputs: Mapping[str, list[Tensor]]) -> npt.NDArray[np.generic]:
+    """Return the fuse model's outputs for all rows at once, in evaluation mode, shape (rows, *outputs)."""
+    with model.evaluating(), model.drawing("explain", MicroBatch(0, 0)):
+        each = fuse_inputs(inputs, layers.outputs, layers.fused)
+        output = model.run(aggregated(each, layers.aggregation), f"party {model.party!r}").detach()
+    found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
+    return found
+
+
 def rows_of(keys: Keys) -> CutRows:
     """Return rows as both sides of the cut know them in a single request."""
     return CutRows.of(keys, np.arange(len(keys)), held_out=True)

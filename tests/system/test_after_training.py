@@ -74,6 +74,17 @@ def test_an_evaluation_says_loss_metrics_and_tables_and_draws_them(trained: Path
     }
 
 
+def test_an_explanation_ranks_what_the_labels_were_made_of(trained: Path) -> None:
+    done = sl_queue("explain", *files(trained), "--out", trained / "why")
+    assert done.returncode == 0, done.stderr
+    lines = (trained / "why" / "importance.csv").read_text().splitlines()
+    assert lines[0] == "party,column,auroc worse by"
+    worse = {tuple(line.split(",")[:2]): float(line.split(",")[2]) for line in lines[1:]}
+    assert worse["bank", "age"] > 0.05 and worse["insurer", "claims"] > 0.05  # label: age + claims > 0
+    noise = [value for (_, column), value in worse.items() if column in ("income", "balance", "mileage")]
+    assert max(map(abs, noise)) < 0.05 < worse["bank", "(all)"]
+
+
 def test_versions_are_listed_promoted_and_exported(trained: Path) -> None:
     job, _, insurer = files(trained)
     listed = sl_queue("versions", job, insurer)
