@@ -13,7 +13,7 @@ from sl_queue.data.features import Fitted
 from sl_queue.data.rows import read_raw
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
-from sl_queue.storage.aligned_file import read_aligned
+from sl_queue.launch.alignment import aligned_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ def features_lines(job: Job, party_file: PartyFile) -> Iterator[str]:
             "without gaps; `sl-queue features --write` proposes a [features] from the table"
         )
         return
-    aligned = None
+    spec, aligned = table_spec(job, party_file, Importer()), None
     if job.alignment.method == "psi":
-        aligned = None if party_file.state is None else read_aligned(party_file.state)
+        aligned = None if party_file.state is None else aligned_before(spec, party_file.state)
         if aligned is None:
             yield f"{party_file.party}: its rows are not aligned yet, so all of them are taken here"
-    table = read_table(table_spec(job, party_file, Importer()), None if aligned is None else aligned.positions)
+    table = read_table(spec, None if aligned is None else aligned.positions)
     if table.fitted is None:
         yield f"{party_file.party}: the job gives it no cut, so it trains on no features"
         return

@@ -37,6 +37,18 @@ def rule_of(job: Job) -> Rule:
     return Rule(job.canonical(), ring, about.at_least, about.at_most, about.pad)
 
 
+def aligned_before(table: TableSpec, state: Path) -> Aligned | None:
+    """Return what an alignment of these rows has left in a state folder; None if it has left nothing.
+
+    Positions mean nothing in another table. Raises CheckpointError if the rows are not those that were aligned.
+    """
+    aligned = read_aligned(state)
+    if aligned is not None:
+        found, where = read_ids(table)
+        aligned.require(ids_digest(found), where)
+    return aligned
+
+
 def align_party(
     job: Job,
     table: TableSpec,

@@ -21,6 +21,7 @@ from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import Guard
 from sl_queue.errors import JobError
+from sl_queue.launch.alignment import aligned_before
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
@@ -45,7 +46,7 @@ from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.security.sealing import Seal
-from sl_queue.storage.aligned_file import Aligned, read_aligned
+from sl_queue.storage.aligned_file import Aligned
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
@@ -250,7 +251,7 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
         rules = rules_to_keep(job, spec.party, folder.begun_with)
         if isinstance(spec.chosen_secret, Path):
             spec = spec.with_secret(read_secret(spec.chosen_secret))
-        aligned = read_aligned(folder.path) if job.alignment.method == "psi" else None
+        aligned = aligned_before(spec.table, folder.path) if job.alignment.method == "psi" else None
         now = fingerprint(spec.compute, table_of(spec, rules, aligned), rules)
         folder.require({**now, **spec.privacy.fingerprint, **of_start(spec)})
     except JobError as error:

@@ -101,7 +101,7 @@ def predict_party(
             open_channels.add(channel)
             observe(events.Ready(party))
             done = worker.serve(_loop(job, spec, channel, stage, pipeline, worker))
-        observe(events.Finished(party, done.step, str(place)))
+        log.info("%s: %d rows are predicted with run %s", party, rows.table.n_rows, version.run)
         if spec.role != "label":
             return None
         loss = None if spec.compute.objective is None else spec.compute.objective.loss

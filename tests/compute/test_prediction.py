@@ -189,3 +189,19 @@ def test_rows_that_are_shared_are_predicted_and_the_others_left_out_or_refused(t
     order = np.argsort(new)[np.sort(new) != new[3]]
     wanted = joined(result, columns, order, schedule_of(psi, NEW - 1).batches.batch_size)
     assert np.array_equal(found.outputs, wanted.numpy())
+
+
+@pytest.mark.parametrize("change", ["a row less", "another row", "a row more"])
+def test_a_finished_run_on_aligned_rows_names_a_table_that_was_exported_again(tmp_path: Path, change: str) -> None:
+    rng = np.random.default_rng(0)
+    ids, bank, insurer = np.arange(N), rng.standard_normal((N, 3)), rng.standard_normal((N, 2))
+    psi = job(alignment={"method": "psi"}, epochs=1)
+    labelled = sl_queue.Rows(ids, insurer, ids % 2)
+    sl_queue.run_local(psi, files({"bank": sl_queue.Rows(ids, bank), "insurer": labelled}), out=tmp_path)
+    exported = {
+        "a row less": sl_queue.Rows(ids[1:], bank[1:]),
+        "another row": sl_queue.Rows(np.where(ids == 7, 9999, ids), bank),
+        "a row more": sl_queue.Rows(np.append(ids, 9999), np.vstack([bank, bank[:1]])),
+    }
+    with pytest.raises(CheckpointError, match="the table's ids differ from those that were aligned; restore the table"):
+        sl_queue.run_local(psi, files({"bank": exported[change], "insurer": labelled}), out=tmp_path)
