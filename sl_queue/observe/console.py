@@ -90,10 +90,12 @@ class Screen:
         self._tells_epochs = epochs and not self.console.is_terminal
         self._epochs: int | None = None  # shown so far; what a resumed run brings is not shown again
         self._log = _LogLines(self.console)
+        self._level_before = logging.NOTSET
 
     def __enter__(self) -> "Screen":
         log = logging.getLogger("sl_queue")
         log.addHandler(self._log)
+        self._level_before = log.level
         log.setLevel(self._level)
         if self.console.is_terminal:
             self._bar.start()
@@ -104,7 +106,9 @@ class Screen:
     ) -> None:
         if self.console.is_terminal:
             self._bar.stop()
-        logging.getLogger("sl_queue").removeHandler(self._log)
+        log = logging.getLogger("sl_queue")
+        log.removeHandler(self._log)
+        log.setLevel(self._level_before)
 
     def line(self, worker: str, text: str) -> None:
         """Print a line that a worker wrote."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.test_cli import environment
+from tests.system.test_cli import COMMAND, environment
 
 DOC = Path(__file__).parents[2] / "docs" / "tables.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -25,12 +25,13 @@ def test_the_page_goes_from_raw_files_to_a_model(tmp_path: Path) -> None:
     (commands,) = (text for kind, text in blocks if kind == "sh")
     said = {}
     for command in commands.splitlines():
-        words = command.partition("#")[0].split()
+        program, *words = command.partition("#")[0].split()
+        assert program == "sl-queue"
         done = subprocess.run(
-            words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=120
+            [COMMAND, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=120
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        said[words[1]] = done.stdout
+        said[words[0]] = done.stdout
     assert "rows: 1300 are shared by bank, insurer" in said["check"]
     assert "bank: 1300 of its 2200 rows are shared by all" in said["align"]
     assert "insurer: 1300 of its 2100 rows are shared by all" in said["align"]
