@@ -31,6 +31,7 @@ from sl_queue.launch.spending import Spending
 from sl_queue.launch.stages import build_stage, of_start
 from sl_queue.launch.versions import keep_trained
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.record import Record
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.log import to_log
@@ -234,7 +235,7 @@ def _role(
 ) -> tuple[Worker, Callable[[int], None]]:
     """Return the worker of this party, and the loop it runs."""
     if isinstance(stage, TorchFuseStage | SpreadFuseStage):
-        worker = Worker(identity, channel, stage, folder, pipeline, journal=journal, observe=observe)
+        worker = Worker(identity, channel, stage, folder, pipeline, record=Record(journal), observe=observe)
         holder = LabelHolder(spec.peers, channel, stage, pipeline, worker, job.early_stopping is not None)
         answering(stage, holder.answer)
         return worker, holder.train

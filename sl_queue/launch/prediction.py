@@ -30,6 +30,7 @@ from sl_queue.launch.party import channel_of
 from sl_queue.launch.privacy import parts_of
 from sl_queue.launch.rows import own_version
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.record import Record
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.log import to_log
@@ -96,7 +97,9 @@ def predict_party(
             channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
             stack.callback(channel.close)
             identity = _identity(job, asked.name, version, rows, incarnation, party)
-            worker = Worker(identity, channel, stage, kept, pipeline, journal=_journal(spec, place), observe=observe)
+            worker = Worker(
+                identity, channel, stage, kept, pipeline, record=Record(_journal(spec, place)), observe=observe
+            )
             channel.open()
             open_channels.add(channel)
             observe(events.Ready(party))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sl_queue.compute.names import LOWER_IS_BETTER
+from sl_queue.config.broker_url import read_url
 from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
-from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.alignment import align_scheduler
 from sl_queue.launch.asked import digest_of, folder_of, for_alignment, plan_of_prediction
