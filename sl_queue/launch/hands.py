@@ -135,7 +135,7 @@ class Leading:
     @contextmanager
     def serving(self, channel: PartyChannel) -> Iterator[None]:
         """Be open to hands while the body runs; they go home when the run is over, and wait if it is to be resumed."""
-        channel.between = self._between
+        channel.when_woken(self._between)
         self.lead.open()
         try:
             yield

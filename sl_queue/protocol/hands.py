@@ -28,7 +28,10 @@ OWN: Final = "lead's own"  # the hand in the lead's process
 TASKS: Final = "tasks"
 HANDS: Final = "hands"  # all of them
 
-BEAT_S = 1.0  # between two signs of life, of either side
+BEAT_S = 1.0  # between two signs of life of a hand
+PROBE_S = 0.25  # between two looks of the lead at who is still here
+LOOKS = 4  # after so many, a task that waits while a hand is idle is dealt again
+SILENT_S = 10.0  # without a sign of a hand, and what it has is given to others
 MOST_DEATHS = 3  # hands lost over one task, and it ends the run by its name
 
 Tensors = Mapping[str, Payload]
