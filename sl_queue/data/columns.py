@@ -126,7 +126,7 @@ def _read(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Taken:
-    """What was read of a file: some columns at once, those that [features] declares when they are asked for."""
+    """Columns read from a file: some at once, those that [features] declares when they are asked for."""
 
     table: Any  # all of them, by name
     columns: dict[str, Any]

@@ -103,7 +103,7 @@ def workplace_of(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """What a party trains: its spec with its secret, its rows, and the order of work over them."""
+    """All that a party trains with and on: its spec with its secret, its rows, and the order of work over them."""
 
     spec: PartySpec
     table: Table

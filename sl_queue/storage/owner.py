@@ -22,7 +22,7 @@ class Owner:
 
     @property
     def mark(self) -> dict[str, Any]:
-        """What every file of the folder holds of its owner."""
+        """Lines about the owner in every file of the folder."""
         return {"format": FORMAT, "job": self.digest, "party": self.party, "says": self.says}
 
     def require(self, found: Mapping[str, Any], path: Path) -> None:
