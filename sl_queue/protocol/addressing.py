@@ -1,4 +1,4 @@
-"""Who may say a message to whom, whom it is meant for, and what a newer one of the same sender replaces."""
+"""Senders and receivers of messages: who may say which, whom it is meant for, and which earlier one it replaces."""
 
 from typing import Final
 
