@@ -9,7 +9,8 @@ import numpy as np
 from sl_queue.compute.export import SUFFIX, ByName, ByParty, Exported, Target, export_part, named_inputs
 from sl_queue.compute.final_weights import settled
 from sl_queue.compute.spec import LayersSpec
-from sl_queue.compute.trained import drawn_inputs, fuse_model, predicting_base
+from sl_queue.compute.stand_ins import drawn_inputs
+from sl_queue.compute.trained import fuse_model, predicting_base
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer

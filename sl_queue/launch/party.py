@@ -207,7 +207,7 @@ def _spending(
     stage = whole_of(worker.stage)
 
     def truly() -> Mapping[str, float | None]:
-        return stage.truly if isinstance(stage, TorchFuseStage) else {}
+        return stage.scoring.truly if isinstance(stage, TorchFuseStage) else {}
 
     return Spending.of(job, spec, table, state, meter, truly)
 
