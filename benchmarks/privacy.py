@@ -181,7 +181,7 @@ def _utility(fuse: Any, bases: Mapping[str, Any], batches: Batches, step: int) -
         at = MicroBatch(step, index)
         fuse.evaluate(at, {name: base.predict(at) for name, base in bases.items()})
     metrics = fuse.metrics()
-    return float((fuse.truly or metrics)["auroc"] or math.nan)
+    return float((fuse.scoring.truly or metrics)["auroc"] or math.nan)
 
 
 def compare(quick: bool) -> Iterator[str]:

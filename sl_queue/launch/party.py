@@ -215,7 +215,7 @@ def _spending(job: Job, own: Prepared, place: Workplace, meter: EpochMeter | Non
     stage = whole_of(worker.stage)
 
     def truly() -> Mapping[str, float | None]:
-        return stage.truly if isinstance(stage, TorchFuseStage) else {}
+        return stage.scoring.truly if isinstance(stage, TorchFuseStage) else {}
 
     return Spending.of(job, own.spec, own.table, place.state, meter, truly)
 
