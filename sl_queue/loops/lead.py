@@ -188,9 +188,9 @@ class Lead:
 
     @contextmanager
     def _deciding(self) -> Iterator[Dispatch]:
-        """Change something: what follows is sent in order, whoever waits looks again, and observers hear of it.
+        """Change something: what follows is sent in order, and whoever waits looks again.
 
-        They do when the lock is free.
+        Observers hear of it when the lock is free.
         """
         with self._changed:
             yield self._dispatch

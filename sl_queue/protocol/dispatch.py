@@ -3,7 +3,8 @@
     a note, or the time  ->  Dispatch  ->  notes to send, events to report
 
 The broker deals tickets, and this says what they mean: whoever claims a task is given all its calls, unless another
-hand has it: then it drops what the ticket brought. So a hand may be lost at any moment: what is left of its tasks is given to the next.
+hand has it, and then drops what the ticket brought. So a hand may be lost at any moment: what is left of its tasks is
+given to the next.
 """
 
 from collections.abc import Mapping
