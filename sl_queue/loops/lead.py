@@ -1,6 +1,6 @@
 """A party's lead, as its hands see it; hand.py is the other side of the conversation.
 
-    Hello ... Welcome, weights;   Ticket -> Claim -> Call ... Result, Call ... Result;   weights after each update
+    Hello ... Welcome, weights;   Ticket -> Claim, Result;   Call -> Result;   weights after each update
 
 Everything is decided in protocol/dispatch; here are the threads: the worker that waits for results, the lane that
 brings what hands say, the own hand that computes while nobody else does, and a beat.

@@ -3,7 +3,8 @@
     a note, or the time  ->  Dispatch  ->  notes to send, events to report
 
 The broker deals tickets, and this says what they mean: whoever claims a task is given all its calls, unless another
-hand has it. So a hand may be lost at any moment: what is left of its tasks is given to the next.
+hand has it, and then drops what the ticket brought. So a hand may be lost at any moment: what is left of its tasks is
+given to the next.
 """
 
 from collections.abc import Mapping
@@ -73,10 +74,10 @@ class Dispatch:
 
     def go_on(self, task: int, what: str, tensors: Tensors) -> None:
         """Add a call to a task, for whoever has it."""
-        call, holder = self.roster.go_on(task, what, tensors)
-        if holder is None:
+        call, due = self.roster.go_on(task, what, tensors)
+        if due:
             self._deal((task,))
-        elif holder in self._heard:
+        elif (holder := self.roster.holder(task)) in self._heard:
             self._send(holder, call)
 
     def raise_failure(self) -> None:
@@ -177,8 +178,8 @@ class Dispatch:
         """Give a task to a hand; if another has it, the broker dealt it again, and that one is asked for a sign."""
         if (holder := self.roster.holder(number)) in self._heard and holder != hand:
             self._send(holder, say.Beat(self.roster.lead))
-        calls = self.roster.claim(hand, number) if hand in self._heard else ()
-        for each in calls or (say.Drop(self.roster.lead, number),):
+        calls = self.roster.claim(hand, number) if hand in self._heard else None
+        for each in (say.Drop(self.roster.lead, number),) if calls is None else calls:
             self._send(hand, each)
 
     # What the lead's own hand asks for --------------------------------------------------------------------------
@@ -194,7 +195,7 @@ class Dispatch:
     def _deal(self, tasks: tuple[int, ...]) -> None:
         """Have a ticket for each of these tasks among the hands; without any, the own hand finds them by itself."""
         for task in tasks if self._heard else ():
-            self._send(TASKS, say.Ticket(self.roster.lead, task))
+            self._send(TASKS, self.roster.ticket(task))
 
     def _message(self, version: int) -> say.Weights:
         return say.Weights(self.roster.lead, version, *self.roster.oldest(self._version), self._weights[version])
