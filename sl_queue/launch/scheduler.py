@@ -122,7 +122,8 @@ def serve_scheduler(
         about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
         channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
         stack.callback(channel.close)
-        on_status = _shown(metrics, channel, _told_to(Keeper(state).take, on_status), stack)
+        keeper = Keeper(state)
+        on_status = _shown(metrics, channel, _told_to(keeper.take, on_status), stack)
         try:
             channel.open()
         except BrokerUnreachable:
@@ -132,7 +133,7 @@ def serve_scheduler(
         open_channels.add(channel)
         observe(events.Ready(SCHEDULER))
         of_run = (secrets.token_hex(6), time.monotonic, on_status, min(late_s, plan.patience_s))
-        return Scheduler(plan, channel, ledger, *of_run, observe=observe).serve()
+        return Scheduler(plan, channel, ledger, *of_run, observe=observe, past=keeper.past).serve()
 
 
 def _told_to(*takers: OnStatus) -> OnStatus:
