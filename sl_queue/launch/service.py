@@ -21,6 +21,7 @@ from sl_queue.data.ids import Ids
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
+from sl_queue.launch.privacy import answering_guard
 from sl_queue.loops.serving import FeatureService, Found, LabelService, Unanswered
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
@@ -57,7 +58,8 @@ class Versions:
                 return None
             table = self.rows(version).table
             batches = Batches(table.n_rows, self.spec.compute.layers.seed, 1, table.n_rows, 1, shuffle=False)
-            stage = predicting_base(self.spec.compute, table, batches, version.weights("base")).stage
+            about = (self.spec.compute, table, batches, version.weights("base"), answering_guard(self.spec))
+            stage = predicting_base(*about).stage
             while len(self._built) >= _KEPT:
                 del self._built[next(iter(self._built))]
             self._built[run] = AnsweringBase(stage, self.index)
@@ -163,7 +165,7 @@ class Models:
 
 
 def _only(outputs: Any, rows: Found) -> list[Any]:
-    return [output[rows] for output in outputs]
+    return list(outputs) if rows.all() else [output[rows] for output in outputs]
 
 
 class LabelHolderService:
