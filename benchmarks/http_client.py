@@ -63,7 +63,8 @@ class HttpClients:
             client = self._free.popleft() if self._free else self._connected()
             self._row = (self._row + 7) % 12_000
             body = b'{"ids": [%d]}' % self._row
-        client.future = future = Future()
+        future: Future[Any] = Future()
+        client.future = future
         client.socket.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         return future
 

@@ -16,9 +16,9 @@ from benchmarks.workloads import LABEL, SMALL, job_of, party_file
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.data.to_predict import canonical_request
+from sl_queue.data.to_predict import request_keys
 from sl_queue.launch.connect import connector
-from sl_queue.launch.service import Served, row_keys, serve_feature, serve_label
+from sl_queue.launch.service import Served, id_key, serve_feature, serve_label
 from sl_queue.local.threads import run_local
 from sl_queue.protocol.serving import Keys
 from sl_queue.security.hpke import Cipher
@@ -105,7 +105,6 @@ def label_holder(place: Place) -> Served:
 
 def single_rows() -> Iterator[Keys]:
     """Yield the keys of single rows, again and again."""
-    ids, _ = canonical_request(list(range(SMALL.rows)), "integer")
-    assert ids is not None
-    keys = row_keys(JOB, ids)
-    return (keys[row : row + 1] for row in itertools.cycle(range(0, len(keys), 7)))
+    keys, _ = request_keys(range(SMALL.rows), "integer", id_key(JOB))
+    assert keys is not None
+    return (keys[row : row + 1] for row in itertools.cycle(range(0, SMALL.rows, 7)))

@@ -60,7 +60,7 @@ class _Evaluated:
     def run(self, inputs: Callable[[], Inputs], where: str) -> Tensor:
         """Return the model's output."""
         model = self._model
-        with torch.no_grad():
+        with torch.inference_mode():
             if self._quiet:
                 return model.run(inputs(), where)
             with model.drawing("serve", MicroBatch(0, 0)):

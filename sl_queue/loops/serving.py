@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,14 @@ from sl_queue.protocol.serving import (
     request_of,
 )
 
-GATHER_S = 0.001  # for which a request waits at most for the answer to the one before it
+GATHER_S = 0.001  # for which a request that others are before waits for more
+_SHARE = 0.25  # of the time that an answer takes, if that is longer: so few messages are on their way at once
+_NEWEST = 0.125  # weight of the newest answer in the average
 _REMEMBERED = 1000  # requests, which may be asked again
 _ASKS = 5  # times that a request is sent within its deadline to a party that is silent: a broker may have lost it
 
 Found = npt.NDArray[np.bool_]
-Outputs = npt.NDArray[np.generic]
+Prediction = Mapping[str, Any]  # of one row: probability, class or value, by name
 
 
 class Post(Protocol):
@@ -95,7 +97,7 @@ class Outcome:
     """Outcome of one request, row by row."""
 
     run: str
-    outputs: Sequence[Outputs | None]  # of each row; None for one that a party lacks
+    predictions: Sequence[Prediction | None]  # of each row; None for one that a party lacks
     lacking: Sequence[tuple[str, ...]]  # the parties that lack each row
 
 
@@ -118,8 +120,8 @@ class Fuse(Protocol):
 
     def fused(
         self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
-    ) -> Outputs:
-        """Return the outputs for the rows that are `there`. Raises RemoteProtocolError."""
+    ) -> Sequence[Prediction]:
+        """Return predictions for the rows that are `there`. Raises RemoteProtocolError, ComputeError."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,7 +163,7 @@ class LabelService:
     """Asks all feature parties at once, and fuses what they answer. Mutable; thread-safe.
 
     A request goes at once if no other is on its way. Else it waits, with all that come meanwhile, for the next answer,
-    `GATHER_S` at most, and they go as one message. Own outputs are computed while the parties answer. `fuse` is asked
+    for a millisecond or a quarter of a usual answer's time at most, and they go as one message. Own outputs are computed while the parties answer. `fuse` is asked
     for the models of each message, so a new version is taken over between two messages.
     """
 
@@ -170,6 +172,7 @@ class LabelService:
         self._lock, self._number = threading.Lock(), secrets.randbits(40)  # no two processes number alike
         self._pending: deque[_Request] = deque()
         self._asked: dict[MicroBatch, _Asked] = {}
+        self._trip_s = 0.0  # between a message and its answers, on average
         self.heard: dict[str, float] = {}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._gather, self._give_up)]
         self._some_wait, self._closed = threading.Event(), threading.Event()
@@ -210,6 +213,8 @@ class LabelService:
             if asked is not None and asked.fuse.run == came.run and came.sender in self._parties:
                 asked.answers[came.sender] = read_answer(came.payload, len(asked.keys))
             done = asked is not None and self._end(asked)
+            if done and asked is not None and asked.asks == 1:
+                self._trip_s += (time.monotonic() - asked.began - self._trip_s) * _NEWEST
         came.done()
         if done and asked is not None:
             following = self._send_waiting()
@@ -226,7 +231,7 @@ class LabelService:
         while not self._closed.is_set():
             self._some_wait.wait()
             self._some_wait.clear()
-            if not self._closed.wait(GATHER_S):
+            if not self._closed.wait(max(GATHER_S, min(self._trip_s * _SHARE, self._deadline_s * _SHARE))):
                 self._send_pending()
 
     def _send_pending(self) -> None:
@@ -236,7 +241,8 @@ class LabelService:
     def _send_waiting(self) -> _Asked | None:
         """Send the requests that wait, as many as fit into one message; None if nothing was sent."""
         with self._lock:
-            batch, rows = [], 0
+            batch: list[_Request] = []
+            rows = 0
             while self._pending and (not batch or rows + len(self._pending[0].keys) <= MOST_ROWS):
                 batch.append(self._pending.popleft())
                 rows += len(batch[-1].keys)
@@ -313,29 +319,26 @@ class LabelService:
             asked.fail(Unanswered((), refused, time.monotonic() - asked.began))
             return
         try:
-            outputs, lacking = _fused(asked)
+            predictions, lacking = _fused(asked)
         except SlQueueError as error:
             asked.fail(error)
             return
         first = 0
         for request in asked.requests:
             part = slice(first, first + len(request.keys))
-            request.future.set_result(Outcome(asked.fuse.run, outputs[part], lacking[part]))
+            request.future.set_result(Outcome(asked.fuse.run, predictions[part], lacking[part]))
             first = part.stop
 
 
-def _fused(asked: _Asked) -> tuple[list[Outputs | None], list[tuple[str, ...]]]:
-    """Return the output of each row, None where a party lacks it, and the parties that lack each."""
+def _fused(asked: _Asked) -> tuple[Sequence[Prediction | None], Sequence[tuple[str, ...]]]:
+    """Return the prediction for each row, None where a party lacks it, and the parties that lack each."""
     found = {party: answer.found for party, answer in asked.answers.items()}
     if asked.own is not None:
         found[asked.fuse.party] = asked.own[0]
     there: Found = np.logical_and.reduce(list(found.values()))
-    outputs: list[Outputs | None] = [None] * len(asked.keys)
-    if there.any():
-        fused = asked.fuse.fused(asked.number, asked.keys, there, asked.own, asked.answers)
-        for place, row in zip(np.flatnonzero(there), fused, strict=True):
-            outputs[place] = row
+    fused = asked.fuse.fused(asked.number, asked.keys, there, asked.own, asked.answers) if there.any() else ()
     if there.all():
-        return outputs, [()] * len(asked.keys)
+        return fused, [()] * len(fused)
+    left = iter(fused)
     lacking = [tuple(party for party, here in found.items() if not here[row]) for row in range(len(asked.keys))]
-    return outputs, lacking
+    return [None if parties else next(left) for parties in lacking], lacking
