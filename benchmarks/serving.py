@@ -12,7 +12,7 @@ from statistics import median, quantiles
 from threading import Event
 from typing import Any
 
-from benchmarks import goals
+from benchmarks import batch_predicting, goals
 from benchmarks.asking import TURN, at_rate, in_turns, many
 from benchmarks.http_client import HttpClients
 from benchmarks.processes import background, together
@@ -94,7 +94,7 @@ def compare(private: PrivateBroker, quick: bool) -> list[str]:
             found["in the label holder's process"].append(together({"within": (within, (place, sizes))}, 300)["within"])
             with background(http_service, place) as port:
                 found["over HTTP"].append(together({"http": (over_http, (place.url, port, sizes))}, 300)["http"])
-    return [_table(found), _goals(found)]
+    return [_table(found), _goals(found), *batch_predicting.compare(private, quick)]
 
 
 def _table(found: dict[str, list[Found]]) -> str:
