@@ -163,8 +163,9 @@ class LabelService:
     """Asks all feature parties at once, and fuses what they answer. Mutable; thread-safe.
 
     A request goes at once if no other is on its way. Else it waits, with all that come meanwhile, for the next answer,
-    for a millisecond or a quarter of a usual answer's time at most, and they go as one message. Own outputs are computed while the parties answer. `fuse` is asked
-    for the models of each message, so a new version is taken over between two messages.
+    for a millisecond or a quarter of a usual answer's time at most, and they go as one message. Own outputs are
+    computed while the parties answer. `fuse` is asked for the models of each message, so a new version is taken over
+    between two messages.
     """
 
     def __init__(self, post: Post, parties: Sequence[str], fuse: Callable[[], Fuse], deadline_s: float) -> None:
