@@ -18,7 +18,7 @@ SLOW = "        time.sleep(0.02)\n        return self.relu"
 
 def write(folder: Path, *, epochs: int = 8, sealed: bool = False) -> Path:
     """Write a job with Adam, BatchNorm, dropout and early stopping, whose base models take their time."""
-    job = write_job(folder)
+    job = write_job(folder, patience=20.0)
     edit(job, "epochs = 8", f"epochs = {epochs}")
     job.write_text(f'{job.read_text()}\n[early_stopping]\nmetric = "loss"\npatience = {epochs}\n')
     if sealed:
