@@ -14,6 +14,7 @@ from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.scheduler.endings import ending, foreign
 from sl_queue.protocol.scheduler.epochs import standing_of
+from sl_queue.protocol.scheduler.past import Past
 from sl_queue.protocol.scheduler.reducer import reduce, standing_orders
 from sl_queue.protocol.scheduler.state import (
     Member,
@@ -27,7 +28,6 @@ from sl_queue.protocol.scheduler.state import (
     silent,
     untold,
 )
-from sl_queue.protocol.scheduler.past import Past
 from sl_queue.protocol.scheduler.status import RunStatus, describe, on_the_wire
 
 STATUS_EVERY_S = 0.25
