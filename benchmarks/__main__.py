@@ -9,6 +9,7 @@ from benchmarks import (
     goals,
     hands,
     ideal,
+    overheads,
     parties,
     planner,
     privacy,
@@ -60,6 +61,8 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "parties": ("Many parties", lambda broker, quick, _: parties.compare(broker, quick)),
     "hands": ("One party, many workers", lambda broker, quick, _: hands.compare(broker, quick)),
     "serve": ("A service", lambda broker, quick, _: serving.compare(broker, quick)),
+    "watch": ("A run that is watched", lambda broker, quick, _: overheads.watch(broker, quick)),
+    "meter": ("A run that measures what leaks", lambda broker, quick, _: overheads.meter(broker, quick)),
     "privacy": ("Defences of labels", lambda _, quick, __: ["\n".join(privacy.compare(quick))]),
 }
 
