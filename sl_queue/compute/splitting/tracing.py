@@ -34,7 +34,8 @@ class Traced:
     @property
     def output(self) -> Node:
         """The node whose arguments the module returns."""
-        return next(node for node in self.graph.nodes if node.op == "output")
+        found: Node = next(node for node in self.graph.nodes if node.op == "output")
+        return found
 
 
 class _Tracer(Tracer):
@@ -80,7 +81,7 @@ class _Tracer(Tracer):
         """Go through a tuple of tensors; how many there are does not depend on their numbers."""
         value = self.values[obj.node]
         if isinstance(value, tuple | list):
-            return iter([operator.getitem(obj, index) for index in range(len(value))])  # type: ignore[call-overload]
+            return iter([operator.getitem(obj, index) for index in range(len(value))])
         return super().iter(obj)
 
     def _run(self, node: Node) -> Any:
