@@ -133,7 +133,7 @@ def serve_party(
         folder = stack.enter_context(Folder(place.state, job_digest=job.digest, party=spec.party, job=job.canonical()))
         if _has_finished(job, spec, folder, place):
             return
-        own, meter = _prepared(job, spec, folder, place, private=private), Meter()
+        own, meter = _prepared(job, spec, folder, place, private=private), Meter(leads=lanes is not None)
         place = place.watched_by(meter)
         channel = channel_of(job, spec.party, place, own.identity.incarnation, own.pipeline, meter)
         parts = parts_of(own.spec, own.table, own.pipeline.batches)

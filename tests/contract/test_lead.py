@@ -80,7 +80,7 @@ def test_a_lead_that_lacks_a_hand_says_so_and_goes_on_when_one_comes(place: Plac
     result = place.lead.result(task, "echo")
     assert bytes(result.tensors[""].data) == b"x" and result.values["version"] == 1
     waits = [event for event in place.events if isinstance(event, WaitBegan | Waited)]
-    assert [event.source for event in waits] == ["a hand to come"] * 2
+    assert [(event.source, event.cause) for event in waits] == [("hands", "a hand to come")] * 2
     counts = place.lead.counts()
     assert (counts.hands, counts.calls, counts.waiting, counts.lacks) == (1, 1, 0, False)
 
