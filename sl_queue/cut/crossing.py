@@ -91,21 +91,11 @@ class BaseCut:
             return _packed(self.wire, payload_view(sent, rows.digest))
         # Nothing else asks for a ReLU, and asking makes hooks. A defended activation shows other zeros than the ReLU's.
         relu = self.wire.compress == "bitmap" and self.guard.defence is None and ends(tensor)
-<<<<<<< HEAD
-        payload = self.wire.pack(payload_view(sent, rows.digest), relu=relu)
+        payload = _packed(self.wire, payload_view(sent, rows.digest), relu=relu)
         self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload), self.overflows)
         if self.outputs is None or learning is None:
             return payload
         return self.outputs.marked(payload, learning, payload.shape)
-=======
-        payload = _packed(self.wire, payload_view(sent, rows.digest), relu=relu)
-        self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
-        return (
-            payload
-            if self.outputs is None or learning is None
-            else self.outputs.marked(payload, learning, payload.shape)
-        )
->>>>>>> main
 
     def arrive_each(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> list[Tensor | None]:
         """Return the gradient of each output; None where the loss does not depend on it."""

@@ -29,7 +29,7 @@ class Cut:
 
 
 def ranked(module: Any, parties: Mapping[str, Any], rows: Any) -> tuple[list[Cut], list[Refused]]:
-    """Return the cuts, the fewest bytes first and then the least work for the party; and the layers that are refused."""
+    """Return the cuts, the fewest bytes first and then the least work for the party; and the refused layers."""
     found: list[Cut] = []
     refused: list[Refused] = []
     for each in candidates(module, parties, rows):
