@@ -19,7 +19,7 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor, nn
 
-from benchmarks.published import IsotropicAnew, LaplaceAtTheLogit, Marvell, MaxNormAnew
+from benchmarks.published_defences import IsotropicAnew, LaplaceAtTheLogit, Marvell, MaxNormAnew
 from sl_queue import Job, PartyFile, Rows
 from sl_queue.compute.base_stage import base_stage
 from sl_queue.compute.fuse_stage import fuse_stage
@@ -181,7 +181,7 @@ def _utility(fuse: Any, bases: Mapping[str, Any], batches: Batches, step: int) -
         at = MicroBatch(step, index)
         fuse.evaluate(at, {name: base.predict(at) for name, base in bases.items()})
     metrics = fuse.metrics()
-    return float((fuse.truly or metrics)["auroc"] or math.nan)
+    return float((fuse.scoring.truly or metrics)["auroc"] or math.nan)
 
 
 def compare(quick: bool) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Published defences of labels, by their formulas, which draw again in each epoch as published."""
+"""Defences of labels as they are published: noise that is drawn again for each message, and a loss with noise."""
 
 from dataclasses import dataclass
 from typing import Any
