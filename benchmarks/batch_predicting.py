@@ -21,7 +21,7 @@ from sl_queue.compute.threads import limit_threads
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.launch.asked import Asked
-from sl_queue.launch.connect import Channels, connector
+from sl_queue.launch.connect import connector
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.prediction import predict_party, spec_to_predict
 from sl_queue.launch.scheduler import serve_scheduler
@@ -88,16 +88,17 @@ def _run(workload: Workload, url: str, folder: Path, *, predicts: bool) -> float
 
 def _worker(workload: Workload, url: str, folder: Path, role: str, predicts: bool) -> Moments | None:
     limit_threads(1)
-    job, moments = job_of(workload, 3, holdout=0.5), Moments()
-    connect, state, asked = connector(job, url), folder / role, Asked()
+    job, moments, asked = job_of(workload, 3, holdout=0.5), Moments(), Asked()
+    place = Workplace(connector(job, url), folder / role, observe=moments)
     if role == SCHEDULER:
         name = asked.name if predicts else None
-        serve_scheduler(job, connect, state / str(name), lambda _: None, Channels(), prediction=name)
+        place = Workplace(connector(job, url), folder / role / str(name))
+        serve_scheduler(job, place, lambda _: None, prediction=name)
         return None
     spec = resolve(job, party_file(workload, role), Importer())
     if predicts:
         rows: Any = Rows(np.arange(workload.rows), features(workload, role))
-        predict_party(job, spec_to_predict(spec, rows, asked), asked, connect, state, Channels(), observe=moments)
+        predict_party(job, spec_to_predict(spec, rows, asked), asked, place)
     else:
-        serve_party(job, spec, connect, state, Channels(), observe=moments)
+        serve_party(job, spec, place)
     return moments

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from sl_queue.data.to_predict import request_keys
 from sl_queue.errors import SlQueueError
 from sl_queue.launch.service import LabelHolderService, id_key
-from sl_queue.loops.serving import Outcome, Unanswered
+from sl_queue.loops.requests import Outcome, Unanswered
 from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN
 
 MOST_BYTES = 1024 * 1024  # of a request

@@ -18,9 +18,10 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
-from sl_queue.launch.outcome import loss_of, meaning_of
+from sl_queue.launch.outcome import loss_of, meaning_of, undoing
 from sl_queue.launch.privacy import answering_guard
-from sl_queue.loops.serving import FeatureService, Found, LabelService, Prediction, Unanswered
+from sl_queue.loops.requests import Found, Prediction, Unanswered
+from sl_queue.loops.serving import FeatureService, LabelService
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.serving import Answered, Came, HourlyLimit, Keys
@@ -140,7 +141,7 @@ class Models:
     def __init__(self, spec: PartySpec, version: Version, versions: Versions | None) -> None:
         self.run, self.party, self.version, self._versions = version.run, spec.party, version, versions
         self.fuse: AnsweringFuse = trained_fuse(spec.compute, fuse_model(spec.compute), version.weights("fuse"))
-        self._meaning = meaning_of(version, loss_of(spec))
+        self._about = (*meaning_of(version, loss_of(spec)), undoing(version))
 
     def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
         """Return which rows the label holder has, and its outputs for those; None without a base model."""
@@ -160,7 +161,7 @@ class Models:
         if own is not None:
             assert isinstance(own, tuple)
             inputs[self.party] = _only(own[1], there[own[0]])
-        columns = columns_of(self.fuse.fuse(number, inputs), *self._meaning)
+        columns = columns_of(self.fuse.fuse(number, inputs), *self._about)
         values = zip(*(column.tolist() for column in columns.values()), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in values]
 
