@@ -25,6 +25,7 @@ from sl_queue.launch.connect import connector
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.prediction import predict_party, spec_to_predict
 from sl_queue.launch.scheduler import serve_scheduler
+from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.events import Committed, EpochDone, Event, StepDone
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.testing.private_broker import PrivateBroker

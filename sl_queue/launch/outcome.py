@@ -9,7 +9,6 @@ import numpy as np
 from sl_queue.compute.evaluated import Evaluation, evaluate
 from sl_queue.compute.predicted import Undo, columns_of
 from sl_queue.config.party import PartyFile
-from sl_queue.config.resolve import PartySpec
 from sl_queue.data.predictions import require_name, write_predictions
 from sl_queue.errors import CheckpointError
 from sl_queue.launch.prediction import Predicted
@@ -69,12 +68,6 @@ def meaning_of(version: Version, loss: str) -> tuple[str, str]:
         return str(about["task"]), str(about["outputs"])
     tasks = {"bce_with_logits": "binary", "cross_entropy": "multiclass"}
     return tasks.get(loss, "regression"), "logits"
-
-
-def loss_of(spec: PartySpec) -> str:
-    """Return the name of the loss that a party file names, empty if it has none."""
-    loss = None if spec.compute.objective is None else spec.compute.objective.loss
-    return loss if isinstance(loss, str) else ""
 
 
 def undoing(version: Version) -> Undo | None:

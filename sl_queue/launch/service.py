@@ -18,7 +18,8 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
-from sl_queue.launch.outcome import loss_of, meaning_of, undoing
+from sl_queue.launch.outcome import meaning_of, undoing
+from sl_queue.launch.prediction import loss_of, with_own_secret
 from sl_queue.launch.privacy import answering_guard
 from sl_queue.loops.requests import Found, Prediction, Unanswered
 from sl_queue.loops.serving import FeatureService, LabelService
@@ -67,6 +68,7 @@ class Versions:
 
 def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
     """Read the rows that a party answers for. Raises JobError."""
+    spec = with_own_secret(spec, state)
     ids = ids_to_predict(spec.table)
 
     def rows(version: Version) -> ToPredict:
