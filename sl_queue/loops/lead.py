@@ -153,6 +153,9 @@ class Lead:
     # What the lane calls ----------------------------------------------------------------------------------------
 
     def on_session(self, me: str) -> None:
+        self.on_lost()
+
+    def on_lost(self) -> None:
         with self._deciding() as dispatch:
             dispatch.lose_all("the connection to the hands' broker was lost")
 
