@@ -1,18 +1,19 @@
-"""The cut to one peer: whatever crosses it leaves and arrives here, checked, defended, watched and packed.
+"""The cut to one peer, the only place that knows what crosses: checked, defended and packed, it leaves and arrives.
 
 Out: check shape and numbers -> defence -> tap -> pack. In: compare with what is expected -> unpack -> finite -> tap.
+`leave` returns what is to be encoded before its tensor is changed; `arrive` raises RemoteProtocolError, which names the
+peer. Both are used by one thread.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sl_queue.cut.guard import UNGUARDED, Crossing, Guard
-from sl_queue.cut.packing import Mask, Wire, is_unused, unused
+from sl_queue.cut.packing import AS_IT_IS, Mask, Wire, is_unused, unused
 from sl_queue.cut.relu import ends_in_relu, gradient_mask
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.several import Outputs
@@ -22,22 +23,6 @@ from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 
 CROSSING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Cut(Protocol):
-    """One per peer, and the only place that knows what crosses. Used by one thread."""
-
-    def leave(self, tensor: Tensor, micro_batch: MicroBatch, rows: CutRows) -> Payload:
-        """Return what is sent to the peer; to be encoded before the tensor is changed.
-
-        Raises ShapeError and NonFiniteError for a tensor that must not leave.
-        """
-
-    def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor | None:
-        """Return what the peer has sent, as a tensor of its own. Raises RemoteProtocolError, which names the peer."""
-
-    def forget(self) -> None:
-        """Await nothing: whatever is in flight will be computed again."""
 
 
 def place(party: str, micro_batch: object) -> str:
@@ -103,10 +88,10 @@ class BaseCut:
             crossing = Crossing("activation", self.party, self.peer, micro_batch, rows)
             sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
         if rows.held_out:
-            return self.wire.pack(payload_view(sent, rows.digest))
+            return _packed(self.wire, payload_view(sent, rows.digest))
         # Nothing else asks for a ReLU, and asking makes hooks. A defended activation shows other zeros than the ReLU's.
         relu = self.wire.compress == "bitmap" and self.guard.defence is None and ends(tensor)
-        payload = self.wire.pack(payload_view(sent, rows.digest), relu=relu)
+        payload = _packed(self.wire, payload_view(sent, rows.digest), relu=relu)
         self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
         return (
             payload
@@ -222,7 +207,7 @@ class FuseCut:
         if self.guard is not UNGUARDED:
             crossing = Crossing("gradient", self.party, self.peer, micro_batch, rows)
             sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
-        return self.wire.pack(payload_view(sent, rows.digest), wanted=owed.wanted)
+        return _packed(self.wire, payload_view(sent, rows.digest), wanted=owed.wanted)
 
     def forget(self) -> None:
         """Owe no gradient."""
@@ -238,6 +223,11 @@ def require_shape(activation: Tensor, rows: int, cut: BaseCut, where: str) -> No
             f"{where}: activation is {described(activation)}, the cut layer is {dtype_name(promised)} {shape}; "
             f"check {cut.model}"
         )
+
+
+def _packed(wire: Wire, payload: Payload, *, relu: bool = False, wanted: Mask | None = None) -> Payload:
+    """Return the payload as it travels: as it is, unless the job says otherwise."""
+    return payload if wire == AS_IT_IS else wire.pack(payload, relu=relu, wanted=wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +259,8 @@ def _check_and_unpack(
 ) -> Tensor:
     """Return the tensor of a payload that has been compared, and show it to the tap."""
     with _blaming(crossing):
-        tensor = from_payload(wire.unpack(payload, expected.wanted), device)
+        plain = wire.unpack(payload, expected.wanted) if payload.packing else payload
+        tensor = from_payload(plain, device)
     if not is_finite(tensor):
         raise RemoteProtocolError(
             f"{_blame(crossing)} holds NaN or infinity; look at the model and learning rate there"

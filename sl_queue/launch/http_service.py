@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from sl_queue.compute.predicted import columns_of
-from sl_queue.data.to_predict import canonical_request
+from sl_queue.data.to_predict import request_keys
 from sl_queue.errors import SlQueueError
-from sl_queue.launch.service import LabelHolderService, row_keys
+from sl_queue.launch.service import LabelHolderService, id_key
 from sl_queue.loops.serving import Outcome, Unanswered
 from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN
 
@@ -75,33 +74,17 @@ class Api:
             return _said(422, 'a request is JSON like {"ids": [10017, 10018]}')
         if not isinstance(ids, list) or not ids or len(ids) > MOST_ROWS:
             return _said(422, f"ids must be a list of 1 to {MOST_ROWS}")
-        found, wrong = canonical_request(ids, self.id_type)
-        if found is None:
+        keys, wrong = request_keys(ids, self.id_type, id_key(self.holder.job))
+        if keys is None:
             return _said(422, f"ids must be of type {self.id_type}", places=wrong[:10])
         try:
-            outcome = await asyncio.wrap_future(self.holder.service.predict(row_keys(self.holder.job, found)))
+            outcome = await asyncio.wrap_future(self.holder.service.predict(keys))
         except Unanswered as error:
             return _unanswered(error)
         except SlQueueError as error:
             return _said(503, str(error))
         self.rows += len(ids)
-        return JSONResponse({"run": outcome.run, "predictions": self._predictions(ids, outcome)}, headers=_HEADERS)
-
-    def _predictions(self, ids: list[Any], outcome: Outcome) -> list[dict[str, Any]]:
-        import numpy as np
-
-        there = [row for row in outcome.outputs if row is not None]
-        about = self.holder.models.version.about
-        task, meaning = str(about.get("task", "")), str(about.get("outputs", "logits"))
-        columns = columns_of(np.stack(there), task, meaning) if there else {}
-        place, found = 0, []
-        for one, output, lacking in zip(ids, outcome.outputs, outcome.lacking, strict=True):
-            if output is None:
-                found.append({"id": one, "missing": list(lacking)})
-                continue
-            found.append({"id": one, **{name: values[place].item() for name, values in columns.items()}})
-            place += 1
-        return found
+        return JSONResponse({"run": outcome.run, "predictions": _predictions(ids, outcome)}, headers=_HEADERS)
 
     async def health(self, request: Request) -> Response:
         """Answer 200 while the link to the broker stands."""
@@ -189,6 +172,13 @@ async def _body(request: Request) -> bytes | None:
             return None
         parts.append(part)
     return b"".join(parts)
+
+
+def _predictions(ids: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
+    return [
+        {"id": one, "missing": list(lacking)} if found is None else {"id": one, **found}
+        for one, found, lacking in zip(ids, outcome.predictions, outcome.lacking, strict=True)
+    ]
 
 
 def _said(status: int, error: str, **more: Any) -> JSONResponse:

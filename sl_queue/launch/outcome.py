@@ -8,9 +8,11 @@ import numpy as np
 from sl_queue.compute.evaluated import Evaluation, evaluate
 from sl_queue.compute.predicted import columns_of
 from sl_queue.config.party import PartyFile
+from sl_queue.config.resolve import PartySpec
 from sl_queue.data.predictions import require_name, write_predictions
 from sl_queue.launch.prediction import Predicted
 from sl_queue.storage.files import write_durably
+from sl_queue.storage.versions import Version
 
 NAME = "predictions.parquet"
 
@@ -51,11 +53,21 @@ def write_evaluation(predicted: Predicted, folder: Path) -> Evaluation:
 
 
 def _meaning(predicted: Predicted) -> tuple[str, str]:
-    """Return task and meaning of the outputs: as the version says, else by the loss that its party file names."""
     if predicted.objective is not None:
         return str(predicted.objective.task), str(predicted.objective.outputs)
-    about = predicted.version.about
+    return meaning_of(predicted.version, predicted.loss)
+
+
+def meaning_of(version: Version, loss: str) -> tuple[str, str]:
+    """Return task and meaning of the outputs: as the version says, else by the loss that its party file names."""
+    about = version.about
     if "task" in about:
         return str(about["task"]), str(about["outputs"])
     tasks = {"bce_with_logits": "binary", "cross_entropy": "multiclass"}
-    return tasks.get(predicted.loss, "regression"), "logits"
+    return tasks.get(loss, "regression"), "logits"
+
+
+def loss_of(spec: PartySpec) -> str:
+    """Return the name of the loss that a party file names, empty if it has none."""
+    loss = None if spec.compute.objective is None else spec.compute.objective.loss
+    return loss if isinstance(loss, str) else ""

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from sl_queue.errors import PeerFailed, PeerSilent, RemoteProtocolError
 from sl_queue.protocol.control import EpochResult, Waiting
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
+from sl_queue.protocol.scheduler.past import Past
 from sl_queue.protocol.scheduler.state import Member, Phase, Plan, RunState, history_line
 from sl_queue.protocol.text import LONGEST_NAME, printable
 from sl_queue.protocol.totals import HAND_TO_COME, OF_HANDS, Totals
@@ -70,6 +71,7 @@ class RunStatus:
     error: str | None = None  # class name
     failed: str | None = None  # the party whose error it is
     told_at: str | None = None  # ISO 8601; None before there was such a field
+    past: Past | None = None  # now and then, for whoever has just begun to watch; programs are not shown it
 
     @property
     def over(self) -> bool:
@@ -184,6 +186,14 @@ def as_json(status: RunStatus) -> dict[str, Any]:
     values = {name: getattr(status, name) for name in _KEYS}
     parties = {name: asdict(party) for name, party in status.parties.items()}
     return values | {"parties": parties, "history": [history_line(epoch) for epoch in status.history]}
+
+
+def on_the_wire(status: RunStatus) -> dict[str, Any]:
+    """Return a status as plain values, with the past if it is there, as `from_json` reads it."""
+    if status.past is None:
+        return as_json(status)
+    epochs = [history_line(epoch) for epoch in status.past.epochs]
+    return {**as_json(status), "past": {"points": status.past.points, "epochs": epochs}}
 
 
 _KEYS = (  # in this order
