@@ -31,7 +31,7 @@ def made() -> Parties:
         fuse,
         features,
         (features["a"][:, 0] > 0).astype(np.int64),
-        cuts=dict.fromkeys(features, [4]),
+        cuts={party: [4] for party in features},
         label_holder="label",
         optimizer={"name": "adam", "lr": 0.02},
         batch_size=8,

@@ -22,8 +22,8 @@ FIRST = MicroBatch(0, 0)
 class Echo:
     """A workshop that gives back what it gets."""
 
-    def __init__(self) -> None:
-        self.versions: set[int] = set()
+    def __init__(self, done: list[Call] | None = None) -> None:
+        self.versions, self.done = set[int](), [] if done is None else done
 
     def equip(self, version: int, *_: Any) -> None:
         self.versions.add(version)
@@ -38,6 +38,7 @@ class Echo:
         pass
 
     def do(self, call: Call) -> Any:
+        self.done.append(call)
         if call.what == "fail":
             raise ComputeError("as it was asked")
         return {"version": call.version}, dict(call.tensors)
@@ -47,7 +48,7 @@ class Place:
     """A lead with its lanes, and hands in threads; mutable."""
 
     def __init__(self, own: Any = None) -> None:
-        self.lanes, self.events = MemoryLanes(), list[Event]()
+        self.lanes, self.events, self.done = MemoryLanes(), list[Event](), list[Call]()
         lane = MemoryLane(self.lanes, lead=True)
         self.lead = Lead("bank", lane, ABOUT, "lead 1", own=own, observe=self.events.append)
         self.lead.open()
@@ -58,7 +59,7 @@ class Place:
 
         def serve() -> None:
             try:
-                Hand("bank", MemoryLane(self.lanes), about, Echo()).serve()
+                Hand("bank", MemoryLane(self.lanes), about, Echo(self.done)).serve()
             except BaseException as error:
                 ended.append(error)
 
@@ -97,6 +98,20 @@ def test_without_a_connection_the_lead_computes_by_itself() -> None:
     assert bytes(place.lead.result(task, "echo").tensors[""].data) == b"x"
     assert [event.hands for event in place.events if isinstance(event, HandLeft)] == [0]
     place.lead.close()
+
+
+def test_a_ticket_that_is_dealt_twice_is_done_once(place: Place) -> None:
+    place.hand()
+    task = place.lead.begin("echo", FIRST)
+    place.lead.result(task, "echo")
+    with place.lanes.lock:  # as when it waited long while a hand was idle
+        ticket = place.lead._dispatch.roster.ticket(task)
+    place.lead._lane.send(TASKS, encode(ticket))
+    place.lead.go_on(task, "again")
+    place.lead.result(task, "again")
+    later = place.lead.begin("echo", FIRST)
+    place.lead.result(later, "echo")
+    assert [call.what for call in place.done] == ["echo", "again", "echo"]
 
 
 def test_a_hand_that_would_compute_other_bits_is_sent_away_by_what_differs(place: Place) -> None:
