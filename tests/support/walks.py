@@ -1,7 +1,8 @@
 """Two walks of a small run: of an activation to the fuse model, and of a worker's progress to the terminal."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,6 @@ def _is_activation(arguments: Arguments) -> bool:
     return isinstance(arguments["message"], Activation)
 
 
-def _fuses(arguments: Arguments) -> bool:
-    return isinstance(arguments["module"], Fuse)
-
-
 OF_AN_ACTIVATION = (
     Mark("TorchBaseStage.prepare", "begin", "out"),
     Mark("TorchBaseStage.forward", "resume", "out"),
@@ -150,11 +147,12 @@ OF_PROGRESS = (
 class _Terminal:
     """Where `sl-queue local` shows a status."""
 
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
+    def __init__(self) -> None:
+        self._screen, self.shown = Screen(), threading.Event()
 
     def take(self, status: RunStatus, age_s: float = 0.0) -> None:
         self._screen.status(status)
+        self.shown.set()
 
     def trouble(self, problem: str) -> None:
         pass
@@ -163,7 +161,11 @@ class _Terminal:
 def walk_of_progress(broker: str) -> Walk:
     """Return the files from a step to the link, from there through the scheduler, and from there to the terminal."""
 
-    def beside(job: sl_queue.Job) -> Follower:
-        return Follower(job, broker, None, _Terminal(Screen()))
+    @contextmanager
+    def beside(job: sl_queue.Job) -> Iterator[None]:
+        terminal = _Terminal()
+        with Follower(job, broker, None, terminal):
+            yield
+            assert terminal.shown.wait(60.0), "the last status stays where it is"
 
     return _train(broker, Walk(has_progress, OF_PROGRESS), beside)
