@@ -153,8 +153,11 @@ class Lead:
     # What the lane calls ----------------------------------------------------------------------------------------
 
     def on_session(self, me: str) -> None:
+        self.on_lost()
+
+    def on_lost(self) -> None:
         with self._deciding() as dispatch:
-            dispatch.lose_all("the connection to the hands' broker was lost")
+            dispatch.lose_all("the connection to the hands' broker was lost", time.monotonic())
 
     def on_body(self, body: bytes, ticket: int | None) -> None:
         try:
@@ -171,12 +174,12 @@ class Lead:
 
     def on_gone(self, to: str) -> None:
         with self._deciding() as dispatch:
-            dispatch.lose(to, "it has gone")
+            dispatch.lose(to, "it has gone", time.monotonic())
 
     def on_failure(self, error: SlQueueError) -> None:
         log.warning("party %r: no hand can come any more: %s", self._party, error)
         with self._deciding() as dispatch:
-            dispatch.lose_all(str(error))
+            dispatch.lose_all(str(error), time.monotonic())
             if dispatch.lacks:
                 dispatch.fail(error)
         self._wake()
