@@ -5,7 +5,7 @@
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ from tests.compute.test_prediction import N, files, job, new_rows, states
 from tests.support.toy_run import Crash, CrashAt, FaultyLink
 
 ROLES = ("bank", "insurer", SCHEDULER)
-STRIDE = {"bank": 13, "insurer": 13, SCHEDULER: 3}  # of the operations that the suite crashes at
+STRIDE = {"bank": 13, "insurer": 13, SCHEDULER: 11}  # of the operations that the suite crashes at
 JOB = job(batch_size=16, pipeline={"micro_batches": 2})
 
 
@@ -114,11 +114,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, CrashAt]]:
+def operations(monkeypatch: pytest.MonkeyPatch) -> dict[str, CrashAt]:
     """Make pieces and checkpoints on disk operations too, of the party whose they are; and commits frequent."""
     crashes: dict[str, CrashAt] = {}
     instrument(monkeypatch, crashes)
-    yield crashes
+    return crashes
 
 
 def instrument(monkeypatch: pytest.MonkeyPatch, crashes: dict[str, CrashAt]) -> None:
