@@ -22,7 +22,7 @@ from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.asked import schedule_of
-from sl_queue.launch.importance import NAME, REPEATS, Explained, Importance, direction
+from sl_queue.launch.importance import REPEATS, Explained, Importance, direction
 from sl_queue.launch.service import PREFETCH, Models, id_key, versions_of
 from sl_queue.loops.explaining import Questions
 from sl_queue.protocol.messages import MicroBatch
@@ -58,7 +58,7 @@ def explain_over(
         found = measure.explain()
     finally:
         channel.close()
-    found.of(spec.party, others=True).write(version.path / NAME)
+    found.of(spec.party, others=True).keep(version.path)
     return found
 
 

@@ -3,13 +3,15 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sl_queue.storage.files import write_durably
+from sl_queue.storage.model_card import with_table
 
-NAME, EVALUATION = "importance.csv", "evaluation.json"
+NAME, EVALUATION, CARD = "importance.csv", "evaluation.json", "card.md"
 REPEATS = 3  # permutations of each column
 WHOLE = "(all)"
 
@@ -42,6 +44,12 @@ class Explained:
         kept = [one for one in self.importances if one.party == party or (others and one.column is None)]
         return Explained(self.metric, self.value, self.rows, kept)
 
+    def keep(self, folder: Path) -> None:
+        """Write a table of them beside a version's weights, and into its model card. Raises OSError."""
+        self.write(folder / NAME)
+        note = "By how much the metric is worse without it; columns that tell the same thing share their worth."
+        _into_card(folder, "Importance", note, ("party", "column", f"{self.metric} worse by"), self.ranked())
+
     def write(self, path: Path) -> None:
         """Write a table of them, durably. Raises OSError."""
         text = io.StringIO()
@@ -50,6 +58,19 @@ class Explained:
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, text.getvalue().encode())
+
+
+def keep_evaluation(folder: Path, found: Mapping[str, Any]) -> None:
+    """Write an evaluation beside a version's weights, and its metrics into the model card. Raises OSError."""
+    write_durably(folder / EVALUATION, json.dumps(found, indent=1).encode())
+    rows = [(name, "undefined" if value is None else f"{value:.6g}") for name, value in found["metrics"].items()]
+    _into_card(folder, "Evaluation", f"On {found['rows']} rows.", ("metric", "value"), rows)
+
+
+def _into_card(folder: Path, title: str, note: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    path = folder / CARD
+    if path.exists():  # not in a folder of an earlier release
+        write_durably(path, with_table(path.read_text(encoding="utf-8"), title, note, head, rows).encode())
 
 
 def direction(metric: str) -> float:

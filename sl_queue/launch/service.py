@@ -80,9 +80,9 @@ class Versions:
             *(names[place] if place < len(names) else f"column {place}" for place in range(len(worth.worse) - 1)),
         ]
         found = [Importance(party, name, worse) for name, worse in zip(labels, worth.worse, strict=False)]
-        path = choose_version(self.state, run).path / NAME
-        Explained(worth.metric, float("nan"), 0, found).write(path)
-        log.info("%s: what its columns are worth to the model is in %s", party, path)
+        folder = choose_version(self.state, run).path
+        Explained(worth.metric, float("nan"), 0, found).keep(folder)
+        log.info("%s: what its columns are worth to the model is in %s", party, folder / NAME)
 
 
 def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:

@@ -24,7 +24,7 @@ from sl_queue.data.aligning import shared_rows
 from sl_queue.data.to_predict import ToPredict, read_to_predict
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.asked import Asked, schedule_of
-from sl_queue.launch.importance import NAME, REPEATS, Explained, Importance, direction
+from sl_queue.launch.importance import REPEATS, Explained, Importance, direction
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.local.threads import require_all
 from sl_queue.storage.pieces import PieceFolder
@@ -55,7 +55,7 @@ def explain(
         found.append(Importance(party, column, sign * (float(np.mean(after)) - before)))
     explained = Explained(metric, before, model.n_rows, found)
     for party, version in versions.items():
-        explained.of(party, others=party == job.label_holder).write(version.path / NAME)
+        explained.of(party, others=party == job.label_holder).keep(version.path)
     return explained
 
 

@@ -20,6 +20,7 @@ from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.launch.service import Served, serve_feature
 from sl_queue.protocol.messages import Payload
 from sl_queue.protocol.serving import Deal, Worth, keys_of, request_of, worth_of, worth_payload
+from sl_queue.storage.model_card import with_table
 from sl_queue.storage.versions import choose_version
 from tests.compute.test_prediction import N, files, job, new_rows, states
 
@@ -85,6 +86,8 @@ def test_the_columns_that_the_labels_were_made_of_are_worth_most_and_each_party_
     assert all(line.startswith(("auroc", "bank")) for line in kept["bank"]) and len(kept["bank"]) == 5
     assert not [line for line in kept["insurer"] if line.startswith("bank  column")]
     assert [line for line in kept["insurer"] if line.startswith("bank  (all)")]
+    card = (choose_version(parties.root / "bank").path / "card.md").read_text()
+    assert "## Importance" in card and "insurer" not in card.split("## Importance")[1].split("## Use")[0]
 
 
 def test_a_party_that_restarts_changes_no_number(parties: Parties) -> None:
@@ -125,6 +128,16 @@ def test_rows_that_nobody_else_has_are_said(trained: Path) -> None:
             parties.explain()
     finally:
         parties.stop()
+
+
+def test_a_section_of_a_card_is_replaced_and_stands_before_how_to_use_it() -> None:
+    card = "# A\n\ntext\n\n## Data\n\nrows\n\n## Use\n\ncode\n"
+    once = with_table(card, "Importance", "note", ("a", "b"), [("x|y", "1")])
+    assert once.index("## Data") < once.index("## Importance\n\nnote") < once.index("## Use\n\ncode\n")
+    assert "| x\\|y | 1 |" in once
+    twice = with_table(once, "Importance", "note", ("a", "b"), [("z", "2")])
+    assert twice.count("## Importance") == 1 and "x" not in twice.split("## Importance")[1].split("## Use")[0]
+    assert with_table(twice, "Importance", "note", ("a", "b"), [("x|y", "1")]) == once
 
 
 KEYS = np.array([3, 4], np.uint64)

@@ -61,6 +61,11 @@ def test_an_evaluation_says_loss_metrics_and_tables_and_draws_them(trained: Path
     assert done.returncode == 0, done.stderr
     found = json.loads((trained / "seen" / "evaluation.json").read_text())
     assert found["rows"] == NEW and found["metrics"]["auroc"] > 0.7
+    (card,) = (trained / "state" / "insurer" / "versions").glob("*/card.md")
+    assert f"## Evaluation\n\nOn {NEW} rows.\n" in card.read_text()
+    report = sl_queue("report", trained / "job.toml", "--state", trained / "state" / "scheduler", "--out", trained)
+    assert report.returncode == 0, report.stderr
+    assert "Evaluation at insurer" in (trained / "report.html").read_text()
     assert sum(map(sum, found["tables"]["confusion"])) == NEW
     assert (trained / "seen" / "evaluation.svg").read_text().count("<path") == 5
     held = sl_queue("evaluate", *files(trained), "--held-out", "--out", trained / "held")
