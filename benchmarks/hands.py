@@ -210,9 +210,9 @@ def compare(broker: PrivateBroker, quick: bool) -> list[str]:
         for load in loads
     }
     about = (
-        f"Milliseconds a step of {MICRO_BATCHES} micro-batches, which sleep {1e3 * sleep_s:.0f} ms forwards and as long "
-        f"backwards unless they compute, on {os.cpu_count()} cores; in brackets how many times as fast as one hand; below "
-        "it, processor ms a step, of all processes but the broker.\n\n"
+        f"Milliseconds a step of {MICRO_BATCHES} micro-batches, which sleep {1e3 * sleep_s:.0f} ms forwards and as "
+        f"long backwards unless they compute, on {os.cpu_count()} cores; in brackets how many times as fast as one "
+        "hand; below it, processor ms a step, of all processes but the broker.\n\n"
     )
     head = ("", "MB a step and hand", "no [hands]", "[hands], none here", *(f"R = {count}" for count in COUNTS))
     body = table(head, [row for load in loads for row in _rows(load, found[load])])
@@ -230,8 +230,9 @@ def _goals(load: Load, found: Found) -> Iterator[str]:
     if not load.sleep_s:
         return
     one, at_four = found[1][0], 0.8 if load.width > 16 else 0.9
-    yield goals.line(f"{load.name}: R = 4 to one hand, of 4", one / found[4][0] / 4, at_four, at_least=True)
+    plain, none, name = found[None][0], found[0][0], load.name
+    yield goals.line(f"{name}: R = 4 to one hand, of 4", one / found[4][0] / 4, at_four, at_least=True)
     if load.width <= 16:
-        yield goals.line(f"{load.name}: R = 8 to one hand, of 8", one / found[8][0] / 8, 0.8, at_least=True)
-        yield goals.line(f"{load.name}: one hand to a plain worker", one / found[None][0], 1.05)
-        yield goals.line(f"{load.name}: [hands] without a hand to a plain worker", found[0][0] / found[None][0], 1.05)
+        yield goals.line(f"{name}: R = 8 to one hand, of 8", one / found[8][0] / 8, 0.8, at_least=True)
+        yield goals.line(f"{name}: one hand to a plain worker", one / plain, 1.05)
+        yield goals.line(f"{name}: [hands] without a hand to a plain worker", none / plain, 1.05)
