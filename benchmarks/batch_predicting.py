@@ -89,11 +89,12 @@ def _run(workload: Workload, url: str, folder: Path, *, predicts: bool) -> float
 
 def _worker(workload: Workload, url: str, folder: Path, role: str, predicts: bool) -> Moments | None:
     limit_threads(1)
-    job, moments = job_of(workload, 3, holdout=0.5), Moments()
-    asked, place = Asked(), Workplace(connector(job, url), folder / role, observe=moments)
+    job, moments, asked = job_of(workload, 3, holdout=0.5), Moments(), Asked()
+    place = Workplace(connector(job, url), folder / role, observe=moments)
     if role == SCHEDULER:
         name = asked.name if predicts else None
-        serve_scheduler(job, place.in_folder(place.state / str(name)), lambda _: None, prediction=name)
+        place = Workplace(connector(job, url), folder / role / str(name))
+        serve_scheduler(job, place, lambda _: None, prediction=name)
         return None
     spec = resolve(job, party_file(workload, role), Importer())
     if predicts:

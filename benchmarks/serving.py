@@ -19,7 +19,8 @@ from benchmarks.processes import background, together
 from benchmarks.report import table
 from benchmarks.served import Place, bare_trip, echo, feature_party, label_holder, place_for, single_rows
 from sl_queue.compute.threads import limit_threads
-from sl_queue.launch.http_service import Api, HttpServer
+from sl_queue.launch.http_listener import HttpServer
+from sl_queue.launch.http_service import Api
 from sl_queue.testing.private_broker import PrivateBroker
 
 CLIENTS = 64

@@ -46,6 +46,7 @@ class BaseCut:
     model: str  # the base model's name
     guard: Guard = UNGUARDED
     outputs: Outputs | None = None  # of a base model with several
+    overflows: bool = False  # a gradient may be not finite, which means that its step is left out
     _awaited: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,8 +80,7 @@ class BaseCut:
     ) -> Payload:
         """Return the activation as it travels; a training one is awaited back as a gradient.
 
-        `learning`: which of several outputs want one. `ends`: tells whether it ends in a ReLU, for a tensor that was
-        computed elsewhere and has no graph.
+        `learning`: which of several outputs want one. `ends` tells of a ReLU at the end, of tensors without a graph.
         """
         self.check(tensor, micro_batch, rows)
         sent = tensor
@@ -92,12 +92,10 @@ class BaseCut:
         # Nothing else asks for a ReLU, and asking makes hooks. A defended activation shows other zeros than the ReLU's.
         relu = self.wire.compress == "bitmap" and self.guard.defence is None and ends(tensor)
         payload = _packed(self.wire, payload_view(sent, rows.digest), relu=relu)
-        self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
-        return (
-            payload
-            if self.outputs is None or learning is None
-            else self.outputs.marked(payload, learning, payload.shape)
-        )
+        self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload), self.overflows)
+        if self.outputs is None or learning is None:
+            return payload
+        return self.outputs.marked(payload, learning, payload.shape)
 
     def arrive_each(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> list[Tensor | None]:
         """Return the gradient of each output; None where the loss does not depend on it."""
@@ -152,6 +150,7 @@ class FuseCut:
     wire: Wire
     guard: Guard = UNGUARDED
     outputs: Outputs | None = None  # of a base model with several
+    overflows: bool = False  # a gradient may be not finite, which means that its step is left out
     _owed: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -198,13 +197,14 @@ class FuseCut:
             raise LocalProtocolError(f"{place(self.party, micro_batch)}: a gradient of no activation of {self.peer!r}")
         if tensor is None:
             return unused(owed.dtypes[0], owed.shape, rows.digest)
-        if not is_finite(tensor):
+        finite = is_finite(tensor)
+        if not finite and not self.overflows:
             raise NonFiniteError(
                 f"{place(self.party, micro_batch)}: gradient for party {self.peer!r} holds NaN or infinity; lower the "
                 "learning rate, or check the loss"
             )
         sent = tensor
-        if self.guard is not UNGUARDED:
+        if self.guard is not UNGUARDED and finite:
             crossing = Crossing("gradient", self.party, self.peer, micro_batch, rows)
             sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
         return _packed(self.wire, payload_view(sent, rows.digest), wanted=owed.wanted)
@@ -237,6 +237,7 @@ class _Expected:
     dtypes: tuple[str, ...]  # any of them
     shape: tuple[int, ...]
     wanted: Mask | None = field(repr=False)  # the values of a gradient that were asked for; None: all
+    overflows: bool = False  # it may be not finite
 
 
 def _compare(payload: Payload, expected: _Expected, crossing: Crossing) -> None:
@@ -262,9 +263,9 @@ def _check_and_unpack(
         plain = wire.unpack(payload, expected.wanted) if payload.packing else payload
         tensor = from_payload(plain, device)
     if not is_finite(tensor):
-        raise RemoteProtocolError(
-            f"{_blame(crossing)} holds NaN or infinity; look at the model and learning rate there"
-        )
+        if expected.overflows:
+            return tensor
+        raise RemoteProtocolError(f"{_blame(crossing)} holds NaN or infinity; look at model and learning rate there")
     if guard.arriving is not None:
         guard.let_in(tensor, crossing, place(crossing.sender, crossing.micro_batch))
     return tensor

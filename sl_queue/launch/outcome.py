@@ -1,16 +1,19 @@
 """The outcome of a prediction at the label holder: a file of predictions, an evaluation where labels are known."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from sl_queue.compute.evaluated import Evaluation, evaluate
-from sl_queue.compute.predicted import columns_of
+from sl_queue.compute.predicted import Undo, columns_of
 from sl_queue.config.party import PartyFile
-from sl_queue.config.resolve import PartySpec
 from sl_queue.data.predictions import require_name, write_predictions
+from sl_queue.errors import CheckpointError
 from sl_queue.launch.prediction import Predicted
+from sl_queue.launch.spending import REPORT
+from sl_queue.privacy.response import Response, undone
 from sl_queue.storage.files import write_durably
 from sl_queue.storage.versions import Version
 
@@ -32,7 +35,7 @@ def write_outcome(predicted: Predicted, path: Path) -> list[str]:
     """Write the predictions, and the ids without one beside them; return what to tell."""
     rows, version = predicted.rows, predicted.version
     task, meaning = _meaning(predicted)
-    columns = columns_of(predicted.outputs, task, meaning)
+    columns = columns_of(predicted.outputs, task, meaning, undoing(version))
     count = write_predictions(path, rows.ids, rows.positions, columns)
     told = [f"{count} predictions with run {version.run}: {path}"]
     if rows.missing:
@@ -67,7 +70,20 @@ def meaning_of(version: Version, loss: str) -> tuple[str, str]:
     return tasks.get(loss, "regression"), "logits"
 
 
-def loss_of(spec: PartySpec) -> str:
-    """Return the name of the loss that a party file names, empty if it has none."""
-    loss = None if spec.compute.objective is None else spec.compute.objective.loss
-    return loss if isinstance(loss, str) else ""
+def undoing(version: Version) -> Undo | None:
+    """Return what makes probabilities of labels of a version's, which learnt from responses; None if it did not.
+
+    Raises CheckpointError if what the version says of its responses cannot be read.
+    """
+    path = version.path / REPORT
+    try:
+        said = json.loads(path.read_bytes())["response"]
+        response = None if said is None else Response(float(said["epsilon"]), tuple(map(float, said["classes"])))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}), and it says which responses the model learnt from; "
+            "restore it"
+        ) from error
+    return None if response is None else partial(undone, response=response)

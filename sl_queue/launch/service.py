@@ -18,9 +18,11 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
-from sl_queue.launch.outcome import loss_of, meaning_of
+from sl_queue.launch.outcome import meaning_of, undoing
+from sl_queue.launch.prediction import loss_of, with_own_secret
 from sl_queue.launch.privacy import answering_guard
-from sl_queue.loops.serving import FeatureService, Found, LabelService, Prediction, Unanswered
+from sl_queue.loops.requests import Found, Prediction, Unanswered
+from sl_queue.loops.serving import FeatureService, LabelService
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.serving import Answered, Came, HourlyLimit, Keys
@@ -47,7 +49,8 @@ class Versions:
 
     def base_of(self, run: str) -> AnsweringBase | None:
         """Return the base model of a run, None if there is no version of it."""
-        if run not in self._built:
+        found = self._built.get(run)
+        if found is None:
             try:
                 version = choose_version(self.state, run)
             except CheckpointError:
@@ -57,15 +60,16 @@ class Versions:
             table = self.rows(version).table
             batches = Batches(table.n_rows, self.spec.compute.layers.seed, 1, table.n_rows, 1, shuffle=False)
             about = (self.spec.compute, table, batches, version.weights("base"), answering_guard(self.spec))
-            stage = predicting_base(*about).stage
+            found = AnsweringBase(predicting_base(*about).stage, self.index)
             while len(self._built) >= _KEPT:
                 del self._built[next(iter(self._built))]
-            self._built[run] = AnsweringBase(stage, self.index)
-        return self._built[run]
+            self._built[run] = found
+        return found
 
 
 def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
     """Read the rows that a party answers for. Raises JobError."""
+    spec = with_own_secret(spec, state)
     ids = ids_to_predict(spec.table)
 
     def rows(version: Version) -> ToPredict:
@@ -135,17 +139,26 @@ def serve_feature(
 
 
 class Models:
-    """The label holder's models with the weights of one version: loops.serving.Fuse."""
+    """The label holder's models with the weights of one version: loops.requests.Fuse.
+
+    One thread at a time computes with them: what a module does besides is unknown.
+    """
 
     def __init__(self, spec: PartySpec, version: Version, versions: Versions | None) -> None:
         self.run, self.party, self.version, self._versions = version.run, spec.party, version, versions
         self.fuse: AnsweringFuse = trained_fuse(spec.compute, fuse_model(spec.compute), version.weights("fuse"))
-        self._meaning = meaning_of(version, loss_of(spec))
+        self._lock = threading.Lock()
+        self._about = (*meaning_of(version, loss_of(spec)), undoing(version))
 
     def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
         """Return which rows the label holder has, and its outputs for those; None without a base model."""
-        base = None if self._versions is None else self._versions.base_of(self.run)
-        return None if base is None else base.in_place(number, keys)
+        if self._versions is None:
+            return None
+        with self._lock:
+            base = self._versions.base_of(self.run)
+            if base is None:
+                raise CheckpointError(f"party {self.party!r}: the version of run {self.run} is gone")
+            return base.in_place(number, keys)
 
     def fused(
         self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
@@ -160,7 +173,8 @@ class Models:
         if own is not None:
             assert isinstance(own, tuple)
             inputs[self.party] = _only(own[1], there[own[0]])
-        columns = columns_of(self.fuse.fuse(number, inputs), *self._meaning)
+        with self._lock:
+            columns = columns_of(self.fuse.fuse(number, inputs), *self._about)
         values = zip(*(column.tolist() for column in columns.values()), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in values]
 

@@ -8,22 +8,21 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from sl_queue.errors import SlQueueError
+from sl_queue.loops.requests import Asked, Found, Fuse, Outcome, Request, Unanswered, fused
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import (
     MOST_ROWS,
     OTHER_RUN,
     OVER_LIMIT,
-    Answered,
     Came,
     HourlyLimit,
     Keys,
@@ -39,9 +38,6 @@ _SHARE = 0.25  # of the time that an answer takes, if that is longer: so few mes
 _NEWEST = 0.125  # weight of the newest answer in the average
 _REMEMBERED = 1000  # requests, which may be asked again
 _ASKS = 5  # times that a request is sent within its deadline to a party that is silent: a broker may have lost it
-
-Found = npt.NDArray[np.bool_]
-Prediction = Mapping[str, Any]  # of one row: probability, class or value, by name
 
 
 class Post(Protocol):
@@ -92,73 +88,6 @@ def _listed(found: tuple[Found, Payload | None]) -> tuple[Sequence[bool], Payloa
     return found[0].tolist(), found[1]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Outcome of one request, row by row."""
-
-    run: str
-    predictions: Sequence[Prediction | None]  # of each row; None for one that a party lacks
-    lacking: Sequence[tuple[str, ...]]  # the parties that lack each row
-
-
-class Unanswered(Exception):
-    """A request that ended without an answer: parties were silent, hold other weights, or have had enough."""
-
-    def __init__(self, silent: Sequence[str], refused: Mapping[str, str], after_s: float) -> None:
-        super().__init__(f"no answer of {', '.join([*silent, *refused])}")
-        self.silent, self.refused, self.after_s = tuple(silent), dict(refused), after_s
-
-
-class Fuse(Protocol):
-    """The label holder's models with the weights of one run."""
-
-    run: str
-    party: str
-
-    def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
-        """Return which rows the label holder has, and its outputs for those; None without a base model."""
-
-    def fused(
-        self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
-    ) -> Sequence[Prediction]:
-        """Return predictions for the rows that are `there`. Raises RemoteProtocolError, ComputeError."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Request:
-    """Rows that somebody waits for."""
-
-    keys: Keys
-    future: Future[Outcome] = field(default_factory=Future)
-
-    def __post_init__(self) -> None:
-        self.future.set_running_or_notify_cancel()  # it ends with an outcome or an error, even if nobody waits any more
-
-
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """One message's worth of rows, on its way. Mutable, under the service's lock."""
-
-    number: MicroBatch
-    fuse: Fuse
-    keys: Keys
-    requests: Sequence[_Request]  # in the order of their rows
-    began: float
-    asks: int = 1
-    answers: dict[str, Answered] = field(default_factory=dict)
-    own: tuple[Found, object] | None = None
-    prepared: bool = False  # `own` is there
-
-    def ended(self, parties: Sequence[str]) -> bool:
-        """Return True once everything is there."""
-        return self.prepared and len(self.answers) == len(parties)
-
-    def fail(self, error: Exception) -> None:
-        """End all its requests with an error."""
-        for request in self.requests:
-            request.future.set_exception(error)
-
-
 class LabelService:
     """Asks all feature parties at once, and fuses what they answer. Mutable; thread-safe.
 
@@ -171,8 +100,8 @@ class LabelService:
     def __init__(self, post: Post, parties: Sequence[str], fuse: Callable[[], Fuse], deadline_s: float) -> None:
         self._post, self._parties, self._fuse, self._deadline_s = post, tuple(parties), fuse, deadline_s
         self._lock, self._number = threading.Lock(), secrets.randbits(40)  # no two processes number alike
-        self._pending: deque[_Request] = deque()
-        self._asked: dict[MicroBatch, _Asked] = {}
+        self._pending: deque[Request] = deque()
+        self._asked: dict[MicroBatch, Asked] = {}
         self._trip_s = 0.0  # between a message and its answers, on average
         self.heard: dict[str, float] = {}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._gather, self._give_up)]
@@ -190,7 +119,7 @@ class LabelService:
 
     def predict(self, keys: Keys) -> Future[Outcome]:
         """Ask for these rows, at most MOST_ROWS; the future may raise Unanswered."""
-        request = _Request(keys)
+        request = Request(keys)
         with self._lock:
             self._pending.append(request)
             idle = not self._asked
@@ -202,7 +131,7 @@ class LabelService:
 
     def probe(self, fuse: Fuse) -> Future[Outcome]:
         """Ask with other models than those in use, for a row that hardly anyone has, to learn who has this run."""
-        request = _Request(np.array([secrets.randbits(64)], np.uint64))
+        request = Request(np.array([secrets.randbits(64)], np.uint64))
         self._prepare(self._send([request], fuse))
         return request.future
 
@@ -222,7 +151,7 @@ class LabelService:
             self._finish(asked)
             self._prepare(following)
 
-    def _end(self, asked: _Asked) -> bool:
+    def _end(self, asked: Asked) -> bool:
         """Forget a message once everything for it is there; the lock is held. Return True for who must finish it."""
         return asked.ended(self._parties) and self._asked.pop(asked.number, None) is not None
 
@@ -239,17 +168,17 @@ class LabelService:
         while (asked := self._send_waiting()) is not None:
             self._prepare(asked)
 
-    def _send_waiting(self) -> _Asked | None:
+    def _send_waiting(self) -> Asked | None:
         """Send the requests that wait, as many as fit into one message; None if nothing was sent."""
         with self._lock:
-            batch: list[_Request] = []
+            batch: list[Request] = []
             rows = 0
             while self._pending and (not batch or rows + len(self._pending[0].keys) <= MOST_ROWS):
                 batch.append(self._pending.popleft())
                 rows += len(batch[-1].keys)
         return self._send(batch) if batch else None
 
-    def _send(self, batch: list[_Request], fuse: Fuse | None = None) -> _Asked | None:
+    def _send(self, batch: list[Request], fuse: Fuse | None = None) -> Asked | None:
         keys = batch[0].keys if len(batch) == 1 else np.concatenate([request.keys for request in batch])
         try:
             models = self._fuse() if fuse is None else fuse
@@ -259,7 +188,7 @@ class LabelService:
             return None
         with self._lock:
             self._number += 1
-            asked = _Asked(MicroBatch(self._number, 0), models, keys, batch, time.monotonic())
+            asked = Asked(MicroBatch(self._number, 0), models, keys, batch, time.monotonic())
             self._asked[asked.number] = asked
         try:
             for party in self._parties:
@@ -269,7 +198,7 @@ class LabelService:
             return None
         return asked
 
-    def _prepare(self, asked: _Asked | None) -> None:
+    def _prepare(self, asked: Asked | None) -> None:
         """Compute the own outputs, while the parties answer."""
         if asked is None:
             return
@@ -299,13 +228,13 @@ class LabelService:
             for asked in due:
                 self._ask_again(asked)
 
-    def _give_up_on(self, asked: _Asked, error: Exception) -> None:
+    def _give_up_on(self, asked: Asked, error: Exception) -> None:
         with self._lock:
             mine = self._asked.pop(asked.number, None) is not None
         if mine:
             asked.fail(error)
 
-    def _ask_again(self, asked: _Asked) -> None:
+    def _ask_again(self, asked: Asked) -> None:
         asked.asks += 1
         for party in self._parties:
             if party not in asked.answers:
@@ -314,13 +243,13 @@ class LabelService:
 
     # In ---------------------------------------------------------------------------------------------------------
 
-    def _finish(self, asked: _Asked) -> None:
+    def _finish(self, asked: Asked) -> None:
         refused = {party: answer.refused for party, answer in asked.answers.items() if answer.refused}
         if refused:
             asked.fail(Unanswered((), refused, time.monotonic() - asked.began))
             return
         try:
-            predictions, lacking = _fused(asked)
+            predictions, lacking = fused(asked)
         except SlQueueError as error:
             asked.fail(error)
             return
@@ -329,17 +258,3 @@ class LabelService:
             part = slice(first, first + len(request.keys))
             request.future.set_result(Outcome(asked.fuse.run, predictions[part], lacking[part]))
             first = part.stop
-
-
-def _fused(asked: _Asked) -> tuple[Sequence[Prediction | None], Sequence[tuple[str, ...]]]:
-    """Return the prediction for each row, None where a party lacks it, and the parties that lack each."""
-    found = {party: answer.found for party, answer in asked.answers.items()}
-    if asked.own is not None:
-        found[asked.fuse.party] = asked.own[0]
-    there: Found = np.logical_and.reduce(list(found.values()))
-    fused = asked.fuse.fused(asked.number, asked.keys, there, asked.own, asked.answers) if there.any() else ()
-    if there.all():
-        return fused, [()] * len(fused)
-    left = iter(fused)
-    lacking = [tuple(party for party, here in found.items() if not here[row]) for row in range(len(asked.keys))]
-    return [None if parties else next(left) for parties in lacking], lacking

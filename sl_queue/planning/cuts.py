@@ -29,7 +29,7 @@ class Cut:
 
 
 def ranked(module: Any, parties: Mapping[str, Any], rows: Any) -> tuple[list[Cut], list[Refused]]:
-    """Return the cuts, the fewest bytes first and then the least work for the party; and the layers that are none."""
+    """Return the cuts, the fewest bytes first and then the least work for the party; and the refused layers."""
     found: list[Cut] = []
     refused: list[Refused] = []
     for each in candidates(module, parties, rows):
@@ -82,15 +82,14 @@ def _short(number: float) -> str:
 def module_named(name: str, folder: Path) -> Any:
     """Import or build the module that `module:callable` names."""
     found = Importer().within(folder).load(name)
-    return found() if (callable(found) and not hasattr(found, "named_modules")) or isinstance(found, type) else found
+    return found() if isinstance(found, type) or not hasattr(found, "named_modules") else found
 
 
 def rows_named(rows: str, folder: Path) -> Any:
     """Return rows by `module:callable`, or drawn ones of a shape such as 8,3,32,32. Raises JobError."""
     if _SHAPE.fullmatch(rows):
         return drawn_rows(tuple(map(int, rows.split(","))))
-    found = Importer().within(folder).load(rows)
-    return found() if callable(found) else found
+    return Importer().within(folder).load(rows)()
 
 
 def parties_named(texts: Sequence[str]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ import torch
 from sl_queue import JobError
 from sl_queue.planning.cuts import Cut, lines, module_named, parties_named, ranked, rows_named
 from tests.support import architectures as arch
-from tests.support.architectures import normal, whole_numbers
+from tests.support.architectures import normal
 
 COMMAND = str(Path(sys.executable).with_name("sl-queue"))
 
@@ -95,11 +95,10 @@ def test_the_command_prints_the_ranking(tmp_path: Path) -> None:
 def test_rows_and_modules_are_found_by_name_or_drawn(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom torch import nn\nnet = nn.Linear(2, 1)\ndef make():\n    return nn.Linear(3, 1)\n"
-        "rows = torch.zeros(4, 2)\n"
+        "def rows():\n    return torch.zeros(4, 2)\n"
     )
     assert rows_named("4,3", tmp_path).shape == (4, 3)
     assert torch.equal(rows_named("4,3", tmp_path), rows_named("4,3", tmp_path))
     assert rows_named("mine:rows", tmp_path).shape == (4, 2)
     assert module_named("mine:net", tmp_path).in_features == 2
     assert module_named("mine:make", tmp_path).in_features == 3
-    assert whole_numbers(3, 2).shape == (2,)

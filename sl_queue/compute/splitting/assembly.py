@@ -112,9 +112,8 @@ class Assembly:
         return bool(self.traced.values[node] == len(self._sample())) and not self._is_axis(node)
 
     def _is_axis(self, node: Node) -> bool:
-        return (
-            (node.target == "size" or self.is_shape(node.args[0])) and len(node.args) == 2 and bool(node.args[1] != 0)
-        )
+        of_shape = node.target == "size" or self.is_shape(node.args[0])
+        return of_shape and len(node.args) == 2 and bool(node.args[1] != 0)
 
     def _sample(self) -> Tensor:
         (first, *_) = (node for nodes in self.sides.crossing.values() for node in nodes)

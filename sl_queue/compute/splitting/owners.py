@@ -1,4 +1,4 @@
-"""Whose each value of a whole module is: a party's, as long as it comes of that party's columns alone.
+"""Owners of the values of a whole module: a party, as long as a value comes of that party's columns alone.
 
 Operations that only move numbers (indexing, splitting, reshaping) are followed column by column, so that a module that
 takes one table and picks its columns itself is split as well as one that takes an argument for each party.
