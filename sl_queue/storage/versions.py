@@ -45,7 +45,7 @@ class Version:
 
     @property
     def recipe(self) -> str | None:
-        """What [features] learned of the training rows, as JSON; None without. Raises OSError."""
+        """The recipe that [features] learned of the training rows, as JSON; None without. Raises OSError."""
         path = self.path / "features.json"
         return path.read_text(encoding="utf-8") if path.exists() else None
 
