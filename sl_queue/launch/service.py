@@ -91,8 +91,7 @@ def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
     ids = ids_to_predict(spec.table)
 
     def rows(version: Version) -> ToPredict:
-        recipe = version.path / "features.json"
-        return read_to_predict(spec.table, None, recipe.read_text(encoding="utf-8") if recipe.exists() else None)
+        return read_to_predict(spec.table, None, version.recipe, version.columns)
 
     return Versions(spec, state, rows, RowIndex.of(keyed_ids(ids, id_key(job))))
 
