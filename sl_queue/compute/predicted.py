@@ -1,6 +1,6 @@
 """Outputs of the fuse model as the columns of a file: probability, class or value."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,25 @@ def columns_of(outputs: npt.NDArray[Any], task: str, meaning: str) -> Columns:
             return {"class": flat.argmax(1).numpy(), **_named("probability", chances, several=True)}
         case _:
             return _named("value", flat)
+
+
+def with_undone(columns: Columns, undo: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> Columns:
+    """Return the columns with `undo` applied to the probabilities: shape (rows,), or (rows, classes) of several.
+
+    The class is the most probable one then; of equal ones that which it was.
+    """
+    names = [name for name in columns if name.startswith("probability")]
+    if not names:
+        return columns
+    before = np.stack([columns[name] for name in names], axis=1)
+    found = undo(before[:, 0].astype(np.float64) if names == ["probability"] else before.astype(np.float64))
+    after = found.reshape(before.shape).astype(before.dtype)
+    changed = dict(columns) | {name: np.ascontiguousarray(after[:, place]) for place, name in enumerate(names)}
+    if "class" in columns:
+        best = after.argmax(1)
+        equal = after[np.arange(len(after)), best] == after[np.arange(len(after)), columns["class"]]
+        changed["class"] = np.where(equal, columns["class"], best)
+    return changed
 
 
 def _probabilities(flat: torch.Tensor, meaning: str, from_logits: Any) -> torch.Tensor:

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from sl_queue.compute.predicted import columns_of
 from sl_queue.data.to_predict import canonical_request
 from sl_queue.errors import SlQueueError
+from sl_queue.launch.outcome import truly
 from sl_queue.launch.service import LabelHolderService, row_keys
 from sl_queue.loops.serving import Outcome, Unanswered
 from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN
@@ -94,6 +95,7 @@ class Api:
         about = self.holder.models.version.about
         task, meaning = str(about.get("task", "")), str(about.get("outputs", "logits"))
         columns = columns_of(np.stack(there), task, meaning) if there else {}
+        columns, _ = truly(columns, self.holder.models.version)
         place, found = 0, []
         for one, output, lacking in zip(ids, outcome.outputs, outcome.lacking, strict=True):
             if output is None:

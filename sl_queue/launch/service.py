@@ -20,7 +20,7 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.data.ids import Ids
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
-from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
+from sl_queue.errors import CheckpointError, JobError, RemoteProtocolError, SlQueueError
 from sl_queue.loops.serving import FeatureService, Found, LabelService, Unanswered
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
@@ -101,7 +101,16 @@ class Served:
 def serve_feature(
     job: Job, spec: PartySpec, state: Path, connect: Any, seal: Seal | None, *, at_most: int, deadline_s: float
 ) -> Served:
-    """Begin to answer requests in a thread of its own. Raises SlQueueError."""
+    """Begin to answer requests in a thread of its own. Raises SlQueueError.
+
+    JobError where [privacy] defends activations: what is asked for again and again is not hidden by noise.
+    """
+    if spec.privacy.clip is not None:
+        raise JobError(
+            f"party {spec.party!r}: [privacy] activations defends training and `sl-queue predict`; a service answers "
+            "each row as often as it is asked, so noise would average out, and it has none: predict in batches "
+            "(`sl-queue predict`), or remove [privacy] activations from the file that the service is started with"
+        )
     versions, work = versions_of(job, spec, state), queue.Queue[Came | None]()
     choose_version(state)
     channel = ServingChannel(
