@@ -10,7 +10,7 @@ from sl_queue.config.resolve import data_to_predict, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.outcome import place_of, write_outcome
-from sl_queue.launch.party import require_role, workplace_of
+from sl_queue.launch.party import require_role, state_folder, workplace_of
 from sl_queue.launch.prediction import predict_party, spec_to_predict
 from sl_queue.launch.privacy import require_lasting_secret
 from sl_queue.observe.log import to_log
@@ -34,12 +34,12 @@ def run_prediction(
     """
     spec = resolve(job, party_file, Importer())
     require_role(spec, role)
+    require_lasting_secret(spec, state_folder(party_file, state), private=not LOCAL.read())
     leave_out = party_file.predict is not None and party_file.predict.missing == "leave-out"
     asked = Asked(name, run, leave_out=leave_out)
     spec = spec_to_predict(spec, data_to_predict(party_file), asked)
     output = place_of(party_file, None) if role == "label" else None
     place = workplace_of(job, party_file, broker, state, key, observe)
-    require_lasting_secret(spec, place.state, private=not LOCAL.read())
     predicted = predict_party(job, spec, asked, place)
     if predicted is not None and output is not None:
         for line in write_outcome(predicted, output):

@@ -21,7 +21,9 @@ from sl_queue.privacy.accounting import cap_of_epsilon
 from sl_queue.storage.secret_file import read_secret, write_secret
 from tests.support.first_version import Enough, stop_after
 
-N, EPSILON, CHANCE = 500, 1.0, 0.06
+pytestmark = pytest.mark.timeout(600)
+
+N, EPSILON, CHANCE = 400, 1.0, 0.07
 RNG = np.random.default_rng(8)
 NOISE = RNG.standard_normal((N, 6)).astype(np.float32)  # columns that say nothing of the labels
 LABELS = (RNG.random(N) < 0.4).astype(np.int64)
@@ -31,19 +33,26 @@ ADAM = {"name": "adam", "lr": 0.02}
 Sent = list[tuple[Tensor, Tensor]]  # rows, and their gradients
 
 
+class Notes:
+    """Gradients as they came back. Mutable."""
+
+    def __init__(self) -> None:
+        self.sent: Sent = []
+
+
 class Curious(nn.Module):
     """A base model that notes every gradient that comes back; its first column is the number of the row."""
 
-    def __init__(self, seen: Sent) -> None:
+    def __init__(self, notes: Notes) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(6, 12), nn.ReLU())
-        self.note = seen.append
+        self.notes = notes
 
     def forward(self, x: Tensor) -> Tensor:
         activation: Tensor = self.layers(x[:, 1:])
         rows = x[:, 0].long()
         if activation.requires_grad:
-            activation.register_hook(lambda gradient: self.note((rows, gradient.detach().clone())))
+            activation.register_hook(lambda gradient: self.notes.sent.append((rows, gradient.detach().clone())))
         return activation
 
 
@@ -65,12 +74,12 @@ def job(**changes: Any) -> sl_queue.Job:
     return sl_queue.Job(**values | {"pipeline": {"micro_batches": 1, "checkpoint_every": 4}} | changes)
 
 
-def files(seen: Sent, privacy: Mapping[str, Any]) -> list[sl_queue.PartyFile]:
+def files(notes: Notes, privacy: Mapping[str, Any]) -> list[sl_queue.PartyFile]:
     ids = np.arange(N)
     columns = np.column_stack([ids.astype(np.float32), NOISE])
 
     def base() -> nn.Module:
-        return Curious(seen)
+        return Curious(notes)
 
     fuse = {"model": Fuse, "optimizer": ADAM, "loss": "bce_with_logits", "metrics": ["auroc"]}
     shop: dict[str, Any] = {"data": sl_queue.Rows(ids, labels=LABELS), "fuse": fuse, "privacy": dict(privacy)}
@@ -92,7 +101,7 @@ def likeness(seen: Sent) -> np.ndarray:
 
 
 def mean_gradients(seen: Sent) -> np.ndarray:
-    """Return each row's gradient, mean over all that was sent: what is drawn anew falls out."""
+    """Return each row's gradient, mean over all that was sent, so that noise of each message falls out."""
     total, count = np.zeros((N, 12)), np.zeros(N)
     for rows, gradients in seen:
         total[rows.numpy()] += gradients.numpy()
@@ -116,14 +125,14 @@ def attacked(folder: Path, privacy: Mapping[str, Any]) -> float:
     """Train, train again elsewhere with everything deleted, be interrupted, predict; return what an attacker has."""
     runs: list[Sent] = []
     predictions = []
-    for name, changes in (("first", {}), ("again", {"name": "other", "seed": 11, "epochs": 6}), ("cut", {"seed": 6})):
-        runs.append(seen := [])
-        parties, out = files(seen, privacy), folder / name
+    for name, changes in (("first", {}), ("again", {"name": "other", "seed": 11, "epochs": 5}), ("cut", {"seed": 6})):
+        notes = Notes()
+        parties, out = files(notes, privacy), folder / name
         if name == "cut":
             with pytest.raises(Enough):
                 sl_queue.run_local(job(**changes), parties, out=out, on_status=stop_after(2))
-            parties = files(seen, privacy)
         sl_queue.run_local(job(**changes), parties, out=out)
+        runs.append(notes.sent)
         rows = {file.party: file.data for file in parties}
         states = {role: out / role for role in ("bank", "shop")}
         predictions.append(predict_threads(job(**changes), parties, states, Asked(), rows=rows).outputs[:, 0])
@@ -138,7 +147,7 @@ def test_a_response_caps_whatever_is_added_up_over_epochs_restarts_runs_and_pred
     write_secret(tmp_path / "secret")
     privacy = {"labels": {"epsilon": EPSILON}, "secret": tmp_path / "secret"}
     found = attacked(tmp_path, privacy)
-    spec = resolve(job(), files([], privacy)[-1], Importer()).with_secret(read_secret(tmp_path / "secret"))
+    spec = resolve(job(), files(Notes(), privacy)[-1], Importer()).with_secret(read_secret(tmp_path / "secret"))
     table = responded(spec, read_table(spec.table, token_key=token_key(spec)))
     assert table.labels is not None
     told = attacks.auc(LABELS == 1, table.labels.astype(np.float64))  # what the responses themselves say
@@ -153,7 +162,7 @@ def test_nothing_of_a_secret_is_in_what_other_parties_hold(tmp_path: Path) -> No
     write_secret(tmp_path / "secret")
     secret = read_secret(tmp_path / "secret")
     sl_queue.run_local(
-        job(), files([], {"labels": {"epsilon": EPSILON}, "secret": tmp_path / "secret"}), out=tmp_path / "out"
+        job(), files(Notes(), {"labels": {"epsilon": EPSILON}, "secret": tmp_path / "secret"}), out=tmp_path / "out"
     )
     others = [path for role in ("bank", "scheduler") for path in (tmp_path / "out" / role).rglob("*") if path.is_file()]
     assert len(others) > 3

@@ -83,7 +83,7 @@ def defended(tmp_path: Path, broker_url: str) -> Iterator[Crew]:
     """Write the job with a defence and a meter at each party, under secrets of their own."""
     folder = tmp_path / "defended"
     folder.mkdir()
-    write_job(folder)
+    write_job(folder, patience=6.0)
     for party, defence in DEFENCES.items():
         write_secret(folder / f"{party}.secret")
         path = folder / f"{party}.toml"
