@@ -27,7 +27,7 @@ from sl_queue.launch.asked import Asked, canonical_of, digest_of, folder_of, for
 from sl_queue.launch.party import channel_of
 from sl_queue.launch.privacy import parts_of
 from sl_queue.launch.rows import own_version
-from sl_queue.launch.spending import release_prediction
+from sl_queue.launch.spending import release_rows
 from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.record import Record
@@ -67,14 +67,14 @@ def predict_party(
     prediction; None: its place in the state folder. Raises SlQueueError.
     """
     version, meter = choose_version(place.state, asked.run), Meter()
-    spec, state = _with_secret(spec, place.state), place.state
+    spec, state = with_own_secret(spec, place.state), place.state
     place = place.watched_by(meter).in_folder(folder or folder_of(place.state, asked.name))
     about, digest = canonical_of(job, asked.name), digest_of(job, asked.name)
     with Folder(place.state, job_digest=digest, party=spec.party, job=about) as kept:
         rows = _rows(job, spec, asked, version, place)
-        about_rows = _fingerprint(version, rows)
+        about_rows = named_rows(version, rows)
         kept.require(about_rows)
-        release_prediction(job, spec, state, "/".join(("predicted", *about_rows.values())), place.state)
+        release_rows(job, spec, state, "/".join(("predicted", *about_rows.values())), place.state)
         pieces = PieceFolder(place.state / "pieces")
         pipeline = schedule_of(job, rows.table.n_rows)
         guards = _guards(spec, rows, pipeline.batches)
@@ -93,10 +93,11 @@ def predict_party(
             return None
         outputs = pieces.read(rows.table.n_rows)
         held_out = _held_out(job, rows) if asked.held_out else None
-        return Predicted(version, rows, outputs, objective, _name_of_loss(spec), held_out)
+        return Predicted(version, rows, outputs, objective, loss_of(spec), held_out)
 
 
-def _name_of_loss(spec: PartySpec) -> str:
+def loss_of(spec: PartySpec) -> str:
+    """Return the name of the loss that a party file names, empty if it has none."""
     loss = None if spec.compute.objective is None else spec.compute.objective.loss
     return loss if isinstance(loss, str) else ""
 
@@ -166,13 +167,13 @@ def _identity(job: Job, name: str, version: Version, rows: ToPredict, party: str
     return Identity(secrets.token_hex(8), *about, version=own_version(), weights=version.run, party=party)
 
 
-def _with_secret(spec: PartySpec, state: Path) -> PartySpec:
+def with_own_secret(spec: PartySpec, state: Path) -> PartySpec:
     """Key what the models draw in evaluation as the party's own; a version is predicted with by one party's secret."""
     path = spec.chosen_secret
     return spec.with_secret(read_secret(path)) if isinstance(path, Path) else spec
 
 
-def _fingerprint(version: Version, rows: ToPredict) -> dict[str, Any]:
+def named_rows(version: Version, rows: ToPredict) -> dict[str, Any]:
     """Return what must not change between two starts of one prediction."""
     from hashlib import sha256
 

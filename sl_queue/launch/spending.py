@@ -140,8 +140,8 @@ class Spending:
         self.planned = True
 
 
-def release_prediction(job: Job, spec: PartySpec, state: Path, of: str, folder: Path) -> None:
-    """Enter what a prediction releases of each row, before it is sent; what it comes to is in `folder/privacy.json`.
+def release_rows(job: Job, spec: PartySpec, state: Path, of: str, folder: Path | None = None) -> None:
+    """Enter what a prediction or a service releases of each row, before it is sent; what all comes to is in `folder`.
 
     `of` names weights and rows: the same once more has the same bits, and is no other release. Raises JobError if the
     budget would be passed.
@@ -156,11 +156,13 @@ def release_prediction(job: Job, spec: PartySpec, state: Path, of: str, folder: 
     if release not in known and not _fits(known, settings):
         worth = worth_of_activations([*known, release], settings.delta)
         raise JobError(
-            f"party {spec.party!r}: [privacy] budget = {settings.budget:g} would be passed by this prediction: with it "
+            f"party {spec.party!r}: [privacy] budget = {settings.budget:g} would be passed by these predictions: with them "
             f"a row is released {worth.releases} times, worth epsilon {worth.epsilon or float('inf'):.2f} at delta "
             f"{settings.delta:g}; nothing was sent. Raise the budget"
         )
     ledger.enter(release)
+    if folder is None:
+        return
     about_run = (settings, ledger.releases(), of, secret == SEED)
     report = report_of_columns(spec.party, job.label_holder, *about_run)
     try:

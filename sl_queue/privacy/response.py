@@ -7,9 +7,7 @@ epsilon-differentially private in each label, whatever is added up. The draw is 
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,12 +56,6 @@ def respond(labels: Labels, response: Response, tokens: Words, secret: bytes, pa
     shift = np.ceil((draw - response.keep) / response.swap).astype(np.int64)  # below or at 0: it stays
     moved = (index + np.clip(shift, 0, len(classes) - 1)) % len(classes)
     return classes[moved].astype(labels.dtype).reshape(labels.shape)
-
-
-def response_in(report: Mapping[str, Any]) -> Response | None:
-    """Return the response that a label holder's `privacy.json` tells of; None if there was none."""
-    told = report.get("response")
-    return None if told is None else Response(float(told["epsilon"]), tuple(map(float, told["classes"])))
 
 
 def undone(probabilities: Floats, response: Response) -> Floats:

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 
 import sl_queue
-from sl_queue.compute.predicted import columns_of, with_undone
+from sl_queue.compute.predicted import columns_of
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.launch.asked import Asked
-from sl_queue.launch.outcome import truly, write_outcome
+from sl_queue.launch.outcome import undoing, write_outcome
 from sl_queue.launch.prediction import Predicted, spec_to_predict
 from sl_queue.launch.prediction_worker import run_prediction
-from sl_queue.launch.service import serve_feature
+from sl_queue.launch.service import versions_of
 from sl_queue.local.prediction import predict_threads
 from sl_queue.privacy.accounting import gaussian_epsilon, gaussian_mu
 from sl_queue.privacy.response import Response, undone
 from sl_queue.storage.secret_file import write_secret
-from tests.compute.test_privacy_run import FEATURES, N, files, job
+from sl_queue.storage.versions import versions_in
+from tests.compute.test_privacy_run import FEATURES, files, job
 
 SIGMA = 4.0
 ROLES = ("bank", "post", "shop")
@@ -71,7 +72,7 @@ def test_a_prediction_that_would_pass_the_budget_sends_nothing(tmp_path: Path) -
     parties = trained(tmp_path, {}, {"activations": {"clip": 1.0, "sigma": SIGMA}, "budget": four + 0.1})
     predict(tmp_path, parties)
     with pytest.raises(
-        JobError, match=r"party 'bank': \[privacy\] budget = .* would be passed by this prediction: .* 5"
+        JobError, match=r"party 'bank': \[privacy\] budget = .* would be passed by these predictions: .* 5"
     ):
         predict(tmp_path, parties, first=100)
     assert releases(tmp_path) == 4
@@ -84,12 +85,22 @@ def test_a_deployed_worker_predicts_with_a_lasting_secret_or_not_at_all(tmp_path
         run_prediction("feature", job(), bank, "one", None, "amqp://nobody.invalid", tmp_path / "state")
 
 
-def test_a_service_refuses_to_send_what_noise_should_hide(tmp_path: Path) -> None:
-    parties = files({}, {"activations": {"clip": 1.0, "sigma": SIGMA}})
+def test_a_service_is_one_release_for_each_version_and_is_held_against_the_budget(tmp_path: Path) -> None:
+    defence = {"activations": {"clip": 1.0, "sigma": SIGMA}, "budget": gaussian_epsilon(gaussian_mu([SIGMA] * 4), 1e-6)}
+    parties = trained(tmp_path, {}, defence)
+    state = tmp_path / "out" / "bank"
+    (version,) = versions_in(state)
     spec = resolve(job(), parties[0], Importer())
-    spec = spec_to_predict(spec, sl_queue.Rows(np.arange(9), FEATURES[:9, :4]), Asked())
-    with pytest.raises(JobError, match="a service answers each row as often as it is asked"):
-        serve_feature(job(), spec, tmp_path, None, None, at_most=0, deadline_s=1.0)
+
+    def answer(first: int) -> Any:
+        rows = sl_queue.Rows(np.arange(9), FEATURES[first : first + 9, :4])
+        return versions_of(job(), spec_to_predict(spec, rows, Asked()), state).base_of(version.run)
+
+    assert answer(0) is not None
+    assert answer(0) is not None  # another process, the same rows
+    assert releases(tmp_path) == 4
+    with pytest.raises(JobError, match="would be passed by these predictions"):
+        answer(9)
 
 
 # The response ---------------------------------------------------------------------------------------------------
@@ -98,8 +109,7 @@ def test_a_service_refuses_to_send_what_noise_should_hide(tmp_path: Path) -> Non
 def test_probabilities_that_are_written_are_those_of_true_labels(tmp_path: Path) -> None:
     parties = trained(tmp_path, {"labels": {"epsilon": 2.0}}, {})
     predicted = predict(tmp_path, parties)
-    (_, said) = write_outcome(predicted, tmp_path / "predictions.csv")
-    assert said == "probabilities are those of true labels: the response of epsilon 2 is undone"
+    write_outcome(predicted, tmp_path / "predictions.csv")
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
     written = np.array([float(line.split(",")[-1]) for line in lines[1:]])
     of_responses = columns_of(predicted.outputs, "binary", "logits")["probability"]
@@ -110,25 +120,12 @@ def test_probabilities_that_are_written_are_those_of_true_labels(tmp_path: Path)
 def test_without_a_response_probabilities_are_the_models(tmp_path: Path) -> None:
     parties = trained(tmp_path, {"meter": True}, {})
     predicted = predict(tmp_path, parties)
-    assert len(write_outcome(predicted, tmp_path / "predictions.csv")) == 1
-    columns = columns_of(predicted.outputs, "binary", "logits")
-    assert truly(columns, predicted.version) == (columns, None)
+    assert undoing(predicted.version) is None
 
 
 def test_a_report_that_cannot_be_read_gives_no_probability_of_unknown_meaning(tmp_path: Path) -> None:
     parties = trained(tmp_path, {"labels": {"epsilon": 2.0}}, {})
     predicted = predict(tmp_path, parties)
     (predicted.version.path / "privacy.json").write_text('{"response": {"epsilon": 2')
-    with pytest.raises(CheckpointError, match=r"privacy\.json cannot be read .* what probabilities mean"):
+    with pytest.raises(CheckpointError, match=r"privacy\.json cannot be read .* which responses"):
         write_outcome(predicted, tmp_path / "predictions.csv")
-
-
-def test_of_several_classes_the_most_probable_true_one_is_named_and_shares_add_up_to_one() -> None:
-    logits = np.random.default_rng(0).standard_normal((N, 3)).astype(np.float32)
-    columns, response = columns_of(logits, "multiclass", "logits"), Response(1.0, (0.0, 1.0, 2.0))
-    found = with_undone(columns, lambda chances: undone(chances, response))
-    shares = np.stack([found[f"probability_{place}"] for place in range(3)], axis=1)
-    assert shares.sum(1) == pytest.approx(1.0, abs=1e-6)
-    assert np.array_equal(found["class"], columns["class"])
-    values = columns_of(logits, "regression", "logits")
-    assert with_undone(values, lambda chances: undone(chances, response)) == values
