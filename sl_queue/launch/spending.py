@@ -156,8 +156,8 @@ def release_rows(job: Job, spec: PartySpec, state: Path, of: str, folder: Path |
     if release not in known and not _fits(known, settings):
         worth = worth_of_activations([*known, release], settings.delta)
         raise JobError(
-            f"party {spec.party!r}: [privacy] budget = {settings.budget:g} would be passed by these predictions: with them "
-            f"a row is released {worth.releases} times, worth epsilon {worth.epsilon or float('inf'):.2f} at delta "
+            f"party {spec.party!r}: [privacy] budget = {settings.budget:g} would be passed by these predictions: with "
+            f"them a row is released {worth.releases} times, worth epsilon {worth.epsilon or float('inf'):.2f} at delta "
             f"{settings.delta:g}; nothing was sent. Raise the budget"
         )
     ledger.enter(release)
