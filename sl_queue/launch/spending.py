@@ -157,8 +157,8 @@ def release_rows(job: Job, spec: PartySpec, state: Path, of: str, folder: Path |
         worth = worth_of_activations([*known, release], settings.delta)
         raise JobError(
             f"party {spec.party!r}: [privacy] budget = {settings.budget:g} would be passed by these predictions: with "
-            f"them a row is released {worth.releases} times, worth epsilon {worth.epsilon or float('inf'):.2f} at delta "
-            f"{settings.delta:g}; nothing was sent. Raise the budget"
+            f"them a row is released {worth.releases} times, worth epsilon {worth.epsilon or float('inf'):.2f} at "
+            f"delta {settings.delta:g}; nothing was sent. Raise the budget"
         )
     ledger.enter(release)
     if folder is None:
