@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import bytes as fewer_bytes
-from benchmarks import goals, hands, ideal, parties, planner, privacy, processes, report, training, transport
+from benchmarks import goals, hands, ideal, parties, planner, privacy, processes, report, trace, training, transport
 from benchmarks.training import Variant
 from sl_queue.testing.private_broker import PrivateBroker
 
@@ -41,6 +41,7 @@ def _compared(
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "training": ("Training side by side", _training),
     "links": ("Training over slow links", _links),
+    "trace": ("A step of lock-step, hop by hop", trace.compare),
     "transport": ("The way of a message", lambda broker, quick, _: [transport.compare(broker, quick)]),
     "wire": ("Fewer bytes", lambda broker, quick, _: [fewer_bytes.compare(broker, quick)]),
     "plan": ("Predicted and measured", lambda broker, quick, _: [planner.compare(broker, quick)]),
