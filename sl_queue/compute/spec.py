@@ -13,6 +13,15 @@ Part = Literal["base", "fuse"]
 
 
 @dataclass(frozen=True, slots=True)
+class Precision:
+    """Precision of a job's models."""
+
+    name: Literal["bf16", "fp16"]
+    scale: float = 65536.0  # of the loss in the first step, of fp16
+    growth_interval: int = 2000  # steps without an overflow after which the scale is doubled
+
+
+@dataclass(frozen=True, slots=True)
 class LayersSpec:
     """The layers of all parties as one network, the same at every party."""
 
@@ -27,6 +36,7 @@ class LayersSpec:
     staleness: int
     whole_batch: bool = False  # fuse model and loss see all rows of a step at once
     outputs: Mapping[str, Outputs] = field(default_factory=dict)  # of the parties whose base model has several
+    precision: Precision | None = None  # None: as the models are
 
     @property
     def parties(self) -> tuple[str, ...]:

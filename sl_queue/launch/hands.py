@@ -17,9 +17,9 @@ from sl_queue.compute.separate import separate
 from sl_queue.compute.spec import ComputeSpec
 from sl_queue.compute.spread import Answer, SpreadBaseStage, SpreadFuseStage
 from sl_queue.compute.threads import limit_threads
+from sl_queue.config.broker_url import read_url
 from sl_queue.config.environment import HANDS_BROKER
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import read_url
 from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import JobError, RunStopped, SlQueueError, TransportError
 from sl_queue.hand_ports import Lane

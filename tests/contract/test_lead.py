@@ -2,18 +2,20 @@
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from sl_queue.errors import AlignmentError, ComputeError
+from sl_queue.hand_ports import Lane
 from sl_queue.loops.hand import Hand
 from sl_queue.loops.lead import Lead
-from sl_queue.protocol.events import Event, HandCame, HandRefused, WaitBegan, Waited
+from sl_queue.protocol.events import Event, HandCame, HandLeft, HandRefused, WaitBegan, Waited
 from sl_queue.protocol.hands import HANDS, LEAD, TASKS, Call, Result, encode
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
+from sl_queue.transport.rabbitmq.lane import RabbitLane
 
 ABOUT = {"job": "j", "cpu": "AVX2"}
 FIRST = MicroBatch(0, 0)
@@ -22,8 +24,8 @@ FIRST = MicroBatch(0, 0)
 class Echo:
     """A workshop that gives back what it gets."""
 
-    def __init__(self) -> None:
-        self.versions: set[int] = set()
+    def __init__(self, done: list[Call] | None = None) -> None:
+        self.versions, self.done = set[int](), [] if done is None else done
 
     def equip(self, version: int, *_: Any) -> None:
         self.versions.add(version)
@@ -38,6 +40,7 @@ class Echo:
         pass
 
     def do(self, call: Call) -> Any:
+        self.done.append(call)
         if call.what == "fail":
             raise ComputeError("as it was asked")
         return {"version": call.version}, dict(call.tensors)
@@ -46,18 +49,24 @@ class Echo:
 class Place:
     """A lead with its lanes, and hands in threads; mutable."""
 
-    def __init__(self) -> None:
-        self.lanes, self.events = MemoryLanes(), list[Event]()
-        self.lead = Lead("bank", MemoryLane(self.lanes, lead=True), ABOUT, "lead 1", observe=self.events.append)
+    def __init__(self, own: Any = None, make: Callable[[bool], Lane] | None = None) -> None:
+        self.lanes, self.events, self.done = MemoryLanes(), list[Event](), list[Call]()
+        self.make = make or (lambda lead: MemoryLane(self.lanes, lead))
+        self.lead = Lead("bank", self.make(True), ABOUT, "lead 1", own=own, observe=self.events.append)
         self.lead.open()
         self.lead.equip({})
+
+    @property
+    def names(self) -> list[str]:
+        """The hands that came."""
+        return [event.hand for event in self.events if isinstance(event, HandCame)]
 
     def hand(self, about: Any = ABOUT) -> tuple[threading.Thread, list[BaseException]]:
         ended: list[BaseException] = []
 
         def serve() -> None:
             try:
-                Hand("bank", MemoryLane(self.lanes), about, Echo()).serve()
+                Hand("bank", self.make(False), about, Echo(self.done)).serve()
             except BaseException as error:
                 ended.append(error)
 
@@ -80,9 +89,36 @@ def test_a_lead_that_lacks_a_hand_says_so_and_goes_on_when_one_comes(place: Plac
     result = place.lead.result(task, "echo")
     assert bytes(result.tensors[""].data) == b"x" and result.values["version"] == 1
     waits = [event for event in place.events if isinstance(event, WaitBegan | Waited)]
-    assert [event.source for event in waits] == ["a hand to come"] * 2
+    assert [(event.source, event.cause) for event in waits] == [("hands", "a hand to come")] * 2
     counts = place.lead.counts()
     assert (counts.hands, counts.calls, counts.waiting, counts.lacks) == (1, 1, 0, False)
+
+
+def test_without_a_connection_the_lead_computes_by_itself() -> None:
+    place = Place(own=Echo)
+    place.hand()
+    while not any(isinstance(event, HandCame) for event in place.events):
+        threading.Event().wait(0.01)
+    place.lanes.ends.clear()  # nobody is reached, and nobody is known to be gone
+    place.lead.on_lost()
+    task = place.lead.begin("echo", FIRST, {"": Payload("int8", (1,), b"x")})
+    assert bytes(place.lead.result(task, "echo").tensors[""].data) == b"x"
+    assert [event.hands for event in place.events if isinstance(event, HandLeft)] == [0]
+    place.lead.close()
+
+
+def test_a_ticket_that_is_dealt_twice_is_done_once(place: Place) -> None:
+    place.hand()
+    task = place.lead.begin("echo", FIRST)
+    place.lead.result(task, "echo")
+    with place.lanes.lock:  # as when it waited long while a hand was idle
+        ticket = place.lead._dispatch.roster.ticket(task)
+    place.lead._lane.send(TASKS, encode(ticket))
+    place.lead.go_on(task, "again")
+    place.lead.result(task, "again")
+    later = place.lead.begin("echo", FIRST)
+    place.lead.result(later, "echo")
+    assert [call.what for call in place.done] == ["echo", "again", "echo"]
 
 
 def test_a_hand_that_would_compute_other_bits_is_sent_away_by_what_differs(place: Place) -> None:
@@ -103,16 +139,36 @@ def test_what_the_model_does_at_a_hand_is_raised_at_the_lead_and_hands_go_home(p
     assert "as it was asked" in str(ended[0])
 
 
-def test_ten_thousand_messages_of_noise_change_nothing(place: Place) -> None:
+class Deaf:
+    """A side that takes no notice; it knows its name."""
+
+    name = ""
+
+    def on_session(self, me: str) -> None:
+        self.name = me
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.fixture(params=["memory", "rabbitmq"])
+def crossed(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Return a lead over memory, and over RabbitMQ."""
+    if request.param == "memory":
+        place = Place()
+    else:
+        url, prefix = request.getfixturevalue("broker_url"), request.getfixturevalue("unique") + "."
+        place = Place(make=lambda lead: RabbitLane(url, prefix, lead=lead))
+    yield place
+    place.lead.close()
+
+
+def test_ten_thousand_messages_of_noise_change_nothing(crossed: Place) -> None:
+    place = crossed
     place.hand()
     while not any(isinstance(event, HandCame) for event in place.events):
         threading.Event().wait(0.01)
-    noisy, chance = MemoryLane(place.lanes), random.Random(5)
-
-    class Deaf:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: None
-
+    noisy, chance = place.make(False), random.Random(5)
     noisy.open(Deaf())
     whole = [encode(Result("lead 1", "hand.1", n, "echo", {}, {})) for n in range(3)] + [
         encode(Call("lead 1", 0, "x", FIRST, 1))
@@ -121,7 +177,7 @@ def test_ten_thousand_messages_of_noise_change_nothing(place: Place) -> None:
     for number in range(10_000):
         body = bytearray(chance.choice(whole))
         body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
-        noisy.send(chance.choice([LEAD, TASKS, HANDS]), bytes(body))
+        noisy.send(chance.choice([LEAD, TASKS, HANDS, *place.names]), bytes(body))
         if number % 1000 == 0:
             tasks.append(place.lead.begin("echo", FIRST, {"": Payload("int8", (1,), bytes([number // 1000]))}))
     found = [bytes(place.lead.result(task, "echo").tensors[""].data) for task in tasks]
