@@ -19,9 +19,10 @@ from benchmarks.workloads import LABEL, WORKLOADS, Workload, party_file
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.launch.connect import Channels, topology
+from sl_queue.launch.connect import topology
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
+from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.transport.link import Link
@@ -85,11 +86,11 @@ def _worker(plan: Plan, role: str, url: str, state: Path) -> Noted | None:
 
     limit_threads(1)
     if role == SCHEDULER:
-        serve_scheduler(plan.job, connect, state, lambda _: None, Channels())
+        serve_scheduler(plan.job, Workplace(connect, state), lambda _: None)
         return None
     spec = resolve(plan.job, party_file(plan.workload, role), Importer())
     peers = plan.workload.feature_parties if role == LABEL else (LABEL,)
-    serve_party(plan.job, spec, connect, state, Channels(), guards=noted.guards(peers), observe=noted)
+    serve_party(plan.job, spec, Workplace(connect, state, observe=noted), guards=noted.guards(peers))
     return noted
 
 
