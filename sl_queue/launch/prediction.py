@@ -102,9 +102,8 @@ def loss_of(spec: PartySpec) -> str:
 def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Workplace) -> ToPredict:
     """Read the rows that all parties hold. Raises AlignmentError if some of the label holder's are not among them."""
     aligned = align_party(for_alignment(job), spec.table, place, own_version())
-    recipe = version.path / "features.json"
-    learned = recipe.read_text(encoding="utf-8") if recipe.exists() else None
-    rows = read_to_predict(spec.table, None if aligned is None else aligned.positions, learned)
+    positions = None if aligned is None else aligned.positions
+    rows = read_to_predict(spec.table, positions, version.recipe, version.columns)
     for note in rows.table.notes:
         log.info("%s: %s", spec.party, note)
     if spec.role == "label" and rows.missing:
