@@ -145,7 +145,7 @@ OF_PROGRESS = (
 
 
 class _Terminal:
-    """Where `sl-queue local` shows a status."""
+    """Terminal of `sl-queue local`, which shows each status."""
 
     def __init__(self) -> None:
         self._screen, self.shown = Screen(), threading.Event()
