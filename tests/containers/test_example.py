@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sl_queue.testing.private_broker import free_ports
-from tests.support.containers import PARTIES, ROOT, WORKERS, Project, bits, host_address, in_peace, kill, sh
+from tests.support.containers import PARTIES, ROOT, WORKERS, Project, bits, host_address, in_peace, kill
 from tests.system.test_deploy_doc import blocks, run
 
 EPOCHS = 100
