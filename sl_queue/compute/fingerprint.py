@@ -81,6 +81,7 @@ def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
     if features is not None and columns is not None and features.ndim == 2 and len(columns) <= _MANY:
         each = [_digest(np.ascontiguousarray(features[:, place])) for place in range(len(columns))]
     fitted = {} if table.fitted is None else {"data.fitted": digest_of(table.fitted.encode())}
+    fitted |= {} if table.chosen is None else {"data.held_out": table.chosen.digest}
     return fitted | {
         "data.rows": f"{table.n_rows} {table.digest}",
         "data.columns": None if columns is None else list(columns),

@@ -17,11 +17,13 @@ import pyarrow.compute as pc
 from sl_queue.data.faults import refuse
 from sl_queue.data.features import Fitted, fit_and_apply
 from sl_queue.data.given import ids_of
+from sl_queue.data.holdout import choose, date_formats
 from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.later import Later
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
+from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.schedule.row_order import Hashes, held_out, id_hashes, split_by_id
 from sl_queue.protocol.table import Table
 
@@ -29,16 +31,24 @@ _SLICE = 1000  # ids that are Python objects at a time
 
 
 def read_table(
-    spec: TableSpec, aligned: Positions | None = None, rules: int = RULES, token_key: bytes | None = None
+    spec: TableSpec,
+    aligned: Positions | None = None,
+    rules: int = RULES,
+    token_key: bytes | None = None,
+    *,
+    chosen: Chosen | None = None,
+    choice_key: bytes | None = None,
 ) -> Table:
     """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong.
 
     `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `rules`: those of the
     run, which choose the rows that are held out, and so those that [features] is fitted on. `token_key` makes the
-    tokens of the rows' ids, for draws that a row keeps in other tables too.
+    tokens of the rows' ids, for draws that a row keeps in other tables too. `chosen`: the rows that the label holder
+    chose to hold out; None: it chooses here, with `choice_key` in the place of the job's seed.
     """
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
-    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
+    chooses = spec.choices is not None and spec.labels and chosen is None
+    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels, choosing=chooses)
     ids, faults = ids_in(spec, arrays)
     faults = [*arrays.faults, *faults]
     if spec.labels and arrays.labels is None and not faults:
@@ -51,14 +61,27 @@ def read_table(
     features, labels = in_order(arrays.features, ids.order), in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
     tokens = None if token_key is None else keyed_ids(ids, token_key)
+    if chooses and hashes is not None:
+        private = hashes if choice_key is None else keyed_ids(ids, choice_key)
+        chosen = _chosen(spec, arrays, ids.order, labels, hashes, private)
+    elif spec.choices is not None and chosen is None:
+        chosen = Chosen.none()
+        notes = (*notes, "which rows are held out is for the label holder to say; here all count as training rows")
     names, recipe = arrays.names, None
     if arrays.raw is not None:
-        training = spec.training(len(ids.texts), hashes if rules != BY_POSITION else None)
+        by = hashes if rules != BY_POSITION else None
+        training = spec.training(len(ids.texts), by if chosen is None else chosen)
         features, fitted = _made(arrays, ids.order, training)
         names, recipe = fitted.names, fitted.as_json()
     weights = in_order(arrays.weights, ids.order)
     about = (names, hashes, notes, tokens)
-    return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights)
+    return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights, chosen=chosen)
+
+
+def read_row_keys(spec: TableSpec, aligned: Positions | None = None) -> tuple[npt.NDArray[np.uint64], str]:
+    """Read the ids of a party's rows alone; returns the key of each in canonical order, and the digest of all."""
+    ids, _ = read_ids(spec)
+    return fingerprints_of(ids if aligned is None else ids.only(aligned))
 
 
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:
@@ -82,6 +105,19 @@ def ids_in(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
         normalise=spec.normalise,
         duplicates=data.duplicates,
     )
+
+
+def _chosen(
+    spec: TableSpec, arrays: Arrays, order: Positions, labels: npt.NDArray[Any] | None, hashes: Hashes, private: Hashes
+) -> Chosen:
+    """Choose the rows to hold out, as the label holder."""
+    assert spec.choices is not None
+    taken = pa.array(order)
+    columns = {name: column.take(taken) for name, column in arrays.choosing.items()}
+    formats = date_formats(arrays.specs or {})
+    chosen, faults = choose(spec.choices, columns, labels, hashes, private, formats)
+    refuse(arrays.where, faults)
+    return chosen
 
 
 def _made(arrays: Arrays, order: Positions, training: Positions) -> tuple[npt.NDArray[Any], Fitted]:

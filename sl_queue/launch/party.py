@@ -24,6 +24,7 @@ from sl_queue.errors import JobError
 from sl_queue.launch.alignment import aligned_before
 from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
 from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
+from sl_queue.launch.holdout import Way, chosen_before, hear_held_out, tell_held_out
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.launch.privacy import parts_of, require_lasting_secret
 from sl_queue.launch.rows import aligned_rows, own_version, table_of
@@ -39,7 +40,6 @@ from sl_queue.privacy.guards import EpochMeter
 from sl_queue.protocol import events
 from sl_queue.protocol.alignment import MESSAGE_BYTES
 from sl_queue.protocol.events import Observer
-from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.measures import Measures
 from sl_queue.protocol.messages import Role
 from sl_queue.protocol.party.bounds import Bounds, tensors_to
@@ -117,9 +117,11 @@ def serve_party(
         if _has_finished(job, spec, folder, state, observe):
             return
         aligned = aligned_rows(job, spec, connect, state, open_channels, seal, observe)
-        spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
+        way = (connect, state, open_channels, seal, observe)
+        spec, rules = _keyed(job, spec, folder, state, private=private)
+        table = _prepared(job, spec, aligned, folder, rules, way)
         identity = _identity(job, party, incarnation, table, rules)
-        pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
+        pipeline = job.pipeline_of(job.batches(table.n_rows, table.chosen_by(rules)))
         meter = Meter()
         observe = fan_out(observe, meter)
         channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
@@ -159,20 +161,26 @@ def _identity(job: Job, party: str, incarnation: str, table: Table, rules: int) 
     return Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
 
 
-def _prepared(
-    job: Job, spec: PartySpec, aligned: Aligned | None, folder: Folder, state: Path, *, private: bool
-) -> tuple[PartySpec, Table, int]:
-    """Return the spec with its secret, the rows and the rules of the run; `folder` agrees to go on with them."""
+def _keyed(job: Job, spec: PartySpec, folder: Folder, state: Path, *, private: bool) -> tuple[PartySpec, int]:
+    """Return the spec with its secret, and the rules of the run."""
     rules = rules_to_keep(job, spec.party, folder.begun_with)
     require_lasting_secret(spec, state, private=private)
     secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
-    spec = spec.with_secret(secret)
-    table = table_of(spec, rules, aligned)
+    return spec.with_secret(secret), rules
+
+
+def _prepared(job: Job, spec: PartySpec, aligned: Aligned | None, folder: Folder, rules: int, way: Way) -> Table:
+    """Return the rows of the run; `folder` agrees to go on with them, and all parties know which are held out."""
+    begun, hears = folder.begun_with is not None, job.tells_holdout and spec.role != "label"
+    chosen = hear_held_out(job, spec, aligned, *way, begun=begun) if hears else None
+    table = table_of(spec, rules, aligned, chosen)
     for note in table.notes:
         log.info("%s: %s", spec.party, note)
     folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint, **of_start(spec)})
-    write_features(state, table.fitted)
-    return spec, table, rules
+    write_features(folder.path, table.fitted)
+    if job.tells_holdout and not hears:
+        tell_held_out(job, spec, table, *way)
+    return table
 
 
 def channel_of(
@@ -214,7 +222,7 @@ def _spending(
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """Bound what the peers of `party` may send it: activations to the label holder, gradients of its own cut back."""
-    leftover = MESSAGE_BYTES if job.alignment.method == "psi" else 0
+    leftover = MESSAGE_BYTES if job.alignment.method == "psi" or job.tells_holdout else 0
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
         return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts, leftover)
@@ -252,7 +260,7 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
         if isinstance(spec.chosen_secret, Path):
             spec = spec.with_secret(read_secret(spec.chosen_secret))
         aligned = aligned_before(spec.table, folder.path) if job.alignment.method == "psi" else None
-        now = fingerprint(spec.compute, table_of(spec, rules, aligned), rules)
+        now = fingerprint(spec.compute, table_of(spec, rules, aligned, chosen_before(folder.path)), rules)
         folder.require({**now, **spec.privacy.fingerprint, **of_start(spec)})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
