@@ -131,7 +131,7 @@ def _rows(
     rows = read_to_predict(spec.table, None if aligned is None else aligned.positions, learned)
     for note in rows.table.notes:
         log.info("%s: %s", spec.party, note)
-    if spec.role == "label" and rows.missing:
+    if spec.role == "label" and rows.missing and not asked.of_training:  # which was of the shared rows too
         others = ", ".join(spec.peers)
         told = f"{rows.missing} of {len(rows.positions)} rows to predict are not held by every party ({others})"
         if not asked.leave_out:
