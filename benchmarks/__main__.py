@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import bytes as fewer_bytes
-from benchmarks import goals, hands, ideal, parties, planner, privacy, processes, report, training, transport
+from benchmarks import goals, hands, ideal, parties, planner, privacy, processes, report, tables, training, transport
 from benchmarks.training import Variant
 from sl_queue.testing.private_broker import PrivateBroker
 
@@ -46,6 +46,7 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "plan": ("Predicted and measured", lambda broker, quick, _: [planner.compare(broker, quick)]),
     "parties": ("Many parties", lambda broker, quick, _: parties.compare(broker, quick)),
     "hands": ("One party, many workers", lambda broker, quick, _: hands.compare(broker, quick)),
+    "tables": ("A party's table", lambda _, quick, __: list(tables.run(quick))),
     "privacy": ("Defences of labels", lambda _, quick, __: ["\n".join(privacy.compare(quick))]),
 }
 

@@ -72,6 +72,11 @@ class DataFile(Schema):
         "name ends",
     )
     csv: CsvFile = Field(default=CsvFile(), description="a table [data.csv]")
+    mapped: bool = Field(
+        default=False,
+        description="true or false: the numbers that [features] makes lie in a file in the state folder, mapped into "
+        "memory, for a table that is larger than memory",
+    )
     id: str | list[str] | None = Field(
         default=None,
         description="the name of a column, or a list of names: says which sample a row is of",
@@ -279,6 +284,12 @@ class PartyFile(Schema):
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
             yield name, redacted(value) if name == "broker" and value is not None else value
+
+    @model_validator(mode="after")
+    def _maps_what_features_makes(self) -> Self:
+        if isinstance(self.data, DataFile) and self.data.mapped and self.features is None:
+            raise ValueError("data.mapped needs a table [features], which makes the numbers that are mapped")
+        return self
 
     @property
     def folder(self) -> Path | None:

@@ -123,7 +123,7 @@ def data_to_predict(party_file: PartyFile) -> FileSpec | None:
         return None
     found = _data(party_file.data)
     assert isinstance(found, FileSpec)
-    return replace(found, path=party_file.predict.path, source=None)
+    return replace(found, path=party_file.predict.path, source=None, unseen=party_file.predict.unseen)
 
 
 def _set_aside(data: FileSpec | Rows, party_file: PartyFile, choices: Choices | None) -> FileSpec | Rows:
@@ -150,6 +150,7 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
         tuple(data.exclude),
         data.duplicates,
         data.weight,
+        mapped=data.mapped,
     )
 
 

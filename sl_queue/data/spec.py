@@ -61,6 +61,8 @@ class FileSpec:
     exclude: tuple[str, ...] = ()  # names or patterns
     duplicates: Literal["refuse", "first"] = "refuse"
     weight: str | None = None  # of the column that says how much each row counts
+    unseen: Literal["refuse", "other"] = "refuse"  # at prediction: what becomes of many categories unknown to training
+    mapped: bool = False  # what [features] makes lies in a file that is mapped into memory
     set_aside: tuple[str, ...] = ()  # columns that choose rows, and are no features
 
     @property
@@ -123,3 +125,4 @@ class TableSpec:
     training: Callable[[int, Hashes | Chosen | None], Positions] = all_rows  # the rows that are trained on, ascending
     choices: Choices | None = None  # what the label holder chooses rows by; None: ids choose
     missing_labels: bool = False  # a label may be missing: NaN in the table
+    scratch: Path | None = None  # folder for the numbers of a table that is mapped; None: one for temporary files

@@ -6,7 +6,9 @@ joins, the keys never leave the party. Whoever does not know all ids can compute
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,12 @@ from sl_queue.data.given import ids_of
 from sl_queue.data.holdout import choose, date_formats
 from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.later import Later
+from sl_queue.data.mapped import MappedColumns, scratch_of
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
 from sl_queue.protocol.holdout import Chosen
-from sl_queue.protocol.schedule.row_order import Hashes, held_out, id_hashes, split_by_id
+from sl_queue.protocol.schedule.row_order import Hashes, hashes_of, held_out, id_hashes, split_by_id
 from sl_queue.protocol.table import Table
 
 _SLICE = 1000  # ids that are Python objects at a time
@@ -57,7 +60,7 @@ def read_table(
     assert ids is not None
     ids = ids if aligned is None else ids.only(aligned)
     row_keys, digest = fingerprints_of(ids)
-    hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
+    hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed, len(ids.texts))
     features, labels = in_order(arrays.features, ids.order), in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
     tokens = None if token_key is None else keyed_ids(ids, token_key)
@@ -67,15 +70,15 @@ def read_table(
     elif spec.choices is not None and chosen is None:
         chosen = Chosen.none()
         notes = (*notes, "which rows are held out is for the label holder to say; here all count as training rows")
-    names, recipe = arrays.names, None
+    weights, id_type, order = in_order(arrays.weights, ids.order), ids.type, ids.order
+    names, recipe, arrays, ids = arrays.names, None, replace(arrays, ids=None, choosing={}), None
     if arrays.raw is not None:
         by = hashes if rules != BY_POSITION else None
-        training = spec.training(len(ids.texts), by if chosen is None else chosen)
-        features, fitted = _made(arrays, ids.order, training)
+        training = spec.training(len(order), by if chosen is None else chosen)
+        features, fitted = _made(arrays, order, training, scratch_of(spec))
         names, recipe = fitted.names, fitted.as_json()
-    weights = in_order(arrays.weights, ids.order)
     about = (names, hashes, notes, tokens)
-    return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights, chosen=chosen)
+    return Table(features, labels, row_keys, digest, id_type, *about, fitted=recipe, weights=weights, chosen=chosen)
 
 
 def read_row_keys(spec: TableSpec, aligned: Positions | None = None) -> tuple[npt.NDArray[np.uint64], str]:
@@ -120,12 +123,19 @@ def _chosen(
     return chosen
 
 
-def _made(arrays: Arrays, order: Positions, training: Positions) -> tuple[npt.NDArray[Any], Fitted]:
-    """Make numbers of raw columns as [features] says, fitted on the training rows alone."""
+def _made(
+    arrays: Arrays, order: Positions, training: Positions, scratch: Path | None
+) -> tuple[npt.NDArray[Any], Fitted]:
+    """Make numbers of raw columns as [features] says, fitted on the training rows alone; in a file if there is one."""
     assert arrays.raw is not None and arrays.specs is not None
     taken, raw = pa.array(order), arrays.raw
     columns = Later(tuple(raw), lambda name: raw[name].take(taken))
-    fitted, features, faults = fit_and_apply(arrays.specs, columns, training, len(order))
+    if scratch is None:
+        fitted, features, faults = fit_and_apply(arrays.specs, columns, training, len(order))
+    else:
+        with MappedColumns(scratch) as file:
+            fitted, _, faults = fit_and_apply(arrays.specs, columns, training, len(order), file.columns)
+            features = file.by_row()
     refuse(arrays.where, faults)
     return features, fitted
 
@@ -175,7 +185,7 @@ def fingerprints_of(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
     """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
     everything = blake2b(f"{ids.type} {len(ids.texts)} ".encode())
     lengths = pc.binary_length(ids.texts)
-    everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
+    everything.update(lengths.to_numpy().astype("<i8", copy=False).data)  # so that no two lists read the same
     for text in texts_of(ids):
         everything.update(text)
     secret = everything.digest()
@@ -186,10 +196,7 @@ def fingerprints_of(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
 
 def keyed_ids(ids: Ids, key: bytes) -> npt.NDArray[np.uint64]:
     """Return 64 bits of each id that depend on it and on the key alone."""
-    hashes = bytearray()
-    for text in texts_of(ids):
-        hashes += blake2b(text, digest_size=8, key=key).digest()
-    return np.frombuffer(bytes(hashes), "<u8").astype(np.uint64)
+    return hashes_of(texts_of(ids), len(ids.texts), key)
 
 
 def in_order(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:

@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -166,7 +167,7 @@ def _keyed(job: Job, spec: PartySpec, folder: Folder, state: Path, *, private: b
     rules = rules_to_keep(job, spec.party, folder.begun_with)
     require_lasting_secret(spec, state, private=private)
     secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
-    return spec.with_secret(secret), rules
+    return replace(spec.with_secret(secret), table=replace(spec.table, scratch=state)), rules
 
 
 def _prepared(job: Job, spec: PartySpec, aligned: Aligned | None, folder: Folder, rules: int, way: Way) -> Table:

@@ -131,6 +131,8 @@ def _rows(
     rows = read_to_predict(spec.table, None if aligned is None else aligned.positions, learned)
     for note in rows.table.notes:
         log.info("%s: %s", spec.party, note)
+    for found in rows.unseen:
+        log.warning("%s: %s", spec.party, found)
     if spec.role == "label" and rows.missing and not asked.of_training:  # which was of the shared rows too
         others = ", ".join(spec.peers)
         told = f"{rows.missing} of {len(rows.positions)} rows to predict are not held by every party ({others})"
@@ -222,7 +224,9 @@ def _fingerprint(version: Version, rows: ToPredict) -> dict[str, Any]:
 def spec_to_predict(spec: PartySpec, data: Any, asked: Asked) -> PartySpec:
     """Return a party of the job with other rows: a FileSpec or Rows. Raises CheckpointError if there are none."""
     if asked.of_training:
-        return replace(spec, table=replace(spec.table, choices=None))
+        own = spec.table.data
+        own = replace(own, unseen="other") if isinstance(own, FileSpec) else own
+        return replace(spec, table=replace(spec.table, data=own, choices=None))
     if data is None:
         raise CheckpointError(f"party {spec.party!r} has no rows to predict: write [predict] path into its file")
     labelled = asked.labels and spec.role == "label"

@@ -58,13 +58,16 @@ def held_out(n_rows: int, holdout: float) -> int:
     return round(holdout * n_rows)
 
 
-def id_hashes(ids: Iterable[bytes], seed: int) -> Hashes:
-    """Hash every id, as UTF-8 text, for the choice of held-out rows."""
+def id_hashes(ids: Iterable[bytes], seed: int, count: int = -1) -> Hashes:
+    """Hash every id, as UTF-8 text, for the choice of held-out rows; `count` of them, if that is known."""
     key = blake2b(str(seed).encode(), digest_size=32, person=b"sl_queue holdout").digest()
-    found = bytearray()
-    for text in ids:
-        found += blake2b(text, digest_size=8, key=key).digest()
-    return np.frombuffer(bytes(found), "<u8").astype(np.uint64)
+    return hashes_of(ids, count, key)
+
+
+def hashes_of(ids: Iterable[bytes], count: int, key: bytes) -> Hashes:
+    """Hash every id by a key to 64 bits; `count` of them, or -1 if that is not known."""
+    words = (int.from_bytes(blake2b(text, digest_size=8, key=key).digest(), "little") for text in ids)
+    return np.fromiter(words, np.uint64, count)
 
 
 def split_by_id(hashes: Hashes, holdout: float) -> tuple[Positions, Positions]:
