@@ -5,7 +5,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import bytes as fewer_bytes
-from benchmarks import goals, hands, ideal, parties, planner, privacy, processes, report, tables, training, transport
+from benchmarks import (
+    goals,
+    hands,
+    ideal,
+    parties,
+    planner,
+    privacy,
+    processes,
+    psi,
+    report,
+    tables,
+    training,
+    transport,
+)
 from benchmarks.training import Variant
 from sl_queue.testing.private_broker import PrivateBroker
 
@@ -47,6 +60,7 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "parties": ("Many parties", lambda broker, quick, _: parties.compare(broker, quick)),
     "hands": ("One party, many workers", lambda broker, quick, _: hands.compare(broker, quick)),
     "tables": ("A party's table", lambda _, quick, __: list(tables.run(quick))),
+    "psi": ("Alignment of rows", lambda broker, quick, _: list(psi.run(broker, quick))),
     "privacy": ("Defences of labels", lambda _, quick, __: ["\n".join(privacy.compare(quick))]),
 }
 

@@ -42,26 +42,25 @@ def write(path: Path, rows: int, columns: int = COLUMNS) -> None:
             writer.write_table(pa.table([own, *numbers], schema=schema))
 
 
-def peak_of(path: str, mapped: bool) -> dict[str, float]:
+def peak_of(path: str) -> dict[str, float]:
     """Read a table in this process; returns its peak as a multiple of the numbers in float32, and the seconds."""
     from sl_queue.data.table import read_table
 
     small = Path(path).with_name(f"small{Path(path).suffix}")
-    read_table(_spec(small, mapped=mapped))  # so that libraries are loaded, which are no part of a table
+    read_table(_spec(small))  # so that libraries are loaded, which are no part of a table
     Path("/proc/self/clear_refs").write_text("5")  # begin anew with the peak
     before, began = _status("VmRSS:"), time.monotonic()
-    found = read_table(_spec(Path(path), mapped=mapped))
+    found = read_table(_spec(Path(path)))
     return {"seconds": time.monotonic() - began, "ratio": (_status("VmHWM:") - before) / (found.n_rows * COLUMNS * 4)}
 
 
-def _spec(path: Path, *, mapped: bool) -> Any:
+def _spec(path: Path) -> Any:
     from sl_queue.config.user_code import Importer
     from sl_queue.data.feature_specs import Number
     from sl_queue.data.spec import FileSpec, TableSpec
 
-    data = FileSpec(path, ("id",), mapped=mapped)
     code = Importer().within(None)
-    return TableSpec("bank", data, True, False, 7, code, {"*": Number()}, scratch=path.parent if mapped else None)
+    return TableSpec("bank", FileSpec(path, ("id",)), True, False, 7, code, {"*": Number()})
 
 
 def _status(name: str) -> int:
@@ -148,11 +147,8 @@ def run(quick: bool) -> Iterator[str]:
     yield f"{machine()}\n"
     with TemporaryDirectory(prefix="sl_queue-tables-") as folder:
         read = _reading(Path(folder), rows)
-        cells = [
-            (kind, "mapped" if mapped else "in memory", f"{one['ratio']:.2f}", f"{one['seconds']:.1f}")
-            for (kind, mapped), one in read.items()
-        ]
-        head: tuple[str, ...] = ("file", "numbers", "peak, of their size in float32", "seconds")
+        cells = [(kind, f"{one['ratio']:.2f}", f"{one['seconds']:.1f}") for kind, one in read.items()]
+        head = ("file", "peak, of the size of the numbers in float32", "seconds")
         yield f"### Reading {rows:,} rows of {COLUMNS} columns\n\n{table(head, cells)}"
         memory, short, mapped = _training(Path(folder), wide)
         lines: list[tuple[str, ...]] = [
@@ -168,15 +164,13 @@ def run(quick: bool) -> Iterator[str]:
         yield goals.listed(_goals(read, mapped["speed"] / memory["speed"]))
 
 
-def _reading(folder: Path, rows: int) -> dict[tuple[str, bool], dict[str, float]]:
+def _reading(folder: Path, rows: int) -> dict[str, dict[str, float]]:
     found = {}
     for kind in ("csv", "parquet"):
         small, large = folder / f"small.{kind}", folder / f"large.{kind}"
         write(small, 1000)
         write(large, rows)
-        for mapped in (False, True):
-            work = {"read": (peak_of, (str(large), mapped))}
-            found[kind, mapped] = processes.together(work, LIMIT_S)["read"]
+        found[kind] = processes.together({"read": (peak_of, (str(large),))}, LIMIT_S)["read"]
         large.unlink()
         small.unlink()
     return found
@@ -192,5 +186,5 @@ def _training(folder: Path, rows: int) -> list[dict[str, float]]:
 
 def _goals(read: Any, share: float) -> Iterator[str]:
     for kind in ("csv", "parquet"):
-        yield goals.line(f"peak of reading {kind}", read[kind, False]["ratio"], MOST_MEMORY)
+        yield goals.line(f"peak of reading {kind}", read[kind]["ratio"], MOST_MEMORY)
     yield goals.line("speed of a mapped table", share, LEAST_SPEED, at_least=True)

@@ -126,6 +126,8 @@ def fit_and_apply(
                 _write(learned[name], column, out[:, place : place + width])
             except Unusable as error:
                 faults.append(f"[features] {name}: {error}")
+            del column
+            pa.default_memory_pool().release_unused()  # which would be kept for the next table
         place += width
     return Fitted(learned, len(rows)), out, faults
 
