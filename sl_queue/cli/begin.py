@@ -76,7 +76,7 @@ def _tables(given: Sequence[str] | None, label: str | None) -> "list[TableOf]":
         return _asked_tables(label)
     if label is None:
         raise JobError("which column holds the labels? give --label COLUMN, of the first party's table")
-    tables = []
+    tables = list[TableOf]()
     for text in given:
         name, first, rest = text.partition(":")
         path, second, column = rest.rpartition(":")

@@ -124,7 +124,7 @@ metrics = {metrics}
 
 def _models(start: Start) -> str:
     squeeze = ".squeeze(1)" if start.outputs == 1 else ""
-    return f'''"""The models of all parties, to begin with: replace them with your own. Each party needs only its own part."""
+    return f'''"""Models to begin with: replace them with your own. Each party needs only its own part."""
 
 import torch
 from torch import nn
