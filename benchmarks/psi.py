@@ -50,8 +50,8 @@ def take_part(party: int, count: int, names: Sequence[str], url: str, folder: st
     from sl_queue.config.user_code import Importer
     from sl_queue.data.spec import Rows
     from sl_queue.launch.alignment import align_party
-    from sl_queue.launch.connect import Channels, connector
-    from sl_queue.observe.log import to_log
+    from sl_queue.launch.connect import connector
+    from sl_queue.launch.workplace import Workplace
 
     name, told = names[party], dict[str, float]()
     for size in (WARM_UP, count):  # first a small one, so that libraries are loaded and connections known
@@ -61,7 +61,7 @@ def take_part(party: int, count: int, names: Sequence[str], url: str, folder: st
         spec = table_spec(job, PartyFile(party=name, data=rows), Importer())
         Path("/proc/self/clear_refs").write_text("5")
         before, began = _status("VmRSS:"), time.monotonic()
-        found = align_party(job, spec, connector(job, url), state, Channels(), None, to_log)
+        found = align_party(job, spec, Workplace(connector(job, url), state))
         assert found is not None and len(found.positions) == size // 2
         told = {"seconds": time.monotonic() - began, "bytes": (_status("VmHWM:") - before) / size}
     return told
@@ -70,15 +70,15 @@ def take_part(party: int, count: int, names: Sequence[str], url: str, folder: st
 def compare_sets(count: int, names: Sequence[str], url: str, folder: str) -> dict[str, float]:
     """Align as the scheduler does; returns its peak of memory an id of one party."""
     from sl_queue.launch.alignment import align_scheduler
-    from sl_queue.launch.connect import Channels, connector
-    from sl_queue.observe.log import to_log
+    from sl_queue.launch.connect import connector
+    from sl_queue.launch.workplace import Workplace
 
     told = dict[str, float]()
     for size in (WARM_UP, count):
         job, state = job_of(names, size), Path(folder) / f"scheduler-{size}"
         state.mkdir()
         before = _status("VmRSS:")
-        align_scheduler(job, connector(job, url), state, lambda _: None, Channels(), None, to_log)
+        align_scheduler(job, Workplace(connector(job, url), state), lambda _: None)
         told = {"bytes": (_status("VmHWM:") - before) / size}
     return told
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sl_queue.checking.check import check
     from sl_queue.checking.findings import Finding
+    from sl_queue.compute.splitting.split import Split, split
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.data.spec import Rows
     from sl_queue.data.table import holdout_rows, test_rows
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
         TransportError,
         Unroutable,
     )
+    from sl_queue.local.history import History
     from sl_queue.local.threads import Result, run_local
     from sl_queue.protocol.schedule.row_order import row_order
-    from sl_queue.split_model import History, SplitModel
+    from sl_queue.split_model import SplitModel
 
 __all__ = [
     "AlignmentError",
@@ -54,6 +56,7 @@ __all__ = [
     "RunStopped",
     "ShapeError",
     "SlQueueError",
+    "Split",
     "SplitModel",
     "TransportError",
     "Unroutable",
@@ -61,12 +64,13 @@ __all__ = [
     "holdout_rows",
     "row_order",
     "run_local",
+    "split",
     "test_rows",
 ]
 
 _HOMES = {
     "Finding": "checking.findings",
-    "History": "split_model",
+    "History": "local.history",
     "SplitModel": "split_model",
     "check": "checking.check",
     "Job": "config.job",
@@ -76,7 +80,9 @@ _HOMES = {
     "holdout_rows": "data.table",
     "test_rows": "data.table",
     "row_order": "protocol.schedule.row_order",
+    "Split": "compute.splitting.split",
     "run_local": "local.threads",
+    "split": "compute.splitting.split",
 }
 
 

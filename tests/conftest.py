@@ -9,12 +9,19 @@ import pytest
 from hypothesis import settings
 
 from tests.support.broker import GIVEN, Broker, own_broker
+from tests.support.containers import missing
 
 ROOMS = Path(__file__).parent
-SLOWEST_FIRST = ("system", "broker", "compute", "contract", "pure")
+SLOWEST_FIRST = ("containers", "system", "broker", "compute", "contract", "pure")
 
 settings.register_profile("ours", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("ours")
+
+
+def pytest_report_header() -> str | None:
+    """Say why there are no tests in containers here."""
+    reason = missing()
+    return None if reason is None else f"tests/containers: not here, {reason}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

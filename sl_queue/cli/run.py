@@ -19,6 +19,21 @@ if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need 
 
 MOST_HANDS = 256  # of one party on one machine
 
+Out = Annotated[
+    Path | None, typer.Option(help="State under OUT/<party> and OUT/scheduler; default: the party files' state.")
+]
+Keys = Annotated[
+    Path | None, typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it.")
+]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", help="Begin with the final weights of an earlier run, under FROM/<party>; over memory://."),
+]
+Hands = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PARTY=COUNT", help="Hands that compute a party's micro-batches; may be repeated."),
+]
+
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for the files; default: a new temporary one.")] = None,
@@ -40,24 +55,11 @@ def local(
     job: JobPath,
     parties: PartyPaths,
     broker: Broker = None,
-    out: Annotated[
-        Path | None, typer.Option(help="State under OUT/<party> and OUT/scheduler; default: the party files' state.")
-    ] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it."),
-    ] = None,
-    start: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", help="Begin with the final weights of an earlier run, under FROM/<party>; over memory://."
-        ),
-    ] = None,
+    out: Out = None,
+    keys: Keys = None,
+    start: From = None,
     watch: Watch = False,
-    hands: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PARTY=COUNT", help="Hands that compute a party's micro-batches; may be repeated."),
-    ] = None,
+    hands: Hands = None,
 ) -> None:
     """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
     from sl_queue.config.job import Job, PartyFile
@@ -94,20 +96,26 @@ def chaos(
     job: JobPath,
     parties: PartyPaths,
     kills: Annotated[int, typer.Option(min=0, help="Workers killed with SIGKILL.")] = 6,
-    broker_restarts: Annotated[int, typer.Option(min=0, help="The broker killed, and started on its data.")] = 1,
+    broker_restarts: Annotated[int, typer.Option(min=0, help="Each broker killed, and started on its data.")] = 1,
     cuts: Annotated[int, typer.Option(min=0, help="Connections cut, delayed or half-open.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of which faults come when.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for both runs, empty or new; default: a temporary one.")
     ] = None,
+    keys: Keys = None,
+    hands: Hands = None,
 ) -> None:
-    """Train once in peace and once under faults, with a private broker: not one bit of the weights may differ."""
+    """Train once in peace and once under faults, with a private broker: not one bit of the weights may differ.
+
+    The run in peace has no hands.
+    """
     from tempfile import TemporaryDirectory
 
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.local.threads import require_all
     from sl_queue.observe.console import keep, stdout
-    from sl_queue.testing.chaos import FaultPlan, run_chaos
+    from sl_queue.testing.chaos import run_chaos
+    from sl_queue.testing.faults import FaultPlan
     from sl_queue.testing.report import report
 
     agreed = Job.load(job)
@@ -116,12 +124,17 @@ def chaos(
     paths = {file.party: path for path, file in files.items()}
     plan = FaultPlan(kills, broker_restarts, cuts, seed)
     with TemporaryDirectory(prefix="sl_queue-chaos-") as temporary:
-        comparison = run_chaos(agreed, job, paths, out or Path(temporary), plan, lambda text: print(text, flush=True))
+        folder, counts = out or Path(temporary), _hands(agreed, files, hands or [])
+        comparison = run_chaos(agreed, job, paths, folder, plan, _say, hands=counts, keys=keys)
     shown = report(comparison)
     stdout().print(shown, soft_wrap=True)
     if out is not None:
         keep(out / "chaos.txt", shown)  # for `sl-queue report`
     raise typer.Exit(0 if comparison.passed else 1)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":

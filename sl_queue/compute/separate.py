@@ -52,6 +52,8 @@ def _require_plain(stage: TorchBaseStage | TorchFuseStage) -> None:
             f"party {party!r}: the fuse model sees all rows of a step at once, so its micro-batches cannot be computed "
             "apart; take [hands] out"
         )
+    if stage.model.scaling is not None:
+        raise JobError(f'party {party!r}: hands do not compute in precision = "fp16"; use "bf16", or take [hands] out')
     several = stage.model.outputs is not None if isinstance(stage, TorchBaseStage) else bool(stage.layers.outputs)
     if several:
         raise JobError(f"party {party!r}: hands compute base models with one output; take [hands] out")
@@ -88,7 +90,7 @@ def _changed(model: Model, before: dict[str, Tensor], layers: dict[str, object],
     """Yield what a forward pass has changed, and the next may read."""
     known = {join(name, part) for name in (*layers, *often) for part in (MEAN, VAR, COUNT)}
     changed = [n for n, t in tensors_of(model.module) if n in before and n not in known and not _equal(t, before[n])]
-    state, lost = model.built.changes(model.module, "")
+    state, lost = model.saved.built.changes(model.module, "")
     for kind in ("attributes", "gone", "buffers", "modes", "learning"):
         changed += list(state.values.get(kind, ()))
     changed += [error.path for error in lost]

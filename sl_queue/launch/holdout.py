@@ -3,25 +3,19 @@
 import logging
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import CheckpointError
-from sl_queue.launch.connect import Channels, Connect
 from sl_queue.launch.rows import row_keys_of
+from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.holdout import Hearing, Telling
-from sl_queue.protocol.events import Observer
 from sl_queue.protocol.holdout import Chosen, chosen_of, chunks_of, session_of
 from sl_queue.protocol.table import Table
-from sl_queue.security.sealing import Seal
 from sl_queue.storage.aligned_file import Aligned
 from sl_queue.storage.holdout_file import HeldOut, read_held_out, write_held_out
 from sl_queue.transport.alignment_channel import PREFETCH, LinkAlignmentChannel
-
-Way = tuple[Connect, Path, Channels, Seal | None, Observer]  # to the others, from a state folder
 
 log = logging.getLogger("sl_queue")
 
@@ -36,11 +30,7 @@ def hear_held_out(
     job: Job,
     spec: PartySpec,
     aligned: Aligned | None,
-    connect: Connect,
-    state: Path,
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
+    place: Workplace,
     *,
     begun: bool,
 ) -> Chosen:
@@ -49,12 +39,12 @@ def hear_held_out(
     `begun`: a checkpoint is here too, so the label holder has heard that this party knows.
     """
     row_keys, digest = row_keys_of(spec, aligned)
-    held, incarnation = read_held_out(state), secrets.token_hex(8)
+    held, incarnation = read_held_out(place.state), secrets.token_hex(8)
     if held is not None:
         held.require(digest, f"party {spec.party!r}")
         if begun:
             return held.chosen
-    with _channel(job, spec.party, incarnation, connect, open_channels, seal, observe) as channel:
+    with place.opened(_channel(job, spec.party, incarnation, place)) as channel:
         about = (spec.party, incarnation, digest, job.label_holder, channel, job.broker.patience, time.monotonic)
         hearing = Hearing(*about)
         if held is None:
@@ -63,28 +53,19 @@ def hear_held_out(
                 hearing.confirm(hearing.other)
                 return Chosen.none()
             held = HeldOut(digest, chosen_of(found, row_keys))
-            write_held_out(state, held)
+            write_held_out(place.state, held)
         hearing.confirm(session_of(digest))
     log.info("%s: %s", spec.party, _told(held.chosen, len(row_keys)))
     return held.chosen
 
 
-def tell_held_out(
-    job: Job,
-    spec: PartySpec,
-    table: Table,
-    connect: Connect,
-    state: Path,
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
-) -> None:
+def tell_held_out(job: Job, spec: PartySpec, table: Table, place: Workplace) -> None:
     """Tell every feature party which rows are held out, unless all know. Raises what ends the channel.
 
     Raises CheckpointError if others were told before than are chosen now.
     """
     assert table.chosen is not None
-    held = read_held_out(state)
+    held = read_held_out(place.state)
     if held is not None and held.told and (held.rows, held.chosen.digest) != (table.digest, table.chosen.digest):
         raise CheckpointError(
             f"party {spec.party!r}: other rows are to be held out than the other parties were told; restore the table, "
@@ -94,35 +75,20 @@ def tell_held_out(
     chosen, digest = table.chosen, table.digest
 
     def note(parties: tuple[str, ...]) -> None:
-        write_held_out(state, HeldOut(digest, chosen, parties))
+        write_held_out(place.state, HeldOut(digest, chosen, parties))
 
     note(told)
     if set(told) < set(job.feature_parties):
         log.info("%s: %s; tells the other parties which", spec.party, _told(chosen, table.n_rows))
         incarnation, chunks = secrets.token_hex(8), tuple(chunks_of(chosen, table.row_keys))
-        with _channel(job, spec.party, incarnation, connect, open_channels, seal, observe) as channel:
+        with place.opened(_channel(job, spec.party, incarnation, place)) as channel:
             about = (incarnation, digest, chunks, job.feature_parties, channel, note, time.monotonic, told)
             Telling(*about).serve()
 
 
-@contextmanager
-def _channel(
-    job: Job,
-    party: str,
-    incarnation: str,
-    connect: Connect,
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
-) -> Iterator[LinkAlignmentChannel]:
-    about = (connect(party, PREFETCH), party, job.topology(), incarnation)
-    channel = LinkAlignmentChannel(*about, patience_s=job.broker.patience, seal=seal, observe=observe)
-    try:
-        channel.open()
-        open_channels.add(channel)
-        yield channel
-    finally:
-        channel.close()
+def _channel(job: Job, party: str, incarnation: str, place: Workplace) -> LinkAlignmentChannel:
+    about = (place.connect(party, PREFETCH), party, job.topology(), incarnation)
+    return LinkAlignmentChannel(*about, patience_s=job.broker.patience, seal=place.seal, observe=place.observe)
 
 
 def _told(chosen: Chosen, n_rows: int) -> str:

@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +12,17 @@ from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.data.table import read_row_keys, read_table
 from sl_queue.launch.alignment import align_party
-from sl_queue.launch.connect import Channels, Connect
 from sl_queue.launch.privacy import choice_key, responded, token_key
-from sl_queue.protocol.events import Observer
+from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.table import Table
-from sl_queue.security.sealing import Seal
 from sl_queue.storage.aligned_file import Aligned
 
 
-def aligned_rows(
-    job: Job,
-    spec: PartySpec,
-    connect: Connect,
-    state: Path,
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
-) -> Aligned | None:
+def aligned_rows(job: Job, spec: PartySpec, place: Workplace) -> Aligned | None:
     """Find the rows that all parties hold."""
     with _source_seeded(spec):
-        return align_party(job, spec.table, connect, state, open_channels, seal, observe, own_version())
+        return align_party(job, spec.table, place, own_version())
 
 
 def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None, chosen: Chosen | None = None) -> Table:
@@ -42,8 +31,8 @@ def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None, chosen
     `chosen`: the rows that the label holder holds out, as it said or has on disk; None: it chooses them now.
     """
     with _source_seeded(spec):
-        positions = None if aligned is None else aligned.positions
-        table = read_table(spec.table, positions, rules, token_key(spec), chosen=chosen, choice_key=choice_key(spec))
+        positions, by = None if aligned is None else aligned.positions, choice_key(spec)
+        table = read_table(spec.table, positions, rules, token_key(spec), chosen=chosen, choice_key=by)
         return responded(spec, table)
 
 

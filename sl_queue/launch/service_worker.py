@@ -2,11 +2,10 @@
 
 import logging
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from sl_queue.compute.threads import limit_threads
-from sl_queue.config.environment import THREADS
 from sl_queue.config.job import Job
 from sl_queue.config.party import PartyFile
 from sl_queue.config.resolve import PartySpec, data_to_predict, resolve
@@ -14,11 +13,12 @@ from sl_queue.config.user_code import Importer
 from sl_queue.data.to_predict import ids_to_predict
 from sl_queue.errors import JobError
 from sl_queue.launch.asked import Asked
-from sl_queue.launch.connect import connector, key_file, require_network, sealing
-from sl_queue.launch.party import state_folder
+from sl_queue.launch.party import require_role, workplace_of
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.launch.service import Served, serve_feature, serve_label
+from sl_queue.observe.log import to_log
 from sl_queue.security.private_file import read_secret
+from sl_queue.security.server_certificate import ServerCertificate
 
 log = logging.getLogger("sl_queue")
 
@@ -37,17 +37,11 @@ def run_service(
 ) -> None:
     """Serve the rows of [predict] until the process is ended. Raises SlQueueError."""
     spec = resolve(job, party_file, Importer())
-    if spec.role != role:
-        raise JobError(f"party {spec.party!r} has the role {spec.role!r} in the job, and this worker is for {role!r}")
+    require_role(spec, role)
     spec = spec_to_predict(spec, data_to_predict(party_file), Asked())
-    url = party_file.broker_url(broker)
-    require_network(url)
-    limit_threads(party_file.threads or THREADS.read() or None)
-    seal = sealing(job, spec.party, key_file(key, party_file), url)
-    connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    folder, serve = state_folder(party_file, state), party_file.serve
+    place, serve = workplace_of(job, party_file, broker, state, key, to_log), party_file.serve
+    about = (job, spec, place.state, place.connect, place.seal)
     if role == "feature":
-        about = (job, spec, folder, connect, seal)
         served = serve_feature(*about, at_most=serve.at_most, deadline_s=serve.deadline)
         log.info("%s: answers requests", spec.party)
         try:
@@ -55,7 +49,7 @@ def run_service(
         finally:
             served.close()
         return
-    served = serve_label(job, spec, folder, connect, seal, run, deadline_s=serve.deadline)
+    served = serve_label(*about, run, deadline_s=serve.deadline)
     try:
         _over_http(spec, party_file, served)
     finally:
@@ -64,23 +58,33 @@ def run_service(
 
 def _over_http(spec: PartySpec, party_file: PartyFile, served: Served) -> None:
     try:
-        from sl_queue.launch.http_service import Api, HttpServer
+        from sl_queue.launch.http_listener import HttpServer
+        from sl_queue.launch.http_service import Api
     except ImportError as error:
         raise JobError("--serve needs starlette and uvicorn: pip install 'sl_queue[serve]'") from error
     assert served.label is not None
     host, _, port = party_file.serve.listen.rpartition(":")
+    tls = _certificate(party_file)
     api = Api(served.label, ids_to_predict(spec.table).type, _token(party_file), lambda: served.channel.failure)
     try:
-        server = HttpServer(api.app(), host.strip("[]"), int(port))
+        server = HttpServer(api.app(), host.strip("[]"), int(port), tls)
     except OSError as error:
         raise JobError(f"[serve] listen = {party_file.serve.listen!r}: {error.strerror or error}") from None
-    log.info("%s: serves run %s at http://%s:%d", spec.party, served.label.models.run, host, server.port)
+    where = f"{'http' if tls is None else 'https'}://{host}:{server.port}"
+    log.info("%s: serves run %s at %s", spec.party, served.label.models.run, where)
     try:
         while not server.wait(_LOOK_S):
             if served.channel.failure is not None:
                 raise served.channel.failure
     finally:
         server.close()
+
+
+def _certificate(party_file: PartyFile) -> ServerCertificate | None:
+    serve = party_file.serve
+    if serve.certificate is None or serve.key is None:
+        return None
+    return ServerCertificate.read(serve.certificate, serve.key, datetime.now(UTC))
 
 
 def _until_failure(served: Served) -> None:

@@ -14,7 +14,8 @@ from sl_queue.cut.guard import Crossing
 from sl_queue.cut.tensors import from_payload, payload_view, to_payload
 from sl_queue.privacy import defences
 from sl_queue.privacy.draws import Floats, Words, key_for, normal, normal_rows, normal_stream, row_words
-from sl_queue.privacy.meter import ActivationMeter, GradientMeter, Positions
+from sl_queue.privacy.meter import ActivationMeter, GradientMeter
+from sl_queue.privacy.sampled import Positions
 from sl_queue.protocol.checkpoint import State
 
 
@@ -79,6 +80,28 @@ class ActivationDefence:
         return defences.noised(bounded, self.sigma * self.clip, torch.from_numpy(draws))
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerDefence:
+    """Rows clipped, with noise that is drawn once for each row and version: who asks again gets the same numbers."""
+
+    clip: float
+    sigma: float
+    secret: bytes = field(repr=False)
+
+    def apply(self, tensor: Tensor, crossing: Crossing) -> Tensor:
+        """Return the activation as it is sent in answer to a single request."""
+        bounded = defences.clipped(tensor, self.clip)
+        if not self.sigma:
+            return bounded
+        key = key_for(self.secret, crossing.sender, f"noise of answers for {crossing.receiver}")
+        draws = np.empty(bounded.shape)
+        for place, row in enumerate(crossing.rows.keys):
+            own = blake2b(row.tobytes(), key=key, digest_size=32)
+            own.update(payload_view(bounded[place].contiguous(), b"").data)  # another version's row is another secret
+            draws[place] = normal_stream(own.digest(), bounded[place].numel()).reshape(bounded.shape[1:])
+        return defences.noised(bounded, self.sigma * self.clip, torch.from_numpy(draws))
+
+
 def _drawn_for(hidden: Tensor, crossing: Crossing, secret: bytes) -> Floats:
     """Return a standard normal number for each number of a release, keyed by what it hides as well.
 
@@ -118,24 +141,20 @@ class GradientTap:
     """Shows the label holder's meter what leaves and arrives. Mutable: all peers' tensors are of the same rows."""
 
     meter: GradientMeter
-    index: RowIndex = field(repr=False)
     _rows: bytes = b""  # the digest of the rows looked up last
-    _sampled: tuple[Positions, npt.NDArray[np.int64]] | None = None  # those in the sample, and their places in them
+    _found: tuple[Positions, Positions] | None = None  # as `find` returned it
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        if crossing.rows.digest != self._rows or self._sampled is None:
-            positions = self.index(crossing.rows.keys)
-            places = np.flatnonzero(self.meter.samples(positions))
-            self._rows, self._sampled = crossing.rows.digest, (positions[places], places)
-        positions, places = self._sampled
+        if crossing.rows.digest != self._rows or self._found is None:
+            self._rows, self._found = crossing.rows.digest, self.meter.find(crossing.rows.keys)
+        places, chosen = self._found
         if not len(places):
             return
-        numbers = numbers_of(tensor, places)
         if crossing.what == "gradient":
-            self.meter.saw_gradient(crossing.receiver, positions, numbers)
+            self.meter.saw_gradient(crossing.receiver, places, numbers_of(tensor, chosen))
         else:
-            self.meter.saw_activation(crossing.sender, positions, numbers)
+            self.meter.saw_activation(crossing.sender, places, numbers_of(tensor, chosen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +162,21 @@ class ActivationTap:
     """Shows a feature party's meter what leaves."""
 
     meter: ActivationMeter
-    index: RowIndex = field(repr=False)
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        positions = self.index(crossing.rows.keys)
-        places = np.flatnonzero(self.meter.samples(positions))
+        places, chosen = self.meter.find(crossing.rows.keys)
         if len(places):
-            self.meter.saw_activation(positions[places], numbers_of(tensor, places))
+            self.meter.saw_activation(places, numbers_of(tensor, chosen))
 
 
-def numbers_of(tensor: Tensor, places: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def numbers_of(tensor: Tensor, rows: Positions) -> npt.NDArray[np.float32]:
     """Return a copy of these rows on the CPU."""
-    found: npt.NDArray[np.float32] = tensor[torch.from_numpy(places).to(tensor.device)].float().cpu().numpy()
-    return found
+    if tensor.dtype is torch.float32 and tensor.device.type == "cpu":
+        found: npt.NDArray[np.float32] = tensor.detach().numpy()[rows]
+        return found
+    elsewhere: npt.NDArray[np.float32] = tensor[torch.from_numpy(rows).to(tensor.device)].float().cpu().numpy()
+    return elsewhere
 
 
 _STATE = "meter/"

@@ -1,4 +1,4 @@
-"""What a screen leaves behind."""
+"""A screen leaves the log as it was."""
 
 import logging
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from sl_queue.errors import SlQueueError
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.record import Record
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.log import to_log
@@ -199,6 +200,7 @@ class ToyRun:
     state: RunState | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     on_start: Callable[[str, Any], None] = lambda role, link: None
+    on_role: Callable[[Any, Any, PartyChannel], None] = lambda stage, role, channel: None
     seal_of: Callable[[str], Seal | None] = lambda role: None
     committer: Callable[[], Executor | None] = AtOnce  # so that a crash comes at the same operation every time
 
@@ -307,12 +309,13 @@ class ToyRun:
             identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer", party=party)
             journal = self.journal if party == label else None
             self.journal.crash = self.crashes.get(label, CrashAt())
-            worker = Worker(identity, channel, stage, store, pipeline, journal=journal, observe=to_log)
+            worker = Worker(identity, channel, stage, store, pipeline, record=Record(journal), observe=to_log)
             role = (
                 LabelHolder(peers, channel, stage, pipeline, worker)
                 if party == label
                 else FeatureParty(label, channel, stage, pipeline, worker)
             )
+            self.on_role(stage, role, channel)
             try:
                 worker.serve(role.train)
             finally:
