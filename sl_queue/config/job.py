@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sl_queue.config.canonical import canonical
 from sl_queue.config.holdout import HoldoutSetting, JobHoldout
+from sl_queue.config.job_numbers import about_aggregation, about_numbers
 from sl_queue.config.job_tables import (
     LIMIT,
     Count,
@@ -125,8 +126,8 @@ class Job(Schema):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = [*_about_name(self), *_about_parties(self), *_about_cuts(self), *_about_aggregation(self)]
-        problems += [*_about_numbers(self), *self.precision.problems(self.wire)]
+        problems = [*_about_name(self), *_about_parties(self), *_about_cuts(self), *about_aggregation(self)]
+        problems += [*about_numbers(self), *self.precision.problems(self.wire)]
         problems += self.security.problems(self.parties)
         if problems:
             raise ValueError("\n".join(problems))
@@ -286,33 +287,3 @@ def _about_cuts(job: Job) -> Iterator[str]:
 def _is_word(name: str) -> bool:
     """Return True if a name can be a word of a routing key, a file name and a part of a queue's name."""
     return name.isascii() and 1 <= len(name) <= 64 and name.replace("_", "a").replace("-", "a").isalnum()
-
-
-def _about_aggregation(job: Job) -> Iterator[str]:
-    aggregation = job.fuse.aggregation
-    several = [name for name, party in job.parties.items() if party.outputs is not None]
-    if several and aggregation != "list":
-        yield f'fuse.aggregation = {shown(aggregation)}; party {several[0]!r} has several outputs, which need "list"'
-        return
-    cuts = {name: party.flat for name, party in job.parties.items() if party.flat is not None}
-    told = ", ".join(f"{name} {list(cut)}" for name, cut in cuts.items())
-    if aggregation in ("sum", "mean") and len(set(cuts.values())) > 1:
-        yield f"fuse.aggregation = {shown(aggregation)} needs equal cuts, but they are {told}"
-    if aggregation == "concat" and len({(len(cut), cut[1:]) for cut in cuts.values()}) > 1:
-        yield f"fuse.aggregation = 'concat' needs cuts that differ only in their first number, but they are {told}"
-
-
-def _about_numbers(job: Job) -> Iterator[str]:
-    micro_batches = job.pipeline.micro_batches
-    if micro_batches > job.batch_size:
-        yield f"pipeline.micro_batches = {micro_batches}; it must be at most batch_size, which is {job.batch_size}"
-    shares = [each if isinstance(each, float | int) else each.share or 0.0 for each in (job.holdout, job.test)]
-    if sum(shares) >= 1:
-        yield f"holdout = {shares[0]} and test = {shares[1]} leave no row to train on; together they must be below 1"
-    if job.fuse.whole_batch and job.pipeline.depth < micro_batches:
-        yield (
-            f"pipeline.depth = {job.pipeline.depth}; with fuse.whole_batch all activations of a step are sent before "
-            f"the first gradient comes, so it must be at least micro_batches, which is {micro_batches}"
-        )
-    if job.early_stopping is not None and not job.early_stopping.of_training and job.holdout == 0:
-        yield "early_stopping needs held-out rows, but holdout = 0; set holdout, for instance to 0.2"

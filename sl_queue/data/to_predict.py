@@ -10,11 +10,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sl_queue.data.faults import refuse
-from sl_queue.data.features import MOST_UNSEEN, Fitted, apply, unseen
+from sl_queue.data.features import Fitted, apply
 from sl_queue.data.ids import Ids, Positions
 from sl_queue.data.rows import read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.data.table import fingerprints_of, ids_in, in_order, read_ids, texts_of
+from sl_queue.data.unseen import MOST_UNSEEN, unseen
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import id_hashes
 from sl_queue.protocol.table import Table
