@@ -1,6 +1,6 @@
 """A party's table: how much memory reading it takes, and what training from a file costs when memory is short.
 
-Each table is read in a process of its own, whose peak is told against what it held before, as a multiple of the
+Each table is read in a process of its own, whose peak beyond what it held before is given as a multiple of the
 table's numbers in float32. What is mapped from a file is not counted: it is the system's to keep or to drop.
 """
 

@@ -168,7 +168,7 @@ class Job(Schema):
 
     @property
     def choices(self) -> Choices | None:
-        """What the label holder chooses rows by; None if the ids of the rows choose."""
+        """Choices of rows by the label holder; None if the ids of the rows choose."""
         if not self.tells_holdout:
             return None
         found = [each.choice() if isinstance(each, JobHoldout) else each for each in (self.holdout, self.test)]

@@ -98,7 +98,7 @@ Choice = float | ByColumn | Stratified  # a number: the share of all rows, by th
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the label holder chooses rows by."""
+    """Choices of rows to hold out and for a test, by the label holder."""
 
     holdout: Choice
     test: Choice

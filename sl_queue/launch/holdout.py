@@ -62,14 +62,14 @@ def hear_held_out(
 def tell_held_out(job: Job, spec: PartySpec, table: Table, place: Workplace) -> None:
     """Tell every feature party which rows are held out, unless all know. Raises what ends the channel.
 
-    Raises CheckpointError if others were told before than are chosen now.
+    Raises CheckpointError if the others know of another choice than the present one.
     """
     assert table.chosen is not None
     held = read_held_out(place.state)
     if held is not None and held.told and (held.rows, held.chosen.digest) != (table.digest, table.chosen.digest):
         raise CheckpointError(
-            f"party {spec.party!r}: other rows are to be held out than the other parties were told; restore the table, "
-            "or give every party and the scheduler a new state folder to train from scratch"
+            f"party {spec.party!r}: the rows to hold out are not those that the other parties know of; restore "
+            "the table, or give every party and the scheduler a new state folder to train from scratch"
         )
     told = () if held is None else held.told
     chosen, digest = table.chosen, table.digest

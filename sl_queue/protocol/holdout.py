@@ -1,7 +1,7 @@
-"""Rows that the label holder chooses to hold out or to keep for a test, and how it tells the other parties.
+"""Rows that the label holder chooses to hold out or to keep for a test, and their names to the other parties.
 
-What is told is the key of each such row, a secret hash of its id that only those who hold all ids can compute: two
-counts, then the keys of the held-out rows, then those of the test's. Nothing is told of a value of the label holder's.
+It sends the key of each such row, a secret hash of its id that only those who hold all ids can compute: two counts, then
+the keys of the held-out rows, then those of the test's. Nothing in it depends on a value of the label holder's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ class Chosen:
 
 
 def session_of(rows_digest: str) -> str:
-    """Name what is told by the rows that it is about."""
+    """Name a choice by the rows among which it was made."""
     return f"{_ABOUT}{rows_digest}"
 
 
@@ -53,7 +53,7 @@ def is_session(name: str) -> bool:
 
 
 def chunks_of(chosen: Chosen, row_keys: Keys) -> Iterator[bytes]:
-    """Yield what is told, cut into messages."""
+    """Yield the bodies of the messages that name the chosen rows."""
     counts = np.array([len(chosen.held_out), len(chosen.test)], np.uint64)
     told = np.concatenate([counts, row_keys[chosen.held_out], row_keys[chosen.test]]).astype("<u8")
     for first in range(0, len(told), CHUNK):
@@ -61,7 +61,7 @@ def chunks_of(chosen: Chosen, row_keys: Keys) -> Iterator[bytes]:
 
 
 def missing(here: Mapping[int, bytes]) -> bool:
-    """Return True unless all chunks of what is told are here. Raises RemoteProtocolError for one that cannot be."""
+    """Return True unless all chunks of a choice are here. Raises RemoteProtocolError for one that cannot be."""
     if 0 not in here:
         return True
     first = np.frombuffer(here[0], "<u8")
@@ -72,7 +72,7 @@ def missing(here: Mapping[int, bytes]) -> bool:
 
 
 def chosen_of(here: Mapping[int, bytes], row_keys: Keys) -> Chosen:
-    """Find the rows that were told among the own ones. Raises RemoteProtocolError for a key that is no row's."""
+    """Find the chosen rows among the own ones. Raises RemoteProtocolError for a key that is no row's."""
     told = np.frombuffer(b"".join(here[chunk] for chunk in sorted(here)), "<u8").astype(np.uint64)
     held_out, test = (int(count) for count in told[:_COUNTS])
     if len(told) != _COUNTS + held_out + test:

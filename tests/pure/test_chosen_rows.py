@@ -1,4 +1,4 @@
-"""Rows that the label holder chooses: by a column, by a date, or a share of each class; and how they are told."""
+"""Rows that the label holder chooses: by a column, by a date, or a share of each class; and their way to the others."""
 
 from datetime import date
 from pathlib import Path

@@ -199,7 +199,7 @@ def test_a_column_that_changed_after_the_others_were_told_is_refused(tmp_path: P
     (folder / "out/insurer/final/run.json").write_text(json.dumps({**run, "told": False, "reported": False}))
     kept = json.loads((folder / "out/insurer/held_out.json").read_text())
     (folder / "out/insurer/held_out.json").write_text(json.dumps({**kept, "held_out": kept["held_out"][1:]}))
-    with pytest.raises(CheckpointError, match="other rows are to be held out than the other parties were told"):
+    with pytest.raises(CheckpointError, match="are not those that the other parties know of"):
         sl_queue.run_local(*loaded(folder), out=folder / "out")
 
 
