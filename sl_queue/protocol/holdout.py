@@ -1,7 +1,7 @@
 """Rows that the label holder chooses to hold out or to keep for a test, and their names to the other parties.
 
-It sends the key of each such row, a secret hash of its id that only those who hold all ids can compute: two counts, then
-the keys of the held-out rows, then those of the test's. Nothing in it depends on a value of the label holder's.
+It sends the key of each such row, a secret hash of its id that only those who hold all ids can compute: two counts,
+then the keys of the held-out rows, then those of the test's. Nothing in it depends on a value of the label holder's.
 """
 
 from collections.abc import Iterator, Mapping
