@@ -35,7 +35,7 @@ bench: $(INSTALLED)  ## How fast it is here against the alternatives, in under t
 
 chaos: $(INSTALLED)  ## A few minutes of killed workers, broker and connections: not one bit of the weights differs.
 	sh tests/obtain_broker.sh
-	cd examples/credit && $(CURDIR)/$(BIN)/sl-queue chaos chaos.toml bank.toml insurer.toml --kills 30 --broker-restarts 3 --cuts 6 --seed 1
+	cd examples/numbers && $(CURDIR)/$(BIN)/sl-queue chaos chaos.toml bank.toml insurer.toml --kills 30 --broker-restarts 3 --cuts 6 --seed 1
 
 picture: $(INSTALLED)  ## Draw docs/house.svg, the packages and what they import.
 	$(BIN)/python ops/picture.py

@@ -19,11 +19,11 @@ from sl_queue.config.user_code import Importer
 from sl_queue.data.aligning import shared_rows
 from sl_queue.data.ids import Positions
 from sl_queue.data.spec import TableSpec
-from sl_queue.data.table import read_table
+from sl_queue.data.table import read_row_keys, read_table
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.party import bounds_of
-from sl_queue.launch.privacy import responded, token_key
-from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.launch.privacy import choice_key, responded, token_key
+from sl_queue.protocol.fingerprints import BY_POSITION, RULES
 from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import differing_id_types
@@ -64,10 +64,10 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
     resolved = [(file, check.attempt(lambda file=file: resolve(job, file, importer))) for file in files]  # type: ignore[misc]
     readable = [(file, spec) for file, spec in resolved if spec is not None]
     shared = _shared(check, job, [spec.table for _, spec in readable])
-    parties = {file.party: party for file, spec in readable if (party := _read(check, job, file, spec, shared))}
+    parties = _read_all(check, job, readable, shared)
     aligned = _compare_rows(check, job, parties, shared)
     table = next(iter(parties.values())).table if parties else None
-    batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.hashes))
+    batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.chosen_by(RULES)))
     if batches is not None:
         for name, held in parties.items():
             if held.table.n_rows == batches.n_rows:
@@ -123,13 +123,38 @@ def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> Mapping[str, 
     return shared
 
 
-def _read(check: Check, job: Job, file: PartyFile, spec: PartySpec, shared: Mapping[str, Positions]) -> Readable | None:
+def _read_all(
+    check: Check, job: Job, readable: Sequence[tuple[PartyFile, PartySpec]], shared: Mapping[str, Positions]
+) -> dict[str, Readable]:
+    """Read all tables, that of the label holder first if it chooses the rows that are held out."""
+    found: dict[str, Readable] = {}
+    holder: Table | None = None
+    for file, spec in sorted(readable, key=lambda each: not (job.tells_holdout and each[1].role == "label")):
+        party = _read(check, job, file, spec, shared, holder)
+        if party is not None:
+            found[file.party] = party
+            holder = party.table if spec.role == "label" else holder
+    return {file.party: found[file.party] for file, _ in readable if file.party in found}
+
+
+def _read(
+    check: Check,
+    job: Job,
+    file: PartyFile,
+    spec: PartySpec,
+    shared: Mapping[str, Positions],
+    holder: Table | None,
+) -> Readable | None:
     with_secret = check.attempt(lambda: _with_secret(job, file, spec))
     if with_secret is None:
         return None
 
     def read() -> Table:
-        return responded(with_secret, read_table(spec.table, shared.get(file.party), token_key=token_key(with_secret)))
+        aligned, chosen = shared.get(file.party), None
+        if job.tells_holdout and holder is not None and read_row_keys(spec.table, aligned)[1] == holder.digest:
+            chosen = holder.chosen
+        key, by = token_key(with_secret), choice_key(with_secret)
+        return responded(with_secret, read_table(spec.table, aligned, token_key=key, chosen=chosen, choice_key=by))
 
     table = check.attempt(read)
     if table is None:

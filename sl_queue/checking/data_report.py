@@ -21,9 +21,11 @@ SHOWN = 8  # columns that a line names
 
 def report_data(check: Check, party: str, table: Table, batches: Batches) -> None:
     """Tell what the table holds; counts and names of columns, never a row."""
-    split = batches.training_positions, batches.holdout_positions
+    split = batches.training_positions, batches.holdout_positions, batches.test_positions
     if batches.test_rows:
         check.note(f"{party}: {batches.test_rows} rows are for a test, and a run never touches them")
+    if batches.chosen is not None and table.labels is not None:
+        check.note(f"{party}: chooses {batches.holdout_rows} of {table.n_rows} rows to hold out, and tells which")
     for line in _about_labels(table, split):
         check.note(f"{party}: {line}")
     if table.features is None:
@@ -37,12 +39,12 @@ def report_data(check: Check, party: str, table: Table, batches: Batches) -> Non
         check.warn(f"{party}: {line}")
 
 
-def _about_labels(table: Table, split: tuple[Any, Any]) -> Iterator[str]:
-    """Yield how many labels of each class are trained on and held out."""
+def _about_labels(table: Table, split: Sequence[Any]) -> Iterator[str]:
+    """Yield how many labels of each class are trained on, held out, and for a test."""
     labels = table.labels
     if labels is None or labels.ndim != 1 or not len(labels):
         return
-    training, held_out = (labels[positions] for positions in split)
+    training, held_out, test = parts = [labels[positions] for positions in split]
     classes = np.unique(labels)
     if len(classes) > CLASSES:
         yield (
@@ -51,9 +53,10 @@ def _about_labels(table: Table, split: tuple[Any, Any]) -> Iterator[str]:
         )
         return
     for value in classes:
-        counts = [int((part == value).sum()) for part in (training, held_out)]
-        shares = [f" ({count / len(part):.1%})" if len(part) else "" for count, part in zip(counts, split, strict=True)]
-        yield f"label {value:g}: {counts[0]} rows trained on{shares[0]}, {counts[1]} held out{shares[1]}"
+        counts = [int((part == value).sum()) for part in parts]
+        shares = [f" ({count / len(part):.1%})" if len(part) else "" for count, part in zip(counts, parts, strict=True)]
+        told = f", {counts[2]} for a test{shares[2]}" if len(test) else ""
+        yield f"label {value:g}: {counts[0]} rows trained on{shares[0]}, {counts[1]} held out{shares[1]}{told}"
 
 
 def _about_columns(table: Table, training: Any) -> Iterator[str]:

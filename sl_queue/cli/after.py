@@ -56,12 +56,17 @@ def evaluate(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Evaluate on the rows that training held out, in place of [predict].")
     ] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Evaluate on the rows that the job kept for a test, in place of [predict].")
+    ] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw calibration and thresholds: evaluation.svg.")] = False,
 ) -> None:
     """Predict as `predict` does, and compare with the labels in the label holder's table."""
     from sl_queue.launch.outcome import write_evaluation
 
-    holder, predicted = _predicted(job, parties, run, state, broker, keys, labels=True, held_out=held_out)
+    if held_out and test:
+        raise JobError("--held-out and --test name two sets of rows; give one of them")
+    holder, predicted = _predicted(job, parties, run, state, broker, keys, labels=True, held_out=held_out, test=test)
     folder = out or holder.folder or Path()
     found = write_evaluation(predicted, folder)
     print(f"run {predicted.version.run}, {found.rows} rows: {folder / 'evaluation.json'}")
@@ -179,6 +184,7 @@ def _predicted(
     *,
     labels: bool,
     held_out: bool = False,
+    test: bool = False,
 ) -> "tuple[PartyFile, Predicted]":
     from sl_queue.config.job import Job, PartyFile
 
@@ -191,7 +197,7 @@ def _predicted(
 
     holders = [file for file in files if file.party == agreed.label_holder]
     leave_out = bool(holders and holders[0].predict is not None and holders[0].predict.missing == "leave-out")
-    asked = Asked(NAME, run, labels, leave_out, held_out)
+    asked = Asked(NAME, run, labels, leave_out, held_out, test)
     url = read_broker_url(broker or MEMORY)
     with Screen(epochs=False) as screen:
         predicted = predict_threads(agreed, files, states, asked, screen.status, url, keys)

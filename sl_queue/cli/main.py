@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sl_queue.cli import after, operate, prepare, run, tables
+from sl_queue.cli import after, begin, operate, prepare, run, tables
 from sl_queue.config.environment import DEBUG
 from sl_queue.launch.process import leaving
 
@@ -40,6 +40,7 @@ def options(
 
 # In the order of `sl-queue --help`.
 app.command()(run.demo)
+app.command()(begin.init)
 app.command()(prepare.check)
 app.command()(tables.features)
 app.command()(tables.align)

@@ -73,10 +73,18 @@ def tables(model: type[Schema], title: str = "") -> Iterator[tuple[str, type[Sch
 
 
 def keys(model: type[Schema]) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the keys of a table that hold no table."""
+    """Yield the keys of a table that hold no table, or a plain value as well."""
     for name, field in model.model_fields.items():
-        if table_in(field.annotation) is None:
+        if table_in(field.annotation) is None or float in _plain(field.annotation):
             yield field.alias or name, field
+
+
+def _plain(annotation: Any) -> set[Any]:
+    """Return the types among which a value may be."""
+    args = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _plain(args[0])
+    return {annotation} if get_origin(annotation) not in (Union, types.UnionType) else set().union(*map(_plain, args))
 
 
 def halves(field: FieldInfo) -> tuple[str, str]:
@@ -126,7 +134,7 @@ def _type(annotation: Any) -> str:
         return _TYPES[type(args[0])]
     if origin in (list, tuple):
         return "list"
-    if origin is dict or annotation is dict:
+    if origin is dict or annotation is dict or table_in(annotation) is annotation:
         return "table"
     return _TYPES.get(annotation, "text")
 

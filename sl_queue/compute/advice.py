@@ -24,7 +24,9 @@ def advice(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
     metrics = list(stage.objective.metrics)
     if metrics and not stage.batches.holdout_rows:
         held = (
-            f"holdout = {stage.batches.holdout:g} of {stage.batches.n_rows} rows holds out none"
+            "the label holder chose none"
+            if stage.batches.chosen is not None
+            else f"holdout = {stage.batches.holdout:g} of {stage.batches.n_rows} rows holds out none"
             if stage.batches.holdout
             else "holdout = 0"
         )

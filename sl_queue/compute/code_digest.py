@@ -30,7 +30,14 @@ def named(thing: Any) -> str:
 
 def digest_of(body: bytes | memoryview) -> str:
     """Return a short digest of bytes, hexadecimal."""
-    return blake2b(body, digest_size=DIGEST_BYTES).hexdigest()
+    digest = digest_begun()
+    digest.update(body)
+    return digest.hexdigest()
+
+
+def digest_begun() -> blake2b:
+    """Return the digest of nothing yet, to be updated with bytes."""
+    return blake2b(digest_size=DIGEST_BYTES)
 
 
 def words(values: Mapping[str, Any]) -> str:

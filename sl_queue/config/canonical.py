@@ -30,7 +30,7 @@ def canonical(table: Schema, values: dict[str, Any], within: str = "") -> dict[s
         key, value = f"{within}{name}", getattr(table, name)
         if key not in FIRST and value == field.get_default(call_default_factory=True):
             continue
-        found[name] = _inner(value, values[name], key)
+        found[field.alias or name] = _inner(value, values[name], key)
     return found
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sl_queue.config.canonical import canonical
+from sl_queue.config.holdout import HoldoutSetting, JobHoldout
+from sl_queue.config.job_numbers import about_aggregation, about_numbers
 from sl_queue.config.job_tables import (
     LIMIT,
     Count,
@@ -29,9 +31,11 @@ from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
 from sl_queue.config.schema import Schema, load, redacted, shown
 from sl_queue.config.security import JobSecurity
 from sl_queue.cut.packing import Wire
+from sl_queue.data.spec import Choices
 from sl_queue.errors import JobError
 from sl_queue.protocol.codec import ITEM_BYTES, MAX_RANK, MAX_TENSOR_BYTES
 from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches, Hashes
@@ -46,6 +50,7 @@ __all__ = [
     "JobBroker",
     "JobEarlyStopping",
     "JobFuse",
+    "JobHoldout",
     "JobParty",
     "JobPipeline",
     "JobSecurity",
@@ -71,18 +76,18 @@ class Job(Schema):
     )
     epochs: Count = Field(description="a whole number of at least 1: passes over the rows")
     batch_size: Count = Field(description="a whole number of at least 1: rows per optimizer step")
-    holdout: float = Field(
-        default=0.0, ge=0, lt=1, description="a number from 0 to below 1: the share of rows for evaluation"
+    holdout: HoldoutSetting = Field(
+        default=0.0,
+        description="a number from 0 to below 1, or a table [holdout]: the share of rows for evaluation, or how the "
+        "label holder chooses them",
     )
     holdout_seed: Annotated[int, Field(ge=-LIMIT, lt=LIMIT)] | None = Field(
         default=None, description="a whole number of 64 bits: chooses the held-out rows; without it, seed"
     )
-    test: float = Field(
+    test: HoldoutSetting = Field(
         default=0.0,
-        ge=0,
-        lt=1,
-        description="a number from 0 to below 1: the share of rows that a run never touches, neither to train nor to "
-        "evaluate its epochs",
+        description="a number from 0 to below 1, or a table [test]: the share of rows that a run never touches, "
+        "neither to train nor to evaluate its epochs, or how the label holder chooses them",
     )
     shuffle: bool = Field(default=True, description="true or false: every epoch has an order of rows of its own")
     drop_last: bool = Field(
@@ -121,8 +126,8 @@ class Job(Schema):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = [*_about_name(self), *_about_parties(self), *_about_cuts(self), *_about_aggregation(self)]
-        problems += [*_about_numbers(self), *self.precision.problems(self.wire)]
+        problems = [*_about_name(self), *_about_parties(self), *_about_cuts(self), *about_aggregation(self)]
+        problems += [*about_numbers(self), *self.precision.problems(self.wire)]
         problems += self.security.problems(self.parties)
         if problems:
             raise ValueError("\n".join(problems))
@@ -156,26 +161,45 @@ class Job(Schema):
         """Seed that chooses the held-out rows."""
         return self.seed if self.holdout_seed is None else self.holdout_seed
 
-    def batches(self, n_rows: int, hashes: Hashes | None = None) -> Batches:
+    @property
+    def tells_holdout(self) -> bool:
+        """Tell whether the label holder chooses rows and says which they are."""
+        return isinstance(self.holdout, JobHoldout) or isinstance(self.test, JobHoldout)
+
+    @property
+    def choices(self) -> Choices | None:
+        """Choices of rows by the label holder; None if the ids of the rows choose."""
+        if not self.tells_holdout:
+            return None
+        found = [each.choice() if isinstance(each, JobHoldout) else each for each in (self.holdout, self.test)]
+        return Choices(found[0], found[1])
+
+    def batches(self, n_rows: int, by: Hashes | Chosen | None = None) -> Batches:
         """Say which of `n_rows` rows are trained on when. Raises JobError if none is left to train or to stop on.
 
-        `hashes` are those of a Table and choose the held-out rows; without them counts are right, and positions those
-        of the first rules.
+        `by` chooses the held-out rows: hashes of a Table, or what its label holder chose; without hashes counts are
+        right, and positions those of the first rules.
         """
+        if self.tells_holdout != isinstance(by, Chosen):
+            raise JobError(f"which rows are held out is for the label holder {self.label_holder!r} to say")
+        chosen, hashes = (by, None) if isinstance(by, Chosen) else (None, by)
+        holdout, test = (0.0 if isinstance(each, JobHoldout) else each for each in (self.holdout, self.test))
         batches = Batches(
             n_rows=n_rows,
             seed=self.seed,
             epochs=self.epochs,
             batch_size=self.batch_size,
             micro_batches=self.pipeline.micro_batches,
-            holdout=self.holdout,
+            holdout=holdout,
             shuffle=self.shuffle,
             drop_last=self.drop_last,
             holdout_seed=self.holdout_seed,
-            test=self.test,
+            test=test,
             hashes=None if self.rules == BY_POSITION else hashes,
+            chosen=chosen,
         )
-        if self.early_stopping is not None and not self.early_stopping.of_training and batches.holdout_rows == 0:
+        stops = self.early_stopping is not None and not self.early_stopping.of_training
+        if stops and batches.holdout_rows == 0 and chosen is None:
             raise JobError(f"holdout = {self.holdout} of {n_rows} rows holds out none; early_stopping needs some")
         return batches
 
@@ -263,32 +287,3 @@ def _about_cuts(job: Job) -> Iterator[str]:
 def _is_word(name: str) -> bool:
     """Return True if a name can be a word of a routing key, a file name and a part of a queue's name."""
     return name.isascii() and 1 <= len(name) <= 64 and name.replace("_", "a").replace("-", "a").isalnum()
-
-
-def _about_aggregation(job: Job) -> Iterator[str]:
-    aggregation = job.fuse.aggregation
-    several = [name for name, party in job.parties.items() if party.outputs is not None]
-    if several and aggregation != "list":
-        yield f'fuse.aggregation = {shown(aggregation)}; party {several[0]!r} has several outputs, which need "list"'
-        return
-    cuts = {name: party.flat for name, party in job.parties.items() if party.flat is not None}
-    told = ", ".join(f"{name} {list(cut)}" for name, cut in cuts.items())
-    if aggregation in ("sum", "mean") and len(set(cuts.values())) > 1:
-        yield f"fuse.aggregation = {shown(aggregation)} needs equal cuts, but they are {told}"
-    if aggregation == "concat" and len({(len(cut), cut[1:]) for cut in cuts.values()}) > 1:
-        yield f"fuse.aggregation = 'concat' needs cuts that differ only in their first number, but they are {told}"
-
-
-def _about_numbers(job: Job) -> Iterator[str]:
-    micro_batches = job.pipeline.micro_batches
-    if micro_batches > job.batch_size:
-        yield f"pipeline.micro_batches = {micro_batches}; it must be at most batch_size, which is {job.batch_size}"
-    if job.holdout + job.test >= 1:
-        yield f"holdout = {job.holdout} and test = {job.test} leave no row to train on; together they must be below 1"
-    if job.fuse.whole_batch and job.pipeline.depth < micro_batches:
-        yield (
-            f"pipeline.depth = {job.pipeline.depth}; with fuse.whole_batch all activations of a step are sent before "
-            f"the first gradient comes, so it must be at least micro_batches, which is {micro_batches}"
-        )
-    if job.early_stopping is not None and not job.early_stopping.of_training and job.holdout == 0:
-        yield "early_stopping needs held-out rows, but holdout = 0; set holdout, for instance to 0.2"

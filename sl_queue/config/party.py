@@ -66,6 +66,11 @@ class DataFile(Schema):
         "name ends",
     )
     csv: CsvFile = Field(default=CsvFile(), description="a table [data.csv]")
+    mapped: bool = Field(
+        default=False,
+        description="true or false: the numbers that [features] makes lie in a file in the state folder, mapped into "
+        "memory, for a table that is larger than memory",
+    )
     id: str | list[str] | None = Field(
         default=None,
         description="the name of a column, or a list of names: says which sample a row is of",
@@ -250,6 +255,12 @@ class PartyFile(HasBroker):
 
     def model_post_init(self, context: Any, /) -> None:
         self._folder = (context or {}).get("folder")
+
+    @model_validator(mode="after")
+    def _maps_what_features_makes(self) -> Self:
+        if isinstance(self.data, DataFile) and self.data.mapped and self.features is None:
+            raise ValueError("data.mapped needs a table [features], which makes the numbers that are mapped")
+        return self
 
     @property
     def folder(self) -> Path | None:

@@ -21,6 +21,11 @@ class PredictFile(Schema):
         default="refuse",
         description='"refuse" or "leave-out": what becomes of rows of the label holder that another party lacks',
     )
+    unseen: Literal["refuse", "other"] = Field(
+        default="refuse",
+        description='"refuse" or "other": what becomes of a column in which more than a tenth of the rows hold a '
+        "category that training had not seen; fewer count as others anyway, and are reported",
+    )
 
 
 class ServeFile(Schema):

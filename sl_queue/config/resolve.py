@@ -15,7 +15,7 @@ from sl_queue.config.job import Job
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
 from sl_queue.config.privacy import about_defences, settings_of
 from sl_queue.config.user_code import Importer
-from sl_queue.data.spec import FileSpec, Rows, TableSpec
+from sl_queue.data.spec import Choices, FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
 from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.text import nearest
@@ -67,16 +67,18 @@ def resolve(job: Job, party_file: PartyFile, importer: Importer) -> PartySpec:
 
 def table_spec(job: Job, party_file: PartyFile, importer: Importer) -> TableSpec:
     """Return the table of a party, and what the job needs of it."""
+    labels = party_file.party == job.label_holder
     return TableSpec(
         party_file.party,
-        _data(party_file.data),
+        _set_aside(_data(party_file.data), party_file, job.choices if labels else None),
         features=job.cut(party_file.party) is not None,
-        labels=party_file.party == job.label_holder,
+        labels=labels,
         holdout_seed=job.seed_of_holdout if job.holdout or job.test else None,
         code=importer.within(party_file.folder),
         declared=specs_of(party_file.features),
         normalise=tuple(job.alignment.normalise),
-        training=lambda n_rows, hashes: job.batches(n_rows, hashes).training_positions,
+        training=lambda n_rows, by: job.batches(n_rows, by).training_positions,
+        choices=job.choices,
         missing_labels=party_file.fuse is not None and party_file.fuse.missing_labels == "mask",
     )
 
@@ -127,7 +129,15 @@ def data_to_predict(party_file: PartyFile) -> FileSpec | None:
         return None
     found = _data(party_file.data)
     assert isinstance(found, FileSpec)
-    return replace(found, path=party_file.predict.path, source=None)
+    return replace(found, path=party_file.predict.path, source=None, unseen=party_file.predict.unseen)
+
+
+def _set_aside(data: FileSpec | Rows, party_file: PartyFile, choices: Choices | None) -> FileSpec | Rows:
+    """Take columns that choose rows out of the features, unless the party names them there."""
+    if choices is None or isinstance(data, Rows):
+        return data
+    named = {*(data.features or ()), *(party_file.features or ())}
+    return replace(data, set_aside=tuple(name for name in choices.columns if name not in named))
 
 
 def _data(data: DataFile | Rows) -> FileSpec | Rows:
@@ -146,6 +156,7 @@ def _data(data: DataFile | Rows) -> FileSpec | Rows:
         tuple(data.exclude),
         data.duplicates,
         data.weight,
+        mapped=data.mapped,
     )
 
 

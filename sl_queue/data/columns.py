@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Columns:
     raw: Mapping[str, Any] | None = field(default=None, repr=False)  # Arrow arrays, where [features] says what of them
     specs: Mapping[str, Spec] | None = None  # what it says, column by column
     weights: Array | None = field(default=None, repr=False)  # (rows,)
+    choosing: Mapping[str, Any] | None = field(default=None, repr=False)  # Arrow arrays of columns that choose rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,17 @@ class _Selection:
     labels: tuple[str, ...]
     weight: str | None
     notes: tuple[str, ...]
+    choosing: tuple[str, ...] = ()  # columns that choose rows; they may be others too
 
     @property
     def names(self) -> list[str]:
-        return [*self.ids, *self.features, *self.labels, *([] if self.weight is None else [self.weight])]
+        own = [*self.ids, *self.features, *self.labels, *([] if self.weight is None else [self.weight])]
+        return [*own, *(name for name in self.choosing if name not in own)]
+
+    @property
+    def only_choosing(self) -> tuple[str, ...]:
+        own = {*self.ids, *self.features, *self.labels, self.weight}
+        return tuple(name for name in self.choosing if name not in own)
 
 
 def read_columns(
@@ -63,17 +72,19 @@ def read_columns(
     labels: bool,
     declared: Mapping[str, Spec] | None = None,
     missing: bool = False,
+    choosing: Mapping[str, bool] = MappingProxyType({}),
 ) -> Columns:
     """Read ids, and features and labels if they are asked for; all faults that can be seen are returned.
 
     `missing`: labels may be; they are NaN then. `declared`: what [features] says; then features stay as they are in the
-    file. Raises JobError that begins with `where` if nothing can be read.
+    file. `choosing`: columns that choose rows, and whether they are looked at as text. Raises JobError that begins with
+    `where` if nothing can be read.
     """
     assert data.path is not None
     kind = files.kind_of(data, where)
     try:
         with files.opened(data, data.path, kind) as source:
-            selecting = partial(_selected, data, features=features, labels=labels)
+            selecting = partial(_selected, data, features=features, labels=labels, choosing=choosing)
             return _read(data, source, where, selecting, declared=declared if features else None, missing=missing)
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
@@ -103,7 +114,7 @@ def _read(
     if not readable:
         refuse(where, faults)
     ids = [name for name in selection.ids if name in readable]
-    taken = _taken(source, readable, ids, specs)
+    taken = _taken(source, readable, ids, specs, selection, selecting.keywords["choosing"])
     if declared is not None:
         selection = replace(selection, features=())
     faults += [*taken.bad_rows, *undeclared]
@@ -121,6 +132,7 @@ def _read(
         None if declared is None else taken.raw,
         None if declared is None else specs,
         found.weights,
+        {name: plain(taken.table[name]) for name in selection.choosing if name in readable},
     )
 
 
@@ -134,11 +146,20 @@ class _Taken:
     bad_rows: list[str]
 
 
-def _taken(source: files.Source, readable: list[str], ids: list[str], specs: Mapping[str, Spec]) -> _Taken:
+def _taken(
+    source: files.Source,
+    readable: list[str],
+    ids: list[str],
+    specs: Mapping[str, Spec],
+    selection: _Selection,
+    choosing: Mapping[str, bool],
+) -> _Taken:
     texts = [*ids, *(name for name, spec in specs.items() if isinstance(spec, Category) and name in readable)]
+    only = selection.only_choosing
+    texts += [name for name in only if name in readable and choosing[name]]
     later = source.later(readable, texts) if specs else None
     table, bad_rows = (later, []) if later is not None else source.read(readable, texts)
-    columns = {name: plain(table[name]) for name in readable if name not in ids and name not in specs}
+    columns = {name: plain(table[name]) for name in readable if name not in {*ids, *specs, *only}}
     names = tuple(name for name in specs if name in readable)
     raw = Later(names, lambda name: plain(table[name])) if later is None else later.then(plain, names)
     return _Taken(table, columns, raw, bad_rows)
@@ -147,7 +168,9 @@ def _taken(source: files.Source, readable: list[str], ids: list[str], specs: Map
 # Names ----------------------------------------------------------------------------------------------------------
 
 
-def _selected(data: FileSpec, known: Sequence[str], *, features: bool, labels: bool) -> _Selection:
+def _selected(
+    data: FileSpec, known: Sequence[str], *, features: bool, labels: bool, choosing: Mapping[str, bool]
+) -> _Selection:
     wanted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if features and data.features is not None:
@@ -159,7 +182,8 @@ def _selected(data: FileSpec, known: Sequence[str], *, features: bool, labels: b
         wanted = tuple(dict.fromkeys(name for _, name in others if not _NAMELESS.fullmatch(name)))
         if nameless:
             notes = (_left_out(nameless),)
-    return _Selection(data.ids, wanted, data.labels if labels else (), data.weight if labels else None, notes)
+    weight = data.weight if labels else None
+    return _Selection(data.ids, wanted, data.labels if labels else (), weight, notes, tuple(choosing))
 
 
 def _matching(pattern: str, known: Sequence[str], data: FileSpec) -> Iterator[str]:

@@ -104,6 +104,7 @@ def later(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Cs
             pa.OSFile(written, "wb") as file,
             pa.ipc.new_file(file, reader.schema) as writer,
         ):
+            places = {name: place for place, name in enumerate(reader.schema.names)}
             for batch in reader:
                 writer.write_batch(batch)
     except pa.ArrowInvalid:
@@ -111,8 +112,9 @@ def later(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Cs
         return None
 
     def load(name: str) -> Any:
-        with pa.memory_map(written) as mapped:  # of which only the pages of this column are read
-            return _cleaned(pa.ipc.open_file(mapped).read_all().select([name]), dialect, texts)[name]
+        with pa.OSFile(written) as file:  # not mapped: pages of other columns would count as memory too
+            only = pa.ipc.IpcReadOptions(included_fields=[places[name]])
+            return _cleaned(pa.ipc.open_file(file, options=only).read_all(), dialect, texts)[name]
 
     return Later(tuple(selected), load, folder)
 

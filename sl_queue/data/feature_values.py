@@ -31,7 +31,7 @@ def numbers(column: Any) -> Floats:
         raise Unusable(f'is {kind_of(column)}, not numbers; say kind = "category" or kind = "date", or exclude it')
     if types.is_boolean(column.type):
         column = column.cast(pa.int8())
-    values: Floats = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
+    values: Floats = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     if infinite := int(np.isinf(values).sum()):
         raise Unusable(f"infinity in {infinite} of {len(values)} rows; replace those values, or leave them empty")
     return values

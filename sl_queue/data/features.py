@@ -6,7 +6,7 @@ needs nothing but what was fitted.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from hashlib import sha256
@@ -23,11 +23,11 @@ from sl_queue.errors import JobError
 
 FORMAT = 1  # of features.json
 OTHER, MISSING, FIRST = 0, 1, 2  # places of a category: rare or never seen, a gap, the first one known
-MOST_UNSEEN = 0.1  # share of new rows with a category that training had not seen: more is an error
 MOST_CATEGORIES = 1000  # as columns of their own
 
 Learned = Mapping[str, Any]  # of one column; JSON values
 Rows = npt.NDArray[np.int64]
+Place = Callable[[tuple[int, int], Any], npt.NDArray[Any]]  # an array of zeros of a shape and dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +102,19 @@ def apply(fitted: Fitted, columns: Mapping[str, Any]) -> tuple[npt.NDArray[np.fl
 
 
 def fit_and_apply(
-    specs: Mapping[str, Spec], columns: Mapping[str, Any], rows: Rows, n_rows: int
+    specs: Mapping[str, Spec], columns: Mapping[str, Any], rows: Rows, n_rows: int, place_for: Place = np.zeros
 ) -> tuple[Fitted, npt.NDArray[np.float32], list[str]]:
-    """Fit on some rows and apply to all, one column in memory at a time; only categories are read twice."""
+    """Fit on some rows and apply to all, one column in memory at a time; only categories are read twice.
+
+    `place_for` makes the array that is written to, column by column.
+    """
     categories = {name: spec for name, spec in specs.items() if isinstance(spec, Category)}
     known, faults = fit(categories, columns, rows)
     widths = {
         name: len(_names(name, known.columns[name])) if name in known.columns else _width(spec)
         for name, spec in specs.items()
     }
-    out = np.zeros((n_rows, sum(widths.values())), np.float32)
+    out = place_for((n_rows, sum(widths.values())), np.float32)
     place, taken, learned = 0, pa.array(np.sort(rows)), dict[str, Learned]()
     for name, spec in specs.items():
         width = widths[name]
@@ -122,6 +125,8 @@ def fit_and_apply(
                 _write(learned[name], column, out[:, place : place + width])
             except Unusable as error:
                 faults.append(f"[features] {name}: {error}")
+            del column
+            pa.default_memory_pool().release_unused()  # which would be kept for the next table
         place += width
     return Fitted(learned, len(rows)), out, faults
 
@@ -135,23 +140,6 @@ def _width(spec: Spec) -> int:
             return len(spec.parts) * (1 + spec.number.indicator)
         case Category():
             return 0
-
-
-def unseen(fitted: Fitted, columns: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Say in how many new rows categories stand that training had not seen: notes, and faults where they are many."""
-    notes, faults = [], []
-    for name, learned in fitted.columns.items():
-        if learned["kind"] != "category":
-            continue
-        found = texts(columns[name])
-        known = pa.array([*learned["categories"], *learned["rare"]], pa.large_string())
-        count = len(found) - found.null_count - (pc.sum(pc.is_in(found.drop_null(), known)).as_py() or 0)
-        told = f"[features] {name}: {count} of {len(found)} new rows hold a category that training had not seen"
-        if count > MOST_UNSEEN * len(found):
-            faults.append(f"{told}; more than {MOST_UNSEEN:.0%} is refused: is it the same column, written alike?")
-        elif count:
-            notes.append(f'{told}: they count as "other"')
-    return notes, faults
 
 
 # One column -----------------------------------------------------------------------------------------------------

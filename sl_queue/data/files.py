@@ -142,8 +142,8 @@ class _Parquet:
     def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
         tables = []
         for path in self._files:
-            with pa.parquet.ParquetFile(path) as file:
-                tables.append(file.read(columns=list(selected)))
+            with pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+                tables.append(file.read(columns=list(selected), use_threads=len(selected) > 1))
         return pa.concat_tables(tables, promote_options="permissive"), []
 
     def later(self, selected: Sequence[str], texts: Sequence[str]) -> Later | None:

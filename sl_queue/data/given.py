@@ -5,7 +5,7 @@ never taken as data.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -110,6 +110,13 @@ def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
         return {name: plain(_arrow(column)) for name, column in _named_columns(values)}, []
     except _NO_COLUMN as error:
         return {}, [f"features: a column is of objects that Arrow does not know ({type(error).__name__})"]
+
+
+def frame_columns(values: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return those of these columns that a data frame has, as Arrow arrays; of anything else none."""
+    if not _is_frame(values):
+        return {}
+    return {name: plain(_arrow(column)) for name, column in _named_columns(values) if name in names}
 
 
 def _finite(found: Numbers, what: str, dtypes: dict[str, Any], *, missing: bool = False) -> Numbers:

@@ -5,7 +5,7 @@ Faults name the party, the file, the column and the count of bad rows, and never
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
 from sl_queue.data.feature_specs import Spec, resolve
-from sl_queue.data.given import features_of, ids_of, labels_of, raw_columns
+from sl_queue.data.given import features_of, frame_columns, ids_of, labels_of, raw_columns
+from sl_queue.data.holdout import looked_at
 from sl_queue.data.matrices import Array, Numbers
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
@@ -38,14 +39,17 @@ class Arrays:
     raw: Mapping[str, Any] | None = field(default=None, repr=False)  # columns for [features] to make numbers of
     specs: Mapping[str, Spec] | None = None  # what it says of each
     weights: Array | None = field(default=None, repr=False)  # (rows,)
+    choosing: Mapping[str, Any] = field(default_factory=dict, repr=False)  # columns that choose rows, as Arrow arrays
 
 
-def read_rows(spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
-    """Read the rows of a party; features and labels only if they are asked for.
+def read_rows(spec: TableSpec, *, features: bool, labels: bool, choosing: bool = False) -> Arrays:
+    """Read the rows of a party; features, labels and the columns that choose rows only if they are asked for.
 
     Raises JobError if nothing can be read; all other faults are returned.
     """
     data, where = spec.data, f"party {spec.party!r}"
+    if not choosing:
+        spec = replace(spec, choices=None)
     if isinstance(data, Rows):
         return _given(data, f"{where}, data", spec, features=features, labels=labels)
     if data.source is not None:
@@ -70,8 +74,9 @@ def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]
 
 def _read(data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
     """Read a file."""
-    missing = spec.missing_labels
-    columns = read_columns(data, where, features=features, labels=labels, declared=spec.declared, missing=missing)
+    missing, choosing = spec.missing_labels, {} if spec.choices is None else looked_at(spec.choices)
+    about = {"features": features, "labels": labels, "missing": missing}
+    columns = read_columns(data, where, declared=spec.declared, choosing=choosing, **about)
     if columns.ids is not None:
         _require_rows(len(columns.ids[0] if isinstance(columns.ids, list) else columns.ids), where)
     found = labels_of(columns.labels, f"label column {data.label!r}", missing=missing)
@@ -79,7 +84,7 @@ def _read(data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels
     faults = (*columns.faults, *found.faults, *weights.faults)
     names = columns.names if columns.features is not None else None
     csv, notes = columns.ids_are_csv, columns.notes
-    raw = (columns.raw, columns.specs, weights.array)
+    raw = (columns.raw, columns.specs, weights.array, columns.choosing or {})
     return Arrays(where, columns.ids, csv, columns.features, found.array, names, notes, faults, *raw)
 
 
@@ -105,7 +110,8 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
             faults.append(f"there are {len(ids)} ids, but {name} for {len(array)} rows")
     if raw and ids is not None and any(len(column) != len(ids) for column in raw.values()):
         faults.append(f"there are {len(ids)} ids, but features for another number of rows")
-    more_of_it = (found.names, found.notes, tuple(faults), raw, specs, weights.array)
+    choosing = {} if spec.choices is None else frame_columns(rows.features, spec.choices.columns)
+    more_of_it = (found.names, found.notes, tuple(faults), raw, specs, weights.array, choosing)
     return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
 
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from sl_queue.data.feature_specs import Spec
 from sl_queue.ports import UserCode
+from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.schedule.row_order import Hashes, Positions
 
 FileKind = Literal["csv", "parquet", "arrow", "svmlight", "tag:value"]
 
 
-def all_rows(n_rows: int, _: Hashes | None) -> Positions:
+def all_rows(n_rows: int, _: Hashes | Chosen | None) -> Positions:
     """Return the positions of all rows: none is held out."""
     return np.arange(n_rows)
 
@@ -60,6 +61,9 @@ class FileSpec:
     exclude: tuple[str, ...] = ()  # names or patterns
     duplicates: Literal["refuse", "first"] = "refuse"
     weight: str | None = None  # of the column that says how much each row counts
+    unseen: Literal["refuse", "other"] = "refuse"  # at prediction: what becomes of many categories unknown to training
+    mapped: bool = False  # what [features] makes lies in a file that is mapped into memory
+    set_aside: tuple[str, ...] = ()  # columns that choose rows, and are no features
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -69,7 +73,41 @@ class FileSpec:
     @property
     def taken(self) -> tuple[str, ...]:
         """The columns that are no features."""
-        return (*self.ids, *self.labels, *([] if self.weight is None else [self.weight]))
+        return (*self.ids, *self.labels, *([] if self.weight is None else [self.weight]), *self.set_aside)
+
+
+@dataclass(frozen=True, slots=True)
+class ByColumn:
+    """Rows by their values in a column of the label holder: within bounds, or among some values."""
+
+    column: str
+    first: int | float | str | None = None  # text: a date in ISO 8601, or its beginning
+    before: int | float | str | None = None
+    values: tuple[str | int | float | bool, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stratified:
+    """The same share of the rows of each class."""
+
+    share: float
+
+
+Choice = float | ByColumn | Stratified  # a number: the share of all rows, by their ids
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Choices of rows to hold out and for a test, by the label holder."""
+
+    holdout: Choice
+    test: Choice
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it looks at."""
+        found = [each.column for each in (self.holdout, self.test) if isinstance(each, ByColumn)]
+        return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +122,7 @@ class TableSpec:
     code: UserCode  # finds a source that is named as module:callable
     declared: Mapping[str, Spec] | None = None  # [features]; None: all columns are numbers without gaps
     normalise: tuple[str, ...] = ()  # done to ids that are text
-    training: Callable[[int, Hashes | None], Positions] = all_rows  # the rows that are trained on, ascending
+    training: Callable[[int, Hashes | Chosen | None], Positions] = all_rows  # the rows that are trained on, ascending
+    choices: Choices | None = None  # what the label holder chooses rows by; None: ids choose
     missing_labels: bool = False  # a label may be missing: NaN in the table
+    scratch: Path | None = None  # folder for the numbers of a table that is mapped; None: one for temporary files

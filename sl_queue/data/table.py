@@ -6,7 +6,9 @@ joins, the keys never leave the party. Whoever does not know all ids can compute
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,28 +19,39 @@ import pyarrow.compute as pc
 from sl_queue.data.faults import refuse
 from sl_queue.data.features import Fitted, fit_and_apply
 from sl_queue.data.given import ids_of
+from sl_queue.data.holdout import choose, date_formats
 from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.later import Later
+from sl_queue.data.mapped import MappedColumns, scratch_of
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
-from sl_queue.protocol.schedule.row_order import Hashes, held_out, id_hashes, split_by_id
+from sl_queue.protocol.holdout import Chosen
+from sl_queue.protocol.schedule.row_order import Hashes, hashes_of, held_out, id_hashes, split_by_id
 from sl_queue.protocol.table import Table
 
 _SLICE = 1000  # ids that are Python objects at a time
 
 
 def read_table(
-    spec: TableSpec, aligned: Positions | None = None, rules: int = RULES, token_key: bytes | None = None
+    spec: TableSpec,
+    aligned: Positions | None = None,
+    rules: int = RULES,
+    token_key: bytes | None = None,
+    *,
+    chosen: Chosen | None = None,
+    choice_key: bytes | None = None,
 ) -> Table:
     """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong.
 
     `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `rules`: those of the
     run, which choose the rows that are held out, and so those that [features] is fitted on. `token_key` makes the
-    tokens of the rows' ids, for draws that a row keeps in other tables too.
+    tokens of the rows' ids, for draws that a row keeps in other tables too. `chosen`: the rows that the label holder
+    chose to hold out; None: it chooses here, with `choice_key` in the place of the job's seed.
     """
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
-    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
+    chooses = spec.choices is not None and spec.labels and chosen is None
+    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels, choosing=chooses)
     ids, faults = ids_in(spec, arrays)
     faults = [*arrays.faults, *faults]
     if spec.labels and arrays.labels is None and not faults:
@@ -47,18 +60,31 @@ def read_table(
     assert ids is not None
     ids = ids if aligned is None else ids.only(aligned)
     row_keys, digest = fingerprints_of(ids)
-    hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
+    hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed, len(ids.texts))
     features, labels = in_order(arrays.features, ids.order), in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
     tokens = None if token_key is None else keyed_ids(ids, token_key)
-    names, recipe = arrays.names, None
+    if chooses and hashes is not None:
+        private = hashes if choice_key is None else keyed_ids(ids, choice_key)
+        chosen = _chosen(spec, arrays, ids.order, labels, hashes, private)
+    elif spec.choices is not None and chosen is None:
+        chosen = Chosen.none()
+        notes = (*notes, "which rows are held out is for the label holder to say; here all count as training rows")
+    weights, id_type, order = in_order(arrays.weights, ids.order), ids.type, ids.order
+    names, recipe, arrays, ids = arrays.names, None, replace(arrays, ids=None, choosing={}), None
     if arrays.raw is not None:
-        training = spec.training(len(ids.texts), hashes if rules != BY_POSITION else None)
-        features, fitted = _made(arrays, ids.order, training)
+        by = hashes if rules != BY_POSITION else None
+        training = spec.training(len(order), by if chosen is None else chosen)
+        features, fitted = _made(arrays, order, training, scratch_of(spec))
         names, recipe = fitted.names, fitted.as_json()
-    weights = in_order(arrays.weights, ids.order)
     about = (names, hashes, notes, tokens)
-    return Table(features, labels, row_keys, digest, ids.type, *about, fitted=recipe, weights=weights)
+    return Table(features, labels, row_keys, digest, id_type, *about, fitted=recipe, weights=weights, chosen=chosen)
+
+
+def read_row_keys(spec: TableSpec, aligned: Positions | None = None) -> tuple[npt.NDArray[np.uint64], str]:
+    """Read the ids of a party's rows alone; returns the key of each in canonical order, and the digest of all."""
+    ids, _ = read_ids(spec)
+    return fingerprints_of(ids if aligned is None else ids.only(aligned))
 
 
 def read_ids(spec: TableSpec) -> tuple[Ids, str]:
@@ -84,12 +110,32 @@ def ids_in(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
     )
 
 
-def _made(arrays: Arrays, order: Positions, training: Positions) -> tuple[npt.NDArray[Any], Fitted]:
-    """Make numbers of raw columns as [features] says, fitted on the training rows alone."""
+def _chosen(
+    spec: TableSpec, arrays: Arrays, order: Positions, labels: npt.NDArray[Any] | None, hashes: Hashes, private: Hashes
+) -> Chosen:
+    """Choose the rows to hold out, as the label holder."""
+    assert spec.choices is not None
+    taken = pa.array(order)
+    columns = {name: column.take(taken) for name, column in arrays.choosing.items()}
+    formats = date_formats(arrays.specs or {})
+    chosen, faults = choose(spec.choices, columns, labels, hashes, private, formats)
+    refuse(arrays.where, faults)
+    return chosen
+
+
+def _made(
+    arrays: Arrays, order: Positions, training: Positions, scratch: Path | None
+) -> tuple[npt.NDArray[Any], Fitted]:
+    """Make numbers of raw columns as [features] says, fitted on the training rows alone; in a file if there is one."""
     assert arrays.raw is not None and arrays.specs is not None
     taken, raw = pa.array(order), arrays.raw
     columns = Later(tuple(raw), lambda name: raw[name].take(taken))
-    fitted, features, faults = fit_and_apply(arrays.specs, columns, training, len(order))
+    if scratch is None:
+        fitted, features, faults = fit_and_apply(arrays.specs, columns, training, len(order))
+    else:
+        with MappedColumns(scratch) as file:
+            fitted, _, faults = fit_and_apply(arrays.specs, columns, training, len(order), file.columns)
+            features = file.by_row()
     refuse(arrays.where, faults)
     return features, fitted
 
@@ -139,7 +185,7 @@ def fingerprints_of(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
     """Return the key of every row and the digest of all, from canonical ids as text and their lengths."""
     everything = blake2b(f"{ids.type} {len(ids.texts)} ".encode())
     lengths = pc.binary_length(ids.texts)
-    everything.update(lengths.to_numpy().astype("<i8").tobytes())  # so that no two lists read the same
+    everything.update(lengths.to_numpy().astype("<i8", copy=False).data)  # so that no two lists read the same
     for text in texts_of(ids):
         everything.update(text)
     secret = everything.digest()
@@ -150,10 +196,7 @@ def fingerprints_of(ids: Ids) -> tuple[npt.NDArray[np.uint64], str]:
 
 def keyed_ids(ids: Ids, key: bytes) -> npt.NDArray[np.uint64]:
     """Return 64 bits of each id that depend on it and on the key alone."""
-    hashes = bytearray()
-    for text in texts_of(ids):
-        hashes += blake2b(text, digest_size=8, key=key).digest()
-    return np.frombuffer(bytes(hashes), "<u8").astype(np.uint64)
+    return hashes_of(texts_of(ids), len(ids.texts), key)
 
 
 def in_order(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:

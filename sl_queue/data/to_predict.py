@@ -15,6 +15,7 @@ from sl_queue.data.ids import Ids, Positions
 from sl_queue.data.rows import read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.data.table import fingerprints_of, ids_in, in_order, read_ids, texts_of
+from sl_queue.data.unseen import MOST_UNSEEN, unseen
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import id_hashes
 from sl_queue.protocol.table import Table
@@ -31,6 +32,7 @@ class ToPredict:
     table: Table
     ids: Mapping[str, Any] = field(repr=False)  # Arrow arrays by column, in the order of the file
     positions: Positions = field(repr=False)  # of each row of the file in the table; -1: another party lacks the row
+    unseen: tuple[str, ...] = ()  # counts of categories that training had not seen, by column
 
     @property
     def missing(self) -> int:
@@ -60,10 +62,12 @@ def read_to_predict(
     if not len(ids.order):
         raise JobError(f"{arrays.where}: there are no rows to predict")
     features, names = in_order(arrays.features, ids.order), arrays.names
+    told: list[str] = []
     if columns is not None and names is not None and features is not None:
         features, names = _as_trained(arrays.where, features, names, columns)
     if arrays.raw is not None:
-        features, names = _made(arrays.where, arrays.raw, ids.order, recipe)
+        strict = not isinstance(data, FileSpec) or data.unseen == "refuse"
+        features, names, told = _made(arrays.where, arrays.raw, ids.order, recipe, strict=strict)
     row_keys, digest = fingerprints_of(ids)
     labels = in_order(arrays.labels, ids.order)
     notes = (*arrays.notes, *ids.notes)
@@ -72,7 +76,7 @@ def read_to_predict(
     in_file = _columns(data, arrays.ids)
     positions = np.full(len(next(iter(in_file.values()))), -1, np.int64)
     positions[ids.order] = np.arange(len(ids.order))
-    return ToPredict(table, in_file, positions)
+    return ToPredict(table, in_file, positions, tuple(told))
 
 
 def ids_to_predict(spec: TableSpec) -> Ids:
@@ -115,9 +119,12 @@ def _as_trained(
 
 
 def _made(
-    where: str, raw: Mapping[str, Any], order: Positions, recipe: str | None
-) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
-    """Make numbers of raw columns by what was learned in training."""
+    where: str, raw: Mapping[str, Any], order: Positions, recipe: str | None, *, strict: bool
+) -> tuple[npt.NDArray[Any], tuple[str, ...], list[str]]:
+    """Make numbers of raw columns by what was learned in training; and count what training had not seen.
+
+    `strict`: refuse a column in which more rows than a few hold a category that training had not seen.
+    """
     if recipe is None:
         raise JobError(
             f"{where}: [features] is there, and the version to predict with has no features.json: it was trained "
@@ -128,7 +135,9 @@ def _made(
     columns = {name: column.take(taken) for name, column in raw.items()}
     features, faults = apply(fitted, columns)
     refuse(where, faults)
-    return features, fitted.names
+    notes, many = unseen(fitted, columns, most=MOST_UNSEEN if strict else 1.0)
+    refuse(where, many)
+    return features, fitted.names, notes
 
 
 def _columns(data: Any, ids: Any) -> dict[str, Any]:

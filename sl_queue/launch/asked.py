@@ -25,6 +25,12 @@ class Asked:
     labels: bool = False  # compare with labels
     leave_out: bool = False  # rows that another party lacks; else they end the prediction
     held_out: bool = False  # the rows of the training run are asked about, and those that it held out are evaluated
+    test: bool = False  # or those that it kept for a test
+
+    @property
+    def of_training(self) -> bool:
+        """Tell whether the rows of the training run are asked about."""
+        return self.held_out or self.test
 
 
 def schedule_of(job: Job, n_rows: int) -> Pipeline:

@@ -8,6 +8,7 @@ from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import JobError
 from sl_queue.launch.alignment import aligned_before
+from sl_queue.launch.holdout import chosen_before
 from sl_queue.launch.keeping import rules_to_keep
 from sl_queue.launch.rows import table_of
 from sl_queue.launch.stages import of_start
@@ -39,7 +40,7 @@ def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
         if isinstance(spec.chosen_secret, Path):
             spec = spec.with_secret(read_secret(spec.chosen_secret))
         aligned = aligned_before(spec.table, folder.path) if job.alignment.method == "psi" else None
-        now = fingerprint(spec.compute, table_of(spec, rules, aligned), rules)
+        now = fingerprint(spec.compute, table_of(spec, rules, aligned, chosen_before(folder.path)), rules)
         folder.require({**now, **spec.privacy.fingerprint, **of_start(spec)})
     except JobError as error:
         log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)

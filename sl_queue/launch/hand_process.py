@@ -18,7 +18,7 @@ from sl_queue.hand_ports import Lane
 from sl_queue.launch.hands import Lanes, about, require_hands_possible, stage_of
 from sl_queue.launch.rows import table_of
 from sl_queue.loops.hand import Hand
-from sl_queue.protocol.fingerprints import BY_POSITION, RULES
+from sl_queue.protocol.fingerprints import RULES
 from sl_queue.protocol.table import Table
 from sl_queue.storage.secret_file import read_secret
 
@@ -50,7 +50,7 @@ def hand_of(job: Job, spec: PartySpec, lane: Lane) -> Hand:
 
 def workshop_of(job: Job, spec: PartySpec, table: Table, rules: int) -> TorchHand:
     """Build what a hand computes with."""
-    batches = job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes)
+    batches = job.batches(table.n_rows, table.chosen_by(rules))
     return TorchHand(stage_of(spec.compute, table, batches))
 
 

@@ -102,6 +102,11 @@ def hands_url(job: Job, party_file: PartyFile, broker: str | None, *, again: boo
 
 def require_hands_possible(job: Job, spec: PartySpec) -> None:
     """Raise JobError for what hands cannot do."""
+    if job.tells_holdout:
+        raise JobError(
+            f"party {spec.party!r}: [hands] needs held-out rows that a hand finds by itself, and the label holder "
+            "chooses them: take [hands] out, or hold out a share of the rows"
+        )
     if job.alignment.method == "psi":
         raise JobError(
             f"party {spec.party!r}: [hands] needs rows that a hand finds by itself, and alignment.method = 'psi' finds "

@@ -4,7 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from sl_queue.errors import JobError
 from sl_queue.launch.connect import connector, key_file, require_network, sealing
 from sl_queue.launch.finished import has_finished
 from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
+from sl_queue.launch.holdout import hear_held_out, tell_held_out
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep, warn_of_common_draws
 from sl_queue.launch.privacy import parts_of, require_lasting_secret
 from sl_queue.launch.rows import aligned_rows, own_version, table_of
@@ -41,7 +42,6 @@ from sl_queue.privacy.guards import EpochMeter
 from sl_queue.protocol import events
 from sl_queue.protocol.alignment import MESSAGE_BYTES
 from sl_queue.protocol.events import Observer
-from sl_queue.protocol.fingerprints import BY_POSITION
 from sl_queue.protocol.measures import Measures
 from sl_queue.protocol.messages import Role
 from sl_queue.protocol.party.bounds import Bounds, tensors_to
@@ -158,13 +158,16 @@ def _prepared(job: Job, spec: PartySpec, folder: Folder, place: Workplace, *, pr
     secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, place.state, private=private)
     if private and not secret:
         warn_of_common_draws(spec.party, spec.chosen_secret, rules)
-    spec = spec.with_secret(secret)
-    table = table_of(spec, rules, aligned)
+    spec = replace(spec.with_secret(secret), table=replace(spec.table, scratch=place.state))
+    begun, hears = folder.begun_with is not None, job.tells_holdout and spec.role != "label"
+    table = table_of(spec, rules, aligned, hear_held_out(job, spec, aligned, place, begun=begun) if hears else None)
     for note in table.notes:
         log.info("%s: %s", spec.party, note)
     folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint, **of_start(spec)})
     write_features(place.state, table.fitted)
-    pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
+    if job.tells_holdout and not hears:
+        tell_held_out(job, spec, table, place)
+    pipeline = job.pipeline_of(job.batches(table.n_rows, table.chosen_by(rules)))
     about = (job.canonical(), table.n_rows, table.digest, table.id_type)
     identity = Identity(secrets.token_hex(8), *about, rules=rules, version=own_version(), party=spec.party)
     return Prepared(spec, table, rules, pipeline, identity)
@@ -213,7 +216,7 @@ def _spending(job: Job, own: Prepared, place: Workplace, meter: EpochMeter | Non
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
     """Bound what the peers of `party` may send it: activations to the label holder, gradients of its own cut back."""
-    leftover = MESSAGE_BYTES if job.alignment.method == "psi" else 0
+    leftover = MESSAGE_BYTES if job.alignment.method == "psi" or job.tells_holdout else 0
     if party == job.label_holder:
         cuts = {peer: job.cut(peer) or () for peer in job.feature_parties}
         return Bounds(pipeline, tensors_to(Role.LABEL_HOLDER), cuts, leftover)

@@ -20,6 +20,7 @@ from sl_queue.compute.trained import evaluating_fuse, predicting_base, predictin
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.cut.guard import UNGUARDED, Guard
+from sl_queue.data.spec import FileSpec
 from sl_queue.data.to_predict import ToPredict, read_to_predict
 from sl_queue.errors import AlignmentError, CheckpointError, JobError
 from sl_queue.launch.alignment import align_party
@@ -38,6 +39,7 @@ from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
+from sl_queue.storage.holdout_file import read_held_out
 from sl_queue.storage.pieces import PieceFolder
 from sl_queue.storage.secret_file import read_secret
 from sl_queue.storage.versions import Version, choose_version
@@ -92,7 +94,7 @@ def predict_party(
         if spec.role != "label":
             return None
         outputs = pieces.read(rows.table.n_rows)
-        held_out = _held_out(job, rows) if asked.held_out else None
+        held_out = _evaluated(job, rows, state, asked) if asked.of_training else None
         return Predicted(version, rows, outputs, objective, loss_of(spec), held_out)
 
 
@@ -109,7 +111,9 @@ def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Work
     rows = read_to_predict(spec.table, positions, version.recipe, version.columns)
     for note in rows.table.notes:
         log.info("%s: %s", spec.party, note)
-    if spec.role == "label" and rows.missing:
+    for found in rows.unseen:
+        log.warning("%s: %s", spec.party, found)
+    if spec.role == "label" and rows.missing and not asked.of_training:  # which was of the shared rows too
         others = ", ".join(spec.peers)
         told = f"{rows.missing} of {len(rows.positions)} rows to predict are not held by every party ({others})"
         if not asked.leave_out:
@@ -118,11 +122,21 @@ def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Work
     return rows
 
 
-def _held_out(job: Job, rows: ToPredict) -> npt.NDArray[np.int64]:
-    batches = job.batches(rows.table.n_rows, rows.table.hashes)
-    if not batches.holdout_rows:
-        raise JobError("the job holds no rows out: set holdout, or evaluate on the rows of [predict]")
-    return np.concatenate([batches.holdout_part(index) for index in range(batches.holdout_parts)])
+def _evaluated(job: Job, rows: ToPredict, state: Path, asked: Asked) -> npt.NDArray[np.int64]:
+    """Return the rows that training held out, or kept for a test."""
+    by: Any = rows.table.hashes
+    if job.tells_holdout:
+        held = read_held_out(state)
+        if held is None:
+            raise JobError(f"{state}: held_out.json is missing, which says what rows training held out; restore it")
+        held.require(rows.table.digest, f"party {job.label_holder!r}")
+        by = held.chosen
+    batches = job.batches(rows.table.n_rows, by)
+    positions = batches.test_positions if asked.test else batches.holdout_positions
+    if not len(positions):
+        told = "keeps no rows for a test: set test" if asked.test else "holds no rows out: set holdout"
+        raise JobError(f"the job {told}, or evaluate on the rows of [predict]")
+    return positions
 
 
 def _stage(
@@ -183,9 +197,13 @@ def named_rows(version: Version, rows: ToPredict) -> dict[str, Any]:
 
 def spec_to_predict(spec: PartySpec, data: Any, asked: Asked) -> PartySpec:
     """Return a party of the job with other rows: a FileSpec or Rows. Raises CheckpointError if there are none."""
-    if asked.held_out:
-        return spec
+    if asked.of_training:
+        own = spec.table.data
+        own = replace(own, unseen="other") if isinstance(own, FileSpec) else own
+        return replace(spec, table=replace(spec.table, data=own, choices=None))
     if data is None:
         raise CheckpointError(f"party {spec.party!r} has no rows to predict: write [predict] path into its file")
     labelled = asked.labels and spec.role == "label"
-    return replace(spec, table=replace(spec.table, data=data, labels=labelled, holdout_seed=None))
+    if isinstance(data, FileSpec) and isinstance(spec.table.data, FileSpec):
+        data = replace(data, set_aside=spec.table.data.set_aside)
+    return replace(spec, table=replace(spec.table, data=data, labels=labelled, holdout_seed=None, choices=None))

@@ -52,6 +52,11 @@ def token_key(spec: PartySpec) -> bytes | None:
     return key_for(_base(spec), spec.party, "rows") if spec.privacy.defends_labels else None
 
 
+def choice_key(spec: PartySpec) -> bytes | None:
+    """Return what keys the choice of rows by their labels, so that nobody else can repeat it; None: the seed does."""
+    return key_for(spec.compute.secret, spec.party, "holdout") if spec.compute.secret else None
+
+
 def responded(spec: PartySpec, table: Table) -> Table:
     """Return the table with responses for labels, if the file says so. Raises JobError if there can be none."""
     settings, party = spec.privacy, spec.party

@@ -3,15 +3,18 @@
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sl_queue.compute import seeds
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
-from sl_queue.data.table import read_table
+from sl_queue.data.table import read_row_keys, read_table
 from sl_queue.launch.alignment import align_party
-from sl_queue.launch.privacy import responded, token_key
+from sl_queue.launch.privacy import choice_key, responded, token_key
 from sl_queue.launch.workplace import Workplace
+from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.table import Table
 from sl_queue.storage.aligned_file import Aligned
 
@@ -22,11 +25,21 @@ def aligned_rows(job: Job, spec: PartySpec, place: Workplace) -> Aligned | None:
         return align_party(job, spec.table, place, own_version())
 
 
-def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None) -> Table:
-    """Read the party's rows, with responses for labels if its file says so."""
+def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None, chosen: Chosen | None = None) -> Table:
+    """Read the party's rows, with responses for labels if its file says so.
+
+    `chosen`: the rows that the label holder holds out, as it said or has on disk; None: it chooses them now.
+    """
     with _source_seeded(spec):
-        positions = None if aligned is None else aligned.positions
-        return responded(spec, read_table(spec.table, positions, rules, token_key(spec)))
+        positions, by = None if aligned is None else aligned.positions, choice_key(spec)
+        table = read_table(spec.table, positions, rules, token_key(spec), chosen=chosen, choice_key=by)
+        return responded(spec, table)
+
+
+def row_keys_of(spec: PartySpec, aligned: Aligned | None) -> tuple[npt.NDArray[np.uint64], str]:
+    """Read the keys of the party's rows, and the digest of all."""
+    with _source_seeded(spec):
+        return read_row_keys(spec.table, None if aligned is None else aligned.positions)
 
 
 def _source_seeded(spec: PartySpec) -> AbstractContextManager[None]:

@@ -162,7 +162,7 @@ def plan_of(job: Job) -> Plan:
         epochs=job.epochs,
         patience_s=job.broker.patience,
         early_stopping=early,
-        steps=lambda n_rows: job.batches(n_rows).steps if n_rows else None,
+        steps=lambda n_rows: job.batches(n_rows).steps if n_rows and not job.tells_holdout else None,
     )
 
 

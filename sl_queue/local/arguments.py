@@ -78,7 +78,7 @@ def arguments_of(job: Job, files: Mapping[str, PartyFile]) -> dict[str, Any]:
         "aggregation": job.fuse.aggregation,
         "epochs": job.epochs,
         "batch_size": job.batch_size,
-        "validation": job.holdout,
+        "validation": job.holdout if isinstance(job.holdout, float) else 0.0,
         "seed": job.seed,
         "learning": {key: getattr(fuse, key) for key in _LEARNING if getattr(fuse, key) is not None} or None,
         "settings": {key: value for key, value in table.items() if key not in _OWN} or None,

@@ -88,7 +88,7 @@ class Measured:
 
 def measure(job: Job, specs: Mapping[str, ComputeSpec], tables: Mapping[str, Table]) -> Measured:
     """Run a few steps of every stage in this thread."""
-    plain = {"wire": JobWire(), "holdout": 0.0, "early_stopping": None, "epochs": 1_000_000}
+    plain = {"wire": JobWire(), "holdout": 0.0, "test": 0.0, "early_stopping": None, "epochs": 1_000_000}
     samples, cold_factors, contentions = [], [], []
     for parts in (1, min(PARTS, job.batch_size)):
         changed = job.model_copy(update={**plain, "pipeline": JobPipeline(micro_batches=parts)})

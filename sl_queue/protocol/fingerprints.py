@@ -15,7 +15,7 @@ SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names
 _FIRST = re.compile(  # in every version, or there whenever the party file says it
-    r"torch|threads|device|start|privacy\..+|data\.weights|fuse\.missing_labels"
+    r"torch|threads|device|start|privacy\..+|data\.(weights|held_out)|fuse\.missing_labels"
     r"|fuse\.loss(\.(pos_weight|weight|label_smoothing|delta|log_input|full))?"
     r"|(base|fuse)\.(model|(args|optimizer|schedule)\..+|optimizer|schedule|inputs|groups|clip_norm|clip_value|ema)"
 )
@@ -55,6 +55,8 @@ def _sentence(key: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> str
             return f"the attributes of {named[part]}, given in code, differ"
         case ("data", _, "fitted"):
             return "what [features] learned from the training rows differs: the table or [features] has changed"
+        case ("data", _, "held_out"):
+            return "the rows that are held out, or kept for a test, are others: the table has changed"
         case ("", _, "secret"):
             return _about_secret(found.get(key), own.get(key))
         case _:

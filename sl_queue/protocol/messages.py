@@ -32,7 +32,7 @@ class Kind(StrEnum):
     ACTIVATION = "activation"
     HOLDOUT = "holdout"  # an activation of held-out rows: evaluated, never answered
     GRADIENT = "gradient"
-    MASKED = "masked"  # ids of a party as masked points, while the rows are aligned
+    MASKED = "masked"  # before a run: ids of a party as masked points, or keys of the rows that are held out
     REPORT = "report"
     COMMAND = "command"
 
@@ -138,7 +138,7 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """A chunk of a party's masked ids, shape (ids, bytes of a point or of a finished mask).
+    """A chunk of a party's masked ids, shape (ids, bytes of a point, of a finished mask or of a row's key).
 
     `micro_batch.step` says whose they are and how far on their way, `micro_batch.index` counts the chunks.
     """

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sl_queue.protocol.fingerprints import BY_POSITION
+from sl_queue.protocol.holdout import Chosen
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -22,8 +25,15 @@ class Table:
     tokens: npt.NDArray[np.uint64] | None = field(default=None, repr=False)  # of the ids, by a key of this party alone
     truth: npt.NDArray[Any] | None = field(default=None, repr=False)  # the labels, where others stand in their place
     weights: npt.NDArray[Any] | None = field(default=None, repr=False)  # (rows,): how much each counts; None: all alike
+    chosen: Chosen | None = None  # rows that the label holder chose to hold out or for a test; None: their ids choose
     fitted: str | None = field(default=None, repr=False)  # JSON: what [features] learned of the training rows
 
     @property
     def n_rows(self) -> int:
         return len(self.row_keys)
+
+    def chosen_by(self, rules: int) -> npt.NDArray[np.uint64] | Chosen | None:
+        """Return what chooses the held-out rows in a run of these rules; None: their positions."""
+        if self.chosen is not None:
+            return self.chosen
+        return None if rules == BY_POSITION else self.hashes

@@ -86,12 +86,12 @@ class LinkAlignmentChannel:
         """Flush what was published, then leave."""
         self._mail.close(failed=self._failure is not None)
 
-    def send(self, receiver: str, message: Masked, session: str) -> None:
-        """Publish masked ids; a broker that restarts may lose them."""
+    def send(self, receiver: str, message: Masked, session: str, *, lasting: bool = False) -> None:
+        """Publish masked ids; a broker that restarts may lose them unless they are `lasting`."""
         header = Header(session, 0, message.kind, self._role, receiver, message.micro_batch)
         body = self._mail.sealed(receiver, header, message)
         self._observe(Sent(self._role, receiver, message.kind, len(body)))
-        self._link.publish(receiver, message.kind, session, body, persistent=False)
+        self._link.publish(receiver, message.kind, session, body, persistent=lasting)
 
     def tell(self, receiver: str, message: Report | Command | Status, *, lasting: bool = False) -> None:
         """Publish a statement about the present, which is worth nothing later unless it is `lasting`."""

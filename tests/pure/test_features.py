@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, QuantileTransformer, StandardScaler
 
 from sl_queue.data.feature_specs import Category, Date, Number, Spec, resolve
-from sl_queue.data.features import Fitted, apply, fit, unseen
+from sl_queue.data.features import Fitted, apply, fit
+from sl_queue.data.unseen import unseen
 from sl_queue.errors import JobError
 
 AGE = Date(("age",), date(2026, 1, 1))

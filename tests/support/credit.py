@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "credit"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "numbers"
 ROWS = 200
 FILES = ("bank.toml", "insurer.toml")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -90,6 +91,36 @@ def test_a_proposal_is_a_features_table_that_a_run_accepts(folder: Path, capsys:
     table = read_table(*_bank(folder))
     assert table.columns is not None
     assert {"income", "region=north", "since.year"} <= set(table.columns)
+
+
+def to_predict(folder: Path, unknown: int, policy: str = "") -> list[str]:
+    """Name new rows in both party files, some of them with a region that training had not seen."""
+    ids = raw_tables.customers(50, first=200)
+    raw_tables.write_bank(folder / "bank_new.csv", ids)
+    head, *rows = (folder / "bank_new.csv").read_text().splitlines()
+    for place in range(unknown):
+        fields = rows[place].split(";")
+        rows[place] = ";".join([*fields[:2], "overseas", *fields[3:]])
+    (folder / "bank_new.csv").write_text("\n".join([head, *rows, ""]))
+    pyarrow.parquet.write_table(raw_tables.insurer_table(ids).drop(["claim"]), folder / "insurer_new.parquet")
+    for name, suffix, more in (("bank", "csv", policy), ("insurer", "parquet", "")):
+        text = (folder / f"{name}.toml").read_text().partition("\n[predict]")[0]
+        (folder / f"{name}.toml").write_text(f'{text}\n[predict]\npath = "{name}_new.{suffix}"\n{more}')
+    return [str(folder / name) for name in ("job.toml", "bank.toml", "insurer.toml")]
+
+
+def test_categories_that_training_had_not_seen_are_counted_for_their_party(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sl_queue.run_local(*loaded(folder), out=folder / "state")
+    app(["predict", *to_predict(folder, unknown=4)], standalone_mode=False)
+    told = "bank: [features] region: 4 of 50 new rows hold a category that training had not seen: they count as"
+    assert any(message.startswith(told) for message in caplog.messages)
+    assert not any("overseas" in message for message in caplog.messages)
+    with pytest.raises(SystemExit, match="2"):
+        app(["predict", *to_predict(folder, unknown=6)])
+    app(["predict", *to_predict(folder, unknown=6, policy='unseen = "other"\n')], standalone_mode=False)
+    assert any("6 of 50 new rows hold a category" in message for message in caplog.messages)
 
 
 def _bank(folder: Path) -> tuple[Any, Any]:

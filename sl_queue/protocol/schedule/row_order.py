@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sl_queue.errors import JobError
+from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.messages import MicroBatch
 
 Positions = npt.NDArray[np.int64]
@@ -57,13 +58,16 @@ def held_out(n_rows: int, holdout: float) -> int:
     return round(holdout * n_rows)
 
 
-def id_hashes(ids: Iterable[bytes], seed: int) -> Hashes:
-    """Hash every id, as UTF-8 text, for the choice of held-out rows."""
+def id_hashes(ids: Iterable[bytes], seed: int, count: int = -1) -> Hashes:
+    """Hash every id, as UTF-8 text, for the choice of held-out rows; `count` of them, if that is known."""
     key = blake2b(str(seed).encode(), digest_size=32, person=b"sl_queue holdout").digest()
-    found = bytearray()
-    for text in ids:
-        found += blake2b(text, digest_size=8, key=key).digest()
-    return np.frombuffer(bytes(found), "<u8").astype(np.uint64)
+    return hashes_of(ids, count, key)
+
+
+def hashes_of(ids: Iterable[bytes], count: int, key: bytes) -> Hashes:
+    """Hash every id by a key to 64 bits; `count` of them, or -1 if that is not known."""
+    words = (int.from_bytes(blake2b(text, digest_size=8, key=key).digest(), "little") for text in ids)
+    return np.fromiter(words, np.uint64, count)
 
 
 def split_by_id(hashes: Hashes, holdout: float) -> tuple[Positions, Positions]:
@@ -101,18 +105,24 @@ class Batches:
     holdout_seed: int | None = None  # None: `seed`
     test: float = 0.0  # share of rows that are neither trained on nor evaluated: those with the largest hashes
     hashes: Hashes | None = field(default=None, repr=False, compare=False)  # of the ids; None: held out by position
+    chosen: Chosen | None = field(default=None, repr=False, compare=False)  # by the label holder; None: by the ids
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             reason = "drop_last = true drops the only batch" if self.training_rows else "no row is left to train on"
+            held = f"holdout = {self.holdout}" if self.chosen is None else f"{self.holdout_rows} of them held out"
             raise JobError(
-                f"{self.n_rows} rows with holdout = {self.holdout} and batch_size = {self.batch_size}: {reason}; "
+                f"{self.n_rows} rows with {held} and batch_size = {self.batch_size}: {reason}; "
                 "use a smaller batch_size or holdout, or drop_last = false"
             )
 
     @cached_property
     def _split(self) -> tuple[Positions, Positions, Positions]:
         """Positions to train on, held out and for a test, each ascending."""
+        if self.chosen is not None:
+            left = np.ones(self.n_rows, np.bool_)
+            left[self.chosen.held_out] = left[self.chosen.test] = False
+            return np.flatnonzero(left), self.chosen.held_out, self.chosen.test
         if self.hashes is not None:
             order = np.argsort(self.hashes, kind="stable")
         else:
@@ -146,10 +156,14 @@ class Batches:
 
     @property
     def test_rows(self) -> int:
+        if self.chosen is not None:
+            return len(self.chosen.test)
         return min(held_out(self.n_rows, self.test), self.n_rows - self.holdout_rows)
 
     @property
     def holdout_rows(self) -> int:
+        if self.chosen is not None:
+            return len(self.chosen.held_out)
         return held_out(self.n_rows, self.holdout)
 
     @cached_property

@@ -1,0 +1,190 @@
+"""A party's table: how much memory reading it takes, and what training from a file costs when memory is short.
+
+Each table is read in a process of its own, whose peak beyond what it held before is given as a multiple of the
+table's numbers in float32. What is mapped from a file is not counted: it is the system's to keep or to drop.
+"""
+
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from benchmarks import goals, processes
+from benchmarks.report import machine, table
+
+ROWS, QUICK_ROWS, COLUMNS = 2_000_000, 100_000, 50
+MOST_MEMORY = 1.5  # of the float32 table
+LEAST_SPEED = 0.8  # of training from memory
+PART = 20_000  # rows that are written at a time
+BATCH, LIMIT_S = 512, 1800.0
+WIDE, WIDE_ROWS, QUICK_WIDE_ROWS = 400, 250_000, 50_000  # of the table that is larger than memory
+STACK_BYTES = 2**20  # of a thread, which the limit counts
+
+
+def write(path: Path, rows: int, columns: int = COLUMNS) -> None:
+    """Write a table of made-up numbers with ids in no order, a part at a time."""
+    rng = np.random.default_rng(7)
+    ids = rng.permutation(np.arange(10_000_000, 10_000_000 + rows))
+    schema = pa.schema([("id", pa.int64()), *((f"x{place}", pa.float64()) for place in range(columns))])
+    opened: Callable[..., Any] = pa.csv.CSVWriter if path.suffix == ".csv" else pa.parquet.ParquetWriter
+    with opened(str(path), schema) as writer:
+        for first in range(0, rows, PART):
+            own = ids[first : first + PART]
+            numbers = [np.round(rng.standard_normal(len(own)) * 100, 2) for _ in range(columns)]
+            writer.write_table(pa.table([own, *numbers], schema=schema))
+
+
+def peak_of(path: str) -> dict[str, float]:
+    """Read a table in this process; returns its peak as a multiple of the numbers in float32, and the seconds."""
+    from sl_queue.data.table import read_table
+
+    small = Path(path).with_name(f"small{Path(path).suffix}")
+    read_table(_spec(small))  # so that libraries are loaded, which are no part of a table
+    Path("/proc/self/clear_refs").write_text("5")  # begin anew with the peak
+    before, began = _status("VmRSS:"), time.monotonic()
+    found = read_table(_spec(Path(path)))
+    return {"seconds": time.monotonic() - began, "ratio": (_status("VmHWM:") - before) / (found.n_rows * COLUMNS * 4)}
+
+
+def _spec(path: Path) -> Any:
+    from sl_queue.config.user_code import Importer
+    from sl_queue.data.feature_specs import Number
+    from sl_queue.data.spec import FileSpec, TableSpec
+
+    code = Importer().within(None)
+    return TableSpec("bank", FileSpec(path, ("id",)), True, False, 7, code, {"*": Number()})
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def speed_of(path: str, mapped: bool, limited: bool) -> dict[str, float]:
+    """Train on a table in this process; returns the rows a second after its table is there.
+
+    `limited`: besides what the process has before, it may take half of what the numbers take, for all that it needs
+    (RLIMIT_DATA, which counts memory but no file that is mapped).
+    """
+    import torch
+
+    from sl_queue.config.job import Job
+    from sl_queue.config.party import PartyFile
+    from sl_queue.local.threads import run_local
+
+    torch.set_num_threads(1)
+    threading.stack_size(STACK_BYTES)
+    rows = pa.parquet.read_metadata(path).num_rows
+    ids = np.sort(pa.parquet.read_table(path, columns=["id"])["id"].to_numpy())
+    labels = (ids % 7 < 3).astype(np.float32)
+    marks = list[float]()
+
+    class Base(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            marks.append(time.monotonic())
+            return super().forward(input)
+
+    from sl_queue.data.spec import Rows
+
+    sgd = {"name": "sgd", "lr": 0.01}
+    job = Job(
+        name="tables", seed=7, epochs=1, batch_size=BATCH, pipeline={"checkpoint_every": 10**6},
+        parties={"bank": {"role": "feature", "cut": [16]}, "insurer": {"role": "label"}},
+    )  # fmt: skip
+    bank = PartyFile(
+        party="bank", data={"path": Path(path), "id": "id", "mapped": mapped}, features={"*": {"kind": "number"}},
+        base={"model": Base, "args": {"in_features": WIDE, "out_features": 16}, "optimizer": sgd},
+    )  # fmt: skip
+    fuse = {"model": Fuse, "optimizer": sgd, "loss": "bce_with_logits"}
+    insurer = PartyFile(party="insurer", data=Rows(ids, labels=labels), fuse=fuse)
+    quick = Job(**{**job.model_dump(exclude_unset=True), "name": "warm"})
+    small = Path(path).with_name("small.parquet")
+    small_ids = pa.parquet.read_table(small, columns=["id"])["id"].to_numpy()
+    warm = [
+        bank.replace(data={"path": small, "id": "id", "mapped": mapped}),
+        insurer.replace(data=Rows(small_ids, labels=np.arange(len(small_ids)) % 2)),
+    ]
+    run_local(quick, warm)
+    marks.clear()
+    if limited:
+        most = _status("VmData:") + rows * WIDE * 4 // 2
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    with TemporaryDirectory(prefix="sl_queue-tables-", dir=Path(path).parent) as out:
+        try:
+            run_local(job, [bank, insurer], out=out)
+        except BaseException as error:
+            if not limited or mapped:
+                raise
+            return {"failed": 1.0, "speed": 0.0, "error": hash(type(error))}
+    skipped = len(marks) // 10  # to warm up
+    return {"failed": 0.0, "speed": (len(marks) - skipped - 1) * BATCH / (marks[-1] - marks[skipped])}
+
+
+class Fuse:
+    """The label holder's part of the model, made when it is asked for: only a child process loads torch."""
+
+    def __new__(cls) -> Any:
+        import torch
+
+        class _Fuse(torch.nn.Linear):
+            def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+                return super().forward(inputs[0]).squeeze(1)
+
+        return _Fuse(16, 1)
+
+
+def run(quick: bool) -> Iterator[str]:
+    """Measure all of it; yields the parts of the report."""
+    rows, wide = (QUICK_ROWS, QUICK_WIDE_ROWS) if quick else (ROWS, WIDE_ROWS)
+    yield f"{machine()}\n"
+    with TemporaryDirectory(prefix="sl_queue-tables-") as folder:
+        read = _reading(Path(folder), rows)
+        cells = [(kind, f"{one['ratio']:.2f}", f"{one['seconds']:.1f}") for kind, one in read.items()]
+        head = ("file", "peak, of the size of the numbers in float32", "seconds")
+        yield f"### Reading {rows:,} rows of {COLUMNS} columns\n\n{table(head, cells)}"
+        memory, short, mapped = _training(Path(folder), wide)
+        lines: list[tuple[str, ...]] = [
+            ("in memory, without a limit", f"{memory['speed']:,.0f}", "1"),
+            ("in memory, limited", "out of memory" if short["failed"] else f"{short['speed']:,.0f}", ""),
+            ("mapped, limited", f"{mapped['speed']:,.0f}", f"{mapped['speed'] / memory['speed']:.2f}"),
+        ]
+        told = f"{wide:,} rows of {WIDE} columns; the limit (RLIMIT_DATA) is half of what their numbers take."
+        yield (
+            "### Training on a table of twice the memory\n\n"
+            f"{told}\n\n{table(('numbers', 'rows/s', 'of memory'), lines)}"
+        )
+        yield goals.listed(_goals(read, mapped["speed"] / memory["speed"]))
+
+
+def _reading(folder: Path, rows: int) -> dict[str, dict[str, float]]:
+    found = {}
+    for kind in ("csv", "parquet"):
+        small, large = folder / f"small.{kind}", folder / f"large.{kind}"
+        write(small, 1000)
+        write(large, rows)
+        found[kind] = processes.together({"read": (peak_of, (str(large),))}, LIMIT_S)["read"]
+        large.unlink()
+        small.unlink()
+    return found
+
+
+def _training(folder: Path, rows: int) -> list[dict[str, float]]:
+    write(folder / "small.parquet", 1000, WIDE)
+    write(folder / "wide.parquet", rows, WIDE)
+    ways = ((False, False), (False, True), (True, True))
+    works = [{"train": (speed_of, (str(folder / "wide.parquet"), *way))} for way in ways]
+    return [processes.together(work, LIMIT_S)["train"] for work in works]
+
+
+def _goals(read: Any, share: float) -> Iterator[str]:
+    for kind in ("csv", "parquet"):
+        yield goals.line(f"peak of reading {kind}", read[kind]["ratio"], MOST_MEMORY)
+    yield goals.line("speed of a mapped table", share, LEAST_SPEED, at_least=True)

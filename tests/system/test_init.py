@@ -1,0 +1,102 @@
+"""From two tables to a trained model with the files that `sl-queue init` writes."""
+
+import os
+import pty
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+
+import sl_queue
+from sl_queue.config.job import Job
+from sl_queue.config.party import PartyFile
+from tests.support import raw_tables
+from tests.system.test_cli import COMMAND, environment
+
+pytestmark = pytest.mark.timeout(240)
+PARTIES = ("--party", "insurer:insurer.parquet:customer", "--party", "bank:bank.csv:customer")
+
+
+def run(*words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND, *map(str, words)], capture_output=True, text=True, env=environment(), stdin=subprocess.DEVNULL, **more
+    )
+
+
+def write_tables(folder: Path) -> None:
+    raw_tables.write_bank(folder / "bank.csv", raw_tables.customers(60))
+    table = raw_tables.insurer_table(raw_tables.customers(70, first=20))
+    pyarrow.parquet.write_table(table, folder / "insurer.parquet")
+
+
+def test_its_files_and_proposed_features_train_on_tables_as_they_are(tmp_path: Path) -> None:
+    done = run("init", tmp_path / "claims", *PARTIES, "--label", "claim")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "claims"
+    assert sorted(path.name for path in folder.iterdir()) == ["bank.toml", "insurer.toml", "job.toml", "models.py"]
+    write_tables(folder)
+    bank = (folder / "bank.toml").read_text()
+    (folder / "bank.toml").write_text(bank.replace("# csv = {", "csv = {"))
+    for party in ("bank", "insurer"):
+        proposed = run("features", folder / "job.toml", folder / f"{party}.toml", "--write")
+        assert proposed.returncode == 0, proposed.stderr
+    job, files = (
+        Job.load(folder / "job.toml"),
+        [PartyFile.load(folder / f"{name}.toml") for name in ("bank", "insurer")],
+    )
+    assert job.name == "claims" and job.alignment.method == "psi"
+    found = sl_queue.run_local(job.replace(epochs=1, batch_size=16), files)
+    assert set(found.history[-1]["holdout"]) == {"loss", "auroc", "accuracy"}
+
+
+@pytest.mark.parametrize(("task", "loss", "outputs"), [("multiclass", "cross_entropy", 5), ("regression", "mse", 1)])
+def test_each_task_has_its_loss_and_its_outputs(tmp_path: Path, task: str, loss: str, outputs: int) -> None:
+    done = run("init", tmp_path / "x", *PARTIES, "--label", "y", "--task", task, "--classes", 5, "--same-ids")
+    assert done.returncode == 0, done.stderr
+    file = PartyFile.load(tmp_path / "x/insurer.toml")
+    assert file.fuse is not None and file.fuse.loss == loss and file.fuse.args["outputs"] == outputs
+    assert Job.load(tmp_path / "x/job.toml").alignment.method == "equal"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ((), "which tables? give --party NAME:TABLE:ID"),
+        (PARTIES, "which column holds the labels?"),
+        ((*PARTIES[:2], "--label", "y"), "at least two parties"),
+        (("--party", "a:b", "--label", "y"), "it must be NAME:TABLE:ID"),
+        ((*PARTIES, "--party", "a b:t.csv:i", "--label", "y"), "is no name of a party"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(
+    tmp_path: Path, words: tuple[str, ...], why: str
+) -> None:
+    done = run("init", tmp_path / "x", *words)
+    assert done.returncode == 2 and why in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_files_that_are_there_are_left_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "bank.toml").write_text("mine")
+    done = run("init", tmp_path, *PARTIES, "--label", "y")
+    assert done.returncode == 2 and "is there already" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.toml"]
+
+
+def test_at_a_terminal_it_asks(tmp_path: Path) -> None:
+    mine, theirs = pty.openpty()
+    answers = ["insurer", "i.parquet", "id", "claim", "bank", "b.csv", "", "", "regression"]
+    process = subprocess.Popen(
+        [COMMAND, "init", str(tmp_path / "asked")], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=environment(),
+    )  # fmt: skip
+    os.write(mine, "".join(f"{answer}\n" for answer in answers).encode())
+    said, _ = process.communicate(timeout=100)
+    os.close(theirs)
+    os.close(mine)
+    assert process.returncode == 0, said
+    bank = PartyFile.load(tmp_path / "asked/bank.toml")
+    assert bank.data.id == "id" and str(bank.data.path).endswith("b.csv")  # type: ignore[union-attr]
+    assert PartyFile.load(tmp_path / "asked/insurer.toml").fuse.loss == "mse"  # type: ignore[union-attr]
