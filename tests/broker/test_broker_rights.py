@@ -29,8 +29,6 @@ RIGHTS = {  # what is left when one of them is revoked
     "all": ("^$", "^$", "^$"),
 }
 
-pytestmark = pytest.mark.timeout(180)
-
 
 class Clerk:  # mutable: it changes its password
     """A login whose rights are given and revoked while it works."""

@@ -22,7 +22,6 @@ from tests.support.links import await_that
 from tests.support.secured import SEALED
 
 pytestmark = [
-    pytest.mark.timeout(120),
     pytest.mark.skipif(SEALED, reason="what is published here is not sealed"),
 ]
 

@@ -20,8 +20,6 @@ from tests.support.broker import Broker
 from tests.support.links import Inbox, await_that, numbered, send, two_parties
 from tests.support.rabbit import LIMITS, Connect, in_order
 
-pytestmark = pytest.mark.timeout(120)
-
 # Losing the broker ------------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,6 @@ from tests.support.broker import Broker
 from tests.support.links import Inbox, numbered, send, two_parties
 from tests.support.rabbit import LIMITS, Connect, at_the_broker, with_login
 
-pytestmark = pytest.mark.timeout(120)
-
 # Being refused ----------------------------------------------------------------------------------------------------
 
 

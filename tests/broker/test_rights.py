@@ -17,8 +17,6 @@ from tests.support.links import Inbox, numbered, send
 
 NAMES = Topology("insurer", ("bank",))
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def login(broker: Broker, vhost: str, configure: str, write: str, read: str) -> str:
     """Return the URL of a new user with these rights."""

@@ -16,8 +16,6 @@ from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.retry import Limits
 from tests.support.links import Inbox, numbered, send, two_parties
 
-pytestmark = pytest.mark.timeout(60)
-
 LIMITS = Limits(first_s=10.0, lost_s=20.0, busy_s=0.5, unroutable_s=5.0)
 
 

@@ -23,9 +23,6 @@ from tests.support.crew import CHECKPOINT_EVERY, ROLES, Crew, write_job
 from tests.support.links import await_that
 from workers.health import complaint
 
-pytestmark = pytest.mark.timeout(120)
-
-
 DESCRIPTORS = 200
 
 

@@ -18,8 +18,6 @@ from tests.support.links import Inbox, numbered, send, two_parties
 LIMITS = Limits(first_s=10.0, lost_s=60.0, busy_s=2.0, unroutable_s=30.0)
 RECEIVERS = ("insurer", "scheduler", "telco")
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def connect(broker_url: str, unique: str) -> Iterator[Callable[[str], Inbox]]:

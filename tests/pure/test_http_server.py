@@ -19,8 +19,6 @@ HOST = "127.0.0.1"
 BIG = b"x" * 5_000_000
 PATIENCE_S = 1.5  # of an impatient server
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def fail(_: object) -> Answer:
     raise ValueError("no page")

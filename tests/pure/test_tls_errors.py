@@ -25,8 +25,6 @@ NOW = datetime.datetime.now(datetime.UTC)
 HOST = "127.0.0.1"
 AT_ONCE = Limits(first_s=30.0)
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def days(count: int) -> datetime.datetime:
     return NOW + datetime.timedelta(days=count)

@@ -23,8 +23,6 @@ from sl_queue.protocol.totals import Totals
 from sl_queue.testing.private_broker import free_ports
 from tests.support.links import await_that
 
-pytestmark = pytest.mark.timeout(60)
-
 JOB = {"name": "toy", "epochs": 3, "pipeline": {"depth": 4}, "security": {"seal": True}, "early_stopping": None}
 
 

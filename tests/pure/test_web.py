@@ -19,8 +19,6 @@ from sl_queue.observe.web import MOST, WatchServer, kept_page, page
 from sl_queue.protocol.scheduler.status import RunStatus
 from tests.support.links import await_that
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def live() -> Live:

@@ -2,11 +2,9 @@
 
 import http.client
 import json
-import signal
 import socket
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.support.credit import FILES, write_credit
-from tests.system.test_cli import environment, sl_queue
+from tests.support.forked import Forked, await_that, environment, forked, sl_queue
 
 NEW = 3000
 
@@ -108,7 +106,6 @@ def test_what_cannot_be_predicted_is_said_in_one_line(trained: Path, tmp_path: P
     assert "no version of run 'nowhere'" in unknown.stderr
 
 
-@pytest.mark.timeout(240)
 def test_workers_that_are_killed_leave_the_same_file_with_each_row_once(trained: Path, broker_url: str) -> None:
     assert sl_queue("predict", *files(trained)).returncode == 0
     wanted = (trained / "predictions.csv").read_bytes()
@@ -118,31 +115,25 @@ def test_workers_that_are_killed_leave_the_same_file_with_each_row_once(trained:
         "bank": ["workers.feature_party", "--party", trained / "bank.toml"],
         "insurer": ["workers.label_holder", "--party", trained / "insurer.toml"],
     }
-
-    def start(role: str) -> "subprocess.Popen[bytes]":
-        module, *rest = commands[role]
-        command = [sys.executable, "-m", module, "--job", trained / "job.toml", *rest, "--predict", "today"]
-        environ = environment(SL_QUEUE_BROKER=broker_url)
-        return subprocess.Popen(list(map(str, command)), env=environ, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    workers = {role: start(role) for role in commands}
     pieces = trained / "state" / "insurer" / "predictions" / "today" / "pieces"
-    try:
+    with ExitStack() as running:
+
+        def start(role: str) -> Forked:
+            words = [*commands[role], "--job", trained / "job.toml", "--predict", "today"]
+            return running.enter_context(worker(words, trained / f"{role}.log", broker_url))
+
+        workers = {role: start(role) for role in commands}
         for role in commands:
-            deadline = time.monotonic() + 90.0
-            while not any(pieces.glob("*.npy")) and workers["insurer"].poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            workers[role].send_signal(signal.SIGKILL)
-            workers[role].communicate()
+            await_that(lambda: any(pieces.glob("*.npy")) or workers["insurer"].poll() is not None, "no piece came")
+            workers[role].kill()
             workers[role] = start(role)
-        said = {role: worker.communicate(timeout=120) for role, worker in workers.items()}
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.communicate()
-    assert {role: worker.returncode for role, worker in workers.items()} == dict.fromkeys(commands, 0), said
+        codes = {role: process.wait() for role, process in workers.items()}
+    assert codes == dict.fromkeys(commands, 0), [(trained / f"{role}.log").read_text() for role in commands]
     assert (trained / "predictions.csv").read_bytes() == wanted
+
+
+def worker(words: Sequence[object], log: Path, broker_url: str) -> AbstractContextManager[Forked]:
+    return forked(words, environment(SL_QUEUE_BROKER=broker_url), stdout=log, stderr=log)
 
 
 def ask(port: int, ids: list[int]) -> tuple[int, dict[str, object]]:
@@ -158,7 +149,6 @@ def ask(port: int, ids: list[int]) -> tuple[int, dict[str, object]]:
         connection.close()
 
 
-@pytest.mark.timeout(240)
 def test_a_service_answers_over_http_whoever_is_killed(trained: Path, broker_url: str) -> None:
     assert sl_queue("predict", *files(trained)).returncode == 0
     table = pa.csv.read_csv(trained / "predictions.csv")
@@ -174,28 +164,23 @@ def test_a_service_answers_over_http_whoever_is_killed(trained: Path, broker_url
         "insurer": ["workers.label_holder", "--party", party],
     }
 
-    def start(role: str) -> "subprocess.Popen[bytes]":
-        module, *rest = commands[role]
-        command = [sys.executable, "-m", module, "--job", trained / "job.toml", *rest, "--serve"]
-        environ = environment(SL_QUEUE_BROKER=broker_url)
-        return subprocess.Popen(list(map(str, command)), env=environ, stderr=subprocess.DEVNULL)
+    asked: list[tuple[int, dict[str, object]]] = []
 
-    workers = {role: start(role) for role in commands}
-    try:
+    def answered() -> bool:
+        asked.append(ask(port, [*first]))
+        return asked[-1][0] == 200
+
+    with ExitStack() as running:
+
+        def start(role: str) -> Forked:
+            words = [*commands[role], "--job", trained / "job.toml", "--serve"]
+            return running.enter_context(worker(words, trained / f"{role}.log", broker_url))
+
+        workers = {role: start(role) for role in commands}
         for role in ("bank", "insurer", "bank"):
-            deadline = time.monotonic() + 60.0
-            status, said = 0, {}
-            while status != 200:
-                assert time.monotonic() < deadline, (status, said)
-                status, said = ask(port, [*first])
-                time.sleep(0.1)
-            predictions = said["predictions"]
+            await_that(answered, lambda: str(asked[-1]))
+            predictions = asked[-1][1]["predictions"]
             assert isinstance(predictions, list)
             assert {one["id"]: pytest.approx(one["probability"], abs=1e-6) for one in predictions} == first
             workers[role].kill()
-            workers[role].wait()
             workers[role] = start(role)
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()

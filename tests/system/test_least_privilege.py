@@ -28,8 +28,6 @@ from tests.support.links import Inbox
 DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
 PASSWORD = "correct horse battery staple"
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @dataclass(frozen=True)
 class Deployed:

@@ -21,7 +21,7 @@ from tests.contract.test_scheduling import until
 from tests.support.broker import Broker
 from tests.support.credit import edit
 from tests.support.crew import Crew, write_job
-from tests.system.test_cli import sl_queue
+from tests.support.forked import sl_queue
 
 RUN: dict[str, Any] = {"phase": "running", "told_at": "2026-01-01T00:00:00.000+00:00"}
 WALL = 1767225600.0 + 12.5  # 12.5 s after that

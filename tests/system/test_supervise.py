@@ -16,8 +16,6 @@ import pytest
 from sl_queue.local.processes import failure_in
 from sl_queue.local.supervise import Failure, Limits, Worker, supervise
 
-pytestmark = pytest.mark.timeout(60)
-
 QUICK = Limits(first_pause_s=0.02, longest_pause_s=0.1, crashes=4, grace_s=5.0)
 
 

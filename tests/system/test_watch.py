@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -26,8 +24,8 @@ from sl_queue.testing.private_broker import free_ports
 from tests.support.browser import chromium, complaints, overflow, text_of, until
 from tests.support.credit import edit
 from tests.support.crew import KEYS, ROLES, Crew, write_job
+from tests.support.forked import await_that, environment, forked, sl_queue
 from tests.support.secured import SEALED, write_keys
-from tests.system.test_cli import sl_queue
 
 SOON_S = 3.0  # within which the page says who is waited for
 DEAD_S = 5.0  # within which it shows that a worker was killed
@@ -57,16 +55,13 @@ SLOW_FORWARD = """    def forward(self, x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def watching(job: Path, url: str, *options: str) -> Iterator[str]:
     """Run `sl-queue watch` and yield the address of its page."""
-    command = (sys.executable, "-m", "sl_queue.cli", "watch", str(job), "--broker", url, "--port", "0", *options)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            found = re.search(r"http://\S+", line)
-            assert found, line + process.stderr.read()
-            yield found[0]
-        finally:
-            process.terminate()
+    said = job.parent / "watch.said"
+    words = ("sl-queue", "watch", job, "--broker", url, "--port", "0", *options)
+    with forked(words, environment(), stdout=Path(os.devnull), stderr=said):
+        await_that(lambda: "http://" in said.read_text(), said.read_text)
+        found = re.search(r"http://\S+", said.read_text())
+        assert found
+        yield found[0]
 
 
 def start(crew: Crew, role: str, metrics: int) -> None:
@@ -106,7 +101,6 @@ def crew(tmp_path: Path, broker_url: str, unique: str) -> Iterator[Crew]:
         yield started
 
 
-@pytest.mark.timeout(300)
 def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew: Crew) -> None:
     ports = dict(zip(ROLES, free_ports(len(ROLES)), strict=True))
     key = ("--key", str(crew.folder / KEYS / OPERATOR / "seal.key"))
@@ -156,7 +150,6 @@ def test_a_sealed_run_is_shown_to_nobody_without_the_key(tmp_path: Path, broker_
     assert "'operator' needs its private key" in done.stderr
 
 
-@pytest.mark.timeout(240)
 def test_ten_thousand_steps_are_light_for_the_scheduler_and_for_the_browser(tmp_path: Path) -> None:
     live, keeper = Live(), Keeper(tmp_path)
     with WatchServer(live, 0) as server, chromium() as chrome:
