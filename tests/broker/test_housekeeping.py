@@ -58,7 +58,7 @@ def refuse(connect: Connect, *bodies: bytes, reason: str = "is of run 'old'") ->
     send(bank.link, "insurer", *bodies)
     for delivery in insurer.take(len(bodies)):
         insurer.link.reject(delivery.tag, reason)
-    assert insurer.link.flush(10.0)
+    assert insurer.link.flush(90.0)
     bank.link.close()
     return insurer
 
@@ -164,7 +164,7 @@ def test_a_reason_is_one_line_of_bounded_length() -> None:
 def test_nothing_of_a_job_is_left_after_a_cleanup(job: Job, broker_url: str, connect: Connect) -> None:
     refuse(connect, b"one").link.close()
     send(bank := connect("bank").link, "insurer", b"two", b"three")
-    assert bank.flush(10.0)
+    assert bank.flush(90.0)
     bank.close()
     remains = find_remains(job, broker_url, force=False)
     assert sum(queue.messages for queue in remains.queues) == 3

@@ -67,7 +67,7 @@ def over_hands(of: Parties, hands: int, loss: float, who: tuple[str, ...], own: 
         for thread in crew.threads:
             thread.join(10)
     whole.losses, whole.evaluations = stages.losses, stages.evaluations
-    return whole, sum(crew.lost for crew, _ in crews)
+    return whole, sum(len(crew.lost) for crew, _ in crews)
 
 
 @pytest.mark.parametrize("staleness", [0, 2])

@@ -13,11 +13,11 @@ from contextlib import closing, contextmanager
 import pytest
 
 from sl_queue.observe.http_server import MOST, REQUEST_BYTES, Answer, HttpServer
-from tests.support.links import await_that
+from tests.support.waiting import await_that
 
 HOST = "127.0.0.1"
 BIG = b"x" * 5_000_000
-PATIENCE_S = 1.5  # of an impatient server
+PATIENCE_S = 0.5  # of an impatient server
 
 
 def fail(_: object) -> Answer:
@@ -39,12 +39,12 @@ def impatient() -> Iterator[HttpServer]:
 
 
 def get(server: HttpServer, path: str = "/") -> bytes:
-    with urllib.request.urlopen(f"http://{HOST}:{server.port}{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{HOST}:{server.port}{path}", timeout=60) as answer:
         return bytes(answer.read())
 
 
 def connect(server: HttpServer) -> socket.socket:
-    return socket.create_connection((HOST, server.port), timeout=10)
+    return socket.create_connection((HOST, server.port), timeout=60)
 
 
 def ask(server: HttpServer, request: bytes) -> bytes:
@@ -107,7 +107,7 @@ def test_a_connection_that_says_nothing_ends_after_its_patience(impatient: HttpS
     began = time.monotonic()
     with connect(impatient) as peer:
         assert peer.recv(1) == b""
-    assert 0.8 * PATIENCE_S < time.monotonic() - began < PATIENCE_S + 5
+    assert time.monotonic() - began > 0.8 * PATIENCE_S
 
 
 def test_a_watcher_that_does_not_read_its_answer_ends_too(impatient: HttpServer) -> None:
@@ -115,7 +115,7 @@ def test_a_watcher_that_does_not_read_its_answer_ends_too(impatient: HttpServer)
         peer.sendall(b"GET /big HTTP/1.1\r\n\r\n")
         await_that(lambda: sockets_of(impatient) == 1, "it is being answered")
         assert get(impatient) == b"here"
-        await_that(lambda: sockets_of(impatient) == 0, "it is given up", PATIENCE_S + 10)
+        await_that(lambda: sockets_of(impatient) == 0, "it is given up")
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def no_descriptors_left() -> Iterator[None]:
 
 def test_a_shortage_of_descriptors_neither_ends_it_nor_makes_it_spin(server: HttpServer) -> None:
     with socket.socket() as peer:
-        peer.settimeout(10)
+        peer.settimeout(60)
         with no_descriptors_left():
             peer.connect((HOST, server.port))  # by the kernel; the server cannot accept it
             peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -149,7 +149,7 @@ def test_a_shortage_of_descriptors_neither_ends_it_nor_makes_it_spin(server: Htt
             with pytest.raises(TimeoutError):
                 peer.recv(1)
             assert time.process_time() - spent < 0.5
-        peer.settimeout(10)
+        peer.settimeout(60)
         assert b"here" in peer.makefile("rb").read()
     assert get(server) == b"here"
 

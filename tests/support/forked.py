@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,14 +115,6 @@ def sl_queue(
         with forked(command, environ, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd) as running:
             code = running.wait()
         return subprocess.CompletedProcess(running.words, code, stdout.read_text(), stderr.read_text())
-
-
-def await_that(condition: Callable[[], Any], what: Callable[[], str] | str, timeout_s: float = WAIT_S) -> None:
-    """Look every few milliseconds until something is so."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what if isinstance(what, str) else what()
-        time.sleep(0.01)
 
 
 def _become(words: list[str], environ: dict[str, str], streams: tuple[str, str, str], cwd: str) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from tests.support.forked import Forked, await_that, environment, forked
+from tests.support.forked import Forked, environment, forked
+from tests.support.waiting import await_that
 
 ENDS_S = 150.0
 

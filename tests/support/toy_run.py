@@ -210,7 +210,7 @@ class ToyRun:
         batches = Batches(self.n_rows, 7, self.epochs, self.batch_size, self.micro_batches, self.holdout)
         return Pipeline(batches, self.depth, self.staleness, self.checkpoint_every)
 
-    def run(self, timeout_s: float = 20.0) -> "ToyRun":
+    def run(self, timeout_s: float = 120.0) -> "ToyRun":
         """To the end; every crashed role is started again, as a supervisor would."""
         roles = (SCHEDULER, *self.topology.parties)
         threads = [threading.Thread(target=self._supervise, args=(r,), name=f"{r}-main", daemon=True) for r in roles]

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from tests.support.credit import FILES, write_credit
-from tests.support.forked import Forked, await_that, environment, forked, sl_queue
+from tests.support.forked import Forked, environment, forked, sl_queue
+from tests.support.waiting import await_that
 
 NEW = 3000
 

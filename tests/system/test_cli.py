@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from tests.support.credit import FILES, bank_columns, edit, write_bank, write_credit
-from tests.support.forked import await_that, environment, forked, sl_queue
+from tests.support.forked import environment, forked, sl_queue
+from tests.support.waiting import await_that
 
 Trained = tuple[Path, subprocess.CompletedProcess[str]]
 

@@ -15,8 +15,9 @@ import pytest
 
 from tests.support.broker import GIVEN, Broker
 from tests.support.credit import FILES, edit, write_credit
-from tests.support.forked import Forked, await_that, environment, forked, sl_queue
+from tests.support.forked import Forked, environment, forked, sl_queue
 from tests.support.local_run import gone, started, weights, words_of
+from tests.support.waiting import await_that
 
 EPOCHS = 40
 PACE = "time.sleep(0.01)"  # in every forward of the bank: long enough for something to happen, however fast the machine

@@ -14,7 +14,8 @@ from sl_queue.launch.reporting import write_report
 from tests.support.browser import chromium, complaints, overflow, text_of
 from tests.support.credit import edit
 from tests.support.crew import FILES, write_job
-from tests.support.forked import await_that, environment, forked, sl_queue
+from tests.support.forked import environment, forked, sl_queue
+from tests.support.waiting import await_that
 
 CONTRAST = """
 const parse=c=>c.match(/[\\d.]+/g).slice(0,3).map(Number);

@@ -24,8 +24,9 @@ from sl_queue.testing.private_broker import free_ports
 from tests.support.browser import chromium, complaints, overflow, text_of, until
 from tests.support.credit import edit
 from tests.support.crew import KEYS, ROLES, Crew, write_job
-from tests.support.forked import await_that, environment, forked, sl_queue
+from tests.support.forked import environment, forked, sl_queue
 from tests.support.secured import SEALED, write_keys
+from tests.support.waiting import await_that
 
 SOON_S = 3.0  # within which the page says who is waited for
 DEAD_S = 5.0  # within which it shows that a worker was killed
