@@ -483,13 +483,13 @@ def test_rows_that_cannot_be_trained_on_are_explained(rows: Rows, expected: list
         assert words in said
 
 
-def test_a_million_rows_are_put_in_order_in_a_few_times_what_a_quarter_of_them_takes() -> None:
+def test_many_rows_are_put_in_order_in_a_few_times_what_a_quarter_of_them_takes() -> None:
     def read_in_order(n: int) -> tuple[Table, float]:
         ids = np.random.default_rng(0).permutation(n)
         began = time.process_time()
         return table(Rows(ids, ids[:, None].astype(np.float64))), time.process_time() - began
 
-    n = 1_000_000
+    n = 400_000
     _, quarter_s = read_in_order(n // 4)
     read, seconds = read_in_order(n)
     assert read.features is not None
