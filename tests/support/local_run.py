@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.forked import Forked, environment, forked
 from tests.support.waiting import await_that
 
-ENDS_S = 150.0
+ENDS_S = 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,9 @@ class LocalRun:
         ]
 
     def wait(self) -> int:
-        return self.process.wait(ENDS_S)
+        """Return the exit code, when it has ended."""
+        await_that(lambda: self.process.poll() is not None, lambda: f"it has not ended:\n{self.text}", ENDS_S)
+        return self.process.wait()
 
     def finish(self) -> None:
         """Wait for a good end."""
