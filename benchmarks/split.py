@@ -14,9 +14,10 @@ from sl_queue.compute.threads import limit_threads
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.launch.connect import Channels, topology
+from sl_queue.launch.connect import topology
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
+from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
@@ -93,9 +94,9 @@ def _threads(plan: Plan) -> list[Trace]:
 def _serve(plan: Plan, role: str, connect: Callable[[str, int], Link], state: Path) -> Trace | None:
     limit_threads(1)
     if role == SCHEDULER:
-        serve_scheduler(plan.job, connect, state, lambda _: None, Channels())
+        serve_scheduler(plan.job, Workplace(connect, state), lambda _: None)
         return None
     trace, metrics = Trace(role), ("auroc",) if plan.job.holdout else ()
     spec = resolve(plan.job, party_file(plan.workload, role, metrics), Importer())
-    serve_party(plan.job, spec, connect, state, Channels(), observe=trace)
+    serve_party(plan.job, spec, Workplace(connect, state, observe=trace))
     return trace

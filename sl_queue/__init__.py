@@ -28,9 +28,10 @@ if TYPE_CHECKING:
         TransportError,
         Unroutable,
     )
+    from sl_queue.local.history import History
     from sl_queue.local.threads import Result, run_local
     from sl_queue.protocol.schedule.row_order import row_order
-    from sl_queue.split_model import History, SplitModel
+    from sl_queue.split_model import SplitModel
 
 __all__ = [
     "AlignmentError",
@@ -66,7 +67,7 @@ __all__ = [
 
 _HOMES = {
     "Finding": "checking.findings",
-    "History": "split_model",
+    "History": "local.history",
     "SplitModel": "split_model",
     "check": "checking.check",
     "Job": "config.job",

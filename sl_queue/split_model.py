@@ -8,46 +8,25 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sl_queue.compute.metrics import predictions
+from sl_queue.compute.export import Exported, Target
 from sl_queue.compute.other_metrics import Task
+from sl_queue.compute.outputs import Outputs
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.local import in_memory, written_model
-from sl_queue.local.given_rows import Given, by_party, rows_of
+from sl_queue.local.arguments import arguments_of, is_of_numbers, job_and_files, party_file
+from sl_queue.local.given_rows import Given, by_party
+from sl_queue.local.history import History
 from sl_queue.local.progress import OnEpoch
 from sl_queue.local.threads import Result, run_local
-from sl_queue.local.written_code import given_parameters
-
-
-class Epoch(TypedDict, total=False):
-    """One epoch, as a line of history.jsonl."""
-
-    epoch: int
-    step: int
-    loss: float
-    holdout: dict[str, float | None] | None
-    seconds: float
-
-
-class History(list[Epoch]):
-    """The epochs of a run, oldest first."""
-
-    @property
-    def loss(self) -> list[float]:
-        """The training loss of each epoch."""
-        return [epoch["loss"] for epoch in self]
-
-    def held_out(self, name: str) -> list[float | None]:
-        """Return a metric of each epoch on the held-out rows. Raises KeyError if it was not measured."""
-        return [(epoch["holdout"] or {})[name] for epoch in self]
 
 
 class SplitModel:
@@ -106,7 +85,7 @@ class SplitModel:
     def __sklearn_tags__(self) -> Any:
         """Return what scikit-learn asks before it scores: called by it alone."""
         sklearn = sys.modules["sklearn.utils"]
-        kind = "regressor" if self._is_of_numbers else "classifier"
+        kind = "regressor" if is_of_numbers(self.loss) else "classifier"
         tags = sklearn.Tags(estimator_type=kind, target_tags=sklearn.TargetTags(required=True))
         if kind == "classifier":
             tags.classifier_tags = sklearn.ClassifierTags()
@@ -114,16 +93,11 @@ class SplitModel:
             tags.regressor_tags = sklearn.RegressorTags()
         return tags
 
-    @property
-    def _is_of_numbers(self) -> bool:
-        name = self.loss["name"] if isinstance(self.loss, Mapping) else self.loss
-        return name in ("mse", "l1", "huber", "poisson")
-
     def score(self, features: Any, labels: Any, id: str | None = None) -> float:
         """Return accuracy, or R² of a regression."""
         guessed = self.predict(features, id=id)
         wanted = np.asarray(labels).reshape(guessed.shape)
-        if not self._is_of_numbers:
+        if not is_of_numbers(self.loss):
             return float((guessed == wanted).mean())
         rest = float(((wanted - guessed) ** 2).sum())
         return 1 - rest / float(((wanted - wanted.mean(axis=0)) ** 2).sum())
@@ -133,7 +107,7 @@ class SplitModel:
     def job(self, features: Any, labels: Any, *, id: str | None = None, **changes: Any) -> tuple[Job, list[PartyFile]]:
         """Build the job and the party files that `fit` runs: the cuts are found by trying the base models."""
         given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
-        return self._built(given, {**self.get_params(), **changes})
+        return job_and_files(given, {**self.get_params(), **changes})
 
     def fit(
         self,
@@ -177,46 +151,6 @@ class SplitModel:
         if objective.task is not Task.REGRESSION:
             self.classes_ = np.arange(objective.shape[0] if objective.task is Task.MULTICLASS else 2)
 
-    def _built(self, given: Mapping[str, Given], params: Mapping[str, Any]) -> tuple[Job, list[PartyFile]]:
-        roles: dict[str, Any] = {party: {"role": "feature"} for party in self.bases}
-        roles[self.label_holder] = {"role": "label"}
-        files = {party: self._file(party, given[party]) for party in roles}
-        for party in self.bases:
-            roles[party]["cut"] = self._cut(files[party], given[party])
-        job = Job(
-            **{
-                "name": self.name,
-                "seed": self.seed,
-                "epochs": params["epochs"],
-                "batch_size": min(params["batch_size"], given[self.label_holder].n_rows),
-                "holdout": params["validation"],
-                "parties": roles,
-                "fuse": {"aggregation": self.aggregation},
-                **dict(self.settings or {}),
-            }
-        )
-        return job, list(files.values())
-
-    def _file(self, party: str, given: Given) -> PartyFile:
-        tables: dict[str, Any] = {"party": party, "data": rows_of(given), "device": self.device}
-        how = {"optimizer": self._optimizer(), **dict(self.learning or {})}
-        if party in self.bases:
-            tables["base"] = {"model": self.bases[party], **how}
-        if party == self.label_holder:
-            of_fuse = {key: value for key, value in how.items() if key != "groups"}
-            tables["fuse"] = {"model": self.fuse, "loss": self.loss, "metrics": list(self.metrics), **of_fuse}
-        return PartyFile(**tables)
-
-    def _optimizer(self) -> Any:
-        if self.optimizer is None:
-            return {"name": "adam", "lr": 1e-3}
-        return given_parameters(self.optimizer) if callable(self.optimizer) else dict(self.optimizer)
-
-    def _cut(self, file: PartyFile, given: Given) -> Any:
-        module = self.bases[file.party]
-        made = module if isinstance(module, nn.Module) else written_model.made(file, "base")
-        return in_memory.shape_of_cut(file.party, given.table(), made)
-
     # What it has learned ----------------------------------------------------------------------------------------
 
     def predict(self, features: Any, *, id: str | None = None) -> npt.NDArray[Any]:
@@ -225,7 +159,7 @@ class SplitModel:
         Of binary losses 0 or 1, an axis of length one left out.
         """
         output = self.decision_function(features, id=id)
-        if self._is_of_numbers:
+        if is_of_numbers(self.loss):
             return output
         chances = self._chances(torch.from_numpy(output))
         guessed = chances.argmax(1) if chances.dim() == 2 and self.task_ == Task.MULTICLASS else chances > 0.5
@@ -252,7 +186,7 @@ class SplitModel:
     def _output(self, features: Any, labels: Any, id: str | None, ordered: bool = True) -> tuple[Tensor, Any, Any]:
         job = self._trained_job
         given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
-        files = {party: self._file(party, given[party]) for party in given}
+        files = {party: party_file(given[party], self.get_params()) for party in given}
         tables = {party: given[party].table() for party in given}
         modules = {**self.bases_, "fuse": self.fuse_}
         output = in_memory.outputs_of(job, tables, modules)
@@ -270,13 +204,7 @@ class SplitModel:
         return self.job_
 
     def _chances(self, output: Tensor) -> Tensor:
-        """Return probabilities of a model's output."""
-        task, outputs = Task(self.task_), self.outputs_
-        if task is Task.REGRESSION:
-            raise JobError("this model predicts numbers, which have no probabilities")
-        wide = output.reshape(len(output), -1) if task is Task.BINARY else output
-        labels = torch.zeros(len(output), *(wide.shape[1:] if task is Task.BINARY else ()))
-        return predictions(task, outputs, wide, labels)[0].reshape(output.shape).to(output.dtype)
+        return in_memory.chances(output, Task(self.task_), Outputs(self.outputs_))
 
     # Folders ----------------------------------------------------------------------------------------------------
 
@@ -294,32 +222,33 @@ class SplitModel:
         about = {"task": self.task_, "outputs": self.outputs_}
         return written_model.save(Path(folder), self._trained_job, self.parties_, modules, list(self.history_), about)
 
+    def export(self, folder: Path | str, target: Target = "torch", features: Any = None) -> list[Exported]:
+        """Export each trained part to torch.export ("torch") or to ONNX ("onnx"), compared with the part itself.
+
+        On the rows that `fit` was given, or on `features`, as `predict` takes them. Raises JobError for other targets
+        and for a model that was loaded and is given no rows, ComputeError for a part that cannot be exported.
+        """
+        if features is None:
+            given = {p: Given(p, f.data.ids, f.data.features, None) for p, f in self._files_with_rows().items()}
+        else:
+            given = by_party(features, self.bases, self.columns, self.label_holder, None, None)
+        tables = {party: given[party].table() for party in self._trained_job.fused}
+        return in_memory.export_parts(
+            self._trained_job, tables, {**self.bases_, "fuse": self.fuse_}, target, Path(folder)
+        )
+
+    def _files_with_rows(self) -> dict[str, Any]:
+        job = self._trained_job
+        files = {party: self.parties_[party] for party in job.fused}
+        if not all(isinstance(file.data, Rows) for file in files.values()):
+            raise JobError("a model that was loaded holds no rows; give export a few by features=")
+        return files
+
     @classmethod
     def load(cls, folder: Path | str) -> Self:
         """Load the model that `save` wrote, ready to predict, and to be trained again from its initial weights."""
         job, files, modules, about = written_model.load(Path(folder))
-        holder = files[job.label_holder]
-        assert holder.fuse is not None
-        fuse = holder.fuse
-        table = job.model_dump(exclude_unset=True)
-        own = ("name", "seed", "epochs", "batch_size", "holdout", "parties", "fuse")
-        keys = ("schedule", "clip_norm", "clip_value", "ema")
-        found = cls(
-            {party: written_model.made(files[party], "base") for party in job.fused},
-            written_model.made(holder, "fuse"),
-            label_holder=job.label_holder,
-            loss=written_model.resolved(fuse.loss, holder),
-            optimizer=fuse.optimizer,
-            metrics=[written_model.resolved(metric, holder) for metric in fuse.metrics],
-            aggregation=job.fuse.aggregation,
-            epochs=job.epochs,
-            batch_size=job.batch_size,
-            validation=job.holdout,
-            seed=job.seed,
-            learning={key: getattr(fuse, key) for key in keys if getattr(fuse, key) is not None} or None,
-            settings={key: value for key, value in table.items() if key not in own} or None,
-            name=job.name,
-        )
+        found = cls(**arguments_of(job, files))
         found.job_, found.parties_ = job, files
         found.bases_ = {party: modules[party] for party in job.fused}
         found.fuse_ = modules["fuse"]

@@ -7,9 +7,10 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sl_queue.config.environment import EVENTS, FINAL_EXIT, LOG, LOG_FORMAT, METRICS, check
 from sl_queue.errors import JobError, SlQueueError
@@ -21,6 +22,9 @@ from sl_queue.observe.json_lines import EventFile, JsonFormatter, error_line
 from sl_queue.observe.log import to_log
 from sl_queue.protocol.events import Loaded, Observer, ending
 from sl_queue.protocol.messages import SCHEDULER
+
+if TYPE_CHECKING:
+    from sl_queue.config.job import Job
 
 PREDICTION = "prediction"  # the name of one that is given none
 Role = Literal["scheduler", "feature", "label", "hand"]
@@ -57,62 +61,77 @@ def _final_exit() -> int | None:
     return None
 
 
+@dataclass(slots=True)
+class _Worker:
+    """The worker of this process, as observers know it. Mutable: it gets its party's name from the files."""
+
+    name: str
+    observe: Observer
+
+    def end(self, error: SlQueueError) -> None:
+        self.observe(ending(self.name, error))
+
+
 def _run(role: Role) -> None:
     with leaving():
-        observe = _observer()
-    name: str = role
-
-    def on_end(error: SlQueueError) -> None:
-        observe(ending(name, error))
-
-    with leaving(on_end=on_end):
+        worker = _Worker(role, _observer())
+    with leaving(on_end=worker.end):
         check()
     say = print_as_json if LOG_FORMAT.read() == "json" else process.say
     die_with_parent()
     leave_on_sigterm(say)
     arguments = _arguments(role)
     _log_to_stderr()
-    with leaving("interrupted; a restart resumes from the last checkpoint", say, on_end):
+    with leaving("interrupted; a restart resumes from the last checkpoint", say, worker.end):
         import sl_queue.transport.rabbitmq.link  # noqa: F401 - with the others, before anything is awaited
-        from sl_queue.config.job import (  # inside, so that a mistake in a file is one line and not a traceback
-            Job,
-            PartyFile,
-        )
+        from sl_queue.config.job import Job  # inside, so that a mistake in a file is one line and not a traceback
 
         job = Job.load(arguments.job)
         if job.security.seal:
             leave_no_core()
-        if role == "hand":
-            from sl_queue.launch.hand_process import run_hand
-
-            party_file = PartyFile.load(arguments.party)
-            name = party_file.party
-            run_hand(job, party_file, arguments.broker)
-            return
-        options = (arguments.broker, arguments.state, arguments.key, arguments.metrics_port)
         if role == "scheduler":
-            from sl_queue.launch.scheduler import run_scheduler  # without torch
-
-            observe(Loaded(SCHEDULER))
-            run_scheduler(job, *options, observe, arguments.predict, arguments.track)
+            _schedule(job, arguments, worker)
         else:
-            import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
+            _serve(role, job, arguments, worker)
 
-            from sl_queue.launch.party import run_party
 
-            party_file = PartyFile.load(arguments.party)
-            name = party_file.party
-            observe(Loaded(name))
-            if arguments.serve:
-                from sl_queue.launch.service_worker import run_service
+def _schedule(job: "Job", given: argparse.Namespace, worker: _Worker) -> None:
+    from sl_queue.launch.scheduler import run_scheduler  # without torch
 
-                run_service(role, job, party_file, arguments.run, *options[:3])
-            elif arguments.predict is None:
-                run_party(role, job, party_file, *options, observe)
-            else:
-                from sl_queue.launch.prediction_worker import run_prediction
+    worker.observe(Loaded(SCHEDULER))
+    about = (given.broker, given.state, given.key, given.metrics_port)
+    run_scheduler(job, *about, worker.observe, given.predict, given.track)
 
-                run_prediction(role, job, party_file, arguments.predict, arguments.run, *options[:3], observe)
+
+def _serve(role: Literal["feature", "label", "hand"], job: "Job", given: argparse.Namespace, worker: _Worker) -> None:
+    """Do what is asked for of a party: train, predict, answer requests, or compute for its worker."""
+    from sl_queue.config.job import PartyFile
+
+    if role == "hand":
+        from sl_queue.launch.hand_process import run_hand
+
+        party_file = PartyFile.load(given.party)
+        worker.name = party_file.party
+        run_hand(job, party_file, given.broker)
+        return
+    import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
+
+    from sl_queue.launch.party import run_party
+
+    party_file = PartyFile.load(given.party)
+    worker.name = party_file.party
+    worker.observe(Loaded(worker.name))
+    place = (given.broker, given.state, given.key)
+    if given.serve:
+        from sl_queue.launch.service_worker import run_service
+
+        run_service(role, job, party_file, given.run, *place)
+    elif given.predict is not None:
+        from sl_queue.launch.prediction_worker import run_prediction
+
+        run_prediction(role, job, party_file, given.predict, given.run, *place, worker.observe)
+    else:
+        run_party(role, job, party_file, *place, given.metrics_port, worker.observe)
 
 
 def _observer() -> Observer:
@@ -174,21 +193,30 @@ def _arguments(role: Role) -> argparse.Namespace:
         help="predict for the rows under [predict] in the party file; another NAME, the same at every worker, is "
         "another prediction",
     )
-    if role != "scheduler":
-        parser.add_argument("--run", help="the run whose weights to predict with; else the version in use")
-        parser.add_argument(
-            "--serve", action="store_true", help="answer single requests for the rows under [predict], over HTTP"
-        )
+    if role == "scheduler":
+        _add_trackers(parser)
     else:
-        parser.add_argument(
-            "--track",
-            metavar="TRACKER",
-            action="append",
-            default=[],
-            help="feed tensorboard:DIR or mlflow:URL beside the run; may be given again",
-        )
+        _add_versions(parser)
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()
+
+
+def _add_trackers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--track",
+        metavar="TRACKER",
+        action="append",
+        default=[],
+        help="feed tensorboard:DIR or mlflow:URL beside the run; may be given again",
+    )
+
+
+def _add_versions(parser: argparse.ArgumentParser) -> None:
+    """Add what a party does with the weights of a run."""
+    parser.add_argument("--run", help="the run whose weights to predict with; else the version in use")
+    parser.add_argument(
+        "--serve", action="store_true", help="answer single requests for the rows under [predict], over HTTP"
+    )
 
 
 def _module(role: Role) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import unquote
 
 from sl_queue.checking.findings import Check
+from sl_queue.config.broker_url import read_url
 from sl_queue.config.job import Job, PartyFile, redacted
-from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.launch.connect import MEMORY, topology
 from sl_queue.protocol.broker_url import split

@@ -27,7 +27,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation; r
 
 def read_broker_url(broker: str) -> str:
     """Return the URL that was given, or the one in the file that `file:PATH` names."""
-    from sl_queue.config.party import read_url
+    from sl_queue.config.broker_url import read_url
 
     return read_url(broker)
 

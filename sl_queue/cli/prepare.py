@@ -138,13 +138,10 @@ def provision(
     from sl_queue.config.job import Job
     from sl_queue.deployment.provision import Place, Secret, provision
 
-    kinds = [kind.value for kind in Secret]
-    unknown = [name for name in rotate or [] if name not in kinds]
-    if unknown:
-        raise JobError(f"--rotate {unknown[0]}: it must be {', '.join(kinds)}")
+    secrets = _known(rotate or [], "--rotate", [kind.value for kind in Secret])
     agreed = Job.load(job)
     place = Place(tuple(broker_host), port, at, broker_at, client_certificates, tuple(hands or ()))
-    keys = provision(agreed, place, out, frozenset(Secret(name) for name in rotate or []), datetime.now(UTC))
+    keys = provision(agreed, place, out, frozenset(map(Secret, secrets)), datetime.now(UTC))
     print(f"{out / 'broker'}: for {broker_at} on the machine of the broker")
     for role in keys:
         print(f"{out / role}: for {role}")
@@ -154,3 +151,11 @@ def provision(
     listed = {name: public.model_dump(exclude_none=True) for name, public in agreed.security.keys.items()}
     if listed != {name: public.texts() for name, public in keys.items()}:
         print(f"{out / 'security.toml'}: put this into {job}, at every party, and messages are sealed")
+
+
+def _known(names: list[str], option: str, possible: list[str]) -> list[str]:
+    """Return the names that an option was given. Raises JobError for one that means nothing."""
+    unknown = [name for name in names if name not in possible]
+    if unknown:
+        raise JobError(f"{option} {unknown[0]}: it must be {', '.join(possible)}")
+    return names

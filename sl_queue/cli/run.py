@@ -19,6 +19,21 @@ if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need 
 
 MOST_HANDS = 256  # of one party on one machine
 
+Out = Annotated[
+    Path | None, typer.Option(help="State under OUT/<party> and OUT/scheduler; default: the party files' state.")
+]
+Keys = Annotated[
+    Path | None, typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it.")
+]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", help="Begin with the final weights of an earlier run, under FROM/<party>; over memory://."),
+]
+Hands = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PARTY=COUNT", help="Hands that compute a party's micro-batches; may be repeated."),
+]
+
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for the files; default: a new temporary one.")] = None,
@@ -40,24 +55,11 @@ def local(
     job: JobPath,
     parties: PartyPaths,
     broker: Broker = None,
-    out: Annotated[
-        Path | None, typer.Option(help="State under OUT/<party> and OUT/scheduler; default: the party files' state.")
-    ] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(help="For a job that seals, over amqp://: a folder as `sl-queue provision` writes it."),
-    ] = None,
-    start: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", help="Begin with the final weights of an earlier run, under FROM/<party>; over memory://."
-        ),
-    ] = None,
+    out: Out = None,
+    keys: Keys = None,
+    start: From = None,
     watch: Watch = False,
-    hands: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PARTY=COUNT", help="Hands that compute a party's micro-batches; may be repeated."),
-    ] = None,
+    hands: Hands = None,
 ) -> None:
     """Train with every role on this machine: threads over memory:// (the default), a process each over amqp://."""
     from sl_queue.config.job import Job, PartyFile

@@ -18,7 +18,7 @@ from sl_queue.compute.modules.state import in_evaluation
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
 from sl_queue.cut.several import Outputs
-from sl_queue.cut.tensors import Inputs
+from sl_queue.cut.tensors import Inputs, described
 from sl_queue.errors import ComputeError, JobError, SlQueueError
 
 LAST = "-last"  # of a file in `final/`: the weights of the last step, where those of the part itself are averages
@@ -49,6 +49,13 @@ def tensors_in(inputs: Any) -> list[Tensor]:
         return [inputs]
     each = inputs.values() if isinstance(inputs, dict) else inputs
     return [tensor for one in each for tensor in tensors_in(one)]
+
+
+def described_inputs(inputs: Any) -> str:
+    """Return dtype and shape of each tensor of an input, and nothing of its numbers."""
+    if isinstance(inputs, dict):
+        return "{" + ", ".join(f"{name}: {described(tensor)}" for name, tensor in inputs.items()) + "}"
+    return described(inputs) if isinstance(inputs, Tensor) else "[" + ", ".join(map(described_inputs, inputs)) + "]"
 
 
 def on_device(inputs: Inputs, device: torch.device) -> Inputs:

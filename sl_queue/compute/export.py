@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.building import called
 from sl_queue.compute.spec import LayersSpec
+from sl_queue.compute.stand_ins import drawn_inputs
 from sl_queue.cut.several import fuse_inputs
 from sl_queue.errors import ComputeError, JobError
 
 Target = Literal["torch", "onnx"]
+EXPORT_ROWS = 64  # compared
 SUFFIX: Final[Mapping[Target, str]] = {"torch": ".pt2", "onnx": ".onnx"}
 TOLERANCE: Final[Mapping[Target, float]] = {"torch": 1e-6, "onnx": 1e-5}  # of the largest output, at least of 1
 
@@ -76,6 +78,28 @@ def named_inputs(inputs: Any) -> dict[str, Tensor]:
     if isinstance(inputs, Mapping):
         return {name: tensor.cpu() for name, tensor in inputs.items()}
     return {f"rows.{index}": tensor.cpu() for index, tensor in enumerate(inputs)}
+
+
+def export_base(module: nn.Module, inputs: Any, target: Target, path: Path) -> Exported:
+    """Export a base model, compared on rows as it takes them. Raises what `export_part` raises."""
+    named = named_inputs(inputs)
+    return export_part(ByName(module.cpu(), tuple(named)), named, target, path)
+
+
+def export_fuse(module: nn.Module, layers: LayersSpec, dtype: torch.dtype, target: Target, path: Path) -> Exported:
+    """Export a fuse model, compared on drawn activations. Raises what `export_part` raises."""
+    outputs = drawn_inputs(layers, EXPORT_ROWS, dtype)
+    inputs = {name: tensor for party in outputs for name, tensor in _of_party(layers, party, outputs[party])}
+    return export_part(ByParty(module, layers), inputs, target, path)
+
+
+def _of_party(layers: LayersSpec, party: str, outputs: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Name the outputs of a party: by the party, and by the output where it has several."""
+    if party not in layers.outputs:
+        yield party, outputs[0]
+        return
+    names = layers.outputs[party].names or tuple(map(str, range(len(outputs))))
+    yield from ((f"{party}.{name}", output) for name, output in zip(names, outputs, strict=True))
 
 
 def export_part(module: nn.Module, inputs: Mapping[str, Tensor], target: Target, path: Path) -> Exported:

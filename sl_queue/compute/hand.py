@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sl_queue.compute.base_stage import InFlight, TorchBaseStage
 from sl_queue.compute.building import blame
-from sl_queue.compute.fuse_stage import PreparedTargets, TorchFuseStage
+from sl_queue.compute.fuse_passes import PreparedTargets
+from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.cut.crossing import place
@@ -105,24 +106,24 @@ class TorchHand:
         own = weights.get("base")
         match call.what:
             case "prepare":
-                self._kept[call.task] = stage.begun(call.micro_batch, own)
+                self._kept[call.task] = stage.passes.begun(call.micro_batch, own)
                 return {}, payloads({} if stage.own is None else stage.own.model.saw)
             case "fuse":
-                mine: PreparedTargets = self._kept.pop(call.task, None) or stage.begun(call.micro_batch, own)
+                mine: PreparedTargets = self._kept.pop(call.task, None) or stage.passes.begun(call.micro_batch, own)
                 return self._fuse(stage, call, mine, weights["fuse"], arrived)
             case "learn":
                 return self._learn(stage, call.micro_batch, self._kept.pop(call.task))
             case "evaluate":
                 each = {party: [tensor] for party, tensor in arrived.items()}
-                loss, output = stage.scored(call.micro_batch, each, weights["fuse"], own)
+                loss, output = stage.passes.scored(call.micro_batch, each, weights["fuse"], own)
                 return {"loss": loss}, {"": to_payload(output)} if stage.objective.metrics else {}
         raise LocalProtocolError(f"no hand can {call.what!r}")
 
     def _fuse(
         self, stage: TorchFuseStage, call: Call, mine: PreparedTargets, weights: Named, arrived: Named
     ) -> Outcome:
-        part = stage.gathered(mine, {party: ([tensor], (0,)) for party, tensor in arrived.items()})
-        loss, output, _ = stage.computed([part], weights)
+        part = stage.passes.gathered(mine, {party: ([tensor], (0,)) for party, tensor in arrived.items()})
+        loss, output, _ = stage.passes.computed([part], weights)
         gradients = {party: each[0].gradient for party, each in part.inputs.items()}
         own = gradients.pop(stage.model.party, None)
         put_off = None if mine.flight is None or own is None else (mine.flight, own)

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from sl_queue.compute.building import (
     blame,
     build_module,
     called,
+    described_inputs,
     device_of,
     dtype_of,
     is_penalised,
@@ -36,17 +36,16 @@ from sl_queue.compute.modules.demands import (
 )
 from sl_queue.compute.modules.graph import runs_only_torch, steps_only_torch
 from sl_queue.compute.modules.handover import Take
-from sl_queue.compute.modules.saved_values import NotCarriedError
-from sl_queue.compute.modules.snapshots import Snapshot
+from sl_queue.compute.modules.snapshots import left_no_trace
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.modules.statistics import Statistics
 from sl_queue.compute.optimizers import build_optimizer
+from sl_queue.compute.saved_module import SavedModule
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, Part
 from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.cut.several import Outputs
-from sl_queue.cut.tensors import described, from_payload, to_payload
-from sl_queue.errors import CheckpointError, ComputeError, JobError, ShapeError
+from sl_queue.errors import ComputeError, JobError, ShapeError
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import MicroBatch, Payload
 
@@ -65,8 +64,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype  # of its parameters: what floating inputs are cast to
     seed: int
-    built: Built = field(repr=False)
-    warned: set[str] = field(default_factory=set)  # attributes of which it was said that no checkpoint carries them
+    saved: SavedModule = field(repr=False)  # as checkpoints hold it
     known: bool = False  # whether all parameters were the optimizer's in the first step
     outputs: Outputs | None = None  # of a base model with several
     statistics: Statistics = field(default_factory=Statistics)  # where micro-batches are computed apart
@@ -78,6 +76,11 @@ class Model:
     def optimizer(self) -> Optimizer | None:
         """Return what changes its parameters; None if it has none."""
         return None if self.learning is None else self.learning.built.optimizer
+
+    @property
+    def where(self) -> str:
+        """Return how errors about the model begin."""
+        return f"party {self.party!r}: [{self.part}] model = {self.name!r}"
 
     @classmethod
     def build(cls, spec: ComputeSpec, part: Part, sample: Sample, take: Take | None = None, steps: int = 1) -> "Model":
@@ -108,8 +111,9 @@ class Model:
         if optimizer is not None:
             learning = Learning.of(optimizer, module, part, table, steps, where, spec.code)
         about = (spec.party, part, name, module, learning, device, dtype_of(module))
+        saved = SavedModule(spec.party, part, name, module, built)
         outputs = spec.layers.outputs.get(spec.party) if part == "base" else None
-        return cls(*about, spec.layers.seed, built, outputs=outputs, secret=spec.secret)
+        return cls(*about, spec.layers.seed, saved, outputs=outputs, secret=spec.secret)
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Open a scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
@@ -144,7 +148,7 @@ class Model:
         self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Return the module's outputs, mostly one, and a loss of its own if a base model returns one beside."""
-        with blame(f"{where}: {self.name} failed on {_described(inputs)}"):
+        with blame(f"{where}: {self.name} failed on {described_inputs(inputs)}"):
             if weights is not None and self.statistics.feeding:
                 with self.statistics.apart(weights) as copies:
                     output = called(self.module, inputs, {**weights, **copies})
@@ -167,15 +171,13 @@ class Model:
         Raises JobError for what a run could not train or save; with `ahead` also for a module that does not run on
         other weights than its own.
         """
-        before = Snapshot.of(self.module)
         try:
-            output = self._trial(inputs, None)
-            self._require_known(leaves_beyond(output, tensors_in(inputs)))
-            self._tell(self.built.changes(self.module, f"{self.part}/")[1])
+            with left_no_trace(self.module):
+                output = self._trial(inputs, None)
+                self._require_known(leaves_beyond(output, tensors_in(inputs)))
+                self.saved.tell_of_lost()
         except ComputeError as error:
             raise ShapeError(f"{error}; check {self.name} and its args") from error
-        finally:
-            before.put_back()
         if ahead:
             self._require_within_reach(inputs)
         return output if graph else output.detach()
@@ -186,16 +188,13 @@ class Model:
             return self.run(inputs, f"party {self.party!r}", weights)
 
     def _require_within_reach(self, inputs: Inputs) -> None:
-        where = f"party {self.party!r}: [{self.part}] model = {self.name!r}"
         weights = {name: p.detach().clone().requires_grad_() for name, p in self.module.named_parameters()}
-        before = Snapshot.of(self.module)
         try:
-            reached = leaves_of(self._trial(inputs, weights))
+            with left_no_trace(self.module):
+                reached = leaves_of(self._trial(inputs, weights))
         except ComputeError as error:
-            raise JobError(f"{where} does not run on other weights, as staleness needs: {error}") from error
-        finally:
-            before.put_back()
-        require_within_reach(self.module, reached, where)
+            raise JobError(f"{self.where} does not run on other weights, as staleness needs: {error}") from error
+        require_within_reach(self.module, reached, self.where)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -212,23 +211,7 @@ class Model:
 
     def _require_known(self, reached: Iterable[Tensor] = ()) -> None:
         """Raise JobError if the module has parameters that the optimizer was not given, or `reached` others."""
-        where = f"party {self.party!r}: [{self.part}] model = {self.name!r}"
-        require_known(self.module, self.optimizer, self.built, reached, where)
-
-    def _tell(self, lost: Iterable[NotCarriedError]) -> None:
-        """Say once of each attribute that changes and cannot be carried that it is in no checkpoint."""
-        for error in lost:
-            if error.path not in self.warned:
-                self.warned.add(error.path)
-                log.warning(
-                    "party %r: %s changes its attribute %r, a %s, which no checkpoint carries; if what it learns "
-                    "depends on that, a run that is interrupted ends with other weights: keep it in numbers, tensors, "
-                    "or short lists of them",
-                    self.party,
-                    self.name,
-                    error.path,
-                    type(error.value).__name__,
-                )
+        require_known(self.module, self.optimizer, self.saved.built, reached, self.where)
 
     def shared(self) -> dict[str, Tensor]:
         """Return what changes from step to step and a forward pass reads: parameters that train, running averages."""
@@ -272,32 +255,15 @@ class Model:
         And of what else differs from the module as it was built: modes, what is frozen, plain attributes.
         """
         self._require_known()
-        changes, lost = self.built.changes(self.module, f"{self.part}/")
-        self._tell(lost)
-        tensors = {f"{self.part}/module/{name}": self._payload(name, t) for name, t in tensors_of(self.module)}
+        found = self.saved.state()
         if self.learning is None:
-            return State({**tensors, **changes.tensors}, changes.values)
+            return found
         state = self.learning.state()
-        return State({**tensors, **changes.tensors, **state.tensors}, {**changes.values, **state.values})
+        return State({**found.tensors, **state.tensors}, {**found.values, **state.values})
 
     def load(self, state: State) -> None:
         """Become what `state` returned. Raises CheckpointError if the model is another one."""
-        prefix = f"{self.part}/module/"
-        saved = {name.removeprefix(prefix): p for name, p in state.tensors.items() if name.startswith(prefix)}
-        changed = state.values.get(f"{self.part}/buffers", {})  # since the module was built: in any shape
-        expected = {name: described(p) for name, p in self.module.named_parameters()} | dict(self.built.buffers)
-        there = {name: str(payload) for name, payload in saved.items()}
-        names = (expected.keys() | there.keys()) - changed.keys()
-        differing = ", ".join(sorted(name for name in names if expected.get(name) != there.get(name)))
-        if differing:
-            raise CheckpointError(
-                f"party {self.party!r}: the checkpoint is of another model than {self.name}: {differing} differ; "
-                "restore the model, or start from scratch with another state folder"
-            )
-        self.built.load(self.module, state, f"{self.part}/", self.party)
-        with torch.no_grad():
-            for name, tensor in tensors_of(self.module):
-                tensor.copy_(from_payload(saved[name]))
+        self.saved.load(state)
         if self.learning is not None:
             self.learning.load(state)
             self.learning.built.optimizer.zero_grad(set_to_none=True)
@@ -308,25 +274,7 @@ class Model:
         Where an average is kept, that is it, and the weights of the last step are there as the part's "-last".
         """
         with self.averaged():
-            found: dict[str, dict[str, Payload]] = {self.part: self._state_dict()}
+            found: dict[str, dict[str, Payload]] = {self.part: self.saved.state_dict()}
         if self.learning is not None and self.learning.average is not None:
-            found[f"{self.part}{LAST}"] = self._state_dict()
+            found[f"{self.part}{LAST}"] = self.saved.state_dict()
         return found
-
-    def _state_dict(self) -> dict[str, Payload]:
-        return {name: self._payload(name, tensor) for name, tensor in self.module.state_dict().items()}
-
-    def _payload(self, name: str, tensor: Tensor) -> Payload:
-        try:
-            return to_payload(tensor)
-        except (TypeError, RuntimeError, ValueError) as error:
-            raise ComputeError(
-                f"party {self.party!r}: {self.name} has made its {name!r} {described(tensor)} "
-                f"({tensor.layout}), which cannot be saved: {error}"
-            ) from error
-
-
-def _described(inputs: Any) -> str:
-    if isinstance(inputs, dict):
-        return "{" + ", ".join(f"{name}: {described(tensor)}" for name, tensor in inputs.items()) + "}"
-    return described(inputs) if isinstance(inputs, Tensor) else "[" + ", ".join(map(_described, inputs)) + "]"

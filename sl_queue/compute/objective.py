@@ -83,14 +83,8 @@ def objective_of(
             fit, warnings, (value, of) = fitted(unweighted, name, tried, labelled, where)
             fit = fit if fit.loss is loss else replace(fit, loss=loss)
         require_no_parameters(value, of, models, where)
-        names = list(map(metric_name, wanted.metrics))
-        task = Task(wanted.task) if wanted.task else task_of(kind, tried, labelled, names, wanted.outputs)
-        metrics = metrics_of(wanted.metrics, task, where, spec.code, tried.shape[1] if tried.dim() > 1 else 2)
-        usual = [name for name, metric in metrics.items() if not isinstance(metric, OfRawOutputs)]
-        check_targets(task, tried, labelled, usual, where)
         labels = label_tensor(table.labels)
-        if usual:
-            targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
+        task, metrics = _measures(spec, kind, tried, labelled, labels, where)
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
     outputs = outputs_of(wanted.outputs, kind, task, list(metrics), output, scaled, where)
@@ -102,6 +96,22 @@ def objective_of(
         weighted = _weighted(wanted.metrics, metrics, task, where)
     about = (tuple(tried.shape[1:]), warnings, weighting, weighted)
     return Objective(fit, owned, labels, task, metrics, outputs, *about)
+
+
+def _measures(
+    spec: ComputeSpec, kind: str | None, tried: Tensor, labelled: npt.NDArray[Any], labels: Tensor, where: str
+) -> tuple[Task, Mapping[str, Metric]]:
+    """Return the task and the metrics, tried out on the first labels. Raises JobError, ShapeError."""
+    assert spec.objective is not None
+    wanted = spec.objective
+    names = list(map(metric_name, wanted.metrics))
+    task = Task(wanted.task) if wanted.task else task_of(kind, tried, labelled, names, wanted.outputs)
+    metrics = metrics_of(wanted.metrics, task, where, spec.code, tried.shape[1] if tried.dim() > 1 else 2)
+    usual = [name for name, metric in metrics.items() if not isinstance(metric, OfRawOutputs)]
+    check_targets(task, tried, labelled, usual, where)
+    if usual:
+        targets(task, tried, labels[torch.arange(len(tried)) % len(labels)].to(tried.device))
+    return task, metrics
 
 
 def _labelled(labels: npt.NDArray[Any] | None, missing: bool, where: str) -> npt.NDArray[Any] | None:

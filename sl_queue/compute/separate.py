@@ -88,7 +88,7 @@ def _changed(model: Model, before: dict[str, Tensor], layers: dict[str, object],
     """Yield what a forward pass has changed, and the next may read."""
     known = {join(name, part) for name in (*layers, *often) for part in (MEAN, VAR, COUNT)}
     changed = [n for n, t in tensors_of(model.module) if n in before and n not in known and not _equal(t, before[n])]
-    state, lost = model.built.changes(model.module, "")
+    state, lost = model.saved.built.changes(model.module, "")
     for kind in ("attributes", "gone", "buffers", "modes", "learning"):
         changed += list(state.values.get(kind, ()))
     changed += [error.path for error in lost]

@@ -203,7 +203,7 @@ class SpreadFuseStage:
 
     def evaluate(self, micro_batch: MicroBatch, activations: Mapping[str, Payload]) -> None:
         """Hand held-out rows on."""
-        arrived = self._arrived(activations, micro_batch, self.whole.held_out(micro_batch))
+        arrived = self._arrived(activations, micro_batch, self.whole.passes.held_out(micro_batch))
         with evaluating(self.hands, self.whole):
             self._held_out[micro_batch] = self.hands.begin("evaluate", micro_batch, arrived)
 
@@ -229,7 +229,7 @@ class SpreadFuseStage:
             result = self.hands.result(task, "evaluate")
             empty = self.whole.objective.labels.new_empty(0)
             output = from_payload(result.tensors[""]) if result.tensors else empty
-            self.whole.keep(micro_batch, float(result.values["loss"]), output)
+            self.whole.scoring.keep(micro_batch.index, float(result.values["loss"]), output)
             self.hands.end(task)
         self._held_out.clear()
         return self.whole.metrics()

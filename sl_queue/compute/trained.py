@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.answering import AnsweringFuse
 from sl_queue.compute.base_stage import base_stage
 from sl_queue.compute.building import Inputs
@@ -15,10 +13,9 @@ from sl_queue.compute.fuse_stage import fuse_cut, fuse_stage
 from sl_queue.compute.model import Model
 from sl_queue.compute.objective import Objective
 from sl_queue.compute.predicting import Pieces, PredictingBase, PredictingFuse
-from sl_queue.compute.spec import ComputeSpec, LayersSpec
-from sl_queue.compute.stand_ins import drawn
+from sl_queue.compute.spec import ComputeSpec
+from sl_queue.compute.stand_ins import drawn_inputs, fused
 from sl_queue.cut.guard import UNGUARDED, Guard
-from sl_queue.cut.several import fuse_inputs
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
 
@@ -69,20 +66,9 @@ def fuse_model(spec: ComputeSpec) -> Model:
     layers = spec.layers
 
     def sample(dtype: torch.dtype) -> Inputs:
-        return aggregated(
-            fuse_inputs(drawn_inputs(layers, _TRIAL_ROWS, dtype), layers.outputs, layers.fused), layers.aggregation
-        )
+        return fused(layers, drawn_inputs(layers, _TRIAL_ROWS, dtype))
 
     return Model.build(spec, "fuse", sample)
-
-
-def drawn_inputs(layers: LayersSpec, rows: int, dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    """Draw each party's outputs for so many rows."""
-    found = {}
-    for party, cut in layers.cuts.items():
-        activation = drawn(layers.seed, party, (rows, *cut), None).to(dtype)
-        found[party] = layers.outputs[party].split(activation) if party in layers.outputs else [activation]
-    return found
 
 
 def _fuse(

@@ -1,7 +1,7 @@
 """A party's own file: its table, its models, its broker; private to the party, and never sent."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -12,11 +12,11 @@ from pydantic import (
     InstanceOf,
     PrivateAttr,
     Tag,
-    field_validator,
     model_validator,
 )
 
 from sl_queue.compute.names import NAMED_LOSSES
+from sl_queue.config.broker_url import FORM, BrokerUrl, HasBroker, problem_of, read_url
 from sl_queue.config.csv_file import CsvFile
 from sl_queue.config.environment import BROKER
 from sl_queue.config.features import FeatureFile
@@ -34,16 +34,10 @@ from sl_queue.config.objective import LossSetting, MetricsSetting
 from sl_queue.config.paths import PathInFolder
 from sl_queue.config.prediction import PredictFile, ServeFile
 from sl_queue.config.privacy import PrivacyFile
-from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, redacted, shown
+from sl_queue.config.schema import IN_CODE, IN_FILE, Schema, load, shown
 from sl_queue.config.user_code import NAME
 from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
-from sl_queue.protocol.broker_url import fault
-from sl_queue.security.private_file import read_secret
-
-_URL = "memory:// or a URL like amqps://user:password@host:5671/vhost, or file:PATH of a file with one"
-_IN_FILE = "file:"
-
 
 _Path = PathInFolder
 
@@ -190,29 +184,18 @@ class SecurityFile(Schema):
     key: _Path = Field(description="the name of a file: this party's private key, as `sl-queue key` makes it")
 
 
-class HandsFile(Schema):
+class HandsFile(HasBroker):
     """Hands of this party: processes that compute its micro-batches for its worker, as many as there are."""
 
-    broker: str | None = Field(
+    broker: BrokerUrl | None = Field(
         default=None,
-        description=f"{_URL}: where the worker meets its hands; without it, the broker of the job, in the virtual host "
+        description=f"{FORM}: where the worker meets its hands; without it, the broker of the job, in the virtual host "
         "JOB.PARTY.hands",
     )
     alone: bool = Field(
         default=True,
         description="true or false: the worker computes while no hand is here; false for one without their GPU",
     )
-
-    @field_validator("broker")
-    @classmethod
-    def _is_url(cls, value: str | None) -> str | None:
-        if value is not None and (problem := _url_problem(value)) is not None:
-            raise ValueError(f"= {problem}")
-        return value
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        for name, value in super().__repr_args__():
-            yield name, redacted(value) if name == "broker" and value is not None else value
 
 
 class StartFile(Schema):
@@ -226,11 +209,11 @@ class StartFile(Schema):
     )
 
 
-class PartyFile(Schema):
+class PartyFile(HasBroker):
     """One party's table, models and broker. Read with `PartyFile.load(path)`, or built in code from the same keys."""
 
     party: str = Field(min_length=1, description="a name in the job: which party this is")
-    broker: str | None = Field(default=None, description=f"{_URL}: where the broker is")
+    broker: BrokerUrl | None = Field(default=None, description=f"{FORM}: where the broker is")
     state: _Path | None = Field(default=None, description="the name of a folder: checkpoints and final weights")
     data: Annotated[
         Annotated[DataFile, Tag(IN_FILE)] | Annotated[InstanceOf[Rows], Tag(IN_CODE)],
@@ -268,18 +251,6 @@ class PartyFile(Schema):
     def model_post_init(self, context: Any, /) -> None:
         self._folder = (context or {}).get("folder")
 
-    @field_validator("broker")
-    @classmethod
-    def _is_url(cls, value: str | None) -> str | None:
-        problem = None if value is None else _url_problem(value)
-        if problem is not None:
-            raise ValueError(f"= {problem}")
-        return value
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        for name, value in super().__repr_args__():
-            yield name, redacted(value) if name == "broker" and value is not None else value
-
     @property
     def folder(self) -> Path | None:
         """The folder of the file, where `module:callable` is looked for first; None if built in code."""
@@ -293,33 +264,11 @@ class PartyFile(Schema):
         for where, url in (("--broker", option), (BROKER.name, BROKER.read()), ("broker", self.broker)):
             if url:
                 url = read_url(url, self._folder if where == "broker" else None, again=again)
-                problem = _url_problem(url)
+                problem = problem_of(url)
                 if problem is not None:
                     raise JobError(f"{where} = {problem}")
                 return url
         raise JobError(
             f"party {self.party!r} has no broker: give --broker URL, set {BROKER.name}, or write `broker` into its "
-            f"file; it must be {_URL}"
+            f"file; it must be {FORM}"
         )
-
-
-def read_url(url: str, folder: Path | None = None, *, again: bool = False) -> str:
-    """Read a broker's URL; file:PATH stands for what is in that file, so that no password stands anywhere else.
-
-    Raises JobError for a file that cannot be read, or that others may read, as a private key.
-    """
-    if not url.startswith(_IN_FILE):
-        return url
-    path = (Path() if folder is None else folder) / url.removeprefix(_IN_FILE)
-    try:
-        return read_secret(path, "URL with its password", again=again).decode().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not text"
-        raise JobError(f"{url}: the broker's URL cannot be read: {reason}") from None
-
-
-def _url_problem(url: str) -> str | None:
-    """Describe what is wrong with a broker's URL, without its password; None if nothing is."""
-    if url == "memory://" or url.startswith(_IN_FILE) or fault(url) is None:
-        return None
-    return f"{redacted(url)!r}: {fault(url)}; it must be {_URL}"

@@ -3,20 +3,21 @@
 Out: check shape and numbers -> defence -> tap -> pack. In: compare with what is expected -> unpack -> finite -> tap.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sl_queue.cut.guard import UNGUARDED, Crossing, Defence, Guard, Tap
+from sl_queue.cut.guard import UNGUARDED, Crossing, Guard
 from sl_queue.cut.packing import Mask, Wire, is_unused, unused
 from sl_queue.cut.relu import ends_in_relu, gradient_mask
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import cast, described, dtype_name, from_payload, is_finite, payload_view
-from sl_queue.errors import ComputeError, JobError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
+from sl_queue.errors import JobError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 
@@ -97,7 +98,10 @@ class BaseCut:
         computed elsewhere and has no graph.
         """
         self.check(tensor, micro_batch, rows)
-        sent = _guarded(self.guard, tensor, Crossing("activation", self.party, self.peer, micro_batch, rows))
+        sent = tensor
+        if self.guard is not UNGUARDED:
+            crossing = Crossing("activation", self.party, self.peer, micro_batch, rows)
+            sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
         if rows.held_out:
             return self.wire.pack(payload_view(sent, rows.digest))
         # Nothing else asks for a ReLU, and asking makes hooks. A defended activation shows other zeros than the ReLU's.
@@ -115,7 +119,8 @@ class BaseCut:
         if self.outputs is None:
             return [self.arrive(payload, micro_batch, rows)]
         crossing = Crossing("gradient", self.peer, self.party, micro_batch, rows)
-        parts, plain = _parts_of(self.outputs, payload, crossing)
+        with _blaming(crossing):
+            parts, plain = self.outputs.parts_of(payload)
         size = sum(self.outputs.sizes[place] for place in parts)
         flat = self.arrive(plain, micro_batch, rows, None if plain is payload else (len(rows), size))
         found: list[Tensor | None] = [None] * len(self.outputs.shapes)
@@ -136,8 +141,9 @@ class BaseCut:
             raise LocalProtocolError(f"{place(self.party, micro_batch)}: a gradient of an activation that never left")
         crossing = Crossing("gradient", self.peer, self.party, micro_batch, rows)
         _compare(payload, expected, crossing)
-        if _has_no_gradient(payload, crossing):
-            return None
+        with _blaming(crossing):
+            if is_unused(payload):
+                return None
         payload = payload if shape is None else replace(payload, shape=shape)
         return _check_and_unpack(payload, expected, self.wire, self.device, self.guard, crossing)
 
@@ -173,7 +179,8 @@ class FuseCut:
         if self.outputs is None:
             return [self.arrive(payload, micro_batch, rows)], (0,)
         crossing = Crossing("activation", self.peer, self.party, micro_batch, rows)
-        parts, plain = _parts_of(self.outputs, payload, crossing)
+        with _blaming(crossing):
+            parts, plain = self.outputs.parts_of(payload)
         return self.outputs.split(self.arrive(plain, micro_batch, rows)), parts
 
     def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor:
@@ -211,7 +218,10 @@ class FuseCut:
                 f"{place(self.party, micro_batch)}: gradient for party {self.peer!r} holds NaN or infinity; lower the "
                 "learning rate, or check the loss"
             )
-        sent = _guarded(self.guard, tensor, Crossing("gradient", self.party, self.peer, micro_batch, rows))
+        sent = tensor
+        if self.guard is not UNGUARDED:
+            crossing = Crossing("gradient", self.party, self.peer, micro_batch, rows)
+            sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
         return self.wire.pack(payload_view(sent, rows.digest), wanted=owed.wanted)
 
     def forget(self) -> None:
@@ -228,47 +238,6 @@ def require_shape(activation: Tensor, rows: int, cut: BaseCut, where: str) -> No
             f"{where}: activation is {described(activation)}, the cut layer is {dtype_name(promised)} {shape}; "
             f"check {cut.model}"
         )
-
-
-# Out ------------------------------------------------------------------------------------------------------------
-
-
-def _guarded(guard: Guard, tensor: Tensor, crossing: Crossing) -> Tensor:
-    """Return what leaves in the place of a tensor, and show it to the tap."""
-    if guard is UNGUARDED:
-        return tensor
-    sent = tensor.detach()
-    if guard.defence is not None:
-        sent = _defended(guard.defence, sent, crossing)
-    if guard.leaving is not None:
-        _show(guard.leaving, sent, crossing)
-    return sent
-
-
-def _defended(defence: Defence, tensor: Tensor, crossing: Crossing) -> Tensor:
-    before = tensor._version
-    with torch.no_grad():
-        sent = defence.apply(tensor, crossing)
-    where = f"{place(crossing.sender, crossing.micro_batch)}: the defence {type(defence).__name__}"
-    if tensor._version != before:
-        raise ComputeError(f"{where} changes the {crossing.what} in place; it must return another tensor")
-    if sent.dtype != tensor.dtype or sent.shape != tensor.shape:
-        raise ShapeError(f"{where} returns {described(sent)} for {described(tensor)}; it must keep dtype and shape")
-    if not is_finite(sent):
-        raise NonFiniteError(f"{where} returns NaN or infinity for a finite {crossing.what}; check its scale")
-    return sent
-
-
-def _show(tap: Tap, tensor: Tensor, crossing: Crossing) -> None:
-    before = tensor._version
-    with torch.no_grad():
-        tap.see(tensor, crossing)
-    if tensor._version != before:
-        where = place(crossing.sender, crossing.micro_batch)
-        raise ComputeError(f"{where}: the tap {type(tap).__name__} changes the {crossing.what} in place")
-
-
-# In -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,36 +264,28 @@ def _compare(payload: Payload, expected: _Expected, crossing: Crossing) -> None:
         )
 
 
-def _parts_of(outputs: Outputs, payload: Payload, crossing: Crossing) -> tuple[tuple[int, ...], Payload]:
-    try:
-        return outputs.parts_of(payload)
-    except RemoteProtocolError as error:
-        raise RemoteProtocolError(f"{_blame(crossing)}: {error}") from None
-
-
-def _has_no_gradient(payload: Payload, crossing: Crossing) -> bool:
-    """Return True for the gradient of an activation that the loss does not depend on."""
-    try:
-        return is_unused(payload)
-    except RemoteProtocolError as error:
-        raise RemoteProtocolError(f"{_blame(crossing)}: {error}") from None
-
-
 def _check_and_unpack(
     payload: Payload, expected: _Expected, wire: Wire, device: torch.device, guard: Guard, crossing: Crossing
 ) -> Tensor:
     """Return the tensor of a payload that has been compared, and show it to the tap."""
-    try:
+    with _blaming(crossing):
         tensor = from_payload(wire.unpack(payload, expected.wanted), device)
-    except (RemoteProtocolError, ValueError) as error:
-        raise RemoteProtocolError(f"{_blame(crossing)}: {error}") from None
     if not is_finite(tensor):
         raise RemoteProtocolError(
             f"{_blame(crossing)} holds NaN or infinity; look at the model and learning rate there"
         )
     if guard.arriving is not None:
-        _show(guard.arriving, tensor, crossing)
+        guard.let_in(tensor, crossing, place(crossing.sender, crossing.micro_batch))
     return tensor
+
+
+@contextmanager
+def _blaming(crossing: Crossing) -> Iterator[None]:
+    """Name the peer in what is wrong with its tensor."""
+    try:
+        yield
+    except (RemoteProtocolError, ValueError) as error:
+        raise RemoteProtocolError(f"{_blame(crossing)}: {error}") from None
 
 
 def _blame(crossing: Crossing) -> str:

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from sl_queue.cut.rows import CutRows
+from sl_queue.cut.tensors import described, is_finite
+from sl_queue.errors import ComputeError, NonFiniteError, ShapeError
 from sl_queue.protocol.messages import MicroBatch
 
 Crosses = Literal["activation", "gradient"]
@@ -59,5 +62,41 @@ class Guard:
     arriving: Tap | None = None
     returning: Return | None = None  # of a feature party
 
+    def let_out(self, tensor: Tensor, crossing: Crossing, where: str) -> Tensor:
+        """Return what leaves in the place of a tensor, and show it to the tap; `where` begins every error."""
+        sent = tensor.detach()
+        if self.defence is not None:
+            sent = _defended(self.defence, sent, crossing, where)
+        if self.leaving is not None:
+            _show(self.leaving, sent, crossing, where)
+        return sent
+
+    def let_in(self, tensor: Tensor, crossing: Crossing, where: str) -> None:
+        """Show the tap what has arrived."""
+        if self.arriving is not None:
+            _show(self.arriving, tensor, crossing, where)
+
 
 UNGUARDED = Guard()
+
+
+def _defended(defence: Defence, tensor: Tensor, crossing: Crossing, where: str) -> Tensor:
+    before = tensor._version
+    with torch.no_grad():
+        sent = defence.apply(tensor, crossing)
+    where = f"{where}: the defence {type(defence).__name__}"
+    if tensor._version != before:
+        raise ComputeError(f"{where} changes the {crossing.what} in place; it must return another tensor")
+    if sent.dtype != tensor.dtype or sent.shape != tensor.shape:
+        raise ShapeError(f"{where} returns {described(sent)} for {described(tensor)}; it must keep dtype and shape")
+    if not is_finite(sent):
+        raise NonFiniteError(f"{where} returns NaN or infinity for a finite {crossing.what}; check its scale")
+    return sent
+
+
+def _show(tap: Tap, tensor: Tensor, crossing: Crossing, where: str) -> None:
+    before = tensor._version
+    with torch.no_grad():
+        tap.see(tensor, crossing)
+    if tensor._version != before:
+        raise ComputeError(f"{where}: the tap {type(tap).__name__} changes the {crossing.what} in place")

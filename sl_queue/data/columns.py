@@ -95,29 +95,21 @@ def _read(
         refuse(where, [fault])
     known = source.names()
     selection = selecting(known)
-    features = selecting.keywords["features"]
     faults = list(_about_names(selection.names, known))
-    if features and not selection.features and set(data.ids) <= set(known):
+    if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known):
         faults.append("there are no features: no column besides those of id and label")
-    specs, undeclared = resolve(declared or {}, selection.features) if declared is not None and features else ({}, [])
+    specs, undeclared = ({}, []) if declared is None else resolve(declared, selection.features)
     readable = [name for name in selection.names if known.count(name) == 1]
     if not readable:
         refuse(where, faults)
     ids = [name for name in selection.ids if name in readable]
-    texts = [*ids, *(name for name, spec in specs.items() if isinstance(spec, Category) and name in readable)]
-    raw: Mapping[str, Any] | None = None
-    later = source.later(readable, texts) if specs else None
-    table, bad_rows = (later, []) if later is not None else source.read(readable, texts)
-    eager = [name for name in readable if name not in ids and name not in specs]
-    columns = {name: plain(table[name]) for name in eager}
-    faults += [*bad_rows, *undeclared]
-    if declared is not None and features:
-        names = tuple(name for name in specs if name in readable)
-        raw = Later(names, lambda name: plain(table[name])) if later is None else later.then(plain, names)
+    taken = _taken(source, readable, ids, specs)
+    if declared is not None:
         selection = replace(selection, features=())
-    faults += [] if bad_rows else _rounded(source, columns)
-    found = _numbers(selection, columns, missing=missing)
-    arrays = [table[name].combine_chunks() for name in ids] if len(ids) == len(selection.ids) else []
+    faults += [*taken.bad_rows, *undeclared]
+    faults += [] if taken.bad_rows else _rounded(source, taken.columns)
+    found = _numbers(selection, taken.columns, missing=missing)
+    arrays = [taken.table[name].combine_chunks() for name in ids] if len(ids) == len(selection.ids) else []
     return Columns(
         None if not arrays else arrays[0] if len(arrays) == 1 else arrays,
         source.ids_are_text,
@@ -126,10 +118,30 @@ def _read(
         found.labels,
         (*selection.notes, *found.features.notes),
         (*faults, *found.faults),
-        raw,
-        specs if raw is not None else None,
+        None if declared is None else taken.raw,
+        None if declared is None else specs,
         found.weights,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Taken:
+    """Columns read from a file: some at once, those that [features] declares when they are asked for."""
+
+    table: Any  # all of them, by name
+    columns: dict[str, Any]
+    raw: Mapping[str, Any]
+    bad_rows: list[str]
+
+
+def _taken(source: files.Source, readable: list[str], ids: list[str], specs: Mapping[str, Spec]) -> _Taken:
+    texts = [*ids, *(name for name, spec in specs.items() if isinstance(spec, Category) and name in readable)]
+    later = source.later(readable, texts) if specs else None
+    table, bad_rows = (later, []) if later is not None else source.read(readable, texts)
+    columns = {name: plain(table[name]) for name in readable if name not in ids and name not in specs}
+    names = tuple(name for name in specs if name in readable)
+    raw = Later(names, lambda name: plain(table[name])) if later is None else later.then(plain, names)
+    return _Taken(table, columns, raw, bad_rows)
 
 
 # Names ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 from sl_queue.config.job import Job
@@ -13,16 +12,14 @@ from sl_queue.data.ids import Ids as TableIds
 from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_ids
 from sl_queue.errors import AlignmentError
-from sl_queue.launch.connect import Channels, Connect
+from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.alignment import PartyAlignment
 from sl_queue.loops.alignment_ports import Ids
 from sl_queue.loops.comparing import Comparing
 from sl_queue.protocol.alignment import Ring, Rule
 from sl_queue.protocol.comparison import Comparison, standing
-from sl_queue.protocol.events import Observer
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
-from sl_queue.security.sealing import Seal
 from sl_queue.storage.aligned_file import Aligned, read_aligned
 from sl_queue.storage.alignment_files import PartyFiles, SchedulerFiles
 from sl_queue.transport.alignment_channel import PREFETCH, LinkAlignmentChannel
@@ -50,27 +47,18 @@ def aligned_before(table: TableSpec, state: Path) -> Aligned | None:
 
 
 def align_party(
-    job: Job,
-    table: TableSpec,
-    connect: Connect,
-    state: Path,
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
-    version: str = "",
-    *,
-    confirm: bool = False,
+    job: Job, table: TableSpec, place: Workplace, version: str = "", *, confirm: bool = False
 ) -> Aligned | None:
     """Find which rows of a party all parties hold, from disk if it was found before; None if the job aligns nothing.
 
-    The caller has locked `state`. `confirm`: tell the scheduler also of what was found before. Raises JobError,
-    AlignmentError, CheckpointError and what the conversation raises.
+    The caller has locked the state folder. `confirm`: tell the scheduler also of what was found before. Raises
+    JobError, AlignmentError, CheckpointError and what the conversation raises.
     """
     if job.alignment.method != "psi":
         return None
     found, where = read_ids(table)
-    digest, files = ids_digest(found), PartyFiles(state)
-    aligned = read_aligned(state)
+    digest, files = ids_digest(found), PartyFiles(place.state)
+    aligned = read_aligned(place.state)
     if aligned is not None:
         aligned.require(digest, where)
         files.forget()  # killed between the two, it would lie there for good
@@ -79,15 +67,11 @@ def align_party(
     keys, token = files.keys(digest, len(job.parties))
     incarnation = secrets.token_hex(8)
     ids = Ids(len(found.texts), lambda: id_texts(found), found.type)
-    with ExitStack() as stack:
-        channel = _channel(job, table.party, connect, incarnation, seal, observe)
+    with place.opened(_channel(job, table.party, place, incarnation)) as channel:
         party = PartyAlignment(
             table.party, incarnation, rule_of(job), ids, token, keys, files, channel, job.broker.patience,
             time.monotonic, version,
         )  # fmt: skip
-        stack.callback(channel.close)
-        channel.open()
-        open_channels.add(channel)
         if aligned is None:
             aligned = _converse(party, files, found, digest)
         else:
@@ -111,20 +95,12 @@ def _converse(party: PartyAlignment, files: PartyFiles, found: TableIds, digest:
     return aligned
 
 
-def align_scheduler(
-    job: Job,
-    connect: Connect,
-    state: Path,
-    on_status: Callable[[RunStatus], None],
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
-) -> int:
+def align_scheduler(job: Job, place: Workplace, on_status: Callable[[RunStatus], None]) -> int:
     """Serve the alignment until every party has its part; returns how many rows are shared, -1 if none was reported.
 
-    Returns at once if that was so before. The caller has locked `state`.
+    Returns at once if that was so before. The caller has locked the state folder.
     """
-    file = SchedulerFiles(state)
+    file = SchedulerFiles(place.state)
     outcome = file.load()
     if outcome is not None and outcome.masks is None:
         return -1
@@ -135,17 +111,11 @@ def align_scheduler(
         on_status(status)
         return as_json(status)
 
-    with ExitStack() as stack:
-        channel = _channel(job, SCHEDULER, connect, incarnation, seal, observe)
-        stack.callback(channel.close)
-        channel.open()
-        open_channels.add(channel)
+    with place.opened(_channel(job, SCHEDULER, place, incarnation)) as channel:
         Comparing(comparison, channel, file, incarnation, job.broker.patience, time.monotonic, tell).serve()
     return -1 if comparison.outcome is None or comparison.outcome.masks is None else len(comparison.outcome.masks)
 
 
-def _channel(
-    job: Job, role: str, connect: Connect, incarnation: str, seal: Seal | None, observe: Observer
-) -> LinkAlignmentChannel:
-    about = (connect(role, PREFETCH), role, job.topology(), incarnation)
-    return LinkAlignmentChannel(*about, patience_s=job.broker.patience, seal=seal, observe=observe)
+def _channel(job: Job, role: str, place: Workplace, incarnation: str) -> LinkAlignmentChannel:
+    about = (place.connect(role, PREFETCH), role, job.topology(), incarnation)
+    return LinkAlignmentChannel(*about, patience_s=job.broker.patience, seal=place.seal, observe=place.observe)

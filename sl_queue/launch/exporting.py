@@ -1,23 +1,19 @@
 """A party's trained parts, exported: its base model on its own rows, the fuse model on drawn activations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sl_queue.compute.export import SUFFIX, ByName, ByParty, Exported, Target, export_part, named_inputs
+from sl_queue.compute.export import EXPORT_ROWS, SUFFIX, Exported, Target, export_base, export_fuse
 from sl_queue.compute.final_weights import settled
-from sl_queue.compute.spec import LayersSpec
-from sl_queue.compute.trained import drawn_inputs, fuse_model, predicting_base
+from sl_queue.compute.trained import fuse_model, predicting_base
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.data.table import read_table
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.storage.versions import Version, choose_version
-
-_ROWS = 64  # compared
 
 
 def export_party(
@@ -35,25 +31,13 @@ def export_party(
 
 def _base(spec: PartySpec, version: Version, target: Target, path: Path) -> Exported:
     table = read_table(spec.table)
-    n_rows = min(_ROWS, table.n_rows)
+    n_rows = min(EXPORT_ROWS, table.n_rows)
     batches = Batches(table.n_rows, spec.compute.layers.seed, 1, n_rows, 1, shuffle=False)
     stage = predicting_base(spec.compute, table, batches, version.weights("base")).stage
-    inputs = named_inputs(stage.inputs(np.arange(n_rows)))
-    return export_part(ByName(stage.model.module.cpu(), tuple(inputs)), inputs, target, path)
+    return export_base(stage.model.module, stage.inputs(np.arange(n_rows)), target, path)
 
 
 def _fuse(spec: PartySpec, version: Version, target: Target, path: Path) -> Exported:
-    layers, model = spec.compute.layers, fuse_model(spec.compute)
+    model = fuse_model(spec.compute)
     module = settled(model.module, spec.party, version.weights("fuse"))
-    outputs = drawn_inputs(layers, _ROWS, model.dtype)
-    inputs = {name: tensor for party in outputs for name, tensor in _named(layers, party, outputs[party])}
-    return export_part(ByParty(module, layers), inputs, target, path)
-
-
-def _named(layers: LayersSpec, party: str, outputs: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Name the outputs of a party: by the party, and by the output where it has several."""
-    if party not in layers.outputs:
-        yield party, outputs[0]
-        return
-    names = layers.outputs[party].names or tuple(map(str, range(len(outputs))))
-    yield from ((f"{party}.{name}", output) for name, output in zip(names, outputs, strict=True))
+    return export_fuse(module, spec.compute.layers, model.dtype, target, path)

@@ -17,9 +17,9 @@ from sl_queue.compute.separate import separate
 from sl_queue.compute.spec import ComputeSpec
 from sl_queue.compute.spread import Answer, SpreadBaseStage, SpreadFuseStage
 from sl_queue.compute.threads import limit_threads
+from sl_queue.config.broker_url import read_url
 from sl_queue.config.environment import HANDS_BROKER
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.party import read_url
 from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import JobError, RunStopped, SlQueueError, TransportError
 from sl_queue.hand_ports import Lane
@@ -135,7 +135,7 @@ class Leading:
     @contextmanager
     def serving(self, channel: PartyChannel) -> Iterator[None]:
         """Be open to hands while the body runs; they go home when the run is over, and wait if it is to be resumed."""
-        channel.between = self._between
+        channel.when_woken(self._between)
         self.lead.open()
         try:
             yield

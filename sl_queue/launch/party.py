@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import Guard
 from sl_queue.errors import JobError
 from sl_queue.launch.alignment import aligned_before
-from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
+from sl_queue.launch.connect import connector, key_file, require_network, sealing
 from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
 from sl_queue.launch.privacy import parts_of, require_lasting_secret
@@ -30,9 +31,10 @@ from sl_queue.launch.rows import aligned_rows, own_version, table_of
 from sl_queue.launch.spending import Spending
 from sl_queue.launch.stages import build_stage, of_start
 from sl_queue.launch.versions import keep_trained
+from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.record import Record
 from sl_queue.loops.training import FeatureParty, LabelHolder
-from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.log import to_log
 from sl_queue.observe.meter import Meter
 from sl_queue.privacy.guards import EpochMeter
@@ -45,8 +47,6 @@ from sl_queue.protocol.messages import Role
 from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
-from sl_queue.security.sealing import Seal
-from sl_queue.storage.aligned_file import Aligned
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
@@ -74,142 +74,150 @@ def run_party(
     `metrics`: `[HOST:]PORT` where Prometheus scrapes.
     """
     spec = resolve(job, party_file, Importer())
+    require_role(spec, role)
+    place = workplace_of(job, party_file, broker, state, key, observe)
+    private, lanes = not LOCAL.read(), Lanes.of(job, party_file, broker)
+    serve_party(job, spec, place, metrics, private=private, lanes=lanes)
+
+
+def require_role(spec: PartySpec, role: str) -> None:
+    """Raise JobError unless a worker for `role` is one for this party."""
     if spec.role != role:
         raise JobError(
             f"party {spec.party!r} has the role {spec.role!r} in the job, and this worker is for role {role!r}; "
             "start the other worker"
         )
+
+
+def workplace_of(
+    job: Job, party_file: PartyFile, broker: str | None, state: Path | None, key: Path | None, observe: Observer
+) -> Workplace:
+    """Return where the worker of a party works in a process of its own. Raises JobError if something is missing."""
     url = party_file.broker_url(broker)
     require_network(url)
     limit_threads(party_file.threads or THREADS.read() or None)
     seal = sealing(job, party_file.party, key_file(key, party_file), url)
-    folder = state_folder(party_file, state)
-    private = not LOCAL.read()
     connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    lanes = Lanes.of(job, party_file, broker)
-    serve_party(job, spec, connect, folder, Channels(), seal, metrics, private=private, lanes=lanes, observe=observe)
+    return Workplace(connect, state_folder(party_file, state), seal=seal, observe=observe)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """All that a party trains with and on: its spec with its secret, its rows, and the order of work over them."""
+
+    spec: PartySpec
+    table: Table
+    rules: int
+    pipeline: Pipeline
+    identity: Identity
 
 
 def serve_party(
     job: Job,
     spec: PartySpec,
-    connect: Connect,
-    state: Path,
-    open_channels: Channels,
-    seal: Seal | None = None,
+    place: Workplace,
     metrics: str | None = None,
     take: Take = itself,
     *,
     private: bool = False,
     guards: Mapping[str, Guard] = MappingProxyType({}),
     lanes: Lanes | None = None,
-    observe: Observer = to_log,
 ) -> None:
     """Run one data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
-    its own, unless its file or the run in `state` says no. `guards` are put in at the cuts to these peers.
+    its own, unless its file or the run in the state folder says no. `guards` are put in at the cuts to these peers.
     `lanes`: the way to hands that compute its micro-batches.
     """
-    party, incarnation = spec.party, secrets.token_hex(8)
     with ExitStack() as stack:
-        folder = stack.enter_context(Folder(state, job_digest=job.digest, party=party, job=job.canonical()))
-        if _has_finished(job, spec, folder, state, observe):
+        folder = stack.enter_context(Folder(place.state, job_digest=job.digest, party=spec.party, job=job.canonical()))
+        if _has_finished(job, spec, folder, place):
             return
-        aligned = aligned_rows(job, spec, connect, state, open_channels, seal, observe)
-        spec, table, rules = _prepared(job, spec, aligned, folder, state, private=private)
-        identity = _identity(job, party, incarnation, table, rules)
-        pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
-        meter = Meter()
-        observe = fan_out(observe, meter)
-        channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
-        journal = Journal(state / "history.jsonl")
-        parts = parts_of(spec, table, pipeline.batches)
-        guards = {**parts.guards, **guards}
-        made, led = build_stage(job, spec, table, pipeline, take, guards, lanes), None
-        if lanes is not None:
-            led = leading(job, spec, table, rules, made, pipeline, channel, lanes, incarnation, observe)
-        stage = made if led is None else led.stage
-        worker, train = _role(job, spec, stage, pipeline, channel, folder, journal, identity, observe)
-        worker.meter, worker.spending = parts.meter, _spending(job, spec, table, state, parts.meter, worker)
+        own, meter = _prepared(job, spec, folder, place, private=private), Meter()
+        place = place.watched_by(meter)
+        channel = channel_of(job, spec.party, place, own.identity.incarnation, own.pipeline, meter)
+        parts = parts_of(own.spec, own.table, own.pipeline.batches)
+        made = build_stage(job, own.spec, own.table, own.pipeline, take, {**parts.guards, **guards}, lanes)
+        led = None if lanes is None else _led(job, own, made, channel, lanes, place)
+        worker, train = _role(job, own, made if led is None else led.stage, channel, folder, place)
+        worker.meter, worker.spending = parts.meter, _spending(job, own, place, parts.meter, worker)
+        worker.on_final = partial(keep_trained, job, own.spec, own.table, own.pipeline.batches, place.state, made)
         if metrics is not None:
-            stack.callback(_show(metrics, job, party, channel, worker, meter, led).close)
-        worker.on_final = partial(keep_trained, job, spec, table, pipeline.batches, state, made)
-        stack.callback(channel.close)
-        channel.open()
-        open_channels.add(channel)
-        observe(events.Ready(party))
+            stack.callback(_show(metrics, job, spec.party, channel, worker, meter, led).close)
+        stack.enter_context(place.opened(channel))
+        place.observe(events.Ready(spec.party))
         with nullcontext() if led is None else led.serving(channel):
             final = worker.serve(train)
-        observe(events.Finished(party, final.step, str(state / "final")))
+        place.observe(events.Finished(spec.party, final.step, str(place.state / "final")))
 
 
-def _has_finished(job: Job, spec: PartySpec, folder: Folder, state: Path, observe: Observer) -> bool:
+def _has_finished(job: Job, spec: PartySpec, folder: Folder, place: Workplace) -> bool:
     """Return True, and say so, if the final weights lie here and the scheduler knows."""
     done = folder.finished()
     if done is None or not done.reported:
         return False
     compare_finished(job, spec, folder)
-    observe(events.Finished(spec.party, done.step, str(state / "final"), already=True))
+    place.observe(events.Finished(spec.party, done.step, str(place.state / "final"), already=True))
     return True
 
 
-def _identity(job: Job, party: str, incarnation: str, table: Table, rules: int) -> Identity:
-    rows = (table.n_rows, table.digest, table.id_type)
-    return Identity(incarnation, job.canonical(), *rows, rules=rules, version=own_version(), party=party)
-
-
-def _prepared(
-    job: Job, spec: PartySpec, aligned: Aligned | None, folder: Folder, state: Path, *, private: bool
-) -> tuple[PartySpec, Table, int]:
-    """Return the spec with its secret, the rows and the rules of the run; `folder` agrees to go on with them."""
+def _prepared(job: Job, spec: PartySpec, folder: Folder, place: Workplace, *, private: bool) -> Prepared:
+    """Find and read the rows of a party; `folder` agrees to go on with what it is made of."""
+    aligned = aligned_rows(job, spec, place)
     rules = rules_to_keep(job, spec.party, folder.begun_with)
-    require_lasting_secret(spec, state, private=private)
-    secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, state, private=private)
+    require_lasting_secret(spec, place.state, private=private)
+    secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, place.state, private=private)
     spec = spec.with_secret(secret)
     table = table_of(spec, rules, aligned)
     for note in table.notes:
         log.info("%s: %s", spec.party, note)
     folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint, **of_start(spec)})
-    write_features(state, table.fitted)
-    return spec, table, rules
+    write_features(place.state, table.fitted)
+    pipeline = job.pipeline_of(job.batches(table.n_rows, None if rules == BY_POSITION else table.hashes))
+    about = (job.canonical(), table.n_rows, table.digest, table.id_type)
+    identity = Identity(secrets.token_hex(8), *about, rules=rules, version=own_version(), party=spec.party)
+    return Prepared(spec, table, rules, pipeline, identity)
+
+
+def _led(
+    job: Job,
+    own: Prepared,
+    made: TorchBaseStage | TorchFuseStage,
+    channel: PartyChannel,
+    lanes: Lanes,
+    place: Workplace,
+) -> Leading:
+    about = (own.spec, own.table, own.rules, made, own.pipeline)
+    return leading(job, *about, channel, lanes, own.identity.incarnation, place.observe)
 
 
 def channel_of(
-    job: Job,
-    party: str,
-    connect: Connect,
-    incarnation: str,
-    pipeline: Pipeline,
-    seal: Seal | None,
-    observe: Observer,
-    meter: Meter,
+    job: Job, party: str, place: Workplace, incarnation: str, pipeline: Pipeline, meter: Meter
 ) -> PartyChannel:
+    """Make the channel of a data party, not yet open."""
     bounds = bounds_of(job, party, pipeline)
     return PartyChannel(
-        connect(party, bounds.prefetch),
+        place.connect(party, bounds.prefetch),
         party,
         job.topology(),
         incarnation,
         patience_s=job.broker.patience,
         persistent=job.broker.persistent,
         depth=pipeline.depth,
-        seal=seal,
+        seal=place.seal,
         bounds=bounds,
-        observe=observe,
+        observe=place.observe,
         totals=meter.totals,
     )
 
 
-def _spending(
-    job: Job, spec: PartySpec, table: Table, state: Path, meter: EpochMeter | None, worker: Worker
-) -> Spending:
+def _spending(job: Job, own: Prepared, place: Workplace, meter: EpochMeter | None, worker: Worker) -> Spending:
     stage = whole_of(worker.stage)
 
     def truly() -> Mapping[str, float | None]:
-        return stage.truly if isinstance(stage, TorchFuseStage) else {}
+        return stage.scoring.truly if isinstance(stage, TorchFuseStage) else {}
 
-    return Spending.of(job, spec, table, state, meter, truly)
+    return Spending.of(job, own.spec, own.table, place.state, meter, truly)
 
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
@@ -223,23 +231,22 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
 
 def _role(
     job: Job,
-    spec: PartySpec,
+    own: Prepared,
     stage: TorchBaseStage | TorchFuseStage | SpreadBaseStage | SpreadFuseStage,
-    pipeline: Pipeline,
     channel: PartyChannel,
     folder: Folder,
-    journal: Journal,
-    identity: Identity,
-    observe: Observer,
+    place: Workplace,
 ) -> tuple[Worker, Callable[[int], None]]:
     """Return the worker of this party, and the loop it runs."""
+    about = (own.identity, channel, stage, folder, own.pipeline)
     if isinstance(stage, TorchFuseStage | SpreadFuseStage):
-        worker = Worker(identity, channel, stage, folder, pipeline, journal=journal, observe=observe)
-        holder = LabelHolder(spec.peers, channel, stage, pipeline, worker, job.early_stopping is not None)
+        worker = Worker(*about, record=Record(Journal(place.state / "history.jsonl")), observe=place.observe)
+        stops_early = job.early_stopping is not None
+        holder = LabelHolder(own.spec.peers, channel, stage, own.pipeline, worker, stops_early)
         answering(stage, holder.answer)
         return worker, holder.train
-    worker = Worker(identity, channel, stage, folder, pipeline, observe=observe)
-    return worker, FeatureParty(job.label_holder, channel, stage, pipeline, worker).train
+    worker = Worker(*about, observe=place.observe)
+    return worker, FeatureParty(job.label_holder, channel, stage, own.pipeline, worker).train
 
 
 def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:

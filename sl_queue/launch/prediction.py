@@ -7,7 +7,6 @@ again goes on where it was; one that finds the prediction done writes the file a
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,17 @@ from sl_queue.data.to_predict import ToPredict, read_to_predict
 from sl_queue.errors import AlignmentError, CheckpointError, JobError
 from sl_queue.launch.alignment import align_party
 from sl_queue.launch.asked import Asked, canonical_of, digest_of, folder_of, for_alignment, schedule_of
-from sl_queue.launch.connect import Channels, Connect
 from sl_queue.launch.party import channel_of
 from sl_queue.launch.privacy import parts_of
 from sl_queue.launch.rows import own_version
+from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.record import Record
 from sl_queue.loops.training import FeatureParty, LabelHolder
-from sl_queue.observe.fan_out import fan_out
-from sl_queue.observe.log import to_log
 from sl_queue.observe.meter import Meter
 from sl_queue.protocol import events
-from sl_queue.protocol.events import Observer
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
-from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
 from sl_queue.storage.pieces import PieceFolder
@@ -62,68 +58,49 @@ class Predicted:
 
 
 def predict_party(
-    job: Job,
-    spec: PartySpec,
-    asked: Asked,
-    connect: Connect,
-    state: Path,
-    open_channels: Channels,
-    seal: Seal | None = None,
-    observe: Observer = to_log,
-    folder: Path | None = None,
+    job: Job, spec: PartySpec, asked: Asked, place: Workplace, folder: Path | None = None
 ) -> Predicted | None:
     """Take part in a prediction to its end; the label holder returns what was predicted, all others None.
 
-    `spec.table` is that of the rows to predict. `folder`: for the state of the prediction; None: its place in `state`.
-    Raises SlQueueError.
+    `spec.table` is that of the rows to predict; the state folder holds the weights. `folder`: for the state of the
+    prediction; None: its place in the state folder. Raises SlQueueError.
     """
-    party, meter = spec.party, Meter()
-    observe = fan_out(observe, meter)
-    version, place = choose_version(state, asked.run), folder or folder_of(state, asked.name)
-    spec = _with_secret(spec, state)
-    with ExitStack() as stack:
-        kept = Folder(place, job_digest=digest_of(job, asked.name), party=party, job=canonical_of(job, asked.name))
-        stack.enter_context(kept)
-        rows = _rows(job, spec, asked, version, connect, place, open_channels, seal, observe)
+    version, meter = choose_version(place.state, asked.run), Meter()
+    spec = _with_secret(spec, place.state)
+    place = place.watched_by(meter).in_folder(folder or folder_of(place.state, asked.name))
+    about, digest = canonical_of(job, asked.name), digest_of(job, asked.name)
+    with Folder(place.state, job_digest=digest, party=spec.party, job=about) as kept:
+        rows = _rows(job, spec, asked, version, place)
         kept.require(_fingerprint(version, rows))
-        pieces = PieceFolder(place / "pieces")
+        pieces = PieceFolder(place.state / "pieces")
         pipeline = schedule_of(job, rows.table.n_rows)
         guards = _guards(spec, rows, pipeline.batches)
         stage, objective = _stage(spec, rows, version, pipeline.batches, pieces, guards, labels=asked.labels)
         done = kept.finished()
         if done is None or not done.reported:
-            incarnation = secrets.token_hex(8)
-            channel = channel_of(job, party, connect, incarnation, pipeline, seal, observe, meter)
-            stack.callback(channel.close)
-            identity = _identity(job, asked.name, version, rows, incarnation, party)
-            worker = Worker(identity, channel, stage, kept, pipeline, journal=_journal(spec, place), observe=observe)
-            channel.open()
-            open_channels.add(channel)
-            observe(events.Ready(party))
-            done = worker.serve(_loop(job, spec, channel, stage, pipeline, worker))
-        log.info("%s: %d rows are predicted with run %s", party, rows.table.n_rows, version.run)
+            identity = _identity(job, asked.name, version, rows, spec.party)
+            channel = channel_of(job, spec.party, place, identity.incarnation, pipeline, meter)
+            record = Record(Journal(place.state / "history.jsonl") if spec.role == "label" else None)
+            worker = Worker(identity, channel, stage, kept, pipeline, record=record, observe=place.observe)
+            with place.opened(channel):
+                place.observe(events.Ready(spec.party))
+                worker.serve(_loop(job, spec, channel, stage, pipeline, worker))
+        log.info("%s: %d rows are predicted with run %s", spec.party, rows.table.n_rows, version.run)
         if spec.role != "label":
             return None
-        loss = None if spec.compute.objective is None else spec.compute.objective.loss
         outputs = pieces.read(rows.table.n_rows)
         held_out = _held_out(job, rows) if asked.held_out else None
-        return Predicted(version, rows, outputs, objective, loss if isinstance(loss, str) else "", held_out)
+        return Predicted(version, rows, outputs, objective, _name_of_loss(spec), held_out)
 
 
-def _rows(
-    job: Job,
-    spec: PartySpec,
-    asked: Asked,
-    version: Version,
-    connect: Connect,
-    place: Path,
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
-) -> ToPredict:
+def _name_of_loss(spec: PartySpec) -> str:
+    loss = None if spec.compute.objective is None else spec.compute.objective.loss
+    return loss if isinstance(loss, str) else ""
+
+
+def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Workplace) -> ToPredict:
     """Read the rows that all parties hold. Raises AlignmentError if some of the label holder's are not among them."""
-    about = (connect, place, open_channels, seal, observe, own_version())
-    aligned = align_party(for_alignment(job), spec.table, *about)
+    aligned = align_party(for_alignment(job), spec.table, place, own_version())
     recipe = version.path / "features.json"
     learned = recipe.read_text(encoding="utf-8") if recipe.exists() else None
     rows = read_to_predict(spec.table, None if aligned is None else aligned.positions, learned)
@@ -181,15 +158,9 @@ def _loop(
     return FeatureParty(job.label_holder, channel, stage, pipeline, worker).train
 
 
-def _identity(job: Job, name: str, version: Version, rows: ToPredict, incarnation: str, party: str) -> Identity:
-    about = (rows.table.n_rows, rows.table.digest, rows.table.id_type)
-    return Identity(
-        incarnation, canonical_of(job, name), *about, version=own_version(), weights=version.run, party=party
-    )
-
-
-def _journal(spec: PartySpec, place: Path) -> Journal | None:
-    return Journal(place / "history.jsonl") if spec.role == "label" else None
+def _identity(job: Job, name: str, version: Version, rows: ToPredict, party: str) -> Identity:
+    about = (canonical_of(job, name), rows.table.n_rows, rows.table.digest, rows.table.id_type)
+    return Identity(secrets.token_hex(8), *about, version=own_version(), weights=version.run, party=party)
 
 
 def _with_secret(spec: PartySpec, state: Path) -> PartySpec:

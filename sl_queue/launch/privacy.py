@@ -103,11 +103,9 @@ def parts_of(spec: PartySpec, table: Table, batches: Batches) -> Parts:
 def _parts_of_feature_party(spec: PartySpec, table: Table, batches: Batches, base: bytes) -> Parts:
     settings, party, tap, meter = spec.privacy, spec.party, None, None
     if settings.meter and table.features is not None and not table.features.dtype.names:
-        columns = ActivationMeter(table.features, batches.training_positions, key_for(base, party, "meter"))
-        tap, meter = (
-            ActivationTap(columns, RowIndex.of(table.row_keys)),
-            EpochMeter(columns, spec.peers[0]),
-        )
+        about = (batches.training_positions, key_for(base, party, "meter"), table.row_keys)
+        columns = ActivationMeter(table.features, *about)
+        tap, meter = ActivationTap(columns), EpochMeter(columns, spec.peers[0])
     defence = None if settings.clip is None else ActivationDefence(settings.clip, settings.sigma, base)
     returning = Returning(settings.clip, settings.nopeek) if settings.clip is not None or settings.nopeek else None
     if defence is None and tap is None and returning is None:
@@ -121,8 +119,9 @@ def _parts_of_label_holder(spec: PartySpec, table: Table, batches: Batches, base
     classes = class_numbers(table)
     if settings.meter and classes is not None:
         given = None if table.labels is None or table.truth is None else numbered(table.labels, table.truth)
-        gradients = GradientMeter(classes, batches.training_positions, key_for(base, party, "meter"), given)
-        tap, meter = GradientTap(gradients, index), EpochMeter(gradients)
+        about = (batches.training_positions, key_for(base, party, "meter"), table.row_keys)
+        gradients = GradientMeter(classes, *about, given)
+        tap, meter = GradientTap(gradients), EpochMeter(gradients)
     elif settings.meter:
         log.warning("party %r: [privacy] meter reads classes, and these labels are not; nothing is measured", party)
     if settings.max_norm or settings.gradients is not None:

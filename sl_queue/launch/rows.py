@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -11,26 +10,16 @@ from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.data.table import read_table
 from sl_queue.launch.alignment import align_party
-from sl_queue.launch.connect import Channels, Connect
 from sl_queue.launch.privacy import responded, token_key
-from sl_queue.protocol.events import Observer
+from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.table import Table
-from sl_queue.security.sealing import Seal
 from sl_queue.storage.aligned_file import Aligned
 
 
-def aligned_rows(
-    job: Job,
-    spec: PartySpec,
-    connect: Connect,
-    state: Path,
-    open_channels: Channels,
-    seal: Seal | None,
-    observe: Observer,
-) -> Aligned | None:
+def aligned_rows(job: Job, spec: PartySpec, place: Workplace) -> Aligned | None:
     """Find the rows that all parties hold."""
     with _source_seeded(spec):
-        return align_party(job, spec.table, connect, state, open_channels, seal, observe, own_version())
+        return align_party(job, spec.table, place, own_version())
 
 
 def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None) -> Table:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sl_queue.compute.names import LOWER_IS_BETTER
+from sl_queue.config.broker_url import read_url
 from sl_queue.config.environment import BROKER
 from sl_queue.config.job import Job
-from sl_queue.config.party import read_url
 from sl_queue.errors import BrokerUnreachable, JobError
 from sl_queue.launch.alignment import align_scheduler
 from sl_queue.launch.asked import digest_of, folder_of, for_alignment, plan_of_prediction
-from sl_queue.launch.connect import Channels, Connect, connector, key_file, require_network, sealing
+from sl_queue.launch.connect import connector, key_file, require_network, sealing
+from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.scheduling import Scheduler
-from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.keeper import Keeper
 from sl_queue.observe.log import to_log
 from sl_queue.observe.tracking import Tracker, sink_of
@@ -27,7 +27,6 @@ from sl_queue.protocol.events import Observer
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import EarlyStopping, Phase, Plan, RunState
 from sl_queue.protocol.scheduler.status import RunStatus
-from sl_queue.security.sealing import Seal
 from sl_queue.storage.run_file import RunFile
 from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 
@@ -66,8 +65,8 @@ def run_scheduler(
         tell = _told_to(epochs.tell, *(tracker.take for tracker in trackers))
         if prediction is not None:  # has no epochs to report
             folder, tell = folder_of(folder, prediction), _told_to()
-        about = (connect, folder, tell, Channels(), seal)
-        serve_scheduler(job, *about, metrics=metrics, observe=observe, prediction=prediction)
+        place = Workplace(connect, folder, seal=seal, observe=observe)
+        serve_scheduler(job, place, tell, metrics=metrics, prediction=prediction)
 
 
 def _shown_as(track: str) -> str:
@@ -93,14 +92,10 @@ class _Epochs:  # mutable: it remembers what it reported
 
 def serve_scheduler(
     job: Job,
-    connect: Connect,
-    state: Path,
+    place: Workplace,
     on_status: OnStatus,
-    open_channels: Channels,
-    seal: Seal | None = None,
     late_s: float = LATE_S,
     metrics: str | None = None,
-    observe: Observer = to_log,
     prediction: str | None = None,
 ) -> RunState:
     """Run the scheduler until every party has finished.
@@ -108,31 +103,28 @@ def serve_scheduler(
     `late_s`: how long a run that had finished before waits for parties that have lost what it left. `metrics`: where
     Prometheus may ask, as `[HOST:]PORT`. `prediction`: the name of the one that is run in the place of a training.
     """
-    observe = fan_out(observe)
+    place = place.watched_by()
     plan = plan_of(job) if prediction is None else plan_of_prediction(job, prediction)
     with ExitStack() as stack:
         digest = job.digest if prediction is None else digest_of(job, prediction)
-        ledger = stack.enter_context(closing(RunFile(state, plan.job, digest)))
+        ledger = stack.enter_context(closing(RunFile(place.state, plan.job, digest)))
         finished = _finished_before(ledger)
         if finished is not None and not late_s:
             return finished
         if job.alignment.method == "psi" and finished is None:
-            aligning = job if prediction is None else for_alignment(job)
-            align_scheduler(aligning, connect, state, on_status, open_channels, seal, observe)
-        about = (connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
-        channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=seal, observe=observe)
-        stack.callback(channel.close)
-        on_status = _shown(metrics, channel, _told_to(Keeper(state).take, on_status), stack)
+            align_scheduler(job if prediction is None else for_alignment(job), place, on_status)
+        about = (place.connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
+        channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=place.seal, observe=place.observe)
+        on_status = _shown(metrics, channel, _told_to(Keeper(place.state).take, on_status), stack)
         try:
-            channel.open()
+            stack.enter_context(place.opened(channel))
         except BrokerUnreachable:
             if finished is None:
                 raise
             return finished
-        open_channels.add(channel)
-        observe(events.Ready(SCHEDULER))
+        place.observe(events.Ready(SCHEDULER))
         of_run = (secrets.token_hex(6), time.monotonic, on_status, min(late_s, plan.patience_s))
-        return Scheduler(plan, channel, ledger, *of_run, observe=observe).serve()
+        return Scheduler(plan, channel, ledger, *of_run, observe=place.observe).serve()
 
 
 def _told_to(*takers: OnStatus) -> OnStatus:

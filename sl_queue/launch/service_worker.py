@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from sl_queue.compute.threads import limit_threads
-from sl_queue.config.environment import THREADS
 from sl_queue.config.job import Job
 from sl_queue.config.party import PartyFile
 from sl_queue.config.resolve import PartySpec, data_to_predict, resolve
@@ -14,10 +12,10 @@ from sl_queue.config.user_code import Importer
 from sl_queue.data.to_predict import ids_to_predict
 from sl_queue.errors import JobError
 from sl_queue.launch.asked import Asked
-from sl_queue.launch.connect import connector, key_file, require_network, sealing
-from sl_queue.launch.party import state_folder
+from sl_queue.launch.party import require_role, workplace_of
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.launch.service import Served, serve_feature, serve_label
+from sl_queue.observe.log import to_log
 from sl_queue.security.private_file import read_secret
 
 log = logging.getLogger("sl_queue")
@@ -37,17 +35,11 @@ def run_service(
 ) -> None:
     """Serve the rows of [predict] until the process is ended. Raises SlQueueError."""
     spec = resolve(job, party_file, Importer())
-    if spec.role != role:
-        raise JobError(f"party {spec.party!r} has the role {spec.role!r} in the job, and this worker is for {role!r}")
+    require_role(spec, role)
     spec = spec_to_predict(spec, data_to_predict(party_file), Asked())
-    url = party_file.broker_url(broker)
-    require_network(url)
-    limit_threads(party_file.threads or THREADS.read() or None)
-    seal = sealing(job, spec.party, key_file(key, party_file), url)
-    connect = connector(job, url, again=lambda: party_file.broker_url(broker, again=True))
-    folder, serve = state_folder(party_file, state), party_file.serve
+    place, serve = workplace_of(job, party_file, broker, state, key, to_log), party_file.serve
+    about = (job, spec, place.state, place.connect, place.seal)
     if role == "feature":
-        about = (job, spec, folder, connect, seal)
         served = serve_feature(*about, at_most=serve.at_most, deadline_s=serve.deadline)
         log.info("%s: answers requests", spec.party)
         try:
@@ -55,7 +47,7 @@ def run_service(
         finally:
             served.close()
         return
-    served = serve_label(job, spec, folder, connect, seal, run, deadline_s=serve.deadline)
+    served = serve_label(*about, run, deadline_s=serve.deadline)
     try:
         _over_http(spec, party_file, served)
     finally:

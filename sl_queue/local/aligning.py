@@ -9,9 +9,9 @@ from sl_queue.config.resolve import table_spec
 from sl_queue.config.user_code import Importer
 from sl_queue.launch.alignment import align_party, align_scheduler
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
+from sl_queue.launch.workplace import Workplace
 from sl_queue.local.threads import key_in, require_all
 from sl_queue.local.together import run_together
-from sl_queue.observe.log import to_log
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.security.sealing import Seal
@@ -43,14 +43,14 @@ def align_threads(
     def party(file: PartyFile) -> None:
         state = states[file.party]
         with Folder(state, job_digest=job.digest, party=file.party, job=job.canonical()):
-            about = (job, table_spec(job, file, importer), connect, state, channels, seal_of(file.party, file), to_log)
-            aligned = align_party(*about, confirm=not again)
+            place = Workplace(connect, state, channels, seal_of(file.party, file))
+            aligned = align_party(job, table_spec(job, file, importer), place, confirm=not again)
             assert aligned is not None
             found[file.party] = aligned
 
     def scheduler() -> None:
         if not again:
-            align_scheduler(job, connect, states[SCHEDULER], on_status, channels, seal_of(SCHEDULER), to_log)
+            align_scheduler(job, Workplace(connect, states[SCHEDULER], channels, seal_of(SCHEDULER)), on_status)
 
     work: list[Callable[[], None]] = [scheduler, *(partial(party, file) for file in parties)]
     run_together(work, channels, "interrupted; the same command resumes")

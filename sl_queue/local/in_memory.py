@@ -1,6 +1,7 @@
 """Evaluation of trained modules on rows that are at hand: outputs and measures, without a run."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,19 @@ from torch import Tensor, nn
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.building import called, is_penalised
+from sl_queue.compute.export import EXPORT_ROWS, SUFFIX, Exported, Target, export_base, export_fuse
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.inputs import n_offers, offers
+from sl_queue.compute.metrics import predictions
 from sl_queue.compute.modules.handover import copied
 from sl_queue.compute.modules.state import in_evaluation
 from sl_queue.compute.objective import Objective, measured
+from sl_queue.compute.other_metrics import Task
+from sl_queue.compute.outputs import Outputs as OutputScale
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.resolve import compute_spec
+from sl_queue.config.resolve import compute_spec, layers_of
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
 from sl_queue.cut.several import Outputs, fuse_inputs
@@ -99,6 +104,37 @@ def objective_for(job: Job, file: PartyFile, table: Table) -> Objective:
     whole = job.replace(holdout=0.0, early_stopping=None, batch_size=table.n_rows, pipeline={})
     spec = compute_spec(whole, file.replace(device="cpu"), Importer())
     return fuse_stage(spec, table, whole.batches(table.n_rows)).objective
+
+
+def chances(output: Tensor, task: Task, outputs: OutputScale) -> Tensor:
+    """Return probabilities of a model's output. Raises JobError for a model that predicts numbers."""
+    if task is Task.REGRESSION:
+        raise JobError("this model predicts numbers, which have no probabilities")
+    wide = output.reshape(len(output), -1) if task is Task.BINARY else output
+    labels = torch.zeros(len(output), *(wide.shape[1:] if task is Task.BINARY else ()))
+    return predictions(task, outputs, wide, labels)[0].reshape(output.shape).to(output.dtype)
+
+
+def export_parts(
+    job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.Module], target: Target, folder: Path
+) -> list[Exported]:
+    """Export trained modules, by party and "fuse", each into its party's folder. Raises JobError, ComputeError."""
+    if target not in SUFFIX:
+        raise JobError(f"export to {target!r} is unknown; allowed are {', '.join(SUFFIX)}")
+    found = []
+    for party in job.fused:
+        module = modules[party]
+        features = _taken(party, tables[party], module)
+        rows = take_rows(features, np.arange(min(EXPORT_ROWS, len(features))), _dtype(module), CPU)
+        found.append(export_base(module, rows, target, _folder(folder, party) / f"base{SUFFIX[target]}"))
+    layers = layers_of(job)
+    path = _folder(folder, job.label_holder) / f"fuse{SUFFIX[target]}"
+    return [*found, export_fuse(modules["fuse"], layers, _dtype(modules["fuse"]), target, path)]
+
+
+def _folder(folder: Path, party: str) -> Path:
+    (folder / party).mkdir(parents=True, exist_ok=True)
+    return folder / party
 
 
 def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:

@@ -58,17 +58,12 @@ def run_processes(
         tell(status)
 
     stale = read_status(job, broker, timeout_s=0.5, seal=seal)  # what an earlier run may have left
-    newest = _Newest(job.label_holder, stale, show)
-    threads = str(shared_threads(len(job.parties)))
-    environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1"}
-    environ |= {LOG_FORMAT.name: "text"}  # their lines are shown to a person
+    newest, threads = _Newest(job.label_holder, stale, show), str(shared_threads(len(job.parties)))
+    shown_to_a_person = {LOG_FORMAT.name: "text"}
+    environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1", **shown_to_a_person}
     asked: Path | None = EVENTS.read()
-    workers = [Worker(r, command(job, r, job_file, place), _meeting(place, broker)) for r, place in places.items()]
     hands = {f"{role}, hand {n}": role for role, place in places.items() for n in range(1, 1 + (place.hands or 0))}
-    workers += [
-        Worker(hand, hand_command(job_file, places[r]), _meeting(places[r], broker), helps=True)
-        for hand, r in hands.items()
-    ]
+    workers = _workers(job, job_file, places, hands, broker)
 
     def step_of(name: str) -> int | None:
         return newest.committed(hands.get(name, name))  # a hand's is its party's
@@ -82,6 +77,18 @@ def run_processes(
                 return supervise(workers, environ, screen.line, step_of, reason_of=reason_of)
         finally:
             _last_word(job, broker, seal, newest)
+
+
+def _workers(
+    job: Job, job_file: Path, places: Mapping[str, Place], hands: Mapping[str, str], broker: str
+) -> list[Worker]:
+    """List the workers of all roles, and their hands; `hands`: by name, whose."""
+    roles = [Worker(r, command(job, r, job_file, place), _meeting(place, broker)) for r, place in places.items()]
+    helpers = [
+        Worker(hand, hand_command(job_file, places[r]), _meeting(places[r], broker), helps=True)
+        for hand, r in hands.items()
+    ]
+    return [*roles, *helpers]
 
 
 def _meeting(place: Place, broker: str) -> dict[str, str]:

@@ -30,11 +30,11 @@ from sl_queue.launch.hand_process import HandThreads
 from sl_queue.launch.hands import Lanes
 from sl_queue.launch.party import compare_finished, serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
+from sl_queue.launch.workplace import Workplace
 from sl_queue.local.progress import OnEpoch, shown
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
-from sl_queue.security.sealing import Seal
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.final import holds_final
 
@@ -202,15 +202,14 @@ class _Threads:
         return self._state
 
     def _run_one(self, party_file: PartyFile) -> None:
-        state = self._states[party_file.party]
 
         def serve() -> None:
             limit_threads(party_file.threads or shared_threads(len(self._parties)))
-            seal = self._sealing(party_file.party, party_file)
+            place = self._place(party_file.party, party_file)
             spec = self._specs[party_file.party]
             lanes = self._lanes(party_file)
             with HandThreads(self._job, spec, lanes, self._hands.get(spec.party, 0)):
-                serve_party(self._job, spec, self._connect, state, self._channels, seal, take=self._take, lanes=lanes)
+                serve_party(self._job, spec, place, take=self._take, lanes=lanes)
 
         self._guard(f"party {party_file.party!r}", serve)
 
@@ -222,9 +221,8 @@ class _Threads:
 
     def _run_scheduler(self) -> None:
         def serve() -> None:
-            folder, seal = self._states[SCHEDULER], self._sealing(SCHEDULER)
             late_s = 0.0 if have_finished(self._job, self._states) else LATE_S
-            self._state = serve_scheduler(self._job, self._connect, folder, self._tell, self._channels, seal, late_s)
+            self._state = serve_scheduler(self._job, self._place(SCHEDULER), self._tell, late_s)
 
         self._guard("the scheduler", serve)
 
@@ -237,9 +235,10 @@ class _Threads:
             told = f"on_status raised {type(error).__name__}; run again on the same folder to resume"
             raise RunStopped(told) from error
 
-    def _sealing(self, role: str, party_file: PartyFile | None = None) -> Seal | None:
+    def _place(self, role: str, party_file: PartyFile | None = None) -> Workplace:
         key = key_file(key_in(self._keys, role), party_file)
-        return sealing(self._job, role, key, self._broker)
+        seal = sealing(self._job, role, key, self._broker)
+        return Workplace(self._connect, self._states[role], self._channels, seal)
 
     def _guard(self, role: str, serve: Callable[[], None]) -> None:
         """Keep a thread's error; one that the scheduler cannot tell the others about ends them here."""

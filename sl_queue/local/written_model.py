@@ -87,6 +87,12 @@ def made(file: PartyFile, part: Part) -> nn.Module:
     return build_module(compute_spec(_ANY, file, Importer()), part, None)
 
 
+def given_or_made(file: PartyFile, part: Part) -> nn.Module:
+    """Return a module that the party file holds itself, or build what it names."""
+    table = getattr(file, part)
+    return table.model if isinstance(table.model, nn.Module) else made(file, part)
+
+
 def resolved(thing: Any, file: PartyFile) -> Any:
     """Import what a party file names as module:callable; return anything else as it is."""
     if isinstance(thing, Mapping) and ":" in thing["name"]:

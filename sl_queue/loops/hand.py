@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sl_queue.errors import AlignmentError, ComputeError, PeerFailed, PeerSilent, RemoteProtocolError, SlQueueError
@@ -27,7 +27,7 @@ class Hand:
         self._changed = threading.Condition()
         self._inbox: deque[say.ToHand | SlQueueError] = deque()
         self._me = self._lead = ""
-        self._tickets: dict[int, list[int]] = {}  # by task
+        self._mine: dict[int, int | None] = {}  # tasks that it has claimed; their tickets until they are acknowledged
         self._later: list[Call] = []  # whose weights are on their way
         self._heard = time.monotonic()
         self._ended = threading.Event()
@@ -51,7 +51,7 @@ class Hand:
         with self._changed:
             self._me, self._lead = me, ""
             self._inbox.clear()
-            self._tickets.clear()
+            self._mine.clear()
 
     def on_body(self, body: bytes, ticket: int | None) -> None:
         try:
@@ -78,35 +78,47 @@ class Hand:
             self._changed.notify_all()
 
     def _claim(self, note: say.Note | None, ticket: int) -> None:
-        if not isinstance(note, say.Ticket) or note.lead != self._lead:
+        if not isinstance(note, say.Ticket) or note.lead != self._lead or note.task in self._mine:
             self._lane.done(ticket)
             return
-        self._tickets.setdefault(note.task, []).append(ticket)
+        self._mine[note.task] = ticket
         self._send(say.Claim(self._lead, self._me, note.task))
+        if note.call is not None:
+            self._inbox.append(note.call)
 
     def _hear(self, note: say.ToHand) -> None:
         if isinstance(note, say.Welcome):
-            if note.lead != self._lead:
-                self._belong_to(note.lead)
-                self._inbox.append(note)
+            self._belong_to(note.lead)
             self._lane.take_tickets()
         elif not isinstance(note, say.Farewell) and note.lead != self._lead:
             return
         self._heard = time.monotonic()
         if isinstance(note, say.Drop):
-            self._done(note.task)
-        elif isinstance(note, say.Weights | Call | say.Farewell):
+            self._leave((note.task,))
+        elif isinstance(note, say.Weights):
+            self._leave([task for task in self._mine if task < note.oldest_task])
+        if isinstance(note, say.Welcome | say.Weights | Call | say.Farewell):
             self._inbox.append(note)
 
     def _belong_to(self, lead: str) -> None:
-        """Forget what another lead, or an earlier process of it, has said."""
+        """Forget what another lead has said, an earlier process of it, or this one before it lost this hand."""
         self._lead = lead
+        self._leave(self._mine)
         self._inbox.clear()
-        for task in tuple(self._tickets):
-            self._done(task)
 
-    def _done(self, task: int) -> None:
-        for ticket in self._tickets.pop(task, ()):
+    def _leave(self, tasks: Collection[int]) -> None:
+        """Do no more for tasks that others have, or that have ended."""
+        kept = [note for note in self._inbox if not (isinstance(note, Call) and note.task in tasks)]
+        self._inbox.clear()
+        self._inbox.extend(kept)
+        for task in tuple(tasks):
+            self._acknowledge(task)
+            self._mine.pop(task, None)
+
+    def _acknowledge(self, task: int) -> None:
+        """Tell the broker that a task needs no other hand for what its ticket asked."""
+        if (ticket := self._mine.get(task)) is not None:
+            self._mine[task] = None
             self._lane.done(ticket)
 
     def _send(self, note: say.ToLead) -> None:
@@ -171,4 +183,6 @@ class Hand:
         with self._changed:
             if call.lead == self._lead:
                 self._send(answer)
-                self._done(call.task)
+                self._acknowledge(call.task)
+                if isinstance(answer, say.Back):
+                    self._mine.pop(call.task, None)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from sl_queue.errors import CheckpointError, ComputeError, PeerFailed, RunStopped, SlQueueError, TransportError
-from sl_queue.ports import BaseStage, Channel, Checkpoints, FuseStage, HistoryLog, Meter, Spending
+from sl_queue.loops.record import Lack, Record, last_epoch
+from sl_queue.ports import BaseStage, Channel, Checkpoints, FuseStage, Meter, Spending
 from sl_queue.protocol import events
 from sl_queue.protocol.checkpoint import Final, Saved, State
 from sl_queue.protocol.control import (
@@ -28,7 +29,6 @@ from sl_queue.protocol.control import (
     Stopped,
 )
 from sl_queue.protocol.events import Observer, ignore
-from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
 from sl_queue.protocol.party.orders import Orders, Restarted
 from sl_queue.protocol.schedule.pipeline import Pipeline
@@ -53,16 +53,9 @@ class Identity:
     party: str = ""  # its name, in events
 
 
-@dataclass(frozen=True, slots=True)
-class _Lack:
-    """The scheduler knows so many epochs, and the label holder more."""
-
-    known: int
-
-
 @dataclass(slots=True)
 class Worker:
-    """One party's place in the run. Mutable: the run, the generation and the label holder's history move on."""
+    """One party's place in the run. Mutable: the run, the generation and what is committed move on."""
 
     identity: Identity
     channel: Channel
@@ -73,11 +66,9 @@ class Worker:
     generation: int = 0
     committed: int = BEFORE_FIRST_STEP
     held: tuple[int, ...] = ()
-    journal: HistoryLog | None = None  # the label holder's; nobody else has one
+    record: Record = field(default_factory=Record)
     meter: Meter | None = None  # if the party's file asks for one
     spending: Spending | None = None
-    history: History = field(default_factory=History)  # what is in it, as far as the committed step
-    answered: Open | None = None  # what the scheduler asked last about the history
     running: dict[str, float] = field(default_factory=dict)  # sums over the epoch so far that a checkpoint must hold
     samples: int = 0
     step: int = BEFORE_FIRST_STEP  # the newest trained
@@ -154,38 +145,14 @@ class Worker:
     def _until(self, decision: Callable[[Orders], T | None]) -> T:
         """Wait for the scheduler's word; meanwhile answer with the epochs that it lacks, a page a question."""
 
-        def next_order(orders: Orders) -> T | _Lack | None:
-            return decision(orders) or self._lack(orders)
+        def next_order(orders: Orders) -> T | Lack | None:
+            return decision(orders) or self.record.lack(orders)
 
         while True:
-            order: T | _Lack = self.channel.wait_for(next_order)
-            if not isinstance(order, _Lack):
+            order: T | Lack = self.channel.wait_for(next_order)
+            if not isinstance(order, Lack):
                 return order
-            self.channel.report(Epochs(self.identity.incarnation, self.generation, self._page(order.known)))
-
-    def _lack(self, orders: Orders) -> "_Lack | None":
-        """Return how much the scheduler lacks, once for each time it says so."""
-        asked = orders.asked
-        if asked is None or asked is self.answered or asked.known is None or asked.known >= self.done:
-            return None
-        self.answered = asked
-        return _Lack(asked.known)
-
-    @property
-    def done(self) -> int:
-        """Number of epochs that the label holder has on disk; 0 elsewhere."""
-        return self.history[-1].epoch + 1 if self.history else 0
-
-    def _page(self, known: int) -> tuple[EpochResult, ...]:
-        """Return the epochs that come after the `known` ones. Raises CheckpointError if they are lost."""
-        page = self.history.page(known)
-        if not page:
-            raise CheckpointError(
-                "the scheduler has lost its history, and that of the label holder begins with epoch "
-                f"{self.history[0].epoch + 1}: nobody knows those before; restore history.jsonl in one of the two "
-                "state folders, or give every party and the scheduler a new one to train from scratch"
-            )
-        return page
+            self.channel.report(Epochs(self.identity.incarnation, self.generation, self.record.page(order.known)))
 
     def commit(self, step: int, ended: EpochResult | None = None) -> None:
         """Have what is here and now become the checkpoint of `step`, with the result of an epoch that `ended` in it.
@@ -197,15 +164,14 @@ class Worker:
         leak = self._measured(step)
         if ended is not None:
             ended = replace(ended, leak=leak)
-        history = self.history if ended is None else self.history.after(ended)
-        values = {"last_epoch": [_as_json(e) for e in history.newest(1)], "running": dict(self.running)}
+        history = self.record.history if ended is None else self.record.history.after(ended)
+        values = {"last_epoch": last_epoch(history), "running": dict(self.running)}
         state, run, generation = self._state(), self.run, self.generation
 
         def save() -> None:
-            if self.journal is not None:  # before the checkpoint that counts on it
-                self.journal.write(history)
+            self.record.write(history)
             self.checkpoints.save(step, state, run=run, generation=generation, values=values)
-            self.committed, self.held, self.history = step, self.checkpoints.steps(), history
+            self.committed, self.held, self.record.history = step, self.checkpoints.steps(), history
             self.channel.report(self._progress(step, None))
             if ended is not None:
                 self.channel.report(EpochDone(self.identity.incarnation, generation, ended))
@@ -244,7 +210,7 @@ class Worker:
     def _describe(self) -> Join:
         me = self.identity
         about = (me.incarnation, me.job, me.n_rows, me.rows_digest, me.id_type)
-        newest = self.history.newest()
+        newest = self.record.history.newest()
         held = (self.run, self.generation, self.held, newest)
         return Join(*about, *held, version=me.version, rules=me.rules, weights=me.weights)
 
@@ -252,18 +218,10 @@ class Worker:
         """Become what a checkpoint says, or what nobody has trained yet."""
         self.held = self.checkpoints.steps()
         self.committed = BEFORE_FIRST_STEP if saved is None else saved.step
-        self.history = History() if saved is None else self._history_at(saved)
+        self.record.recall(saved)
         self.running = {} if saved is None else dict(saved.values["running"])
         if saved is not None:
             self.run, self.generation = saved.run, saved.generation
-
-    def _history_at(self, saved: Saved) -> History:
-        """Return the history that belongs to a checkpoint; without the file no more than its last epoch."""
-        if "epochs" in saved.values:  # a checkpoint of an earlier version holds all of them
-            return History.of(EpochResult(**e) for e in saved.values["epochs"])
-        last = History.of(EpochResult(**e) for e in saved.values["last_epoch"])
-        written = History() if self.journal is None or not last else self.journal.load().until(last[-1].step)
-        return written if written and written[-1].epoch == last[-1].epoch else last
 
     def _resume(self, start: Start, fresh: Any) -> None:
         """Load the newest checkpoint of the present timeline and enter it."""
@@ -302,11 +260,3 @@ class Worker:
         final = self.checkpoints.finished()
         assert final is not None
         return final
-
-
-def _as_json(result: EpochResult) -> dict[str, Any]:
-    holdout = None if result.holdout is None else dict(result.holdout)
-    leak = {} if result.leak is None else {"leak": {party: dict(found) for party, found in result.leak.items()}}
-    more = {"train": result.train, "tables": result.tables}
-    kept = {name: dict(value) for name, value in more.items() if value is not None}
-    return {"epoch": result.epoch, "step": result.step, "loss": result.loss, "holdout": holdout, **leak, **kept}

@@ -24,7 +24,7 @@ from sl_queue.launch.privacy import class_numbers
 from sl_queue.local.threads import require_all, run_local
 from sl_queue.privacy import attacks
 from sl_queue.privacy.accounting import cap_of_epsilon
-from sl_queue.privacy.meter import sample
+from sl_queue.privacy.sampled import sample
 
 EPOCHS = 5  # of each option, if the job has as many
 HOLDOUT = 0.2  # where the job holds no rows out

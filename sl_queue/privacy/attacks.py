@@ -20,15 +20,20 @@ _SHUFFLES = 3  # that the chance line is a mean of
 
 def auc(positive: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float:
     """Return the two-sided area under the ROC curve, ties counted half; 0.5 without rows on both sides."""
+    return auc_of_ranks(positive, ranks_of(score)) if positive.any() and not positive.all() else 0.5
+
+
+def auc_of_ranks(positive: npt.NDArray[np.bool_], ranks: npt.NDArray[np.float64]) -> float:
+    """Return `auc` of scores whose ranks are known, for several ways to part the rows."""
     n_positive = int(positive.sum())
     n_negative = len(positive) - n_positive
     if not n_positive or not n_negative:
         return 0.5
-    one = (_ranks(score)[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    one = (ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
     return float(max(one, 1 - one))
 
 
-def _ranks(score: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def ranks_of(score: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the rank of each score, from 1; equal ones share the mean of theirs."""
     order = np.argsort(score)
     ascending = score[order]
@@ -47,6 +52,12 @@ def each_class(labels: Classes, scores: Callable[[npt.NDArray[np.bool_]], npt.ND
     return float(np.mean([auc(labels == c, scores(labels == c)) for c in classes])) if len(classes) else 0.5
 
 
+def of_ranks(labels: Classes, ranks: npt.NDArray[np.float64]) -> float:
+    """Return the same of one score, whose ranks are known, for every class."""
+    classes = scored(labels)
+    return float(np.mean([auc_of_ranks(labels == c, ranks) for c in classes])) if len(classes) else 0.5
+
+
 def scored(labels: Classes) -> Classes:
     """Return the classes that an AUC is a mean over: of two the rarer, of more all, of one none."""
     classes, counts = counted(labels)
@@ -62,6 +73,13 @@ def counted(labels: Classes) -> tuple[Classes, Classes]:
     return classes, counts[classes]
 
 
+def others(count: int, known: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the places below `count` that are not known, ascending."""
+    unknown = np.ones(count, bool)
+    unknown[known] = False
+    return np.flatnonzero(unknown)
+
+
 def directions(rows: Rows) -> Rows:
     """Return each row with norm 1; a row of zeros stays one."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -73,8 +91,7 @@ def directions(rows: Rows) -> Rows:
 
 def norm(gradients: Rows, labels: Classes) -> float:
     """Return the AUC of the gradient's length: rare classes have longer ones (Li et al. 2022)."""
-    lengths = np.linalg.norm(gradients, axis=1)
-    return each_class(labels, lambda _: lengths)
+    return of_ranks(labels, ranks_of(np.linalg.norm(gradients, axis=1)))
 
 
 def direction(unit: Rows, labels: Classes, rng: Rng) -> float:
@@ -92,8 +109,14 @@ def direction(unit: Rows, labels: Classes, rng: Rng) -> float:
 
 def spectral(unit: Rows, labels: Classes) -> float:
     """Return the AUC of the main direction in which gradients differ: clustering, with no row known."""
-    few = main_directions(unit, len(counted(labels)[0]))
-    return each_class(labels, lambda of_class: max(few, key=lambda along: auc(of_class, along))) if len(few) else 0.5
+    return along(main_directions(unit, len(counted(labels)[0])), labels)
+
+
+def along(main: Rows, labels: Classes) -> float:
+    """Return the AUC of the best of these directions for each class, (directions, rows)."""
+    ranks, classes = [ranks_of(each) for each in main], scored(labels)
+    found = [max(auc_of_ranks(labels == c, each) for each in ranks) for c in classes] if ranks else []
+    return float(np.mean(found)) if found else 0.5
 
 
 def main_directions(unit: Rows, classes: int) -> Rows:
@@ -107,10 +130,10 @@ def main_directions(unit: Rows, classes: int) -> Rows:
 
 def chance(scores: Rows, labels: Classes, rng: Rng) -> float:
     """Return what the best of these scores, (attacks, rows), says of shuffled labels: above 0.5 by chance alone."""
-    found = []
+    ranks, found = [ranks_of(score) for score in scores], []
     for _ in range(_SHUFFLES):
         shuffled = rng.permutation(labels)
-        found.append(max((each_class(shuffled, lambda _, s=s: s) for s in scores), default=0.5))  # type: ignore[misc]
+        found.append(max((of_ranks(shuffled, each) for each in ranks), default=0.5))
     return float(np.mean(found))
 
 
@@ -121,7 +144,7 @@ def completion(rows: Rows, labels: Classes, rng: Rng, known: int = 40) -> float:
     if len(classes) < 2 or int(counts.min()) < 2:
         return 0.5
     shown = np.concatenate([rng.choice(np.flatnonzero(labels == c), each, replace=False) for c in classes])
-    rest = np.setdiff1d(np.arange(len(labels)), shown)
+    rest = others(len(labels), shown)
     wanted = (labels[shown][:, None] == classes).astype(np.float64)
     scores = ridge(rows[shown], wanted, rows[rest])
     return each_class(
@@ -133,7 +156,7 @@ def one_of_each(unit: Rows, labels: Classes, rng: Rng) -> float:
     """Return the share of labels that are read with one known row of each class, by likeness."""
     classes = counted(labels)[0]
     known = np.array([rng.choice(np.flatnonzero(labels == c)) for c in classes])
-    rest = np.setdiff1d(np.arange(len(labels)), known)
+    rest = others(len(labels), known)
     nearest = classes[np.argmax(unit[rest] @ unit[known].T, axis=1)]
     return float((nearest == labels[rest]).mean()) if len(rest) else 1.0
 

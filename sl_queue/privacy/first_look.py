@@ -10,7 +10,7 @@ from sl_queue.cut.guard import Crossing, Tap
 from sl_queue.privacy import attacks
 from sl_queue.privacy.attacks import Classes, Rows
 from sl_queue.privacy.guards import RowIndex, numbers_of
-from sl_queue.privacy.meter import WIDTH
+from sl_queue.privacy.sampled import WIDTH
 
 ROWS = 2000  # that are enough
 READABLE = 0.6  # an AUC above which labels count as readable

@@ -14,7 +14,8 @@ from sl_queue.cut.guard import Crossing
 from sl_queue.cut.tensors import from_payload, payload_view, to_payload
 from sl_queue.privacy import defences
 from sl_queue.privacy.draws import Floats, Words, key_for, normal, normal_rows, normal_stream, row_words
-from sl_queue.privacy.meter import ActivationMeter, GradientMeter, Positions
+from sl_queue.privacy.meter import ActivationMeter, GradientMeter
+from sl_queue.privacy.sampled import Positions
 from sl_queue.protocol.checkpoint import State
 
 
@@ -118,24 +119,20 @@ class GradientTap:
     """Shows the label holder's meter what leaves and arrives. Mutable: all peers' tensors are of the same rows."""
 
     meter: GradientMeter
-    index: RowIndex = field(repr=False)
     _rows: bytes = b""  # the digest of the rows looked up last
-    _sampled: tuple[Positions, npt.NDArray[np.int64]] | None = None  # those in the sample, and their places in them
+    _found: tuple[Positions, Positions] | None = None  # as `find` returned it
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        if crossing.rows.digest != self._rows or self._sampled is None:
-            positions = self.index(crossing.rows.keys)
-            places = np.flatnonzero(self.meter.samples(positions))
-            self._rows, self._sampled = crossing.rows.digest, (positions[places], places)
-        positions, places = self._sampled
+        if crossing.rows.digest != self._rows or self._found is None:
+            self._rows, self._found = crossing.rows.digest, self.meter.find(crossing.rows.keys)
+        places, chosen = self._found
         if not len(places):
             return
-        numbers = numbers_of(tensor, places)
         if crossing.what == "gradient":
-            self.meter.saw_gradient(crossing.receiver, positions, numbers)
+            self.meter.saw_gradient(crossing.receiver, places, numbers_of(tensor, chosen))
         else:
-            self.meter.saw_activation(crossing.sender, positions, numbers)
+            self.meter.saw_activation(crossing.sender, places, numbers_of(tensor, chosen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +140,21 @@ class ActivationTap:
     """Shows a feature party's meter what leaves."""
 
     meter: ActivationMeter
-    index: RowIndex = field(repr=False)
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        positions = self.index(crossing.rows.keys)
-        places = np.flatnonzero(self.meter.samples(positions))
+        places, chosen = self.meter.find(crossing.rows.keys)
         if len(places):
-            self.meter.saw_activation(positions[places], numbers_of(tensor, places))
+            self.meter.saw_activation(places, numbers_of(tensor, chosen))
 
 
-def numbers_of(tensor: Tensor, places: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def numbers_of(tensor: Tensor, rows: Positions) -> npt.NDArray[np.float32]:
     """Return a copy of these rows on the CPU."""
-    found: npt.NDArray[np.float32] = tensor[torch.from_numpy(places).to(tensor.device)].float().cpu().numpy()
-    return found
+    if tensor.dtype is torch.float32 and tensor.device.type == "cpu":
+        found: npt.NDArray[np.float32] = tensor.detach().numpy()[rows]
+        return found
+    elsewhere: npt.NDArray[np.float32] = tensor[torch.from_numpy(rows).to(tensor.device)].float().cpu().numpy()
+    return elsewhere
 
 
 _STATE = "meter/"

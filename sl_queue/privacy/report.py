@@ -33,12 +33,9 @@ def report_of_labels(
             )
         )
     if settings.max_norm or settings.gradients is not None:
-        once = "drawn once for each row"
-        level = settings.gradients
-        half = f"noise of {level or 0:g} times the largest gradient, half of it {once}, half for each release"
         mechanisms.append(
             _mechanism(
-                f"max-norm, {once}" if settings.max_norm else half,
+                _noise_of_gradients(settings),
                 "the label of each row, in the gradients alone; the fuse model learns from exact ones",
                 readers,
                 "one row has another label",
@@ -55,6 +52,13 @@ def report_of_labels(
     elif settings.meter:
         open_to.append(METER)
     return _report(party, mechanisms, [*open_to, MEMBERS, COLUMNS], releases, run, settings, public)
+
+
+def _noise_of_gradients(settings: Settings) -> str:
+    once = "drawn once for each row"
+    if settings.max_norm:
+        return f"max-norm, {once}"
+    return f"noise of {settings.gradients or 0:g} times the largest gradient, half of it {once}, half for each release"
 
 
 def report_of_columns(

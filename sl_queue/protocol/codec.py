@@ -18,7 +18,8 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from sl_queue.errors import LocalProtocolError, RemoteProtocolError
-from sl_queue.protocol.control import Command, Message, Report, Status, objection
+from sl_queue.protocol.addressing import objection
+from sl_queue.protocol.control import Command, Message, Report, Status
 from sl_queue.protocol.messages import (
     BEFORE_FIRST_STEP,
     Activation,

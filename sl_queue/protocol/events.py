@@ -272,29 +272,11 @@ class GenerationBegan:
 
 
 PerMessage = Sent | Received | WaitBegan | Waited  # several a step: counted rather than written down
-Rare = (
-    Loaded
-    | Ready
-    | Began
-    | StepDone
-    | Committed
-    | EpochDone
-    | Finished
-    | Stopped
-    | Failed
-    | Resent
-    | Rejected
-    | Foreign
-    | Reconnected
-    | StillWaiting
-    | HandCame
-    | HandLeft
-    | HandRefused
-    | PhaseChanged
-    | Missing
-    | Refused
-    | GenerationBegan
-)
+_OfARun = Loaded | Ready | Began | StepDone | Committed | EpochDone | Finished | Stopped | Failed
+_OfMessages = Resent | Rejected | Foreign | Reconnected | StillWaiting
+_OfHands = HandCame | HandLeft | HandRefused
+_OfTheScheduler = PhaseChanged | Missing | Refused | GenerationBegan
+Rare = _OfARun | _OfMessages | _OfHands | _OfTheScheduler
 Event = PerMessage | Rare
 
 

@@ -2,7 +2,8 @@
 
 A *task* is one micro-batch at one hand: its first call, and later ones that need what the first has left there. All
 calls are remembered until the task ends, so a hand may be lost at any moment: whoever claims the task next is given the
-same calls, computes the same bits, and what is known already is dropped.
+same calls, computes the same bits, and what is known already is dropped. A ticket brings the first call along, so a
+hand begins at once; only a large call is given when it is claimed.
 
     lead -> tasks   Ticket: a task waits; RabbitMQ deals tickets to hands, a few to each
     hand -> lead    Hello (what it computes with, again and again), Claim (of a ticket), Result, Failure, Back
@@ -28,7 +29,11 @@ OWN: Final = "lead's own"  # the hand in the lead's process
 TASKS: Final = "tasks"
 HANDS: Final = "hands"  # all of them
 
-BEAT_S = 1.0  # between two signs of life, of either side
+BEAT_S = 1.0  # between two signs of life of a hand
+PROBE_S = 0.25  # between two looks of the lead at who is still here
+LOOKS = 4  # after so many, a task that waits while a hand is idle is dealt again
+SILENT_S = 10.0  # without a sign of a hand, and what it has is given to others
+TICKET_BYTES = 256 * 1024  # of tensors that a ticket brings along
 MOST_DEATHS = 3  # hands lost over one task, and it ends the run by its name
 
 Tensors = Mapping[str, Payload]
@@ -80,15 +85,26 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A task waits for a hand."""
+    """A task waits for a hand; it brings the first call along, unless `what` is empty."""
 
     lead: str
     task: int
+    what: str
+    micro_batch: MicroBatch
+    version: int
+    tensors: Tensors = field(default_factory=dict, repr=False)
+
+    @property
+    def call(self) -> "Call | None":
+        """The first call of the task, if it is here."""
+        if not self.what:
+            return None
+        return Call(self.lead, self.task, self.what, self.micro_batch, self.version, self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A hand would do that task."""
+    """A hand has a ticket for that task, and would do all of it."""
 
     lead: str
     hand: str
@@ -122,6 +138,11 @@ class Call:
     micro_batch: MicroBatch
     version: int
     tensors: Tensors = field(default_factory=dict, repr=False)
+
+    @property
+    def fits_ticket(self) -> bool:
+        """True if a ticket brings this call along."""
+        return sum(len(payload.data) for payload in self.tensors.values()) <= TICKET_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from sl_queue.protocol.hands import MOST_DEATHS, OWN, Call, Result, Tensors
+from sl_queue.protocol.hands import MOST_DEATHS, OWN, Call, Result, Tensors, Ticket
 from sl_queue.protocol.messages import MicroBatch
 
 
@@ -49,20 +49,32 @@ class Roster:
         self._tasks[number] = _Task([Call(self.lead, number, what, micro_batch, version, tensors)])
         return number
 
-    def go_on(self, number: int, what: str, tensors: Tensors) -> tuple[Call, str | None]:
-        """Add a call to a task, on its weights; returns it with who has the task: None, and a ticket is due."""
+    def go_on(self, number: int, what: str, tensors: Tensors) -> tuple[Call, bool]:
+        """Add a call to a task, on its weights; returns it, and True if a ticket is due."""
         task = self._tasks[number]
-        first = task.calls[0]
+        first, waited = task.calls[0], task.waits
         task.calls.append(Call(self.lead, number, what, first.micro_batch, first.version, tensors))
-        return task.calls[-1], task.holder
+        return task.calls[-1], task.waits and not waited
 
-    def claim(self, hand: str, number: int) -> tuple[Call, ...]:
-        """Give a task to a hand: all its calls. Nothing if it is another's, is done or was never begun."""
+    def ticket(self, number: int) -> Ticket:
+        """Return what a hand gets of a task that waits."""
+        first = self._tasks[number].calls[0]
+        here = first.fits_ticket
+        tensors = first.tensors if here else {}
+        return Ticket(self.lead, number, first.what if here else "", first.micro_batch, first.version, tensors)
+
+    def claim(self, hand: str, number: int) -> tuple[Call, ...] | None:
+        """Give a task to a hand: the calls that its ticket did not bring. None if it is another's, is done or unknown.
+
+        A hand that has it already gets no call twice.
+        """
         task = self._tasks.get(number)
-        if task is None or not (task.waits or task.holder == hand):
+        if task is not None and task.holder == hand:
             return ()
+        if task is None or not task.waits:
+            return None
         task.holder = hand
-        return tuple(task.calls)
+        return tuple(task.calls[1:] if task.calls[0].fits_ticket else task.calls)
 
     def next_own(self, *, alone: bool) -> Call | None:
         """Return what the lead's own hand has to do next; new tasks only while it is `alone`."""

@@ -16,12 +16,10 @@ from filelock import FileLock
 
 from sl_queue.errors import CheckpointError, JobError, LocalProtocolError, PartyBusy
 from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
-from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
-from sl_queue.protocol.scheduler.agreement import told_difference
 from sl_queue.storage.files import Held, is_passing, lock, unusable, warn_of_readers, write_durably
-from sl_queue.storage.final import OTHER_FOLDER, SUFFIX, finished_run, run_json, write_run, write_weights
-from sl_queue.storage.formats import FORMAT, require_format
+from sl_queue.storage.final import SUFFIX, finished_run, run_json, write_run, write_weights
+from sl_queue.storage.owner import Owner
 from sl_queue.storage.tensor_file import Stored, TornFileError, sealed, unsealed
 
 log = logging.getLogger("sl_queue")
@@ -50,8 +48,7 @@ class Folder:
         job: Mapping[str, Any] | None = None,
     ) -> None:
         self._path, self._checkpoints, self._final = path, path / "checkpoints", path / "final"
-        self._job = dict(job or {})
-        self._owner = {"format": FORMAT, "job": job_digest, "party": party, "says": self._job}
+        self._owner = Owner(job_digest, party, dict(job or {}))
         self._fingerprint: Mapping[str, Any] = {}
         self._begun: dict[int, Mapping[str, Any]] = {}  # the fingerprints of the intact checkpoints
         self._final_says: Mapping[str, Any] | None = None  # what `final/run.json` holds, if this party has finished
@@ -107,16 +104,22 @@ class Folder:
         own = json.loads(json.dumps(fingerprint))
         if self._final_says is None:
             for step in sorted(self._held):
-                self._require(own, self._begun[step], self._file(step), finished=False)
+                self._owner.require_same(own, self._begun[step], self._file(step), finished=False)
         elif begun := self.begun_with:
-            self._require(own, begun, run_json(self._final), finished=True)
+            self._owner.require_same(own, begun, run_json(self._final), finished=True)
         self._fingerprint = own
 
     def save(self, step: int, state: State, *, run: str, generation: int, values: Mapping[str, Any]) -> None:
         """Write durably and atomically; then drop old ones, keeping the last three and the kept step."""
         if step <= BEFORE_FIRST_STEP:
             raise LocalProtocolError(f"a checkpoint of step {step}: the initial weights are never written")
-        about = self._owner | {"fingerprint": self._fingerprint, "run": run, "generation": generation, "step": step}
+        about = {
+            **self._owner.mark,
+            "fingerprint": self._fingerprint,
+            "run": run,
+            "generation": generation,
+            "step": step,
+        }
         body = sealed(state.tensors, about | {"state": dict(state.values), "values": dict(values)})
         with self._writing():
             write_durably(self._file(step), body)
@@ -177,7 +180,7 @@ class Folder:
 
     def finished(self) -> Final | None:
         """Return what `write_final` left; None if this party has not finished."""
-        found = finished_run(self._path, self._require_owner)
+        found = finished_run(self._path, self._owner.require)
         self._final_says = None if found is None else found[1]
         return None if found is None else found[0]
 
@@ -190,7 +193,7 @@ class Folder:
 
     def _write_run(self, final: Final) -> None:
         with self._writing():
-            write_run(self._final, final, self._owner | {"fingerprint": self._fingerprint})
+            write_run(self._final, final, self._owner.mark | {"fingerprint": self._fingerprint})
 
     # Files ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ class Folder:
                 raise unusable(self._path, error) from error
             log.warning("%s is torn or altered (%s); it is skipped", path, error)
             return None
-        self._require_owner(stored.about, path)
+        self._owner.require(stored.about, path)
         self._begun[step] = stored.about["fingerprint"]
         return stored
 
@@ -244,41 +247,12 @@ class Folder:
             return None
         return step if isinstance(step, int) else None
 
-    def _require_owner(self, found: Mapping[str, Any], path: Path) -> None:
-        require_format(found, path, OTHER_FOLDER)
-        if found.get("party") != self._owner["party"]:
-            raise CheckpointError(
-                f"{path} belongs to party {found.get('party')!r}, not {self._owner['party']!r}; {OTHER_FOLDER}"
-            )
-        if found.get("job") != self._owner["job"]:
-            says = found.get("says")
-            digests = f"digest {str(found.get('job'))[:12]}, and this one is {str(self._owner['job'])[:12]}"
-            differing = told_difference(self._job, says) if says else digests
-            raise CheckpointError(
-                f"{path} belongs to another job ({differing}); {OTHER_FOLDER}; or restore the job file"
-            )
-
-    def _require(self, own: Mapping[str, Any], begun: Mapping[str, Any], path: Path, *, finished: bool) -> None:
-        differing = "; ".join(differences(begun, own, finished=finished))
-        if not differing:
-            return
-        party = self._owner["party"]
-        if finished:
-            raise CheckpointError(
-                f"party {party!r}: {path}: this run is finished, and it was trained with something else: {differing}. "
-                "Restore that to have its final weights, or train from scratch with another state folder"
-            )
-        raise CheckpointError(
-            f"party {party!r}: {path} was written with something else, and resuming would not give the same weights: "
-            f"{differing}. Restore that, or start from scratch with another state folder"
-        )
-
     def _locked(self) -> FileLock:
         try:
             return lock(self._path)
         except Held as held:
             raise PartyBusy(
-                f"another worker (process {held.holder}) serves party {self._owner['party']!r} "
+                f"another worker (process {held.holder}) serves party {self._owner.party!r} "
                 f"with {self._path}; stop it first, or let it continue"
             ) from None
 

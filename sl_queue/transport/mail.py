@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sl_queue.errors import RemoteProtocolError, SlQueueError
+from sl_queue.protocol.addressing import addressee_of, subject_of
 from sl_queue.protocol.codec import AnotherVersion, Terms, Unreadable, decode, encode
-from sl_queue.protocol.control import Message, addressee_of, subject_of
+from sl_queue.protocol.control import Message
 from sl_queue.protocol.events import Observer, Received, Sent, ignore
 from sl_queue.protocol.measures import Connectivity
 from sl_queue.protocol.messages import Header

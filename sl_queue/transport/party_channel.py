@@ -8,19 +8,18 @@ prefetch stays what it is. What is decided under the lock (protocol/party/timeli
 """
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from sl_queue.errors import AlignmentError, RunStopped, SlQueueError, named
+from sl_queue.errors import RunStopped, SlQueueError, named
 from sl_queue.protocol import events
 from sl_queue.protocol.codec import Terms
 from sl_queue.protocol.control import Join, Progress, Report, Start, Waiting
 from sl_queue.protocol.events import Observer, ignore
 from sl_queue.protocol.measures import Connectivity
-from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER, Activation, Gradient, Kind, MicroBatch, Payload
+from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.bounds import Bounds, control_bytes
 from sl_queue.protocol.party.mailbox import Acknowledge, Reject, Verdict
 from sl_queue.protocol.party.orders import Orders, Restarted
@@ -38,6 +37,7 @@ from sl_queue.transport.reporting import Reports
 from sl_queue.transport.resending import Resending
 from sl_queue.transport.shared import Shared
 from sl_queue.transport.waiting import waiting
+from sl_queue.transport.waits import Waits
 
 T = TypeVar("T")
 
@@ -85,8 +85,7 @@ class PartyChannel:
         self._reports, self._commits = Reports(shared, self._sources, totals), Commits(shared, committer, self._check)
         self._resending = Resending(party, patience_s, observe)
         self._failure: SlQueueError | None = None
-        self._woken = False
-        self.between: Callable[[], None] = _nothing
+        self._waits = Waits(shared, self._reports, self._check)
         self._pulse = Pulse(party, self._reports.every_s, self._beat, first_s=self._reports.every_s)
 
     def open(self) -> None:
@@ -117,8 +116,9 @@ class PartyChannel:
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         what = f"{kind} {micro_batch} of party {sender!r}"
         ask = partial(self._reports.ask, sender, kind, micro_batch)
+        take = partial(self._timeline.mailbox.take, sender, kind, micro_batch)
         with waiting(self._observe, self._party, sender, kind, micro_batch):
-            payload = self._wait(lambda: self._timeline.mailbox.take(sender, kind, micro_batch), sender, what, ask)
+            payload = self._waits.until(take, sender, what, ask)
         self.wait_committed()
         return payload
 
@@ -146,7 +146,7 @@ class PartyChannel:
     def wait_for(self, decision: Callable[[Orders], T | None]) -> T:
         with waiting(self._observe, self._party, SCHEDULER, "order"):
             ask = self._reports.announce_again
-            return self._wait(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)
+            return self._waits.until(lambda: decision(self._timeline.orders), SCHEDULER, "the scheduler's word", ask)
 
     def enter(self, start: Start, resume_step: int) -> None:
         with self._changed:
@@ -177,53 +177,18 @@ class PartyChannel:
 
     # Waiting ----------------------------------------------------------------------------------------------------
 
+    def when_woken(self, between: Callable[[], None]) -> None:
+        """Set what a worker that waits here does when it is woken, in its own thread."""
+        self._waits.between = between
+
     def wake(self) -> None:
-        """Have a worker that waits here call `between` once, in its own thread; from any thread."""
-        with self._changed:
-            self._woken = True
-            self._changed.notify_all()
+        """Wake a worker that waits here, once; from any thread."""
+        self._waits.wake()
 
     def check(self) -> None:
         """Raise what ends or redirects the worker, as `receive` does; for who waits for something else."""
         with self._changed:
             self._check()
-
-    def _wait(self, take: Callable[[], T | None], source: str, what: str, ask: Callable[[float], None]) -> T:
-        """Block until `take` gives something; ask for it with growing pauses, and name whom we wait for."""
-        began, name_at = time.monotonic(), self._patience_s
-        ask_at = pause_s = self._patience_s / 20
-        while True:
-            with self._changed:
-                self._check()
-                taken = take()
-                if taken is not None:
-                    return taken
-                if not self._timeline.announce and not self._woken:
-                    self._changed.wait(min(0.5, pause_s))
-                woken, self._woken = self._woken, False
-            if woken:
-                self.between()
-            self._reports.announce_if_needed()
-            waited = time.monotonic() - began
-            if waited >= ask_at:
-                ask(waited)
-                pause_s = min(2 * pause_s, self._patience_s)
-                ask_at = waited + pause_s
-            if waited >= name_at:
-                name_at += self._patience_s
-                self._name(source, what, waited)
-
-    def _name(self, source: str, what: str, waited_s: float) -> None:
-        """Log whom we wait for. Raises AlignmentError for a peer of another version, unless the run was going on.
-
-        Then that peer alone is refused, and waited for like one that is silent.
-        """
-        foreign = self._mail.foreign()
-        for sender, reason in foreign.items():
-            if not self._mail.has_understood(sender) and self._timeline.committed == BEFORE_FIRST_STEP:
-                raise AlignmentError(reason)
-            self._observe(events.Foreign(self._party, sender, reason))
-        self._liveness.name(source, what, waited_s, foreign.get(source))
 
     def _check(self) -> None:
         """Raise what ends or redirects the worker; called with the lock held."""
@@ -314,7 +279,3 @@ class PartyChannel:
     def _publish(self, receiver: str, kind: Kind, body: bytes, numbers: int = 0) -> None:
         self._observe(events.Sent(self._party, receiver, kind, len(body), numbers))
         self._link.publish(receiver, kind, self._timeline.run, body, persistent=self._persistent)
-
-
-def _nothing() -> None:
-    """Do nothing."""

@@ -9,7 +9,7 @@ import pytest
 
 from sl_queue.checking.check import check_job
 from sl_queue.checking.findings import Finding, Level
-from sl_queue.config.party import read_url
+from sl_queue.config.broker_url import read_url
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.testing.broker_contents import binary
 from sl_queue.transport.rabbitmq.endpoint import BRIEF_S, Denials, Ended

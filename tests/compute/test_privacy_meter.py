@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from sl_queue.privacy import meter
+from sl_queue.privacy import sampled
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
 
 N, KEY = 6000, b"k" * 32
+KEYS = np.random.default_rng(2).permutation(N).astype(np.uint64) * np.uint64(2**40)  # of the rows, in any order
 RNG = np.random.default_rng(7)
 LABELS = (RNG.random(N) < 0.03).astype(np.int64)
 TRAINING = np.setdiff1d(np.arange(N), np.arange(0, N, 5))
@@ -20,16 +21,32 @@ def gradients(rows: np.ndarray, noise: float, seed: int) -> np.ndarray:
     return (exact + noise * rng.standard_normal(exact.shape)).astype(np.float32)
 
 
+def gradient(found: GradientMeter, rows: np.ndarray, sent: np.ndarray, party: str = "bank") -> None:
+    """Send a party the gradients of these rows."""
+    places, chosen = found.find(KEYS[rows])
+    found.saw_gradient(party, places, sent[chosen])
+
+
+def activation(found: GradientMeter | ActivationMeter, rows: np.ndarray, sent: np.ndarray) -> None:
+    """Have a party send its activations of these rows."""
+    places, chosen = found.find(KEYS[rows])
+    about = (places, sent[chosen])
+    if isinstance(found, GradientMeter):
+        found.saw_activation("bank", *about)
+    else:
+        found.saw_activation(*about)
+
+
 def epoch(found: GradientMeter, noise: float, seed: int, first: int = 0, last: int | None = None) -> None:
     """Send one epoch's batches in an order of its own, or some of them."""
     batches = np.array_split(np.random.default_rng(seed).permutation(TRAINING), 10)
     for number, rows in list(enumerate(batches))[first:last]:
-        found.saw_gradient("bank", rows, gradients(rows, noise, 100 * seed + number))
-        found.saw_activation("bank", rows, gradients(rows, 0.1, 0))
+        gradient(found, rows, gradients(rows, noise, 100 * seed + number))
+        activation(found, rows, gradients(rows, 0.1, 0))
 
 
 def test_an_undefended_run_gives_labels_away_by_every_attack_and_chance_does_not() -> None:
-    found = GradientMeter(LABELS, TRAINING, KEY)
+    found = GradientMeter(LABELS, TRAINING, KEY, KEYS)
     epoch(found, 0.001, 1)
     (leak,) = found.end_epoch().values()
     assert min(leak[name] for name in ("norm", "direction", "spectral", "patient", "completion")) > 0.99
@@ -38,7 +55,7 @@ def test_an_undefended_run_gives_labels_away_by_every_attack_and_chance_does_not
 
 
 def test_patience_finds_what_no_single_epoch_shows() -> None:
-    found = GradientMeter(LABELS, TRAINING, KEY)
+    found = GradientMeter(LABELS, TRAINING, KEY, KEYS)
     seen = []
     for number in range(12):
         epoch(found, 2.0, number)
@@ -49,15 +66,15 @@ def test_patience_finds_what_no_single_epoch_shows() -> None:
 
 
 def test_a_meter_that_was_interrupted_says_what_an_uninterrupted_one_does() -> None:
-    whole = GradientMeter(LABELS, TRAINING, KEY)
+    whole = GradientMeter(LABELS, TRAINING, KEY, KEYS)
     for number in (1, 2):
         epoch(whole, 0.3, number)
         expected = whole.end_epoch()
-    first = GradientMeter(LABELS, TRAINING, KEY)
+    first = GradientMeter(LABELS, TRAINING, KEY, KEYS)
     epoch(first, 0.3, 1)
     first.end_epoch()
     epoch(first, 0.3, 2, 0, 4)
-    second = GradientMeter(LABELS, TRAINING, KEY)
+    second = GradientMeter(LABELS, TRAINING, KEY, KEYS)
     second.load(first.arrays())
     epoch(second, 0.3, 2, 4)
     assert second.end_epoch() == expected
@@ -66,34 +83,59 @@ def test_a_meter_that_was_interrupted_says_what_an_uninterrupted_one_does() -> N
     assert second.end_epoch()["bank"]["change"] == 0.5  # it has forgotten all
 
 
+def test_what_another_version_kept_of_another_sample_is_no_error_and_the_meter_begins_again() -> None:
+    first = GradientMeter(LABELS, TRAINING, KEY, KEYS)
+    epoch(first, 0.3, 1)
+    first.end_epoch()
+    kept = {
+        name: np.concatenate([array, array]) if name != "epoch" else array for name, array in first.arrays().items()
+    }
+    wide = {name: np.repeat(array, 30, axis=-1) if "rows" in name else array for name, array in first.arrays().items()}
+    for arrays in (kept, wide):
+        second = GradientMeter(LABELS, TRAINING, KEY, KEYS)
+        second.load(arrays)
+        epoch(second, 0.3, 2)
+        assert second.end_epoch()["bank"]["change"] == 0.5
+
+
+def test_copies_that_wait_for_the_end_of_an_epoch_are_bounded() -> None:
+    found = GradientMeter(LABELS, TRAINING, KEY, KEYS)
+    wide = np.ones((1, 200_000), np.float32)
+    for row in found._sample.positions[:40]:
+        gradient(found, np.array([row]), wide)
+    (seen,) = found._gradients.values()
+    assert seen._numbers <= sampled.PENDING
+    assert seen.settle().norms.max() == pytest.approx(200_000**0.5)
+
+
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 50])
 def test_few_rows_are_no_error(n_rows: int) -> None:
     labels = np.arange(n_rows) % 2
-    found = GradientMeter(labels, np.arange(n_rows), KEY)
-    found.saw_gradient("bank", np.arange(n_rows), np.ones((n_rows, 3), np.float32))
+    found = GradientMeter(labels, np.arange(n_rows), KEY, KEYS[:n_rows])
+    gradient(found, np.arange(n_rows), np.ones((n_rows, 3), np.float32))
     found.end_epoch()
-    found.saw_gradient("bank", np.arange(n_rows), np.zeros((n_rows, 3), np.float32))
+    gradient(found, np.arange(n_rows), np.zeros((n_rows, 3), np.float32))
     found.end_epoch()
-    own = ActivationMeter(np.ones((n_rows, 2)), np.arange(n_rows), KEY)
-    own.saw_activation(np.arange(n_rows), np.ones((n_rows, 3), np.float32))
+    own = ActivationMeter(np.ones((n_rows, 2)), np.arange(n_rows), KEY, KEYS[:n_rows])
+    activation(own, np.arange(n_rows), np.ones((n_rows, 3), np.float32))
     own.end_epoch()
 
 
 def test_a_sample_is_bounded_and_half_of_it_is_of_the_rarest_class_where_there_are_so_many() -> None:
     labels = (np.arange(1_000_000) % 50 == 0).astype(np.int64)
-    rows = meter.sample(labels, np.arange(1_000_000), KEY)
-    assert len(rows) == len(np.unique(rows)) == meter.SAMPLE
-    assert labels[rows].sum() == meter.SAMPLE // 2
-    assert np.array_equal(rows, meter.sample(labels, np.arange(1_000_000), KEY))
-    assert not np.array_equal(rows, meter.sample(labels, np.arange(1_000_000), b"other"))
-    assert set(meter.sample(LABELS, TRAINING, KEY)) <= set(TRAINING)
+    rows = sampled.sample(labels, np.arange(1_000_000), KEY)
+    assert len(rows) == len(np.unique(rows)) == sampled.SAMPLE
+    assert labels[rows].sum() == sampled.SAMPLE // 2
+    assert np.array_equal(rows, sampled.sample(labels, np.arange(1_000_000), KEY))
+    assert not np.array_equal(rows, sampled.sample(labels, np.arange(1_000_000), b"other"))
+    assert set(sampled.sample(LABELS, TRAINING, KEY)) <= set(TRAINING)
 
 
 def test_only_rows_of_the_sample_cost_memory_and_wide_cuts_are_thinned() -> None:
-    found = GradientMeter(LABELS, TRAINING, KEY)
-    found.saw_gradient("bank", TRAINING[:3000], np.ones((3000, 40, 25), np.float32))
+    found = GradientMeter(LABELS, TRAINING, KEY, KEYS)
+    gradient(found, TRAINING[:3000], np.ones((3000, 40, 25), np.float32))
     sizes = {name: array.shape for name, array in found.arrays().items()}
-    assert sizes["gradient/rows/bank"] == (meter.SAMPLE, meter.WIDTH)
+    assert sizes["gradient/rows/bank"] == (sampled.SAMPLE, sampled.WIDTH)
     assert found.arrays()["gradient/norms/bank"].max() == pytest.approx(1000**0.5)  # of all numbers of the row
 
 
@@ -102,8 +144,8 @@ def test_ten_classes_are_scored_as_ten() -> None:
     p = np.full((N, 10), 0.1)
     p[np.arange(N), labels] -= 1
     sent = (p @ RNG.standard_normal((10, 16))).astype(np.float32)
-    found = GradientMeter(labels, np.arange(N), KEY)
-    found.saw_gradient("bank", np.arange(N), sent)
+    found = GradientMeter(labels, np.arange(N), KEY, KEYS)
+    gradient(found, np.arange(N), sent)
     (leak,) = found.end_epoch().values()
     assert leak["one_of_each"] > 0.99
     assert leak["direction"] > 0.99
@@ -112,9 +154,9 @@ def test_ten_classes_are_scored_as_ten() -> None:
 
 def test_a_feature_party_sees_how_much_of_its_columns_its_activations_give_back() -> None:
     columns = RNG.standard_normal((N, 6))
-    found = ActivationMeter(columns, TRAINING, KEY)
-    found.saw_activation(TRAINING, (columns[TRAINING] @ RNG.standard_normal((6, 8))).astype(np.float32))
-    again = ActivationMeter(columns, TRAINING, KEY)
+    found = ActivationMeter(columns, TRAINING, KEY, KEYS)
+    activation(found, TRAINING, (columns[TRAINING] @ RNG.standard_normal((6, 8))).astype(np.float32))
+    again = ActivationMeter(columns, TRAINING, KEY, KEYS)
     again.load(found.arrays())
     leak = found.end_epoch()
     assert leak == again.end_epoch()

@@ -19,6 +19,7 @@ from sl_queue.errors import CheckpointError, JobError, SlQueueError
 from sl_queue.launch.connect import MEMORY, Channels, connector
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
+from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.messages import SCHEDULER, MicroBatch
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.storage.secret_file import read_secret, write_secret
@@ -147,6 +148,9 @@ def deployed(folder: Path, on_status: Any = lambda _: None, **bank: Any) -> None
     def tell(status: RunStatus) -> None:
         on_status(as_json(status))
 
+    def place(role: str) -> Workplace:
+        return Workplace(connect, folder / role, channels)
+
     def guarded(role: str, serve: Any) -> threading.Thread:
         def run() -> None:
             try:
@@ -160,12 +164,11 @@ def deployed(folder: Path, on_status: Any = lambda _: None, **bank: Any) -> None
         return thread
 
     threads = [
-        guarded(SCHEDULER, lambda: serve_scheduler(agreed, connect, folder / SCHEDULER, tell, channels, late_s=0.0))
+        guarded(SCHEDULER, lambda: serve_scheduler(agreed, place(SCHEDULER), tell, late_s=0.0)),
     ]
     for file in files(**bank):
-        state = folder / file.party
-        serve = lambda file=file, state=state: serve_party(  # noqa: E731
-            agreed, resolve(agreed, file, Importer()), connect, state, channels, private=True
+        serve = lambda file=file: serve_party(  # noqa: E731
+            agreed, resolve(agreed, file, Importer()), place(file.party), private=True
         )
         threads.append(guarded(file.party, serve))
     for thread in threads:

@@ -1,7 +1,7 @@
 """Lead and hands: what they say survives nothing but itself, and every call is answered whoever is lost."""
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol import hands as say
-from sl_queue.protocol.hands import MOST_DEATHS, OWN, Call, Result, decode, encode
+from sl_queue.protocol.hands import MOST_DEATHS, OWN, TICKET_BYTES, Call, Result, decode, encode
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.roster import Roster
 
@@ -22,7 +22,8 @@ NOTES = [
     say.Farewell("JobError", "it was wrong"),
     say.Beat(LEAD),
     say.Weights(LEAD, 3, 2, 17, TENSORS),
-    say.Ticket(LEAD, 4),
+    say.Ticket(LEAD, 4, "forward", FIRST, 3, TENSORS),
+    say.Ticket(LEAD, 4, "", FIRST, 3),
     say.Claim(LEAD, "hand.1", 4),
     say.Drop(LEAD, 4),
     say.Back(LEAD, "hand.1", 4),
@@ -62,64 +63,103 @@ def test_noise_is_no_message(body: bytes) -> None:
         decode(body)
 
 
+@dataclass(slots=True)
+class Worker:
+    """A hand that begins with what a ticket brings, before it knows whether the task is its own. Mutable."""
+
+    calls: list[Call] = field(default_factory=list)
+    claims: list[int] = field(default_factory=list)  # that the lead has not heard yet
+    mine: set[int] = field(default_factory=set)
+    tickets: list[int] = field(default_factory=list)  # that the broker would deal again
+    graphs: set[int] = field(default_factory=set)
+
+
 class Crew:
     """Hands that do what they are given; mutable: it deals as a broker does."""
 
-    def __init__(self) -> None:
-        self.roster = Roster(LEAD)
+    def __init__(self, large: bool) -> None:
+        self.roster, self.large = Roster(LEAD), large
         self.tickets: list[int] = []
-        self.calls: dict[str, list[Call]] = {}
-        self.graphs: dict[str, set[int]] = {}
+        self.hands: dict[str, Worker] = {}
 
-    def leave(self, hand: str) -> None:
-        del self.calls[hand], self.graphs[hand]
-        self.tickets += self.roster.leave(hand, dead=False)
+    def begin(self, index: int) -> int:
+        tensors = {"": Payload("int8", (TICKET_BYTES + 1,), bytes(TICKET_BYTES + 1))} if self.large else {}
+        task = self.roster.begin("forward", MicroBatch(0, index), 1, tensors)
+        self.tickets.append(task)
+        return task
 
-    def deal(self, hand: str) -> None:
-        if self.tickets:
-            self.calls[hand] += self.roster.claim(hand, self.tickets.pop(0))
+    def leave(self, name: str) -> None:
+        hand = self.hands.pop(name)
+        self.tickets += [*hand.tickets, *self.roster.leave(name, dead=False)]
 
-    def work(self, hand: str) -> None:
-        if not self.calls[hand]:
+    def work(self, name: str) -> None:
+        hand = self.hands[name]
+        if not hand.calls:
             self.deal(hand)
             return
-        call = self.calls[hand].pop(0)
+        call = hand.calls.pop(0)
         if call.what == "backward":
-            assert call.task in self.graphs[hand], "a backward pass where the graph is"
-        self.graphs[hand].add(call.task)
-        self.roster.take(Result(LEAD, hand, call.task, call.what))
+            assert call.task in hand.graphs, "a backward pass where the graph is"
+        hand.graphs.add(call.task)
+        self.roster.take(Result(LEAD, name, call.task, call.what))
+        if call.task in hand.tickets:
+            hand.tickets.remove(call.task)
+
+    def deal(self, hand: Worker) -> None:
+        if not self.tickets or (task := self.tickets.pop(0)) in hand.mine:
+            return
+        hand.mine.add(task)
+        hand.claims.append(task)
+        hand.tickets.append(task)
+        if self.roster.is_open(task) and (call := self.roster.ticket(task).call) is not None:
+            hand.calls.append(call)
+
+    def claim(self, name: str) -> None:
+        """Have the lead hear a claim."""
+        hand = self.hands[name]
+        if not hand.claims:
+            return
+        task = hand.claims.pop(0)
+        calls = self.roster.claim(name, task)
+        if calls is None:
+            hand.calls = [call for call in hand.calls if call.task != task]
+            hand.mine.discard(task)
+            hand.tickets = [ticket for ticket in hand.tickets if ticket != task]
+        else:
+            hand.calls += calls
 
     def go_on(self, task: int) -> None:
-        call, holder = self.roster.go_on(task, "backward", {})
-        if holder is None:
+        call, due = self.roster.go_on(task, "backward", {})
+        if due:
             self.tickets.append(task)
-        else:
-            self.calls[holder].append(call)
+        elif (holder := self.roster.holder(task)) in self.hands:
+            self.hands[holder].calls.append(call)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["join", "leave", "work", "backward"]), st.integers(0, 5)), max_size=80))
-def test_every_call_is_answered_whoever_is_lost(events: list[tuple[str, int]]) -> None:
-    crew, roster = Crew(), None
+DEEDS = ["join", "leave", "work", "claim", "backward"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(0, 5)), max_size=80), st.booleans())
+def test_every_call_is_answered_whoever_is_lost(events: list[tuple[str, int]], large: bool) -> None:
+    crew = Crew(large)
     roster = crew.roster
-    tasks = [roster.begin("forward", MicroBatch(0, index), 1, {}) for index in range(6)]
-    crew.tickets += tasks
+    tasks = [crew.begin(index) for index in range(6)]
     came, asked = 0, set[int]()
     for what, which in events:
-        here = sorted(crew.calls)
+        here = sorted(crew.hands)
         if what == "join":
             came += 1
-            crew.calls[f"hand {came}"], crew.graphs[f"hand {came}"] = [], set()
-        elif what == "leave" and here:
-            crew.leave(here[which % len(here)])
-        elif what == "work" and here:
-            crew.work(here[which % len(here)])
+            crew.hands[f"hand {came}"] = Worker()
         elif what == "backward" and which not in asked and roster.result(tasks[which], "forward"):
             asked.add(which)
             crew.go_on(tasks[which])
-    crew.calls["last"], crew.graphs["last"] = [], set()
+        elif here and what in ("leave", "work", "claim"):
+            getattr(crew, what)(here[which % len(here)])
+    crew.hands["last"] = Worker()
     for _ in range(100):
-        for hand in list(crew.calls):
-            crew.work(hand)
+        for name in list(crew.hands):
+            crew.work(name)
+            crew.claim(name)
         for index in set(range(6)) - asked:
             if roster.result(tasks[index], "forward"):
                 asked.add(index)
@@ -131,8 +171,9 @@ def test_every_call_is_answered_whoever_is_lost(events: list[tuple[str, int]]) -
 def test_a_task_that_another_has_is_not_given_twice_and_its_result_counts_whoever_gave_it() -> None:
     roster = Roster(LEAD)
     task = roster.begin("forward", FIRST, 1, {})
-    assert [call.what for call in roster.claim("one", task)] == ["forward"]
-    assert roster.claim("two", task) == () and roster.claim("two", 99) == ()
+    assert roster.ticket(task).call == Call(LEAD, task, "forward", FIRST, 1)
+    assert roster.claim("one", task) == () and roster.claim("one", task) == ()
+    assert roster.claim("two", task) is None and roster.claim("two", 99) is None
     result = Result(LEAD, "two", task, "forward")
     assert not roster.take(replace(result, lead="an earlier one")) and not roster.take(replace(result, what="backward"))
     assert roster.take(result) and not roster.take(replace(result, hand="one"))
@@ -176,6 +217,6 @@ def test_a_micro_batch_that_ends_every_hand_is_named_and_only_the_one_that_was_c
     for number in range(MOST_DEATHS):
         assert roster.deadly() is None
         hand = f"hand {number}"
-        assert roster.claim(hand, deadly) and roster.claim(hand, other)
+        assert roster.claim(hand, deadly) is not None and roster.claim(hand, other) is not None
         assert list(roster.leave(hand)) == [deadly, other]
     assert roster.deadly() == FIRST

@@ -110,7 +110,7 @@ class Project:
             assert self.inspect(service)["State"]["ExitCode"] == 0, self.logs(service)
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 180.0) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 900.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from sl_queue.errors import SlQueueError
 from sl_queue.loops.lifecycle import Identity, Worker
+from sl_queue.loops.record import Record
 from sl_queue.loops.scheduling import Scheduler
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.log import to_log
@@ -307,7 +308,7 @@ class ToyRun:
             identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer", party=party)
             journal = self.journal if party == label else None
             self.journal.crash = self.crashes.get(label, CrashAt())
-            worker = Worker(identity, channel, stage, store, pipeline, journal=journal, observe=to_log)
+            worker = Worker(identity, channel, stage, store, pipeline, record=Record(journal), observe=to_log)
             role = (
                 LabelHolder(peers, channel, stage, pipeline, worker)
                 if party == label

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sl_queue.config.party import read_url
+from sl_queue.config.broker_url import read_url
 from sl_queue.errors import CheckpointError, JobError, ResourceShortage, TransportError
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload

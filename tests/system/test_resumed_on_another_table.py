@@ -13,8 +13,8 @@ from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.data.rows import Rows
 from sl_queue.errors import CheckpointError
-from sl_queue.launch.connect import Channels
 from sl_queue.launch.party import serve_party
+from sl_queue.launch.workplace import Workplace
 from tests.support.credit import FILES, bank_columns, edit, write_bank, write_credit
 from tests.support.first_version import Enough, stop_after
 
@@ -51,7 +51,7 @@ def no_network(party: str, prefetch: int) -> NoReturn:
 
 def serve_bank(folder: Path) -> None:
     job, files = load(folder)
-    serve_party(job, resolve(job, files[0], Importer()), no_network, folder / "out" / "bank", Channels())
+    serve_party(job, resolve(job, files[0], Importer()), Workplace(no_network, folder / "out" / "bank"))
 
 
 def test_what_differs_is_said_with_both_remedies_and_the_broker_is_not_asked(begun: Path) -> None:

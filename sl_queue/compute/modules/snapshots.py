@@ -1,6 +1,7 @@
 """A module put back as it was, in the same process and in the same objects: after a trial, and after a run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,16 @@ class Snapshot:
                 vars(module).pop(name, None)
             for name, memory in own.items():
                 set_attribute(module, name, put_back(memory))
+
+
+@contextmanager
+def left_no_trace(module: nn.Module) -> Iterator[None]:
+    """Let the module afterwards be what it was, whatever the body has done to it or raised."""
+    before = Snapshot.of(module)
+    try:
+        yield
+    finally:
+        before.put_back()
 
 
 def _all(module: nn.Module) -> dict[str, Any]:

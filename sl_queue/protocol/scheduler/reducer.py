@@ -76,7 +76,14 @@ def reduce(
         return state, ((sender, Stop(report.incarnation, _ALIGNED.format(sender), error="AlignmentError")),)
     if report.incarnation != member.incarnation or not (member.here or isinstance(report, Finished)):
         return state, ()  # of an earlier worker of that party; one that has finished will not join again
-    state = with_member(state, sender, replace(member, heard=heard))
+    return _taken(plan, with_member(state, sender, replace(member, heard=heard)), sender, report, now)
+
+
+_OfAMember = Alive | Aligning | Aligned | Progress | EpochDone | Epochs | Waiting | Lost | Failed | Stopped | Finished
+
+
+def _taken(plan: Plan, state: RunState, sender: str, report: _OfAMember, now: float) -> tuple[RunState, Addressed]:
+    """Take what the live worker of a party reports."""
     match report:
         case Alive(totals=totals):
             return (state if totals is None else changed(state, sender, totals=bounded(totals, plan.parties))), ()

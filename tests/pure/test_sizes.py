@@ -1,0 +1,61 @@
+"""Sizes: a file or a function that has become too long hides a thing that has no name yet."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRODUCT = ("sl_queue", "workers", "benchmarks", "ops")
+LONGEST_FILE, LONGEST_TEST, LONGEST_FUNCTION = 300, 500, 40
+NOT_YET = {  # no longer than they are, and to become shorter
+    "sl_queue/compute/fuse_stage.py": 421,
+    "sl_queue/compute/fuse_stage.py: fuse_stage": 46,
+    "sl_queue/compute/model.py": 332,
+    "sl_queue/compute/objective.py: objective_of": 49,
+    "sl_queue/split_model.py": 328,
+    "tests/compute/test_learning.py": 542,
+    "tests/compute/test_split_equals_joined.py: delayed": 43,
+    "tests/support/toy_run.py: _serve_party": 41,
+    "tests/system/test_alignment_run.py: test_three_companies_and_a_label_holder_without_columns": 43,
+}
+
+
+def modules(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def too_long(path: Path, lines: int) -> Iterator[str]:
+    """Say what is too long in a module."""
+    text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    count = len(text.splitlines())
+    if count > NOT_YET.get(str(name), lines):
+        yield f"{name} has {count} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function, count = f"{name}: {node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
+            if count > NOT_YET.get(function, LONGEST_FUNCTION):
+                yield f"{function} has {count} lines"
+
+
+def test_no_file_and_no_function_of_the_product_is_too_long() -> None:
+    assert [told for path in modules(*PRODUCT) for told in too_long(path, LONGEST_FILE)] == []
+
+
+def test_no_file_and_no_function_of_the_tests_is_too_long() -> None:
+    assert [told for path in modules("tests") for told in too_long(path, LONGEST_TEST)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1\n" * 300, []),
+        ("x = 1\n" * 301, ["m.py has 301 lines"]),
+        ("class A:\n    def f(self):\n" + "        pass\n" * 39, []),
+        ("class A:\n    async def f(self):\n" + "        pass\n" * 40, ["m.py: f has 41 lines"]),
+    ],
+)
+def test_what_is_too_long_is_named(text: str, told: list[str], tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(text)
+    assert list(too_long(tmp_path / "m.py", LONGEST_FILE)) == told
