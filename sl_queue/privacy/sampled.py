@@ -105,9 +105,7 @@ class Seen:
         """Take in what was added."""
         if self._pending:
             places = np.concatenate([places for places, _ in self._pending])
-            numbers = np.concatenate(
-                [n.reshape(len(n), prod(n.shape[1:])) for _, n in self._pending]
-            )
+            numbers = np.concatenate([n.reshape(len(n), prod(n.shape[1:])) for _, n in self._pending])
             self._pending, self._numbers = [], 0
             self.norms[places] = np.linalg.norm(numbers, axis=1)
             stride = -(-numbers.shape[1] // WIDTH)

@@ -113,9 +113,9 @@ def test_a_worker_whose_peer_is_silent_for_too_long_says_whom_it_waited_for(post
 
 
 def test_a_peer_that_only_computes_for_long_is_not_silent(post: Post) -> None:
-    bank, label = post.channel("a", patience_s=0.1), post.channel("label", patience_s=0.1)
+    bank, label = post.channel("a", patience_s=0.3), post.channel("label", patience_s=0.3)
     answer = Gradient(MicroBatch(0, 0), tensor(0))
-    threading.Timer(0.1 * GIVE_UP * 1.5, lambda: label.send("a", answer)).start()
+    threading.Timer(0.3 * GIVE_UP * 1.2, lambda: label.send("a", answer)).start()
     assert bank.receive("label", Kind.GRADIENT, MicroBatch(0, 0)) == tensor(0)
 
 

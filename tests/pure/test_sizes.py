@@ -15,7 +15,6 @@ NOT_YET = {  # no longer than they are, and to become shorter
     "sl_queue/compute/model.py": 332,
     "sl_queue/compute/objective.py: objective_of": 49,
     "sl_queue/split_model.py": 328,
-    "tests/compute/test_learning.py": 542,
     "tests/compute/test_split_equals_joined.py: delayed": 43,
     "tests/support/toy_run.py: _serve_party": 41,
     "tests/system/test_alignment_run.py: test_three_companies_and_a_label_holder_without_columns": 43,

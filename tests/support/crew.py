@@ -31,7 +31,7 @@ from tests.support.secured import SEALED, write_keys
 
 ROLES = ("bank", "insurer", "scheduler")
 MODULES = {"bank": "feature", "insurer": "label", "scheduler": "scheduler"}
-WAIT_S = 60.0
+WAIT_S = 150.0
 CHECKPOINT_EVERY = 4
 STEPS = 40
 KEYS = "keys"

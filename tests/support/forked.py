@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from runpy import run_module
+from runpy import run_module, run_path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -91,7 +91,7 @@ def forked(
     stdin: Path = Path(os.devnull),
     cwd: Path | None = None,
 ) -> Iterator[Forked]:
-    """Run a program: `sl-queue` or the module of a worker, and its words. Its streams are files or terminals.
+    """Run a program: `sl-queue`, the module of a worker or a file of Python, and its words. Its streams are files or terminals.
 
     It is killed at the end of the `with` statement.
     """
@@ -106,14 +106,18 @@ def forked(
 
 
 def sl_queue(
-    *words: object, cwd: Path | None = None, stdin: Path = Path(os.devnull), **changes: str
+    *words: object,
+    cwd: Path | None = None,
+    stdin: Path = Path(os.devnull),
+    timeout_s: float = WAIT_S,
+    **changes: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end, in an environment with these changes."""
     with TemporaryDirectory(prefix="sl_queue-command-") as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
         command, environ = ["sl-queue", *words], environment(**changes)
         with forked(command, environ, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd) as running:
-            code = running.wait()
+            code = running.wait(timeout_s)
         return subprocess.CompletedProcess(running.words, code, stdout.read_text(), stderr.read_text())
 
 
@@ -135,5 +139,8 @@ def _become(words: list[str], environ: dict[str, str], streams: tuple[str, str, 
         from sl_queue.cli.main import main
 
         main()
+    elif words[0].endswith(".py"):
+        sys.path.insert(0, str(Path(words[0]).parent))
+        run_path(words[0], run_name="__main__")
     else:
         run_module(words[0], run_name="__main__")

@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -129,28 +129,6 @@ def test_an_orderly_stop_exits_0_and_the_same_command_resumes(
     assert weights(run.out) == quiet
 
 
-def test_a_stop_that_came_too_late_stops_no_later_run(finished: Finished, quiet: dict[str, str]) -> None:
-    late = sl_queue("stop", finished.job, SL_QUEUE_BROKER=finished.broker_url)
-    assert late.returncode == 0 and "is finished: there is nothing to stop" in late.stdout
-    with started(files(finished.job), finished.job.parent / "anew", finished.broker_url) as anew:
-        anew.finish()
-    assert weights(anew.out) == quiet
-    with started(files(finished.job), anew.out, finished.broker_url) as again:
-        assert again.wait() == 0 and "already finished" in again.text
-
-
-def test_final_weights_that_are_lost_after_the_end_come_back(finished: Finished, quiet: dict[str, str]) -> None:
-    out = Path(shutil.copytree(finished.out, finished.job.parent / "robbed"))
-    shutil.rmtree(out / "bank" / "final")
-    with started(files(finished.job), out, finished.broker_url) as again:
-        again.finish()
-    assert weights(out) == quiet
-    shutil.rmtree(out / "bank")
-    with started(files(finished.job), out, finished.broker_url) as lost:
-        assert lost.wait() == 4, lost.text
-    assert "they are lost; to train from scratch" in lost.text
-
-
 def _phase(job: Path, broker_url: str) -> str:
     """Return the phase of the run, as the operator reads it."""
     status = sl_queue("status", job, "--json", SL_QUEUE_BROKER=broker_url)
@@ -252,14 +230,56 @@ class Worker:
 
 
 @contextmanager
-def worker(module: str, job: Path, party: str | None, broker: str, log: str = "") -> Iterator[Worker]:
-    """Start a worker; what it says goes to a file beside the job, its state to a folder of that name."""
-    name = log or party or "scheduler"
+def worker(
+    module: str, job: Path, party: str | None, broker: str, name: str = "", states: Path | None = None
+) -> Iterator[Worker]:
+    """Start a worker; its state goes to a folder of that name, and what it says to a file beside it."""
+    role = name or party or "scheduler"
+    folder = (states or job.parent / "states") / role
     file = () if party is None else ("--party", job.parent / f"{party}.toml")
-    words = [f"workers.{module}", "--job", job, *file, "--state", job.parent / "states" / name]
-    said = job.parent / f"{name}.log"
+    words = [f"workers.{module}", "--job", job, *file, "--state", folder]
+    folder.parent.mkdir(exist_ok=True)
+    said = folder.parent / f"{role}.log"
+    said.unlink(missing_ok=True)
     with forked(words, environment(SL_QUEUE_BROKER=broker), stdout=said, stderr=said) as process:
         yield Worker(process, said)
+
+
+def run_again(of: Finished, states: Path) -> dict[str, tuple[int, str]]:
+    """Start all three workers of the finished run's job on these folders; returns how they end."""
+    with ExitStack() as running:
+        workers = {
+            party or "scheduler": running.enter_context(worker(module, of.job, party, of.broker_url, states=states))
+            for module, party in (("feature_party", "bank"), ("label_holder", "insurer"), ("scheduler", None))
+        }
+        return {role: process.ended() for role, process in workers.items()}
+
+
+def codes(ends: dict[str, tuple[int, str]]) -> set[int]:
+    return {code for code, _ in ends.values()}
+
+
+def test_a_stop_that_came_too_late_stops_no_later_run(finished: Finished, quiet: dict[str, str]) -> None:
+    late = sl_queue("stop", finished.job, SL_QUEUE_BROKER=finished.broker_url)
+    assert late.returncode == 0 and "is finished: there is nothing to stop" in late.stdout
+    anew = finished.job.parent / "anew"
+    ends = run_again(finished, anew)
+    assert codes(ends) == {0}, ends
+    assert weights(anew) == quiet
+    ends = run_again(finished, anew)
+    assert codes(ends) == {0} and all("already finished" in said for _, said in ends.values()), ends
+
+
+def test_final_weights_that_are_lost_after_the_end_come_back(finished: Finished, quiet: dict[str, str]) -> None:
+    states = Path(shutil.copytree(finished.out, finished.job.parent / "robbed"))
+    shutil.rmtree(states / "bank" / "final")
+    ends = run_again(finished, states)
+    assert codes(ends) == {0}, ends
+    assert weights(states) == quiet
+    shutil.rmtree(states / "bank")
+    ends = run_again(finished, states)
+    assert ends["bank"][0] == 4, ends
+    assert "they are lost; to train from scratch" in ends["bank"][1]
 
 
 def test_different_jobs_at_two_parties_are_refused_with_the_keys_that_differ(
@@ -284,7 +304,7 @@ def test_a_second_worker_of_a_party_says_so_and_exits_75(job: Path, broker_url: 
     bank = ("feature_party", job, "bank", broker_url)
     with worker(*bank), worker("scheduler", job, None, broker_url):
         await_that(lambda: "joined" in _phases(job, broker_url, "bank"), "the first did not join")
-        with worker(*bank, log="second") as other:
+        with worker(*bank, name="second") as other:
             code, said = other.ended()
         assert code == 75, said
         assert "bank" in said.rsplit("error: ")[-1]
