@@ -1,18 +1,18 @@
 """Isolation of the metrics server: few connections, one thread, and an end to each, whatever watches a worker."""
 
 import os
-import resource
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
 
 from sl_queue.observe.http_server import MOST, REQUEST_BYTES, Answer, HttpServer
+from tests.support.shortage import no_descriptors_left
 from tests.support.waiting import await_that
 
 HOST = "127.0.0.1"
@@ -116,25 +116,6 @@ def test_a_watcher_that_does_not_read_its_answer_ends_too(impatient: HttpServer)
         await_that(lambda: sockets_of(impatient) == 1, "it is being answered")
         assert get(impatient) == b"here"
         await_that(lambda: sockets_of(impatient) == 0, "it is given up")
-
-
-@contextmanager
-def no_descriptors_left() -> Iterator[None]:
-    """As when a process has opened all that it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
-    taken = []
-    try:
-        while True:
-            try:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-            except OSError:
-                break
-        yield
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_shortage_of_descriptors_neither_ends_it_nor_makes_it_spin(server: HttpServer) -> None:

@@ -91,7 +91,9 @@ def forked(
     stdin: Path = Path(os.devnull),
     cwd: Path | None = None,
 ) -> Iterator[Forked]:
-    """Run a program: `sl-queue`, the module of a worker or a file of Python, and its words. Its streams are files or terminals.
+    """Run a program: `sl-queue`, the module of a worker or a file of Python, and its words.
+
+    Its streams are files or terminals.
 
     It is killed at the end of the `with` statement.
     """
