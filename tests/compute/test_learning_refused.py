@@ -1,4 +1,4 @@
-"""What cannot be trained with is refused before anything is, and party files say what is wrong with them."""
+"""Learning that cannot be done is refused before anything is trained, and party files say what is wrong with it."""
 
 from typing import Any
 

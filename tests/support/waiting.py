@@ -1,4 +1,4 @@
-"""How tests wait: for what happens, looked for often, and never for a time."""
+"""Waiting in tests: for an event, looked for often, and never for a time."""
 
 import time
 from collections.abc import Callable

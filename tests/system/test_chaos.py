@@ -27,7 +27,6 @@ def chaos(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return sl_queue("chaos", *files, *options, timeout_s=380.0)
 
 
-@pytest.mark.timeout(400)  # it starts a broker and a dozen workers, each of which loads torch
 def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_path: Path) -> None:
     write_job(tmp_path)
     use_everything(tmp_path, micro_batches=2)
