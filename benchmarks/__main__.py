@@ -5,7 +5,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import bytes as fewer_bytes
-from benchmarks import goals, hands, ideal, parties, planner, privacy, processes, report, training, transport
+from benchmarks import (
+    goals,
+    hands,
+    ideal,
+    overheads,
+    parties,
+    planner,
+    privacy,
+    processes,
+    report,
+    serve_killed,
+    serving,
+    training,
+    transport,
+)
 from benchmarks.training import Variant
 from sl_queue.testing.private_broker import PrivateBroker
 
@@ -46,6 +60,9 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "plan": ("Predicted and measured", lambda broker, quick, _: [planner.compare(broker, quick)]),
     "parties": ("Many parties", lambda broker, quick, _: parties.compare(broker, quick)),
     "hands": ("One party, many workers", lambda broker, quick, _: hands.compare(broker, quick)),
+    "serve": ("A service", lambda broker, quick, _: serving.compare(broker, quick)),
+    "watch": ("A run that is watched", lambda broker, quick, _: overheads.watch(broker, quick)),
+    "meter": ("A run that measures what leaks", lambda broker, quick, _: overheads.meter(broker, quick)),
     "privacy": ("Defences of labels", lambda _, quick, __: ["\n".join(privacy.compare(quick))]),
 }
 
@@ -55,6 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; into quick/")
+    parser.add_argument(
+        "--minutes", type=float, help="with serve: a load of so long, in which a process is killed every minute"
+    )
     given = parser.parse_args()
     unknown = set(given.names) - BENCHMARKS.keys()
     if unknown:
@@ -63,6 +83,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     processes.start()
     with PrivateBroker() as broker:
+        if given.minutes is not None:
+            if given.names != ["serve"]:
+                parser.error("--minutes goes with serve alone")
+            found = serve_killed.compare(broker, given.minutes)
+            report.write(folder / "serve_killed.md", "A service whose processes are killed", found)
+            return
         for name in given.names or BENCHMARKS:
             title, benchmark = BENCHMARKS[name]
             report.write(folder / f"{name}.md", title, benchmark(broker, given.quick, folder))

@@ -11,7 +11,8 @@ Found = Sequence[tuple[Comparison, Mapping[Variant, Summary]]]
 def line(what: str, got: float, wanted: float, *, at_least: bool = False, unit: str = "") -> str:
     """One goal: met, or missed by how much."""
     met = got >= wanted if at_least else got <= wanted
-    verdict = "met" if met else f"missed by {abs(got / wanted - 1):.0%}"
+    by = f"{abs(got / wanted - 1):.0%}" if wanted else f"{got:g}"
+    verdict = "met" if met else f"missed by {by}"
     return f"- {what}: {got:.2f}{unit}, wanted at {'least' if at_least else 'most'} {wanted:g}{unit}: **{verdict}**"
 
 

@@ -12,6 +12,7 @@ from benchmarks.processes import Work, together
 from benchmarks.workloads import LABEL, Workload, job_of, party_file
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.job import Job
+from sl_queue.config.privacy import PrivacyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.launch.connect import topology
@@ -33,6 +34,7 @@ class Plan:
     epochs: int
     tables: Mapping[str, Any]  # of the job: pipeline, wire, holdout
     queue_type: QueueType = "classic"
+    meter: bool = False  # every party measures what leaks
 
     @property
     def job(self) -> Job:
@@ -43,7 +45,7 @@ def over_rabbitmq(plan: Plan, urls: Mapping[str, str], timeout_s: float) -> list
     """Train in a process for each party and one for the scheduler; `urls` by role, where each reaches the broker."""
     with TemporaryDirectory(prefix="sl_queue-bench-") as folder:
         works: dict[str, Work] = {
-            role: (_rabbit_worker, (plan, role, urls[role], Path(folder) / role)) for role in _roles(plan)
+            role: (rabbit_worker, (plan, role, urls[role], Path(folder) / role)) for role in _roles(plan)
         }
         found = together(works, timeout_s)
     return [trace for trace in found.values() if trace is not None]
@@ -58,7 +60,9 @@ def _roles(plan: Plan) -> tuple[str, ...]:
     return (*plan.workload.feature_parties, LABEL, SCHEDULER)
 
 
-def _rabbit_worker(plan: Plan, role: str, url: str, state: Path) -> Trace | None:
+def rabbit_worker(plan: Plan, role: str, url: str, state: Path) -> Trace | None:
+    """Serve one role until the run is over; returns what a party's observer wrote down."""
+
     def connect(party: str, prefetch: int) -> Link:
         return RabbitLink(url, party, topology(plan.job, url), prefetch, queue_type=plan.queue_type)
 
@@ -97,6 +101,9 @@ def _serve(plan: Plan, role: str, connect: Callable[[str, int], Link], state: Pa
         serve_scheduler(plan.job, Workplace(connect, state), lambda _: None)
         return None
     trace, metrics = Trace(role), ("auroc",) if plan.job.holdout else ()
-    spec = resolve(plan.job, party_file(plan.workload, role, metrics), Importer())
+    file = party_file(plan.workload, role, metrics)
+    if plan.meter:
+        file = file.model_copy(update={"privacy": PrivacyFile(meter=True)})
+    spec = resolve(plan.job, file, Importer())
     serve_party(plan.job, spec, Workplace(connect, state, observe=trace))
     return trace

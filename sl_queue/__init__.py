@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sl_queue.checking.check import check
     from sl_queue.checking.findings import Finding
+    from sl_queue.compute.splitting.split import Split, split
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.data.spec import Rows
     from sl_queue.data.table import holdout_rows, test_rows
@@ -55,6 +56,7 @@ __all__ = [
     "RunStopped",
     "ShapeError",
     "SlQueueError",
+    "Split",
     "SplitModel",
     "TransportError",
     "Unroutable",
@@ -62,6 +64,7 @@ __all__ = [
     "holdout_rows",
     "row_order",
     "run_local",
+    "split",
     "test_rows",
 ]
 
@@ -77,7 +80,9 @@ _HOMES = {
     "holdout_rows": "data.table",
     "test_rows": "data.table",
     "row_order": "protocol.schedule.row_order",
+    "Split": "compute.splitting.split",
     "run_local": "local.threads",
+    "split": "compute.splitting.split",
 }
 
 

@@ -63,6 +63,9 @@ class LaneSide(Protocol):
     def on_session(self, me: str) -> None:
         """Begin: nothing that was under way counts any more. A hand has another name in each session."""
 
+    def on_lost(self) -> None:
+        """Note that nothing comes and goes until the next session begins."""
+
     def on_body(self, body: bytes, ticket: int | None) -> None:
         """Take a message; `ticket` is its number if it is one of the tasks."""
 

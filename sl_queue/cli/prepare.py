@@ -1,4 +1,4 @@
-"""The commands that come before a run: check, plan, privacy, key and provision."""
+"""The commands that come before a run: check, plan, cuts, privacy, key and provision."""
 
 import json
 from pathlib import Path
@@ -52,6 +52,27 @@ def plan(
 
     found = plan_job(Job.load(job), [PartyFile.load(path) for path in parties], Link(rtt, bandwidth, cores))
     print("\n".join(lines(found)))
+
+
+def cuts(
+    module: Annotated[
+        str, typer.Argument(metavar="MODULE", help="The whole model, as module:callable, found from this folder.")
+    ],
+    rows: Annotated[
+        str, typer.Option(help="A shape to draw rows of, 8,3,32,32, or module:callable that gives rows of your own.")
+    ],
+    party: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLUMNS", help="Columns or layers of a party; default: one party with everything."),
+    ] = None,
+) -> None:
+    """Rank the layers at which a module can be cut: bytes per row, compute on each side, what is given away."""
+    from sl_queue.planning import cuts as ranking
+
+    here = Path.cwd()
+    parties = ranking.parties_named(party or ["party=*"])
+    found = ranking.ranked(ranking.module_named(module, here), parties, ranking.rows_named(rows, here))
+    print("\n".join(ranking.lines(*found)))
 
 
 def privacy(

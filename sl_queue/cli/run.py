@@ -96,20 +96,26 @@ def chaos(
     job: JobPath,
     parties: PartyPaths,
     kills: Annotated[int, typer.Option(min=0, help="Workers killed with SIGKILL.")] = 6,
-    broker_restarts: Annotated[int, typer.Option(min=0, help="The broker killed, and started on its data.")] = 1,
+    broker_restarts: Annotated[int, typer.Option(min=0, help="Each broker killed, and started on its data.")] = 1,
     cuts: Annotated[int, typer.Option(min=0, help="Connections cut, delayed or half-open.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of which faults come when.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for both runs, empty or new; default: a temporary one.")
     ] = None,
+    keys: Keys = None,
+    hands: Hands = None,
 ) -> None:
-    """Train once in peace and once under faults, with a private broker: not one bit of the weights may differ."""
+    """Train once in peace and once under faults, with a private broker: not one bit of the weights may differ.
+
+    The run in peace has no hands.
+    """
     from tempfile import TemporaryDirectory
 
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.local.threads import require_all
     from sl_queue.observe.console import keep, stdout
-    from sl_queue.testing.chaos import FaultPlan, run_chaos
+    from sl_queue.testing.chaos import run_chaos
+    from sl_queue.testing.faults import FaultPlan
     from sl_queue.testing.report import report
 
     agreed = Job.load(job)
@@ -118,12 +124,17 @@ def chaos(
     paths = {file.party: path for path, file in files.items()}
     plan = FaultPlan(kills, broker_restarts, cuts, seed)
     with TemporaryDirectory(prefix="sl_queue-chaos-") as temporary:
-        comparison = run_chaos(agreed, job, paths, out or Path(temporary), plan, lambda text: print(text, flush=True))
+        folder, counts = out or Path(temporary), _hands(agreed, files, hands or [])
+        comparison = run_chaos(agreed, job, paths, folder, plan, _say, hands=counts, keys=keys)
     shown = report(comparison)
     stdout().print(shown, soft_wrap=True)
     if out is not None:
         keep(out / "chaos.txt", shown)  # for `sl-queue report`
     raise typer.Exit(0 if comparison.passed else 1)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":

@@ -13,6 +13,8 @@ from sl_queue.protocol.totals import Now, Totals
 STATUS = {"": RunStatus, "parties.NAME": PartyStatus, "parties.NAME.wait": Wait, "parties.NAME.totals": Totals}
 STATUS |= {"parties.NAME.totals.now": Now}
 
+_UNSHOWN = "past"  # of the status on its way to a page, and not in the JSON
+
 _FIELD = re.compile(r"^    (\w+): ([^=#\n]+?)(?: = [^#\n]+)?(?:  # (.*))?$", re.MULTILINE)
 _PLAIN = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "None": "null"}
 
@@ -21,6 +23,8 @@ def status_keys() -> Iterator[tuple[str, str, str]]:
     """Yield each key of `sl-queue status --json` with its type and its meaning."""
     for before, kind in STATUS.items():
         for name, annotation, meaning in _FIELD.findall(getsource(kind)):
+            if name == _UNSHOWN:
+                continue
             yield f"`{before}{'.' * bool(before)}{name}`", _plain(annotation), _sentence(meaning)
     yield "`fresh`", "true or false", "The scheduler reported it while we listened."
     yield "`age_s`", "number or null", "Seconds since it was reported."

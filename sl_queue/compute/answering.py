@@ -1,7 +1,9 @@
 """Models that answer single requests: activations of a party's rows by key, and the fuse model on gathered ones."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +12,9 @@ from torch import Tensor
 
 from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.building import blame
+from sl_queue.compute.building import Inputs, blame
 from sl_queue.compute.model import Model
+from sl_queue.compute.seeds import generator_states
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.rows import CutRows
@@ -43,57 +46,80 @@ class RowIndex:
         return found, self.positions[at[found]]
 
 
-@dataclass(slots=True)
+class _Evaluated:
+    """A model that is in evaluation mode for good. Mutable: it finds out whether the model draws at random there.
+
+    Most draw nothing, and are spared the keyed generators, which cost as much as a small model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._quiet, self._kept = model, False, ExitStack()
+        model.module.eval()
+        self._kept.enter_context(model.averaged())
+
+    def run(self, inputs: Callable[[], Inputs], where: str) -> Tensor:
+        """Return the model's output."""
+        model = self._model
+        with torch.inference_mode():
+            if self._quiet:
+                return model.run(inputs(), where)
+            with model.drawing("serve", MicroBatch(0, 0)):
+                before = generator_states(model.device)
+                output = model.run(inputs(), where)
+                self._quiet = generator_states(model.device) == before
+                return output
+
+
 class AnsweringBase:
     """A party's base model in evaluation mode, on rows that are asked for by key."""
 
-    stage: TorchBaseStage  # with trained weights
-    index: RowIndex
+    def __init__(self, stage: TorchBaseStage, index: RowIndex) -> None:
+        self._stage, self._index, self._evaluated = stage, index, _Evaluated(stage.model)
 
     def answer(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], Payload | None]:
         """Return which rows are here, and their activation as it leaves the cut; None for none."""
         found, activation, rows = self._run(number, keys)
-        return found, None if activation is None else self.stage.cut.leave(activation, number, rows)
+        return found, None if activation is None else self._stage.cut.leave(activation, number, rows)
 
     def in_place(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], list[Tensor] | None]:
         """Do as `answer`, for a fuse model in the same process: each output."""
         found, activation, rows = self._run(number, keys)
         if activation is None:
             return found, None
-        self.stage.cut.check(activation, number, rows)
-        outputs = self.stage.model.outputs
+        self._stage.cut.check(activation, number, rows)
+        outputs = self._stage.model.outputs
         return found, [activation] if outputs is None else outputs.split(activation)
 
     def _run(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], Tensor | None, CutRows]:
-        found, positions = self.index.look_up(keys)
+        found, positions = self._index.look_up(keys)
         rows = rows_of(keys[found])
         if not len(positions):
             return found, None, rows
-        model = self.stage.model
-        with model.evaluating(), model.drawing("serve", MicroBatch(0, 0)):
-            return found, model.run(self.stage.inputs(positions), place(model.party, number)), rows
+        where = place(self._stage.model.party, number)
+        return found, self._evaluated.run(lambda: self._stage.inputs(positions), where), rows
 
 
-@dataclass(slots=True)
 class AnsweringFuse:
     """The fuse model in evaluation mode, on activations of rows that all parties have found."""
 
-    model: Model
-    cuts: Mapping[str, FuseCut]
-    layers: LayersSpec
+    def __init__(self, model: Model, cuts: Mapping[str, FuseCut], layers: LayersSpec) -> None:
+        self._model, self._cuts, self._layers, self._evaluated = model, cuts, layers, _Evaluated(model)
 
     def arrive(self, party: str, number: MicroBatch, keys: Keys, activation: Payload) -> list[Tensor]:
         """Return the outputs of a party for these rows. Raises RemoteProtocolError."""
-        return self.cuts[party].arrive_each(activation, number, rows_of(keys))[0]
+        return self._cuts[party].arrive_each(activation, number, rows_of(keys))[0]
 
     def fuse(self, number: MicroBatch, inputs: Mapping[str, list[Tensor]]) -> npt.NDArray[np.generic]:
         """Return the outputs for rows of which all inputs are here, in the same order, shape (rows, *outputs)."""
-        where = place(self.model.party, number)
-        with self.model.evaluating(), self.model.drawing("serve", MicroBatch(0, 0)):
-            with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
-                each = fuse_inputs(inputs, self.layers.outputs, self.layers.fused)
-                joined = aggregated(each, self.layers.aggregation)
-            output = self.model.run(joined, where).detach()
+        where = place(self._model.party, number)
+
+        def joined() -> Any:
+            with blame(f"{where}: aggregation {self._layers.aggregation!r} failed"):
+                return aggregated(
+                    fuse_inputs(inputs, self._layers.outputs, self._layers.fused), self._layers.aggregation
+                )
+
+        output = self._evaluated.run(joined, where).detach()
         found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
         return found
 

@@ -6,7 +6,7 @@ updates. Its gradient is added to the live weights, in its own step. Buffers (Ba
 forward order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.building import Inputs, blame, on_device, tensors_in
+from sl_queue.compute.flight import Ends, InFlight
 from sl_queue.compute.inputs import n_offers, offers
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
@@ -29,19 +30,6 @@ from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches, Positions
 from sl_queue.protocol.table import Table
-
-Ends = tuple[list[Tensor], list[Tensor]]  # tensors that a backward pass begins at, and their gradients
-
-
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """An activation with its graph, whose gradient has not come yet."""
-
-    outputs: Sequence[Tensor] = field(repr=False)  # mostly one
-    hooks: int  # `hooks_made()` before the forward pass
-    weights: Mapping[str, Tensor] | None = field(repr=False)  # the copy it was computed with; None: the live ones
-    rows: CutRows
-    penalty: Tensor | None = field(default=None, repr=False)  # the base model's own loss of these rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +109,8 @@ class TorchBaseStage:
 
         Without a gradient the loss does not depend on that output. A penalty counts as its rows do in the step.
         """
+        if self.model.scaling is not None and not self.model.scaling.see(gradients):
+            return  # the label holder leaves the step out
         ends: list[Ends] = []
         pairs = zip(flight.outputs, gradients, strict=True)
         learning = [(output, g) for output, g in pairs if g is not None and output.requires_grad]
@@ -128,12 +118,15 @@ class TorchBaseStage:
             ends.append(([output for output, _ in learning], [gradient for _, gradient in learning]))
         if flight.penalty is not None and flight.penalty.requires_grad:
             share = len(flight.rows) / self.batches.rows_in_step(micro_batch.step)
-            ends.append(([flight.penalty], [torch.full_like(flight.penalty, share)]))
-        where = place(self.model.party, micro_batch)
+            ends.append(([flight.penalty], [torch.full_like(flight.penalty, share * self.model.loss_scale)]))
+        where = f"{place(self.model.party, micro_batch)}: the backward pass of {self.model.name}"
         for roots, of_roots in ends:
             scope = self.model.differentiating(roots, flight.hooks, micro_batch)
-            with blame(f"{where}: the backward pass of {self.model.name} failed"), scope:
-                self._backpropagate(flight, roots, of_roots, keep=roots is not ends[-1][0])
+            with blame(f"{where} failed"), scope:
+                if self.model.scaling is None:
+                    flight.backpropagate(self.module, roots, of_roots, keep=roots is not ends[-1][0])
+                else:
+                    flight.backpropagate_in_range(self.module, roots, of_roots, where)
 
     def update(self) -> None:
         """Make one optimizer step with the gradients since the last one."""
@@ -214,20 +207,6 @@ class TorchBaseStage:
             }
         return self._copy
 
-    def _backpropagate(self, flight: InFlight, roots: list[Tensor], gradients: list[Tensor], *, keep: bool) -> None:
-        """Add the gradients of the parameters; `keep`: another backward pass through the same graph follows."""
-        if flight.weights is None:
-            torch.autograd.backward(roots, gradients, retain_graph=keep)
-            return
-        names = [name for name, weight in flight.weights.items() if weight.requires_grad]
-        leaves = [flight.weights[name] for name in names]
-        live = dict(self.module.named_parameters())
-        found = torch.autograd.grad(roots, leaves, gradients, allow_unused=True, retain_graph=keep)
-        for name, grad in zip(names, found, strict=True):
-            if grad is not None:
-                before = live[name].grad
-                live[name].grad = grad if before is None else before + grad
-
     def _flying(self) -> str:
         return ", ".join(map(str, self._in_flight)) or "nothing"
 
@@ -256,11 +235,21 @@ def base_stage(
     raise type(first)("; and with the same numbers in another form: ".join(map(str, refused))) from first
 
 
+def require_no_defence(party: str, guards: Iterable[Guard]) -> None:
+    """Raise JobError for a defence, which would change gradients that are scaled."""
+    if any(guard.defence is not None or guard.returning is not None for guard in guards):
+        raise JobError(
+            f'party {party!r}: precision = "fp16" scales gradients, which [privacy] bounds as they are; use "bf16"'
+        )
+
+
 def _stage(
     spec: ComputeSpec, table: Table, batches: Batches, choice: int, take: Take | None, guard: Guard
 ) -> TorchBaseStage:
     """Build the stage on one of the forms that features are offered in. Raises ComputeError if its model refuses it."""
     party, layers = spec.party, spec.layers
+    if layers.precision is not None and layers.precision.name == "fp16":
+        require_no_defence(party, [guard])
     shape = layers.cut(party)
     assert shape is not None
 
@@ -273,7 +262,16 @@ def _stage(
     trial = sample(model.dtype)
     output = model.try_out(on_device(trial, model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
     cut = BaseCut(
-        party, layers.label_holder, shape, model.dtype, model.device, layers.wire, model.name, guard, model.outputs
+        party,
+        layers.label_holder,
+        shape,
+        model.dtype,
+        model.device,
+        layers.wire,
+        model.name,
+        guard,
+        model.outputs,
+        overflows=model.scaling is not None,
     )
     require_shape(output, len(tensors_in(trial)[0]), cut, f"party {party!r}")
     if offer.fault is not None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sl_queue.compute.aggregation import aggregated
-from sl_queue.compute.base_stage import InFlight, TorchBaseStage
+from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.building import blame
+from sl_queue.compute.flight import InFlight
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
@@ -102,7 +103,8 @@ class FusePasses:
             output = self._fused(inputs, where, weights)
             loss, value = self._loss(output, labels, positions, where)
         amount = self.objective.amount(positions)
-        self._differentiate(loss * (amount / (self._amount_of_step(last.step) or 1.0)), hooks, first)
+        share = amount / (self._amount_of_step(last.step) or 1.0)
+        self._differentiate(loss * (share * self.model.loss_scale), hooks, first)
         return value, output, positions
 
     def _differentiate(self, loss: Tensor, hooks: int, micro_batch: MicroBatch) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sl_queue.compute.base_stage import InFlight, TorchBaseStage, base_stage
+from sl_queue.compute.base_stage import TorchBaseStage, base_stage, require_no_defence
 from sl_queue.compute.building import Inputs
 from sl_queue.compute.epoch_tables import Rows
+from sl_queue.compute.flight import InFlight
 from sl_queue.compute.fuse_passes import FusePasses, GatheredInputs, PreparedTargets
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.handover import Copies, Take
@@ -93,10 +94,11 @@ class TorchFuseStage:
         assert mine is not None
         gathered = self.passes.gathered(mine, self.arrived(activations, micro_batch, mine.rows))
         self._gathered = [*(self._gathered if micro_batch.index else ()), gathered]
-        if self.layers.whole_batch and micro_batch.index + 1 < self.batches.parts(micro_batch.step):
+        if self.layers.whole_batch and not self._ends_step(micro_batch):
             return {}
         parts, self._gathered = self._gathered if self.layers.whole_batch else self._gathered[-1:], []
         self._fuse(parts)
+        self._look_for_overflow(parts)
         *self._late, (_, answers) = [(part.targets.micro_batch, self._answers(part)) for part in parts]
         return answers
 
@@ -115,6 +117,19 @@ class TorchFuseStage:
             if part.targets.flight is not None and own is not None:
                 self._put_off.append((part.targets.micro_batch, part.targets.flight, [each.gradient for each in own]))
 
+    def _look_for_overflow(self, parts: Sequence[GatheredInputs]) -> None:
+        """Note gradients that are not finite; those of the parameters once a step's last are there."""
+        if self.model.scaling is None:
+            return
+        last = parts[-1].targets.micro_batch
+        inputs = [each for part in parts for of_party in part.inputs.values() for each in of_party]
+        self.model.scaling.see(each.gradient for each in inputs)
+        if self._ends_step(last):
+            self.model.scaling.see(parameter.grad for parameter in self.model.module.parameters())
+
+    def _ends_step(self, micro_batch: MicroBatch) -> bool:
+        return micro_batch.index + 1 == self.batches.parts(micro_batch.step)
+
     def note(self, micro_batch: MicroBatch, positions: Positions, loss: float) -> None:
         """Add the mean loss of these rows to the step."""
         self._losses.append((self.objective.amount(positions), loss))
@@ -123,6 +138,9 @@ class TorchFuseStage:
     def _answers(self, part: GatheredInputs) -> Mapping[str, Payload]:
         """Return the gradients of a micro-batch's activations, as they are sent."""
         about = (part.targets.micro_batch, part.targets.rows)
+        scaling = self.model.scaling
+        if scaling is not None and scaling.spoiled and self._ends_step(part.targets.micro_batch):
+            return {p: cut.leave_each([o.overflow() for o in part.inputs[p]], *about) for p, cut in self.cuts.items()}
         return {p: cut.leave_each([o.gradient for o in part.inputs[p]], *about) for p, cut in self.cuts.items()}
 
     def update(self) -> float:
@@ -130,6 +148,8 @@ class TorchFuseStage:
         if not self._losses:
             raise LocalProtocolError("an update without a micro-batch")
         self._own_backward()
+        if self.own is not None and self.own.model.scaling is not None and self.model.scaling is not None:
+            self.own.model.scaling.spoiled |= self.model.scaling.spoiled
         self.model.step(self._step)
         if self.own is not None:
             self.own.update()
@@ -166,10 +186,7 @@ class TorchFuseStage:
         states = [self.model.state(), self.objective.owned.state(), self.trained.state()] + (
             [] if self.own is None else [self.own.state()]
         )
-        return State(
-            {name: tensor for state in states for name, tensor in state.tensors.items()},
-            {name: value for state in states for name, value in state.values.items()},
-        )
+        return State.merged(states)
 
     def load(self, state: State) -> None:
         """Become what `state` described."""
@@ -225,6 +242,8 @@ def fuse_stage(
     def sample(dtype: torch.dtype, device: torch.device = _CPU, rows: int = _TRIAL_ROWS, scale: float = 0) -> Inputs:
         return fused(layers, drawn_inputs(layers, rows, dtype, device, scale, graph=True))
 
+    if layers.precision is not None and layers.precision.name == "fp16":
+        require_no_defence(party, (guards or {}).values())
     take = take or Copies()  # of fuse model and loss together: one may hold the other
     model = Model.build(spec, "fuse", sample, take, batches.steps)
     output = model.try_out(sample(model.dtype, model.device), graph=True)
@@ -257,5 +276,13 @@ def fuse_cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseC
     """Build the label holder's cut to a feature party."""
     dtypes = tuple(map(dtype_name, model.accepted()))
     return FuseCut(
-        model.party, peer, layers.cut(peer) or (), dtypes, model.device, layers.wire, guard, layers.outputs.get(peer)
+        model.party,
+        peer,
+        layers.cut(peer) or (),
+        dtypes,
+        model.device,
+        layers.wire,
+        guard,
+        layers.outputs.get(peer),
+        overflows=model.scaling is not None,
     )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sl_queue.compute.base_stage import InFlight, TorchBaseStage
+from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.building import blame
+from sl_queue.compute.flight import InFlight
 from sl_queue.compute.fuse_passes import PreparedTargets
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.model import Model

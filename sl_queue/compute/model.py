@@ -40,6 +40,7 @@ from sl_queue.compute.modules.snapshots import left_no_trace
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.modules.statistics import Statistics
 from sl_queue.compute.optimizers import build_optimizer
+from sl_queue.compute.precision import LossScale, Precision, computing, scaling_of
 from sl_queue.compute.saved_module import SavedModule
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, Part
@@ -70,12 +71,19 @@ class Model:
     statistics: Statistics = field(default_factory=Statistics)  # where micro-batches are computed apart
     shares_all: bool = False  # what never changes, too: hands do not have it
     saw: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # by the newest forward pass, of those
+    precision: Precision | None = None  # that it computes in; None: that of its parameters
+    scaling: LossScale | None = None  # of its gradients, in fp16
     secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
     @property
     def optimizer(self) -> Optimizer | None:
         """Return what changes its parameters; None if it has none."""
         return None if self.learning is None else self.learning.built.optimizer
+
+    @property
+    def loss_scale(self) -> float:
+        """Return the factor of all gradients of this step."""
+        return 1.0 if self.scaling is None else self.scaling.scale
 
     @property
     def where(self) -> str:
@@ -113,7 +121,10 @@ class Model:
         about = (spec.party, part, name, module, learning, device, dtype_of(module))
         saved = SavedModule(spec.party, part, name, module, built)
         outputs = spec.layers.outputs.get(spec.party) if part == "base" else None
-        return cls(*about, spec.layers.seed, saved, outputs=outputs, secret=spec.secret)
+        precision = spec.layers.precision
+        found = cls(*about, spec.layers.seed, saved, outputs=outputs, precision=precision, secret=spec.secret)
+        found.scaling = scaling_of(precision)
+        return found
 
     def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
         """Open a scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
@@ -148,7 +159,8 @@ class Model:
         self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Return the module's outputs, mostly one, and a loss of its own if a base model returns one beside."""
-        with blame(f"{where}: {self.name} failed on {described_inputs(inputs)}"):
+        failed = blame(f"{where}: {self.name} failed on {described_inputs(inputs)}")
+        with failed, computing(self.precision, self.device):
             if weights is not None and self.statistics.feeding:
                 with self.statistics.apart(weights) as copies:
                     output = called(self.module, inputs, {**weights, **copies})
@@ -163,6 +175,8 @@ class Model:
             return self.outputs.listed(output, len(tensors_in(inputs)[0]), f"{where}: {self.name}"), penalty
         if not isinstance(output, Tensor):
             raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
+        if self.part == "fuse" and self.precision is not None:
+            output = output.to(self.dtype)  # the loss and the metrics are computed in it
         return [output], penalty
 
     def try_out(self, inputs: Inputs, *, ahead: bool = False, graph: bool = False) -> Tensor:
@@ -239,6 +253,8 @@ class Model:
         if not self.known:
             self._require_known()
             self.known = True
+        if self.scaling is not None and not self.scaling.finish(self.module.parameters(), self.where):
+            return  # an overflow at the label holder: the step is left out
         if self.learning is not None:
             optimizer = self.learning.built.optimizer
             quiet = steps_only_torch(optimizer)
@@ -255,15 +271,18 @@ class Model:
         And of what else differs from the module as it was built: modes, what is frozen, plain attributes.
         """
         self._require_known()
-        found = self.saved.state()
-        if self.learning is None:
-            return found
-        state = self.learning.state()
-        return State({**found.tensors, **state.tensors}, {**found.values, **state.values})
+        states = [self.saved.state()]
+        if self.learning is not None:
+            states.append(self.learning.state())
+        if self.scaling is not None:
+            states.append(self.scaling.state(f"{self.part}/scale"))
+        return State.merged(states)
 
     def load(self, state: State) -> None:
         """Become what `state` returned. Raises CheckpointError if the model is another one."""
         self.saved.load(state)
+        if self.scaling is not None:
+            self.scaling.load(f"{self.part}/scale", state)
         if self.learning is not None:
             self.learning.load(state)
             self.learning.built.optimizer.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ from sl_queue.compute.building import called, is_penalised
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.model import Model
 from sl_queue.compute.objective import Objective, measured
+from sl_queue.compute.precision import LossScale, computing, repeated, scaling_of
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.cut.several import fuse_inputs
 from sl_queue.cut.tensors import take_rows
@@ -58,11 +59,7 @@ def train_joined(
             summed = whole.differentiate(parts, amount)
         else:
             summed = sum(whole.differentiate([micro_batch], amount) for micro_batch in parts)
-        for model in whole.models:
-            if model.learning is not None:
-                with model.drawing("update", MicroBatch(step, 0)):
-                    model.learning.step(step)
-                model.learning.built.optimizer.zero_grad()
+        whole.update(step)
         losses.append(summed / amount)
         if batches.ends_epoch(step):
             epoch = batches.epoch_of(step)
@@ -114,9 +111,18 @@ class _Cut:
 def _differentiate(cuts: Sequence[_Cut], base: Model, micro_batch: MicroBatch, *, keep: bool) -> None:
     """Do the backward pass of a base model from all of its outputs that the loss depends on."""
     ends = [end for cut in cuts if (end := cut.end(base.device)) is not None]
-    if ends:
-        with base.drawing("backward", micro_batch):
-            torch.autograd.backward([a for a, _ in ends], [g for _, g in ends], retain_graph=keep)
+    if not ends:
+        return
+    outputs, gradients = [a for a, _ in ends], [g for _, g in ends]
+    with base.drawing("backward", micro_batch):
+        if base.scaling is None:
+            torch.autograd.backward(outputs, gradients, retain_graph=keep)
+            return
+
+        def backward(factor: float) -> None:
+            torch.autograd.backward(outputs, [g * factor for g in gradients], retain_graph=True)
+
+        repeated(list(base.module.parameters()), backward, base.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +135,7 @@ class _Whole:
     objective: Objective
     tables: Mapping[str, Table]
     batches: Batches
+    scaling: LossScale | None  # of the loss, in fp16
 
     @classmethod
     def build(cls, specs: Mapping[str, ComputeSpec], tables: Mapping[str, Table], batches: Batches) -> "_Whole":
@@ -146,11 +153,25 @@ class _Whole:
             stages[holder] = label.own
         bases = {party: stage.model for party, stage in stages.items()}
         taken = {party: replace(tables[party], features=stage.features) for party, stage in stages.items()}
-        return cls(layers, bases, label.model, label.objective, {**tables, **taken}, batches)
+        scaling = scaling_of(layers.precision)
+        return cls(layers, bases, label.model, label.objective, {**tables, **taken}, batches, scaling)
 
     @property
     def models(self) -> list[Model]:
         return [*self.bases.values(), self.fuse]
+
+    def update(self, step: int) -> None:
+        """Make one optimizer step with the gradients that are there, or leave it out after an overflow."""
+        parameters = [parameter for model in self.models for parameter in model.module.parameters()]
+        if self.scaling is not None:
+            self.scaling.see(parameter.grad for parameter in self.fuse.module.parameters())
+            if not self.scaling.finish(parameters, "joined training"):
+                return
+        for model in self.models:
+            if model.learning is not None:
+                with model.drawing("update", MicroBatch(step, 0)):
+                    model.learning.step(step)
+                model.learning.built.optimizer.zero_grad()
 
     def differentiate(self, parts: Sequence[MicroBatch], amount_in_step: float) -> float:
         """Add the gradients of micro-batches that are fused at once, and return the loss summed over their rows."""
@@ -168,10 +189,15 @@ class _Whole:
         if len(parts) > 1:
             inputs = {p: [torch.cat(of) for of in zip(*(each[p] for each in entered), strict=True)] for p in inputs}
         loss, _ = self.loss(inputs, rows, "forward", parts[0])
+        scale = 1.0 if self.scaling is None else self.scaling.scale
         with self.fuse.drawing("backward", parts[0]):
-            (loss * (self.objective.amount(rows) / amount_in_step)).backward()  # type: ignore[no-untyped-call]
+            (loss * (self.objective.amount(rows) / amount_in_step * scale)).backward()  # type: ignore[no-untyped-call]
+        if self.scaling is not None and not self.scaling.see(
+            cut.gradient for each in cuts for of in each.values() for cut in of
+        ):
+            return loss.item() * self.objective.amount(rows)  # nobody learns of this step
         for part, each, own in zip(parts, cuts, penalties, strict=True):
-            share = len(self.batches.rows(part)) / self.batches.rows_in_step(part.step)
+            share = len(self.batches.rows(part)) / self.batches.rows_in_step(part.step) * scale
             for party, of in each.items():
                 _differentiate(of, self.bases[party], part, keep=party in own)
                 if party in own:
@@ -191,7 +217,7 @@ class _Whole:
         for party in self.layers.fused:
             base, features = self.bases[party], self.tables[party].features
             assert features is not None
-            with base.drawing(purpose, micro_batch):
+            with base.drawing(purpose, micro_batch), computing(self.layers.precision, base.device):
                 output = called(base.module, take_rows(features, rows, base.dtype, base.device))
             penalised = is_penalised(output, base.outputs)
             if penalised and penalties is not None:
@@ -207,7 +233,10 @@ class _Whole:
         labels = self.objective.labels[torch.from_numpy(rows)].to(self.fuse.device)
         with self.fuse.drawing(purpose, micro_batch):
             each = fuse_inputs(activations, self.layers.outputs, self.layers.fused)
-            output = self.fuse.module(aggregated(each, self.layers.aggregation))
+            with computing(self.layers.precision, self.fuse.device):
+                output = self.fuse.module(aggregated(each, self.layers.aggregation))
+            if self.layers.precision is not None:
+                output = output.to(self.fuse.dtype)
             return self.objective.loss_of(output, labels, rows), output
 
     @torch.no_grad()

@@ -67,6 +67,15 @@ def seeded(key: int, device: torch.device) -> Iterator[None]:
             mtrand.set_bit_generator(numpy_generator)
 
 
+def generator_states(device: torch.device) -> tuple[bytes, object, bytes]:
+    """Return the states of all that `seeded` sets, to compare: if they are equal, nothing was drawn in between."""
+    states = [
+        generator.get_state().numpy().tobytes() for generator in (torch.default_generator, *_cuda_generators(device))
+    ]
+    kind, words, *place = np.random.get_state(legacy=True)
+    return b"".join(states), random.getstate(), np.asarray(words).tobytes() + repr((kind, place)).encode()
+
+
 def _seed_widely(key: int) -> None:
     """Set torch's and NumPy's Mersenne Twisters, which take fewer bits of a seed, apart from each other."""
     secret = (key & (_WIDE - 1)).to_bytes(32, "little")

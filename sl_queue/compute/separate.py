@@ -52,6 +52,8 @@ def _require_plain(stage: TorchBaseStage | TorchFuseStage) -> None:
             f"party {party!r}: the fuse model sees all rows of a step at once, so its micro-batches cannot be computed "
             "apart; take [hands] out"
         )
+    if stage.model.scaling is not None:
+        raise JobError(f'party {party!r}: hands do not compute in precision = "fp16"; use "bf16", or take [hands] out')
     several = stage.model.outputs is not None if isinstance(stage, TorchBaseStage) else bool(stage.layers.outputs)
     if several:
         raise JobError(f"party {party!r}: hands compute base models with one output; take [hands] out")

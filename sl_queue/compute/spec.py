@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sl_queue.compute.precision import Precision
 from sl_queue.cut.packing import Wire
 from sl_queue.cut.several import Outputs
 from sl_queue.ports import UserCode
@@ -27,6 +28,7 @@ class LayersSpec:
     staleness: int
     whole_batch: bool = False  # fuse model and loss see all rows of a step at once
     outputs: Mapping[str, Outputs] = field(default_factory=dict)  # of the parties whose base model has several
+    precision: Precision | None = None  # None: as the models are
 
     @property
     def parties(self) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sl_queue.compute.base_stage import InFlight, TorchBaseStage
+from sl_queue.compute.base_stage import TorchBaseStage
+from sl_queue.compute.flight import InFlight
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.hand import OUTPUT, models_of, payloads
 from sl_queue.compute.model import Model

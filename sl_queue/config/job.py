@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sl_queue.config.canonical import canonical
 from sl_queue.config.job_tables import (
@@ -22,6 +22,7 @@ from sl_queue.config.job_tables import (
     JobFuse,
     JobParty,
     JobPipeline,
+    JobPrecision,
     JobWire,
 )
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
@@ -87,6 +88,10 @@ class Job(Schema):
     drop_last: bool = Field(
         default=False, description="true or false: the last step of an epoch is left out if its batch is not full"
     )
+    precision: JobPrecision = Field(
+        default=JobPrecision(),
+        description='"float32", "bf16" or "fp16", or a table [precision]: what models compute in',
+    )
     parties: dict[str, JobParty] = Field(description="a table [parties.NAME] for each party")
     fuse: JobFuse = Field(default=JobFuse(), description="a table [fuse]")
     pipeline: JobPipeline = Field(default=JobPipeline(), description="a table [pipeline]")
@@ -109,10 +114,15 @@ class Job(Schema):
         """Read a job file. Raises one JobError that says all that is wrong with it."""
         return load(cls, path)
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = [*_about_name(self), *_about_parties(self), *_about_cuts(self), *_about_aggregation(self)]
-        problems += _about_numbers(self)
+        problems += [*_about_numbers(self), *self.precision.problems(self.wire)]
         problems += self.security.problems(self.parties)
         if problems:
             raise ValueError("\n".join(problems))

@@ -1,10 +1,11 @@
 """The tables of a job file: of each party, fuse, pipeline, broker, wire and early stopping."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
-from sl_queue.config.schema import IN_CODE, IN_FILE, SEVERAL, Schema
+from sl_queue.config.schema import IN_CODE, IN_FILE, SEVERAL, Schema, shown
 from sl_queue.cut.packing import Compress, Dtype
 from sl_queue.cut.several import Outputs
 
@@ -118,6 +119,31 @@ class JobWire(Schema):
         default="none",
         description='"none", "bitmap" (zeros are left out, for ReLU) or "zstd": how the numbers are compressed',
     )
+
+
+class JobPrecision(Schema):
+    """Precision that models compute in, over weights that stay as they are, and the scale of the loss in fp16."""
+
+    name: Literal["float32", "bf16", "fp16"] = Field(
+        default="float32", description='"float32", "bf16" or "fp16": dtype of the layers that autocast narrows'
+    )
+    scale: float = Field(
+        default=65536.0, gt=0, le=2.0**40, description="a number above 0: scale of the loss in the first step, of fp16"
+    )
+    growth_interval: int = Field(
+        default=2000,
+        ge=1,
+        description="a whole number of at least 1: steps without an overflow after which the scale is doubled",
+    )
+
+    def problems(self, wire: JobWire) -> Iterator[str]:
+        """Yield what does not go with the wire."""
+        if self.name == "fp16" and (wire.dtype != "float32" or wire.compress == "bitmap"):
+            told = f"wire.dtype = {shown(wire.dtype)}, wire.compress = {shown(wire.compress)}"
+            yield (
+                f'precision = "fp16" needs gradients that travel as they are: {told}; use dtype = "float32", and '
+                'compress = "none" or "zstd"'
+            )
 
 
 class JobAlignment(Schema):

@@ -1,8 +1,8 @@
 """The tables [predict] and [serve] of a party file."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sl_queue.config.paths import PathInFolder
 from sl_queue.config.schema import Schema
@@ -34,6 +34,14 @@ class ServeFile(Schema):
     deadline: float = Field(
         default=2.0, gt=0, le=600, description="a number above 0: seconds after which a request is given up"
     )
+    certificate: PathInFolder | None = Field(
+        default=None,
+        description="the name of a PEM file: the certificate of the service, and of those between it and the "
+        "authority; with it and `key` it speaks HTTPS alone",
+    )
+    key: PathInFolder | None = Field(
+        default=None, description="the name of a PEM file: the private key of the certificate, readable by nobody else"
+    )
     token: str | None = Field(
         default=None,
         description="file:PATH: the file with the token that a request must bear; without it, nobody is asked for one",
@@ -43,3 +51,10 @@ class ServeFile(Schema):
         ge=0,
         description="a whole number of at least 0: rows that a feature party answers in an hour; 0 is no limit",
     )
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            missing = "key" if self.key is None else "certificate"
+            raise ValueError(f"{missing} is missing: HTTPS needs certificate and key")
+        return self

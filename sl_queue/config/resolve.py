@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from sl_queue.compute.names import HIGHER_IS_BETTER, LOWER_IS_BETTER, metric_name
+from sl_queue.compute.precision import Precision
 from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec
 from sl_queue.config.features import specs_of
 from sl_queue.config.job import Job
@@ -112,7 +113,13 @@ def layers_of(job: Job) -> LayersSpec:
         staleness=job.pipeline.staleness,
         whole_batch=job.fuse.whole_batch,
         outputs={party: table.outputs for party, table in job.parties.items() if table.outputs is not None},
+        precision=_precision(job),
     )
+
+
+def _precision(job: Job) -> Precision | None:
+    table = job.precision
+    return None if table.name == "float32" else Precision(table.name, table.scale, table.growth_interval)
 
 
 def data_to_predict(party_file: PartyFile) -> FileSpec | None:

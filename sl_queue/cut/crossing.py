@@ -1,18 +1,19 @@
-"""The cut to one peer: whatever crosses it leaves and arrives here, checked, defended, watched and packed.
+"""The cut to one peer, the only place that knows what crosses: checked, defended and packed, it leaves and arrives.
 
 Out: check shape and numbers -> defence -> tap -> pack. In: compare with what is expected -> unpack -> finite -> tap.
+`leave` returns what is to be encoded before its tensor is changed; `arrive` raises RemoteProtocolError, which names the
+peer. Both are used by one thread.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sl_queue.cut.guard import UNGUARDED, Crossing, Guard
-from sl_queue.cut.packing import Mask, Wire, is_unused, unused
+from sl_queue.cut.packing import AS_IT_IS, Mask, Wire, is_unused, unused
 from sl_queue.cut.relu import ends_in_relu, gradient_mask
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.several import Outputs
@@ -22,22 +23,6 @@ from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
 
 CROSSING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Cut(Protocol):
-    """One per peer, and the only place that knows what crosses. Used by one thread."""
-
-    def leave(self, tensor: Tensor, micro_batch: MicroBatch, rows: CutRows) -> Payload:
-        """Return what is sent to the peer; to be encoded before the tensor is changed.
-
-        Raises ShapeError and NonFiniteError for a tensor that must not leave.
-        """
-
-    def arrive(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> Tensor | None:
-        """Return what the peer has sent, as a tensor of its own. Raises RemoteProtocolError, which names the peer."""
-
-    def forget(self) -> None:
-        """Await nothing: whatever is in flight will be computed again."""
 
 
 def place(party: str, micro_batch: object) -> str:
@@ -61,6 +46,7 @@ class BaseCut:
     model: str  # the base model's name
     guard: Guard = UNGUARDED
     outputs: Outputs | None = None  # of a base model with several
+    overflows: bool = False  # a gradient may be not finite, which means that its step is left out
     _awaited: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,8 +80,7 @@ class BaseCut:
     ) -> Payload:
         """Return the activation as it travels; a training one is awaited back as a gradient.
 
-        `learning`: which of several outputs want one. `ends`: tells whether it ends in a ReLU, for a tensor that was
-        computed elsewhere and has no graph.
+        `learning`: which of several outputs want one. `ends` tells of a ReLU at the end, of tensors without a graph.
         """
         self.check(tensor, micro_batch, rows)
         sent = tensor
@@ -103,16 +88,14 @@ class BaseCut:
             crossing = Crossing("activation", self.party, self.peer, micro_batch, rows)
             sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
         if rows.held_out:
-            return self.wire.pack(payload_view(sent, rows.digest))
+            return _packed(self.wire, payload_view(sent, rows.digest))
         # Nothing else asks for a ReLU, and asking makes hooks. A defended activation shows other zeros than the ReLU's.
         relu = self.wire.compress == "bitmap" and self.guard.defence is None and ends(tensor)
-        payload = self.wire.pack(payload_view(sent, rows.digest), relu=relu)
-        self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload))
-        return (
-            payload
-            if self.outputs is None or learning is None
-            else self.outputs.marked(payload, learning, payload.shape)
-        )
+        payload = _packed(self.wire, payload_view(sent, rows.digest), relu=relu)
+        self._awaited[micro_batch] = _Expected((payload.dtype,), payload.shape, gradient_mask(payload), self.overflows)
+        if self.outputs is None or learning is None:
+            return payload
+        return self.outputs.marked(payload, learning, payload.shape)
 
     def arrive_each(self, payload: Payload, micro_batch: MicroBatch, rows: CutRows) -> list[Tensor | None]:
         """Return the gradient of each output; None where the loss does not depend on it."""
@@ -167,6 +150,7 @@ class FuseCut:
     wire: Wire
     guard: Guard = UNGUARDED
     outputs: Outputs | None = None  # of a base model with several
+    overflows: bool = False  # a gradient may be not finite, which means that its step is left out
     _owed: dict[MicroBatch, "_Expected"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -213,16 +197,17 @@ class FuseCut:
             raise LocalProtocolError(f"{place(self.party, micro_batch)}: a gradient of no activation of {self.peer!r}")
         if tensor is None:
             return unused(owed.dtypes[0], owed.shape, rows.digest)
-        if not is_finite(tensor):
+        finite = is_finite(tensor)
+        if not finite and not self.overflows:
             raise NonFiniteError(
                 f"{place(self.party, micro_batch)}: gradient for party {self.peer!r} holds NaN or infinity; lower the "
                 "learning rate, or check the loss"
             )
         sent = tensor
-        if self.guard is not UNGUARDED:
+        if self.guard is not UNGUARDED and finite:
             crossing = Crossing("gradient", self.party, self.peer, micro_batch, rows)
             sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
-        return self.wire.pack(payload_view(sent, rows.digest), wanted=owed.wanted)
+        return _packed(self.wire, payload_view(sent, rows.digest), wanted=owed.wanted)
 
     def forget(self) -> None:
         """Owe no gradient."""
@@ -240,6 +225,11 @@ def require_shape(activation: Tensor, rows: int, cut: BaseCut, where: str) -> No
         )
 
 
+def _packed(wire: Wire, payload: Payload, *, relu: bool = False, wanted: Mask | None = None) -> Payload:
+    """Return the payload as it travels: as it is, unless the job says otherwise."""
+    return payload if wire == AS_IT_IS else wire.pack(payload, relu=relu, wanted=wanted)
+
+
 @dataclass(frozen=True, slots=True)
 class _Expected:
     """Description that a tensor of a peer, or a gradient for it, has to meet."""
@@ -247,6 +237,7 @@ class _Expected:
     dtypes: tuple[str, ...]  # any of them
     shape: tuple[int, ...]
     wanted: Mask | None = field(repr=False)  # the values of a gradient that were asked for; None: all
+    overflows: bool = False  # it may be not finite
 
 
 def _compare(payload: Payload, expected: _Expected, crossing: Crossing) -> None:
@@ -269,11 +260,12 @@ def _check_and_unpack(
 ) -> Tensor:
     """Return the tensor of a payload that has been compared, and show it to the tap."""
     with _blaming(crossing):
-        tensor = from_payload(wire.unpack(payload, expected.wanted), device)
+        plain = wire.unpack(payload, expected.wanted) if payload.packing else payload
+        tensor = from_payload(plain, device)
     if not is_finite(tensor):
-        raise RemoteProtocolError(
-            f"{_blame(crossing)} holds NaN or infinity; look at the model and learning rate there"
-        )
+        if expected.overflows:
+            return tensor
+        raise RemoteProtocolError(f"{_blame(crossing)} holds NaN or infinity; look at model and learning rate there")
     if guard.arriving is not None:
         guard.let_in(tensor, crossing, place(crossing.sender, crossing.micro_batch))
     return tensor

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from sl_queue.data.table import fingerprints_of, ids_in, in_order, read_ids, tex
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import id_hashes
 from sl_queue.protocol.table import Table
+
+Keys = npt.NDArray[np.uint64]
 
 _LONGEST_ID = 1000  # characters, of an id in a request
 
@@ -72,19 +75,26 @@ def ids_to_predict(spec: TableSpec) -> Ids:
     return read_ids(spec)[0]
 
 
-def canonical_request(given: Sequence[Any], id_type: str) -> tuple[Ids | None, list[int]]:
-    """Put ids of a request in form: those that are of the table's type, and the places of the others."""
+def request_keys(given: Sequence[Any], id_type: str, key: bytes) -> tuple[Keys | None, list[int]]:
+    """Return the keys of ids in a request, as `keyed_ids` makes them of a table's, or the places of unfit ids."""
     wrong = [place for place, one in enumerate(given) if not _is_of(one, id_type)]
-    if wrong or not given:
+    if wrong:
         return None, wrong
-    texts = pa.array([str(one) for one in given], pa.large_string())
-    return Ids(texts, id_type, np.arange(len(texts))), []  # type: ignore[arg-type]
+    hashes = b"".join([blake2b(str(one).encode(), digest_size=8, key=key).digest() for one in given])
+    return np.frombuffer(hashes, "<u8").astype(np.uint64), []
 
 
 def _is_of(one: Any, id_type: str) -> bool:
     if isinstance(one, bool) or not isinstance(one, int | str) or len(str(one)) > _LONGEST_ID:
         return False
-    return isinstance(one, int) if id_type == "integer" else isinstance(one, str)
+    if id_type == "integer":
+        return isinstance(one, int)
+    return isinstance(one, str) and _is_unicode(one)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return False for half of a surrogate pair, which JSON may hold and UTF-8 may not."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _made(

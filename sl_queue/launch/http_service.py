@@ -3,31 +3,29 @@
 import asyncio
 import hmac
 import json
-import socket
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from sl_queue.compute.predicted import columns_of
-from sl_queue.data.to_predict import canonical_request
+from sl_queue.data.to_predict import request_keys
 from sl_queue.errors import SlQueueError
-from sl_queue.launch.service import LabelHolderService, row_keys
-from sl_queue.loops.serving import Outcome, Unanswered
+from sl_queue.launch.service import LabelHolderService, id_key
+from sl_queue.loops.requests import Outcome, Unanswered
 from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN
 
 MOST_BYTES = 1024 * 1024  # of a request
+BODY_S = 10.0  # within which the body of a request must come
 _PAGE = """<!doctype html><html lang="en"><title>sl_queue</title><h1>Predictions</h1>
 <pre>POST /predict {&quot;ids&quot;: EXAMPLE}</pre>
 <p>200: a prediction for each id, or <code>missing</code>: parties that lack it. 401: a token is needed.
-409: parties hold other weights. 413: too large. 422: ids of another type. 429: hourly limit. 503: one was silent.</p>
+408: the body came too slowly. 409: parties hold other weights. 413: too large. 422: ids of another type.
+429: hourly limit. 503: one was silent.</p>
 <p><a href="/openapi.json">openapi.json</a> <a href="/version">version</a> <a href="/health">health</a>
 <a href="/metrics">metrics</a></p></html>
 """
@@ -66,7 +64,10 @@ class Api:
     async def _predict(self, request: Request) -> Response:
         if not self._may(request):
             return _said(401, "a token is needed: Authorization: Bearer TOKEN")
-        body = await _body(request)
+        try:
+            body = await asyncio.wait_for(_body(request), BODY_S)
+        except TimeoutError:
+            return _said(408, f"the body of a request must come within {BODY_S:g} s")
         if body is None:
             return _said(413, f"a request has at most {MOST_BYTES} bytes")
         try:
@@ -75,33 +76,17 @@ class Api:
             return _said(422, 'a request is JSON like {"ids": [10017, 10018]}')
         if not isinstance(ids, list) or not ids or len(ids) > MOST_ROWS:
             return _said(422, f"ids must be a list of 1 to {MOST_ROWS}")
-        found, wrong = canonical_request(ids, self.id_type)
-        if found is None:
+        keys, wrong = request_keys(ids, self.id_type, id_key(self.holder.job))
+        if keys is None:
             return _said(422, f"ids must be of type {self.id_type}", places=wrong[:10])
         try:
-            outcome = await asyncio.wrap_future(self.holder.service.predict(row_keys(self.holder.job, found)))
+            outcome = await asyncio.wrap_future(self.holder.service.predict(keys))
         except Unanswered as error:
             return _unanswered(error)
         except SlQueueError as error:
             return _said(503, str(error))
         self.rows += len(ids)
-        return JSONResponse({"run": outcome.run, "predictions": self._predictions(ids, outcome)}, headers=_HEADERS)
-
-    def _predictions(self, ids: list[Any], outcome: Outcome) -> list[dict[str, Any]]:
-        import numpy as np
-
-        there = [row for row in outcome.outputs if row is not None]
-        about = self.holder.models.version.about
-        task, meaning = str(about.get("task", "")), str(about.get("outputs", "logits"))
-        columns = columns_of(np.stack(there), task, meaning) if there else {}
-        place, found = 0, []
-        for one, output, lacking in zip(ids, outcome.outputs, outcome.lacking, strict=True):
-            if output is None:
-                found.append({"id": one, "missing": list(lacking)})
-                continue
-            found.append({"id": one, **{name: values[place].item() for name, values in columns.items()}})
-            place += 1
-        return found
+        return JSONResponse({"run": outcome.run, "predictions": _predictions(ids, outcome)}, headers=_HEADERS)
 
     async def health(self, request: Request) -> Response:
         """Answer 200 while the link to the broker stands."""
@@ -139,37 +124,12 @@ class Api:
         return hmac.compare_digest(said.encode(), f"Bearer {self.token}".encode())
 
 
-class HttpServer:
-    """The service at an address, in a thread of its own. Mutable: it is closed."""
-
-    def __init__(self, app: Starlette, host: str, port: int) -> None:
-        listener = socket.create_server((host, port), backlog=1024)
-        self.port: int = listener.getsockname()[1]
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=5, limit_concurrency=1000
-        )
-        self._server, self._listener = uvicorn.Server(config), listener
-        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
-        self._thread.start()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait so long; True if the server has ended meanwhile."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def close(self) -> None:
-        """Answer what was accepted, then end."""
-        self._server.should_exit = True
-        self._thread.join(10.0)
-        self._listener.close()
-
-
 def description(id_type: str) -> dict[str, Any]:
     """Return the OpenAPI description of the service."""
     one: Mapping[str, Any] = {"type": "integer" if id_type == "integer" else "string"}
     body = {"type": "object", "required": ["ids"], "properties": {"ids": {"type": "array", "items": one}}}
     said = {"description": "what is wrong, in `error`"}
-    answers = dict.fromkeys(("401", "409", "413", "422", "429", "503"), said)
+    answers = dict.fromkeys(("401", "408", "409", "413", "422", "429", "503"), said)
     predict = {
         "summary": "Predict for rows that all parties hold",
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
@@ -182,6 +142,9 @@ def description(id_type: str) -> dict[str, Any]:
 
 async def _body(request: Request) -> bytes | None:
     """Read a request up to its limit; None beyond it, without reading on."""
+    said = request.headers.get("content-length", "0")
+    if said.isdecimal() and int(said) > MOST_BYTES:
+        return None
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -189,6 +152,13 @@ async def _body(request: Request) -> bytes | None:
             return None
         parts.append(part)
     return b"".join(parts)
+
+
+def _predictions(ids: Sequence[Any], outcome: Outcome) -> list[dict[str, Any]]:
+    return [
+        {"id": one, "missing": list(lacking)} if found is None else {"id": one, **found}
+        for one, found, lacking in zip(ids, outcome.predictions, outcome.lacking, strict=True)
+    ]
 
 
 def _said(status: int, error: str, **more: Any) -> JSONResponse:

@@ -48,28 +48,8 @@ def secret_to_keep(
     """Return what keys the party's draws besides the seed, empty for nothing: as `chosen` in its file, else as begun.
 
     A new run has a secret if it is `private`; it is made here. Raises JobError for a file that cannot be used, or
-    CheckpointError if the run's secret is lost. Warns in a `private` worker that uses none.
+    CheckpointError if the run's secret is lost.
     """
-    secret = _secret(party, chosen, rules, begun_with, state, private=private)
-    if private and not secret:
-        log.warning(
-            "%s: the job's seed alone keys what its models draw at random, so every party can compute the noise and "
-            "dropout that they add; %s",
-            party,
-            _why(chosen, rules),
-        )
-    return secret
-
-
-def _secret(
-    party: str,
-    chosen: Path | str | None,
-    rules: int,
-    begun_with: Mapping[str, Any] | None,
-    state: Path,
-    *,
-    private: bool,
-) -> bytes:
     if rules == BY_POSITION:
         if isinstance(chosen, Path):
             raise CheckpointError(
@@ -88,6 +68,16 @@ def _secret(
             "the file, set [privacy] secret to where it is, or start from scratch with another state folder"
         )
     return secret_in(state)
+
+
+def warn_of_common_draws(party: str, chosen: Path | str | None, rules: int) -> None:
+    """Warn that a party which would rather draw privately has no secret."""
+    log.warning(
+        "%s: the job's seed alone keys what its models draw at random, so every party can compute the noise and "
+        "dropout that they add; %s",
+        party,
+        _why(chosen, rules),
+    )
 
 
 def _why(chosen: Path | str | None, rules: int) -> str:

@@ -1,16 +1,21 @@
 """The outcome of a prediction at the label holder: a file of predictions, an evaluation where labels are known."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from sl_queue.compute.evaluated import Evaluation, evaluate
-from sl_queue.compute.predicted import columns_of
+from sl_queue.compute.predicted import Undo, columns_of
 from sl_queue.config.party import PartyFile
 from sl_queue.data.predictions import require_name, write_predictions
+from sl_queue.errors import CheckpointError
 from sl_queue.launch.prediction import Predicted
+from sl_queue.launch.spending import REPORT
+from sl_queue.privacy.response import Response, undone
 from sl_queue.storage.files import write_durably
+from sl_queue.storage.versions import Version
 
 NAME = "predictions.parquet"
 
@@ -30,7 +35,7 @@ def write_outcome(predicted: Predicted, path: Path) -> list[str]:
     """Write the predictions, and the ids without one beside them; return what to tell."""
     rows, version = predicted.rows, predicted.version
     task, meaning = _meaning(predicted)
-    columns = columns_of(predicted.outputs, task, meaning)
+    columns = columns_of(predicted.outputs, task, meaning, undoing(version))
     count = write_predictions(path, rows.ids, rows.positions, columns)
     told = [f"{count} predictions with run {version.run}: {path}"]
     if rows.missing:
@@ -51,11 +56,34 @@ def write_evaluation(predicted: Predicted, folder: Path) -> Evaluation:
 
 
 def _meaning(predicted: Predicted) -> tuple[str, str]:
-    """Return task and meaning of the outputs: as the version says, else by the loss that its party file names."""
     if predicted.objective is not None:
         return str(predicted.objective.task), str(predicted.objective.outputs)
-    about = predicted.version.about
+    return meaning_of(predicted.version, predicted.loss)
+
+
+def meaning_of(version: Version, loss: str) -> tuple[str, str]:
+    """Return task and meaning of the outputs: as the version says, else by the loss that its party file names."""
+    about = version.about
     if "task" in about:
         return str(about["task"]), str(about["outputs"])
     tasks = {"bce_with_logits": "binary", "cross_entropy": "multiclass"}
-    return tasks.get(predicted.loss, "regression"), "logits"
+    return tasks.get(loss, "regression"), "logits"
+
+
+def undoing(version: Version) -> Undo | None:
+    """Return what makes probabilities of labels of a version's, which learnt from responses; None if it did not.
+
+    Raises CheckpointError if what the version says of its responses cannot be read.
+    """
+    path = version.path / REPORT
+    try:
+        said = json.loads(path.read_bytes())["response"]
+        response = None if said is None else Response(float(said["epsilon"]), tuple(map(float, said["classes"])))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}), and it says which responses the model learnt from; "
+            "restore it"
+        ) from error
+    return None if response is None else partial(undone, response=response)

@@ -22,10 +22,10 @@ from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import Guard
 from sl_queue.errors import JobError
-from sl_queue.launch.alignment import aligned_before
 from sl_queue.launch.connect import connector, key_file, require_network, sealing
+from sl_queue.launch.finished import has_finished
 from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
-from sl_queue.launch.keeping import rules_to_keep, secret_to_keep
+from sl_queue.launch.keeping import rules_to_keep, secret_to_keep, warn_of_common_draws
 from sl_queue.launch.privacy import parts_of, require_lasting_secret
 from sl_queue.launch.rows import aligned_rows, own_version, table_of
 from sl_queue.launch.spending import Spending
@@ -50,7 +50,6 @@ from sl_queue.protocol.table import Table
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
-from sl_queue.storage.secret_file import read_secret
 from sl_queue.transport.party_channel import PartyChannel
 
 if TYPE_CHECKING:
@@ -131,9 +130,9 @@ def serve_party(
     """
     with ExitStack() as stack:
         folder = stack.enter_context(Folder(place.state, job_digest=job.digest, party=spec.party, job=job.canonical()))
-        if _has_finished(job, spec, folder, place):
+        if has_finished(job, spec, folder, place):
             return
-        own, meter = _prepared(job, spec, folder, place, private=private), Meter()
+        own, meter = _prepared(job, spec, folder, place, private=private), Meter(leads=lanes is not None)
         place = place.watched_by(meter)
         channel = channel_of(job, spec.party, place, own.identity.incarnation, own.pipeline, meter)
         parts = parts_of(own.spec, own.table, own.pipeline.batches)
@@ -151,22 +150,14 @@ def serve_party(
         place.observe(events.Finished(spec.party, final.step, str(place.state / "final")))
 
 
-def _has_finished(job: Job, spec: PartySpec, folder: Folder, place: Workplace) -> bool:
-    """Return True, and say so, if the final weights lie here and the scheduler knows."""
-    done = folder.finished()
-    if done is None or not done.reported:
-        return False
-    compare_finished(job, spec, folder)
-    place.observe(events.Finished(spec.party, done.step, str(place.state / "final"), already=True))
-    return True
-
-
 def _prepared(job: Job, spec: PartySpec, folder: Folder, place: Workplace, *, private: bool) -> Prepared:
     """Find and read the rows of a party; `folder` agrees to go on with what it is made of."""
     aligned = aligned_rows(job, spec, place)
     rules = rules_to_keep(job, spec.party, folder.begun_with)
     require_lasting_secret(spec, place.state, private=private)
     secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, place.state, private=private)
+    if private and not secret:
+        warn_of_common_draws(spec.party, spec.chosen_secret, rules)
     spec = spec.with_secret(secret)
     table = table_of(spec, rules, aligned)
     for note in table.notes:
@@ -247,22 +238,6 @@ def _role(
         return worker, holder.train
     worker = Worker(*about, observe=place.observe)
     return worker, FeatureParty(job.label_holder, channel, stage, own.pipeline, worker).train
-
-
-def compare_finished(job: Job, spec: PartySpec, folder: Folder) -> None:
-    """Raise CheckpointError if a run that has finished was trained on another table, or with other models.
-
-    What is no longer there to compare, in a container whose data has gone for instance, is a line in the log.
-    """
-    try:
-        rules = rules_to_keep(job, spec.party, folder.begun_with)
-        if isinstance(spec.chosen_secret, Path):
-            spec = spec.with_secret(read_secret(spec.chosen_secret))
-        aligned = aligned_before(spec.table, folder.path) if job.alignment.method == "psi" else None
-        now = fingerprint(spec.compute, table_of(spec, rules, aligned), rules)
-        folder.require({**now, **spec.privacy.fingerprint, **of_start(spec)})
-    except JobError as error:
-        log.warning("%s: not compared with what the finished run was trained on and with: %s", spec.party, error)
 
 
 def state_folder(party_file: PartyFile, state: Path | None) -> Path:

@@ -66,7 +66,7 @@ def predict_party(
     prediction; None: its place in the state folder. Raises SlQueueError.
     """
     version, meter = choose_version(place.state, asked.run), Meter()
-    spec = _with_secret(spec, place.state)
+    spec = with_own_secret(spec, place.state)
     place = place.watched_by(meter).in_folder(folder or folder_of(place.state, asked.name))
     about, digest = canonical_of(job, asked.name), digest_of(job, asked.name)
     with Folder(place.state, job_digest=digest, party=spec.party, job=about) as kept:
@@ -90,10 +90,11 @@ def predict_party(
             return None
         outputs = pieces.read(rows.table.n_rows)
         held_out = _held_out(job, rows) if asked.held_out else None
-        return Predicted(version, rows, outputs, objective, _name_of_loss(spec), held_out)
+        return Predicted(version, rows, outputs, objective, loss_of(spec), held_out)
 
 
-def _name_of_loss(spec: PartySpec) -> str:
+def loss_of(spec: PartySpec) -> str:
+    """Return the name of the loss that a party file names, empty if it has none."""
     loss = None if spec.compute.objective is None else spec.compute.objective.loss
     return loss if isinstance(loss, str) else ""
 
@@ -163,7 +164,7 @@ def _identity(job: Job, name: str, version: Version, rows: ToPredict, party: str
     return Identity(secrets.token_hex(8), *about, version=own_version(), weights=version.run, party=party)
 
 
-def _with_secret(spec: PartySpec, state: Path) -> PartySpec:
+def with_own_secret(spec: PartySpec, state: Path) -> PartySpec:
     """Key what the models draw in evaluation as the party's own; a version is predicted with by one party's secret."""
     path = spec.chosen_secret
     return spec.with_secret(read_secret(path)) if isinstance(path, Path) else spec

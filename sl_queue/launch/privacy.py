@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sl_queue.config.resolve import PartySpec
-from sl_queue.cut.guard import Guard, Tap
+from sl_queue.cut.guard import UNGUARDED, Guard, Tap
 from sl_queue.errors import JobError
 from sl_queue.privacy.draws import key_for, seed_secret
 from sl_queue.privacy.first_look import Both, FirstLook, Reading
 from sl_queue.privacy.guards import (
     ActivationDefence,
     ActivationTap,
+    AnswerDefence,
     EpochMeter,
     GradientDefence,
     GradientTap,
@@ -134,6 +135,14 @@ def _parts_of_label_holder(spec: PartySpec, table: Table, batches: Batches, base
     if leaving is None and defence is None:
         return Parts({})
     return Parts(dict.fromkeys(spec.peers, Guard(defence, leaving, tap)), meter)
+
+
+def answering_guard(spec: PartySpec) -> Guard:
+    """Return the defence of activations in answers to single requests."""
+    settings = spec.privacy
+    if spec.role == "label" or settings.clip is None:
+        return UNGUARDED
+    return Guard(AnswerDefence(settings.clip, settings.sigma, _base(spec)))
 
 
 def _warner(party: str) -> Callable[[Reading], None]:

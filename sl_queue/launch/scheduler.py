@@ -115,7 +115,8 @@ def serve_scheduler(
             align_scheduler(job if prediction is None else for_alignment(job), place, on_status)
         about = (place.connect(SCHEDULER, PREFETCH), job.topology(), secrets.token_hex(8))
         channel = LinkSchedulerChannel(*about, patience_s=plan.patience_s, seal=place.seal, observe=place.observe)
-        on_status = _shown(metrics, channel, _told_to(Keeper(place.state).take, on_status), stack)
+        keeper = Keeper(place.state)
+        on_status = _shown(metrics, channel, _told_to(keeper.take, on_status), stack)
         try:
             stack.enter_context(place.opened(channel))
         except BrokerUnreachable:
@@ -124,7 +125,7 @@ def serve_scheduler(
             return finished
         place.observe(events.Ready(SCHEDULER))
         of_run = (secrets.token_hex(6), time.monotonic, on_status, min(late_s, plan.patience_s))
-        return Scheduler(plan, channel, ledger, *of_run, observe=place.observe).serve()
+        return Scheduler(plan, channel, ledger, *of_run, observe=place.observe, past=keeper.past).serve()
 
 
 def _told_to(*takers: OnStatus) -> OnStatus:

@@ -10,18 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from sl_queue.compute.answering import AnsweringBase, AnsweringFuse, RowIndex
+from sl_queue.compute.predicted import columns_of
 from sl_queue.compute.trained import fuse_model, predicting_base, trained_fuse
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
-from sl_queue.data.ids import Ids
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
-from sl_queue.loops.serving import FeatureService, Found, LabelService, Unanswered
+from sl_queue.launch.outcome import meaning_of, undoing
+from sl_queue.launch.prediction import loss_of, with_own_secret
+from sl_queue.launch.privacy import answering_guard
+from sl_queue.loops.requests import Found, Prediction, Unanswered
+from sl_queue.loops.serving import FeatureService, LabelService
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.serving import Answered, Came, HourlyLimit, Keys
@@ -48,7 +49,8 @@ class Versions:
 
     def base_of(self, run: str) -> AnsweringBase | None:
         """Return the base model of a run, None if there is no version of it."""
-        if run not in self._built:
+        found = self._built.get(run)
+        if found is None:
             try:
                 version = choose_version(self.state, run)
             except CheckpointError:
@@ -57,27 +59,29 @@ class Versions:
                 return None
             table = self.rows(version).table
             batches = Batches(table.n_rows, self.spec.compute.layers.seed, 1, table.n_rows, 1, shuffle=False)
-            stage = predicting_base(self.spec.compute, table, batches, version.weights("base")).stage
+            about = (self.spec.compute, table, batches, version.weights("base"), answering_guard(self.spec))
+            found = AnsweringBase(predicting_base(*about).stage, self.index)
             while len(self._built) >= _KEPT:
                 del self._built[next(iter(self._built))]
-            self._built[run] = AnsweringBase(stage, self.index)
-        return self._built[run]
+            self._built[run] = found
+        return found
 
 
 def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
     """Read the rows that a party answers for. Raises JobError."""
+    spec = with_own_secret(spec, state)
     ids = ids_to_predict(spec.table)
 
     def rows(version: Version) -> ToPredict:
         recipe = version.path / "features.json"
         return read_to_predict(spec.table, None, recipe.read_text(encoding="utf-8") if recipe.exists() else None)
 
-    return Versions(spec, state, rows, RowIndex.of(row_keys(job, ids)))
+    return Versions(spec, state, rows, RowIndex.of(keyed_ids(ids, id_key(job))))
 
 
-def row_keys(job: Job, ids: Ids) -> Keys:
-    """Return the key under which each id is asked for: keyed by the job, so that no id travels."""
-    return keyed_ids(ids, bytes.fromhex(job.digest)[:32])
+def id_key(job: Job) -> bytes:
+    """Return what keys ids in requests: the job, so that no id travels."""
+    return bytes.fromhex(job.digest)[:32]
 
 
 @dataclass(slots=True)
@@ -135,21 +139,31 @@ def serve_feature(
 
 
 class Models:
-    """The label holder's models with the weights of one version: loops.serving.Fuse."""
+    """The label holder's models with the weights of one version: loops.requests.Fuse.
+
+    One thread at a time computes with them: what a module does besides is unknown.
+    """
 
     def __init__(self, spec: PartySpec, version: Version, versions: Versions | None) -> None:
         self.run, self.party, self.version, self._versions = version.run, spec.party, version, versions
         self.fuse: AnsweringFuse = trained_fuse(spec.compute, fuse_model(spec.compute), version.weights("fuse"))
+        self._lock = threading.Lock()
+        self._about = (*meaning_of(version, loss_of(spec)), undoing(version))
 
     def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
         """Return which rows the label holder has, and its outputs for those; None without a base model."""
-        base = None if self._versions is None else self._versions.base_of(self.run)
-        return None if base is None else base.in_place(number, keys)
+        if self._versions is None:
+            return None
+        with self._lock:
+            base = self._versions.base_of(self.run)
+            if base is None:
+                raise CheckpointError(f"party {self.party!r}: the version of run {self.run} is gone")
+            return base.in_place(number, keys)
 
     def fused(
         self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
-    ) -> npt.NDArray[np.generic]:
-        """Return the outputs for the rows that are `there`. Raises RemoteProtocolError."""
+    ) -> list[Prediction]:
+        """Return predictions for the rows that are `there`. Raises RemoteProtocolError, ComputeError."""
         inputs = {}
         for party, answer in answers.items():
             if answer.activation is None:
@@ -159,11 +173,14 @@ class Models:
         if own is not None:
             assert isinstance(own, tuple)
             inputs[self.party] = _only(own[1], there[own[0]])
-        return self.fuse.fuse(number, inputs)
+        with self._lock:
+            columns = columns_of(self.fuse.fuse(number, inputs), *self._about)
+        values = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 def _only(outputs: Any, rows: Found) -> list[Any]:
-    return [output[rows] for output in outputs]
+    return list(outputs) if rows.all() else [output[rows] for output in outputs]
 
 
 class LabelHolderService:

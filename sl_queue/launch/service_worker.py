@@ -2,6 +2,7 @@
 
 import logging
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.launch.service import Served, serve_feature, serve_label
 from sl_queue.observe.log import to_log
 from sl_queue.security.private_file import read_secret
+from sl_queue.security.server_certificate import ServerCertificate
 
 log = logging.getLogger("sl_queue")
 
@@ -56,23 +58,33 @@ def run_service(
 
 def _over_http(spec: PartySpec, party_file: PartyFile, served: Served) -> None:
     try:
-        from sl_queue.launch.http_service import Api, HttpServer
+        from sl_queue.launch.http_listener import HttpServer
+        from sl_queue.launch.http_service import Api
     except ImportError as error:
         raise JobError("--serve needs starlette and uvicorn: pip install 'sl_queue[serve]'") from error
     assert served.label is not None
     host, _, port = party_file.serve.listen.rpartition(":")
+    tls = _certificate(party_file)
     api = Api(served.label, ids_to_predict(spec.table).type, _token(party_file), lambda: served.channel.failure)
     try:
-        server = HttpServer(api.app(), host.strip("[]"), int(port))
+        server = HttpServer(api.app(), host.strip("[]"), int(port), tls)
     except OSError as error:
         raise JobError(f"[serve] listen = {party_file.serve.listen!r}: {error.strerror or error}") from None
-    log.info("%s: serves run %s at http://%s:%d", spec.party, served.label.models.run, host, server.port)
+    where = f"{'http' if tls is None else 'https'}://{host}:{server.port}"
+    log.info("%s: serves run %s at %s", spec.party, served.label.models.run, where)
     try:
         while not server.wait(_LOOK_S):
             if served.channel.failure is not None:
                 raise served.channel.failure
     finally:
         server.close()
+
+
+def _certificate(party_file: PartyFile) -> ServerCertificate | None:
+    serve = party_file.serve
+    if serve.certificate is None or serve.key is None:
+        return None
+    return ServerCertificate.read(serve.certificate, serve.key, datetime.now(UTC))
 
 
 def _until_failure(served: Served) -> None:

@@ -20,6 +20,7 @@ from sl_queue.compute.modules.state import in_evaluation
 from sl_queue.compute.objective import Objective, measured
 from sl_queue.compute.other_metrics import Task
 from sl_queue.compute.outputs import Outputs as OutputScale
+from sl_queue.compute.precision import computing
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.config.job import Job, PartyFile
@@ -82,12 +83,14 @@ def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.M
     several = {party: outputs for party in job.fused if (outputs := job.parties[party].outputs) is not None}
     taken = {party: _taken(party, tables[party], modules[party]) for party in job.fused}
     fuse, found = modules["fuse"], []
-    with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad():
+    precision = layers_of(job).precision
+    with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad(), computing(precision, CPU):
         for first in range(0, n_rows, PART):
             rows = np.arange(first, min(first + PART, n_rows))
             each = {party: _of_rows(modules[party], taken[party], rows, several.get(party)) for party in job.fused}
             found.append(fuse(aggregated(fuse_inputs(each, several, job.fused), job.fuse.aggregation)))
-    return torch.cat(found)
+    output = torch.cat(found)
+    return output if precision is None else output.to(_dtype(fuse))
 
 
 def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict[str, float | None]:

@@ -62,7 +62,7 @@ def run_processes(
     shown_to_a_person = {LOG_FORMAT.name: "text"}
     environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1", **shown_to_a_person}
     asked: Path | None = EVENTS.read()
-    hands = {f"{role}, hand {n}": role for role, place in places.items() for n in range(1, 1 + (place.hands or 0))}
+    hands = {hand_name(role, n): role for role, place in places.items() for n in range(1, 1 + (place.hands or 0))}
     workers = _workers(job, job_file, places, hands, broker)
 
     def step_of(name: str) -> int | None:
@@ -94,6 +94,11 @@ def _workers(
 def _meeting(place: Place, broker: str) -> dict[str, str]:
     """Tell a worker and its hands where they meet: at the one broker, whose owner holds all files anyway."""
     return {} if place.hands is None else {HANDS_BROKER.name: broker}
+
+
+def hand_name(party: str, number: int) -> str:
+    """Name a hand among the workers of this machine."""
+    return f"{party}, hand {number}"
 
 
 def hand_command(job_file: Path, place: Place) -> tuple[str, ...]:

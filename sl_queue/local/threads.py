@@ -26,9 +26,10 @@ from sl_queue.config.resolve import PartySpec, agree, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
+from sl_queue.launch.finished import compare_finished
 from sl_queue.launch.hand_process import HandThreads
 from sl_queue.launch.hands import Lanes
-from sl_queue.launch.party import compare_finished, serve_party
+from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.launch.workplace import Workplace
 from sl_queue.local.progress import OnEpoch, shown

@@ -53,6 +53,9 @@ class Hand:
             self._inbox.clear()
             self._mine.clear()
 
+    def on_lost(self) -> None:
+        """Go on with what is here: another session begins with nothing."""
+
     def on_body(self, body: bytes, ticket: int | None) -> None:
         try:
             note = say.decode(body)

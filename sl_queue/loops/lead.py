@@ -23,6 +23,7 @@ from sl_queue.protocol.events import Observer, StillWaiting, WaitBegan, Waited, 
 from sl_queue.protocol.hands import PROBE_S, Call, Result, Tensors
 from sl_queue.protocol.measures import HandCounts
 from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.totals import HAND_TO_COME, OF_HANDS
 
 MOST_LOGGED = 10  # unreadable messages, logged one by one
 LOOK_S = 0.2  # between two looks of a waiting worker at what may redirect it
@@ -106,12 +107,12 @@ class Lead:
     def result(self, task: int, what: str) -> Result:
         if (found := self._found(task, what)) is not None:
             return found
-        began, source = time.monotonic(), "a hand to come" if self._lacks else "hands"
-        self._observe(WaitBegan(self._party, source, what))
+        began, cause = time.monotonic(), HAND_TO_COME if self._lacks else what
+        self._observe(WaitBegan(self._party, OF_HANDS, cause))
         try:
             return self._awaited(task, what, began)
         finally:
-            self._observe(Waited(self._party, source, what, time.monotonic() - began))
+            self._observe(Waited(self._party, OF_HANDS, cause, time.monotonic() - began))
 
     def _awaited(self, task: int, what: str, began: float) -> Result:
         name_at = self._patience_s
@@ -152,8 +153,11 @@ class Lead:
     # What the lane calls ----------------------------------------------------------------------------------------
 
     def on_session(self, me: str) -> None:
+        self.on_lost()
+
+    def on_lost(self) -> None:
         with self._deciding() as dispatch:
-            dispatch.lose_all("the connection to the hands' broker was lost")
+            dispatch.lose_all("the connection to the hands' broker was lost", time.monotonic())
 
     def on_body(self, body: bytes, ticket: int | None) -> None:
         try:
@@ -170,12 +174,12 @@ class Lead:
 
     def on_gone(self, to: str) -> None:
         with self._deciding() as dispatch:
-            dispatch.lose(to, "it has gone")
+            dispatch.lose(to, "it has gone", time.monotonic())
 
     def on_failure(self, error: SlQueueError) -> None:
         log.warning("party %r: no hand can come any more: %s", self._party, error)
         with self._deciding() as dispatch:
-            dispatch.lose_all(str(error))
+            dispatch.lose_all(str(error), time.monotonic())
             if dispatch.lacks:
                 dispatch.fail(error)
         self._wake()

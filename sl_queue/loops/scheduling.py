@@ -10,9 +10,11 @@ from sl_queue.ports import SchedulerChannel
 from sl_queue.protocol import events
 from sl_queue.protocol.control import Command, Report, Status
 from sl_queue.protocol.events import Observer, ignore
+from sl_queue.protocol.history import History
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.scheduler.endings import ending, foreign
 from sl_queue.protocol.scheduler.epochs import standing_of
+from sl_queue.protocol.scheduler.past import Past
 from sl_queue.protocol.scheduler.reducer import reduce, standing_orders
 from sl_queue.protocol.scheduler.state import (
     Member,
@@ -26,7 +28,7 @@ from sl_queue.protocol.scheduler.state import (
     silent,
     untold,
 )
-from sl_queue.protocol.scheduler.status import RunStatus, as_json, describe
+from sl_queue.protocol.scheduler.status import RunStatus, describe, on_the_wire
 
 STATUS_EVERY_S = 0.25
 
@@ -54,6 +56,7 @@ class Scheduler:
     late_s: float = 0.0  # how long a run that had finished before waits for parties that have lost what it left
     wall: Callable[[], float] = time.time  # seconds since 1970: says when something was reported, and decides nothing
     observe: Observer = ignore
+    past: Callable[[History], Past | None] = lambda _: None  # of the run, whenever it is to be told
 
     def serve(self) -> RunState:
         """Run until every party has finished. Raises PeerFailed, AlignmentError, RunStopped, or PeerSilent.
@@ -109,8 +112,8 @@ class Scheduler:
         return state, commands
 
     def _tell(self, state: RunState, now: float) -> None:
-        status = describe(self.plan, state, now, self.wall())
-        self.channel.command(OPERATOR, Status(as_json(status)))
+        status = replace(describe(self.plan, state, now, self.wall()), past=self.past(state.history))
+        self.channel.command(OPERATOR, Status(on_the_wire(status)))
         self.on_status(status)
 
     def _observe_changes(self, before: RunState, state: RunState) -> None:

@@ -4,27 +4,25 @@ There are no commits: a request is acknowledged when it was answered, so whoever
 is nobody's: the request has ended with the names of the parties that were silent.
 """
 
-import queue
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from sl_queue.errors import RemoteProtocolError, SlQueueError
+from sl_queue.errors import SlQueueError
+from sl_queue.loops.requests import Asked, Found, Fuse, Outcome, Request, Unanswered, fused
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import (
     MOST_ROWS,
     OTHER_RUN,
     OVER_LIMIT,
-    Answered,
     Came,
     HourlyLimit,
     Keys,
@@ -35,12 +33,11 @@ from sl_queue.protocol.serving import (
     request_of,
 )
 
-GATHER_S = 0.001  # for which a request waits for others that go with it
+GATHER_S = 0.001  # for which a request that others are before waits for more
+_SHARE = 0.25  # of the time that an answer takes, if that is longer: so few messages are on their way at once
+_NEWEST = 0.125  # weight of the newest answer in the average
 _REMEMBERED = 1000  # requests, which may be asked again
 _ASKS = 5  # times that a request is sent within its deadline to a party that is silent: a broker may have lost it
-
-Found = npt.NDArray[np.bool_]
-Outputs = npt.NDArray[np.generic]
 
 
 class Post(Protocol):
@@ -91,69 +88,24 @@ def _listed(found: tuple[Found, Payload | None]) -> tuple[Sequence[bool], Payloa
     return found[0].tolist(), found[1]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Outcome of one request, row by row."""
-
-    run: str
-    outputs: Sequence[Outputs | None]  # of each row; None for one that a party lacks
-    lacking: Sequence[tuple[str, ...]]  # the parties that lack each row
-
-
-class Unanswered(Exception):
-    """A request that ended without an answer: parties were silent, hold other weights, or have had enough."""
-
-    def __init__(self, silent: Sequence[str], refused: Mapping[str, str], after_s: float) -> None:
-        super().__init__(f"no answer of {', '.join([*silent, *refused])}")
-        self.silent, self.refused, self.after_s = tuple(silent), dict(refused), after_s
-
-
-class Fuse(Protocol):
-    """The label holder's models with the weights of one run."""
-
-    run: str
-    party: str
-
-    def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
-        """Return which rows the label holder has, and its outputs for those; None without a base model."""
-
-    def fused(
-        self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
-    ) -> Outputs:
-        """Return the outputs for the rows that are `there`. Raises RemoteProtocolError."""
-
-
-_Request = tuple[Keys, Future[Outcome]]
-
-
-@dataclass(slots=True)
-class _Asked:
-    """One message's worth of rows, on its way."""
-
-    number: MicroBatch
-    fuse: Fuse
-    keys: Keys
-    waiting: list[tuple[int, Future[Outcome]]]  # rows of each request, in order
-    began: float
-    asks: int = 1
-    answers: dict[str, Answered] = field(default_factory=dict)
-
-
 class LabelService:
     """Asks all feature parties at once, and fuses what they answer. Mutable; thread-safe.
 
-    Requests that come within `GATHER_S` go as one message. `fuse` is asked for the models of each message, so a
-    new version is taken over between two messages.
+    A request goes at once if no other is on its way. Else it waits, with all that come meanwhile, for the next answer,
+    for a millisecond or a quarter of a usual answer's time at most, and they go as one message. Own outputs are
+    computed while the parties answer. `fuse` is asked for the models of each message, so a new version is taken over
+    between two messages.
     """
 
     def __init__(self, post: Post, parties: Sequence[str], fuse: Callable[[], Fuse], deadline_s: float) -> None:
         self._post, self._parties, self._fuse, self._deadline_s = post, tuple(parties), fuse, deadline_s
-        self._requests: queue.Queue[_Request | None] = queue.Queue()
         self._lock, self._number = threading.Lock(), secrets.randbits(40)  # no two processes number alike
-        self._asked: dict[MicroBatch, _Asked] = {}
+        self._pending: deque[Request] = deque()
+        self._asked: dict[MicroBatch, Asked] = {}
+        self._trip_s = 0.0  # between a message and its answers, on average
         self.heard: dict[str, float] = {}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._gather, self._give_up)]
-        self._closed = threading.Event()
+        self._some_wait, self._closed = threading.Event(), threading.Event()
 
     def start(self) -> None:
         """Begin to take requests."""
@@ -161,21 +113,27 @@ class LabelService:
             thread.start()
 
     def close(self) -> None:
-        """End all requests."""
+        """Take no more requests; those on their way end with an answer or with the deadline."""
         self._closed.set()
-        self._requests.put(None)
+        self._some_wait.set()
 
     def predict(self, keys: Keys) -> Future[Outcome]:
         """Ask for these rows, at most MOST_ROWS; the future may raise Unanswered."""
-        future: Future[Outcome] = Future()
-        self._requests.put((keys, future))
-        return future
+        request = Request(keys)
+        with self._lock:
+            self._pending.append(request)
+            idle = not self._asked
+        if idle:
+            self._send_pending()
+        else:
+            self._some_wait.set()
+        return request.future
 
     def probe(self, fuse: Fuse) -> Future[Outcome]:
         """Ask with other models than those in use, for a row that hardly anyone has, to learn who has this run."""
-        future: Future[Outcome] = Future()
-        self._send([(np.array([secrets.randbits(64)], np.uint64), future)], fuse)
-        return future
+        request = Request(np.array([secrets.randbits(64)], np.uint64))
+        self._prepare(self._send([request], fuse))
+        return request.future
 
     def take(self, came: Came) -> None:
         """Take an answer; one that nobody waits for any more is forgotten."""
@@ -184,101 +142,119 @@ class LabelService:
             asked = self._asked.get(came.number)
             if asked is not None and asked.fuse.run == came.run and came.sender in self._parties:
                 asked.answers[came.sender] = read_answer(came.payload, len(asked.keys))
-            done = asked is not None and len(asked.answers) == len(self._parties)
-            if done:
-                del self._asked[came.number]
+            done = asked is not None and self._end(asked)
+            if done and asked is not None and asked.asks == 1:
+                self._trip_s += (time.monotonic() - asked.began - self._trip_s) * _NEWEST
         came.done()
         if done and asked is not None:
+            following = self._send_waiting()
             self._finish(asked)
+            self._prepare(following)
+
+    def _end(self, asked: Asked) -> bool:
+        """Forget a message once everything for it is there; the lock is held. Return True for who must finish it."""
+        return asked.ended(self._parties) and self._asked.pop(asked.number, None) is not None
+
+    # Out --------------------------------------------------------------------------------------------------------
 
     def _gather(self) -> None:
-        held: _Request | None = None
         while not self._closed.is_set():
-            first = held or self._requests.get()
-            held = None
-            if first is None:
-                return
-            batch, rows, until = [first], len(first[0]), time.monotonic() + GATHER_S
-            while (left := until - time.monotonic()) > 0:
-                try:
-                    following = self._requests.get(timeout=left)
-                except queue.Empty:
-                    break
-                if following is None:
-                    return
-                if rows + len(following[0]) > MOST_ROWS:
-                    held = following
-                    break
-                batch.append(following)
-                rows += len(following[0])
-            self._send(batch)
+            self._some_wait.wait()
+            self._some_wait.clear()
+            if not self._closed.wait(max(GATHER_S, min(self._trip_s * _SHARE, self._deadline_s * _SHARE))):
+                self._send_pending()
 
-    def _send(self, batch: list[_Request], fuse: Fuse | None = None) -> None:
-        keys = np.concatenate([each for each, _ in batch])
-        waiting = [(len(each), future) for each, future in batch]
+    def _send_pending(self) -> None:
+        while (asked := self._send_waiting()) is not None:
+            self._prepare(asked)
+
+    def _send_waiting(self) -> Asked | None:
+        """Send the requests that wait, as many as fit into one message; None if nothing was sent."""
+        with self._lock:
+            batch: list[Request] = []
+            rows = 0
+            while self._pending and (not batch or rows + len(self._pending[0].keys) <= MOST_ROWS):
+                batch.append(self._pending.popleft())
+                rows += len(batch[-1].keys)
+        return self._send(batch) if batch else None
+
+    def _send(self, batch: list[Request], fuse: Fuse | None = None) -> Asked | None:
+        keys = batch[0].keys if len(batch) == 1 else np.concatenate([request.keys for request in batch])
         try:
             models = self._fuse() if fuse is None else fuse
-            with self._lock:
-                self._number += 1
-                asked = _Asked(MicroBatch(self._number, 0), models, keys, waiting, time.monotonic())
-                self._asked[asked.number] = asked
+        except SlQueueError as error:
+            for request in batch:
+                request.future.set_exception(error)
+            return None
+        with self._lock:
+            self._number += 1
+            asked = Asked(MicroBatch(self._number, 0), models, keys, batch, time.monotonic())
+            self._asked[asked.number] = asked
+        try:
             for party in self._parties:
                 self._post.ask(party, asked.fuse.run, asked.number, request_of(keys))
         except SlQueueError as error:
-            for _, future in batch:
-                future.set_exception(error)
+            self._give_up_on(asked, error)
+            return None
+        return asked
+
+    def _prepare(self, asked: Asked | None) -> None:
+        """Compute the own outputs, while the parties answer."""
+        if asked is None:
+            return
+        try:
+            own = asked.fuse.own(asked.number, asked.keys)
+        except SlQueueError as error:
+            self._give_up_on(asked, error)
+            return
+        with self._lock:
+            asked.own, asked.prepared = own, True
+            done = self._end(asked)
+        if done:
+            self._finish(asked)
+
+    # Late -------------------------------------------------------------------------------------------------------
 
     def _give_up(self) -> None:
-        while not self._closed.wait(min(0.05, self._deadline_s / 4)):
+        while not self._closed.wait(min(0.05, self._deadline_s / 4)) or self._asked:
             now = time.monotonic()
             with self._lock:
                 late = [asked for asked in self._asked.values() if now - asked.began > self._deadline_s]
-                for asked in late:
-                    del self._asked[asked.number]
                 due = [a for a in self._asked.values() if now - a.began > a.asks * self._deadline_s / _ASKS]
-            for asked in due:
-                self._ask_again(asked)
             for asked in late:
                 silent = [party for party in self._parties if party not in asked.answers]
                 refused = {party: a.refused for party, a in asked.answers.items() if a.refused}
-                self._fail(asked, Unanswered(silent, refused, now - asked.began))
+                self._give_up_on(asked, Unanswered(silent, refused, now - asked.began))
+            for asked in due:
+                self._ask_again(asked)
 
-    def _ask_again(self, asked: _Asked) -> None:
+    def _give_up_on(self, asked: Asked, error: Exception) -> None:
+        with self._lock:
+            mine = self._asked.pop(asked.number, None) is not None
+        if mine:
+            asked.fail(error)
+
+    def _ask_again(self, asked: Asked) -> None:
         asked.asks += 1
         for party in self._parties:
             if party not in asked.answers:
                 with suppress(SlQueueError):  # the link has failed: the deadline will say who was silent
                     self._post.ask(party, asked.fuse.run, asked.number, request_of(asked.keys))
 
-    def _finish(self, asked: _Asked) -> None:
+    # In ---------------------------------------------------------------------------------------------------------
+
+    def _finish(self, asked: Asked) -> None:
         refused = {party: answer.refused for party, answer in asked.answers.items() if answer.refused}
         if refused:
-            self._fail(asked, Unanswered((), refused, time.monotonic() - asked.began))
+            asked.fail(Unanswered((), refused, time.monotonic() - asked.began))
             return
         try:
-            self._fulfil(asked)
-        except (SlQueueError, RemoteProtocolError) as error:
-            self._fail(asked, error)
-
-    def _fulfil(self, asked: _Asked) -> None:
-        own = asked.fuse.own(asked.number, asked.keys)
-        found = {party: answer.found for party, answer in asked.answers.items()}
-        if own is not None:
-            found[asked.fuse.party] = own[0]
-        there = np.logical_and.reduce(list(found.values()))
-        outputs: list[Outputs | None] = [None] * len(asked.keys)
-        if there.any():
-            fused = asked.fuse.fused(asked.number, asked.keys, there, own, asked.answers)
-            for place, row in zip(np.flatnonzero(there), fused, strict=True):
-                outputs[place] = row
-        lacking = [tuple(party for party, here in found.items() if not here[row]) for row in range(len(asked.keys))]
+            predictions, lacking = fused(asked)
+        except SlQueueError as error:
+            asked.fail(error)
+            return
         first = 0
-        for rows, future in asked.waiting:
-            part = slice(first, first + rows)
-            future.set_result(Outcome(asked.fuse.run, outputs[part], lacking[part]))
-            first += rows
-
-    @staticmethod
-    def _fail(asked: _Asked, error: Exception) -> None:
-        for _, future in asked.waiting:
-            future.set_exception(error)
+        for request in asked.requests:
+            part = slice(first, first + len(request.keys))
+            request.future.set_result(Outcome(asked.fuse.run, predictions[part], lacking[part]))
+            first = part.stop

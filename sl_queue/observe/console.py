@@ -206,12 +206,16 @@ def status_view(telling: Telling, wall: float) -> Group:
         head.append(_leak(status.history[-1].leak))
     if status.reason:
         head.append(f"reason: {status.reason}")
-    table = Table("party", "state", "steps done", "committed", "silent", "waits for", box=None)
+    led = any(party.hands is not None for party in status.parties.values())
+    table = Table(
+        "party", "state", *(["hands"] if led else []), "steps done", "committed", "silent", "waits for", box=None
+    )
     for name, party in status.parties.items():
         silent = "" if party.silent_s is None else f"{party.silent_s:.1f} s"
         phase = f"was {party.phase}" if telling.silent and party.phase not in FIXED else party.phase
+        hands = ["" if party.hands is None else party.hands] if led else []
         done, committed = str(party.step + 1), str(party.committed + 1)
-        table.add_row(*map(_plain, (name, phase, done, committed, silent, party.waiting_for or "")))
+        table.add_row(*map(_plain, (name, phase, *hands, done, committed, silent, party.waiting_for or "")))
     ago = "before that" if telling.silent else "ago"
     versions = {party.version for party in status.parties.values() if party.version}
     if len(versions) > 1:

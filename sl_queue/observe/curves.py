@@ -1,14 +1,14 @@
 """Loss and speed over the steps of a run, in a bounded number of points however long it is."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sl_queue.protocol.scheduler.past import Point
+
 MOST_POINTS = 2000
 RATE_OVER_S = 10.0
-
-Point = tuple[int, float, float | None]  # step, loss, samples/s
 
 
 @dataclass(slots=True)
@@ -32,6 +32,18 @@ class Curves:
             return
         rate = self.samples_per_s
         self.points.append((step, loss, None if rate is None else round(rate, 1)))
+        if len(self.points) > MOST_POINTS:
+            self._thin()
+
+    def fill(self, points: Iterable[Point]) -> None:
+        """Add points of steps that passed unseen; where a step is here, it stays as it is."""
+        newest = self.points[-1][0] if self.points else None
+        here = {step for step, _, _ in self.points}
+        missed = [p for p in points if p[0] not in here and p[0] >= 0 and (newest is None or p[0] < newest)]
+        if not missed:
+            return
+        self.points = sorted([*self.points, *missed[-MOST_POINTS:]])
+        self.serial += 1
         if len(self.points) > MOST_POINTS:
             self._thin()
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from sl_queue.observe.trace import Trace
+from sl_queue.protocol.history import History
+from sl_queue.protocol.scheduler.past import Past, past_of
 from sl_queue.protocol.scheduler.status import RunStatus
 
 KEPT = "trace.json"
 EVERY_S = 10.0  # and at each change of phase
 FORMAT = 1
+PAST_EVERY = 7  # statuses; a prime, so that of a few who share the statuses in turns each is told
 
 log = logging.getLogger("sl_queue")
 
@@ -39,7 +42,14 @@ class Keeper:
         self._folder, self._clock, self._wall = folder, clock, wall
         self._trace, self._resumed = Trace(), False
         self._phase, self._written = "", clock()
-        self._failed = False
+        self._failed, self._told = False, 0
+
+    def past(self, history: History) -> Past | None:
+        """Return the past of the run with each seventh status, else None."""
+        self._told += 1
+        if self._told % PAST_EVERY:
+            return None
+        return past_of(self._trace.curves.points, history)
 
     def take(self, status: RunStatus) -> None:
         """Take a status; never raises."""

@@ -10,7 +10,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from sl_queue.protocol.events import Committed, Event, Received, Reconnected, Resent, Sent, WaitBegan, Waited
+from sl_queue.protocol.events import (
+    Committed,
+    Event,
+    HandCame,
+    HandLeft,
+    Received,
+    Reconnected,
+    Resent,
+    Sent,
+    WaitBegan,
+    Waited,
+)
 from sl_queue.protocol.measures import Connectivity, Measures
 from sl_queue.protocol.totals import Now, Totals
 
@@ -28,16 +39,17 @@ COUNTED = (
 class Meter:
     """An observer. Mutable and thread-safe: events of the worker, the link and the pulse count. Only the worker waits.
 
-    `clock`: nanoseconds, monotonic.
+    `clock`: nanoseconds, monotonic. `leads`: hands may compute for the worker.
     """
 
-    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, clock: Callable[[], int] = time.monotonic_ns, *, leads: bool = False) -> None:
         self._clock, self._lock = clock, threading.Lock()
         self._began = self._since = clock()
         self._busy = 0
         self._waited: dict[Whom, int] = {}
         self._waiting: list[tuple[Whom, int]] = []  # since when; a commit may settle inside of a receive
         self._counts: Counter[str] = Counter()
+        self._hands = 0 if leads else None
 
     def __call__(self, event: Event, /) -> None:
         """Count an event; time between a `WaitBegan` and its `Waited` is that wait's, except for waits inside of it."""
@@ -60,6 +72,8 @@ class Meter:
                     self._counts["resent"] += event.messages
                 case Reconnected():
                     self._counts["reconnects"] += 1
+                case HandCame() | HandLeft():
+                    self._hands = event.hands
                 case _:
                     pass
 
@@ -100,6 +114,7 @@ class Meter:
                 waited_s=waited,
                 messages=messages,
                 now=now,
+                hands=self._hands,
                 **{name: counts[name] for name in COUNTED},
             )
 

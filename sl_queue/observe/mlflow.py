@@ -12,7 +12,7 @@ from typing import Any
 
 from sl_queue.errors import JobError
 from sl_queue.observe.scalars import Scalar, named
-from sl_queue.observe.tracking import TrackerDown, TrackerRefuses
+from sl_queue.observe.sink import TrackerDown, TrackerRefuses
 
 TIMEOUT_S = 10.0
 TAG = "sl_queue.run"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sl_queue.observe.scalars import Scalar
-from sl_queue.observe.tracking import TrackerDown
+from sl_queue.observe.sink import TrackerDown
 
 VERSION = b"brain.Event:2"
 MASK = 0xA282EAD8

@@ -4,18 +4,20 @@ The live page shows it, the scheduler keeps it beside its history, and a report 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sl_queue.observe.activity import Activity, Spent, spent_of
 from sl_queue.observe.curves import Curves
 from sl_queue.observe.happenings import Happenings, Line, is_lost, line_of
 from sl_queue.protocol.event_json import finite
+from sl_queue.protocol.scheduler.past import Past
 from sl_queue.protocol.scheduler.state import history_line
 from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.protocol.scheduler.status import as_json as status_as_json
 
 MOST_EPOCHS = 2000
+MISSED_S = 2.0  # between two statuses: some were not heard, as the scheduler tells several a second
 
 Ideal = Callable[[Mapping[str, float]], float | None]  # the bubble that is left, from each party's busy seconds a step
 
@@ -39,14 +41,20 @@ class Trace:
     epochs: list[dict[str, Any]] = field(default_factory=list)  # as in history.jsonl
     parties: dict[str, Activity] = field(default_factory=dict)
     happenings: Happenings = field(default_factory=Happenings)
+    _taken_s: float = float("-inf")  # when the newest status was taken
+    _behind: bool = True  # steps have passed that were not seen
 
     def take(self, status: RunStatus, at_s: float) -> None:
         """Take a status of that time, in seconds since 1970."""
         if self.status is not None and _is_another(self.status, status):
             self._forget()
-        self.status = status
+        self._behind, self._taken_s = self._behind or at_s - self._taken_s > MISSED_S, at_s
+        self.status = replace(status, past=None)
         self.curves.take(at_s, status.step, status.samples, status.loss)
         self._take_epochs(status)
+        if status.past is not None and self._behind:
+            self._behind = False
+            self._catch_up(status.past)
         for name, party in status.parties.items():
             if party.totals is not None:
                 self.parties.setdefault(name, Activity()).take(party.totals)
@@ -55,15 +63,24 @@ class Trace:
     def _forget(self) -> None:
         """Begin with another run of the same job."""
         self.curves, self.epochs, self.parties = Curves(serial=self.curves.serial + 1), [], {}
-        self.happenings = Happenings()
+        self.happenings, self._behind = Happenings(), True
+
+    def _catch_up(self, past: Past) -> None:
+        """Add what passed unseen; what was seen stays as it is."""
+        self.curves.fill(past.points)
+        seen = {line["epoch"]: line for line in (*map(history_line, past.epochs), *self.epochs)}
+        self._keep_epochs([seen[epoch] for epoch in sorted(seen)])
 
     def _take_epochs(self, status: RunStatus) -> None:
         if not status.history:
             return
         first = status.history[0].epoch
         kept = [line for line in self.epochs if line["epoch"] < first]
-        self.epochs = [*kept, *map(history_line, status.history)]
-        if len(self.epochs) > MOST_EPOCHS:
+        self._keep_epochs([*kept, *map(history_line, status.history)])
+
+    def _keep_epochs(self, epochs: list[dict[str, Any]]) -> None:
+        self.epochs = epochs
+        while len(self.epochs) > MOST_EPOCHS:
             self.epochs = [*self.epochs[: -MOST_EPOCHS // 2 : 2], *self.epochs[-MOST_EPOCHS // 2 :]]
 
     # What is shown ----------------------------------------------------------------------------------------------

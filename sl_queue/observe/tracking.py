@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sl_queue.errors import JobError
 from sl_queue.observe.scalars import Scalar, Scalars
+from sl_queue.observe.sink import Sink, TrackerDown, TrackerRefuses
 from sl_queue.protocol.scheduler.status import RunStatus
 
 MOST_WAITING = 50_000  # numbers; the oldest are given up
@@ -25,27 +26,6 @@ SAY_S = 60.0
 LEAVE_S = 20.0  # at the end, when nobody waits for the scheduler any more, for what is still to be said
 
 log = logging.getLogger("sl_queue")
-
-
-class TrackerDown(Exception):
-    """The tracker does not answer now; later it may take the same."""
-
-
-class TrackerRefuses(Exception):
-    """The tracker does not take this, and never will."""
-
-
-class Sink(Protocol):
-    """One tracker. Used by one thread."""
-
-    def begin(self, run: str, parameters: Mapping[str, str]) -> Mapping[str, int]:
-        """Find or make the run; returns the newest step that it has, by name. Raises TrackerDown, TrackerRefuses."""
-
-    def write(self, scalars: Sequence[Scalar]) -> None:
-        """Add numbers that it does not have. Raises TrackerDown, TrackerRefuses."""
-
-    def end(self, phase: str) -> None:
-        """Note how the run has ended. Raises TrackerDown, TrackerRefuses."""
 
 
 def sink_of(text: str, job: str) -> Sink:

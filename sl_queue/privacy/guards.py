@@ -80,6 +80,28 @@ class ActivationDefence:
         return defences.noised(bounded, self.sigma * self.clip, torch.from_numpy(draws))
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerDefence:
+    """Rows clipped, with noise that is drawn once for each row and version: who asks again gets the same numbers."""
+
+    clip: float
+    sigma: float
+    secret: bytes = field(repr=False)
+
+    def apply(self, tensor: Tensor, crossing: Crossing) -> Tensor:
+        """Return the activation as it is sent in answer to a single request."""
+        bounded = defences.clipped(tensor, self.clip)
+        if not self.sigma:
+            return bounded
+        key = key_for(self.secret, crossing.sender, f"noise of answers for {crossing.receiver}")
+        draws = np.empty(bounded.shape)
+        for place, row in enumerate(crossing.rows.keys):
+            own = blake2b(row.tobytes(), key=key, digest_size=32)
+            own.update(payload_view(bounded[place].contiguous(), b"").data)  # another version's row is another secret
+            draws[place] = normal_stream(own.digest(), bounded[place].numel()).reshape(bounded.shape[1:])
+        return defences.noised(bounded, self.sigma * self.clip, torch.from_numpy(draws))
+
+
 def _drawn_for(hidden: Tensor, crossing: Crossing, secret: bytes) -> Floats:
     """Return a standard normal number for each number of a release, keyed by what it hides as well.
 

@@ -1,6 +1,6 @@
 """Values that a party keeps on disk: the state of its stage, checkpoints, and the final weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,13 @@ class State:
 
     tensors: Mapping[str, Payload] = field(repr=False)
     values: Mapping[str, Any]
+
+    @classmethod
+    def merged(cls, states: Iterable["State"]) -> "State":
+        """Return states of several things, whose names differ, as one."""
+        states = list(states)
+        tensors = {name: tensor for state in states for name, tensor in state.tensors.items()}
+        return cls(tensors, {name: value for state in states for name, value in state.values.items()})
 
 
 @dataclass(frozen=True, slots=True)

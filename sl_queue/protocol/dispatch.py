@@ -124,16 +124,16 @@ class Dispatch:
         """Note what ends the run; the first counts."""
         self.failure = self.failure or error
 
-    def lose(self, hand: str, why: str, *, dead: bool = True) -> None:
+    def lose(self, hand: str, why: str, now: float, *, dead: bool = True) -> None:
         """Give what a hand has to others; a `dead` one may have been killed by what it was computing."""
         if self._heard.pop(hand, None) is not None:
             self.events.append(HandLeft(self._party, hand, len(self._heard), why))
-            self._deal(tuple(self.roster.leave(hand, dead=dead)))
+            self._deal(tuple(self.roster.leave(hand, now, dead=dead)))
 
-    def lose_all(self, why: str) -> None:
+    def lose_all(self, why: str, now: float) -> None:
         """Note that no hand can be reached."""
         for hand in tuple(self._heard):
-            self.lose(hand, why, dead=False)
+            self.lose(hand, why, now, dead=False)
 
     def look(self, now: float) -> None:
         """Ask each hand for a sign of life, and deal tasks again that somebody has who does nothing with them.
@@ -142,7 +142,7 @@ class Dispatch:
         """
         for hand, heard in tuple(self._heard.items()):
             if heard < now - SILENT_S:
-                self.lose(hand, f"nothing was heard of it for {SILENT_S:.0f} s", dead=False)
+                self.lose(hand, f"nothing was heard of it for {SILENT_S:.0f} s", now, dead=False)
             else:
                 self._send(hand, say.Beat(self.roster.lead))
         self._looks += 1

@@ -35,6 +35,7 @@ LOOKS = 4  # after so many, a task that waits while a hand is idle is dealt agai
 SILENT_S = 10.0  # without a sign of a hand, and what it has is given to others
 TICKET_BYTES = 256 * 1024  # of tensors that a ticket brings along
 MOST_DEATHS = 3  # hands lost over one task, and it ends the run by its name
+APART_S = 10.0  # between two of them: hands that go together, as those of a party that is scaled down, count as one
 
 Tensors = Mapping[str, Payload]
 _HEAD = struct.Struct(">II")

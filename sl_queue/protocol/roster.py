@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from sl_queue.protocol.hands import MOST_DEATHS, OWN, Call, Result, Tensors, Ticket
+from sl_queue.protocol.hands import APART_S, MOST_DEATHS, OWN, Call, Result, Tensors, Ticket
 from sl_queue.protocol.messages import MicroBatch
 
 
@@ -14,6 +14,7 @@ class _Task:
     holder: str | None = None
     results: dict[str, Result] = field(default_factory=dict)
     deaths: int = 0  # of hands that had it
+    died_at: float = float("-inf")  # the last that counts
     given: int = 0  # calls that the lead's own hand was given
 
     @property
@@ -96,17 +97,18 @@ class Roster:
         task.results[result.what] = result
         return True
 
-    def leave(self, hand: str, *, dead: bool = True) -> Iterator[int]:
+    def leave(self, hand: str, now: float, *, dead: bool = True) -> Iterator[int]:
         """Take what a lost hand had from it; yields the tasks for which tickets are due.
 
-        A `dead` hand was at the oldest of its tasks.
+        A `dead` hand was at the oldest of its tasks; if that was the end of another one a moment ago, both count once.
         """
         for number, task in self._tasks.items():
             if task.holder != hand:
                 continue
             task.holder = None
             if task.waits:
-                task.deaths += dead
+                if dead and now - task.died_at >= APART_S:
+                    task.deaths, task.died_at = task.deaths + 1, now
                 dead = False
                 self.repeated += 1
                 yield number

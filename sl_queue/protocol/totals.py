@@ -12,14 +12,16 @@ from sl_queue.protocol.text import LONGEST_NAME, printable
 
 TOTALS_S = 1.0  # how often they are told
 MOST_CAUSES = 16  # of one source
-SELF = ("scheduler", "broker", "disk")  # sources of a wait that are no party
+OF_HANDS = "hands"  # source of a wait for what hands compute
+HAND_TO_COME = "a hand to come"  # cause of such a wait while none is here
+SELF = ("scheduler", "broker", "disk", OF_HANDS)  # sources of a wait that are no party
 
 
 @dataclass(frozen=True, slots=True)
 class Now:
     """Wait of a worker at this moment."""
 
-    source: str  # a party, scheduler, broker or disk
+    source: str  # a party, scheduler, broker, disk or hands
     cause: str
     seconds: float
 
@@ -40,6 +42,7 @@ class Totals:
     commits: int = 0  # checkpoints written
     reconnects: int = 0
     now: Now | None = None  # what it waits for
+    hands: int | None = None  # that compute for it now; null: it has no use for any
 
 
 Totalling = Callable[[Mapping[str, int]], Totals]  # given the data messages by fate
@@ -55,6 +58,7 @@ def bounded(told: Totals, parties: Collection[str]) -> Totals:
         waited_s={source: _few(causes) for source, causes in told.waited_s.items() if source in sources},
         messages={_name(fate): max(0, count) for fate, count in list(told.messages.items())[:MOST_CAUSES]},
         now=_now(told.now, sources),
+        hands=None if told.hands is None else max(0, told.hands),
     )
 
 

@@ -90,7 +90,8 @@ def _last_word(comparison: Comparison) -> str:
     if left:
         return f"failed: the run ended before {left} of the faults came; a longer job leaves room for them"
     if not comparison.passed:
-        return "failed: the weights differ"
+        what = "histories" if comparison.peace.weights == comparison.faults.weights else "weights"
+        return f"failed: the {what} differ"
     return f"passed: {_listed(injected.fault.kind for injected in comparison.faults.injected)}, and not one bit differs"
 
 

@@ -116,9 +116,12 @@ class PartyChannel:
     def receive(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload:
         what = f"{kind} {micro_batch} of party {sender!r}"
         ask = partial(self._reports.ask, sender, kind, micro_batch)
-        take = partial(self._timeline.mailbox.take, sender, kind, micro_batch)
+        here = partial(self._timeline.mailbox.has, sender, kind, micro_batch)
         with waiting(self._observe, self._party, sender, kind, micro_batch):
-            payload = self._waits.until(take, sender, what, ask)
+            self._waits.until(here, sender, what, ask)
+        with self._changed:
+            payload = self._timeline.mailbox.take(sender, kind, micro_batch)
+        assert payload is not None  # this thread alone takes
         self.wait_committed()
         return payload
 

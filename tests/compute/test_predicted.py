@@ -1,5 +1,6 @@
 """Columns of a prediction file, from outputs of every task and meaning, in the order of the label holder's file."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from sl_queue.compute.predicted import columns_of
 from sl_queue.data.predictions import write_predictions
 from sl_queue.errors import ComputeError, JobError
+from sl_queue.privacy.response import Response, undone
 
 LOGITS = np.array([[-1.0, 2.0, 0.5], [3.0, 0.0, -2.0]], np.float32)
 
@@ -30,6 +32,26 @@ def test_classes_are_the_largest_and_their_probabilities_stand_beside() -> None:
     assert np.allclose(found["probability_2"], already["probability_2"])
     logs = torch.from_numpy(LOGITS).log_softmax(1).numpy()
     assert np.allclose(found["probability_2"], columns_of(logs, "multiclass", "log_probabilities")["probability_2"])
+
+
+def test_a_response_is_undone_on_probabilities_and_keeps_the_class() -> None:
+    two, three = Response(1.0, (0.0, 1.0)), Response(1.0, (0.0, 1.0, 2.0))
+    plain = columns_of(LOGITS[:, :1], "binary", "logits")["probability"]
+    found = columns_of(LOGITS[:, :1], "binary", "logits", partial(undone, response=two))["probability"]
+    flip = 1 / (1 + np.e)  # p = (p' - q) / (1 - 2q), clipped
+    assert np.allclose(found, np.clip((plain - flip) / (1 - 2 * flip), 0, 1), atol=1e-6)
+    assert found.dtype == plain.dtype
+    many = columns_of(LOGITS, "multiclass", "logits", partial(undone, response=three))
+    assert many["class"].tolist() == [1, 0]
+    assert np.allclose(sum(many[f"probability_{k}"] for k in range(3)), 1.0)
+    assert many["probability_1"][0] > columns_of(LOGITS, "multiclass", "logits")["probability_1"][0]
+
+
+@pytest.mark.parametrize("task", ["binary", "regression"])
+def test_what_is_no_chance_of_a_class_is_left_as_it_is(task: str) -> None:
+    undo = partial(undone, response=Response(1.0, (0.0, 1.0)))
+    found, plain = columns_of(LOGITS, task, "logits", undo), columns_of(LOGITS, task, "logits")
+    assert all(np.array_equal(found[name], plain[name]) for name in plain)
 
 
 def test_numbers_stay_what_they_are() -> None:

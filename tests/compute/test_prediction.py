@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ import sl_queue
 from sl_queue.compute.predicted import columns_of
 from sl_queue.errors import AlignmentError, CheckpointError, JobError
 from sl_queue.launch.asked import Asked, schedule_of
+from sl_queue.launch.outcome import write_outcome
 from sl_queue.local.prediction import predict_threads
 from sl_queue.storage.versions import versions_in
 
@@ -135,6 +138,24 @@ def test_predictions_are_those_of_the_modules_bit_for_bit(trained: Any) -> None:
     chances = columns_of(found.outputs, "binary", "logits")["probability"][found.rows.positions]
     assert np.array_equal(chances, wanted[:, 0].sigmoid().numpy()[np.argsort(order)])
     assert found.rows.ids["id"].to_numpy().tolist() == ids.tolist()
+
+
+def test_a_model_that_learnt_from_responses_predicts_labels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids, bank, insurer = np.arange(N), rng.standard_normal((N, 3)), rng.standard_normal((N, 2))
+    parties = files({"bank": sl_queue.Rows(ids, bank), "insurer": sl_queue.Rows(ids, insurer, ids % 2)})
+    parties[1] = parties[1].replace(privacy={"labels": {"epsilon": 1.0}})
+    sl_queue.run_local(job(), parties, out=tmp_path)
+    rows, _, _ = new_rows()
+    predicted = predict_threads(job(), parties, states(tmp_path), Asked(), rows=rows)
+    write_outcome(predicted, tmp_path / "found.csv")
+    found = pa.csv.read_csv(tmp_path / "found.csv")["probability"].to_numpy()
+    said = columns_of(predicted.outputs, "binary", "logits")["probability"][predicted.rows.positions]
+    flip = 1 / (1 + np.e)
+    assert np.allclose(found, np.clip((said - flip) / (1 - 2 * flip), 0, 1), atol=1e-6)
+    (predicted.version.path / "privacy.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"privacy\.json cannot be read .*restore it"):
+        write_outcome(predicted, tmp_path / "found.csv")
 
 
 def test_the_labels_that_are_there_are_measured(trained: Any) -> None:

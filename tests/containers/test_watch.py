@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def views(url: str) -> Iterator[dict[str, Any]]:
-    """Yield what the page is told, as it comes."""
+    """Yield the states that the page gets, as they come."""
     with urllib.request.urlopen(f"{url}/events", timeout=60) as stream:
         for line in stream:
             if line.startswith(b"data: "):

@@ -2,15 +2,18 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from sl_queue.errors import PartyBusy, SlQueueError
 from sl_queue.hand_ports import Lane
 from sl_queue.protocol.hands import HANDS, LEAD, TASKS
+from sl_queue.testing.proxy import Proxy
 from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
 from sl_queue.transport.rabbitmq.lane import RabbitLane
 from sl_queue.transport.retry import Limits
@@ -30,6 +33,9 @@ class Side:
 
     def on_body(self, body: bytes, ticket: int | None) -> None:
         self.came.put((body, ticket))
+
+    def on_lost(self) -> None:
+        self.came.put("lost")
 
     def on_gone(self, to: str) -> None:
         self.came.put(to)
@@ -127,6 +133,19 @@ def test_a_second_lead_is_refused_and_a_new_one_finds_no_old_tickets(make: Make)
     assert hand_side.next()[0] == b"new"
     hand.send(LEAD, b"here")
     assert side.next() == (b"here", None)
+
+
+def test_a_lost_connection_is_told_at_once_and_the_next_session_begins_with_nothing(broker_url: str) -> None:
+    with Proxy(urlsplit(broker_url).port or 0) as proxy:
+        lane, side = RabbitLane(proxy.url(broker_url), "job.bank.", lead=True, limits=LIMITS), Side()
+        lane.open(side)
+        proxy.cut()
+        assert side.next() == "lost"
+        while len(side.names) < 2:
+            time.sleep(0.01)
+        lane.send("hand.1", b"are you there?")
+        assert side.next() == "hand.1"
+        lane.close()
 
 
 def test_closing_ends_every_thread(make: Make) -> None:

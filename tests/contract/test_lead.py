@@ -10,7 +10,7 @@ import pytest
 from sl_queue.errors import AlignmentError, ComputeError
 from sl_queue.loops.hand import Hand
 from sl_queue.loops.lead import Lead
-from sl_queue.protocol.events import Event, HandCame, HandRefused, WaitBegan, Waited
+from sl_queue.protocol.events import Event, HandCame, HandLeft, HandRefused, WaitBegan, Waited
 from sl_queue.protocol.hands import HANDS, LEAD, TASKS, Call, Result, encode
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
@@ -22,8 +22,8 @@ FIRST = MicroBatch(0, 0)
 class Echo:
     """A workshop that gives back what it gets."""
 
-    def __init__(self) -> None:
-        self.versions: set[int] = set()
+    def __init__(self, done: list[Call] | None = None) -> None:
+        self.versions, self.done = set[int](), [] if done is None else done
 
     def equip(self, version: int, *_: Any) -> None:
         self.versions.add(version)
@@ -38,6 +38,7 @@ class Echo:
         pass
 
     def do(self, call: Call) -> Any:
+        self.done.append(call)
         if call.what == "fail":
             raise ComputeError("as it was asked")
         return {"version": call.version}, dict(call.tensors)
@@ -46,9 +47,10 @@ class Echo:
 class Place:
     """A lead with its lanes, and hands in threads; mutable."""
 
-    def __init__(self) -> None:
-        self.lanes, self.events = MemoryLanes(), list[Event]()
-        self.lead = Lead("bank", MemoryLane(self.lanes, lead=True), ABOUT, "lead 1", observe=self.events.append)
+    def __init__(self, own: Any = None) -> None:
+        self.lanes, self.events, self.done = MemoryLanes(), list[Event](), list[Call]()
+        lane = MemoryLane(self.lanes, lead=True)
+        self.lead = Lead("bank", lane, ABOUT, "lead 1", own=own, observe=self.events.append)
         self.lead.open()
         self.lead.equip({})
 
@@ -57,7 +59,7 @@ class Place:
 
         def serve() -> None:
             try:
-                Hand("bank", MemoryLane(self.lanes), about, Echo()).serve()
+                Hand("bank", MemoryLane(self.lanes), about, Echo(self.done)).serve()
             except BaseException as error:
                 ended.append(error)
 
@@ -80,9 +82,36 @@ def test_a_lead_that_lacks_a_hand_says_so_and_goes_on_when_one_comes(place: Plac
     result = place.lead.result(task, "echo")
     assert bytes(result.tensors[""].data) == b"x" and result.values["version"] == 1
     waits = [event for event in place.events if isinstance(event, WaitBegan | Waited)]
-    assert [event.source for event in waits] == ["a hand to come"] * 2
+    assert [(event.source, event.cause) for event in waits] == [("hands", "a hand to come")] * 2
     counts = place.lead.counts()
     assert (counts.hands, counts.calls, counts.waiting, counts.lacks) == (1, 1, 0, False)
+
+
+def test_without_a_connection_the_lead_computes_by_itself() -> None:
+    place = Place(own=Echo)
+    place.hand()
+    while not any(isinstance(event, HandCame) for event in place.events):
+        threading.Event().wait(0.01)
+    place.lanes.ends.clear()  # nobody is reached, and nobody is known to be gone
+    place.lead.on_lost()
+    task = place.lead.begin("echo", FIRST, {"": Payload("int8", (1,), b"x")})
+    assert bytes(place.lead.result(task, "echo").tensors[""].data) == b"x"
+    assert [event.hands for event in place.events if isinstance(event, HandLeft)] == [0]
+    place.lead.close()
+
+
+def test_a_ticket_that_is_dealt_twice_is_done_once(place: Place) -> None:
+    place.hand()
+    task = place.lead.begin("echo", FIRST)
+    place.lead.result(task, "echo")
+    with place.lanes.lock:  # as when it waited long while a hand was idle
+        ticket = place.lead._dispatch.roster.ticket(task)
+    place.lead._lane.send(TASKS, encode(ticket))
+    place.lead.go_on(task, "again")
+    place.lead.result(task, "again")
+    later = place.lead.begin("echo", FIRST)
+    place.lead.result(later, "echo")
+    assert [call.what for call in place.done] == ["echo", "again", "echo"]
 
 
 def test_a_hand_that_would_compute_other_bits_is_sent_away_by_what_differs(place: Place) -> None:

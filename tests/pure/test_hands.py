@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol import hands as say
-from sl_queue.protocol.hands import MOST_DEATHS, OWN, TICKET_BYTES, Call, Result, decode, encode
+from sl_queue.protocol.hands import APART_S, MOST_DEATHS, OWN, TICKET_BYTES, Call, Result, decode, encode
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.roster import Roster
 
@@ -90,7 +90,7 @@ class Crew:
 
     def leave(self, name: str) -> None:
         hand = self.hands.pop(name)
-        self.tickets += [*hand.tickets, *self.roster.leave(name, dead=False)]
+        self.tickets += [*hand.tickets, *self.roster.leave(name, 0.0, dead=False)]
 
     def work(self, name: str) -> None:
         hand = self.hands[name]
@@ -218,5 +218,16 @@ def test_a_micro_batch_that_ends_every_hand_is_named_and_only_the_one_that_was_c
         assert roster.deadly() is None
         hand = f"hand {number}"
         assert roster.claim(hand, deadly) is not None and roster.claim(hand, other) is not None
-        assert list(roster.leave(hand)) == [deadly, other]
+        assert list(roster.leave(hand, number * APART_S)) == [deadly, other]
     assert roster.deadly() == FIRST
+
+
+def test_hands_that_go_together_are_no_sign_of_a_deadly_micro_batch() -> None:
+    """A party that is scaled from many to none loses hand after hand over the same task."""
+    roster = Roster(LEAD)
+    task = roster.begin("forward", FIRST, 1, {})
+    for number in range(2 * MOST_DEATHS):
+        hand = f"hand {number}"
+        roster.claim(hand, task)
+        assert list(roster.leave(hand, number * APART_S / (2 * MOST_DEATHS))) == [task]
+    assert roster.deadly() is None

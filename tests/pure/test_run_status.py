@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.errors import RemoteProtocolError
-from sl_queue.protocol.control import EpochDone, EpochResult, Waiting
+from sl_queue.protocol.control import Alive, EpochDone, EpochResult, Waiting
 from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.scheduler.status import RunStatus, Wait, as_json, describe, from_json
+from sl_queue.protocol.totals import Now, Totals
 from tests.pure.test_progress import Mind
 
 KEYS = (  # of `sl-queue status --json`: programs rely on them
@@ -57,6 +58,26 @@ def test_a_status_of_the_version_before_is_read_and_so_is_one_of_a_later() -> No
     later = {**values, "mood": "good", "phase": "aligning", "parties": {"a": {"phase": "aligning", "rows": 7}}}
     assert from_json(later).phase == "aligning"
     assert not from_json(later).over
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (Now("hands", "a hand to come", 61.2), "a hand to come for 61 s"),
+        (Now("hands", "forward", 3.0), "a hand's forward for 3 s"),
+        (Now("hands", "forward", 0.1), None),
+        (Now("label", "gradient", 3.0), None),
+        (None, None),
+    ],
+)
+def test_a_status_has_the_hands_of_a_party_and_what_it_awaits_of_them(now: Now | None, said: str | None) -> None:
+    mind = Mind().everyone_joins()
+    mind.hear("a", Alive("a1", Totals(age_s=5.0, hands=3, now=now)))
+    mind.hear("label", Alive("label1", Totals(age_s=5.0, hands=-7)))
+    status = describe(mind.plan, mind.state, 4.0, 1767225600.0)
+    assert (status.parties["a"].hands, status.parties["label"].hands, status.parties["b"].hands) == (3, 0, None)
+    assert status.parties["a"].waiting_for == said
+    assert from_json(json.loads(json.dumps(as_json(status)))) == status
 
 
 @pytest.mark.parametrize("change", [{"parties": 7}, {"epoch": "x"}, {"history": [{}]}, {"parties": {"a": None}}])

@@ -15,8 +15,9 @@ import pytest
 from sl_queue.errors import JobError
 from sl_queue.observe.mlflow import MLflow
 from sl_queue.observe.scalars import Scalar, Scalars
+from sl_queue.observe.sink import TrackerDown, TrackerRefuses
 from sl_queue.observe.tensorboard import TensorBoard, crc32c, steps_in
-from sl_queue.observe.tracking import MOST_WAITING, Tracker, TrackerDown, TrackerRefuses, parameters_of, sink_of
+from sl_queue.observe.tracking import MOST_WAITING, Tracker, parameters_of, sink_of
 from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
 from sl_queue.protocol.totals import Totals

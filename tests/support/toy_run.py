@@ -200,6 +200,7 @@ class ToyRun:
     state: RunState | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     on_start: Callable[[str, Any], None] = lambda role, link: None
+    on_role: Callable[[Any, Any, PartyChannel], None] = lambda stage, role, channel: None
     seal_of: Callable[[str], Seal | None] = lambda role: None
     committer: Callable[[], Executor | None] = AtOnce  # so that a crash comes at the same operation every time
 
@@ -314,6 +315,7 @@ class ToyRun:
                 if party == label
                 else FeatureParty(label, channel, stage, pipeline, worker)
             )
+            self.on_role(stage, role, channel)
             try:
                 worker.serve(role.train)
             finally:

@@ -14,7 +14,8 @@ from sl_queue.errors import JobError
 from sl_queue.local.supervise import Failure
 from sl_queue.observe.json_lines import Entry, EventFile
 from sl_queue.protocol.events import Loaded, Resent, StepDone
-from sl_queue.testing.chaos import Comparison, Fault, FaultPlan, Injected, Kind, Run, plan_faults, run_chaos
+from sl_queue.testing.chaos import Comparison, Run, run_chaos
+from sl_queue.testing.faults import Fault, FaultPlan, Injected, Kind, plan_faults
 from sl_queue.testing.report import report
 from sl_queue.testing.run_log import RunLog, following, recomputed
 from tests.support.crew import ROLES, write_job
@@ -24,7 +25,7 @@ from tests.support.forked import sl_queue
 
 def chaos(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     files = [folder / name for name in ("job.toml", "bank.toml", "insurer.toml")]
-    return sl_queue("chaos", *files, *options, timeout_s=380.0)
+    return sl_queue("chaos", *files, *options, timeout_s=580.0)
 
 
 def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_path: Path) -> None:
@@ -41,9 +42,9 @@ def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_pa
         assert digests[0] == digests[1]
 
 
-def run(weights: str, *, injected: int = 1, failure: Failure | None = None) -> Run:
-    fault = Fault(3, 0.1, Kind.KILL, "bank")
-    return Run(failure, 10.0, RunLog(), (Injected(fault, 5.0),) * injected, {"bank/final/base.safetensors": weights})
+def run(weights: str, *, injected: int = 1, failure: Failure | None = None, history: str = "[]") -> Run:
+    fault, sums = Fault(3, 0.1, Kind.KILL, "bank"), {"bank/final/base.safetensors": weights}
+    return Run(failure, 10.0, RunLog(), (Injected(fault, 5.0),) * injected, sums, history)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +52,11 @@ def run(weights: str, *, injected: int = 1, failure: Failure | None = None) -> R
     [
         (run("ab"), "passed: 1 x SIGKILL, and not one bit differs"),
         (run("cd"), "failed: the weights differ"),
+        (run("ab", history="[{}]"), "failed: the histories differ"),
         (run("ab", injected=0), "failed: the run ended before 1 of the faults came"),
         (run("ab", failure=Failure("bank", 5, "NaN")), "failed: the run under faults ended because of bank: NaN"),
     ],
-    ids=["equal", "different", "too short", "ended"],
+    ids=["equal", "different", "another history", "too short", "ended"],
 )
 def test_it_passes_only_if_all_faults_came_and_no_bit_differs(faults: Run, said: str) -> None:
     comparison = Comparison(ROLES, (Fault(3, 0.1, Kind.KILL, "bank"),), run("ab", injected=0), faults)
@@ -83,6 +85,14 @@ def test_the_same_seed_plans_the_same_faults_and_another_seed_others() -> None:
     assert [fault.step for fault in planned] == sorted(fault.step for fault in planned)
     assert all(0 <= fault.step < 475 for fault in planned)
     assert {fault.victim for fault in planned} == {*ROLES, "broker"}
+
+
+def test_hands_and_their_broker_are_among_the_victims() -> None:
+    hands = ["bank, hand 1", "bank, hand 2"]
+    planned = plan_faults(FaultPlan(kills=30, broker_restarts=2, cuts=5, seed=3), ROLES, 500, hands)
+    kinds = [fault.kind for fault in planned]
+    assert kinds.count(Kind.BROKER) == kinds.count(Kind.MEETING) == 2
+    assert {fault.victim for fault in planned} == {*ROLES, *hands, "broker"}
 
 
 def test_steps_done_again_are_counted_by_restart_and_those_without_one_apart() -> None:

@@ -107,7 +107,7 @@ def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew:
     key = ("--key", str(crew.folder / KEYS / OPERATOR / "seal.key"))
     for role in ROLES:
         start(crew, role, ports[role])
-    crew.await_first_step("insurer")
+    crew.await_step("insurer", 15)  # a page that is opened late
     with watching(crew.job, crew.url, *key) as url, chromium() as chrome:
         began = time.monotonic()
         chrome.get(url)
@@ -115,6 +115,9 @@ def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew:
         said_s = time.monotonic() - began
         assert re.search(r"activations( and held-out activations)? \d+ % of the time", text_of(chrome, "verdict"))
         assert text_of(chrome, "phase") == "running"
+
+        until(chrome, lambda c: c.execute_script("return points.length > 0 && points[0][0] < 10"), 5)
+        assert "held-out auroc by epoch" in text_of(chrome, "charts")
 
         bubble = measured_bubble({role: ports[role] for role in ("bank", "insurer")}, 11.0)
         shown = int(text_of(chrome, "bubble").split()[0]) / 100

@@ -15,6 +15,7 @@ class CutInput:
 
     def __init__(self, activation: Tensor, learning: bool = True) -> None:
         self._waiting, self._learning = [activation], learning
+        self._like = activation.detach()[:0].new_empty(()).expand(activation.shape)  # its dtype and shape, no numbers
         self.gradient: Tensor | None = None
 
     def enter(self) -> Tensor:
@@ -24,6 +25,10 @@ class CutInput:
         anchor = torch.empty(0, requires_grad=True)
         entered: Tensor = _GradientTap.apply(anchor, self)  # type: ignore[no-untyped-call]
         return entered
+
+    def overflow(self) -> Tensor | None:
+        """Return a gradient that says that the step is to be left out; None where none is wanted."""
+        return torch.full_like(self._like, torch.nan) if self._learning else None
 
 
 class _GradientTap(torch.autograd.Function):

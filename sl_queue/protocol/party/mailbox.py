@@ -184,6 +184,11 @@ class Mailbox(Generic[Tag]):
         self._answered = False
         return self._unusable[-1] if len(self._unusable) >= UNUSABLE else None
 
+    def has(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> bool | None:
+        """Return True if a message is here and was not given out before, else None: there is nothing to take."""
+        held = self._held.get((sender, kind, micro_batch))
+        return None if held is None or held.payload is None else True
+
     def take(self, sender: str, kind: Kind, micro_batch: MicroBatch) -> Payload | None:
         """Return the payload if it is here; it is applied from now on and never given out again."""
         held = self._held.get((sender, kind, micro_batch))

@@ -11,10 +11,12 @@ from pydantic import TypeAdapter, ValidationError
 from sl_queue.errors import PeerFailed, PeerSilent, RemoteProtocolError
 from sl_queue.protocol.control import EpochResult, Waiting
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
+from sl_queue.protocol.scheduler.past import Past
 from sl_queue.protocol.scheduler.state import Member, Phase, Plan, RunState, history_line
 from sl_queue.protocol.text import LONGEST_NAME, printable
-from sl_queue.protocol.totals import Totals
+from sl_queue.protocol.totals import HAND_TO_COME, OF_HANDS, Totals
 
+HANDS_WAIT_S = 0.5  # a wait for hands that is shorter is none to speak of
 ENDED = frozenset({Phase.FINISHED.value, Phase.FAILED.value, Phase.STOPPED.value})
 
 
@@ -46,6 +48,7 @@ class PartyStatus:
     waiting_for: str | None = None  # in words
     wait: Wait | None = None
     totals: Totals | None = None  # of its process
+    hands: int | None = None  # that compute for it now; null: it has no use for any
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class RunStatus:
     error: str | None = None  # class name
     failed: str | None = None  # the party whose error it is
     told_at: str | None = None  # ISO 8601; None before there was such a field
+    past: Past | None = None  # now and then, for whoever has just begun to watch; programs are not shown it
 
     @property
     def over(self) -> bool:
@@ -144,10 +148,19 @@ def _party(plan: Plan, state: RunState, party: str, now: float) -> PartyStatus:
         version=member.version,
         refused=member.refused,
         refused_s=None if member.refused_at is None else round(now - member.refused_at, 1),
-        waiting_for=None if wait is None else str(wait),
+        waiting_for=_of_hands(member.totals) if wait is None else str(wait),
         wait=wait,
         totals=member.totals,
+        hands=None if member.totals is None else member.totals.hands,
     )
+
+
+def _of_hands(totals: Totals | None) -> str | None:
+    """Say in words what a party awaits of its hands, if it has done so for a while."""
+    if totals is None or totals.now is None or totals.now.source != OF_HANDS or totals.now.seconds < HANDS_WAIT_S:
+        return None
+    what = totals.now.cause if totals.now.cause == HAND_TO_COME else f"a hand's {totals.now.cause}"
+    return f"{what} for {totals.now.seconds:.0f} s"
 
 
 def _wait(waiting: Waiting) -> Wait:
@@ -173,6 +186,14 @@ def as_json(status: RunStatus) -> dict[str, Any]:
     values = {name: getattr(status, name) for name in _KEYS}
     parties = {name: asdict(party) for name, party in status.parties.items()}
     return values | {"parties": parties, "history": [history_line(epoch) for epoch in status.history]}
+
+
+def on_the_wire(status: RunStatus) -> dict[str, Any]:
+    """Return a status as plain values, with the past if it is there, as `from_json` reads it."""
+    if status.past is None:
+        return as_json(status)
+    epochs = [history_line(epoch) for epoch in status.past.epochs]
+    return {**as_json(status), "past": {"points": status.past.points, "epochs": epochs}}
 
 
 _KEYS = (  # in this order

@@ -137,6 +137,7 @@ class RabbitLane:
             lost = session.connection.lost
             reason = str(lost.result() if lost.done() else session.refused.result())
             await session.connection.abort("cut")
+            self._side.on_lost()
             log.warning("%slane: lost the hands' broker (%s); connecting again", self._prefix, reason)
             await asyncio.sleep(0.2)  # a broker that refuses at once is not asked at once
             session = await self._connect(self._limits.lost_s)

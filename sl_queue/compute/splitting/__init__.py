@@ -1,0 +1,1 @@
+"""Splitting of a whole module into base models and a fuse model, proved bit by bit."""
