@@ -12,6 +12,8 @@ from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
+from tests.support.waiting import WAIT_S
+
 
 @contextmanager
 def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iterator[Chrome]:
@@ -36,7 +38,7 @@ def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Ite
         chrome.quit()
 
 
-def until(chrome: Chrome, condition: Callable[[Chrome], Any], timeout_s: float) -> Any:
+def until(chrome: Chrome, condition: Callable[[Chrome], Any], timeout_s: float = WAIT_S) -> Any:
     """Wait for something to be so on the page."""
     return WebDriverWait(chrome, timeout_s, poll_frequency=0.05).until(condition)
 

@@ -98,7 +98,7 @@ def forked(
     It is killed at the end of the `with` statement.
     """
     for path in (stdout, stderr):
-        path.touch()
+        path.touch()  # what is in it already stays, and new lines come after it
     command, streams = [str(word) for word in words], (str(stdin), str(stdout), str(stderr))
     running = Forked(command, fork(_become, command, dict(environ), streams, str(cwd or Path.cwd())))
     try:
