@@ -14,21 +14,21 @@ from tests.support.credit import FILES, edit, write_credit
 from tests.support.forked import environment, forked, sl_queue
 from tests.support.local_run import LocalRun, started, weights
 
-EPOCHS = 30
+EPOCHS = 20
 DROPOUT_AND_NORM = (
     "        self.relu = nn.ReLU()",
     "        self.relu = nn.Sequential(nn.BatchNorm1d(hidden_dim), nn.Dropout(0.2), nn.ReLU())",
 )
 
 
-def write(folder: Path, name: str) -> Path:
-    """Write a job whose bank takes its time, with BatchNorm and dropout."""
+def write(folder: Path, name: str, *, pace_s: float = 0.06) -> Path:
+    """Write a job with BatchNorm and dropout, whose bank takes its time."""
     job = write_credit(folder)
     edit(job, 'name = "credit"', f'name = "{name}"')
     edit(job, "epochs = 5", f"epochs = {EPOCHS}")
     bank = folder / "bank.py"
     edit(bank, "import torch\n", "import time\n\nimport torch\n")
-    edit(bank, "        return self.relu", "        time.sleep(0.06)\n        return self.relu")
+    edit(bank, "        return self.relu", f"        time.sleep({pace_s})\n        return self.relu")
     edit(bank, *DROPOUT_AND_NORM)
     return job
 
@@ -46,7 +46,7 @@ def files(job: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return final weights and history of a plain run over memory."""
-    job = write(tmp_path_factory.mktemp("quiet"), "quiet")
+    job = write(tmp_path_factory.mktemp("quiet"), "quiet", pace_s=0.0)
     done = sl_queue("local", *files(job), "--out", job.parent / "run")
     assert done.returncode == 0, done.stderr
     return result(job.parent / "run")

@@ -46,7 +46,8 @@ def files(job: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the final weights of an undisturbed run over memory://; a job's name does not show in them."""
-    job = unhurried(write_credit(tmp_path_factory.mktemp("quiet")))
+    job = write_credit(tmp_path_factory.mktemp("quiet"))
+    edit(job, "epochs = 5", f"epochs = {EPOCHS}")
     done = sl_queue("local", *files(job), "--out", job.parent / "run")
     assert done.returncode == 0, done.stderr
     return weights(job.parent / "run")
