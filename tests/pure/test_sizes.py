@@ -13,7 +13,6 @@ NOT_YET = {  # no longer than they are, and to become shorter
     "sl_queue/compute/objective.py: objective_of": 43,
     "tests/compute/test_split_equals_joined.py: delayed": 43,
     "tests/containers/test_example.py: test_two_organisations_train_with_a_container_each_as_the_page_says": 43,
-    "tests/support/toy_run.py: _serve_party": 41,
     "tests/system/test_alignment_run.py: test_three_companies_and_a_label_holder_without_columns": 43,
 }
 

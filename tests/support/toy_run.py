@@ -279,6 +279,24 @@ class ToyRun:
             finally:
                 channel._pulse.end()
 
+    def _channel(self, party: str, link: FaultyLink, number: str, bounds: Bounds) -> PartyChannel:
+        """Open the channel of a party's worker."""
+        channel = PartyChannel(
+            link,
+            party,
+            self.topology,
+            number,
+            patience_s=self.patience_s,
+            persistent=False,
+            depth=self.depth,
+            seal=self.seal_of(party),
+            committer=self.committer(),
+            bounds=bounds,
+            observe=to_log,
+        )
+        channel.open()
+        return channel
+
     def _serve_party(self, party: str) -> None:
         pipeline, label = self.pipeline, self.topology.label_holder
         store = self.stores.setdefault(party, FaultyCheckpoints())
@@ -292,20 +310,7 @@ class ToyRun:
         bounds = Bounds(pipeline, frozenset(kinds))
         with self._link(party, bounds.prefetch) as link:
             number = str(next(self._numbers))
-            channel = PartyChannel(
-                link,
-                party,
-                self.topology,
-                number,
-                patience_s=self.patience_s,
-                persistent=False,
-                depth=self.depth,
-                seal=self.seal_of(party),
-                committer=self.committer(),
-                bounds=bounds,
-                observe=to_log,
-            )
-            channel.open()
+            channel = self._channel(party, link, number, bounds)
             identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer", party=party)
             journal = self.journal if party == label else None
             self.journal.crash = self.crashes.get(label, CrashAt())

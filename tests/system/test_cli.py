@@ -139,7 +139,7 @@ def test_without_out_the_state_lies_where_the_party_files_say(job: Path) -> None
 
 def test_the_demo_trains_offline_and_the_joint_model_beats_each_party_alone(tmp_path: Path) -> None:
     command, env = [COMMAND, "demo", "--out", tmp_path / "demo"], environment(SL_QUEUE_BROKER="amqp://nowhere.invalid")
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr
     joint, left, right, joined = (float(number) for number in re.findall(r"  (0\.\d{4}) *$", run.stdout, re.MULTILINE))
     assert joint == joined

@@ -92,6 +92,19 @@ def points(chrome: Chrome) -> list[int]:
     return found
 
 
+def kill_and_start_again(crew: Crew, chrome: Chrome, metrics: int) -> float:
+    """Kill the bank and start it again; returns the seconds after which the page showed that it was gone."""
+    killed = time.monotonic()
+    crew.kill("bank")
+    until(chrome, lambda c: "bank is gone" in text_of(c, "verdict"))
+    dead_s = time.monotonic() - killed
+    start(crew, "bank", metrics)
+    until(chrome, lambda c: "bank a new process goes on from its checkpoint" in text_of(c, "log"))
+    until(chrome, lambda c: "bank is gone" not in text_of(c, "verdict"))
+    assert "bank is heard again" in text_of(chrome, "log")
+    return dead_s
+
+
 @pytest.fixture
 def crew(tmp_path: Path, broker_url: str, unique: str) -> Iterator[Crew]:
     write_slow_run(tmp_path, unique)
@@ -127,15 +140,7 @@ def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew:
         chrome.refresh()
         until(chrome, lambda c: len(points(c)) == len(had) and points(c)[0] >= had[0])
 
-        killed = time.monotonic()
-        crew.kill("bank")
-        until(chrome, lambda c: "bank is gone" in text_of(c, "verdict"))
-        dead_s = time.monotonic() - killed
-        start(crew, "bank", ports["bank"])
-        until(chrome, lambda c: "bank a new process goes on from its checkpoint" in text_of(c, "log"))
-        until(chrome, lambda c: "bank is gone" not in text_of(c, "verdict"))
-        assert "bank is heard again" in text_of(chrome, "log")
-
+        dead_s = kill_and_start_again(crew, chrome, ports["bank"])
         assert overflow(chrome, 400) <= 0
         assert complaints(chrome) == []
         done = sl_queue("report", crew.job, "--state", crew.states / "scheduler", "--out", crew.folder)
