@@ -40,10 +40,10 @@ from sl_queue.compute.modules.snapshots import left_no_trace
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.modules.statistics import Statistics
 from sl_queue.compute.optimizers import build_optimizer
-from sl_queue.compute.precision import LossScale, Precision, computing, scaling_of
+from sl_queue.compute.precision import LossScale, computing, scaling_of
 from sl_queue.compute.saved_module import SavedModule
 from sl_queue.compute.seeds import key, seeded
-from sl_queue.compute.spec import ComputeSpec, Part
+from sl_queue.compute.spec import ComputeSpec, Part, Precision
 from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.cut.several import Outputs
 from sl_queue.errors import ComputeError, JobError, ShapeError

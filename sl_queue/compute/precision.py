@@ -10,38 +10,26 @@ A base model whose own backward pass overflows, of gradients that are finite, re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from sl_queue.compute.spec import Precision
 from sl_queue.errors import CheckpointError, NonFiniteError
 from sl_queue.protocol.checkpoint import State
 
 _GROWTH: Final = 2.0
 _SMALLEST: Final = 2.0**-14  # a scale at which nothing but the model can be at fault
+_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}  # that layers compute in
 _TRIES: Final = 40  # of a backward pass, each at half the scale of the one before
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Precision of a job's models."""
-
-    name: Literal["bf16", "fp16"]
-    scale: float = 65536.0  # of the loss in the first step, of fp16
-    growth_interval: int = 2000  # steps without an overflow after which the scale is doubled
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that layers compute in."""
-        return torch.bfloat16 if self.name == "bf16" else torch.float16
 
 
 def computing(precision: Precision | None, device: torch.device) -> AbstractContextManager[object]:
     """Open the scope of a forward pass. Without torch's cache of weights, which all threads of a process share."""
     if precision is None:
         return nullcontext()
-    return torch.autocast(device.type, precision.dtype, cache_enabled=False)
+    return torch.autocast(device.type, _DTYPES[precision.name], cache_enabled=False)
 
 
 def scaling_of(precision: Precision | None) -> "LossScale | None":

@@ -5,12 +5,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sl_queue.compute.precision import Precision
 from sl_queue.cut.packing import Wire
 from sl_queue.cut.several import Outputs
 from sl_queue.ports import UserCode
 
 Part = Literal["base", "fuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Precision of a job's models."""
+
+    name: Literal["bf16", "fp16"]
+    scale: float = 65536.0  # of the loss in the first step, of fp16
+    growth_interval: int = 2000  # steps without an overflow after which the scale is doubled
 
 
 @dataclass(frozen=True, slots=True)

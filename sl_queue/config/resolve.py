@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from sl_queue.compute.names import HIGHER_IS_BETTER, LOWER_IS_BETTER, metric_name
-from sl_queue.compute.precision import Precision
-from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec
+from sl_queue.compute.spec import ComputeSpec, LayersSpec, ModelSpec, ObjectiveSpec, Precision
 from sl_queue.config.features import specs_of
 from sl_queue.config.job import Job
 from sl_queue.config.party import BaseFile, DataFile, FuseFile, PartyFile
