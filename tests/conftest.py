@@ -62,9 +62,11 @@ def as_found() -> Iterator[None]:
     yield
     for each, level in zip(loggers, levels, strict=True):
         each.setLevel(level)
-    if os.environ != environ:
-        os.environ.clear()
-        os.environ.update(environ)
+    for name in {*os.environ, *environ} - {"PYTEST_CURRENT_TEST"}:
+        if name not in environ:
+            del os.environ[name]
+        elif os.environ.get(name) != environ[name]:
+            os.environ[name] = environ[name]
     os.chdir(folder)
 
 
