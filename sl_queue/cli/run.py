@@ -1,4 +1,4 @@
-"""The commands that train on this machine: demo, local and chaos."""
+"""The commands that train on this machine: demo, local, compare and chaos."""
 
 import sys
 from collections.abc import Mapping
@@ -90,6 +90,19 @@ def local(
     for role, place in places.items():
         for weights in _final_weights(place.state):
             console.print(f"{role}: {weights}", soft_wrap=True)
+
+
+def compare(job: JobPath, parties: PartyPaths) -> None:
+    """Train with all parties, with each one alone, and joined in one process; print how well each model does."""
+    from sl_queue.config.job import Job, PartyFile
+    from sl_queue.local import comparing
+
+    agreed, files = Job.load(job), [PartyFile.load(path) for path in parties]
+    found = []
+    for outcome in comparing.compare(agreed, files):
+        print(f"trained: {outcome.name}", file=sys.stderr, flush=True)
+        found.append(outcome)
+    print("\n".join(comparing.lines(found)))
 
 
 def chaos(

@@ -16,14 +16,11 @@ import pyarrow.parquet
 from rich.table import Table as ScreenTable
 
 from sl_queue.compute.equality import joined_weights, largest_difference
-from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.resolve import resolve
-from sl_queue.config.user_code import Importer
-from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import MEMORY
 from sl_queue.launch.scheduler import OnStatus
+from sl_queue.local.comparing import joined_run
 from sl_queue.local.digits import read_digits
 from sl_queue.local.threads import Result, run_threads
 from sl_queue.observe.console import Screen, stdout
@@ -119,7 +116,7 @@ def run_demo(out: Path | None, tell: OnStatus | None = None) -> None:
         screen.console.print(f"scikit-learn's digits, cut in two halves: {folder}", soft_wrap=True)
         joint = _train(folder, "job", ["left", "right", "labels"], show)
         alone = {party: _train(folder, f"{party}_alone", [party, "labels_alone"], show) for party in FILES}
-    joined = _joined(folder)
+    joined = joined_run(*_load(folder, "job", ["left", "right", "labels"]))
     table = ScreenTable("model", "held-out accuracy", box=None)
     table.add_row("joint: left and right half, labels at a third party", _accuracy(joint.history))
     for party, result in alone.items():
@@ -177,16 +174,6 @@ def _train(folder: Path, name: str, parties: list[str], show: OnStatus) -> Resul
     job, party_files = _load(folder, name, parties)
     states = {role: folder / "runs" / name / role for role in (*job.parties, SCHEDULER)}
     return run_threads(job, party_files, MEMORY, states, show)
-
-
-def _joined(folder: Path) -> ReferenceRun:
-    job, party_files = _load(folder, "job", ["left", "right", "labels"])
-    importer = Importer()
-    specs = [resolve(job, file, importer) for file in party_files]
-    tables = {spec.party: read_table(spec.table) for spec in specs}
-    return train_joined(
-        [spec.compute for spec in specs], tables, job.batches(tables["labels"].n_rows, tables["labels"].hashes)
-    )
 
 
 def _accuracy(history: list[dict[str, Any]]) -> str:

@@ -55,7 +55,8 @@ class Crew:
     build: Callable[[], Stage]
     loss: float = 0.0
     lanes: MemoryLanes = field(default_factory=MemoryLanes)
-    lost: list[int] = field(default_factory=list)  # the steps at which hands were lost
+    lost: int = 0
+    lost_at: list[int] = field(default_factory=list)  # the steps of those that were lost by chance
     ends: dict[int, MemoryLane] = field(default_factory=dict)
     threads: list[Thread] = field(default_factory=list)
     errors: list[SlQueueError] = field(default_factory=list)
@@ -92,6 +93,14 @@ class Crew:
         self.threads.append(Thread(target=serve, daemon=True))
         self.threads[-1].start()
 
+    def resize(self, count: int) -> None:
+        """Have that many hands: start some, or lose some."""
+        for _ in range(count - len(self.ends)):
+            self.join()
+        for mortal in list(self.ends)[count:]:
+            self.lost += 1
+            self.ends.pop(mortal).close()
+
     def may_lose(self, mortal: Mortal, call: Call) -> None:
         """Lose this hand, as SIGKILL does, by chance; but fewer over one task than make it deadly.
 
@@ -99,10 +108,12 @@ class Crew:
         """
         step = call.micro_batch.step
         with self.choosing:
-            near = sum(abs(step - other) <= STEPS_APART for other in self.lost)
-            lost = self.random.random() < self.loss and id(mortal) in self.ends and near < MOST_DEATHS - 1
-            lane = self.ends.pop(id(mortal)) if lost else None
-            self.lost += [step] * lost
+            near = sum(abs(step - other) <= STEPS_APART for other in self.lost_at)
+            chosen = self.random.random() < self.loss and near < MOST_DEATHS - 1
+            lane = self.ends.pop(id(mortal), None) if chosen else None
+            if lane is not None:
+                self.lost += 1
+                self.lost_at.append(step)
         if lane is not None:
             lane.close()
             self.join()

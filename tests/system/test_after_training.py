@@ -60,6 +60,11 @@ def test_an_evaluation_says_loss_metrics_and_tables_and_draws_them(trained: Path
     assert done.returncode == 0, done.stderr
     found = json.loads((trained / "seen" / "evaluation.json").read_text())
     assert found["rows"] == NEW and found["metrics"]["auroc"] > 0.7
+    (card,) = (trained / "state" / "insurer" / "versions").glob("*/card.md")
+    assert f"## Evaluation\n\nOn {NEW} rows.\n" in card.read_text()
+    report = sl_queue("report", trained / "job.toml", "--state", trained / "state" / "scheduler", "--out", trained)
+    assert report.returncode == 0, report.stderr
+    assert "Evaluation at insurer" in (trained / "report.html").read_text()
     assert sum(map(sum, found["tables"]["confusion"])) == NEW
     assert (trained / "seen" / "evaluation.svg").read_text().count("<path") == 5
     held = sl_queue("evaluate", *files(trained), "--held-out", "--out", trained / "held")
@@ -82,6 +87,24 @@ def test_an_explanation_ranks_what_the_labels_were_made_of(trained: Path) -> Non
     assert worse["bank", "age"] > 0.05 and worse["insurer", "claims"] > 0.05  # label: age + claims > 0
     noise = [value for (_, column), value in worse.items() if column in ("income", "balance", "mileage")]
     assert max(map(abs, noise)) < 0.05 < worse["bank", "(all)"]
+
+
+def test_workers_explain_over_a_broker_and_each_party_keeps_what_its_own_columns_are_worth(
+    trained: Path, broker_url: str
+) -> None:
+    bank = trained / "bank-explain.toml"
+    bank.write_text(f"{(trained / 'bank.toml').read_text()}\n[serve]\nexplain = true\n")
+    job, log = ("--job", trained / "job.toml"), trained / "explained.log"
+    serve = ("workers.feature_party", *job, "--party", bank, "--serve")
+    explain = ("workers.label_holder", *job, "--party", trained / "insurer.toml", "--explain")
+    with worker(serve, trained / "serves.log", broker_url), worker(explain, log, broker_url) as explaining:
+        assert explaining.wait() == 0, log.read_text()
+    (kept,) = (trained / "state" / "bank" / "versions").glob("*/importance.csv")
+    worse = {line.split(",")[1]: float(line.split(",")[2]) for line in kept.read_text().splitlines()[1:]}
+    assert worse.keys() == {"(all)", "age", "income", "balance"}
+    assert worse["age"] > 0.05 > max(abs(worse["income"]), abs(worse["balance"]))
+    told = (trained / "importance.csv").read_text()
+    assert "insurer,claims," in told and "bank,column 0," in told and "income" not in told
 
 
 def test_versions_are_listed_promoted_and_exported(trained: Path) -> None:
