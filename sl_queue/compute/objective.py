@@ -74,8 +74,7 @@ def objective_of(
     name = loss_name(wanted.loss)
     labelled = _labelled(table.labels, wanted.missing, where)
     check_labels(labelled, tried, name, where)
-    assert labelled is not None
-    assert table.labels is not None
+    assert labelled is not None and table.labels is not None
     kind = name if isinstance(name, str) and ":" not in name else kind_of(loss)
     try:
         with owned.trial():
@@ -91,11 +90,9 @@ def objective_of(
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
     warnings += [twice] if twice else []
     weighting = weighting_of(fit, table.labels, table.weights, missing=wanted.missing, where=where)
-    weighted: Mapping[str, WeightedMetric] = {}
-    if weighting is not None and weighting.weights is not None:
-        weighted = _weighted(wanted.metrics, metrics, task, where)
-    about = (tuple(tried.shape[1:]), warnings, weighting, weighted)
-    return Objective(fit, owned, labels, task, metrics, outputs, *about)
+    has_weights = weighting is not None and weighting.weights is not None
+    weighted = _weighted(wanted.metrics, metrics, task, where) if has_weights else {}
+    return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings, weighting, weighted)
 
 
 def _measures(

@@ -1,7 +1,7 @@
 """An explanation over a broker: the label holder measures, feature parties that serve answer for their own columns.
 
 A party, or one of its columns, is worth as much as the result gets worse when its values are dealt out to other rows.
-Which columns another party has is unknown here: they have numbers, and each party is told what its own are worth.
+Which columns another party has is unknown here: they have numbers, and each party learns what its own are worth.
 """
 
 import itertools

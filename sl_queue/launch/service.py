@@ -20,8 +20,9 @@ from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
 from sl_queue.launch.importance import NAME, Explained, Importance
 from sl_queue.launch.outcome import meaning_of, undoing
-from sl_queue.launch.prediction import loss_of, with_own_secret
+from sl_queue.launch.prediction import loss_of, named_rows, with_own_secret
 from sl_queue.launch.privacy import answering_guard
+from sl_queue.launch.spending import release_rows
 from sl_queue.loops.requests import Found, Prediction, Unanswered
 from sl_queue.loops.serving import FeatureService, LabelService
 from sl_queue.protocol.messages import MicroBatch
@@ -91,8 +92,9 @@ def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
     ids = ids_to_predict(spec.table)
 
     def rows(version: Version) -> ToPredict:
-        recipe = version.path / "features.json"
-        return read_to_predict(spec.table, None, recipe.read_text(encoding="utf-8") if recipe.exists() else None)
+        found = read_to_predict(spec.table, None, version.recipe, version.columns)
+        release_rows(job, spec, state, "/".join(("answered", *named_rows(version, found).values())))
+        return found
 
     return Versions(spec, state, rows, RowIndex.of(keyed_ids(ids, id_key(job))))
 

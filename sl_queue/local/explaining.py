@@ -86,9 +86,8 @@ def _rows(job: Job, specs: Mapping[str, PartySpec], versions: Mapping[str, Versi
     shared = shared_rows([spec.table for spec in specs.values()]) if job.alignment.method == "psi" else {}
     found = {}
     for party, spec in specs.items():
-        recipe = versions[party].path / "features.json"
-        learned = recipe.read_text(encoding="utf-8") if recipe.exists() else None
-        found[party] = read_to_predict(spec.table, shared.get(party), learned)
+        version = versions[party]
+        found[party] = read_to_predict(spec.table, shared.get(party), version.recipe, version.columns)
     if len({rows.table.digest for rows in found.values()}) > 1:
         counts = ", ".join(f"{party} {rows.table.n_rows}" for party, rows in found.items())
         raise AlignmentError(f"the parties' rows differ ({counts}), and the job does not align them")

@@ -1,4 +1,4 @@
-"""What a worker does in a simulation: it computes, awaits, sends, saves, and gives calls to its hands. Pure."""
+"""Deeds of a worker in a simulation: it computes, awaits, sends, saves, and gives calls to its hands. Pure."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Mapping

@@ -28,7 +28,7 @@ LOADED = (
     "torch._dynamo",
     "torchmetrics",
 )
-WAIT_S = 100.0
+WAIT_S = 200.0
 ENDS_S = 10.0
 
 _server = multiprocessing.get_context("forkserver")

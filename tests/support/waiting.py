@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-WAIT_S = 100.0  # only a test that fails waits so long, or one on a very slow machine
+WAIT_S = 200.0  # only a test that fails waits so long, or one on a very slow machine
 
 
 def await_that(

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pyarrow as pa
@@ -128,6 +129,55 @@ def test_what_cannot_be_predicted_is_said_in_one_line(trained: Path, tmp_path: P
     assert "holds no trained model" in lacking.stderr
     unknown = sl_queue("predict", *files(trained), "--run", "nowhere")
     assert "no version of run 'nowhere'" in unknown.stderr
+
+
+def predicted_with(trained: Path, folder: Path, text: str) -> CompletedProcess[str]:
+    """Predict with another table of the insurer's, for the first rows of the bank's."""
+    bank = pa.parquet.read_table(trained / "bank_new.parquet")
+    kept = [i for i, one in enumerate(bank["customer_id"].to_pylist()) if one in (70_000, 70_001)]
+    pa.parquet.write_table(bank.take(kept), folder / "b.parquet")
+    (folder / "i.csv").write_text(text)
+    for name, table in (("bank", "b.parquet"), ("insurer", "i.csv")):
+        own = (trained / f"{name}.toml").read_text().split("\n[predict]")[0]
+        (trained / f"{name}-other.toml").write_text(f'{own}\n[predict]\npath = "{folder / table}"\n')
+    parties = (trained / "bank-other.toml", trained / "insurer-other.toml")
+    return sl_queue("predict", trained / "job.toml", *parties, "--out", folder)
+
+
+def test_columns_are_taken_by_name_in_the_order_of_training_whatever_else_is_there(
+    trained: Path, tmp_path: Path
+) -> None:
+    tables = {
+        "as trained": "customer_id,claims,mileage\n70000,0.5,-1.5\n70001,2,0.25\n",
+        "turned round": "mileage,claims,customer_id\n-1.5,0.5,70000\n0.25,2,70001\n",
+        "one more": "customer_id,another,mileage,claims\n70000,9,-1.5,0.5\n70001,9,0.25,2\n",
+    }
+    found = {}
+    for name, text in tables.items():
+        done = predicted_with(trained, tmp_path, text)
+        assert done.returncode == 0, (name, done.stderr)
+        found[name] = pa.parquet.read_table(tmp_path / "predictions.parquet").to_pydict()
+    assert found["turned round"] == found["as trained"] == found["one more"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "there is no column 'customer_id'"),
+        ("customer_id,claims,mileage\n", "there are no rows"),
+        ("customer_id,claims\n70000,0.5\n70001,2\n", "trained with the column 'mileage', which is not there"),
+        ("customer_id,claims,mileage\n70000,0.5,much\n70001,2,1\n", "'mileage' (text: 1 of 2 values are not numbers)"),
+        ("customer_id,claims,mileage\n70000,0.5,\n70001,2,1\n", "values are missing in column 'mileage' in 1 of 2"),
+        ("customer_id,claims,mileage\na,0.5,1\nb,2,1\n", "the ids of 'bank' are of type integer"),
+    ],
+)
+def test_a_table_that_cannot_be_predicted_is_said_before_anything_is_sent(
+    trained: Path, tmp_path: Path, text: str, told: str
+) -> None:
+    done = predicted_with(trained, tmp_path, text)
+    assert done.returncode in (2, 3)
+    assert told in " ".join(done.stderr.split()), done.stderr
+    assert not (tmp_path / "predictions.parquet").exists()
 
 
 def test_workers_that_are_killed_leave_the_same_file_with_each_row_once(trained: Path, broker_url: str) -> None:
