@@ -1,5 +1,6 @@
 """Fixtures of every test: a broker of its own."""
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -51,6 +52,22 @@ def private_broker() -> Iterator[Broker]:
         pytest.fail("no RabbitMQ for the tests: tests/obtain_broker.sh says four ways to have one")
     with broker:
         yield broker
+
+
+@pytest.fixture(autouse=True)
+def as_found() -> Iterator[None]:
+    """Give what all tests of a process share back as it was: the environment, the working folder, levels of the log."""
+    loggers = [logging.getLogger(name) for name in (None, "sl_queue", "pika")]
+    levels, environ, folder = [each.level for each in loggers], dict(os.environ), Path.cwd()
+    yield
+    for each, level in zip(loggers, levels, strict=True):
+        each.setLevel(level)
+    for name in {*os.environ, *environ} - {"PYTEST_CURRENT_TEST"}:
+        if name not in environ:
+            del os.environ[name]
+        elif os.environ.get(name) != environ[name]:
+            os.environ[name] = environ[name]
+    os.chdir(folder)
 
 
 @pytest.fixture

@@ -18,11 +18,10 @@ from sl_queue.testing.private_broker import free_ports
 from sl_queue.transport.link import Link
 from tests.support.credit import edit
 from tests.support.crew import write_job
-from tests.support.links import await_that
 from tests.support.secured import SEALED
+from tests.support.waiting import await_that
 
 pytestmark = [
-    pytest.mark.timeout(120),
     pytest.mark.skipif(SEALED, reason="what is published here is not sealed"),
 ]
 
@@ -54,7 +53,7 @@ def publish(link: Link, step: int) -> None:
     run: dict[str, Any] = {"phase": "running", "step": step, "told_at": f"2026-01-01T00:00:{step:02}.000+00:00"}
     header = Header("", 0, Kind.COMMAND, SCHEDULER, OPERATOR, MicroBatch(0, 0))
     link.publish(OPERATOR, Kind.COMMAND, "", encode(header, Status(run, "s1")), persistent=True)
-    assert link.flush(10.0)
+    assert link.flush(90.0)
 
 
 def test_statuses_are_followed_beside_others_and_the_last_goes_back(job: Job, broker_url: str) -> None:

@@ -2,10 +2,9 @@
 
 import os
 import pty
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pika
 import pytest
@@ -29,9 +28,8 @@ from sl_queue.transport.rabbitmq.housekeeping import Housekeeping, NotAllowed
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from tests.support.broker import Broker
 from tests.support.credit import write_credit
+from tests.support.forked import sl_queue
 from tests.support.links import Inbox, send
-
-pytestmark = pytest.mark.timeout(120)
 
 Connect = Callable[[str], Inbox]
 
@@ -60,7 +58,7 @@ def refuse(connect: Connect, *bodies: bytes, reason: str = "is of run 'old'") ->
     send(bank.link, "insurer", *bodies)
     for delivery in insurer.take(len(bodies)):
         insurer.link.reject(delivery.tag, reason)
-    assert insurer.link.flush(10.0)
+    assert insurer.link.flush(90.0)
     bank.link.close()
     return insurer
 
@@ -166,7 +164,7 @@ def test_a_reason_is_one_line_of_bounded_length() -> None:
 def test_nothing_of_a_job_is_left_after_a_cleanup(job: Job, broker_url: str, connect: Connect) -> None:
     refuse(connect, b"one").link.close()
     send(bank := connect("bank").link, "insurer", b"two", b"three")
-    assert bank.flush(10.0)
+    assert bank.flush(90.0)
     bank.close()
     remains = find_remains(job, broker_url, force=False)
     assert sum(queue.messages for queue in remains.queues) == 3
@@ -195,22 +193,8 @@ def test_a_cleanup_refuses_while_a_worker_is_connected_and_says_which(
 # The commands -----------------------------------------------------------------------------------------------------
 
 
-def command(*words: str, tmp_path: Path, broker: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "sl_queue.cli",
-        words[0],
-        str(tmp_path / "job.toml"),
-        *words[1:],
-        "--broker",
-        broker,
-    ]
-
-
-def run(*words: str, tmp_path: Path, broker: str) -> subprocess.CompletedProcess[str]:
-    told = command(*words, tmp_path=tmp_path, broker=broker)
-    return subprocess.run(told, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+def run(*words: str, tmp_path: Path, broker: str, stdin: Path = Path(os.devnull)) -> CompletedProcess[str]:
+    return sl_queue(words[0], tmp_path / "job.toml", *words[1:], "--broker", broker, stdin=stdin)
 
 
 @pytest.mark.parametrize("words", [("dead", "insurer", "--purge"), ("dead", "--requeue"), ("cleanup",)])
@@ -237,8 +221,8 @@ def test_on_a_terminal_it_asks(
     master, slave = pty.openpty()
     try:
         os.write(master, answer)
-        told = command("dead", "insurer", "--purge", tmp_path=tmp_path, broker=broker_url)
-        done = subprocess.run(told, stdin=slave, capture_output=True, text=True, timeout=60)
+        terminal = Path(os.ttyname(slave))
+        done = run("dead", "insurer", "--purge", tmp_path=tmp_path, broker=broker_url, stdin=terminal)
     finally:
         os.close(master)
         os.close(slave)

@@ -24,8 +24,6 @@ from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.retry import Limits
 from tests.support.links import Inbox, send
 
-pytestmark = pytest.mark.timeout(120)
-
 NOW = datetime.datetime.now(datetime.UTC)
 PARTIES = {"bank": {"role": "feature", "cut": [2]}, "insurer": {"role": "label"}}
 ROLES = ("bank", "insurer", SCHEDULER, OPERATOR)

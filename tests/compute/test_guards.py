@@ -91,7 +91,7 @@ class Guarded:
     def run(self, **crashes: int) -> dict[str, Any]:
         """Return the final weights of a run over a broker in memory, in which these parties crash once."""
         run = ToyRun(stage=self.stage, crashes={party: CrashAt(at) for party, at in crashes.items()}, patience_s=20.0)
-        return run.run(timeout_s=60.0).weights()
+        return run.run().weights()
 
 
 def test_what_leaves_is_defended_in_training_and_evaluation_and_arrives_as_it_left() -> None:

@@ -164,7 +164,6 @@ def crash_at(victim: str, crashes: dict[str, CrashAt], trained: Path, stride: in
 
 
 @pytest.mark.parametrize("victim", ROLES)
-@pytest.mark.timeout(240)
 def test_a_crash_of_any_role_leaves_the_same_rows_each_once(
     victim: str, trained: Path, operations: dict[str, CrashAt]
 ) -> None:

@@ -22,7 +22,8 @@ from sl_queue.protocol.control import (
 )
 from sl_queue.protocol.messages import Gradient, Kind, MicroBatch
 from sl_queue.transport.party_channel import PartyChannel
-from tests.support.post import Post, activation, body, nothing, tensor, until
+from tests.support.post import Post, activation, body, nothing, tensor
+from tests.support.waiting import await_that
 
 # What is received ---------------------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ def test_while_a_commit_is_under_way_messages_are_sent_and_none_is_given_out(pos
     label, bank = post.channel("label"), post.channel("a")
     post.publish("a", "label", body(Gradient(MicroBatch(2, 0), tensor(2)), "label", "a"))
     on_disk, received = threading.Event(), threading.Event()
-    bank.commit(1, lambda: until(on_disk.is_set))
+    bank.commit(1, lambda: await_that(on_disk.is_set))
     bank.send("label", activation(2))
     assert label.receive("a", Kind.ACTIVATION, MicroBatch(2, 0)) == tensor(2, 0)
 
@@ -75,7 +76,7 @@ def test_while_a_commit_is_under_way_messages_are_sent_and_none_is_given_out(pos
 
     receiver = threading.Thread(target=receive)
     receiver.start()
-    until(lambda: bank.counts["applied"] == 1)
+    await_that(lambda: bank.counts["applied"] == 1)
     assert not received.wait(0.1)
     on_disk.set()
     assert received.wait(10.0)
@@ -87,7 +88,7 @@ def test_who_waits_for_a_message_hears_at_once_that_the_commit_failed(post: Post
     waits = threading.Event()
 
     def no_room() -> None:
-        until(waits.is_set)
+        await_that(waits.is_set)
         raise CheckpointError("no room")
 
     bank.commit(1, no_room)
@@ -235,5 +236,5 @@ def test_what_a_commit_has_told_is_not_followed_by_what_was_true_before_it(post:
         true += [Progress("a1", 1, step, (step - 1,), loss=0.5), Progress("a1", 1, step, (step,))]
         bank.progress(true[-2])
         bank.report(true[-1])
-    until(lambda: len(post.reported(Progress)) == len(true))
+    await_that(lambda: len(post.reported(Progress)) == len(true))
     assert post.reported(Progress)[-1] == true[-1]

@@ -1,7 +1,6 @@
 """A peer that sends what it should not: a channel goes on, its log stays short, and what cannot be used is named."""
 
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -275,9 +274,7 @@ def test_a_message_that_is_awaited_and_can_never_be_used_ends_the_wait_by_name()
 def test_a_message_that_came_spoiled_and_then_whole_is_received() -> None:
     label = Label(patience_s=0.2)
     label.publish(*(body(activation(0, rows=3)) for _ in range(20)))
-    began = time.monotonic()
     try:
         assert label.receives()
-        assert time.monotonic() - began < 5.0
     finally:
         label.channel.close()

@@ -18,7 +18,7 @@ from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
 from sl_queue.transport.rabbitmq.lane import RabbitLane
 from sl_queue.transport.retry import Limits
 
-LIMITS = Limits(first_s=20, lost_s=20, busy_s=0.5)
+LIMITS = Limits(first_s=60, lost_s=60, busy_s=0.5)
 
 
 @dataclass

@@ -20,11 +20,8 @@ from sl_queue.protocol.measures import IN_PROCESS, Connectivity, HandCounts, Mea
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
 from sl_queue.testing.private_broker import free_ports
 from tests.support.crew import CHECKPOINT_EVERY, ROLES, Crew, write_job
-from tests.support.links import await_that
+from tests.support.waiting import await_that
 from workers.health import complaint
-
-pytestmark = pytest.mark.timeout(120)
-
 
 DESCRIPTORS = 200
 

@@ -24,9 +24,10 @@ from sl_queue.protocol.control import (
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Gradient, Kind, MicroBatch, Payload
 from sl_queue.protocol.party.orders import Restarted
 from sl_queue.protocol.scheduler.state import GIVE_UP
-from tests.support.post import Post, activation, body, nothing, scheduler, tensor, until
+from tests.support.post import Post, activation, body, nothing, scheduler, tensor
 from tests.support.toy import ToyStage
 from tests.support.toy_run import ToyRun
+from tests.support.waiting import await_that
 
 # Orders -------------------------------------------------------------------------------------------------------
 
@@ -73,12 +74,12 @@ def test_a_scheduler_that_was_started_again_is_told_anew_who_is_here(post: Post)
     post.listen()
     here = Join("a1", {}, 9, "d", "integer", None, 0, ())
     bank.announce(lambda: here)
-    for each in ("s1", "s2"):
+    for generation, each in enumerate(("s1", "s2"), 1):
         post.publish("a", SCHEDULER, body(Alive(each), SCHEDULER, "a"))
         post.publish("a", SCHEDULER, body(Alive(each), SCHEDULER, "a"))
-        threading.Timer(0.05, lambda: post.command("a", Open("a1", 0))).start()
-        bank.wait_for(lambda orders: orders.open)
-        post.command("a", Start("a1", "r", (-1,) * int(each[1])))
+        start = Start("a1", "r", (-1,) * generation)
+        post.when(lambda each=each: each in [join.to for join in post.reported(Join)], "a", start)  # type: ignore[misc]
+        bank.wait_for(lambda orders, start=start: orders.start == start or None)  # type: ignore[misc]
     assert [joined.to for joined in post.reported(Join)] == ["", "s1", "s2"]
 
 
@@ -90,9 +91,14 @@ def test_who_joined_an_earlier_scheduler_is_asked_again_before_it_is_believed(po
     assert post.left(SCHEDULER, "a") == 0
     bank = post.channel("a", adopt=False)
     bank.announce(lambda: replace(here, incarnation="a1"))
-    threading.Timer(0.1, lambda: post.command("a", Start("a1", "r"))).start()
+    heard: list[Any] = []
+
+    def told(heard: list[Any]) -> list[Any]:
+        return [each for each in heard if isinstance(each[1], Join)]  # beside signs of life
+
+    post.when(lambda: heard.extend(channel.reports(timeout_s=1.0)) or told(heard), "a", Start("a1", "r"))
     bank.wait_for(lambda orders: orders.start)
-    assert channel.reports(timeout_s=1.0) == [("a", replace(here, incarnation="a1", to="s1"), False)]
+    assert told(heard) == [("a", replace(here, incarnation="a1", to="s1"), False)]
 
 
 # Silence ------------------------------------------------------------------------------------------------------
@@ -111,9 +117,9 @@ def test_a_worker_whose_peer_is_silent_for_too_long_says_whom_it_waited_for(post
 
 
 def test_a_peer_that_only_computes_for_long_is_not_silent(post: Post) -> None:
-    bank, label = post.channel("a", patience_s=0.1), post.channel("label", patience_s=0.1)
+    bank, label = post.channel("a", patience_s=0.3), post.channel("label", patience_s=0.3)
     answer = Gradient(MicroBatch(0, 0), tensor(0))
-    threading.Timer(0.1 * GIVE_UP * 1.5, lambda: label.send("a", answer)).start()
+    threading.Timer(0.3 * GIVE_UP * 1.2, lambda: label.send("a", answer)).start()
     assert bank.receive("label", Kind.GRADIENT, MicroBatch(0, 0)) == tensor(0)
 
 
@@ -124,7 +130,7 @@ def test_who_waits_for_whom_is_in_the_status_while_it_waits_and_a_slow_party_cha
     class Slow(ToyStage):
         def forward(self, micro_batch: MicroBatch) -> Payload:
             if micro_batch == MicroBatch(3, 1):
-                until(lambda: "activation 3.1 of b" in str(status()["parties"].get("label")))
+                await_that(lambda: "activation 3.1 of b" in str(status()["parties"].get("label")))
             return ToyStage.forward(self, micro_batch)
 
     post.listen(OPERATOR)

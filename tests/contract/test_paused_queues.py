@@ -15,10 +15,8 @@ from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import Limits
 from tests.support.links import Inbox, numbered, send, two_parties
 
-LIMITS = Limits(first_s=10.0, lost_s=60.0, busy_s=2.0, unroutable_s=30.0)
+LIMITS = Limits(first_s=60.0, lost_s=60.0, busy_s=2.0, unroutable_s=30.0)
 RECEIVERS = ("insurer", "scheduler", "telco")
-
-pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
@@ -49,10 +47,10 @@ def test_a_full_queue_does_not_hold_up_what_is_for_others(
     send(bank.link, "insurer", *numbered(20))
     assert not bank.link.flush(0.5), "the queue is full"
     began = time.monotonic()
-    for body in numbered(20):  # one after the other: each would wait for a pause of seconds
+    for body in numbered(60):  # one after the other: each would wait for a pause of seconds
         bank.link.publish(SCHEDULER, Kind.REPORT, "r1", body, persistent=False)
         assert [delivery.body for delivery in scheduler.take(1)] == [body]
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 60.0
     insurer = connect("insurer")
     taken = []
     for _ in range(20):
@@ -60,7 +58,7 @@ def test_a_full_queue_does_not_hold_up_what_is_for_others(
         insurer.link.acknowledge([delivery.tag])
         taken.append(delivery.body)
     assert sorted(taken) == sorted(numbered(20))
-    assert bank.link.flush(10.0) and bank.failure is None
+    assert bank.link.flush(90.0) and bank.failure is None
 
 
 def test_a_missing_queue_does_not_hold_up_what_is_for_others(

@@ -11,9 +11,10 @@ from sl_queue.protocol.control import (
     Stop,
 )
 from sl_queue.protocol.messages import SCHEDULER, Gradient, Kind, MicroBatch, Payload
-from tests.support.post import TOPOLOGY, activation, body, tensor, until
+from tests.support.post import TOPOLOGY, activation, body, tensor
 from tests.support.toy import ToyStage
 from tests.support.toy_run import ToyRun
+from tests.support.waiting import await_that
 
 TOTAL = 4000
 QUEUES = [(receiver, sender) for receiver in (*TOPOLOGY.parties, SCHEDULER) for sender in TOPOLOGY.senders_to(receiver)]
@@ -46,7 +47,7 @@ def test_thousands_of_wrong_messages_into_every_queue_of_a_live_run_change_nothi
     class Attacked(ToyStage):
         def forward(self, micro_batch: MicroBatch) -> Payload:
             share = TOTAL * micro_batch.step // last_step
-            until(lambda: len(published) >= share if micro_batch.step < last_step else not saboteur.is_alive())
+            await_that(lambda: len(published) >= share if micro_batch.step < last_step else not saboteur.is_alive())
             return ToyStage.forward(self, micro_batch)
 
     def sabotage() -> None:

@@ -17,14 +17,7 @@ from sl_queue.protocol.scheduler.state import EarlyStopping, Phase, RunState
 from sl_queue.transport.memory import MemoryBroker
 from tests.support.toy import ToyStage
 from tests.support.toy_run import AtLast, AtOnce, Crash, CrashAt, FaultyCheckpoints, ToyRun
-
-
-def until(true: Callable[[], bool], timeout_s: float = 15.0) -> None:
-    """Block until that is so."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.005)
+from tests.support.waiting import await_that
 
 
 def report(broker: MemoryBroker, sender: str, report: Report) -> None:
@@ -40,7 +33,7 @@ def ask_to_stop(run: ToyRun) -> None:
         report(run.broker, OPERATOR, StopRequest(run.scheduler))
         return run.ledger.state is not None and run.ledger.state.phase in (Phase.STOPPING, Phase.STOPPED)
 
-    until(is_taken)
+    await_that(is_taken)
 
 
 def test_what_workers_of_another_job_or_run_left_in_the_queues_misleads_no_scheduler() -> None:
@@ -100,7 +93,7 @@ def test_a_checkpoint_that_fails_while_a_stop_comes_is_told_and_no_stop(what: Ex
 
     def after_the_stop() -> None:
         under_way.set()
-        until(has_failed)
+        await_that(has_failed)
         time.sleep(0.1)  # if the order comes later, the test only proves less
         raise what
 
@@ -140,10 +133,8 @@ def test_final_weights_that_are_lost_after_the_end_are_written_again() -> None:
 def test_a_state_that_is_lost_after_the_end_is_said_to_be_and_nobody_waits() -> None:
     run = ToyRun().run()
     del run.stores["a"]
-    began = time.monotonic()
     with pytest.raises(CheckpointError, match="they are lost; to train from scratch"):
-        again(run, late_s=2.0, patience_s=60.0).run()
-    assert time.monotonic() - began < 15
+        again(run, late_s=2.0, patience_s=6000.0).run()  # who waited for a peer would not end within the test's time
 
 
 def test_a_stop_that_was_meant_for_an_earlier_scheduler_stops_nobody() -> None:
@@ -206,13 +197,13 @@ def test_nobody_needs_the_scheduler_while_it_is_dead_for_a_whole_epoch() -> None
     class WaitForThatCrash(CrashAt):
         def __call__(self, name: str) -> None:
             if run.newest("label") > -1:
-                until(lambda: len(lives) > 1)
+                await_that(lambda: len(lives) > 1)
 
     def stay_dead(role: str, link: Any) -> None:
         if role == SCHEDULER:
             lives.append(role)
             if len(lives) == 2:
-                until(lambda: run.newest("label") >= last_step(1))
+                await_that(lambda: run.newest("label") >= last_step(1))
 
     run.on_start = stay_dead
     run.crashes = {SCHEDULER: CrashInTheFirstEpoch(), "label": WaitForThatCrash()}
@@ -245,7 +236,7 @@ def fail_while_the_label_holder_is_gone(patience_s: float, until_it_may_come_bac
         def update(self) -> float:
             if not self.weights_:
                 return super().update()
-            until(lambda: len(lives) == 2)
+            await_that(lambda: len(lives) == 2)
             raise ZeroDivisionError("in the user's optimizer")
 
     class CrashAtCommit(CrashAt):
@@ -256,7 +247,7 @@ def fail_while_the_label_holder_is_gone(patience_s: float, until_it_may_come_bac
     def stay_dead(role: str, link: Any) -> None:
         if role == "label":
             lives.append(role)
-            until(lambda: len(lives) == 1 or until_it_may_come_back(run))
+            await_that(lambda: len(lives) == 1 or until_it_may_come_back(run))
 
     run.stage = lambda party: Failing(party) if party == "b" else ToyStage(party)
     run.crashes = {"label": CrashAtCommit()}

@@ -16,8 +16,6 @@ from sl_queue.errors import JobError
 ROOT = Path(__file__).parents[2]
 WORKERS = ("workers.scheduler", "workers.feature_party", "workers.label_holder")
 
-pytestmark = pytest.mark.timeout(120)
-
 WRONG = [
     ("SL_QUEUE_THREADS", "abc"),
     ("SL_QUEUE_THREADS", "-1"),

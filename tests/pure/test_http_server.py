@@ -1,25 +1,23 @@
 """Isolation of the metrics server: few connections, one thread, and an end to each, whatever watches a worker."""
 
 import os
-import resource
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
 
 from sl_queue.observe.http_server import MOST, REQUEST_BYTES, Answer, HttpServer
-from tests.support.links import await_that
+from tests.support.shortage import no_descriptors_left
+from tests.support.waiting import await_that
 
 HOST = "127.0.0.1"
 BIG = b"x" * 5_000_000
-PATIENCE_S = 1.5  # of an impatient server
-
-pytestmark = pytest.mark.timeout(60)
+PATIENCE_S = 0.5  # of an impatient server
 
 
 def fail(_: object) -> Answer:
@@ -41,12 +39,12 @@ def impatient() -> Iterator[HttpServer]:
 
 
 def get(server: HttpServer, path: str = "/") -> bytes:
-    with urllib.request.urlopen(f"http://{HOST}:{server.port}{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{HOST}:{server.port}{path}", timeout=60) as answer:
         return bytes(answer.read())
 
 
 def connect(server: HttpServer) -> socket.socket:
-    return socket.create_connection((HOST, server.port), timeout=10)
+    return socket.create_connection((HOST, server.port), timeout=60)
 
 
 def ask(server: HttpServer, request: bytes) -> bytes:
@@ -109,7 +107,7 @@ def test_a_connection_that_says_nothing_ends_after_its_patience(impatient: HttpS
     began = time.monotonic()
     with connect(impatient) as peer:
         assert peer.recv(1) == b""
-    assert 0.8 * PATIENCE_S < time.monotonic() - began < PATIENCE_S + 5
+    assert time.monotonic() - began > 0.8 * PATIENCE_S
 
 
 def test_a_watcher_that_does_not_read_its_answer_ends_too(impatient: HttpServer) -> None:
@@ -117,31 +115,12 @@ def test_a_watcher_that_does_not_read_its_answer_ends_too(impatient: HttpServer)
         peer.sendall(b"GET /big HTTP/1.1\r\n\r\n")
         await_that(lambda: sockets_of(impatient) == 1, "it is being answered")
         assert get(impatient) == b"here"
-        await_that(lambda: sockets_of(impatient) == 0, "it is given up", PATIENCE_S + 10)
-
-
-@contextmanager
-def no_descriptors_left() -> Iterator[None]:
-    """As when a process has opened all that it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
-    taken = []
-    try:
-        while True:
-            try:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-            except OSError:
-                break
-        yield
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await_that(lambda: sockets_of(impatient) == 0, "it is given up")
 
 
 def test_a_shortage_of_descriptors_neither_ends_it_nor_makes_it_spin(server: HttpServer) -> None:
     with socket.socket() as peer:
-        peer.settimeout(10)
+        peer.settimeout(60)
         with no_descriptors_left():
             peer.connect((HOST, server.port))  # by the kernel; the server cannot accept it
             peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -151,7 +130,7 @@ def test_a_shortage_of_descriptors_neither_ends_it_nor_makes_it_spin(server: Htt
             with pytest.raises(TimeoutError):
                 peer.recv(1)
             assert time.process_time() - spent < 0.5
-        peer.settimeout(10)
+        peer.settimeout(60)
         assert b"here" in peer.makefile("rb").read()
     assert get(server) == b"here"
 

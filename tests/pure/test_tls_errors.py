@@ -13,7 +13,7 @@ import pytest
 from sl_queue.checking.broker import _certificates
 from sl_queue.checking.findings import Check, Finding, Level
 from sl_queue.deployment.certificates import Certificate, new_authority, new_client, new_server
-from sl_queue.errors import BrokerUnreachable
+from sl_queue.errors import BrokerUnreachable, TransportError
 from sl_queue.transport.rabbitmq.address import Address
 from sl_queue.transport.rabbitmq.certificates import AUTHORITY, BROKER, OWN, try_expiry
 from sl_queue.transport.rabbitmq.connection import Connection
@@ -24,8 +24,6 @@ from tests.support.links import two_parties
 NOW = datetime.datetime.now(datetime.UTC)
 HOST = "127.0.0.1"
 AT_ONCE = Limits(first_s=30.0)
-
-pytestmark = pytest.mark.timeout(60)
 
 
 def days(count: int) -> datetime.datetime:
@@ -167,3 +165,27 @@ def test_files_that_are_being_changed_are_tried_again_and_not_a_bug(authority: C
 
     with pytest.raises(Denied, match="certificates that the broker's URL names cannot be used now"):
         asyncio.run(attempt())
+
+
+def test_a_broker_that_closes_during_the_handshake_is_tried_again(authority: Certificate, tmp_path: Path) -> None:
+    tried: list[int] = []
+    with socket.create_server((HOST, 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    plain, _ = listener.accept()
+                    with plain:
+                        tried.append(len(plain.recv(65536)))  # the client's first message, all of it: no reset
+                    if len(tried) == 2:
+                        link.close()
+
+        url = url_of(listener.getsockname()[1], written(tmp_path, "authority", authority))
+        link = RabbitLink(url, "bank", two_parties(), limits=Limits(first_s=200.0))
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(TransportError, match="party 'bank' is closed"):
+            link.open(lambda _: None, lambda: None, lambda _: None)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert len(tried) >= 2

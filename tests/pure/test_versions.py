@@ -19,6 +19,7 @@ from sl_queue.transport.party_channel import PartyChannel
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 from sl_queue.transport.versions import Versions
 from tests.support.toy_run import CrashAt, ToyRun
+from tests.support.waiting import await_that
 
 TOPOLOGY = Topology("label", ("a", "b"))
 FIRST = MicroBatch(0, 0)
@@ -92,7 +93,7 @@ def test_a_party_ends_with_both_versions_named_when_a_peer_speaks_another_one() 
             label.receive("b", Kind.ACTIVATION, FIRST)
     finally:
         label.close()
-    assert 0.4 <= time.monotonic() - began < 3.0
+    assert time.monotonic() - began >= 0.4
     assert len(broker.dead_letters) < 10
 
 
@@ -103,7 +104,7 @@ def test_a_scheduler_fails_the_run_with_both_versions_named_and_tells_the_others
         Foreigner(run.broker, (SCHEDULER, "label"), 0.05),
         pytest.raises(AlignmentError),
     ):
-        run.run(timeout_s=20.0)
+        run.run()
     told = sorted(str(error) for error in run.errors)
     assert len(told) == 4 and sum("party 'a' speaks protocol 2, this program speaks 1" in text for text in told) == 3
     assert run.ledger.state is not None
@@ -121,12 +122,12 @@ def test_a_worker_of_another_version_in_a_run_that_goes_on_is_refused_alone() ->
             lives.append(role)
             if len(lives) == 2:
                 with Foreigner(run.broker, (SCHEDULER, "label"), 0.05):
-                    time.sleep(3 * 0.4)
+                    await_that(lambda: run.ledger.state is not None and run.ledger.state.members["a"].refused)
                     assert run.ledger.state is not None
                     refused.append(run.ledger.state.members["a"].refused)
 
     run.on_start = start
-    run.run(timeout_s=30.0)
+    run.run()
     assert len(lives) == 2 and "speaks protocol 2, this program speaks 1" in str(refused[0])
     assert run.errors == [] and run.weights() == ToyRun().run().weights()
 

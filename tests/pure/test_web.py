@@ -17,9 +17,7 @@ from sl_queue.errors import JobError
 from sl_queue.observe.live import Live, Seen
 from sl_queue.observe.web import MOST, WatchServer, kept_page, page
 from sl_queue.protocol.scheduler.status import RunStatus
-from tests.support.links import await_that
-
-pytestmark = pytest.mark.timeout(60)
+from tests.support.waiting import await_that
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def status(step: int, **changes: Any) -> RunStatus:
 
 
 def get(port: int, path: str = "/", host: str | None = None, method: str = "GET") -> http.client.HTTPResponse:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest(method, path, skip_host=True)
     if host is not None:
         connection.putheader("Host", host)
@@ -134,13 +132,13 @@ def test_two_views_a_second_are_made_however_often_the_scheduler_tells(live: Liv
 
     teller = threading.Thread(target=tell)
     teller.start()
-    seen, views, until = Seen(), 0, time.monotonic() + 2.0
-    while time.monotonic() < until:
-        _, seen = live.next(seen, 1.0)
-        views += 1
+    seen, began = Seen(), time.monotonic()
+    for _ in range(4):
+        _, seen = live.next(seen, 60.0)
+    took_s = time.monotonic() - began
     ended.set()
     teller.join()
-    assert 2 <= views <= 6
+    assert took_s > 1.0  # the first at once, and half a second before each of the others
 
 
 def test_idle_connections_are_bounded_and_cost_the_run_nothing(live: Live, server: WatchServer) -> None:
@@ -150,7 +148,7 @@ def test_idle_connections_are_bounded_and_cost_the_run_nothing(live: Live, serve
     assert threading.active_count() <= before + MOST
     began = time.monotonic()
     live.take(status(1))
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5.0
     for each in idle:
         each.close()
     await_that(lambda: answers(server.port), "no answer after the idle have left")

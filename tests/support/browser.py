@@ -12,6 +12,8 @@ from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
+from tests.support.waiting import WAIT_S
+
 CONTRAST = """const parse=c=>c.match(/[\\d.]+/g).slice(0,3).map(Number);
 const linear=v=>v<=.03928?v/12.92:((v+.055)/1.055)**2.4;
 const light=c=>parse(c).map(v=>linear(v/255)).reduce((s,v,i)=>s+v*[.2126,.7152,.0722][i],0);
@@ -46,7 +48,7 @@ def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Ite
         chrome.quit()
 
 
-def until(chrome: Chrome, condition: Callable[[Chrome], Any], timeout_s: float) -> Any:
+def until(chrome: Chrome, condition: Callable[[Chrome], Any], timeout_s: float = WAIT_S) -> Any:
     """Wait for something to be so on the page."""
     return WebDriverWait(chrome, timeout_s, poll_frequency=0.05).until(condition)
 

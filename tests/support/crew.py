@@ -1,12 +1,11 @@
 """The example's three workers as real processes over a real broker, to be killed, frozen and started again one by one.
 
-They are forked from a process that has torch loaded, so a worker starts in a fraction of a second. What a worker logs
-goes to a file, where it is found even if the worker was killed right after.
+They are forked (tests/support/forked.py), so a worker starts in a fraction of a second. What a worker logs goes to a
+file, where it is found even if the worker was killed right after.
 """
 
 import ctypes
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -27,27 +26,16 @@ from sl_queue.protocol.events import Event
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.testing.run_log import RunLog, events_in
 from tests.support.credit import FILES, edit, write_credit
+from tests.support.forked import fork
 from tests.support.secured import SEALED, write_keys
 
 ROLES = ("bank", "insurer", "scheduler")
 MODULES = {"bank": "feature", "insurer": "label", "scheduler": "scheduler"}
-WAIT_S = 60.0
+WAIT_S = 150.0
 CHECKPOINT_EVERY = 4
 STEPS = 40
 KEYS = "keys"
 QUEUES = os.environ.get("SL_QUEUE_TEST_QUEUES", "classic")  # or quorum
-
-_forked = multiprocessing.get_context("forkserver")
-_forked.set_forkserver_preload(
-    [
-        "sl_queue.launch.party",
-        "sl_queue.launch.scheduler",
-        "sl_queue.transport.rabbitmq.link",
-        "torch._dynamo",
-        "torchmetrics",
-        "tests.support.crew",
-    ]
-)
 
 
 def write_job(folder: Path, *, patience: float = 2.0, checkpoint_every: int = CHECKPOINT_EVERY) -> Path:
@@ -119,8 +107,7 @@ class Crew:
         self._starts[role] += 1
         log = self.log_file(role)
         log.touch()
-        process = _forked.Process(target=_work, args=(role, arguments, environ, log, prepare), daemon=True)
-        process.start()
+        process = fork(_work, role, arguments, environ, log, prepare)
         self._running[role] = process
         self._pids[role].append(process.pid)
 

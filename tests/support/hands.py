@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from sl_queue.compute.fuse_stage import TorchFuseStage
@@ -13,11 +13,12 @@ from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
 from sl_queue.errors import SlQueueError
 from sl_queue.loops.hand import Hand
 from sl_queue.loops.lead import Lead
-from sl_queue.protocol.hands import Call
+from sl_queue.protocol.hands import MOST_DEATHS, Call
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
 
 ABOUT = {"job": "j"}
+STEPS_APART = 4  # twice the staleness with which the tests train: tasks further apart are never open together
 
 
 class Killed(BaseException):
@@ -41,9 +42,9 @@ class Mortal:
         return getattr(self.inner, name)
 
     def do(self, call: Call) -> Any:
-        self.crew.may_lose(self)
+        self.crew.may_lose(self, call)
         found = self.inner.do(call)
-        self.crew.may_lose(self)
+        self.crew.may_lose(self, call)
         return found
 
 
@@ -55,10 +56,12 @@ class Crew:
     loss: float = 0.0
     lanes: MemoryLanes = field(default_factory=MemoryLanes)
     lost: int = 0
+    lost_at: list[int] = field(default_factory=list)  # the steps of those that were lost by chance
     ends: dict[int, MemoryLane] = field(default_factory=dict)
     threads: list[Thread] = field(default_factory=list)
     errors: list[SlQueueError] = field(default_factory=list)
     random: Random = field(default_factory=lambda: Random(0))
+    choosing: Lock = field(default_factory=Lock)
 
     def lead(self, own: bool = False, **more: Any) -> Lead:
         """Open a lead of this party."""
@@ -98,11 +101,21 @@ class Crew:
             self.lost += 1
             self.ends.pop(mortal).close()
 
-    def may_lose(self, mortal: Mortal) -> None:
-        """Lose this hand, as SIGKILL does, by chance."""
-        if self.random.random() < self.loss and id(mortal) in self.ends:
-            self.lost += 1
-            self.ends.pop(id(mortal)).close()
+    def may_lose(self, mortal: Mortal, call: Call) -> None:
+        """Lose this hand, as SIGKILL does, by chance; but fewer over one task than make it deadly.
+
+        The lead puts a death down to the oldest task that the hand had, of a step that is not far from the call's.
+        """
+        step = call.micro_batch.step
+        with self.choosing:
+            near = sum(abs(step - other) <= STEPS_APART for other in self.lost_at)
+            chosen = self.random.random() < self.loss and near < MOST_DEATHS - 1
+            lane = self.ends.pop(id(mortal), None) if chosen else None
+            if lane is not None:
+                self.lost += 1
+                self.lost_at.append(step)
+        if lane is not None:
+            lane.close()
             self.join()
             raise Killed
 

@@ -1,7 +1,6 @@
 """Observers and inboxes of link tests: who is there, and an inbox that can be waited for."""
 
 import threading
-import time
 from collections.abc import Callable
 
 from sl_queue.errors import SlQueueError
@@ -9,7 +8,7 @@ from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery, Link
 
-WAIT_S = 30.0
+WAIT_S = 90.0
 
 
 def two_parties(prefix: str = "") -> Topology:
@@ -74,10 +73,3 @@ def send(link: Link, receiver: str, *bodies: bytes, persistent: bool = False) ->
 
 def numbered(count: int) -> list[bytes]:
     return [str(number).encode() for number in range(count)]
-
-
-def await_that(holds: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)

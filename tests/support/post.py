@@ -1,6 +1,6 @@
 """Channels of parties and of the scheduler at a broker in memory, and what others publish there."""
 
-import time
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from sl_queue.transport.link import Delivery
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.party_channel import PartyChannel
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
+from tests.support.waiting import await_that
 
 TOPOLOGY = Topology("label", ("a", "b"))
 PATIENCE_S = 60.0  # no test waits for it
@@ -74,6 +75,15 @@ class Post:
     def command(self, party: str, command: Command) -> None:
         self.publish(party, SCHEDULER, body(command, SCHEDULER, party))
 
+    def when(self, true: Callable[[], object], party: str, command: Command) -> None:
+        """Have the scheduler give an order once that is so, in a thread of its own."""
+
+        def give() -> None:
+            await_that(true)
+            self.command(party, command)
+
+        threading.Thread(target=give, daemon=True).start()
+
     def left(self, receiver: str, sender: str) -> int:
         """Count the messages that the broker still holds for that queue."""
         queue = self.broker.queue(receiver, sender)
@@ -85,14 +95,6 @@ class Post:
 
 def nothing() -> None:
     """Save no checkpoint."""
-
-
-def until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Block until that is so."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.005)
 
 
 def scheduler(post: Post) -> LinkSchedulerChannel:

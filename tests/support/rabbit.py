@@ -9,7 +9,7 @@ import pika
 from sl_queue.transport.retry import Limits
 from tests.support.links import Inbox
 
-LIMITS = Limits(first_s=2.0, lost_s=40.0, busy_s=1.0, unroutable_s=2.0)
+LIMITS = Limits(first_s=60.0, lost_s=120.0, busy_s=1.0, unroutable_s=60.0)  # what a slow machine never reaches
 Connect = Callable[..., Inbox]
 
 

@@ -212,7 +212,7 @@ class ToyRun:
         batches = Batches(self.n_rows, 7, self.epochs, self.batch_size, self.micro_batches, self.holdout)
         return Pipeline(batches, self.depth, self.staleness, self.checkpoint_every)
 
-    def run(self, timeout_s: float = 20.0) -> "ToyRun":
+    def run(self, timeout_s: float = 120.0) -> "ToyRun":
         """To the end; every crashed role is started again, as a supervisor would."""
         roles = (SCHEDULER, *self.topology.parties)
         threads = [threading.Thread(target=self._supervise, args=(r,), name=f"{r}-main", daemon=True) for r in roles]
@@ -279,6 +279,24 @@ class ToyRun:
             finally:
                 channel._pulse.end()
 
+    def _channel(self, party: str, link: FaultyLink, number: str, bounds: Bounds) -> PartyChannel:
+        """Open the channel of a party's worker."""
+        channel = PartyChannel(
+            link,
+            party,
+            self.topology,
+            number,
+            patience_s=self.patience_s,
+            persistent=False,
+            depth=self.depth,
+            seal=self.seal_of(party),
+            committer=self.committer(),
+            bounds=bounds,
+            observe=to_log,
+        )
+        channel.open()
+        return channel
+
     def _serve_party(self, party: str) -> None:
         pipeline, label = self.pipeline, self.topology.label_holder
         store = self.stores.setdefault(party, FaultyCheckpoints())
@@ -290,20 +308,7 @@ class ToyRun:
         bounds = Bounds(pipeline, frozenset(kinds))
         with self._link(party, bounds.prefetch) as link:
             number = str(next(self._numbers))
-            channel = PartyChannel(
-                link,
-                party,
-                self.topology,
-                number,
-                patience_s=self.patience_s,
-                persistent=False,
-                depth=self.depth,
-                seal=self.seal_of(party),
-                committer=self.committer(),
-                bounds=bounds,
-                observe=to_log,
-            )
-            channel.open()
+            channel = self._channel(party, link, number, bounds)
             self._train(party, channel, stage, number, pipeline)
 
     def _train(self, party: str, channel: PartyChannel, stage: Any, number: str, pipeline: Pipeline) -> None:

@@ -2,12 +2,11 @@
 
 import http.client
 import json
-import signal
 import socket
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from tests.support.credit import FILES, write_credit
-from tests.system.test_cli import environment, sl_queue
+from tests.support.forked import Forked, environment, forked, sl_queue
+from tests.support.waiting import await_that
 
 NEW = 3000
 
@@ -95,19 +95,11 @@ def test_workers_explain_over_a_broker_and_each_party_keeps_what_its_own_columns
 ) -> None:
     bank = trained / "bank-explain.toml"
     bank.write_text(f"{(trained / 'bank.toml').read_text()}\n[serve]\nexplain = true\n")
-    environ = environment(SL_QUEUE_BROKER=broker_url)
-    workers = (("feature_party", bank, "--serve"), ("label_holder", trained / "insurer.toml", "--explain"))
-    commands = [
-        [sys.executable, "-m", f"workers.{module}", "--job", str(trained / "job.toml"), "--party", str(party), option]
-        for module, party, option in workers
-    ]
-    serving = subprocess.Popen(commands[0], env=environ, stderr=subprocess.DEVNULL)
-    try:
-        done = subprocess.run(commands[1], env=environ, capture_output=True, text=True, timeout=110, check=False)
-    finally:
-        serving.kill()
-        serving.wait()
-    assert done.returncode == 0, done.stderr
+    job, log = ("--job", trained / "job.toml"), trained / "explained.log"
+    serve = ("workers.feature_party", *job, "--party", bank, "--serve")
+    explain = ("workers.label_holder", *job, "--party", trained / "insurer.toml", "--explain")
+    with worker(serve, trained / "serves.log", broker_url), worker(explain, log, broker_url) as explaining:
+        assert explaining.wait() == 0, log.read_text()
     (kept,) = (trained / "state" / "bank" / "versions").glob("*/importance.csv")
     worse = {line.split(",")[1]: float(line.split(",")[2]) for line in kept.read_text().splitlines()[1:]}
     assert worse.keys() == {"(all)", "age", "income", "balance"}
@@ -139,7 +131,7 @@ def test_what_cannot_be_predicted_is_said_in_one_line(trained: Path, tmp_path: P
     assert "no version of run 'nowhere'" in unknown.stderr
 
 
-def predicted_with(trained: Path, folder: Path, text: str) -> "subprocess.CompletedProcess[str]":
+def predicted_with(trained: Path, folder: Path, text: str) -> CompletedProcess[str]:
     """Predict with another table of the insurer's, for the first rows of the bank's."""
     bank = pa.parquet.read_table(trained / "bank_new.parquet")
     kept = [i for i, one in enumerate(bank["customer_id"].to_pylist()) if one in (70_000, 70_001)]
@@ -188,7 +180,6 @@ def test_a_table_that_cannot_be_predicted_is_said_before_anything_is_sent(
     assert not (tmp_path / "predictions.parquet").exists()
 
 
-@pytest.mark.timeout(240)
 def test_workers_that_are_killed_leave_the_same_file_with_each_row_once(trained: Path, broker_url: str) -> None:
     assert sl_queue("predict", *files(trained)).returncode == 0
     wanted = (trained / "predictions.csv").read_bytes()
@@ -198,31 +189,25 @@ def test_workers_that_are_killed_leave_the_same_file_with_each_row_once(trained:
         "bank": ["workers.feature_party", "--party", trained / "bank.toml"],
         "insurer": ["workers.label_holder", "--party", trained / "insurer.toml"],
     }
-
-    def start(role: str) -> "subprocess.Popen[bytes]":
-        module, *rest = commands[role]
-        command = [sys.executable, "-m", module, "--job", trained / "job.toml", *rest, "--predict", "today"]
-        environ = environment(SL_QUEUE_BROKER=broker_url)
-        return subprocess.Popen(list(map(str, command)), env=environ, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    workers = {role: start(role) for role in commands}
     pieces = trained / "state" / "insurer" / "predictions" / "today" / "pieces"
-    try:
+    with ExitStack() as running:
+
+        def start(role: str) -> Forked:
+            words = [*commands[role], "--job", trained / "job.toml", "--predict", "today"]
+            return running.enter_context(worker(words, trained / f"{role}.log", broker_url))
+
+        workers = {role: start(role) for role in commands}
         for role in commands:
-            deadline = time.monotonic() + 90.0
-            while not any(pieces.glob("*.npy")) and workers["insurer"].poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            workers[role].send_signal(signal.SIGKILL)
-            workers[role].communicate()
+            await_that(lambda: any(pieces.glob("*.npy")) or workers["insurer"].poll() is not None, "no piece came")
+            workers[role].kill()
             workers[role] = start(role)
-        said = {role: worker.communicate(timeout=120) for role, worker in workers.items()}
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.communicate()
-    assert {role: worker.returncode for role, worker in workers.items()} == dict.fromkeys(commands, 0), said
+        codes = {role: process.wait() for role, process in workers.items()}
+    assert codes == dict.fromkeys(commands, 0), [(trained / f"{role}.log").read_text() for role in commands]
     assert (trained / "predictions.csv").read_bytes() == wanted
+
+
+def worker(words: Sequence[object], log: Path, broker_url: str) -> AbstractContextManager[Forked]:
+    return forked(words, environment(SL_QUEUE_BROKER=broker_url), stdout=log, stderr=log)
 
 
 def ask(port: int, ids: list[int]) -> tuple[int, dict[str, object]]:
@@ -238,7 +223,6 @@ def ask(port: int, ids: list[int]) -> tuple[int, dict[str, object]]:
         connection.close()
 
 
-@pytest.mark.timeout(240)
 def test_a_service_answers_over_http_whoever_is_killed(trained: Path, broker_url: str) -> None:
     assert sl_queue("predict", *files(trained)).returncode == 0
     table = pa.csv.read_csv(trained / "predictions.csv")
@@ -254,28 +238,23 @@ def test_a_service_answers_over_http_whoever_is_killed(trained: Path, broker_url
         "insurer": ["workers.label_holder", "--party", party],
     }
 
-    def start(role: str) -> "subprocess.Popen[bytes]":
-        module, *rest = commands[role]
-        command = [sys.executable, "-m", module, "--job", trained / "job.toml", *rest, "--serve"]
-        environ = environment(SL_QUEUE_BROKER=broker_url)
-        return subprocess.Popen(list(map(str, command)), env=environ, stderr=subprocess.DEVNULL)
+    asked: list[tuple[int, dict[str, object]]] = []
 
-    workers = {role: start(role) for role in commands}
-    try:
+    def answered() -> bool:
+        asked.append(ask(port, [*first]))
+        return asked[-1][0] == 200
+
+    with ExitStack() as running:
+
+        def start(role: str) -> Forked:
+            words = [*commands[role], "--job", trained / "job.toml", "--serve"]
+            return running.enter_context(worker(words, trained / f"{role}.log", broker_url))
+
+        workers = {role: start(role) for role in commands}
         for role in ("bank", "insurer", "bank"):
-            deadline = time.monotonic() + 60.0
-            status, said = 0, {}
-            while status != 200:
-                assert time.monotonic() < deadline, (status, said)
-                status, said = ask(port, [*first])
-                time.sleep(0.1)
-            predictions = said["predictions"]
+            await_that(answered, lambda: str(asked[-1]))
+            predictions = asked[-1][1]["predictions"]
             assert isinstance(predictions, list)
             assert {one["id"]: pytest.approx(one["probability"], abs=1e-6) for one in predictions} == first
             workers[role].kill()
-            workers[role].wait()
             workers[role] = start(role)
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()

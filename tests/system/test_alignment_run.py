@@ -21,10 +21,7 @@ from sl_queue.launch.operator import read_status
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.security.keys import PrivateKey, read_key, write_key
 from tests.support import raw_tables
-from tests.support.tables_run import started
-from tests.system.test_cli import environment
-
-pytestmark = pytest.mark.timeout(180)
+from tests.support.local_run import started
 
 PSI = raw_tables.JOB + '\n[alignment]\nmethod = "psi"\nnormalise = ["strip", "casefold"]\npad = 50\n'
 BANK, INSURER = raw_tables.customers(60), raw_tables.customers(70, first=20)
@@ -128,12 +125,12 @@ def test_processes_over_a_broker_align_through_kills_to_the_same_weights(
         (place / "job.toml").write_text(text.replace('name = "raw"', f'name = "{unique}"'))
     sl_queue.run_local(*loaded(joined), out=joined / "out")
     files = [folder / name for name in ("job.toml", "bank.toml", "insurer.toml")]
-    with started(files, folder / "out", environment(SL_QUEUE_BROKER=broker_url)) as run:
-        run.until(lambda: (folder / "out/bank/alignment.key").exists())
-        os.kill(run.worker("bank"), signal.SIGKILL)
-        run.until(lambda: (folder / "out/scheduler/alignment.json").exists())
-        os.kill(run.worker("scheduler"), signal.SIGKILL)
-        assert run.wait() == 0, run.text
+    with started(files, folder / "out", broker_url) as run:
+        run.until_it_is_so((folder / "out/bank/alignment.key").exists, "a key")
+        os.kill(run.workers()["bank"], signal.SIGKILL)
+        run.until_it_is_so((folder / "out/scheduler/alignment.json").exists, "an alignment")
+        os.kill(run.workers()["scheduler"], signal.SIGKILL)
+        run.finish()
     assert weights(folder / "out") == weights(joined / "out")
     job = Job.load(folder / "job.toml")
     status = read_status(job, broker_url)

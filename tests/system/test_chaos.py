@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from io import StringIO
 from pathlib import Path
 
@@ -21,16 +20,14 @@ from sl_queue.testing.report import report
 from sl_queue.testing.run_log import RunLog, following, recomputed
 from tests.support.crew import ROLES, write_job
 from tests.support.everything import use_everything
-
-COMMAND = str(Path(sys.executable).with_name("sl-queue"))
+from tests.support.forked import sl_queue
 
 
 def chaos(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    files = [str(folder / name) for name in ("job.toml", "bank.toml", "insurer.toml")]
-    return subprocess.run([COMMAND, "chaos", *files, *options], capture_output=True, text=True, check=False)
+    files = [folder / name for name in ("job.toml", "bank.toml", "insurer.toml")]
+    return sl_queue("chaos", *files, *options, timeout_s=580.0)
 
 
-@pytest.mark.timeout(400)  # it starts a broker and a dozen workers, each of which loads torch
 def test_killed_workers_a_killed_broker_and_cut_connections_change_no_bit(tmp_path: Path) -> None:
     write_job(tmp_path)
     use_everything(tmp_path, micro_batches=2)

@@ -1,22 +1,26 @@
-"""The command as users meet it: a process of its own, what it says, and its exit code."""
+"""The command as users meet it: a process of its own, what it says, and its exit code.
+
+The demo runs as installed; the others are forked from a process that has loaded it.
+"""
 
 import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.credit import FILES, bank_columns, edit, write_bank, write_credit
+from tests.support.forked import environment, forked, sl_queue
+from tests.support.waiting import await_that
 
 Trained = tuple[Path, subprocess.CompletedProcess[str]]
 
@@ -42,16 +46,6 @@ def trained(trained_once: Trained, tmp_path: Path) -> Path:
     """Copy it, so that a test may change it."""
     job, _ = trained_once
     return Path(shutil.copytree(job.parent, tmp_path / "trained")) / job.name
-
-
-def environment(**changes: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SL_QUEUE_")}
-    return {**kept, "OMP_NUM_THREADS": "1", **changes}
-
-
-def sl_queue(*arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
-    command = [COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(**changes), timeout=100, check=False)
 
 
 def files(job: Path) -> list[Path]:
@@ -144,7 +138,8 @@ def test_without_out_the_state_lies_where_the_party_files_say(job: Path) -> None
 
 
 def test_the_demo_trains_offline_and_the_joint_model_beats_each_party_alone(tmp_path: Path) -> None:
-    run = sl_queue("demo", "--out", tmp_path / "demo", SL_QUEUE_BROKER="amqp://nowhere.invalid")
+    command, env = [COMMAND, "demo", "--out", tmp_path / "demo"], environment(SL_QUEUE_BROKER="amqp://nowhere.invalid")
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr
     joint, left, right, joined = (float(number) for number in re.findall(r"  (0\.\d{4}) *$", run.stdout, re.MULTILINE))
     assert joint == joined
@@ -158,17 +153,15 @@ def test_the_demo_trains_offline_and_the_joint_model_beats_each_party_alone(tmp_
 def test_a_terminal_gets_a_progress_bar(job: Path) -> None:
     edit(job, "epochs = 5", "epochs = 60")
     master, slave = pty.openpty()
-    command = [COMMAND, "local", *map(str, files(job)), "--out", str(job.parent / "run")]
-    with subprocess.Popen(command, stderr=slave, stdout=subprocess.DEVNULL, env=environment(TERM="xterm")) as run:
-        os.close(slave)
-        shown = b""
-        while True:
-            try:
+    terminal = {"stdout": Path(os.devnull), "stderr": Path(os.ttyname(slave))}
+    command, shown = ["sl-queue", "local", *files(job), "--out", job.parent / "run"], b""
+    with forked(command, environment(TERM="xterm"), **terminal) as run:
+        while run.poll() is None:
+            if select.select([master], [], [], 0.05)[0]:
                 shown += os.read(master, 65536)
-            except OSError:  # the other side is closed
-                break
+        assert run.wait() == 0
+    os.close(slave)
     os.close(master)
-    assert run.returncode == 0
     text = shown.decode()
     assert re.search(r"credit: epoch \d+/60 .*━.* step \d+/120  loss \d\.\d+  samples/s [\d.,]+", text)
 
@@ -184,7 +177,6 @@ def test_check_of_a_sound_job_exits_0(job: Path) -> None:
 BASE, FUSE = "hidden_dim = 32", "input_dim = 48"
 
 Spoil = Callable[[Path], None]  # gets the folder
-Outcome = tuple[subprocess.CompletedProcess[str], list[Path]]  # with the final weights that it left
 
 
 def file_edit(name: str, old: str, new: str) -> Spoil:
@@ -239,29 +231,16 @@ WRONG: dict[str, tuple[Spoil, int, str]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """Each mistake's outcome; two at a time, since each process imports torch first."""
-
-    def outcome(what: str) -> Outcome:
-        job = write_credit(tmp_path_factory.mktemp("wrong"))
-        WRONG[what][0](job.parent)
-        return local(job, "--out", job.parent / "run"), list(job.parent.glob("run/*/final/*"))
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WRONG, pool.map(outcome, WRONG), strict=True))
-
-
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("what", WRONG)
-def test_local_says_what_is_wrong_and_exits_accordingly(wrong: dict[str, Outcome], what: str) -> None:
-    _, code, says = WRONG[what]
-    run, final = wrong[what]
+def test_local_says_what_is_wrong_and_exits_accordingly(job: Path, what: str) -> None:
+    spoil, code, says = WRONG[what]
+    spoil(job.parent)
+    run = local(job, "--out", job.parent / "run")
     assert run.returncode == code, run.stderr
     assert len(re.findall("^error: ", run.stderr, re.MULTILINE)) == 1
     assert re.search(says, run.stderr)
     assert "Traceback" not in run.stderr
-    assert not final
+    assert not list(job.parent.glob("run/*/final/*"))
 
 
 def test_a_nan_loss_in_the_middle_names_party_step_and_what(job: Path) -> None:
@@ -315,21 +294,16 @@ def test_debug_shows_the_traceback(job: Path) -> None:
 
 def test_ctrl_c_ends_with_130_and_the_run_can_go_on(job: Path) -> None:
     edit(job, "epochs = 5", "epochs = 2000")
-    command = [COMMAND, "local", *map(str, files(job)), "--out", str(job.parent / "run")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as run:
-        assert run.stderr is not None
-        for line in run.stderr:
-            if "epoch 3/" in line:
-                run.send_signal(signal.SIGINT)
-                break
-        said = run.stderr.read()
-    assert run.returncode == 130, said
-    assert "interrupted; the same command resumes" in said
-    assert "Traceback" not in said
+    command = ["sl-queue", "local", *files(job), "--out", job.parent / "run"]
+    said = job.parent / "said"
+    with forked(command, environment(), stdout=Path(os.devnull), stderr=said) as run:
+        await_that(lambda: "epoch 3/" in said.read_text(), said.read_text)
+        run.send_signal(signal.SIGINT)
+        assert run.wait() == 130, said.read_text()
+    assert "interrupted; the same command resumes" in said.read_text()
+    assert "Traceback" not in said.read_text()
     assert not list(job.parent.glob("run/*/final/*"))
-    began = time.monotonic()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as run:
-        assert run.stderr is not None
-        first = next(line for line in run.stderr if "epoch " in line)
-        run.kill()
-    assert int(re.findall(r"epoch (\d+)/", first)[0]) >= 3, f"{first} after {time.monotonic() - began:.0f} s"
+    again = job.parent / "again"
+    with forked(command, environment(), stdout=Path(os.devnull), stderr=again):
+        await_that(lambda: re.search(r"epoch \d+/", again.read_text()), again.read_text)
+    assert int(re.findall(r"epoch (\d+)/", again.read_text())[0]) >= 3

@@ -14,7 +14,6 @@ from sl_queue.testing.private_broker import HOST, PrivateBroker, find_server
 from tests.support.crew import ROLES, STEPS, Crew, quiet_weights, with_heartbeat, write_job
 
 pytestmark = [
-    pytest.mark.timeout(300),
     pytest.mark.skipif(find_server() is None, reason="needs a rabbitmq-server on this machine"),
 ]
 

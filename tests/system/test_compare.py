@@ -1,7 +1,5 @@
 """`sl-queue compare`: a user's own job by all parties, by each alone, and joined in one process."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ from torch import Tensor, nn
 from sl_queue import Job, JobError, PartyFile, Rows
 from sl_queue.local.comparing import compare, lines
 from tests.support.credit import write_credit
+from tests.support.forked import sl_queue
 from tests.support.split import Concatenated
 
-COMMAND = str(Path(sys.executable).with_name("sl-queue"))
 ROWS = 300
 
 
@@ -111,7 +109,7 @@ def test_a_party_file_that_is_missing_is_named() -> None:
 def test_the_command_prints_a_line_for_each_way(tmp_path: Path) -> None:
     write_credit(tmp_path)
     words = ["compare", "job.toml", "bank.toml", "insurer.toml"]
-    done = subprocess.run([COMMAND, *words], cwd=tmp_path, capture_output=True, text=True)
+    done = sl_queue(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = [line.split("  ")[0] for line in done.stdout.splitlines()[1:]]
     assert names == [

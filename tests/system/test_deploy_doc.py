@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
 
 pytestmark = [
-    pytest.mark.timeout(400),
     pytest.mark.skipif(find_server() is None, reason="needs a rabbitmq-server on this machine"),
 ]
 

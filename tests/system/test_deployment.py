@@ -2,8 +2,6 @@
 
 import datetime
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +15,9 @@ from sl_queue.protocol.messages import OPERATOR
 from sl_queue.testing.private_broker import PrivateBroker, find_server, free_ports
 from tests.support.credit import edit
 from tests.support.crew import ROLES, Crew, quiet_weights, sums, write_job
+from tests.support.forked import sl_queue
 
 pytestmark = [
-    pytest.mark.timeout(300),
     pytest.mark.skipif(find_server() is None, reason="needs a rabbitmq-server on this machine"),
 ]
 
@@ -139,15 +137,9 @@ def test_no_log_and_no_command_line_shows_a_secret(plain: Deployment) -> None:
 
 def test_local_runs_a_sealed_job_with_the_keys_of_all(tmp_path: Path, broker_url: str) -> None:
     job, out = write_sealed_job(tmp_path, Place(("localhost",))), tmp_path / "states"
-    files = [str(tmp_path / f"{party}.toml") for party in ("bank", "insurer")]
-    command = [str(Path(sys.executable).with_name("sl-queue")), "local", str(job), *files, "--out", str(out)]
-
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        environ = {**os.environ, "SL_QUEUE_BROKER": broker_url}
-        return subprocess.run([*command, *options], env=environ, capture_output=True, text=True, timeout=200)
-
-    refused = run()
+    command = ["local", job, *(tmp_path / f"{party}.toml" for party in ("bank", "insurer")), "--out", out]
+    refused = sl_queue(*command, SL_QUEUE_BROKER=broker_url)
     assert refused.returncode == 2 and "'operator' needs its private key" in refused.stderr
-    done = run("--keys", str(tmp_path / "out"))
+    done = sl_queue(*command, "--keys", tmp_path / "out", SL_QUEUE_BROKER=broker_url)
     assert done.returncode == 0, done.stderr
     assert sums(out) == quiet_weights()

@@ -121,7 +121,7 @@ def slow(model: Path, seconds: float) -> None:
 
 
 def test_a_party_twenty_times_slower_than_the_others_is_waited_for(tmp_path: Path, broker_url: str) -> None:
-    write_job(tmp_path, patience=0.5)
+    write_job(tmp_path)
     slow(tmp_path / "bank.py", seconds=0.06)
     with Crew(tmp_path, broker_url) as crew:
         crew.start()

@@ -24,8 +24,6 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
 PASSWORD = "correcthorse"
 OWN = "hand.0123456789ab"
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @dataclass(frozen=True)
 class Deployed:

@@ -44,7 +44,6 @@ def logged(crew: Crew, role: str) -> list[Event]:
     return [event for line in lines(crew, role) if (event := from_json(line)) is not None]
 
 
-@pytest.mark.timeout(120)
 def test_every_line_of_a_run_is_json_and_tells_the_same_as_the_file_of_events(crew: Crew) -> None:
     crew.start(prepare=(set_environ, {"SL_QUEUE_LOG_FORMAT": "json"}))
     crew.finish()
@@ -66,7 +65,6 @@ def test_every_line_of_a_run_is_json_and_tells_the_same_as_the_file_of_events(cr
     assert [event.phase for event in told if isinstance(event, PhaseChanged)][-1] == "finished"
 
 
-@pytest.mark.timeout(120)
 def test_the_error_that_ends_a_worker_is_a_line_and_an_event(crew: Crew, tmp_path: Path) -> None:
     edit(tmp_path / "bank.toml", 'party = "bank"', 'party = "bank"\nmood = "good"')
     crew.start("bank", prepare=(set_environ, {"SL_QUEUE_LOG_FORMAT": "json"}))

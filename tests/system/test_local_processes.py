@@ -5,22 +5,19 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from hashlib import sha256
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from tests.support.broker import GIVEN, Broker
 from tests.support.credit import FILES, edit, write_credit
-from tests.system.test_cli import COMMAND, environment, sl_queue
-
-pytestmark = pytest.mark.timeout(180)
+from tests.support.forked import Forked, environment, forked, sl_queue
+from tests.support.local_run import gone, started, weights, words_of
+from tests.support.waiting import await_that
 
 EPOCHS = 40
 PACE = "time.sleep(0.01)"  # in every forward of the bank: long enough for something to happen, however fast the machine
@@ -42,135 +39,77 @@ def unhurried(job: Path) -> Path:
     return job
 
 
-class Run:
-    """`sl-queue local` in a process of its own; mutable: it collects what the process says."""
-
-    def __init__(self, job: Path, broker: str, out: str) -> None:
-        self.out = job.parent / out
-        files = [job, *(job.parent / name for name in FILES)]
-        command = [COMMAND, "local", *map(str, files), "--out", str(self.out)]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(SL_QUEUE_BROKER=broker),
-        )
-        self.lines: list[str] = []
-        self._said = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            for line in lines:
-                with self._said:
-                    self.lines.append(line)
-                    self._said.notify_all()
-
-    @property
-    def text(self) -> str:
-        return "".join(self.lines)
-
-    def until(self, pattern: str, times: int = 1) -> None:
-        """Wait until that was said so often."""
-        with self._said:
-            enough = self._said.wait_for(lambda: len(re.findall(pattern, self.text)) >= times, timeout=60)
-        assert enough, f"{pattern!r} was not said in:\n{self.text}"
-
-    def wait(self) -> int:
-        code = self.process.wait(120)
-        self._reader.join(10)
-        return code
-
-    def workers(self) -> dict[str, int]:
-        """Return the process id of each role's worker."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            words = _words(folder)
-            if any(word.startswith("workers.") for word in words) and str(self.out.parent) in " ".join(words):
-                found[Path(words[words.index("--state") + 1]).name] = int(folder.name)
-        return found
-
-
-def _words(process: Path) -> list[str]:
-    try:
-        return process.joinpath("cmdline").read_text().split("\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-@contextmanager
-def started(job: Path, broker: str, out: str) -> Iterator[Run]:
-    run = Run(job, broker, out)
-    try:
-        yield run
-    finally:
-        run.process.kill()
-        run.process.wait()
-
-
-def weights(out: Path) -> dict[str, str]:
-    """SHA-256 of every final weight file."""
-    paths = sorted(out.glob("*/final/*.safetensors"))
-    assert len(paths) == 3
-    return {str(path.relative_to(out)): sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def gone(pids: Iterator[int] | list[int], within_s: float = 20) -> bool:
-    deadline = time.monotonic() + within_s
-    while any(Path(f"/proc/{pid}").exists() and _words(Path(f"/proc/{pid}")) != [""] for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+def files(job: Path) -> list[Path]:
+    return [job, *(job.parent / name for name in FILES)]
 
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the final weights of an undisturbed run over memory://; a job's name does not show in them."""
     job = write_credit(tmp_path_factory.mktemp("quiet"))
-    unhurried(job)
-    files = [job, *(job.parent / name for name in FILES)]
-    done = sl_queue("local", *files, "--out", job.parent / "run")
+    edit(job, "epochs = 5", f"epochs = {EPOCHS}")
+    done = sl_queue("local", *files(job), "--out", job.parent / "run")
     assert done.returncode == 0, done.stderr
     return weights(job.parent / "run")
 
 
-def test_over_rabbitmq_the_weights_are_those_of_memory(job: Path, broker_url: str, quiet: dict[str, str]) -> None:
-    with started(job, broker_url, "run") as run:
+@dataclass(frozen=True)
+class Finished:
+    """A run that nothing disturbed, and what was seen while it went on."""
+
+    job: Path
+    broker_url: str
+    out: Path
+    text: str
+    command_lines: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, private_broker: Broker) -> Finished:
+    """Run to the end once, for several tests to look at and to go on from."""
+    job = write_credit(tmp_path_factory.mktemp("finished"))
+    edit(job, 'name = "credit"', 'name = "finished"')
+    unhurried(job)
+    url = os.environ.get(GIVEN) or private_broker.url("finished")
+    with started(files(job), job.parent / "run", url) as run:
         run.until(f"epoch 2/{EPOCHS}")
-        assert sorted(run.workers()) == ["bank", "insurer", "scheduler"]
-        password = urlsplit(broker_url).password or "no password"
-        command_lines = [_words(Path(f"/proc/{pid}")) for pid in (*run.workers().values(), run.process.pid)]
-        assert not any(password in word for words in command_lines for word in words)
-        assert run.wait() == 0, run.text
-        assert password not in run.text
-    told = re.findall(r"scheduler: epoch (\d+)/\d+  loss \d\.\d{4}  held-out loss .* s$", run.text, re.MULTILINE)
-    assert told == [str(epoch + 1) for epoch in range(EPOCHS)] and run.text.count(f"epoch 2/{EPOCHS}") == 1
-    assert weights(run.out) == quiet
-    history = (run.out / "scheduler" / "history.jsonl").read_text().splitlines()
+        command_lines = {role: words_of(pid) for role, pid in run.workers().items()}
+        run.finish()
+    return Finished(job, url, run.out, run.text, command_lines)
+
+
+def test_over_rabbitmq_the_weights_are_those_of_memory(finished: Finished, quiet: dict[str, str]) -> None:
+    assert weights(finished.out) == quiet
+    told = re.findall(r"scheduler: epoch (\d+)/\d+  loss \d\.\d{4}  held-out loss .* s$", finished.text, re.MULTILINE)
+    assert told == [str(epoch + 1) for epoch in range(EPOCHS)] and finished.text.count(f"epoch 2/{EPOCHS}") == 1
+    history = (finished.out / "scheduler" / "history.jsonl").read_text().splitlines()
     assert len(history) == EPOCHS
-    assert str(run.out / "insurer" / "final" / "fuse.safetensors") in run.text
+    assert str(finished.out / "insurer" / "final" / "fuse.safetensors") in finished.text
+
+
+def test_no_command_line_and_no_output_shows_the_password_of_the_broker(finished: Finished) -> None:
+    password = urlsplit(finished.broker_url).password or "no password"
+    assert sorted(finished.command_lines) == ["bank", "insurer", "scheduler"]
+    assert not any(password in word for words in finished.command_lines.values() for word in words)
+    assert password not in finished.text
 
 
 def test_workers_that_are_killed_are_restarted_and_change_nothing(
     job: Path, broker_url: str, quiet: dict[str, str]
 ) -> None:
-    with started(job, broker_url, "run") as run:
+    with started(files(job), job.parent / "run", broker_url) as run:
         for epoch, role in ((5, "bank"), (15, "insurer"), (28, "scheduler")):
             run.until(f"epoch {epoch}/")
             os.kill(run.workers()[role], signal.SIGKILL)
             run.until(f"{role}: ended by SIGKILL; restarting")
-        assert run.wait() == 0, run.text
+        run.finish()
     assert weights(run.out) == quiet
 
 
 def test_an_orderly_stop_exits_0_and_the_same_command_resumes(
     job: Path, broker_url: str, quiet: dict[str, str]
 ) -> None:
-    with started(job, broker_url, "run") as run:
+    with started(files(job), job.parent / "run", broker_url) as run:
         run.until("epoch 10/")
         bank = run.workers()["bank"]
         os.kill(bank, signal.SIGSTOP)  # so that the run does not end before it is asked to
@@ -179,43 +118,16 @@ def test_an_orderly_stop_exits_0_and_the_same_command_resumes(
         assert _phase(job, broker_url) == "stopping", "it has been taken when the command returns"
         assert sl_queue("stop", job, SL_QUEUE_BROKER=broker_url).stdout == asked.stdout
         os.kill(bank, signal.SIGCONT)
-        assert run.wait() == 0, run.text
+        run.finish()
         assert "stopped" in run.text
     assert not list(run.out.glob("*/final/*"))
     assert _phase(job, broker_url) == "stopped"
     told = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
     assert told.returncode == 0 and "has ended already: stopped by the operator" in told.stdout
-    with started(job, broker_url, "run") as again:
-        assert again.wait() == 0, again.text
+    with started(files(job), job.parent / "run", broker_url) as again:
+        again.finish()
         assert "epoch 10/" not in again.text
     assert weights(run.out) == quiet
-
-
-def test_a_stop_that_came_too_late_stops_no_later_run(job: Path, broker_url: str, quiet: dict[str, str]) -> None:
-    nobody = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
-    assert nobody.returncode == 75 and "nothing to stop" in nobody.stderr
-    with started(job, broker_url, "run") as run:
-        assert run.wait() == 0, run.text
-    late = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
-    assert late.returncode == 0 and "is finished: there is nothing to stop" in late.stdout
-    with started(job, broker_url, "anew") as anew:
-        assert anew.wait() == 0, anew.text
-    assert weights(anew.out) == quiet
-    with started(job, broker_url, "anew") as again:
-        assert again.wait() == 0 and "already finished" in again.text
-
-
-def test_final_weights_that_are_lost_after_the_end_come_back(job: Path, broker_url: str, quiet: dict[str, str]) -> None:
-    with started(job, broker_url, "run") as run:
-        assert run.wait() == 0, run.text
-    shutil.rmtree(run.out / "bank" / "final")
-    with started(job, broker_url, "run") as again:
-        assert again.wait() == 0, again.text
-    assert weights(run.out) == quiet
-    shutil.rmtree(run.out / "bank")
-    with started(job, broker_url, "run") as lost:
-        assert lost.wait() == 4, lost.text
-    assert "they are lost; to train from scratch" in lost.text
 
 
 def _phase(job: Path, broker_url: str) -> str:
@@ -224,50 +136,72 @@ def _phase(job: Path, broker_url: str) -> str:
     return str(json.loads(status.stdout)["phase"])
 
 
-def test_status_tells_where_a_run_is_and_whom_it_waits_for(job: Path, broker_url: str) -> None:
+def test_status_and_stop_without_a_scheduler_say_so(job: Path, broker_url: str) -> None:
     nobody = sl_queue("status", job, SL_QUEUE_BROKER=broker_url)
     assert nobody.returncode == 75
     assert "start workers.scheduler" in nobody.stderr
-    edit(job, "[pipeline]", "[broker]\npatience = 2.0\n\n[pipeline]")
-    with started(job, broker_url, "run") as run:
-        run.until("epoch 3/")
-        os.kill(run.workers()["bank"], signal.SIGSTOP)
-
-        def told() -> str:
-            status = sl_queue("status", job, SL_QUEUE_BROKER=broker_url)
-            assert status.returncode == 0, status.stderr
-            return status.stdout
-
-        deadline = time.monotonic() + 60
-        while not re.search(r"bank +silent", shown := told()) or "of bank for" not in shown:
-            assert time.monotonic() < deadline, shown
-        assert re.search(
-            r"insurer +waiting +\d+ +\d+ +\d+\.\d s +(activation|holdout) \d+\.\d of bank for \d+ s", shown
-        )
-        os.kill(run.workers()["bank"], signal.SIGCONT)
-        assert run.wait() == 0, run.text
+    nobody = sl_queue("stop", job, SL_QUEUE_BROKER=broker_url)
+    assert nobody.returncode == 75 and "nothing to stop" in nobody.stderr
 
 
-def test_ctrl_c_ends_the_workers_in_order(job: Path, broker_url: str) -> None:
-    with started(job, broker_url, "run") as run:
+@dataclass(frozen=True)
+class Interrupted:
+    """A run whose bank stood still for a while, and that Ctrl-C ended."""
+
+    waited: str  # status while the bank stood still
+    code: int
+    text: str
+    left: list[int]  # process ids of workers that outlived the command
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, private_broker: Broker) -> Interrupted:
+    """Run until there is something to see, and press Ctrl-C."""
+    job = write_credit(tmp_path_factory.mktemp("interrupted"))
+    edit(job, 'name = "credit"', 'name = "interrupted"')
+    edit(unhurried(job), "[pipeline]", "[broker]\npatience = 2.0\n\n[pipeline]")
+    url = os.environ.get(GIVEN) or private_broker.url("interrupted")
+    shown = [""]
+    with started(files(job), job.parent / "run", url) as run:
         run.until("epoch 3/")
         workers = run.workers()
+        os.kill(workers["bank"], signal.SIGSTOP)
+
+        def told() -> bool:
+            status = sl_queue("status", job, SL_QUEUE_BROKER=url)
+            assert status.returncode == 0, status.stderr
+            shown[0] = status.stdout
+            return bool(re.search(r"bank +silent", shown[0])) and "of bank for" in shown[0]
+
+        await_that(told, lambda: shown[0])
+        os.kill(workers["bank"], signal.SIGCONT)
         run.process.send_signal(signal.SIGINT)
-        assert run.wait() == 130
-        assert "interrupted; the same command resumes" in run.text
-        assert "Traceback" not in run.text
-        ended = re.findall(r"^(\w+): asked to end", run.text, re.MULTILINE)
-        assert ended == ["bank", "insurer", "scheduler"]
-        assert gone(list(workers.values()), within_s=0)
+        code = run.wait()
+        left = [pid for pid in workers.values() if not gone(pid)]
+    return Interrupted(shown[0], code, run.text, left)
+
+
+def test_status_tells_where_a_run_is_and_whom_it_waits_for(interrupted: Interrupted) -> None:
+    assert re.search(
+        r"insurer +waiting +\d+ +\d+ +\d+\.\d s +(activation|holdout) \d+\.\d of bank for \d+ s", interrupted.waited
+    )
+
+
+def test_ctrl_c_ends_the_workers_in_order(interrupted: Interrupted) -> None:
+    assert interrupted.code == 130
+    assert "interrupted; the same command resumes" in interrupted.text
+    assert "Traceback" not in interrupted.text
+    ended = re.findall(r"^(\w+): asked to end", interrupted.text, re.MULTILINE)
+    assert ended == ["bank", "insurer", "scheduler"]
+    assert not interrupted.left
 
 
 def test_no_worker_outlives_a_killed_command(job: Path, broker_url: str) -> None:
-    with started(job, broker_url, "run") as run:
-        run.until("epoch 3/")
-        workers = run.workers()
-        assert len(workers) == 3
+    with started(files(job), job.parent / "run", broker_url) as run:
+        run.until_it_is_so(lambda: len(run.workers()) == 3, "three workers")
+        workers = list(run.workers().values())
         run.process.kill()
-        assert gone(list(workers.values()))
+        await_that(lambda: all(gone(pid) for pid in workers), "a worker outlived its command")
 
 
 def test_an_error_in_training_ends_all_with_the_reason_of_its_party(job: Path, broker_url: str) -> None:
@@ -277,7 +211,7 @@ def test_an_error_in_training_ends_all_with_the_reason_of_its_party(job: Path, b
         "return self.relu(self.linear(x))",
         "CALLS.append(0)\n        return self.relu(self.linear(x)) * (float('nan') if len(CALLS) > 50 else 1)",
     )
-    with started(job, broker_url, "run") as run:
+    with started(files(job), job.parent / "run", broker_url) as run:
         assert run.wait() == 5, run.text
     (reason,) = re.findall(r"^error: (.*)", run.text, re.MULTILINE)
     assert re.search(r"bank.*micro-batch \d+\.\d", reason)
@@ -287,28 +221,66 @@ def test_an_error_in_training_ends_all_with_the_reason_of_its_party(job: Path, b
 # A worker of its own, as in a deployment ----------------------------------------------------------------------------
 
 
-def worker(module: str, job: Path, party: str | None, broker: str, state: str = "states") -> subprocess.Popen[str]:
-    folder = job.parent / state / (party or "scheduler")
-    file = () if party is None else ("--party", str(job.parent / f"{party}.toml"))
-    command = [sys.executable, "-m", f"workers.{module}", "--job", str(job), *file, "--state", str(folder)]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(SL_QUEUE_BROKER=broker)
-    )
+@dataclass(frozen=True)
+class Worker:
+    process: Forked
+    log: Path
 
-
-def ended(process: subprocess.Popen[str], within_s: float = 90) -> tuple[int, str]:
-    _, said = process.communicate(timeout=within_s)
-    return process.returncode, said
+    def ended(self) -> tuple[int, str]:
+        return self.process.wait(), self.log.read_text()
 
 
 @contextmanager
-def workers(*processes: subprocess.Popen[str]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+def worker(
+    module: str, job: Path, party: str | None, broker: str, name: str = "", states: Path | None = None
+) -> Iterator[Worker]:
+    """Start a worker; its state goes to a folder of that name, and what it says to a file beside it."""
+    role = name or party or "scheduler"
+    folder = (states or job.parent / "states") / role
+    file = () if party is None else ("--party", job.parent / f"{party}.toml")
+    words = [f"workers.{module}", "--job", job, *file, "--state", folder]
+    folder.parent.mkdir(exist_ok=True)
+    said = folder.parent / f"{role}.log"
+    said.unlink(missing_ok=True)
+    with forked(words, environment(SL_QUEUE_BROKER=broker), stdout=said, stderr=said) as process:
+        yield Worker(process, said)
+
+
+def run_again(of: Finished, states: Path) -> dict[str, tuple[int, str]]:
+    """Start all three workers of the finished run's job on these folders; returns how they end."""
+    with ExitStack() as running:
+        workers = {
+            party or "scheduler": running.enter_context(worker(module, of.job, party, of.broker_url, states=states))
+            for module, party in (("feature_party", "bank"), ("label_holder", "insurer"), ("scheduler", None))
+        }
+        return {role: process.ended() for role, process in workers.items()}
+
+
+def codes(ends: dict[str, tuple[int, str]]) -> set[int]:
+    return {code for code, _ in ends.values()}
+
+
+def test_a_stop_that_came_too_late_stops_no_later_run(finished: Finished, quiet: dict[str, str]) -> None:
+    late = sl_queue("stop", finished.job, SL_QUEUE_BROKER=finished.broker_url)
+    assert late.returncode == 0 and "is finished: there is nothing to stop" in late.stdout
+    anew = finished.job.parent / "anew"
+    ends = run_again(finished, anew)
+    assert codes(ends) == {0}, ends
+    assert weights(anew) == quiet
+    ends = run_again(finished, anew)
+    assert codes(ends) == {0} and all("already finished" in said for _, said in ends.values()), ends
+
+
+def test_final_weights_that_are_lost_after_the_end_come_back(finished: Finished, quiet: dict[str, str]) -> None:
+    states = Path(shutil.copytree(finished.out, finished.job.parent / "robbed"))
+    shutil.rmtree(states / "bank" / "final")
+    ends = run_again(finished, states)
+    assert codes(ends) == {0}, ends
+    assert weights(states) == quiet
+    shutil.rmtree(states / "bank")
+    ends = run_again(finished, states)
+    assert ends["bank"][0] == 4, ends
+    assert "they are lost; to train from scratch" in ends["bank"][1]
 
 
 def test_different_jobs_at_two_parties_are_refused_with_the_keys_that_differ(
@@ -317,26 +289,24 @@ def test_different_jobs_at_two_parties_are_refused_with_the_keys_that_differ(
     (tmp_path / "there").mkdir()
     there = write_credit(tmp_path / "there")
     there.write_text(job.read_text().replace("seed = 7", "seed = 8").replace("batch_size = 128", "batch_size = 64"))
-    bank = worker("feature_party", job, "bank", broker_url)
-    insurer = worker("label_holder", there, "insurer", broker_url)
-    scheduler = worker("scheduler", job, None, broker_url)
-    with workers(bank, insurer, scheduler):
+    with (
+        worker("feature_party", job, "bank", broker_url),
+        worker("label_holder", there, "insurer", broker_url) as insurer,
+        worker("scheduler", job, None, broker_url) as scheduler,
+    ):
         for process in (insurer, scheduler):
-            code, said = ended(process)
+            code, said = process.ended()
             assert code == 3, said
             assert "seed" in said and "batch_size" in said
             assert "epochs" not in said.rsplit("error: ")[-1]
 
 
 def test_a_second_worker_of_a_party_says_so_and_exits_75(job: Path, broker_url: str) -> None:
-    first, scheduler = worker("feature_party", job, "bank", broker_url), worker("scheduler", job, None, broker_url)
-    with workers(first, scheduler):
-        deadline = time.monotonic() + 60
-        while "joined" not in _phases(job, broker_url, "bank"):
-            assert time.monotonic() < deadline
-        other = worker("feature_party", job, "bank", broker_url, state="elsewhere")
-        with workers(other):
-            code, said = ended(other)
+    bank = ("feature_party", job, "bank", broker_url)
+    with worker(*bank), worker("scheduler", job, None, broker_url):
+        await_that(lambda: "joined" in _phases(job, broker_url, "bank"), "the first did not join")
+        with worker(*bank, name="second") as other:
+            code, said = other.ended()
         assert code == 75, said
         assert "bank" in said.rsplit("error: ")[-1]
 
@@ -350,27 +320,21 @@ def _phases(job: Path, broker: str, party: str) -> str:
 
 
 def test_sigterm_ends_a_worker_at_once_and_it_resumes(job: Path, broker_url: str, quiet: dict[str, str]) -> None:
-    scheduler = worker("scheduler", job, None, broker_url)
-    insurer = worker("label_holder", job, "insurer", broker_url)
-    bank = worker("feature_party", job, "bank", broker_url)
-    with workers(scheduler, insurer, bank):
-        history = job.parent / "states" / "scheduler" / "history.jsonl"
-        _await(lambda: history.exists() and len(history.read_text().splitlines()) > 5)
-        bank.terminate()
-        code, said = ended(bank, within_s=10)
+    states = job.parent / "states"
+    with (
+        worker("scheduler", job, None, broker_url) as scheduler,
+        worker("label_holder", job, "insurer", broker_url) as insurer,
+    ):
+        with worker("feature_party", job, "bank", broker_url) as bank:
+            history = states / "scheduler" / "history.jsonl"
+            await_that(lambda: history.exists() and len(history.read_text().splitlines()) > 5, "no epochs")
+            bank.process.send_signal(signal.SIGTERM)
+            code, said = bank.ended()
         assert code == -signal.SIGTERM
         assert "a restart resumes" in said
-        bank = worker("feature_party", job, "bank", broker_url)
-        with workers(bank):
-            assert [ended(process)[0] for process in (bank, insurer, scheduler)] == [0, 0, 0]
-    assert weights(job.parent / "states") == quiet
-
-
-def _await(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        with worker("feature_party", job, "bank", broker_url) as again:
+            assert [process.ended()[0] for process in (again, insurer, scheduler)] == [0, 0, 0]
+    assert weights(states) == quiet
 
 
 # Brokers that cannot be used ----------------------------------------------------------------------------------------

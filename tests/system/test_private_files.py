@@ -3,10 +3,8 @@
 import errno
 import logging
 import os
-import resource
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from sl_queue.security.keys import PrivateKey, read_key, write_key
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.files import unusable, write_durably
 from sl_queue.storage.run_file import RunFile
+from tests.support.shortage import no_descriptors_left
 
 TENSORS = {"w": Payload("float32", (1,), b"\0\0\0\0")}
 URL = "amqps://bank:secret@broker/credit"
@@ -124,24 +123,6 @@ def test_a_pipe_gives_its_url_once_and_is_not_waited_for_again() -> None:
 # Shortages --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = [os.open(os.devnull, os.O_RDONLY)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, hard))
-    try:
-        while True:
-            try:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-            except OSError:
-                break
-        yield
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def test_a_checkpoint_that_finds_no_descriptor_is_worth_a_restart_and_those_before_stay(tmp_path: Path) -> None:
     with folder(tmp_path / "bank") as bank:
         bank.save(3, State(TENSORS, {}), run="r", generation=0, values={})
@@ -155,26 +136,26 @@ def test_a_checkpoint_that_finds_no_descriptor_is_worth_a_restart_and_those_befo
         )
         for attempt in attempts:
             with (
-                no_descriptor_left(),
+                no_descriptors_left(),
                 pytest.raises(ResourceShortage, match=r"Too many open files.* it resumes") as error,
             ):
                 attempt()
             assert (error.value.exit_code, isinstance(error.value, TransportError)) == (75, True)
         assert bank.steps() == (3,)
         assert bank.load(3).step == 3
-    with no_descriptor_left(), pytest.raises(ResourceShortage):
+    with no_descriptors_left(), pytest.raises(ResourceShortage):
         folder(tmp_path / "bank")
     with folder(tmp_path / "bank") as bank:
         assert bank.steps() == (3,)
 
 
 def test_a_scheduler_that_finds_no_descriptor_does_not_call_its_file_broken(tmp_path: Path) -> None:
-    with no_descriptor_left(), pytest.raises(ResourceShortage):
+    with no_descriptors_left(), pytest.raises(ResourceShortage):
         RunFile(tmp_path / "scheduler", {}, "d")
     ledger = RunFile(tmp_path / "scheduler", {}, "d")
     ledger.save(RunState(run="r"))
     for attempt in (ledger.load, lambda: ledger.save(RunState(run="q"))):
-        with no_descriptor_left(), pytest.raises(ResourceShortage):
+        with no_descriptors_left(), pytest.raises(ResourceShortage):
             attempt()
     assert ledger.load() == RunState(run="r")
     ledger.close()

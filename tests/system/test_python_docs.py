@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sl_queue import Job, PartyFile, run_local
+from tests.support.forked import environment, forked
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("python", "from-secretflow", "from-fate", "from-nvflare")
@@ -17,9 +16,11 @@ NOTEBOOK = ROOT / "examples" / "notebook" / "split_model.ipynb"
 
 def run(program: str, folder: Path) -> str:
     (folder / "program.py").write_text(program)
-    done = subprocess.run([sys.executable, "program.py"], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    streams = {"stdout": folder / "stdout", "stderr": folder / "stderr"}
+    with forked([folder / "program.py"], environment(), cwd=folder, **streams) as process:
+        code = process.wait()
+    assert code == 0, streams["stderr"].read_text()
+    return streams["stdout"].read_text()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -42,7 +42,6 @@ def run(command: list[str], folder: Path, timeout_s: float = 180) -> subprocess.
     )
 
 
-@pytest.mark.timeout(600)
 def test_its_commands_run_as_printed_one_after_the_other_in_one_shell(folder: Path, broker_url: str) -> None:
     shell = blocks("sh")
     assert len(shell) == 3

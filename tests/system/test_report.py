@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import subprocess
 import urllib.request
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from sl_queue.launch.reporting import write_report
 from tests.support.browser import chromium, complaints, contrast, overflow, text_of
 from tests.support.credit import edit
 from tests.support.crew import FILES, write_job
-from tests.system.test_cli import COMMAND, environment, sl_queue
+from tests.support.forked import environment, forked, sl_queue
+from tests.support.waiting import await_that
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +23,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Train with a page beside it; returns the folder, and the page as it was."""
     folder = tmp_path_factory.mktemp("finished")
     job = write_job(folder)
-    command = [
-        COMMAND,
-        "local",
-        str(job),
-        *(str(folder / name) for name in FILES),
-        "--out",
-        str(folder / "out"),
-        "--watch",
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
-        assert process.stderr is not None
-        found = re.search(r"http://\S+", process.stderr.readline())
+    command, said = ["sl-queue", "local", job, *(folder / name for name in FILES)], folder / "said"
+    options = ["--out", folder / "out", "--watch"]
+    with forked([*command, *options], environment(), stdout=Path(os.devnull), stderr=said) as process:
+        await_that(lambda: "http://" in said.read_text(), said.read_text)
+        found = re.search(r"http://\S+", said.read_text())
         assert found
         with urllib.request.urlopen(found[0], timeout=10) as answer:
             shown = answer.read().decode()
-        process.stderr.read()
-    assert process.returncode == 0
+        assert process.wait() == 0
     return folder, shown
 
 
@@ -47,7 +39,6 @@ def test_local_shows_the_page_beside_the_run(finished: tuple[Path, str]) -> None
     assert "Who waits for whom" in finished[1]
 
 
-@pytest.mark.timeout(240)
 def test_a_report_opens_without_network_with_all_that_was_found(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = finished
     (folder / "out" / "chaos.txt").write_text("passed: 3 x kill\n")

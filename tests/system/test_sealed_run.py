@@ -96,7 +96,7 @@ def test_a_broker_that_edits_replays_reorders_and_swaps_changes_no_weight_and_st
     quiet: ToyRun, seed: int
 ) -> None:
     broker = Operator(seed, often=0.4)
-    sealed = run(broker, seal_of=seal_of).run(timeout_s=60.0)
+    sealed = run(broker, seal_of=seal_of).run()
     assert broker.tampered.total() >= 125 and len(broker.tampered) == 7, broker.tampered
     assert sealed.weights() == quiet.weights()
     assert [e.loss for e in sealed.state.history] == [e.loss for e in quiet.state.history]
@@ -109,7 +109,7 @@ def test_nor_does_it_when_a_worker_is_restarted_at_any_moment(quiet: ToyRun, vic
     run(MemoryBroker(), crashes={victim: operations}).run()
     for seed, operation in enumerate(range(2, operations.count, operations.count // 5)):
         broker = Operator(seed, often=0.2)
-        crashed = run(broker, seal_of=seal_of, crashes={victim: CrashAt(operation)}).run(timeout_s=60.0)
+        crashed = run(broker, seal_of=seal_of, crashes={victim: CrashAt(operation)}).run()
         assert crashed.weights() == quiet.weights(), operation
 
 
@@ -119,7 +119,7 @@ def test_nothing_that_was_said_in_an_earlier_run_with_the_same_keys_counts_in_th
     again = Operator(1, often=0.0)
     for receiver, sender, body in earlier.seen:
         again.publish(receiver, sender, body, persistent=True, expires=False)
-    repeated = run(again, seal_of=seal_of).run(timeout_s=60.0)
+    repeated = run(again, seal_of=seal_of).run()
     assert repeated.weights() == quiet.weights()
     assert repeated.state.generation == 0
 
@@ -155,7 +155,7 @@ def test_what_the_brokers_operator_puts_in_before_anybody_has_spoken_stops_no_ru
         broker.publish(receiver, sender, b"rubbish", persistent=True, expires=False)
     late = ToyRun.topology.senders_to(receiver)[0]
     sealed = run(broker, seal_of=seal_of, patience_s=0.3, on_start=lambda role, _: role == late and time.sleep(1.0))
-    assert sealed.run(timeout_s=60.0).weights() == quiet.weights()
+    assert sealed.run().weights() == quiet.weights()
     assert len(broker.dead_letters) >= 1
 
 
@@ -167,4 +167,4 @@ def test_parties_whose_jobs_list_different_keys_are_told_so(stranger: str) -> No
         return Seal(role, OWN[role], {**other, role: PUBLIC[role]} if role == stranger else PUBLIC, CIPHER)
 
     with pytest.raises(AlignmentError, match=r"no message of .* can be opened.*\[security\]"):
-        run(MemoryBroker(), patience_s=0.2, seal_of=keys).run(timeout_s=30.0)
+        run(MemoryBroker(), patience_s=0.2, seal_of=keys).run()

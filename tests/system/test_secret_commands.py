@@ -6,8 +6,9 @@ import pytest
 
 from sl_queue.storage.secret_file import read_secret, write_secret
 from tests.support.credit import edit, write_credit
+from tests.support.forked import sl_queue
 from tests.system.test_check import check, told
-from tests.system.test_cli import local, sl_queue
+from tests.system.test_cli import local
 
 DROPOUT = "        return self.relu"
 
@@ -68,7 +69,6 @@ def test_check_finds_a_secret_that_is_missing_or_that_others_may_read(job: Path)
     assert "others may read this secret (mode 644)" in told(findings)
 
 
-@pytest.mark.timeout(180)
 def test_local_gives_the_same_bits_as_threads_and_as_processes_with_a_model_that_draws(
     job: Path, broker_url: str
 ) -> None:

@@ -18,7 +18,7 @@ from sl_queue.launch.scheduler import run_scheduler
 from sl_queue.protocol.broker_url import fault
 from sl_queue.transport.rabbitmq.address import Address
 from tests.support.credit import write_credit
-from tests.system.test_cli import sl_queue
+from tests.support.forked import sl_queue
 
 FIRST, SECOND = "hunterA", "hunterB"  # nothing else contains them
 JOB = Job(

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,7 @@ import pytest
 
 from sl_queue.local.processes import failure_in
 from sl_queue.local.supervise import Failure, Limits, Worker, supervise
-
-pytestmark = pytest.mark.timeout(60)
+from tests.support.waiting import await_that
 
 QUICK = Limits(first_pause_s=0.02, longest_pause_s=0.1, crashes=4, grace_s=5.0)
 
@@ -37,13 +35,6 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def await_that(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"waited 20 s until {what}"
-        time.sleep(0.01)
 
 
 COUNTS_ITS_STARTS = """

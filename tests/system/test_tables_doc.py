@@ -5,14 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.system.test_cli import COMMAND, environment
+from tests.support.forked import sl_queue
 
 DOC = Path(__file__).parents[2] / "docs" / "tables.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-pytestmark = pytest.mark.timeout(180)
 
 
 def test_the_page_goes_from_raw_files_to_a_model(tmp_path: Path) -> None:
@@ -27,9 +23,7 @@ def test_the_page_goes_from_raw_files_to_a_model(tmp_path: Path) -> None:
     for command in commands.splitlines():
         program, *words = command.partition("#")[0].split()
         assert program == "sl-queue"
-        done = subprocess.run(
-            [COMMAND, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=120
-        )
+        done = sl_queue(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         said[words[0]] = done.stdout
     assert "rows: 1300 are shared by bank, insurer" in said["check"]

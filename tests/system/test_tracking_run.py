@@ -17,7 +17,6 @@ def track(options: Sequence[str]) -> None:
     sys.argv += options
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")  # of TensorBoard's own
 def test_a_run_is_tracked_with_each_point_once_though_its_scheduler_is_killed(tmp_path: Path, broker_url: str) -> None:
     write_job(tmp_path)
