@@ -17,6 +17,7 @@ from benchmarks import (
     report,
     serve_killed,
     serving,
+    trace,
     training,
     transport,
 )
@@ -55,6 +56,7 @@ def _compared(
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     "training": ("Training side by side", _training),
     "links": ("Training over slow links", _links),
+    "trace": ("A step of lock-step, hop by hop", trace.compare),
     "transport": ("The way of a message", lambda broker, quick, _: [transport.compare(broker, quick)]),
     "wire": ("Fewer bytes", lambda broker, quick, _: [fewer_bytes.compare(broker, quick)]),
     "plan": ("Predicted and measured", lambda broker, quick, _: [planner.compare(broker, quick)]),

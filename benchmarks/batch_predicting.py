@@ -30,7 +30,7 @@ from sl_queue.protocol.events import Committed, EpochDone, Event, StepDone
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.testing.private_broker import PrivateBroker
 
-WHOLE = Workload("batch", 131_072, {"bank": 64, LABEL: 16}, (128,), (64,), 1024)
+WHOLE = Workload("batch", 65_536, {"bank": 64, LABEL: 16}, (128,), (64,), 1024)
 SMALL = Workload("batch", 16_384, {"bank": 64, LABEL: 16}, (128,), (64,), 1024)
 WARM_UP = 0.1  # share of a prediction that does not count
 

@@ -33,6 +33,8 @@ from sl_queue.privacy.guards import RowIndex
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
 
+RESULTS = Path(__file__).parent / "results" / "privacy.md"
+DOCS = Path(__file__).parents[1] / "docs" / "privacy.md"
 ADAM = {"name": "adam", "lr": 0.005}
 CUT = 16
 
@@ -206,8 +208,14 @@ def compare(quick: bool) -> Iterator[str]:
         yield ""
 
 
+def with_tables(page: str, tables: str) -> str:
+    """Return the page with these tables in the place of those that are there."""
+    before, after = page.index("### "), page.index("What to see:")
+    return f"{page[:before]}{tables.strip()}\n\n{page[after:]}"
+
+
 def main() -> None:
-    """Print the tables, and keep them in benchmarks/results/privacy.md."""
+    """Print the tables, and keep them in benchmarks/results/privacy.md and in docs/privacy.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.privacy", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few cases, one seed")
     quick = parser.parse_args().quick
@@ -217,7 +225,8 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if not quick:
-        (Path(__file__).parent / "results" / "privacy.md").write_text("\n".join(["# Defences of labels\n", *lines]))
+        RESULTS.write_text("\n".join(["# Defences of labels\n", *lines]))
+        DOCS.write_text(with_tables(DOCS.read_text(), "\n".join(lines)))
 
 
 if __name__ == "__main__":

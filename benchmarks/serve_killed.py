@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,32 +99,35 @@ def _resident_mb(pid: int) -> float:
 
 def client(port: int, served: Served, seed: int, ended: threading.Event, found: Found) -> None:
     """Ask until it is over."""
-    draw, connection = random.Random(seed), None
-    while not ended.is_set():
-        ids = draw.sample(range(ROWS), draw.choice((1, 1, 1, 5, 40)))
-        began, said = time.monotonic(), "no answer"
-        while True:
-            connection = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=LOST_S)
-            try:
-                connection.request("POST", "/predict", json.dumps({"ids": ids}))
-                answer = connection.getresponse()
-                status, said = answer.status, answer.read().decode()
-                break
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                connection, status = None, 0
-                if time.monotonic() - began > LOST_S or (ended.is_set() and not _answers(port)):
-                    break
-                with found.lock:
-                    found.retried += 1
-                ended.wait(0.05)
-        with found.lock:
-            found.slowest_s = max(found.slowest_s, time.monotonic() - began)
-            if status != 200:
-                found.lost[f"{status} {said[:200]}"] += 1
-                continue
-            found.answered += 1
-            found.wrong += not _right(json.loads(said)["predictions"], ids, served)
+    draw = random.Random(seed)
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LOST_S)) as connection:
+        while not ended.is_set():
+            ids = draw.sample(range(ROWS), draw.choice((1, 1, 1, 5, 40)))
+            began = time.monotonic()
+            status, said = _answer(connection, ids, found)
+            with found.lock:
+                found.slowest_s = max(found.slowest_s, time.monotonic() - began)
+                if status != 200:
+                    found.lost[f"{status} {said[:200]}"] += 1
+                    continue
+                found.answered += 1
+                found.wrong += not _right(json.loads(said)["predictions"], ids, served)
+
+
+def _answer(connection: http.client.HTTPConnection, ids: Sequence[int], found: Found) -> tuple[int, str]:
+    """Return status and body; asks again where the connection breaks, 0 if that does not help."""
+    began = time.monotonic()
+    while time.monotonic() - began < LOST_S:
+        try:
+            connection.request("POST", "/predict", json.dumps({"ids": ids}))
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        except (OSError, http.client.HTTPException):
+            connection.close()  # the next request opens another
+            with found.lock:
+                found.retried += 1
+            time.sleep(0.05)
+    return 0, "no answer"
 
 
 def _right(predictions: Sequence[dict[str, float]], ids: Sequence[int], served: Served) -> bool:
@@ -136,7 +139,7 @@ def _right(predictions: Sequence[dict[str, float]], ids: Sequence[int], served: 
 
 def _answers(port: int) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    with suppress(OSError, http.client.HTTPException):
+    with closing(connection), suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
     return False

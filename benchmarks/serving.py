@@ -31,7 +31,7 @@ class Sizes:
     """Number of requests of each measurement."""
 
     turns: int = 40  # of one client, and of bare round trips between
-    requests: int = 20_000  # of many clients
+    requests: int = 8_000  # of many clients
     rounds: int = 3
 
 

@@ -122,10 +122,10 @@ def _serve(role: Literal["feature", "label", "hand"], job: "Job", given: argpars
     worker.name = party_file.party
     worker.observe(Loaded(worker.name))
     place = (given.broker, given.state, given.key)
-    if given.serve:
+    if given.serve or given.explain:
         from sl_queue.launch.service_worker import run_service
 
-        run_service(role, job, party_file, given.run, *place)
+        run_service(role, job, party_file, given.run, *place, explain=given.explain)
     elif given.predict is not None:
         from sl_queue.launch.prediction_worker import run_prediction
 
@@ -196,7 +196,7 @@ def _arguments(role: Role) -> argparse.Namespace:
     if role == "scheduler":
         _add_trackers(parser)
     else:
-        _add_versions(parser)
+        _add_versions(parser, role)
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
     return parser.parse_args()
 
@@ -211,12 +211,19 @@ def _add_trackers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_versions(parser: argparse.ArgumentParser) -> None:
+def _add_versions(parser: argparse.ArgumentParser, role: Role) -> None:
     """Add what a party does with the weights of a run."""
     parser.add_argument("--run", help="the run whose weights to predict with; else the version in use")
     parser.add_argument(
         "--serve", action="store_true", help="answer single requests for the rows under [predict], over HTTP"
     )
+    parser.set_defaults(explain=False)
+    if role == "label":
+        parser.add_argument(
+            "--explain",
+            action="store_true",
+            help="tell what each party and column is worth, on rows of [predict] with labels, by parties that serve",
+        )
 
 
 def _module(role: Role) -> str:

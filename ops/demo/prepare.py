@@ -18,6 +18,14 @@ from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 OUT = Path("/out")  # a volume for each role is mounted below it
 WORKER = 10001  # the user of the image
 TABLES = {**FILES, "labels": "labels.csv"}
+SERVE = """
+[predict]
+path = "{table}"
+
+[serve]
+deadline = 10.0
+"""  # docker compose --profile serve up
+LISTEN = 'listen = "0.0.0.0:8080"\n'  # within its network; compose.yaml lets this machine in
 HANDS = "\n[hands]\n"  # every party may have hands: docker compose up --detach --scale left-hand=4
 
 
@@ -32,7 +40,7 @@ def main() -> None:
         _set_epochs(demo / "job.toml")
         for party in TABLES:
             with (demo / f"{party}.toml").open("a") as file:
-                file.write(HANDS)
+                file.write(HANDS + SERVE.format(table=TABLES[party]) + (LISTEN if party == "labels" else ""))
         place = Place(("broker",), hands=tuple(TABLES))
         provision(Job.load(demo / "job.toml"), place, secrets, frozenset(), datetime.datetime.now(datetime.UTC))
         job = f"{(demo / 'job.toml').read_text()}\n{(secrets / 'security.toml').read_text()}"

@@ -82,23 +82,18 @@ def explain(
     state: State = None,
 ) -> None:
     """Tell what each party and each column is worth to the model, on rows of [predict] with labels (permutation)."""
-    import csv
-
     from sl_queue.config.job import Job, PartyFile
 
     agreed, files = Job.load(job), [PartyFile.load(path) for path in parties]
+    from sl_queue.launch.importance import NAME
     from sl_queue.local.explaining import explain as explained
     from sl_queue.observe.console import stdout, table_of
 
     found = explained(agreed, files, {file.party: _state_of(file, state) for file in files}, run)
-    ranked = sorted(found.importances, key=lambda one: -one.worse)
-    rows = [(one.party, one.column or "(all)", f"{one.worse:.4g}") for one in ranked]
     print(f"{found.metric} {found.value:.6g} on {found.rows} rows; worse by so much without")
-    stdout().print(table_of(("party", "column", "worse by"), rows))
-    path = (out or parties[0].parent) / "importance.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("party", "column", f"{found.metric} worse by"), *rows])
+    stdout().print(table_of(("party", "column", "worse by"), found.ranked()))
+    path = (out or parties[0].parent) / NAME
+    found.write(path)
     print(path)
 
 

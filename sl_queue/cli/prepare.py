@@ -79,6 +79,9 @@ def privacy(
     job: JobPath,
     parties: PartyPaths,
     picture: Annotated[Path | None, typer.Option(help="Write utility against attacks into this SVG file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the table as OUT/privacy.txt too, for `sl-queue report`.")
+    ] = None,
 ) -> None:
     """Train briefly here with each defence, and print what it costs and what it keeps: a table to choose from."""
     from sl_queue.config.job import Job, PartyFile
@@ -91,6 +94,10 @@ def privacy(
         found.append(outcome)
         print(trials.line(outcome, trial), flush=True)
     print("", *trials.explanation(trial), *trials.pasted(found, trial), sep="\n")
+    if out is not None:
+        lines = (trials.HEADER, *(trials.line(outcome, trial) for outcome in found), "", *trials.explanation(trial))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "privacy.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
     if picture is not None:
         picture.write_text(trials.picture(found, trial))
         print(f"\n{picture}: utility against the worst attack")

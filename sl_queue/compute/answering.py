@@ -19,7 +19,9 @@ from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.crossing import FuseCut, place
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.several import fuse_inputs
+from sl_queue.cut.tensors import take_rows
 from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.serving import Deal
 
 Keys = npt.NDArray[np.uint64]
 
@@ -76,27 +78,49 @@ class AnsweringBase:
     def __init__(self, stage: TorchBaseStage, index: RowIndex) -> None:
         self._stage, self._index, self._evaluated = stage, index, _Evaluated(stage.model)
 
-    def answer(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], Payload | None]:
+    @property
+    def columns(self) -> int:
+        """Count the columns of the model's input; 0 if it is no table."""
+        return self._stage.features.shape[1] if self._stage.features.ndim == 2 else 0
+
+    def answer(
+        self, number: MicroBatch, keys: Keys, deal: Deal | None = None
+    ) -> tuple[npt.NDArray[np.bool_], Payload | None]:
         """Return which rows are here, and their activation as it leaves the cut; None for none."""
-        found, activation, rows = self._run(number, keys)
+        found, activation, rows = self._run(number, keys, deal)
         return found, None if activation is None else self._stage.cut.leave(activation, number, rows)
 
-    def in_place(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], list[Tensor] | None]:
+    def in_place(
+        self, number: MicroBatch, keys: Keys, deal: Deal | None = None
+    ) -> tuple[npt.NDArray[np.bool_], list[Tensor] | None]:
         """Do as `answer`, for a fuse model in the same process: each output."""
-        found, activation, rows = self._run(number, keys)
+        found, activation, rows = self._run(number, keys, deal)
         if activation is None:
             return found, None
         self._stage.cut.check(activation, number, rows)
         outputs = self._stage.model.outputs
         return found, [activation] if outputs is None else outputs.split(activation)
 
-    def _run(self, number: MicroBatch, keys: Keys) -> tuple[npt.NDArray[np.bool_], Tensor | None, CutRows]:
+    def _run(
+        self, number: MicroBatch, keys: Keys, deal: Deal | None
+    ) -> tuple[npt.NDArray[np.bool_], Tensor | None, CutRows]:
         found, positions = self._index.look_up(keys)
         rows = rows_of(keys[found])
         if not len(positions):
             return found, None, rows
         where = place(self._stage.model.party, number)
-        return found, self._evaluated.run(lambda: self._stage.inputs(positions), where), rows
+        return found, self._evaluated.run(lambda: self._inputs(positions, deal), where), rows
+
+    def _inputs(self, positions: npt.NDArray[np.int64], deal: Deal | None) -> Inputs:
+        stage = self._stage
+        if deal is None:
+            return stage.inputs(positions)
+        order = np.random.default_rng([stage.model.seed % 2**63, deal.order]).permutation(len(stage.features))
+        dealt = stage.features[order[positions]]
+        if deal.column is not None:
+            kept, dealt = dealt, stage.features[positions].copy()
+            dealt[:, deal.column] = kept[:, deal.column]
+        return take_rows(dealt, np.arange(len(dealt)), stage.model.dtype, stage.model.device)
 
 
 class AnsweringFuse:

@@ -23,7 +23,6 @@ from sl_queue.compute.other_metrics import Metric, Task, made, torchmetric
 from sl_queue.errors import ComputeError, JobError
 from sl_queue.ports import UserCode
 
-_OF_NUMBERS = {"mse", "rmse", "mae", "r2"}
 _OF_DIFFERENCES = {"auroc", "average_precision", "r2"}  # undefined where all targets are the same
 _ROUNDING = 1e-3  # by which probabilities of a model in bfloat16 may miss 0 and 1
 _Function = Callable[..., Tensor]  # of torchmetrics
@@ -48,7 +47,7 @@ def task_of(
     if (isinstance(loss, str) or callable(loss)) and loss in _TASKS:
         return _TASKS[loss]
     fractions = labels.dtype.kind == "f" and (labels != np.floor(labels)).any()
-    if _OF_NUMBERS.intersection(metrics) or (fractions and outputs is None):
+    if not _known(Task.REGRESSION).keys().isdisjoint(metrics) or (fractions and outputs is None):
         return Task.REGRESSION
     soft = fractions and are_soft(labels, output)
     classes = output.dim() > 1 and output.shape[1] > 1 and labels.ndim < output.dim()

@@ -52,6 +52,12 @@ class ServeFile(Schema):
         description="a whole number of at least 0: rows that a feature party answers in an hour; 0 is no limit",
     )
 
+    explain: bool = Field(
+        default=False,
+        description="true or false: a feature party also answers with values of its columns dealt out to other "
+        "rows; so the label holder measures what each is worth to the model, and tells this party",
+    )
+
     @model_validator(mode="after")
     def _has_both(self) -> Self:
         if (self.certificate is None) != (self.key is None):

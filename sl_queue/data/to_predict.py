@@ -38,11 +38,14 @@ class ToPredict:
         return int((self.positions < 0).sum())
 
 
-def read_to_predict(spec: TableSpec, aligned: Positions | None, recipe: str | None) -> ToPredict:
+def read_to_predict(
+    spec: TableSpec, aligned: Positions | None, recipe: str | None, columns: Sequence[str] | None = None
+) -> ToPredict:
     """Read rows; `recipe` is what [features] learned of the training rows, and nothing is learned here.
 
-    `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. Raises one JobError for
-    everything that is wrong, and for a table without rows.
+    `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `columns`: names of those
+    that were trained on, in order; None if they had no names. Raises one JobError for everything that is wrong, and for
+    a table without rows.
     """
     data = spec.data
     empty = isinstance(data, FileSpec) and data.features == ()
@@ -57,6 +60,8 @@ def read_to_predict(spec: TableSpec, aligned: Positions | None, recipe: str | No
     if not len(ids.order):
         raise JobError(f"{arrays.where}: there are no rows to predict")
     features, names = in_order(arrays.features, ids.order), arrays.names
+    if columns is not None and names is not None and features is not None:
+        features, names = _as_trained(arrays.where, features, names, columns)
     if arrays.raw is not None:
         features, names = _made(arrays.where, arrays.raw, ids.order, recipe)
     row_keys, digest = fingerprints_of(ids)
@@ -64,10 +69,10 @@ def read_to_predict(spec: TableSpec, aligned: Positions | None, recipe: str | No
     notes = (*arrays.notes, *ids.notes)
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
     table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes)
-    columns = _columns(data, arrays.ids)
-    positions = np.full(len(next(iter(columns.values()))), -1, np.int64)
+    in_file = _columns(data, arrays.ids)
+    positions = np.full(len(next(iter(in_file.values()))), -1, np.int64)
     positions[ids.order] = np.arange(len(ids.order))
-    return ToPredict(table, columns, positions)
+    return ToPredict(table, in_file, positions)
 
 
 def ids_to_predict(spec: TableSpec) -> Ids:
@@ -95,6 +100,18 @@ def _is_of(one: Any, id_type: str) -> bool:
 def _is_unicode(text: str) -> bool:
     """Return False for half of a surrogate pair, which JSON may hold and UTF-8 may not."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _as_trained(
+    where: str, features: npt.NDArray[Any], names: Sequence[str], columns: Sequence[str]
+) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
+    """Put columns into the order in which a model was trained on them, whatever else the table has."""
+    place = {name: index for index, name in enumerate(names)}
+    missing = [name for name in columns if name not in place]
+    refuse(where, [f"the model was trained with the column {name!r}, which is not there" for name in missing])
+    if features.ndim != 2 or tuple(names) == tuple(columns):
+        return features, tuple(names)
+    return np.ascontiguousarray(features[:, [place[name] for name in columns]]), tuple(columns)
 
 
 def _made(

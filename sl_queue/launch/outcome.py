@@ -11,6 +11,7 @@ from sl_queue.compute.predicted import Undo, columns_of
 from sl_queue.config.party import PartyFile
 from sl_queue.data.predictions import require_name, write_predictions
 from sl_queue.errors import CheckpointError
+from sl_queue.launch.importance import EVALUATION, keep_evaluation
 from sl_queue.launch.prediction import Predicted
 from sl_queue.launch.spending import REPORT
 from sl_queue.privacy.response import Response, undone
@@ -50,8 +51,9 @@ def write_evaluation(predicted: Predicted, folder: Path) -> Evaluation:
     assert predicted.objective is not None
     found = evaluate(predicted.objective, predicted.outputs, predicted.held_out)
     folder.mkdir(parents=True, exist_ok=True)
-    body = json.dumps({"run": predicted.version.run, **found.as_json()}, indent=1)
-    write_durably(folder / "evaluation.json", body.encode())
+    body = {"run": predicted.version.run, **found.as_json()}
+    write_durably(folder / EVALUATION, json.dumps(body, indent=1).encode())
+    keep_evaluation(predicted.version.path, body)
     return found
 
 

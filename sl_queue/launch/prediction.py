@@ -27,6 +27,7 @@ from sl_queue.launch.asked import Asked, canonical_of, digest_of, folder_of, for
 from sl_queue.launch.party import channel_of
 from sl_queue.launch.privacy import parts_of
 from sl_queue.launch.rows import own_version
+from sl_queue.launch.spending import release_rows
 from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.lifecycle import Identity, Worker
 from sl_queue.loops.record import Record
@@ -66,12 +67,14 @@ def predict_party(
     prediction; None: its place in the state folder. Raises SlQueueError.
     """
     version, meter = choose_version(place.state, asked.run), Meter()
-    spec = with_own_secret(spec, place.state)
+    spec, state = with_own_secret(spec, place.state), place.state
     place = place.watched_by(meter).in_folder(folder or folder_of(place.state, asked.name))
     about, digest = canonical_of(job, asked.name), digest_of(job, asked.name)
     with Folder(place.state, job_digest=digest, party=spec.party, job=about) as kept:
         rows = _rows(job, spec, asked, version, place)
-        kept.require(_fingerprint(version, rows))
+        about_rows = named_rows(version, rows)
+        kept.require(about_rows)
+        release_rows(job, spec, state, "/".join(("predicted", *about_rows.values())), place.state)
         pieces = PieceFolder(place.state / "pieces")
         pipeline = schedule_of(job, rows.table.n_rows)
         guards = _guards(spec, rows, pipeline.batches)
@@ -102,9 +105,8 @@ def loss_of(spec: PartySpec) -> str:
 def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Workplace) -> ToPredict:
     """Read the rows that all parties hold. Raises AlignmentError if some of the label holder's are not among them."""
     aligned = align_party(for_alignment(job), spec.table, place, own_version())
-    recipe = version.path / "features.json"
-    learned = recipe.read_text(encoding="utf-8") if recipe.exists() else None
-    rows = read_to_predict(spec.table, None if aligned is None else aligned.positions, learned)
+    positions = None if aligned is None else aligned.positions
+    rows = read_to_predict(spec.table, positions, version.recipe, version.columns)
     for note in rows.table.notes:
         log.info("%s: %s", spec.party, note)
     if spec.role == "label" and rows.missing:
@@ -170,7 +172,7 @@ def with_own_secret(spec: PartySpec, state: Path) -> PartySpec:
     return spec.with_secret(read_secret(path)) if isinstance(path, Path) else spec
 
 
-def _fingerprint(version: Version, rows: ToPredict) -> dict[str, Any]:
+def named_rows(version: Version, rows: ToPredict) -> dict[str, Any]:
     """Return what must not change between two starts of one prediction."""
     from hashlib import sha256
 

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
+from sl_queue.config.environment import LOCAL
 from sl_queue.config.job import Job
 from sl_queue.config.party import PartyFile
 from sl_queue.config.resolve import data_to_predict, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.outcome import place_of, write_outcome
-from sl_queue.launch.party import require_role, workplace_of
+from sl_queue.launch.party import require_role, state_folder, workplace_of
 from sl_queue.launch.prediction import predict_party, spec_to_predict
+from sl_queue.launch.privacy import require_lasting_secret
 from sl_queue.observe.log import to_log
 from sl_queue.protocol.events import Observer
 
@@ -32,11 +34,13 @@ def run_prediction(
     """
     spec = resolve(job, party_file, Importer())
     require_role(spec, role)
+    require_lasting_secret(spec, state_folder(party_file, state), private=not LOCAL.read())
     leave_out = party_file.predict is not None and party_file.predict.missing == "leave-out"
     asked = Asked(name, run, leave_out=leave_out)
     spec = spec_to_predict(spec, data_to_predict(party_file), asked)
     output = place_of(party_file, None) if role == "label" else None
-    predicted = predict_party(job, spec, asked, workplace_of(job, party_file, broker, state, key, observe))
+    place = workplace_of(job, party_file, broker, state, key, observe)
+    predicted = predict_party(job, spec, asked, place)
     if predicted is not None and output is not None:
         for line in write_outcome(predicted, output):
             print(line, flush=True)

@@ -4,12 +4,15 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sl_queue.config.job import Job
 from sl_queue.errors import CheckpointError
+from sl_queue.launch.importance import EVALUATION, evaluation_lines, lines_of
+from sl_queue.launch.importance import NAME as IMPORTANCE
 from sl_queue.observe.activity import Spent, spent_of
 from sl_queue.observe.keeper import read_kept
 from sl_queue.observe.trace import MOST_EPOCHS, Trace
@@ -19,8 +22,10 @@ from sl_queue.protocol.scheduler.state import Phase, RunState, history_line
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus, from_json
 from sl_queue.protocol.scheduler.status import as_json as status_as_json
 from sl_queue.storage.run_file import read_run
+from sl_queue.storage.versions import choose_version
 
 REPORT, CURVES = "report.html", "curves.csv"
+FOUND = {"chaos.txt": "Under faults", "check.txt": "Check", "privacy.txt": "What each defence costs and keeps"}
 
 
 def write_report(job: Job, state: Path, out: Path) -> tuple[Path, Path]:
@@ -92,12 +97,39 @@ def _sections(job: Job, state: Path) -> Iterator[tuple[str, list[str]]]:
         found = _privacy(state.parent / party / "final" / "privacy.json")
         if found is not None:
             yield f"Privacy of {party}", [found]
-    for name, title in (("chaos.txt", "Under faults"), ("check.txt", "Check")):
-        places = (folder / name for folder in (state, state.parent, state.parent.parent))
-        path = next((place for place in places if place.is_file()), None)
+        yield from _after(party, state.parent / party)
+    for name, title in FOUND.items():
+        path = next((place for place in (folder / name for folder in _beside(state)) if place.is_file()), None)
         if path is not None:
             yield title, path.read_text(errors="replace").strip().splitlines()
+    importances = next((found for found in map(_importances, _beside(state)) if found), None)
+    if importances is not None:
+        yield "Importance of each party", importances
     yield "Job", json.dumps(job.canonical(), indent=2, default=str).splitlines()
+
+
+def _after(party: str, state: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield what was found of a party's version in use since the run."""
+    with suppress(CheckpointError, OSError, ValueError, LookupError, TypeError):  # there is none, or it was spoilt
+        folder = choose_version(state).path
+        if importance := list(lines_of(folder / IMPORTANCE)):
+            yield f"What the columns of {party} are worth", importance
+        if evaluated := list(evaluation_lines(folder / EVALUATION)):
+            yield f"Evaluation at {party}", evaluated
+
+
+def _beside(state: Path) -> tuple[Path, ...]:
+    return state, state.parent, state.parent.parent
+
+
+def _importances(folder: Path) -> list[str] | None:
+    """Return what `sl-queue explain` found of whole parties; no report names a column."""
+    try:
+        with (folder / IMPORTANCE).open(newline="", encoding="utf-8") as file:
+            head, *rows = csv.reader(file)
+        return [f"{party}: {head[2]} {worse} without it" for party, column, worse in rows if column == "(all)"] or None
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _privacy(path: Path) -> str | None:

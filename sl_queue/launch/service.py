@@ -5,7 +5,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
+from sl_queue.launch.importance import NAME, Explained, Importance
 from sl_queue.launch.outcome import meaning_of, undoing
-from sl_queue.launch.prediction import loss_of, with_own_secret
+from sl_queue.launch.prediction import loss_of, named_rows, with_own_secret
 from sl_queue.launch.privacy import answering_guard
+from sl_queue.launch.spending import release_rows
 from sl_queue.loops.requests import Found, Prediction, Unanswered
 from sl_queue.loops.serving import FeatureService, LabelService
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
-from sl_queue.protocol.serving import Answered, Came, HourlyLimit, Keys
+from sl_queue.protocol.serving import Answered, Came, HourlyLimit, Keys, Worth
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.versions import Version, choose_version
 from sl_queue.transport.serving_channel import ServingChannel
@@ -46,6 +48,7 @@ class Versions:
     rows: Callable[[Version], ToPredict]
     index: RowIndex
     _built: dict[str, AnsweringBase] = field(default_factory=dict)
+    _columns: dict[str, Sequence[str] | None] = field(default_factory=dict)  # names, by run
 
     def base_of(self, run: str) -> AnsweringBase | None:
         """Return the base model of a run, None if there is no version of it."""
@@ -63,8 +66,24 @@ class Versions:
             found = AnsweringBase(predicting_base(*about).stage, self.index)
             while len(self._built) >= _KEPT:
                 del self._built[next(iter(self._built))]
-            self._built[run] = found
+            self._built[run], self._columns[run] = found, table.columns
         return found
+
+    def columns_of(self, run: str) -> Sequence[str] | None:
+        """Return the names of the columns of a base model that was built."""
+        return self._columns.get(run)
+
+    def explained(self, run: str, worth: Worth) -> None:
+        """Keep what the columns of this party are worth beside the version that it is about."""
+        names, party = self.columns_of(run) or (), self.spec.party
+        labels = [
+            None,
+            *(names[place] if place < len(names) else f"column {place}" for place in range(len(worth.worse) - 1)),
+        ]
+        found = [Importance(party, name, worse) for name, worse in zip(labels, worth.worse, strict=False)]
+        folder = choose_version(self.state, run).path
+        Explained(worth.metric, float("nan"), 0, found).keep(folder)
+        log.info("%s: what its columns are worth to the model is in %s", party, folder / NAME)
 
 
 def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
@@ -73,8 +92,9 @@ def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
     ids = ids_to_predict(spec.table)
 
     def rows(version: Version) -> ToPredict:
-        recipe = version.path / "features.json"
-        return read_to_predict(spec.table, None, recipe.read_text(encoding="utf-8") if recipe.exists() else None)
+        found = read_to_predict(spec.table, None, version.recipe, version.columns)
+        release_rows(job, spec, state, "/".join(("answered", *named_rows(version, found).values())))
+        return found
 
     return Versions(spec, state, rows, RowIndex.of(keyed_ids(ids, id_key(job))))
 
@@ -103,9 +123,17 @@ class Served:
 
 
 def serve_feature(
-    job: Job, spec: PartySpec, state: Path, connect: Any, seal: Seal | None, *, at_most: int, deadline_s: float
+    job: Job,
+    spec: PartySpec,
+    state: Path,
+    connect: Any,
+    seal: Seal | None,
+    *,
+    at_most: int,
+    deadline_s: float,
+    explains: bool = False,
 ) -> Served:
-    """Begin to answer requests in a thread of its own. Raises SlQueueError."""
+    """Begin to answer requests in a thread of its own; it `explains` its columns if it may. Raises SlQueueError."""
     versions, work = versions_of(job, spec, state), queue.Queue[Came | None]()
     choose_version(state)
     channel = ServingChannel(
@@ -116,26 +144,29 @@ def serve_feature(
     def refused(rows: int) -> None:
         log.warning("%s: the label holder asked for %d rows beyond %d an hour, and got none", spec.party, rows, at_most)
 
-    service = FeatureService(channel, versions.base_of, HourlyLimit(at_most), refused)
+    explained = versions.explained if explains else None
+    service = FeatureService(channel, versions.base_of, HourlyLimit(at_most), refused, explained)
 
-    def answer() -> None:
-        while (came := work.get()) is not None:
-            try:
-                service.serve(came)
-            except RemoteProtocolError as error:
-                log.warning("%s: a request was dropped: %s", spec.party, error)
-                came.done()
-            except SlQueueError as error:
-                channel.fail(error)
-                return
-            except Exception as error:  # a bug: the next worker may do better, and the request comes again
-                log.exception("%s: a request failed", spec.party)
-                channel.fail(SlQueueError(f"{type(error).__name__}: {error}"))
-                return
-
-    threading.Thread(target=answer, name=f"{spec.party} answers", daemon=True).start()
+    threading.Thread(target=_answer, args=(spec.party, service, work, channel), daemon=True).start()
     channel.open()
     return Served(channel, feature=service, _work=work)
+
+
+def _answer(party: str, service: FeatureService, work: "queue.Queue[Came | None]", channel: ServingChannel) -> None:
+    """Answer until the service ends, or the channel fails."""
+    while (came := work.get()) is not None:
+        try:
+            service.serve(came)
+        except RemoteProtocolError as error:
+            log.warning("%s: a request was dropped: %s", party, error)
+            came.done()
+        except SlQueueError as error:
+            channel.fail(error)
+            return
+        except Exception as error:  # a bug: the next worker may do better, and the request comes again
+            log.exception("%s: a request failed", party)
+            channel.fail(SlQueueError(f"{type(error).__name__}: {error}"))
+            return
 
 
 class Models:
@@ -150,15 +181,26 @@ class Models:
         self._lock = threading.Lock()
         self._about = (*meaning_of(version, loss_of(spec)), undoing(version))
 
-    def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
-        """Return which rows the label holder has, and its outputs for those; None without a base model."""
+    @property
+    def base(self) -> AnsweringBase | None:
+        """The label holder's base model; None if it has none. Raises CheckpointError if its version is gone."""
         if self._versions is None:
             return None
+        base = self._versions.base_of(self.run)
+        if base is None:
+            raise CheckpointError(f"party {self.party!r}: the version of run {self.run} is gone")
+        return base
+
+    @property
+    def columns(self) -> Sequence[str] | None:
+        """The names of the columns of the label holder's base model, if they have names."""
+        return None if self._versions is None or self.base is None else self._versions.columns_of(self.run)
+
+    def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
+        """Return which rows the label holder has, and its outputs for those; None without a base model."""
         with self._lock:
-            base = self._versions.base_of(self.run)
-            if base is None:
-                raise CheckpointError(f"party {self.party!r}: the version of run {self.run} is gone")
-            return base.in_place(number, keys)
+            base = self.base
+            return None if base is None else base.in_place(number, keys)
 
     def fused(
         self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]

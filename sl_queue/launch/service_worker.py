@@ -13,6 +13,8 @@ from sl_queue.config.user_code import Importer
 from sl_queue.data.to_predict import ids_to_predict
 from sl_queue.errors import JobError
 from sl_queue.launch.asked import Asked
+from sl_queue.launch.explaining import explain_over
+from sl_queue.launch.importance import NAME, Explained
 from sl_queue.launch.party import require_role, workplace_of
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.launch.service import Served, serve_feature, serve_label
@@ -34,26 +36,39 @@ def run_service(
     broker: str | None,
     state: Path | None,
     key: Path | None = None,
+    *,
+    explain: bool = False,
 ) -> None:
-    """Serve the rows of [predict] until the process is ended. Raises SlQueueError."""
+    """Serve the rows of [predict] until the process is ended; or `explain` by those that serve. Raises SlQueueError."""
     spec = resolve(job, party_file, Importer())
     require_role(spec, role)
-    spec = spec_to_predict(spec, data_to_predict(party_file), Asked())
+    spec = spec_to_predict(spec, data_to_predict(party_file), Asked(labels=explain))
     place, serve = workplace_of(job, party_file, broker, state, key, to_log), party_file.serve
     about = (job, spec, place.state, place.connect, place.seal)
     if role == "feature":
-        served = serve_feature(*about, at_most=serve.at_most, deadline_s=serve.deadline)
+        served = serve_feature(*about, at_most=serve.at_most, deadline_s=serve.deadline, explains=serve.explain)
         log.info("%s: answers requests", spec.party)
         try:
             _until_failure(served)
         finally:
             served.close()
         return
+    if explain:
+        _explain(party_file, explain_over(*about, run))
+        return
     served = serve_label(*about, run, deadline_s=serve.deadline)
     try:
         _over_http(spec, party_file, served)
     finally:
         served.close()
+
+
+def _explain(party_file: PartyFile, found: Explained) -> None:
+    path = (party_file.folder or Path()) / NAME
+    found.write(path)
+    print(f"{found.metric} {found.value:.6g} on {found.rows} rows; worse by so much without: {path}", flush=True)
+    for party, column, worse in found.ranked():
+        print(f"{party}  {column}  {worse}", flush=True)
 
 
 def _over_http(spec: PartySpec, party_file: PartyFile, served: Served) -> None:

@@ -140,6 +140,44 @@ class Spending:
         self.planned = True
 
 
+def release_rows(job: Job, spec: PartySpec, state: Path, of: str, folder: Path | None = None) -> None:
+    """Enter what a prediction or a service releases of each row, before it is sent; what all comes to is in `folder`.
+
+    `of` names weights and rows: the same once more has the same bits, and is no other release. Raises JobError if the
+    budget would be passed.
+    """
+    settings, chosen = spec.privacy, spec.chosen_secret
+    if settings.clip is None:
+        return
+    ledger = Ledger(state, chosen if isinstance(chosen, Path) else None)
+    secret, known = _digest(spec.compute.secret), ledger.releases()
+    about = (spec.party, job.digest[:_JOB], of, 0, None, secret)
+    release = Release("activations", *about, clip=settings.clip, sigma=settings.sigma)
+    if release not in known and not _fits(known, settings):
+        worth = worth_of_activations([*known, release], settings.delta)
+        raise JobError(
+            f"party {spec.party!r}: [privacy] budget = {settings.budget:g} would be passed by these predictions: with "
+            f"them a row is released {worth.releases} times, worth epsilon {worth.epsilon or float('inf'):.2f} at "
+            f"delta {settings.delta:g}; nothing was sent. Raise the budget"
+        )
+    ledger.enter(release)
+    if folder is None:
+        return
+    about_run = (settings, ledger.releases(), of, secret == SEED)
+    report = report_of_columns(spec.party, job.label_holder, *about_run)
+    try:
+        write_durably(folder / REPORT, json.dumps(report, indent=1).encode())
+    except OSError as error:
+        raise unusable(folder, error) from error
+
+
+def _fits(known: Sequence[Release], settings: Settings) -> bool:
+    """Return True if one more release of each row's activation is within the budget."""
+    if settings.budget is None or not settings.sigma:
+        return True
+    return epochs_within(known, settings.sigma, settings.budget, settings.delta, 1) == 1
+
+
 def _digest(secret: bytes) -> str:
     """Name a secret to who compares two ledgers, and tell nothing to anyone else."""
     return blake2b(digest_size=8, key=secret, person=b"sl_queue ledger").hexdigest() if secret else SEED

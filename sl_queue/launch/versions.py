@@ -41,6 +41,7 @@ def keep_trained(
         "job_says": job.canonical(),
         "holdout": metrics,
         "rows": table.n_rows,
+        "columns": None if table.columns is None or table.fitted is not None else list(table.columns),
         "libraries": _libraries(),
         **_task(getattr(stage, "objective", None)),
     }

@@ -24,33 +24,15 @@ from sl_queue.data.aligning import shared_rows
 from sl_queue.data.to_predict import ToPredict, read_to_predict
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.asked import Asked, schedule_of
+from sl_queue.launch.importance import REPEATS, Explained, Importance, direction
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.local.threads import require_all
 from sl_queue.storage.pieces import PieceFolder
 from sl_queue.storage.versions import Version, choose_version
 
 
-@dataclass(frozen=True, slots=True)
-class Importance:
-    """Worth of one party, or of one of its columns, to the model."""
-
-    party: str
-    column: str | None  # None: all of the party's columns together, which is what the party brings
-    worse: float  # by how much the metric is worse without it: above 0 where it helps
-
-
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """Importances, and the result that they are measured against."""
-
-    metric: str
-    value: float
-    rows: int
-    importances: Sequence[Importance]
-
-
 def explain(
-    job: Job, parties: Sequence[PartyFile], states: Mapping[str, Path], run: str | None = None, repeats: int = 3
+    job: Job, parties: Sequence[PartyFile], states: Mapping[str, Path], run: str | None = None, repeats: int = REPEATS
 ) -> Explained:
     """Measure what each party and each column is worth on the rows of [predict], whose labels the label holder has.
 
@@ -66,12 +48,15 @@ def explain(
     model = _model(job, specs, versions, rows)
     metric = next(iter(model.objective.metrics), "loss")
     before = model.value(metric)
-    sign = 1.0 if metric in ("loss", "mse", "mae", "rmse") else -1.0
+    sign = direction(metric)
     found = []
     for party, column, features in _dealt(model.bases, rows, repeats, job.seed):
         after = [model.value(metric, party, dealt) for dealt in features]
         found.append(Importance(party, column, sign * (float(np.mean(after)) - before)))
-    return Explained(metric, before, model.n_rows, found)
+    explained = Explained(metric, before, model.n_rows, found)
+    for party, version in versions.items():
+        explained.of(party, others=party == job.label_holder).keep(version.path)
+    return explained
 
 
 @dataclass(slots=True)
@@ -101,9 +86,8 @@ def _rows(job: Job, specs: Mapping[str, PartySpec], versions: Mapping[str, Versi
     shared = shared_rows([spec.table for spec in specs.values()]) if job.alignment.method == "psi" else {}
     found = {}
     for party, spec in specs.items():
-        recipe = versions[party].path / "features.json"
-        learned = recipe.read_text(encoding="utf-8") if recipe.exists() else None
-        found[party] = read_to_predict(spec.table, shared.get(party), learned)
+        version = versions[party]
+        found[party] = read_to_predict(spec.table, shared.get(party), version.recipe, version.columns)
     if len({rows.table.digest for rows in found.values()}) > 1:
         counts = ", ".join(f"{party} {rows.table.n_rows}" for party, rows in found.items())
         raise AlignmentError(f"the parties' rows differ ({counts}), and the job does not align them")

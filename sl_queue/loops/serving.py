@@ -21,16 +21,21 @@ from sl_queue.loops.requests import Asked, Found, Fuse, Outcome, Request, Unansw
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import (
     MOST_ROWS,
+    NO_COLUMN,
+    NOT_EXPLAINED,
     OTHER_RUN,
     OVER_LIMIT,
     Came,
+    Deal,
     HourlyLimit,
     Keys,
+    Worth,
     answer_of,
     keys_of,
     read_answer,
     refusal_of,
     request_of,
+    worth_of,
 )
 
 GATHER_S = 0.001  # for which a request that others are before waits for more
@@ -53,8 +58,12 @@ class Post(Protocol):
 class Base(Protocol):
     """A base model with the weights of one run."""
 
-    def answer(self, number: MicroBatch, keys: Keys) -> tuple[Found, Payload | None]:
-        """Return which rows are here, and their activation; None for none."""
+    @property
+    def columns(self) -> int:
+        """Count the columns of the model's input."""
+
+    def answer(self, number: MicroBatch, keys: Keys, deal: Deal | None = None) -> tuple[Found, Payload | None]:
+        """Return which rows are here, and their activation, after a deal if there is one; None for none."""
 
 
 @dataclass(slots=True)
@@ -65,27 +74,38 @@ class FeatureService:
     base_of: Callable[[str], Base | None]  # of a run; None: there is no version of it
     limit: HourlyLimit
     refused: Callable[[int], None]  # is told of rows that were asked for beyond the limit
+    explained: Callable[[str, Worth], None] | None = None  # takes what columns are worth; None: nobody may ask for it
     rows: int = 0  # answered
     _counted: deque[MicroBatch] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # asked once more, not again
 
     def serve(self, came: Came) -> None:
-        """Answer a request, then acknowledge it."""
-        keys, base = keys_of(came.payload), self.base_of(came.run)
-        if base is None:
-            answer = refusal_of(OTHER_RUN)
-        elif came.number not in self._counted and not self.limit.admits(len(keys), time.monotonic()):
-            answer = refusal_of(OVER_LIMIT)
-            self.refused(len(keys))
-        else:
-            answer = answer_of(*_listed(base.answer(came.number, keys)))
-            self._counted.append(came.number)
-            self.rows += len(keys)
+        """Answer a request, then acknowledge it. Raises RemoteProtocolError for one that cannot be read."""
+        worth = worth_of(came.payload)
+        answer = self._answer(came) if worth is None else self._thanks(came, worth)
         self.post.answer(came.run, came.number, answer)
         came.done()
 
+    def _answer(self, came: Came) -> Payload:
+        (keys, deal), base = keys_of(came.payload), self.base_of(came.run)
+        if base is None:
+            return refusal_of(OTHER_RUN)
+        if deal is not None and self.explained is None:
+            return refusal_of(NOT_EXPLAINED)
+        if deal is not None and deal.column is not None and deal.column >= base.columns:
+            return refusal_of(NO_COLUMN)
+        if came.number not in self._counted and not self.limit.admits(len(keys), time.monotonic()):
+            self.refused(len(keys))
+            return refusal_of(OVER_LIMIT)
+        found, activation = base.answer(came.number, keys, deal)
+        self._counted.append(came.number)
+        self.rows += len(keys)
+        return answer_of(found.tolist(), activation)
 
-def _listed(found: tuple[Found, Payload | None]) -> tuple[Sequence[bool], Payload | None]:
-    return found[0].tolist(), found[1]
+    def _thanks(self, came: Came, worth: Worth) -> Payload:
+        if self.explained is None:
+            return refusal_of(NOT_EXPLAINED)
+        self.explained(came.run, worth)
+        return answer_of([True], None)
 
 
 class LabelService:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sl_queue.protocol.schedule.actions import Work
+
 COLD_S = 0.005  # a worker that has waited so long is as cold as it becomes
 LABEL = ""  # the label holder's name in here: no party can be called so
 
@@ -61,3 +63,20 @@ class Costs:
     rtt_s: float = 0.0
     bytes_per_s: float | None = None  # of a party's link, each way; None: no limit
     cores: int | None = None  # that all parties and the broker share; None: enough for each
+
+    def work_of(self, worker: str) -> Mapping[Work, Affine]:
+        """Return the seconds by the rows of an action of a feature party, or of LABEL.
+
+        A forward in evaluation mode counts as one in training, an evaluation as a step without its update.
+        """
+        if worker == LABEL:
+            update = Affine(self.fuse_update_s)
+            return {"prepare": self.fuse_prepare, "fuse": self.fuse, "score": self.fuse, "update": update}
+        each = self.features[worker]
+        return {
+            "prepare": each.prepare,
+            "forward": each.forward,
+            "backward": each.backward,
+            "predict": each.forward,
+            "update": Affine(each.update_s),
+        }

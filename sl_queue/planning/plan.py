@@ -1,7 +1,8 @@
 """Choice of the fastest pipeline: every one is played with what its actions cost here; prints what to paste."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.job import Job, JobPipeline, PartyFile
@@ -11,7 +12,7 @@ from sl_queue.cut.packing import Wire
 from sl_queue.data.aligning import shared_rows
 from sl_queue.data.table import read_table
 from sl_queue.local.threads import require_all
-from sl_queue.planning.costs import Costs
+from sl_queue.planning.costs import LABEL, Costs
 from sl_queue.planning.measuring import HANDLING, Handling, Link, between_commits, costs_of, measure
 from sl_queue.planning.simulation import Prediction, simulate
 from sl_queue.protocol.schedule.pipeline import Pipeline
@@ -19,6 +20,7 @@ from sl_queue.protocol.schedule.row_order import Batches
 
 WARM_UP = 6
 MICRO_BATCHES = (1, 2, 4, 8)
+HANDS = (1, 2, 4, 8)
 STALENESS = (1, 2, 4)
 WIRES = (Wire(), Wire(compress="bitmap"), Wire("bfloat16"), Wire("float16"), Wire("int8"), Wire("int8", "bitmap"))
 SIMPLER = 1.03  # what comes earlier in the list is preferred unless something later is this much faster
@@ -44,6 +46,7 @@ class Plan:
 
     candidates: tuple[Candidate, ...]
     present: Candidate  # what the job says now
+    hands: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # seconds a step then, by party and number
 
     @property
     def exact(self) -> Candidate:
@@ -71,7 +74,15 @@ def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handlin
         found += [Candidate(order, wire, played(job, costs, order)) for order in _orders(job)]
     costs = costs_of(job, measured, job.on_the_wire, link, handling)
     present = Candidate(job.pipeline, job.on_the_wire, played(job, costs, job.pipeline))
-    return Plan(tuple(sorted(found, key=lambda candidate: candidate.prediction.step_s)), present)
+    ranked = tuple(sorted(found, key=lambda candidate: candidate.prediction.step_s))
+    return Plan(ranked, present, {file.party: _hands(job, costs, file.party) for file in files if file.hands})
+
+
+def _hands(job: Job, costs: Costs, party: str) -> dict[int, float]:
+    """Return the seconds that a step takes with so many hands at a party."""
+    worker = LABEL if party == job.label_holder else party
+    counts = [count for count in HANDS if count <= job.pipeline.micro_batches]
+    return {count: played(job, costs, job.pipeline, {worker: count}).step_s for count in counts}
 
 
 def _orders(job: Job) -> Iterator[JobPipeline]:
@@ -97,13 +108,13 @@ def _simplest(candidates: Sequence[Candidate]) -> Candidate:
     return min((c for c in candidates if c.prediction.step_s <= limit), key=asks)
 
 
-def played(job: Job, costs: Costs, order: JobPipeline) -> Prediction:
-    """Return what that pipeline would come to."""
+def played(job: Job, costs: Costs, order: JobPipeline, hands: Mapping[str, int] = MappingProxyType({})) -> Prediction:
+    """Return what that pipeline would come to, with so many hands at a worker."""
     every = between_commits(order)
     steps = every + max(every, 2 * WARM_UP)
     batches = Batches(job.batch_size * steps, job.seed, 1, job.batch_size, order.micro_batches)
     pipeline = Pipeline(batches, order.depth, order.staleness, every)
-    return simulate(pipeline, costs, min(WARM_UP, every))
+    return simulate(pipeline, costs, min(WARM_UP, every), hands)
 
 
 # What is printed ------------------------------------------------------------------------------------------------
@@ -116,6 +127,9 @@ def lines(plan: Plan, shown: int = 12) -> Iterator[str]:
     for candidate in rows:
         yield _line(candidate)
     yield f"{_line(plan.present)}   (the job as it is)"
+    for party, found in plan.hands.items():
+        each = ", ".join(f"{count}: {seconds * 1e3:.2f}" for count, seconds in found.items())
+        yield f"with hands at {party}, ms a step by their number, without what they and it exchange: {each}"
     yield f"\nfastest with the weights of joined training:\n\n{_tables(plan.exact)}"
     if not plan.fastest.exact:
         yield "\nfastest of all (staleness and narrower numbers change what is learned: compare the holdout metrics):"

@@ -10,13 +10,24 @@ after it has waited takes longer, the longer it has waited: its caches are cold,
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
-from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs
+from sl_queue.planning.costs import COLD_S, LABEL, Costs
+from sl_queue.planning.playing import Await, Call, Compute, Give, Message, OverHands, Save, Script, Send
 from sl_queue.protocol.messages import Kind, MicroBatch
-from sl_queue.protocol.schedule.actions import EFFECTS, Action, Begin, Commit, Predict, Score, Update, Work
+from sl_queue.protocol.schedule.actions import (
+    EFFECTS,
+    Action,
+    Begin,
+    Commit,
+    Fuse,
+    Predict,
+    Score,
+    Update,
+)
 from sl_queue.protocol.schedule.pipeline import Pipeline
 
 
@@ -33,56 +44,34 @@ class Prediction:
         return 1.0 - max(self.busy.values())
 
 
-Message = tuple[str, Kind | None, MicroBatch]  # feature party, kind (None: a checkpoint on its way to disk), which
+def simulate(
+    pipeline: Pipeline, costs: Costs, warm_up: int = 0, hands: Mapping[str, int] = MappingProxyType({})
+) -> Prediction:
+    """Play the whole of `pipeline`; steps before `warm_up` do not count.
 
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Await:
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class _Send:
-    message: Message
-    size: float  # bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Save:
-    done: Message  # awaited as a message is
-
-
-_Script = Generator["_Work | _Await | _Send | _Save", None, None]
-
-
-def simulate(pipeline: Pipeline, costs: Costs, warm_up: int = 0) -> Prediction:
-    """Play the whole of `pipeline`; steps before `warm_up` do not count."""
-    return _Simulation(pipeline, costs).run(warm_up)
+    `hands`: how many compute for a party, or for LABEL. What goes between them and their lead takes no time in here.
+    """
+    return _Simulation(pipeline, costs, hands).run(warm_up)
 
 
 class _Simulation:
     """One run. Mutable: its clock moves on."""
 
-    def __init__(self, pipeline: Pipeline, costs: Costs) -> None:
-        self._pipeline, self._costs = pipeline, costs
+    def __init__(self, pipeline: Pipeline, costs: Costs, hands: Mapping[str, int]) -> None:
+        self._pipeline, self._costs, self._hands = pipeline, costs, hands
         self._now = 0.0
         self._numbers = itertools.count()
         self._computing: dict[str, float] = {}  # seconds of work left, by worker or line
-        self._due: list[tuple[float, int, _Send]] = []  # messages under way
-        self._arrived: set[Message] = set()
-        self._awaited: dict[Message, tuple[str, float]] = {}  # by whom, since when
+        self._due: list[tuple[float, int, Send]] = []  # messages under way
+        self._arrived: set[Message | Call] = set()
+        self._awaited: dict[Message | Call, tuple[str, float]] = {}  # by whom, since when
         self._cold_factor: dict[str, float] = {}
         self._lines: dict[str, deque[tuple[float, Callable[[], None]]]] = {}  # seconds of work, and what follows it
         self._link_free: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._updates: list[tuple[float, dict[str, float]]] = []
-        self._work = {party: _feature_work(costs, party) for party in costs.features} | {LABEL: _label_work(costs)}
-        self._scripts: dict[str, _Script] = {LABEL: self._script(LABEL, pipeline.label_actions(0))}
+        self._work = {worker: costs.work_of(worker) for worker in (LABEL, *costs.features)}
+        self._scripts: dict[str, Script] = {LABEL: self._script(LABEL, pipeline.label_actions(0))}
         self._scripts |= {party: self._script(party, pipeline.feature_actions(0)) for party in costs.features}
 
     def run(self, warm_up: int) -> Prediction:
@@ -98,26 +87,29 @@ class _Simulation:
 
     # The workers ------------------------------------------------------------------------------------------------
 
-    def _script(self, worker: str, actions: Iterable[Action]) -> _Script:
+    def _script(self, worker: str, actions: Iterable[Action]) -> Script:
         """Play the effects of a worker's actions, as the loops have them."""
         peers = tuple(self._costs.features) if worker == LABEL else (worker,)
-        saving: _Save | None = None
+        saving: Save | None = None
+        led = OverHands(worker, self._pipeline, self._seconds, self._work[worker]["update"](0))
         for action in actions:
             effect = EFFECTS[type(action)]
             if isinstance(action, Commit):
-                saving = _Save((worker, None, MicroBatch(action.step, 0)))
+                saving = Save((worker, None, MicroBatch(action.step, 0)))
                 yield saving
                 continue
             micro_batch, rows = self._micro_batch(action)
             for peer in peers if effect.awaits is not None else ():
-                yield _Await((peer, effect.awaits, micro_batch))
+                yield Await((peer, effect.awaits, micro_batch))
                 if saving is not None:
-                    yield _Await(saving.done)
+                    yield Await(saving.done)
                     saving = None
-            if effect.work is not None:
-                yield _Work(self._work[worker][effect.work](rows))
-            for peer in peers if effect.sends is not None else ():
-                yield _Send((peer, effect.sends, micro_batch), self._size(peer, effect.sends, rows))
+            sends = () if effect.sends is None else tuple(self._sent(peer, effect.sends, micro_batch) for peer in peers)
+            if worker in self._hands:
+                yield from led.play(action, sends)
+            elif effect.work is not None:
+                yield Compute(self._work[worker][effect.work](rows))
+            yield from () if isinstance(action, Fuse) and worker in self._hands else sends
             if worker == LABEL and isinstance(action, Update):
                 self._updates.append((self._now, dict(self._busy)))
 
@@ -133,9 +125,17 @@ class _Simulation:
                     action.micro_batch.index
                 ]
 
-    def _size(self, party: str, kind: Kind | None, rows: int) -> float:
-        costs = self._costs.features[party]
-        return (costs.gradient_bytes if kind is Kind.GRADIENT else costs.activation_bytes)(rows)
+    def _seconds(self, call: Call) -> float:
+        worker, work, micro_batch = call
+        batches = self._pipeline.batches
+        sizes = batches.holdout_sizes if work in ("predict", "score") else batches.sizes(micro_batch.step)
+        return self._work[worker][work](sizes[micro_batch.index])
+
+    def _sent(self, party: str, kind: Kind, micro_batch: MicroBatch) -> Send:
+        costs, batches = self._costs.features[party], self._pipeline.batches
+        sizes = batches.holdout_sizes if kind is Kind.HOLDOUT else batches.sizes(micro_batch.step)
+        size = costs.gradient_bytes if kind is Kind.GRADIENT else costs.activation_bytes
+        return Send((party, kind, micro_batch), size(sizes[micro_batch.index]))
 
     # The clock --------------------------------------------------------------------------------------------------
 
@@ -143,24 +143,33 @@ class _Simulation:
         """Let a worker go on until it computes or waits."""
         for wish in self._scripts[worker]:
             match wish:
-                case _Work(seconds):
+                case Compute(seconds):
                     self._computing[worker] = seconds * self._cold_factor.get(worker, 1.0)
                     return
-                case _Await(message):
+                case Await(message):
                     if message in self._arrived:
                         self._arrived.discard(message)
                         self._cold_factor[worker] = 1.0
                         continue
                     self._awaited[message] = worker, self._now
                     return
-                case _Save(done):
+                case Give((_, _, micro_batch), seconds):
+                    line = f"hand {micro_batch.index % self._hands[worker]} of {worker}"
+                    self._queue(line, seconds, partial(self._answer, worker, wish))
+                case Save(done):
                     self._queue(f"disk of {worker}", self._costs.commit_s, partial(self._deliver, done))
-                case _Send():
+                case Send():
                     self._leave(worker, wish)
                     if self._costs.cores is not None:
                         self._computing[f"overhead {next(self._numbers)}"] = self._costs.overhead(wish.size)
 
-    def _leave(self, worker: str, sent: _Send) -> None:
+    def _answer(self, worker: str, given: Give) -> None:
+        """Have what a hand has done at its lead, which sends what follows."""
+        for each in given.sends:
+            self._leave(worker, each)
+        self._deliver(given.call)
+
+    def _leave(self, worker: str, sent: Send) -> None:
         """Send through the sender's driver, then through the broker, then over the link."""
         party, kind, _ = sent.message
 
@@ -219,7 +228,7 @@ class _Simulation:
             self._computing[line] = waiting[0][0]
         then()
 
-    def _carry(self, sent: _Send) -> None:
+    def _carry(self, sent: Send) -> None:
         """Carry over the link, after what is on it already."""
         party, kind, _ = sent.message
         line = f"{kind} of {party}"
@@ -229,32 +238,10 @@ class _Simulation:
         self._link_free[line] = free
         heapq.heappush(self._due, (free + self._costs.rtt_s / 2, next(self._numbers), sent))
 
-    def _deliver(self, message: Message) -> None:
+    def _deliver(self, message: Message | Call) -> None:
         if message not in self._awaited:
             self._arrived.add(message)
             return
         worker, since = self._awaited.pop(message)
         self._cold_factor[worker] = 1.0 + (self._costs.cold_factor - 1.0) * min(1.0, (self._now - since) / COLD_S)
         self._advance(worker)
-
-
-def _feature_work(costs: Costs, party: str) -> Mapping[Work, Affine]:
-    """Return the seconds by the rows of an action; a forward in evaluation mode counts as one in training."""
-    each = costs.features[party]
-    return {
-        "prepare": each.prepare,
-        "forward": each.forward,
-        "backward": each.backward,
-        "predict": each.forward,
-        "update": Affine(each.update_s),
-    }
-
-
-def _label_work(costs: Costs) -> Mapping[Work, Affine]:
-    """Return the seconds by the rows of an action; an evaluation counts as a step without its update."""
-    return {
-        "prepare": costs.fuse_prepare,
-        "fuse": costs.fuse,
-        "score": costs.fuse,
-        "update": Affine(costs.fuse_update_s),
-    }

@@ -4,6 +4,7 @@ A request travels as a gradient would and an answer as held-out rows do, under t
 whose weights are meant, so no login needs a new right. An answer says which of the rows it is of; a refusal says why.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,21 +21,60 @@ Keys = npt.NDArray[np.uint64]
 MOST_ROWS: Final = 512  # of one message
 OTHER_RUN: Final = "run"
 OVER_LIMIT: Final = "limit"
+NO_COLUMN: Final = "column"
+NOT_EXPLAINED: Final = "explain"
 _KEY_BYTES: Final = 8
-_FOUND, _REFUSED, _HOUR_S = "found:", "refused:", 3600.0
+_FOUND, _REFUSED, _DEAL, _WORTH, _HOUR_S = "found:", "refused:", "deal:", "worth:", 3600.0
 
 
-def request_of(keys: Keys) -> Payload:
-    """Return a request for these rows, at least one."""
-    return Payload("int8", (len(keys), _KEY_BYTES), keys.astype("<u8").tobytes(), b"")
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """Values that are dealt out to other rows: of one of a party's columns, by place, or of all of them (None)."""
+
+    column: int | None
+    order: int  # which of the permutations
 
 
-def keys_of(request: Payload) -> Keys:
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """By how much a metric gets worse without a party's columns: all of them, then each by place."""
+
+    metric: str
+    worse: Sequence[float]
+
+
+def request_of(keys: Keys, deal: Deal | None = None) -> Payload:
+    """Return a request for these rows, at least one; with a `deal` after the values in question were dealt out."""
+    said = "" if deal is None else f"{_DEAL}{-1 if deal.column is None else deal.column}:{deal.order}"
+    return Payload("int8", (len(keys), _KEY_BYTES), keys.astype("<u8").tobytes(), b"", said)
+
+
+def keys_of(request: Payload) -> tuple[Keys, Deal | None]:
     """Read a request. Raises RemoteProtocolError."""
+    deal = None
+    if request.packing.startswith(_DEAL):
+        column, _, order = request.packing.removeprefix(_DEAL).partition(":")
+        if re.fullmatch(r"-1|\d{1,6}", column, re.ASCII) and re.fullmatch(r"\d{1,3}", order, re.ASCII):
+            deal = Deal(None if column == "-1" else int(column), int(order))
     fits = request.dtype == "int8" and request.shape[1:] == (_KEY_BYTES,) and request.shape[0] <= MOST_ROWS
-    if not fits or request.packing:
+    if not fits or (request.packing and deal is None):
         raise RemoteProtocolError(f"a request for rows is {request}")
-    return np.frombuffer(request.data, "<u8").astype(np.uint64)
+    return np.frombuffer(request.data, "<u8").astype(np.uint64), deal
+
+
+def worth_payload(worth: Worth) -> Payload:
+    """Return what tells a feature party what its columns are worth."""
+    values = np.asarray(worth.worse, "<f8")
+    return Payload("float64", values.shape, values.tobytes(), b"", f"{_WORTH}{worth.metric}")
+
+
+def worth_of(request: Payload) -> Worth | None:
+    """Read what columns are worth; None for a request for rows. Raises RemoteProtocolError."""
+    if not request.packing.startswith(_WORTH):
+        return None
+    if request.dtype != "float64" or len(request.shape) != 1 or len(request.data) != 8 * request.shape[0]:
+        raise RemoteProtocolError(f"an explanation is {request}")
+    return Worth(request.packing.removeprefix(_WORTH)[:100], np.frombuffer(request.data, "<f8").tolist())
 
 
 def answer_of(found: Sequence[bool], activation: Payload | None) -> Payload:

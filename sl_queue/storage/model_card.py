@@ -3,7 +3,8 @@
 It says nothing of another party but its name and its cut: no column, no row, no model.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -115,6 +116,19 @@ class Card:
             "",
             f"Written by {libraries}.",
         ]
+
+
+def with_table(card: str, title: str, note: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a card with a section of that title, in the place of one that it has; before how to use the model."""
+    lines = [f"## {title}", "", note, "", _line(head), _line(["---"] * len(head)), *map(_line, rows), "", ""]
+    sections = re.split(r"(?m)^(?=## )", card)
+    kept = [section for section in sections if not section.startswith(f"## {title}\n")]
+    place = next((i for i, section in enumerate(kept) if section.startswith("## Use\n")), len(kept))
+    return "".join([*kept[:place], "\n".join(lines), *kept[place:]])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
 
 
 def _cell(text: str) -> str:

@@ -37,6 +37,18 @@ class Version:
     metrics: Mapping[str, float | None] = field(default_factory=dict)  # of held-out rows, at the label holder
     about: Mapping[str, Any] = field(default_factory=dict, repr=False)  # all of run.json
 
+    @property
+    def columns(self) -> Sequence[str] | None:
+        """The names of the columns that the base model was trained on, in order; None if they are not known."""
+        found = self.about.get("columns")
+        return tuple(map(str, found)) if isinstance(found, list) else None
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe that [features] learned of the training rows, as JSON; None without. Raises OSError."""
+        path = self.path / "features.json"
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
     def weights(self, part: str) -> Path:
         """Return the file of a part, "base" or "fuse". Raises CheckpointError if it is missing or altered."""
         name = f"{part}.safetensors"

@@ -1,5 +1,6 @@
 """Stages over hands: however many there are, and whoever is lost, not one bit differs."""
 
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,10 @@ def over_hands(of: Parties, hands: int, loss: float, who: tuple[str, ...], own: 
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-@pytest.mark.parametrize(("hands", "loss", "own"), [(0, 0.0, True), (1, 0.0, False), (3, 0.0, True), (3, 0.02, False)])
+@pytest.mark.parametrize(
+    ("hands", "loss", "own"),
+    [(0, 0.0, True), (1, 0.0, False), (2, 0.0, False), (3, 0.0, True), (3, 0.02, False), (4, 0.0, False)],
+)
 def test_hands_change_no_bit(hands: int, loss: float, own: bool, staleness: int) -> None:
     pipeline = {"micro_batches": 5, "depth": 5 * (staleness + 1), "staleness": staleness, "checkpoint_every": 3}
     of = made(pipeline=pipeline)
@@ -83,6 +87,39 @@ def test_hands_change_no_bit(hands: int, loss: float, own: bool, staleness: int)
         for name, module in plain.modules().items():
             assert equal_weights(module, with_hands.modules()[name]), (who, name)
         assert bool(lost) == bool(loss)
+
+
+SIZES = {0: 1, 3: 4, 6: 2, 9: 0, 12: 3}  # hands of the feature party after so many steps
+
+
+def test_hands_that_come_and_go_in_mid_run_change_no_bit() -> None:
+    of = made(pipeline={"micro_batches": 5, "depth": 5, "checkpoint_every": 3})
+    plain, stages = of.stages().train(of.pipeline), of.stages()
+    crew, steps = Crew(lambda: of.stages().bases["left"]), count(1)
+    crew.resize(SIZES[0])
+    lead, whole = crew.lead(own=True), stages.bases["left"]
+    stage = spread(whole, lead, of.pipeline)
+
+    class Resized:
+        """A stage whose hands come and go after its steps."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(stage, name)
+
+        def update(self) -> None:
+            stage.update()
+            if (size := SIZES.get(next(steps))) is not None:
+                crew.resize(size)
+
+    seen = Stages({"left": Resized()}, stages.fuse).train(of.pipeline)  # type: ignore[dict-item]
+    lead.close()
+    for thread in crew.threads[-SIZES[12] :]:  # the others are gone without a word
+        thread.join(10)
+    assert next(steps) > max(SIZES) and len(crew.threads) == 7
+    seen.bases["left"] = whole
+    assert (seen.losses, seen.evaluations) == (plain.losses, plain.evaluations)
+    for name, module in plain.modules().items():
+        assert equal_weights(module, seen.modules()[name]), name
 
 
 @pytest.mark.parametrize("wire", [{"dtype": "float16"}, {"compress": "bitmap"}])

@@ -105,6 +105,7 @@ def of() -> Parties:
     return made()
 
 
+@pytest.mark.timeout(600)  # some sixty runs
 @pytest.mark.parametrize("led", ["a", "label"])
 def test_a_lead_that_crashes_at_any_operation_of_a_commit_changes_no_bit(led: str, of: Parties) -> None:
     plain = Run(of=of).finish().outcome()

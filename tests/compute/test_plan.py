@@ -55,6 +55,26 @@ def test_the_recommended_tables_are_those_of_a_job_file(far: Plan) -> None:
         assert (job.pipeline.staleness > 0) == (text == tables[1])
 
 
+def test_hands_are_planned_for_a_party_that_may_have_some() -> None:
+    draw = np.random.default_rng(5)
+    wide = nn.Sequential(nn.Linear(3, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 8))
+    run = parties(
+        {"a": wide},
+        Concatenated(8, 1),
+        {"a": draw.normal(size=(800, 3)).astype(np.float32)},
+        draw.integers(0, 2, 800),
+        cuts={"a": [8]},
+        batch_size=256,
+        pipeline={"micro_batches": 4, "depth": 4},
+    )
+    files = [file.replace(hands={}) if file.party == "a" else file for file in run.files.values()]
+    found = plan_job(run.job, files, Link())
+    assert list(found.hands) == ["a"] and list(found.hands["a"]) == [1, 2, 4]
+    assert found.hands["a"][4] < found.hands["a"][2] < found.hands["a"][1]
+    (line,) = [line for line in lines(found) if line.startswith("with hands at a")]
+    assert line.count(":") == 4
+
+
 def test_a_narrow_link_makes_fewer_bytes_worth_it() -> None:
     narrow = planned(Link(mbit_s=0.01))
     assert narrow.fastest.wire.dtype == "int8"

@@ -12,7 +12,7 @@ from sl_queue.cut.rows import CutRows
 from sl_queue.privacy.defences import clipped
 from sl_queue.privacy.draws import key_for, row_tokens
 from sl_queue.privacy.first_look import FirstLook
-from sl_queue.privacy.guards import ActivationDefence, GradientDefence, Returning, RowIndex
+from sl_queue.privacy.guards import ActivationDefence, AnswerDefence, GradientDefence, Returning, RowIndex
 from sl_queue.protocol.messages import MicroBatch
 
 N, SECRET, OTHER = 50, b"s" * 32, b"t" * 32
@@ -125,3 +125,30 @@ def test_a_first_look_speaks_once_of_each_party_and_only_of_what_can_be_read() -
     assert [(reading.party, reading.rows) for reading in said if reading.party == "bank"] == [("bank", 16)]
     assert said[0].auc == 1.0
     assert "bank can read your labels from its gradients (attack AUC 1.00 on 16 rows here)" in said[0].told()
+
+
+def test_an_answer_hides_a_row_behind_the_same_noise_however_often_and_with_whom_it_is_asked_for() -> None:
+    defence = AnswerDefence(1.0, 2.0, SECRET)
+    sent = defence.apply(ACTIVATION, crossing(held_out=True))
+    again = defence.apply(ACTIVATION[[5, 2]], crossing([5, 2], step=99, held_out=True))
+    assert torch.equal(again, sent[[5, 2]])
+    noise = (sent - clipped(ACTIVATION, 1.0)) / 2.0
+    assert 0.6 < noise.std().item() < 1.4
+    assert len(set(noise.flatten().tolist())) == noise.numel()
+
+
+def test_no_two_rows_versions_or_secrets_share_the_noise_of_an_answer() -> None:
+    sent = AnswerDefence(1.0, 2.0, SECRET).apply(ACTIVATION, crossing(held_out=True)) - clipped(ACTIVATION, 1.0)
+    moved = ACTIVATION + 1e-3
+    same = ACTIVATION[[0] * 8]
+    others = [
+        AnswerDefence(1.0, 2.0, OTHER).apply(ACTIVATION, crossing(held_out=True)) - clipped(ACTIVATION, 1.0),
+        AnswerDefence(1.0, 2.0, SECRET).apply(moved, crossing(held_out=True)) - clipped(moved, 1.0),
+    ]
+    for other in others:
+        assert (other - sent).abs().min() > 1e-5
+    alike = AnswerDefence(1.0, 2.0, SECRET).apply(same, crossing(held_out=True))
+    assert len({tuple(row) for row in alike.tolist()}) == 8
+    assert torch.equal(
+        AnswerDefence(1.0, 0.0, SECRET).apply(ACTIVATION, crossing(held_out=True)), clipped(ACTIVATION, 1.0)
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import sl_queue
 from sl_queue.config.resolve import resolve
@@ -25,7 +26,7 @@ from sl_queue.launch.http_service import MOST_BYTES, Api
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.launch.service import Served, serve_feature, serve_label
 from sl_queue.storage.versions import promote
-from tests.compute.test_prediction import N, files, job, new_rows, states
+from tests.compute.test_prediction import Base, N, files, job, new_rows, states
 
 
 @pytest.fixture(scope="module")
@@ -250,5 +251,34 @@ def test_a_version_is_taken_over_once_all_parties_have_it_and_no_request_fails(t
         while not served(other.name):
             assert time.monotonic() < deadline
         assert before["predictions"] != service.ask([int(service.ids[0])]).json()["predictions"]
+    finally:
+        service.close()
+
+
+class Noisy(Base):
+    """A base model that draws in evaluation mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(x.shape[0], 1)
+
+
+def test_a_model_that_draws_in_evaluation_mode_gives_the_same_answer_again_and_takes_nobody_elses_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.compute.test_prediction.Base", Noisy)
+    rng = np.random.default_rng(0)
+    rows = {
+        "bank": sl_queue.Rows(np.arange(N), rng.standard_normal((N, 3))),
+        "insurer": sl_queue.Rows(np.arange(N), rng.standard_normal((N, 2)), np.arange(N) % 2),
+    }
+    sl_queue.run_local(job(), files(rows), out=tmp_path)
+    service = Service(tmp_path)
+    try:
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        first, second = (service.ask([int(service.ids[0])]).json()["predictions"] for _ in range(2))
+        assert first == second
+        assert torch.equal(torch.get_rng_state(), before)
+        assert service.ask([int(service.ids[0]), int(service.ids[1])]).status_code == 200
     finally:
         service.close()

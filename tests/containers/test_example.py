@@ -1,6 +1,5 @@
 """compose.yaml trains its example to the end though its containers are killed, and no bit of the weights differs."""
 
-import ipaddress
 import random
 import re
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sl_queue.testing.private_broker import free_ports
-from tests.support.containers import PARTIES, ROOT, WORKERS, Project, bits, in_peace, kill, sh
+from tests.support.containers import PARTIES, ROOT, WORKERS, Project, bits, host_address, in_peace, kill
 from tests.system.test_deploy_doc import blocks, run
 
 EPOCHS = 100
@@ -79,11 +78,7 @@ def test_two_organisations_train_with_a_container_each_as_the_page_says(image: N
     for block in (prepare, keys, job):
         run(block, tmp_path)
     (port,) = free_ports(1)
-    subnet = sh(
-        "docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Subnet}}"
-    ).stdout.strip()
-    here = ipaddress.ip_network(subnet)[1]  # the engine's own address; not every engine names it as the gateway
-    run(provision.replace("broker.example", f"{here} --port {port}"), tmp_path)
+    run(provision.replace("broker.example", f"{host_address()} --port {port}"), tmp_path)
     hub, feature = blocks("sh docker")
     (look,), (rotate,) = blocks("sh docker look"), blocks("sh docker rotate")
     label = feature.replace("bank", "insurer").replace("feature", "label")

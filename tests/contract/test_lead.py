@@ -2,18 +2,20 @@
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from sl_queue.errors import AlignmentError, ComputeError
+from sl_queue.hand_ports import Lane
 from sl_queue.loops.hand import Hand
 from sl_queue.loops.lead import Lead
 from sl_queue.protocol.events import Event, HandCame, HandLeft, HandRefused, WaitBegan, Waited
 from sl_queue.protocol.hands import HANDS, LEAD, TASKS, Call, Result, encode
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
+from sl_queue.transport.rabbitmq.lane import RabbitLane
 
 ABOUT = {"job": "j", "cpu": "AVX2"}
 FIRST = MicroBatch(0, 0)
@@ -47,19 +49,24 @@ class Echo:
 class Place:
     """A lead with its lanes, and hands in threads; mutable."""
 
-    def __init__(self, own: Any = None) -> None:
+    def __init__(self, own: Any = None, make: Callable[[bool], Lane] | None = None) -> None:
         self.lanes, self.events, self.done = MemoryLanes(), list[Event](), list[Call]()
-        lane = MemoryLane(self.lanes, lead=True)
-        self.lead = Lead("bank", lane, ABOUT, "lead 1", own=own, observe=self.events.append)
+        self.make = make or (lambda lead: MemoryLane(self.lanes, lead))
+        self.lead = Lead("bank", self.make(True), ABOUT, "lead 1", own=own, observe=self.events.append)
         self.lead.open()
         self.lead.equip({})
+
+    @property
+    def names(self) -> list[str]:
+        """The hands that came."""
+        return [event.hand for event in self.events if isinstance(event, HandCame)]
 
     def hand(self, about: Any = ABOUT) -> tuple[threading.Thread, list[BaseException]]:
         ended: list[BaseException] = []
 
         def serve() -> None:
             try:
-                Hand("bank", MemoryLane(self.lanes), about, Echo(self.done)).serve()
+                Hand("bank", self.make(False), about, Echo(self.done)).serve()
             except BaseException as error:
                 ended.append(error)
 
@@ -132,16 +139,36 @@ def test_what_the_model_does_at_a_hand_is_raised_at_the_lead_and_hands_go_home(p
     assert "as it was asked" in str(ended[0])
 
 
-def test_ten_thousand_messages_of_noise_change_nothing(place: Place) -> None:
+class Deaf:
+    """A side that takes no notice; it knows its name."""
+
+    name = ""
+
+    def on_session(self, me: str) -> None:
+        self.name = me
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.fixture(params=["memory", "rabbitmq"])
+def crossed(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Return a lead over memory, and over RabbitMQ."""
+    if request.param == "memory":
+        place = Place()
+    else:
+        url, prefix = request.getfixturevalue("broker_url"), request.getfixturevalue("unique") + "."
+        place = Place(make=lambda lead: RabbitLane(url, prefix, lead=lead))
+    yield place
+    place.lead.close()
+
+
+def test_ten_thousand_messages_of_noise_change_nothing(crossed: Place) -> None:
+    place = crossed
     place.hand()
     while not any(isinstance(event, HandCame) for event in place.events):
         threading.Event().wait(0.01)
-    noisy, chance = MemoryLane(place.lanes), random.Random(5)
-
-    class Deaf:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: None
-
+    noisy, chance = place.make(False), random.Random(5)
     noisy.open(Deaf())
     whole = [encode(Result("lead 1", "hand.1", n, "echo", {}, {})) for n in range(3)] + [
         encode(Call("lead 1", 0, "x", FIRST, 1))
@@ -150,7 +177,7 @@ def test_ten_thousand_messages_of_noise_change_nothing(place: Place) -> None:
     for number in range(10_000):
         body = bytearray(chance.choice(whole))
         body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
-        noisy.send(chance.choice([LEAD, TASKS, HANDS]), bytes(body))
+        noisy.send(chance.choice([LEAD, TASKS, HANDS, *place.names]), bytes(body))
         if number % 1000 == 0:
             tasks.append(place.lead.begin("echo", FIRST, {"": Payload("int8", (1,), bytes([number // 1000]))}))
     found = [bytes(place.lead.result(task, "echo").tensors[""].data) for task in tasks]

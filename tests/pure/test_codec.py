@@ -385,9 +385,9 @@ def bombs() -> Iterator[tuple[str, bytes]]:
 @pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in bombs()])
 def test_a_bomb_is_refused_quickly_in_little_memory(body: bytes) -> None:
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     refused = harmless(body)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert refused

@@ -2,6 +2,7 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from sl_queue.protocol.scheduler.epochs import recorded
 from sl_queue.protocol.scheduler.state import Plan, RunState, history_line, result_of, worst_reading
 from sl_queue.protocol.scheduler.status import RunStatus
 
+ROOT = Path(__file__).parents[2]
 LEAK = {"bank": {"direction": 0.99, "norm": 0.7, "chance": 0.55, "probe": 0.999}}
 
 
@@ -50,3 +52,10 @@ def test_what_a_label_holder_makes_up_fills_no_history() -> None:
     assert set(kept.leak) == {"bank"}
     assert sorted(kept.leak["bank"].values()) == [0.5, 0.7]
     assert all(name.isprintable() for name in kept.leak["bank"])
+
+
+def test_the_figures_of_the_guide_are_those_that_the_benchmark_wrote() -> None:
+    guide, results = ((ROOT / name).read_text() for name in ("docs/privacy.md", "benchmarks/results/privacy.md"))
+    measured = guide[guide.index("### ") : guide.index("What to see:")].strip()
+    assert measured.count("### ") == 4
+    assert measured in results

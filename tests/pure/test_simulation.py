@@ -38,6 +38,25 @@ def test_lock_step_adds_everything_up() -> None:
     assert found.bubble == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_hands_share_a_party_s_work_and_nothing_else(count: int) -> None:
+    order = pipeline(8, 8)
+    plain = step_s(order, costs(4.0, 0.0))
+    assert plain == pytest.approx(8.0)
+    assert simulate(order, costs(4.0, 0.0), hands={"party0": count}).step_s == pytest.approx(8.0 / count)
+    assert simulate(order, costs(0.0, 4.0), hands={LABEL: count}).step_s == pytest.approx(4.0 / count)
+    beside = simulate(order, costs(4.0, 4.0), hands={"party0": count}).step_s
+    assert beside >= 4.0, "the label holder has no more hands than before"
+
+
+def test_one_hand_takes_the_time_of_a_plain_worker() -> None:
+    for order in (pipeline(), pipeline(4, 4), pipeline(1, 3, 2)):
+        for given_costs in (costs(1.0, 2.0), costs(2.0, 1.0, rtt_s=0.5)):
+            plain = simulate(order, given_costs, warm_up=5).step_s
+            for who in ("party0", LABEL):
+                assert simulate(order, given_costs, 5, {who: 1}).step_s == pytest.approx(plain, rel=0.35)
+
+
 def test_a_narrow_link_takes_its_time_for_every_byte() -> None:
     assert step_s(pipeline(), costs(1.0, 1.0, bytes_per_s=4.0)) == pytest.approx(3.0 + 2 * 8 / 4)
 

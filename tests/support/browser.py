@@ -12,6 +12,16 @@ from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
+CONTRAST = """const parse=c=>c.match(/[\\d.]+/g).slice(0,3).map(Number);
+const linear=v=>v<=.03928?v/12.92:((v+.055)/1.055)**2.4;
+const light=c=>parse(c).map(v=>linear(v/255)).reduce((s,v,i)=>s+v*[.2126,.7152,.0722][i],0);
+const paper=light(getComputedStyle(document.body).backgroundColor);
+const words=e=>[...e.childNodes].some(n=>n.nodeType===Node.TEXT_NODE&&n.data.trim());
+return [...document.querySelectorAll("body *")].filter(e=>!["SCRIPT","STYLE"].includes(e.tagName)&&words(e)).map(e=>{
+  const style=getComputedStyle(e),ink=light(e instanceof SVGElement?style.fill:style.color);
+  return (Math.max(ink,paper)+.05)/(Math.min(ink,paper)+.05)}).reduce((a,b)=>Math.min(a,b));
+"""
+
 
 @contextmanager
 def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iterator[Chrome]:
@@ -59,4 +69,10 @@ def overflow(chrome: Chrome, width: int) -> int:
     )
     found: int = chrome.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
     chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    return found
+
+
+def contrast(chrome: Chrome) -> float:
+    """Return the least contrast of any text to the page; 4.5 is what WCAG asks for (AA)."""
+    found: float = chrome.execute_script(CONTRAST)
     return found

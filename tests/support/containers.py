@@ -1,5 +1,6 @@
 """The example of compose.yaml, or any of its services, in containers of a name of their own."""
 
+import ipaddress
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ BASE_IMAGES = ("python:3.11-slim", "rabbitmq:4.0-management")
 IMAGE = "sl_queue:test"
 PARTIES = ("left", "right", "labels")
 WORKERS = ("scheduler", *PARTIES)
+PROFILES = ("hub", "coordinator", "feature", "label", "watch", "serve", "operator")
 
 STEP = """
 import urllib.request
@@ -67,7 +69,11 @@ class Project:
         return self
 
     def __exit__(self, *_: object) -> None:
-        profiles = [word for name in ("hub", "coordinator", "feature", "label") for word in ("--profile", name)]
+        profiles = [
+            word
+            for name in ("hub", "coordinator", "feature", "label", "watch", "serve", "operator")
+            for word in ("--profile", name)
+        ]
         self.compose(*profiles, "down", "--volumes", "--remove-orphans", "--timeout", "1")
 
     def compose(self, *words: str) -> str:
@@ -108,6 +114,12 @@ class Project:
         for service in services:
             until(lambda: self.inspect(service)["State"]["Status"] == "exited", f"{service} has ended")  # noqa: B023
             assert self.inspect(service)["State"]["ExitCode"] == 0, self.logs(service)
+
+
+def host_address() -> str:
+    """Return the address at which containers reach this machine; not every engine names it as their gateway."""
+    shape = "{{(index .IPAM.Config 0).Subnet}}"
+    return str(ipaddress.ip_network(sh("docker", "network", "inspect", "bridge", "--format", shape).stdout.strip())[1])
 
 
 def until(condition: Callable[[], bool], what: str, timeout_s: float = 900.0) -> None:

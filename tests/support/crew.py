@@ -289,6 +289,9 @@ def _is_at(name: str, event: str, arguments: tuple[Any, ...]) -> bool:
         case "after the rename":  # write_durably opens the folder to sync it
             flags = arguments[2] if event == "open" else 0
             return event == "open" and isinstance(flags, int) and bool(flags & os.O_DIRECTORY)
+        case "before a line of releases":
+            flags = arguments[2] if event == "open" else 0
+            return str(arguments[0]).endswith("privacy.jsonl") and isinstance(flags, int) and bool(flags & os.O_CREAT)
         case "before a line of history":
             flags = arguments[2] if event == "open" else 0
             appended = event == "open" and isinstance(flags, int) and bool(flags & os.O_RDWR)

@@ -90,6 +90,14 @@ class Crew:
         self.threads.append(Thread(target=serve, daemon=True))
         self.threads[-1].start()
 
+    def resize(self, count: int) -> None:
+        """Have that many hands: start some, or lose some."""
+        for _ in range(count - len(self.ends)):
+            self.join()
+        for mortal in list(self.ends)[count:]:
+            self.lost += 1
+            self.ends.pop(mortal).close()
+
     def may_lose(self, mortal: Mortal) -> None:
         """Lose this hand, as SIGKILL does, by chance."""
         if self.random.random() < self.loss and id(mortal) in self.ends:

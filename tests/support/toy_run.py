@@ -285,9 +285,7 @@ class ToyRun:
         store.crash = self.crashes.get(party, CrashAt())
         if store.final is not None and store.final.reported:
             return
-        stage = self.stage(party)
-        self.stages.setdefault(party, []).append(stage)
-        peers = self.topology.feature_parties if party == label else (label,)
+        self.stages.setdefault(party, []).append(stage := self.stage(party))
         kinds = (Kind.ACTIVATION, Kind.HOLDOUT) if party == label else (Kind.GRADIENT,)
         bounds = Bounds(pipeline, frozenset(kinds))
         with self._link(party, bounds.prefetch) as link:
@@ -306,18 +304,30 @@ class ToyRun:
                 observe=to_log,
             )
             channel.open()
-            identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer", party=party)
-            journal = self.journal if party == label else None
-            self.journal.crash = self.crashes.get(label, CrashAt())
-            worker = Worker(identity, channel, stage, store, pipeline, record=Record(journal), observe=to_log)
-            role = (
-                LabelHolder(peers, channel, stage, pipeline, worker)
-                if party == label
-                else FeatureParty(label, channel, stage, pipeline, worker)
-            )
-            self.on_role(stage, role, channel)
-            try:
-                worker.serve(role.train)
-            finally:
-                channel._pulse.end()
-                self.counts[party] = channel.counts
+            self._train(party, channel, stage, number, pipeline)
+
+    def _train(self, party: str, channel: PartyChannel, stage: Any, number: str, pipeline: Pipeline) -> None:
+        label, store = self.topology.label_holder, self.stores[party]
+        peers = self.topology.feature_parties if party == label else (label,)
+        identity = Identity(number, {"name": "toy"}, self.n_rows, "digest", "integer", party=party)
+        self.journal.crash = self.crashes.get(label, CrashAt())
+        worker = Worker(
+            identity,
+            channel,
+            stage,
+            store,
+            pipeline,
+            record=Record(self.journal if party == label else None),
+            observe=to_log,
+        )
+        role = (
+            LabelHolder(peers, channel, stage, pipeline, worker)
+            if party == label
+            else FeatureParty(label, channel, stage, pipeline, worker)
+        )
+        self.on_role(stage, role, channel)
+        try:
+            worker.serve(role.train)
+        finally:
+            channel._pulse.end()
+            self.counts[party] = channel.counts

@@ -1,97 +1,68 @@
-"""The walk of an activation through the code, as a profiler sees it: the files that give it on, from table to model.
+"""The walk of a thing through the code, as a profiler sees it: the files that give it on, from where it is made.
 
-A file gives it on if one of its functions returns it, in any form, or has it while the link or the mailbox gets it.
-Functions that only look at it (its shape, whether it is finite) do not.
+A file gives it on if one of its functions returns it, in any form, or has it in a variable while what it called reaches
+the end of a leg. Functions that only look at it (its shape, whether it is finite) do not.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
-
-import numpy as np
-from torch import Tensor, nn
+from typing import Any, Literal
 
 import sl_queue
-from sl_queue.protocol.messages import Activation, Payload
-from sl_queue.transport.link import Delivery
-from sl_queue.transport.mail import Letter
 
-ROWS, COLUMNS, CUT = 13, 31, 67  # of a micro-batch: no other array has such a shape
 PACKAGE = Path(sl_queue.__file__).parent
-SHAPES = {(ROWS, COLUMNS), (ROWS, CUT)}
-BYTES = ROWS * CUT * 4
+
+Arguments = Mapping[str, Any]
+Does = Literal["begin", "resume", "pause", "pause after", "end"]
 
 
-class Fuse(nn.Module):
-    """The end of the walk."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(CUT, 1)
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
-        output: Tensor = self.layer(inputs[0])
-        return output
+def always(_: Arguments) -> bool:
+    return True
 
 
-def base() -> nn.Module:
-    return nn.Sequential(nn.Linear(COLUMNS, CUT), nn.Tanh())
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A function at which a leg begins, rests or ends, if its arguments are such."""
 
-
-def carries(value: Any) -> bool:
-    """Return True for the rows or the activation of a micro-batch, as an array, a message or bytes, or what has one."""
-    match value:
-        case Tensor() | np.ndarray() | Payload():
-            return tuple(value.shape) in SHAPES
-        case bytes() | bytearray() | memoryview():
-            return len(value) >= BYTES
-        case Activation():
-            return carries(value.payload)
-        case Letter():
-            return carries(value.message)
-        case Delivery():
-            return carries(value.body)
-        case list() | tuple():
-            return len(value) < 10 and any(map(carries, value))
-        case dict():
-            return len(value) < 10 and any(map(carries, value.values()))
-    return False
+    function: str  # as in `code.co_qualname`
+    does: Does
+    leg: str
+    on: Callable[[Arguments], bool] = always
+    called: str = ""  # what the leg is called that ends there; without it, as it began
 
 
 @dataclass(slots=True)
 class Call:
-    """A function of ours that runs."""
+    """A function of ours that runs. Mutable: a delivery may come in the middle of it."""
 
     code: CodeType
-    has_it: bool
-    interrupted: "tuple[Leg | None, list[CodeType]] | None" = None  # by a delivery in the middle of it
+    frame: FrameType
+    interrupted: tuple[str | None, list[CodeType]] | None = None
+    pauses: bool = False
 
 
 @dataclass(slots=True)
-class Leg:
-    """Files that gave an activation on, in the order in which they were entered."""
+class Here:
+    """One thread's place on the walk. Mutable."""
 
-    files: dict[str, None] = field(default_factory=dict)
-
-    def add(self, code: CodeType) -> None:
-        self.files[str(Path(code.co_filename).relative_to(PACKAGE))] = None
+    stack: list[Call] = field(default_factory=list)
+    leg: str | None = None
+    found: list[CodeType] = field(default_factory=list)
 
 
 class Walk:
-    """Two legs, out to the link and in to the fuse model; mutable: threads add to them while a run is traced."""
+    """Files by leg; mutable: threads add to them while a run is traced. `carries` tells what has the thing."""
 
-    def __init__(self) -> None:
-        self.out, self.arrives, self.fused = Leg(), Leg(), Leg()
-        self._local = threading.local()
-
-    @property
-    def inwards(self) -> list[str]:
-        """The files from the link to the fuse model."""
-        return list({**self.arrives.files, **self.fused.files})
+    def __init__(self, carries: Callable[[Any], bool], marks: Sequence[Mark]) -> None:
+        self._carries, self._local = carries, threading.local()
+        self._marks: dict[str, list[Mark]] = {}
+        for mark in marks:
+            self._marks.setdefault(mark.function, []).append(mark)
+        self.legs: dict[str, set[str]] = {mark.called or mark.leg: set() for mark in marks}
 
     @contextmanager
     def traced(self) -> Iterator[None]:
@@ -104,74 +75,53 @@ class Walk:
 
     def _saw(self, frame: FrameType, event: str, value: Any) -> None:
         code = frame.f_code
-        if code is Fuse.forward.__code__ and event == "call":
-            self._end(self.fused)
         if event not in ("call", "return") or not code.co_filename.startswith(str(PACKAGE)):
             return
-        if not hasattr(self._local, "stack"):
-            self._local.stack, self._local.leg, self._local.found = [], None, []
+        if not hasattr(self._local, "here"):
+            self._local.here = Here()
         if event == "call":
-            self._called(frame, code)
+            self._called(self._local.here, code, frame)
         else:
-            self._returned(code, value)
+            self._returned(self._local.here, code, value)
 
-    def _called(self, frame: FrameType, code: CodeType) -> None:
-        here, name = self._local, code.co_qualname
-        here.stack.append(Call(code, any(map(carries, list(frame.f_locals.values())))))
-        match name:
-            case "TorchBaseStage.prepare" | "LabelHolder._gather":
-                here.leg, here.found = (self.out if "Base" in name else self.fused), []
-            case "TorchBaseStage.forward":
-                here.leg = self.out
-            case "FeatureParty._gradient":  # between the two
-                here.leg = None
-            case "Mail._on_delivery":
-                here.stack[-1].interrupted = (here.leg, here.found)
-                here.leg, here.found = self.arrives, []
-            case "MemoryLink.publish" | "RabbitLink.publish" if here.leg is self.out and here.stack[-1].has_it:
-                self._end(self.out)
-            case "Mailbox.file" if here.leg is self.arrives and isinstance(frame.f_locals["message"], Activation):
-                self._end(self.arrives)
+    def _called(self, here: Here, code: CodeType, frame: FrameType) -> None:
+        here.stack.append(Call(code, frame))
+        for mark in self._marks.get(code.co_qualname, ()):
+            if not mark.on(frame.f_locals):
+                continue
+            match mark.does:
+                case "begin":
+                    here.stack[-1].interrupted = (here.leg, here.found) if mark.leg == "arrives" else None
+                    here.leg, here.found = mark.leg, []
+                case "resume":
+                    here.leg = mark.leg
+                case "pause":
+                    here.leg = None
+                case "pause after":
+                    here.stack[-1].pauses = True
+                case "end":
+                    self._end(here, mark)
 
-    def _returned(self, code: CodeType, value: Any) -> None:
-        here = self._local
+    def _returned(self, here: Here, code: CodeType, value: Any) -> None:
         while here.stack:  # one that was there before the trace began is not on it
             call = here.stack.pop()
-            if call.interrupted is not None:
-                here.leg, here.found = call.interrupted
             if call.code is code:
                 break
-        if here.leg is not None and carries(value):
+        else:
+            return
+        if here.leg is not None and self._carries(value):
             here.found.append(code)
-
-    def _end(self, leg: Leg) -> None:
-        """Add a leg that has come to its end."""
-        here = self._local
-        if here.leg is leg:
-            began = max((n for n, call in enumerate(here.stack) if call.interrupted is not None), default=1)
-            waiting = here.stack[began - 1 :]  # of the link, no more than what hands a delivery over
-            for code in (*here.found, *(call.code for call in waiting if call.has_it)):
-                leg.add(code)
+        if call.interrupted is not None:
+            here.leg, here.found = call.interrupted
+        if call.pauses:
             here.leg = None
 
-
-def traced(broker: str) -> Walk:
-    """Train a few steps at that broker, and return the walk of their activations."""
-    rng, n_rows = np.random.default_rng(7), ROWS * 8
-    job = sl_queue.Job(
-        name="walk",
-        seed=7,
-        epochs=1,
-        batch_size=ROWS * 2,
-        parties={"bank": {"role": "feature", "cut": [CUT]}, "insurer": {"role": "label"}},
-        pipeline={"micro_batches": 2},
-    )
-    ids, adam = np.arange(n_rows), {"name": "adam"}
-    x, y = rng.normal(size=(n_rows, COLUMNS)).astype(np.float32), rng.integers(0, 2, n_rows)
-    bank = sl_queue.PartyFile(party="bank", data=sl_queue.Rows(ids, x), base={"model": base, "optimizer": adam})
-    fuse = {"model": Fuse, "optimizer": adam, "loss": "bce_with_logits"}
-    insurer = sl_queue.PartyFile(party="insurer", data=sl_queue.Rows(ids, labels=y), fuse=fuse)
-    walk = Walk()
-    with walk.traced():
-        sl_queue.run_local(job, [bank, insurer], broker=broker)
-    return walk
+    def _end(self, here: Here, mark: Mark) -> None:
+        if here.leg != mark.leg:
+            return
+        began = max((n for n, call in enumerate(here.stack) if call.interrupted is not None), default=1)
+        waiting = here.stack[began - 1 :]  # of a link, no more than what hands a delivery over
+        holding = [call.code for call in waiting if any(map(self._carries, list(call.frame.f_locals.values())))]
+        for code in (*here.found, *holding):
+            self.legs[mark.called or mark.leg].add(str(Path(code.co_filename).relative_to(PACKAGE)))
+        here.leg = None

@@ -61,6 +61,11 @@ def test_an_evaluation_says_loss_metrics_and_tables_and_draws_them(trained: Path
     assert done.returncode == 0, done.stderr
     found = json.loads((trained / "seen" / "evaluation.json").read_text())
     assert found["rows"] == NEW and found["metrics"]["auroc"] > 0.7
+    (card,) = (trained / "state" / "insurer" / "versions").glob("*/card.md")
+    assert f"## Evaluation\n\nOn {NEW} rows.\n" in card.read_text()
+    report = sl_queue("report", trained / "job.toml", "--state", trained / "state" / "scheduler", "--out", trained)
+    assert report.returncode == 0, report.stderr
+    assert "Evaluation at insurer" in (trained / "report.html").read_text()
     assert sum(map(sum, found["tables"]["confusion"])) == NEW
     assert (trained / "seen" / "evaluation.svg").read_text().count("<path") == 5
     held = sl_queue("evaluate", *files(trained), "--held-out", "--out", trained / "held")
@@ -85,6 +90,32 @@ def test_an_explanation_ranks_what_the_labels_were_made_of(trained: Path) -> Non
     assert max(map(abs, noise)) < 0.05 < worse["bank", "(all)"]
 
 
+def test_workers_explain_over_a_broker_and_each_party_keeps_what_its_own_columns_are_worth(
+    trained: Path, broker_url: str
+) -> None:
+    bank = trained / "bank-explain.toml"
+    bank.write_text(f"{(trained / 'bank.toml').read_text()}\n[serve]\nexplain = true\n")
+    environ = environment(SL_QUEUE_BROKER=broker_url)
+    workers = (("feature_party", bank, "--serve"), ("label_holder", trained / "insurer.toml", "--explain"))
+    commands = [
+        [sys.executable, "-m", f"workers.{module}", "--job", str(trained / "job.toml"), "--party", str(party), option]
+        for module, party, option in workers
+    ]
+    serving = subprocess.Popen(commands[0], env=environ, stderr=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(commands[1], env=environ, capture_output=True, text=True, timeout=110, check=False)
+    finally:
+        serving.kill()
+        serving.wait()
+    assert done.returncode == 0, done.stderr
+    (kept,) = (trained / "state" / "bank" / "versions").glob("*/importance.csv")
+    worse = {line.split(",")[1]: float(line.split(",")[2]) for line in kept.read_text().splitlines()[1:]}
+    assert worse.keys() == {"(all)", "age", "income", "balance"}
+    assert worse["age"] > 0.05 > max(abs(worse["income"]), abs(worse["balance"]))
+    told = (trained / "importance.csv").read_text()
+    assert "insurer,claims," in told and "bank,column 0," in told and "income" not in told
+
+
 def test_versions_are_listed_promoted_and_exported(trained: Path) -> None:
     job, _, insurer = files(trained)
     listed = sl_queue("versions", job, insurer)
@@ -106,6 +137,55 @@ def test_what_cannot_be_predicted_is_said_in_one_line(trained: Path, tmp_path: P
     assert "holds no trained model" in lacking.stderr
     unknown = sl_queue("predict", *files(trained), "--run", "nowhere")
     assert "no version of run 'nowhere'" in unknown.stderr
+
+
+def predicted_with(trained: Path, folder: Path, text: str) -> "subprocess.CompletedProcess[str]":
+    """Predict with another table of the insurer's, for the first rows of the bank's."""
+    bank = pa.parquet.read_table(trained / "bank_new.parquet")
+    kept = [i for i, one in enumerate(bank["customer_id"].to_pylist()) if one in (70_000, 70_001)]
+    pa.parquet.write_table(bank.take(kept), folder / "b.parquet")
+    (folder / "i.csv").write_text(text)
+    for name, table in (("bank", "b.parquet"), ("insurer", "i.csv")):
+        own = (trained / f"{name}.toml").read_text().split("\n[predict]")[0]
+        (trained / f"{name}-other.toml").write_text(f'{own}\n[predict]\npath = "{folder / table}"\n')
+    parties = (trained / "bank-other.toml", trained / "insurer-other.toml")
+    return sl_queue("predict", trained / "job.toml", *parties, "--out", folder)
+
+
+def test_columns_are_taken_by_name_in_the_order_of_training_whatever_else_is_there(
+    trained: Path, tmp_path: Path
+) -> None:
+    tables = {
+        "as trained": "customer_id,claims,mileage\n70000,0.5,-1.5\n70001,2,0.25\n",
+        "turned round": "mileage,claims,customer_id\n-1.5,0.5,70000\n0.25,2,70001\n",
+        "one more": "customer_id,another,mileage,claims\n70000,9,-1.5,0.5\n70001,9,0.25,2\n",
+    }
+    found = {}
+    for name, text in tables.items():
+        done = predicted_with(trained, tmp_path, text)
+        assert done.returncode == 0, (name, done.stderr)
+        found[name] = pa.parquet.read_table(tmp_path / "predictions.parquet").to_pydict()
+    assert found["turned round"] == found["as trained"] == found["one more"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "there is no column 'customer_id'"),
+        ("customer_id,claims,mileage\n", "there are no rows"),
+        ("customer_id,claims\n70000,0.5\n70001,2\n", "trained with the column 'mileage', which is not there"),
+        ("customer_id,claims,mileage\n70000,0.5,much\n70001,2,1\n", "'mileage' (text: 1 of 2 values are not numbers)"),
+        ("customer_id,claims,mileage\n70000,0.5,\n70001,2,1\n", "values are missing in column 'mileage' in 1 of 2"),
+        ("customer_id,claims,mileage\na,0.5,1\nb,2,1\n", "the ids of 'bank' are of type integer"),
+    ],
+)
+def test_a_table_that_cannot_be_predicted_is_said_before_anything_is_sent(
+    trained: Path, tmp_path: Path, text: str, told: str
+) -> None:
+    done = predicted_with(trained, tmp_path, text)
+    assert done.returncode in (2, 3)
+    assert told in " ".join(done.stderr.split()), done.stderr
+    assert not (tmp_path / "predictions.parquet").exists()
 
 
 @pytest.mark.timeout(240)

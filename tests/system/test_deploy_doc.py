@@ -69,6 +69,23 @@ def test_its_commands_for_containers_name_what_compose_has() -> None:
             assert f"${{{variable}:-" in compose
 
 
+def test_the_service_of_the_example_is_for_this_machine_and_serves_what_was_trained() -> None:
+    compose = (ROOT / "compose.yaml").read_text()
+    listed = compose.split("\nservices:\n")[1].split("\nvolumes:\n")[0]
+    services = dict(re.findall(r"^  ([\w-]+):\n((?:    .*\n)+)", listed, re.MULTILINE))
+    for party in ("left", "right", "labels"):
+        trained, served = services[party], services[f"{party}-serve"]
+        (volumes,) = re.findall(r"volumes: .*", trained)
+        assert volumes in served and "<<: *serve" in served
+        (command,) = re.findall(r"command: \[(.*)\]", trained)
+        assert f"command: [{command}, --serve]" in served
+    assert 'ports: ["127.0.0.1:${SL_QUEUE_SERVE_PORT:-8080}:8080"]' in services["labels-serve"]
+    assert "ports:" not in services["left-serve"] + services["right-serve"]
+    assert "  profiles: [serve]\n" in compose.split("\nx-serve: &serve\n")[1].split("\n\n")[0]
+    prepared = (ROOT / "ops" / "demo" / "prepare.py").read_text()
+    assert 'listen = "0.0.0.0:8080"' in prepared
+
+
 def test_its_links_lead_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE) if not link.startswith("http")]
     assert links

@@ -18,7 +18,7 @@ from tests.support.broker import Broker
 from tests.support.credit import FILES, edit, write_credit
 from tests.system.test_cli import COMMAND, environment, sl_queue
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)  # a dozen workers, each of which loads torch
 
 EPOCHS = 30
 DROPOUT_AND_NORM = (
@@ -90,7 +90,7 @@ class Run:
 
     def until(self, pattern: str, times: int = 1) -> None:
         with self._said:
-            enough = self._said.wait_for(lambda: len(re.findall(pattern, self.text)) >= times, timeout=90)
+            enough = self._said.wait_for(lambda: len(re.findall(pattern, self.text)) >= times, timeout=200)
         assert enough, f"{pattern!r} was not said in:\n{self.text}"
 
     def pids(self, module: str) -> list[int]:
@@ -107,7 +107,7 @@ class Run:
 
     def finish(self) -> None:
         try:
-            code = self.process.wait(100)
+            code = self.process.wait(200)
         except subprocess.TimeoutExpired:
             pytest.fail(self.text)
         self._reader.join(10)
@@ -163,7 +163,7 @@ def test_a_hand_of_another_job_is_sent_away(tmp_path: Path, unique: str, broker_
     hand = subprocess.Popen(list(map(str, command)), env=variables, stderr=subprocess.PIPE, text=True)
     try:
         with started(job, broker_url, "bank=0") as run:  # it may be there before its lead
-            _, said = hand.communicate(timeout=100)
+            _, said = hand.communicate(timeout=200)
             assert hand.returncode == 3, said
             assert "does not fit its lead: job was" in said
             run.until("refused, since it would compute other bits")

@@ -12,20 +12,10 @@ import pytest
 
 from sl_queue.config.job import Job
 from sl_queue.launch.reporting import write_report
-from tests.support.browser import chromium, complaints, overflow, text_of
+from tests.support.browser import chromium, complaints, contrast, overflow, text_of
 from tests.support.credit import edit
 from tests.support.crew import FILES, write_job
 from tests.system.test_cli import COMMAND, environment, sl_queue
-
-CONTRAST = """
-const parse=c=>c.match(/[\\d.]+/g).slice(0,3).map(Number);
-const linear=v=>v<=.03928?v/12.92:((v+.055)/1.055)**2.4;
-const light=c=>parse(c).map(v=>linear(v/255)).reduce((s,v,i)=>s+v*[.2126,.7152,.0722][i],0);
-const paper=light(getComputedStyle(document.body).backgroundColor);
-return [...document.querySelectorAll("h1,h2,h3,p,td,th,li,strong,span,pre,svg text")].filter(e=>e.textContent).map(e=>{
-  const style=getComputedStyle(e),ink=light(e instanceof SVGElement?style.fill:style.color);
-  return (Math.max(ink,paper)+.05)/(Math.min(ink,paper)+.05)}).reduce((a,b)=>Math.min(a,b));
-"""  # the least ratio of any text to the page
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +51,9 @@ def test_local_shows_the_page_beside_the_run(finished: tuple[Path, str]) -> None
 def test_a_report_opens_without_network_with_all_that_was_found(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = finished
     (folder / "out" / "chaos.txt").write_text("passed: 3 x kill\n")
+    (folder / "out" / "privacy.txt").write_text("labels, epsilon 1  0.9\n")
+    importance = "party,column,auroc worse by\nbank,(all),0.21\nbank,income,0.2\n"
+    (folder / "out" / "importance.csv").write_text(importance)
     checked = sl_queue("check", folder / "job.toml", *(folder / name for name in FILES), "--out", folder / "out")
     assert checked.returncode == 0, checked.stderr
     done = sl_queue("report", folder / "job.toml", "--state", folder / "out" / "scheduler", "--out", tmp_path)
@@ -79,11 +72,13 @@ def test_a_report_opens_without_network_with_all_that_was_found(finished: tuple[
             assert "held-out auroc by epoch" in text_of(chrome, "charts")
             extra = text_of(chrome, "extra")
             assert "passed: 3 x kill" in extra
+            assert "labels, epsilon 1  0.9" in extra
+            assert "bank: auroc worse by 0.21 without it" in extra
             assert "Privacy of insurer" in extra
             assert '"batch_size": 32' in extra
             assert "Check" in extra
             assert chrome.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches") == dark
-            assert chrome.execute_script(CONTRAST) >= 4.5
+            assert contrast(chrome) >= 4.5
             assert overflow(chrome, 400) <= 0
             assert complaints(chrome) == []
 

@@ -1,0 +1,96 @@
+"""Findings about a version: importances and evaluations, kept in its folder for reports."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sl_queue.storage.files import write_durably
+from sl_queue.storage.model_card import with_table
+
+NAME, EVALUATION, CARD = "importance.csv", "evaluation.json", "card.md"
+REPEATS = 3  # permutations of each column
+WHOLE = "(all)"
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """Worth of one party, or of one of its columns, to the model."""
+
+    party: str
+    column: str | None  # None: all of the party's columns together, which is what the party brings
+    worse: float  # by how much the metric is worse without it: above 0 where it helps
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """Importances, and the result that they are measured against."""
+
+    metric: str
+    value: float
+    rows: int
+    importances: Sequence[Importance]
+
+    def ranked(self) -> list[tuple[str, str, str]]:
+        """Return a line for each, the most important first."""
+        ranked = sorted(self.importances, key=lambda one: -one.worse)
+        return [(one.party, one.column or WHOLE, f"{one.worse:.4g}") for one in ranked]
+
+    def of(self, party: str, *, others: bool) -> "Explained":
+        """Return what is kept at a party: its own columns, and of `others` what each brings in all."""
+        kept = [one for one in self.importances if one.party == party or (others and one.column is None)]
+        return Explained(self.metric, self.value, self.rows, kept)
+
+    def keep(self, folder: Path) -> None:
+        """Write a table of them beside a version's weights, and into its model card. Raises OSError."""
+        self.write(folder / NAME)
+        note = "By how much the metric is worse without it; columns that tell the same thing share their worth."
+        _into_card(folder, "Importance", note, ("party", "column", f"{self.metric} worse by"), self.ranked())
+
+    def write(self, path: Path) -> None:
+        """Write a table of them, durably. Raises OSError."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [("party", "column", f"{self.metric} worse by"), *self.ranked()]
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, text.getvalue().encode())
+
+
+def keep_evaluation(folder: Path, found: Mapping[str, Any]) -> None:
+    """Write an evaluation beside a version's weights, and its metrics into the model card. Raises OSError."""
+    write_durably(folder / EVALUATION, json.dumps(found, indent=1).encode())
+    rows = [(name, "undefined" if value is None else f"{value:.6g}") for name, value in found["metrics"].items()]
+    _into_card(folder, "Evaluation", f"On {found['rows']} rows.", ("metric", "value"), rows)
+
+
+def _into_card(folder: Path, title: str, note: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    path = folder / CARD
+    if path.exists():  # not in a folder of an earlier release
+        write_durably(path, with_table(path.read_text(encoding="utf-8"), title, note, head, rows).encode())
+
+
+def direction(metric: str) -> float:
+    """Return 1 for a metric that is better the lower it is, else -1."""
+    return 1.0 if metric in ("loss", "mse", "mae", "rmse") else -1.0
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Yield what a file says, for a report; nothing if there is none. Raises OSError."""
+    if not path.exists():
+        return
+    head, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
+    yield f"{head[2]} without it, on rows with labels; columns that tell the same thing share their worth"
+    for party, column, worse in rows:
+        yield f"{party}  {' '.join(column.split())}  {worse}"
+
+
+def evaluation_lines(path: Path) -> Iterator[str]:
+    """Yield what an evaluation says, nothing if there is none. Raises OSError, ValueError, LookupError."""
+    if path.exists():
+        found = json.loads(path.read_bytes())
+        yield f"on {found['rows']} rows"
+        yield from (f"{name}  {value}" for name, value in found["metrics"].items())
