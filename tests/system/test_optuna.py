@@ -90,7 +90,7 @@ def test_twenty_trials_are_searched_and_pruned_and_leave_nothing_behind(
     assert set(threading.enumerate()) <= threads_before, "threads of a run are left"
     assert list(tmp_path.glob("sl_queue*")) == [], "folders of a run are left"
     gc.collect()
-    parts = [each for each in gc.get_objects() if isinstance(each, Concatenated)]
+    parts = [each for each in gc.get_objects() if type(each) is Concatenated]
     assert len(parts) <= 2, "models of trials are kept"
 
 
