@@ -32,7 +32,7 @@ from sl_queue.transport.scheduler_channel import PREFETCH, LinkSchedulerChannel
 
 log = logging.getLogger("sl_queue")
 
-LATE_S = 10.0  # a worker with its libraries has started after that
+LATE_S = 30.0  # a worker with its libraries has started after that, on a busy machine too
 
 OnStatus = Callable[[RunStatus], None]
 
