@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.containers import PARTIES, WORKERS, Project, bits, in_peace, sh, until
 
-EPOCHS = 60
+EPOCHS = 400
 SEED = 3
 HANDS = tuple(f"{party}-hand" for party in PARTIES)
 COUNT = """

@@ -358,8 +358,8 @@ FOR_PEOPLE = {  # when something was told, refused, finished or spent, which is 
     "sl_queue/transport/rabbitmq/connection.py": {"time"},
 }
 DATES = {  # of tables
-    *("sl_queue/config/features.py", "sl_queue/data/feature_report.py", "sl_queue/data/feature_specs.py"),
-    *("sl_queue/data/feature_values.py", "sl_queue/data/features.py"),
+    *("sl_queue/config/features.py", "sl_queue/config/holdout.py", "sl_queue/data/feature_report.py"),
+    *("sl_queue/data/feature_specs.py", "sl_queue/data/feature_values.py", "sl_queue/data/features.py"),
 }
 
 
