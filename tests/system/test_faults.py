@@ -343,6 +343,7 @@ FOR_PEOPLE = {  # when something was told, refused, finished or spent, which is 
     "sl_queue/checking/broker.py": {"time"},
     "sl_queue/launch/alignment.py": {"time"},
     "sl_queue/launch/following.py": {"time"},
+    "sl_queue/launch/service_worker.py": {"datetime"},
     "sl_queue/launch/versions.py": {"datetime"},
     "sl_queue/loops/scheduling.py": {"time"},
     "sl_queue/observe/console.py": {"strftime", "localtime"},
@@ -354,6 +355,7 @@ FOR_PEOPLE = {  # when something was told, refused, finished or spent, which is 
     "sl_queue/observe/tracking.py": {"time"},
     "sl_queue/protocol/comparison.py": {"datetime"},
     "sl_queue/protocol/scheduler/status.py": {"datetime"},
+    "sl_queue/security/server_certificate.py": {"datetime"},
     "sl_queue/storage/privacy_ledger.py": {"datetime"},
     "sl_queue/transport/rabbitmq/connection.py": {"time"},
 }
