@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,10 @@ import pyarrow.parquet
 
 from benchmarks import goals, processes
 from benchmarks.report import machine, table
+
+if TYPE_CHECKING:
+    from sl_queue.config.job import Job
+    from sl_queue.config.party import PartyFile
 
 ROWS, QUICK_ROWS, COLUMNS = 2_000_000, 100_000, 50
 MOST_MEMORY = 1.5  # of the float32 table
@@ -74,58 +78,55 @@ def speed_of(path: str, mapped: bool, limited: bool) -> dict[str, float]:
     `limited`: besides what the process has before, it may take half of what the numbers take, for all that it needs
     (RLIMIT_DATA, which counts memory but no file that is mapped).
     """
-    import torch
-
-    from sl_queue.config.job import Job
-    from sl_queue.config.party import PartyFile
+    from sl_queue.compute.threads import limit_threads
     from sl_queue.local.threads import run_local
 
-    torch.set_num_threads(1)
+    limit_threads(1)
     threading.stack_size(STACK_BYTES)
     rows = pa.parquet.read_metadata(path).num_rows
-    ids = np.sort(pa.parquet.read_table(path, columns=["id"])["id"].to_numpy())
-    labels = (ids % 7 < 3).astype(np.float32)
     marks = list[float]()
-
-    class Base(torch.nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            marks.append(time.monotonic())
-            return super().forward(input)
-
-    from sl_queue.data.spec import Rows
-
-    sgd = {"name": "sgd", "lr": 0.01}
-    job = Job(
-        name="tables", seed=7, epochs=1, batch_size=BATCH, pipeline={"checkpoint_every": 10**6},
-        parties={"bank": {"role": "feature", "cut": [16]}, "insurer": {"role": "label"}},
-    )  # fmt: skip
-    bank = PartyFile(
-        party="bank", data={"path": Path(path), "id": "id", "mapped": mapped}, features={"*": {"kind": "number"}},
-        base={"model": Base, "args": {"in_features": WIDE, "out_features": 16}, "optimizer": sgd},
-    )  # fmt: skip
-    fuse = {"model": Fuse, "optimizer": sgd, "loss": "bce_with_logits"}
-    insurer = PartyFile(party="insurer", data=Rows(ids, labels=labels), fuse=fuse)
-    quick = Job(**{**job.model_dump(exclude_unset=True), "name": "warm"})
-    small = Path(path).with_name("small.parquet")
-    small_ids = pa.parquet.read_table(small, columns=["id"])["id"].to_numpy()
-    warm = [
-        bank.replace(data={"path": small, "id": "id", "mapped": mapped}),
-        insurer.replace(data=Rows(small_ids, labels=np.arange(len(small_ids)) % 2)),
-    ]
-    run_local(quick, warm)
+    run_local(*_trained_on("warm", Path(path).with_name("small.parquet"), mapped, marks))
     marks.clear()
     if limited:
         most = _status("VmData:") + rows * WIDE * 4 // 2
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     with TemporaryDirectory(prefix="sl_queue-tables-", dir=Path(path).parent) as out:
         try:
-            run_local(job, [bank, insurer], out=out)
+            run_local(*_trained_on("tables", Path(path), mapped, marks), out=out)
         except BaseException as error:
             if not limited or mapped:
                 raise
             return {"failed": 1.0, "speed": 0.0, "error": hash(type(error))}
     skipped = len(marks) // 10  # to warm up
     return {"failed": 0.0, "speed": (len(marks) - skipped - 1) * BATCH / (marks[-1] - marks[skipped])}
+
+
+def _trained_on(name: str, path: Path, mapped: bool, marks: list[float]) -> "tuple[Job, list[PartyFile]]":
+    """Return one epoch on a table, which marks when each forward pass begins."""
+    import torch
+
+    from sl_queue.config.job import Job
+    from sl_queue.config.party import PartyFile
+    from sl_queue.data.spec import Rows
+
+    class Base(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            marks.append(time.monotonic())
+            return super().forward(input)
+
+    ids = np.sort(pa.parquet.read_table(path, columns=["id"])["id"].to_numpy())
+    sgd = {"name": "sgd", "lr": 0.01}
+    job = Job(
+        name=name, seed=7, epochs=1, batch_size=BATCH, pipeline={"checkpoint_every": 10**6},
+        parties={"bank": {"role": "feature", "cut": [16]}, "insurer": {"role": "label"}},
+    )  # fmt: skip
+    bank = PartyFile(
+        party="bank", data={"path": path, "id": "id", "mapped": mapped}, features={"*": {"kind": "number"}},
+        base={"model": Base, "args": {"in_features": WIDE, "out_features": 16}, "optimizer": sgd},
+    )  # fmt: skip
+    fuse = {"model": Fuse, "optimizer": sgd, "loss": "bce_with_logits"}
+    labels = Rows(ids, labels=(ids % 7 < 3).astype(np.float32))
+    return job, [bank, PartyFile(party="insurer", data=labels, fuse=fuse)]
 
 
 class Fuse:

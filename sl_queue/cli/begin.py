@@ -30,16 +30,10 @@ def init(
     ] = False,
 ) -> None:
     """Write a job and party files for your own tables, with comments; asks for what no option says."""
-    from sl_queue.config.starting import Start, files_of, is_name
+    from sl_queue.config.starting import Start, files_of
 
     tables = _tables(party, label)
-    wrong = [table.party for table in tables if not is_name(table.party)]
-    if wrong:
-        raise JobError(f"{wrong[0]!r} is no name of a party: it is made of letters, digits, '_' and '-', at most 64")
-    if len({table.party for table in tables}) < len(tables) or len(tables) < 2:
-        raise JobError(
-            "a job has at least two parties, each with a name of its own: give --party NAME:TABLE:ID for each"
-        )
+    _require_names([table.party for table in tables])
     chosen = task or (
         _asked("What is predicted: binary, multiclass or regression", "binary") if _asks(party) else "binary"
     )
@@ -54,6 +48,18 @@ def init(
         print(f"  sl-queue features job.toml {table.party}.toml --write   # look through what it proposes")
     print(f"  sl-queue check job.toml {parties}")
     print(f"  sl-queue local job.toml {parties}")
+
+
+def _require_names(parties: Sequence[str]) -> None:
+    """Raise JobError for names that no job has."""
+    from sl_queue.config.starting import is_name
+
+    if wrong := [party for party in parties if not is_name(party)]:
+        raise JobError(f"{wrong[0]!r} is no name of a party: it is made of letters, digits, '_' and '-', at most 64")
+    if len(set(parties)) < len(parties) or len(parties) < 2:
+        raise JobError(
+            "a job has at least two parties, each with a name of its own: give --party NAME:TABLE:ID for each"
+        )
 
 
 def _asks(party: Sequence[str] | None) -> bool:

@@ -110,8 +110,7 @@ def _read(
     if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known):
         faults.append("there are no features: no column besides those of id and label")
     specs, undeclared = ({}, []) if declared is None else resolve(declared, selection.features)
-    readable = [name for name in selection.names if known.count(name) == 1]
-    if not readable:
+    if not (readable := [name for name in selection.names if known.count(name) == 1]):
         refuse(where, faults)
     ids = [name for name in selection.ids if name in readable]
     taken = _taken(source, readable, ids, specs, selection, selecting.keywords["choosing"])

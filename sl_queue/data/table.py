@@ -33,6 +33,9 @@ from sl_queue.protocol.table import Table
 _SLICE = 1000  # ids that are Python objects at a time
 
 
+FOR_THE_LABEL_HOLDER = "which rows are held out is for the label holder to say; here all count as training rows"
+
+
 def read_table(
     spec: TableSpec,
     aligned: Positions | None = None,
@@ -52,26 +55,20 @@ def read_table(
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
     chooses = spec.choices is not None and spec.labels and chosen is None
     arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels, choosing=chooses)
-    ids, faults = ids_in(spec, arrays)
-    faults = [*arrays.faults, *faults]
-    if spec.labels and arrays.labels is None and not faults:
-        faults.append(f"there are no labels, and {spec.party!r} is the label holder")
-    refuse(arrays.where, faults)
-    assert ids is not None
+    ids = _sound_ids(spec, arrays)
     ids = ids if aligned is None else ids.only(aligned)
     row_keys, digest = fingerprints_of(ids)
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed, len(ids.texts))
-    features, labels = in_order(arrays.features, ids.order), in_order(arrays.labels, ids.order)
-    notes = (*arrays.notes, *ids.notes)
+    features, labels, weights = (in_order(one, ids.order) for one in (arrays.features, arrays.labels, arrays.weights))
+    notes, id_type, order = (*arrays.notes, *ids.notes), ids.type, ids.order
     tokens = None if token_key is None else keyed_ids(ids, token_key)
-    if chooses and hashes is not None:
-        private = hashes if choice_key is None else keyed_ids(ids, choice_key)
-        chosen = _chosen(spec, arrays, ids.order, labels, hashes, private)
-    elif spec.choices is not None and chosen is None:
-        chosen = Chosen.none()
-        notes = (*notes, "which rows are held out is for the label holder to say; here all count as training rows")
-    weights, id_type, order = in_order(arrays.weights, ids.order), ids.type, ids.order
-    names, recipe, arrays, ids = arrays.names, None, replace(arrays, ids=None, choosing={}), None
+    if spec.choices is not None and chosen is None:
+        if chooses and hashes is not None:
+            chosen = _chosen(spec, arrays, ids, labels, hashes, choice_key)
+        else:
+            chosen, notes = Chosen.none(), (*notes, FOR_THE_LABEL_HOLDER)
+    names, recipe, arrays = arrays.names, None, replace(arrays, ids=None, choosing={})
+    del ids  # before numbers are made
     if arrays.raw is not None:
         by = hashes if rules != BY_POSITION else None
         training = spec.training(len(order), by if chosen is None else chosen)
@@ -79,6 +76,17 @@ def read_table(
         names, recipe = fitted.names, fitted.as_json()
     about = (names, hashes, notes, tokens)
     return Table(features, labels, row_keys, digest, id_type, *about, fitted=recipe, weights=weights, chosen=chosen)
+
+
+def _sound_ids(spec: TableSpec, arrays: Arrays) -> Ids:
+    """Return the ids of rows in which nothing is wrong. Raises JobError for all that is."""
+    ids, faults = ids_in(spec, arrays)
+    faults = [*arrays.faults, *faults]
+    if spec.labels and arrays.labels is None and not faults:
+        faults.append(f"there are no labels, and {spec.party!r} is the label holder")
+    refuse(arrays.where, faults)
+    assert ids is not None
+    return ids
 
 
 def read_row_keys(spec: TableSpec, aligned: Positions | None = None) -> tuple[npt.NDArray[np.uint64], str]:
@@ -111,11 +119,11 @@ def ids_in(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:
 
 
 def _chosen(
-    spec: TableSpec, arrays: Arrays, order: Positions, labels: npt.NDArray[Any] | None, hashes: Hashes, private: Hashes
+    spec: TableSpec, arrays: Arrays, ids: Ids, labels: npt.NDArray[Any] | None, hashes: Hashes, key: bytes | None
 ) -> Chosen:
-    """Choose the rows to hold out, as the label holder."""
+    """Choose the rows to hold out, as the label holder; `key` in the place of the job's seed."""
     assert spec.choices is not None
-    taken = pa.array(order)
+    taken, private = pa.array(ids.order), hashes if key is None else keyed_ids(ids, key)
     columns = {name: column.take(taken) for name, column in arrays.choosing.items()}
     formats = date_formats(arrays.specs or {})
     chosen, faults = choose(spec.choices, columns, labels, hashes, private, formats)

@@ -70,7 +70,7 @@ def test_hands_are_planned_for_a_party_that_may_have_some() -> None:
     files = [file.replace(hands={}) if file.party == "a" else file for file in run.files.values()]
     found = plan_job(run.job, files, Link())
     assert list(found.hands) == ["a"] and list(found.hands["a"]) == [1, 2, 4]
-    assert found.hands["a"][4] < found.hands["a"][2] < found.hands["a"][1]
+    assert found.hands["a"][4] <= found.hands["a"][2] <= found.hands["a"][1]  # where others hold it up, it stays
     (line,) = [line for line in lines(found) if line.startswith("with hands at a")]
     assert line.count(":") == 4
 

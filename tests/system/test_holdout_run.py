@@ -19,8 +19,7 @@ from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.security.keys import PrivateKey, read_key, write_key
 from tests.support import raw_tables
-from tests.support.tables_run import started
-from tests.system.test_cli import environment
+from tests.support.local_run import started
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -151,7 +150,7 @@ def test_processes_over_a_broker_without_an_alignment_are_told_too(
     text = (folder / "job.toml").read_text()
     (folder / "job.toml").write_text(text.replace('name = "raw"', f'name = "{unique}"'))
     files = [folder / name for name in ("job.toml", "bank.toml", "insurer.toml")]
-    with started(files, folder / "out", environment(SL_QUEUE_BROKER=broker_url)) as run:
+    with started(files, folder / "out", broker_url) as run:
         assert run.wait() == 0, run.text
     here = sl_queue.run_local(*loaded(folder), out=folder / "plain")
     for name in ("bank/final/base", "insurer/final/base", "insurer/final/fuse"):

@@ -105,12 +105,14 @@ def test_the_dead_are_not_described_as_living(tmp_path: Path, broker_url: str) -
         code, said = status(crew)
         assert code == 0 and "reported now" in said and "here" in said
         crew.kill("bank")
-        for _ in range(3):
+        told = "{}"
+
+        def silent() -> bool:
+            nonlocal code, told
             code, told = status(crew, "--json")
-            if json.loads(told)["parties"]["bank"]["silent_s"] > 1.0:
-                break
-        else:
-            raise AssertionError(f"a party that is dead shows no growing silence: {told}")
+            return json.loads(told)["parties"]["bank"]["silent_s"] > 1.0
+
+        await_that(silent, lambda: f"a party that is dead shows no growing silence: {told}")
         assert code == 0 and json.loads(told)["fresh"]
         for role in ("insurer", "scheduler"):
             crew.kill(role)
