@@ -291,8 +291,8 @@ def test_a_given_module_is_trained_as_a_copy() -> None:
 # Staleness ------------------------------------------------------------------------------------------------------
 
 
-def delayed(setup: Parties) -> dict[str, Any]:
-    """Plain SGD on delayed gradients: each forward uses the weights after as many updates as came before it."""
+def versions(setup: Parties) -> dict[MicroBatch, int]:
+    """Return how many updates came before each forward pass."""
     version: dict[MicroBatch, int] = {}
     updates = 0
     for action in setup.pipeline.feature_actions(0):
@@ -301,6 +301,12 @@ def delayed(setup: Parties) -> dict[str, Any]:
                 version[micro_batch] = updates
             case Update():
                 updates += 1
+    return version
+
+
+def delayed(setup: Parties) -> dict[str, Any]:
+    """Plain SGD on delayed gradients: each forward uses the weights after as many updates as came before it."""
+    version = versions(setup)
     batches = setup.job.batches(setup.n_rows)
     live = {p: copy.deepcopy(setup.given[p]).train() for p in setup.job.fused}
     fuse = copy.deepcopy(setup.given["fuse"]).train()

@@ -9,13 +9,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PRODUCT = ("sl_queue", "workers", "benchmarks", "ops")
 LONGEST_FILE, LONGEST_TEST, LONGEST_FUNCTION = 300, 500, 40
-NOT_YET = {  # no longer than they are, and to become shorter
-    "sl_queue/compute/objective.py: objective_of": 43,
-    "tests/compute/test_split_equals_joined.py: delayed": 43,
-    "tests/support/applications.py: applications": 43,
-    "tests/system/test_alignment_run.py: test_three_companies_and_a_label_holder_without_columns": 43,
-    "tests/system/test_watch.py: test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back": 43,
-}
 
 
 def modules(*folders: str) -> list[Path]:
@@ -26,12 +19,12 @@ def too_long(path: Path, lines: int) -> Iterator[str]:
     """Say what is too long in a module."""
     text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     count = len(text.splitlines())
-    if count > NOT_YET.get(str(name), lines):
+    if count > lines:
         yield f"{name} has {count} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             function, count = f"{name}: {node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
-            if count > NOT_YET.get(function, LONGEST_FUNCTION):
+            if count > LONGEST_FUNCTION:
                 yield f"{function} has {count} lines"
 
 

@@ -128,10 +128,7 @@ def applications() -> dict[str, Application]:
             dict(codes),
         ),
         "DIN": Application(
-            {"alice": Interest(), **beside},
-            Joined(16),
-            {"alice": [12], "bob": [4]},
-            {**visits, "bob": numbers["bob"]},
+            {"alice": Interest(), **beside}, Joined(16), {"alice": [12], "bob": [4]}, {**visits, "bob": numbers["bob"]}
         ),
         "BST": Application({"alice": Behaviour()}, Joined(48), {"alice": [48]}, dict(visits)),
         "VGG": Application(

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,30 @@ def test_a_sealed_run_over_a_broker_aligns_to_the_same_weights(
     assert job.digest != sealed.digest
 
 
+def trained_of_three(folder: Path, tables: Mapping[str, Path], *, aligned: bool) -> Any:
+    job = Job(
+        **{
+            "name": "three", "seed": 3, "epochs": 2, "batch_size": 8, "holdout": 0.2,
+            "parties": {
+                "bank": {"role": "feature", "cut": [3]},
+                "telco": {"role": "feature", "cut": [3]},
+                "court": {"role": "label"},
+            },
+        }
+        | ({"alignment": {"method": "psi", "pad": 7}} if aligned else {})
+    )  # fmt: skip
+    files = []
+    for name, path in tables.items():
+        data: Any = {"path": path, "id": "customer", "csv": {"delimiter": ";", "decimal": ","}}
+        features = {"income": {"kind": "number", "missing": "mean"}, "*": {"kind": "category", "rare": 100}}
+        base = {"model": Base, "args": {"width": 5}, "optimizer": {"name": "sgd", "lr": 0.1}}
+        files.append(PartyFile(party=name, data=data, features=features, base=base))
+    data = {"path": folder / "court.parquet", "id": "customer", "label": "claim"}
+    fuse = {"model": Fuse, "optimizer": {"name": "sgd", "lr": 0.1}, "loss": "bce_with_logits"}
+    files.append(PartyFile(party="court", data=data, fuse=fuse))
+    return sl_queue.run_local(job, files)
+
+
 def test_three_companies_and_a_label_holder_without_columns(tmp_path: Path) -> None:
     """Mixed formats, shuffled rows, 30 % in common; the label holder has labels only."""
     everyone = raw_tables.customers(100)
@@ -166,35 +191,12 @@ def test_three_companies_and_a_label_holder_without_columns(tmp_path: Path) -> N
     labels = raw_tables.insurer_table(names["court"]).select(["customer", "claim"])
     pyarrow.parquet.write_table(labels, tmp_path / "court.parquet")
 
-    def run(aligned: bool) -> Any:
-        job = Job(
-            **{
-                "name": "three", "seed": 3, "epochs": 2, "batch_size": 8, "holdout": 0.2,
-                "parties": {
-                    "bank": {"role": "feature", "cut": [3]},
-                    "telco": {"role": "feature", "cut": [3]},
-                    "court": {"role": "label"},
-                },
-            }
-            | ({"alignment": {"method": "psi", "pad": 7}} if aligned else {})
-        )  # fmt: skip
-        files = []
-        for name, path in tables.items():
-            data: Any = {"path": path, "id": "customer", "csv": {"delimiter": ";", "decimal": ","}}
-            features = {"income": {"kind": "number", "missing": "mean"}, "*": {"kind": "category", "rare": 100}}
-            base = {"model": Base, "args": {"width": 5}, "optimizer": {"name": "sgd", "lr": 0.1}}
-            files.append(PartyFile(party=name, data=data, features=features, base=base))
-        data = {"path": tmp_path / "court.parquet", "id": "customer", "label": "claim"}
-        fuse = {"model": Fuse, "optimizer": {"name": "sgd", "lr": 0.1}, "loss": "bce_with_logits"}
-        files.append(PartyFile(party="court", data=data, fuse=fuse))
-        return sl_queue.run_local(job, files)
-
-    found = run(aligned=True)
+    found = trained_of_three(tmp_path, tables, aligned=True)
     for name, path in tables.items():
         raw_tables.write_bank(path, shared if name == "bank" else shared[::-1])
     labels = raw_tables.insurer_table(shared).select(["customer", "claim"])
     pyarrow.parquet.write_table(labels, tmp_path / "court.parquet")
-    plain = run(aligned=False)
+    plain = trained_of_three(tmp_path, tables, aligned=False)
     for one, other in zip(found.fuse.parameters(), plain.fuse.parameters(), strict=True):
         assert torch.equal(one, other)
 
