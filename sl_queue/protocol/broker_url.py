@@ -23,7 +23,15 @@ def split(url: str) -> SplitResult:
     found = fault(url)
     if found is not None:
         raise unusable(found)
-    return urlsplit(url)
+    return _parts(url)
+
+
+def _parts(url: str) -> SplitResult:
+    """Split a URL with any number of hosts: some versions of urlsplit refuse several with an IPv6 address."""
+    scheme, _, rest = url.partition("://")
+    netloc, mark, tail = re.fullmatch(r"([^/?]*)([/?]?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    path, _, query = (mark + tail).partition("?")
+    return SplitResult(scheme, netloc, path, query, "")
 
 
 def unusable(why: str) -> JobError:
@@ -40,7 +48,7 @@ def fault(url: str) -> str | None:
     if "#" in url:
         return f"it holds a #, which ends it there; {ESCAPES}"
     try:
-        parts = urlsplit(url)
+        parts = _parts(url)
         options = parse_qs(parts.query, keep_blank_values=True)
         found = _nodes_fault(parts) or _rest_fault(parts, options)
     except ValueError:

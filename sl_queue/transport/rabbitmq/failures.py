@@ -70,7 +70,9 @@ def why_not(error: BaseException, address: Address) -> Lost | Denied:
                 f"rabbitmqctl set_permissions -p {address.vhost} {address.user} CONFIGURE WRITE READ"
             )
     for cause in causes:
-        if isinstance(cause, ssl.SSLEOFError):  # it closed in the middle: it is busy, or being started or stopped
+        if isinstance(
+            cause, ssl.SSLEOFError | ssl.SSLZeroReturnError
+        ):  # it closed in the middle: it is busy, or being started or stopped
             return Lost("TLS failed: the broker closed the connection during the handshake")
         if isinstance(cause, ssl.SSLError):
             return Denied(refused(cause, address))
