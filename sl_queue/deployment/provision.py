@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode
 
 from sl_queue.config.job import Job
 from sl_queue.deployment.certificates import Certificate, new_authority, new_client, new_server
 from sl_queue.deployment.definitions import definitions, hashed, is_hash_of, roles, user_of
 from sl_queue.deployment.hands import SUFFIX, hand_user, hands_vhost, with_hands
 from sl_queue.errors import JobError
+from sl_queue.protocol.broker_url import split
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.security.keys import PrivateKey, PublicKey, read_key
 
@@ -167,7 +168,7 @@ class _Folders:
         """Return the password that stands in the role's URL, or a new one."""
         path = self.out / role / "broker.url"
         if path.exists() and Secret.LOGINS not in self.rotate:
-            password = urlsplit(path.read_text().strip()).password
+            password = split(path.read_text().strip()).password
             if password:
                 return unquote(password)
         return secrets.token_urlsafe(32)

@@ -7,7 +7,8 @@ import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
+
+from sl_queue.protocol.broker_url import split
 
 HOST = "127.0.0.1"
 CHUNK_BYTES = 64 * 1024
@@ -45,7 +46,7 @@ class Proxy:  # mutable: its attributes may be changed at any time
 
     def url(self, url: str) -> str:
         """Return the same URL, through this proxy."""
-        parts = urlsplit(url)
+        parts = split(url)
         login = parts.netloc.rpartition("@")[0]
         return parts._replace(netloc=f"{login}@{HOST}:{self.port}").geturl()
 

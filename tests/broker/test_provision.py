@@ -1,5 +1,6 @@
 """Tests of provision: a broker that outsiders cannot use, and no secret of one party in another's folder."""
 
+import dataclasses
 import datetime
 import json
 import socket
@@ -71,10 +72,22 @@ def test_only_the_owner_may_read_a_secret(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600 if secret else 0o644), path
 
 
-def test_running_it_again_changes_nothing(tmp_path: Path) -> None:
-    write(tmp_path)
+@pytest.mark.parametrize("hosts", [PLACE.hosts, ("broker.example", "2001:db8::7"), ("2001:db8::7", "2001:db8::8")])
+def test_running_it_again_changes_nothing(tmp_path: Path, hosts: tuple[str, ...]) -> None:
+    place = dataclasses.replace(PLACE, hosts=hosts)
+    write(tmp_path, place=place)
     before = contents(tmp_path)
-    write(tmp_path, now=NOW + datetime.timedelta(days=30))
+    write(tmp_path, place=place, now=NOW + datetime.timedelta(days=30))
+    assert changed(before, tmp_path) == set()
+
+
+def test_a_url_that_was_spoilt_is_named_and_not_shown(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / ROLES[0] / "broker.url").write_text("amqps://bank:hunter2@[::1:5671/v")
+    before = contents(tmp_path)
+    with pytest.raises(JobError, match="the broker's URL cannot be used") as refused:
+        write(tmp_path)
+    assert "hunter2" not in str(refused.value)
     assert changed(before, tmp_path) == set()
 
 
