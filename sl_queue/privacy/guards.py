@@ -1,5 +1,6 @@
 """Defences and meters as the cut takes them, and what a defence of activations does to the gradients that come back."""
 
+import abc
 import math
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -64,8 +65,8 @@ class GradientDefence:
 
 
 @dataclass(frozen=True, slots=True)
-class ActivationDefence:
-    """Rows clipped, with noise that is drawn for each release."""
+class _Clipped(abc.ABC):
+    """Rows clipped, with noise on them."""
 
     clip: float
     sigma: float
@@ -76,30 +77,35 @@ class ActivationDefence:
         bounded = defences.clipped(tensor, self.clip)
         if not self.sigma:
             return bounded
-        draws = _drawn_for(bounded, crossing, self.secret).reshape(bounded.shape)
-        return defences.noised(bounded, self.sigma * self.clip, torch.from_numpy(draws))
+        draws = torch.from_numpy(self._draws(bounded, crossing).reshape(bounded.shape))
+        return defences.noised(bounded, self.sigma * self.clip, draws)
+
+    @abc.abstractmethod
+    def _draws(self, bounded: Tensor, crossing: Crossing) -> Floats: ...
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerDefence:
+class ActivationDefence(_Clipped):
+    """Rows clipped, with noise that is drawn for each release."""
+
+    __slots__ = ()
+
+    def _draws(self, bounded: Tensor, crossing: Crossing) -> Floats:
+        return _drawn_for(bounded, crossing, self.secret)
+
+
+class AnswerDefence(_Clipped):
     """Rows clipped, with noise that is drawn once for each row and version: who asks again gets the same numbers."""
 
-    clip: float
-    sigma: float
-    secret: bytes = field(repr=False)
+    __slots__ = ()
 
-    def apply(self, tensor: Tensor, crossing: Crossing) -> Tensor:
-        """Return the activation as it is sent in answer to a single request."""
-        bounded = defences.clipped(tensor, self.clip)
-        if not self.sigma:
-            return bounded
+    def _draws(self, bounded: Tensor, crossing: Crossing) -> Floats:
         key = key_for(self.secret, crossing.sender, f"noise of answers for {crossing.receiver}")
         draws = np.empty(bounded.shape)
         for place, row in enumerate(crossing.rows.keys):
             own = blake2b(row.tobytes(), key=key, digest_size=32)
             own.update(payload_view(bounded[place].contiguous(), b"").data)  # another version's row is another secret
             draws[place] = normal_stream(own.digest(), bounded[place].numel()).reshape(bounded.shape[1:])
-        return defences.noised(bounded, self.sigma * self.clip, torch.from_numpy(draws))
+        return draws
 
 
 def _drawn_for(hidden: Tensor, crossing: Crossing, secret: bytes) -> Floats:
