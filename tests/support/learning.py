@@ -12,33 +12,14 @@ from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.spec import Rows
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.schedule.row_order import row_order
+from tests.support import recipes
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, furthest, table_of
 
 ROWS, BATCH, EPOCHS = 24, 8, 2
 STEPS = 6
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adadelta": {"lr": 1.0},
-    "adafactor": {"lr": 0.05},
-    "adagrad": {"lr": 0.05},
-    "adam": {"lr": 0.01, "amsgrad": True},
-    "adamax": {"lr": 0.01},
-    "adamw": {"lr": 0.01, "weight_decay": 0.1},
-    "asgd": {"lr": 0.05, "t0": 2.0},
-    "nadam": {"lr": 0.01},
-    "radam": {"lr": 0.01},
-    "rmsprop": {"lr": 0.01, "momentum": 0.5, "centered": True},
-    "rprop": {"lr": 0.01},
-    "sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
-}
-SCHEDULES: dict[str, Any] = {
-    "constant": {"name": "constant", "warmup": 2},
-    "cosine": {"name": "cosine", "warmup": 2, "min_lr": 1e-4},
-    "linear": {"name": "linear"},
-    "step": {"name": "step", "every": 2, "gamma": 0.5},
-    "exponential": {"name": "exponential", "gamma": 0.8},
-    "one_cycle": {"name": "one_cycle"},
-    "code": lambda step, steps: 1.0 / (1.0 + step / steps),
-}
+ONE_KIND = {"muon", "sparseadam"}  # of matrices, of sparse gradients: no other parameters
+OPTIMIZERS = {name: given for name, given in recipes.OPTIMIZERS.items() if name not in ONE_KIND}
+SCHEDULES: dict[str, Any] = {**recipes.SCHEDULES, "code": lambda step, steps: 1.0 / (1.0 + step / steps)}
 
 
 class Net(nn.Module):
