@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sl_queue.errors import CheckpointError
-from sl_queue.storage.files import unusable, write_durably
+from sl_queue.storage.files import read_kept, unusable, write_durably
 
 NAME = "aligned.json"
 FORMAT = 1
@@ -35,16 +35,11 @@ class Aligned:
 
 def read_aligned(state: Path) -> Aligned | None:
     """Read the outcome; None if there is none yet. Raises CheckpointError for a file that cannot be used."""
-    path = state / NAME
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {found['format']!r}, this version of sl_queue reads {FORMAT}")
+
+    def made(found: Any) -> Aligned:
         return Aligned(np.array(found["positions"], np.int64), found["table"], found["rows"], found["session"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be used ({type(error).__name__}); restore it") from None
+
+    return read_kept(state / NAME, FORMAT, made)
 
 
 def write_aligned(state: Path, aligned: Aligned) -> None:

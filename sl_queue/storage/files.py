@@ -1,16 +1,21 @@
 """Files of a state folder: after a crash either the old one or the new one, whole, and nobody's but their owner's."""
 
 import errno
+import json
 import logging
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from sl_queue.errors import CheckpointError, ResourceShortage, SlQueueError
 
 PRIVATE = 0o600
+
+T = TypeVar("T")
 
 log = logging.getLogger("sl_queue")
 
@@ -43,6 +48,22 @@ class Held(Exception):
     def __init__(self, holder: str) -> None:
         super().__init__(holder)
         self.holder = holder
+
+
+def read_kept(path: Path, version: int, make: Callable[[Any], T]) -> T | None:
+    """Read a JSON file of a state folder as what `make` makes of it; None if there is none.
+
+    Raises CheckpointError, with the file's name, for another format or a file that cannot be used.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != version:
+            raise CheckpointError(f"{path} has format {found['format']!r}, this version of sl_queue reads {version}")
+        return make(found)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be used ({type(error).__name__}); restore it") from None
 
 
 def lock(folder: Path) -> FileLock:

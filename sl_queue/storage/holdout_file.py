@@ -9,7 +9,7 @@ import numpy as np
 
 from sl_queue.errors import CheckpointError
 from sl_queue.protocol.holdout import Chosen
-from sl_queue.storage.files import unusable, write_durably
+from sl_queue.storage.files import read_kept, unusable, write_durably
 
 NAME = "held_out.json"
 FORMAT = 1
@@ -34,17 +34,12 @@ class HeldOut:
 
 def read_held_out(state: Path) -> HeldOut | None:
     """Read the choice; None if there is none yet. Raises CheckpointError for a file that cannot be used."""
-    path = state / NAME
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {found['format']!r}, this version of sl_queue reads {FORMAT}")
+
+    def made(found: Any) -> HeldOut:
         held_out, test = (np.array(found[name], np.int64) for name in ("held_out", "test"))
         return HeldOut(str(found["rows"]), Chosen(held_out, test), tuple(map(str, found["told"])))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be used ({type(error).__name__}); restore it") from None
+
+    return read_kept(state / NAME, FORMAT, made)
 
 
 def write_held_out(state: Path, held: HeldOut) -> None:
