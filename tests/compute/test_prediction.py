@@ -62,7 +62,7 @@ def job(**changes: Any) -> sl_queue.Job:
 ADAM = {"name": "adam", "lr": 0.01}
 
 
-def files(rows: Mapping[str, sl_queue.Rows]) -> list[sl_queue.PartyFile]:
+def files(rows: Mapping[str, sl_queue.Rows], model: type[nn.Module] = Base) -> list[sl_queue.PartyFile]:
     base = {"bank": {"inputs": 3, "cut": 8}, "insurer": {"inputs": 2, "cut": 4}}
     fuse = {"model": Fuse, "args": {"inputs": 12}, "optimizer": ADAM, "loss": "bce_with_logits", "metrics": ["auroc"]}
     return [
@@ -70,7 +70,7 @@ def files(rows: Mapping[str, sl_queue.Rows]) -> list[sl_queue.PartyFile]:
             party=party,
             data=rows[party],
             threads=1,
-            base={"model": Base, "args": args, "optimizer": ADAM},
+            base={"model": model, "args": args, "optimizer": ADAM},
             **({"fuse": fuse} if party == "insurer" else {}),
         )
         for party, args in base.items()

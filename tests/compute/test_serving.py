@@ -53,12 +53,19 @@ class Said:
 class Service:
     """Both sides in this process, on rows of their own."""
 
-    def __init__(self, root: Path, at_most: int = 0, deadline_s: float = 5.0, token: str | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        at_most: int = 0,
+        deadline_s: float = 5.0,
+        token: str | None = None,
+        model: type[torch.nn.Module] = Base,
+    ) -> None:
         self.rows, self.ids, self.columns = new_rows()
         kept = self.rows["bank"].ids != self.ids[7]  # the bank lacks one customer
         self.rows["bank"] = sl_queue.Rows(self.rows["bank"].ids[kept], self.rows["bank"].features[kept])
         given = {"bank": self.rows["bank"], "insurer": self.rows["insurer"]}
-        importer, parties = Importer(), files(given)
+        importer, parties = Importer(), files(given, model)
         self.specs = {
             file.party: spec_to_predict(resolve(job(), file, importer), given[file.party], Asked()) for file in parties
         }
@@ -263,16 +270,15 @@ class Noisy(Base):
 
 
 def test_a_model_that_draws_in_evaluation_mode_gives_the_same_answer_again_and_takes_nobody_elses_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("tests.compute.test_prediction.Base", Noisy)
     rng = np.random.default_rng(0)
     rows = {
         "bank": sl_queue.Rows(np.arange(N), rng.standard_normal((N, 3))),
         "insurer": sl_queue.Rows(np.arange(N), rng.standard_normal((N, 2)), np.arange(N) % 2),
     }
-    sl_queue.run_local(job(), files(rows), out=tmp_path)
-    service = Service(tmp_path)
+    sl_queue.run_local(job(), files(rows, Noisy), out=tmp_path)
+    service = Service(tmp_path, model=Noisy)
     try:
         torch.manual_seed(5)
         before = torch.get_rng_state()
