@@ -114,8 +114,6 @@ def _serve(role: Literal["feature", "label", "hand"], job: "Job", given: argpars
         worker.name = party_file.party
         run_hand(job, party_file, given.broker)
         return
-    import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: a second that belongs to starting
-
     from sl_queue.launch.party import run_party
 
     party_file = PartyFile.load(given.party)

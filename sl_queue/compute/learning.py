@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sl_queue.compute.eager import prepare_step, step
 from sl_queue.compute.optimizer_state import BuiltOptimizer
 from sl_queue.compute.spec import ModelSpec
 from sl_queue.cut.tensors import from_payload, to_payload
@@ -114,6 +115,7 @@ class Learning:
                 raise JobError(f"{where} schedule has no use: {type(optimizer).__name__} has no lr")
             rates = tuple(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
         built = BuiltOptimizer.of(optimizer, module, f"{part}/optimizer", where)
+        prepare_step(optimizer)
         average = None if table.ema is None else Average.of(module, table.ema)
         return cls(module, built, part, steps, rate, rates, table.clip_norm, table.clip_value, average)
 
@@ -127,7 +129,7 @@ class Learning:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(self.module.parameters(), self.clip_value)
-        optimizer.step()
+        step(optimizer)
         if self.average is not None:
             self.average.update()
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sl_queue.compute.eager import keep_compiler_out
 from sl_queue.errors import JobError
 from sl_queue.ports import UserCode
 from sl_queue.protocol.text import nearest
@@ -32,6 +33,7 @@ def build_optimizer(
     """
     if not any(True for _ in module.parameters()):
         return None
+    keep_compiler_out()
     if isinstance(settings, Mapping) or not settings:
         return _of_torch(module, dict(settings or {}), groups, key)
     return _made(module, settings, key, code)

@@ -35,7 +35,7 @@ class Worker:
 class Limits:
     """Limits of supervision: how long it waits, how often it restarts."""
 
-    first_pause_s: float = 0.5  # before a restart; doubled for every further crash at the same step
+    first_pause_s: float = 1.0  # before the second restart at the same step; doubled for every further one
     longest_pause_s: float = 15.0
     crashes: int = 6  # at the same step, then it is given up
     grace_s: float = 10.0  # for the others to end by themselves after a failure, and after SIGTERM
@@ -144,10 +144,16 @@ class _Supervisor:  # mutable: it owns processes
             loop = f"ended {child.crashes} times in a row {where} ({_ending(code)}): {self._reason(child)}"
             error = TransportError if code == TransportError.exit_code else SlQueueError
             return Failure(child.worker.name, error.exit_code, loop)
-        pause_s = min(self._limits.first_pause_s * 2 ** (child.crashes - 1), self._limits.longest_pause_s)
+        pause_s = self._pause_s(child.crashes)
         child.restart_at = time.monotonic() + pause_s
         self._on_line(child.worker.name, f"{_ending(code)}; restarting in {pause_s:g} s")
         return None
+
+    def _pause_s(self, crashes: int) -> float:
+        """Return the pause before a restart: none for a worker that got further since it crashed last."""
+        if crashes == 1:
+            return 0.0
+        return min(self._limits.first_pause_s * 2.0 ** (crashes - 2), self._limits.longest_pause_s)
 
     def _start(self, child: _Child) -> None:
         child.restart_at = None
