@@ -129,7 +129,7 @@ def _serve(role: Literal["feature", "label", "hand"], job: "Job", given: argpars
 
         run_prediction(role, job, party_file, given.predict, given.run, *place, worker.observe)
     else:
-        run_party(role, job, party_file, *place, given.metrics_port, worker.observe)
+        run_party(role, job, party_file, *place, given.metrics_port, worker.observe, standby=given.standby)
 
 
 def _observer() -> Observer:
@@ -196,7 +196,10 @@ def _arguments(role: Role) -> argparse.Namespace:
     else:
         _add_versions(parser, role)
     parser.add_argument("--state", type=Path, help="folder of checkpoints and results; default: the party file's")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if role != "scheduler" and given.standby and (given.serve or given.explain or given.predict is not None):
+        parser.error("--standby is for training; of a service start two, of a prediction none is needed")
+    return given
 
 
 def _add_trackers(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +217,12 @@ def _add_versions(parser: argparse.ArgumentParser, role: Role) -> None:
     parser.add_argument("--run", help="the run whose weights to predict with; else the version in use")
     parser.add_argument(
         "--serve", action="store_true", help="answer single requests for the rows under [predict], over HTTP"
+    )
+    parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="wait, with everything loaded, while another worker of this party has the state folder, and go on when it "
+        "is gone; at once if none has",
     )
     parser.set_defaults(explain=False)
     if role == "label":

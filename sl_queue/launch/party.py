@@ -1,17 +1,14 @@
 """A data party, put together: its table, its stage over torch, its checkpoints, its channel and its role."""
 
 import logging
-import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.modules.handover import Take, itself
 from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
@@ -25,12 +22,9 @@ from sl_queue.errors import JobError
 from sl_queue.launch.connect import connector, key_file, require_network, sealing
 from sl_queue.launch.finished import has_finished
 from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
-from sl_queue.launch.holdout import hear_held_out, tell_held_out
-from sl_queue.launch.keeping import rules_to_keep, secret_to_keep, warn_of_common_draws
-from sl_queue.launch.privacy import parts_of, require_lasting_secret
-from sl_queue.launch.rows import aligned_rows, own_version, table_of
+from sl_queue.launch.prepared import Built, Maker, Own, identity_of
 from sl_queue.launch.spending import Spending
-from sl_queue.launch.stages import build_stage, of_start
+from sl_queue.launch.standby import Turn, await_turn, ending_noted
 from sl_queue.launch.versions import keep_trained
 from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.lifecycle import Identity, Worker
@@ -41,14 +35,13 @@ from sl_queue.observe.meter import Meter
 from sl_queue.privacy.guards import EpochMeter
 from sl_queue.protocol import events
 from sl_queue.protocol.alignment import MESSAGE_BYTES
+from sl_queue.protocol.checkpoint import Final
 from sl_queue.protocol.events import Observer
 from sl_queue.protocol.measures import Measures
 from sl_queue.protocol.messages import Role
 from sl_queue.protocol.party.bounds import Bounds, tensors_to
 from sl_queue.protocol.schedule.pipeline import Pipeline
-from sl_queue.protocol.table import Table
 from sl_queue.storage.checkpoints import Folder
-from sl_queue.storage.features_file import write_features
 from sl_queue.storage.history_file import Journal
 from sl_queue.transport.party_channel import PartyChannel
 
@@ -67,16 +60,18 @@ def run_party(
     key: Path | None = None,
     metrics: str | None = None,
     observe: Observer = to_log,
+    *,
+    standby: bool = False,
 ) -> None:
     """Run one data party in this process until the run ends. Raises SlQueueError; RunStopped if it was stopped.
 
-    `metrics`: `[HOST:]PORT` where Prometheus scrapes.
+    `metrics`: `[HOST:]PORT` where Prometheus scrapes. `standby`: wait while another worker has the state folder.
     """
     spec = resolve(job, party_file, Importer())
     require_role(spec, role)
     place = workplace_of(job, party_file, broker, state, key, observe)
     private, lanes = not LOCAL.read(), Lanes.of(job, party_file, broker)
-    serve_party(job, spec, place, metrics, private=private, lanes=lanes)
+    serve_party(job, spec, place, metrics, private=private, lanes=lanes, standby=standby)
 
 
 def require_role(spec: PartySpec, role: str) -> None:
@@ -100,17 +95,6 @@ def workplace_of(
     return Workplace(connect, state_folder(party_file, state), seal=seal, observe=observe)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """All that a party trains with and on: its spec with its secret, its rows, and the order of work over them."""
-
-    spec: PartySpec
-    table: Table
-    rules: int
-    pipeline: Pipeline
-    identity: Identity
-
-
 def serve_party(
     job: Job,
     spec: PartySpec,
@@ -121,68 +105,60 @@ def serve_party(
     private: bool = False,
     guards: Mapping[str, Guard] = MappingProxyType({}),
     lanes: Lanes | None = None,
+    standby: bool = False,
 ) -> None:
     """Run one data party from its table to its final weights; says so and returns if it has finished before.
 
     `take` says how to come by a model that is given in code. `private`: what its models draw is keyed by a secret of
     its own, unless its file or the run in the state folder says no. `guards` are put in at the cuts to these peers.
-    `lanes`: the way to hands that compute its micro-batches.
+    `lanes`: the way to hands that compute its micro-batches. `standby`: wait while another worker has the state folder.
     """
+    maker = Maker(job, spec, place, take, guards, lanes, private)
     with ExitStack() as stack:
-        folder = stack.enter_context(Folder(place.state, job_digest=job.digest, party=spec.party, job=job.canonical()))
+        turn = await_turn(job, spec.party, place, metrics, maker.make_ahead) if standby else Turn()
+        own = partial(Folder, place.state, job_digest=job.digest, party=spec.party, job=job.canonical())
+        folder = stack.enter_context(own(locked=turn.locked))
+        stack.enter_context(ending_noted(place.state))
         if has_finished(job, spec, folder, place):
             return
-        own, meter = _prepared(job, spec, folder, place, private=private), Meter(leads=lanes is not None)
+        if turn.waited:
+            place.observe(events.TookOver(spec.party))
+        place.observe(events.Prepared(spec.party, "checkpoint"))
+        built, meter = maker.make(folder, turn.ahead), Meter(leads=lanes is not None)
+        place.observe(events.Prepared(spec.party, "model"))
         place = place.watched_by(meter)
-        channel = channel_of(job, spec.party, place, own.identity.incarnation, own.pipeline, meter)
-        parts = parts_of(own.spec, own.table, own.pipeline.batches)
-        made = build_stage(job, own.spec, own.table, own.pipeline, take, {**parts.guards, **guards}, lanes)
-        led = None if lanes is None else _led(job, own, made, channel, lanes, place)
-        worker, train = _role(job, own, made if led is None else led.stage, channel, folder, place)
-        worker.meter, worker.spending = parts.meter, _spending(job, own, place, parts.meter, worker)
-        worker.on_final = partial(keep_trained, job, own.spec, own.table, own.pipeline.batches, place.state, made)
-        if metrics is not None:
-            stack.callback(_show(metrics, job, spec.party, channel, worker, meter, led).close)
-        stack.enter_context(place.opened(channel))
-        place.observe(events.Ready(spec.party))
-        with nullcontext() if led is None else led.serving(channel):
-            final = worker.serve(train)
+        final = _train(job, built, folder, place, meter, lanes, metrics, stack)
         place.observe(events.Finished(spec.party, final.step, str(place.state / "final")))
 
 
-def _prepared(job: Job, spec: PartySpec, folder: Folder, place: Workplace, *, private: bool) -> Prepared:
-    """Find and read the rows of a party; `folder` agrees to go on with what it is made of."""
-    aligned = aligned_rows(job, spec, place)
-    rules = rules_to_keep(job, spec.party, folder.begun_with)
-    require_lasting_secret(spec, place.state, private=private)
-    secret = secret_to_keep(spec.party, spec.chosen_secret, rules, folder.begun_with, place.state, private=private)
-    if private and not secret:
-        warn_of_common_draws(spec.party, spec.chosen_secret, rules)
-    spec = replace(spec.with_secret(secret), table=replace(spec.table, scratch=place.state))
-    begun, hears = folder.begun_with is not None, job.tells_holdout and spec.role != "label"
-    table = table_of(spec, rules, aligned, hear_held_out(job, spec, aligned, place, begun=begun) if hears else None)
-    for note in table.notes:
-        log.info("%s: %s", spec.party, note)
-    folder.require({**fingerprint(spec.compute, table, rules), **spec.privacy.fingerprint, **of_start(spec)})
-    write_features(place.state, table.fitted)
-    if job.tells_holdout and not hears:
-        tell_held_out(job, spec, table, place)
-    pipeline = job.pipeline_of(job.batches(table.n_rows, table.chosen_by(rules)))
-    about = (job.canonical(), table.n_rows, table.digest, table.id_type)
-    identity = Identity(secrets.token_hex(8), *about, rules=rules, version=own_version(), party=spec.party)
-    return Prepared(spec, table, rules, pipeline, identity)
-
-
-def _led(
+def _train(
     job: Job,
-    own: Prepared,
-    made: TorchBaseStage | TorchFuseStage,
-    channel: PartyChannel,
-    lanes: Lanes,
+    built: Built,
+    folder: Folder,
     place: Workplace,
-) -> Leading:
-    about = (own.spec, own.table, own.rules, made, own.pipeline)
-    return leading(job, *about, channel, lanes, own.identity.incarnation, place.observe)
+    meter: Meter,
+    lanes: Lanes | None,
+    metrics: str | None,
+    stack: ExitStack,
+) -> Final:
+    own, party, identity = built.own, built.own.spec.party, identity_of(job, built.own)
+    channel = channel_of(job, party, place, identity.incarnation, own.pipeline, meter)
+    led = None if lanes is None else _led(job, built, identity, channel, lanes, place)
+    worker, train = _role(job, own, identity, built.stage if led is None else led.stage, channel, folder, place)
+    worker.meter, worker.spending = built.parts.meter, _spending(job, own, place, built.parts.meter, worker)
+    worker.on_final = partial(keep_trained, job, own.spec, own.table, own.pipeline.batches, place.state, built.stage)
+    if metrics is not None:
+        stack.callback(_show(metrics, job, party, channel, worker, meter, led).close)
+    stack.enter_context(place.opened(channel))
+    place.observe(events.Ready(party))
+    with nullcontext() if led is None else led.serving(channel):
+        return worker.serve(train)
+
+
+def _led(job: Job, built: Built, identity: Identity, channel: PartyChannel, lanes: Lanes, place: Workplace) -> Leading:
+    own = built.own
+    about = (own.spec, own.table, own.rules, built.stage, own.pipeline)
+    return leading(job, *about, channel, lanes, identity.incarnation, place.observe)
 
 
 def channel_of(
@@ -205,7 +181,7 @@ def channel_of(
     )
 
 
-def _spending(job: Job, own: Prepared, place: Workplace, meter: EpochMeter | None, worker: Worker) -> Spending:
+def _spending(job: Job, own: Own, place: Workplace, meter: EpochMeter | None, worker: Worker) -> Spending:
     stage = whole_of(worker.stage)
 
     def truly() -> Mapping[str, float | None]:
@@ -225,14 +201,15 @@ def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
 
 def _role(
     job: Job,
-    own: Prepared,
+    own: Own,
+    identity: Identity,
     stage: TorchBaseStage | TorchFuseStage | SpreadBaseStage | SpreadFuseStage,
     channel: PartyChannel,
     folder: Folder,
     place: Workplace,
 ) -> tuple[Worker, Callable[[int], None]]:
     """Return the worker of this party, and the loop it runs."""
-    about = (own.identity, channel, stage, folder, own.pipeline)
+    about = (identity, channel, stage, folder, own.pipeline)
     if isinstance(stage, TorchFuseStage | SpreadFuseStage):
         worker = Worker(*about, record=Record(Journal(place.state / "history.jsonl")), observe=place.observe)
         stops_early = job.early_stopping is not None

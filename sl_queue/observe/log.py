@@ -13,6 +13,9 @@ log = logging.getLogger("sl_queue")
 
 LEVELS: dict[type[Event], int] = {  # what is not here has no line: it would be several a step
     events.Loaded: logging.DEBUG,
+    events.StandsBy: logging.INFO,
+    events.TookOver: logging.INFO,
+    events.Prepared: logging.DEBUG,
     events.Ready: logging.DEBUG,
     events.Began: logging.DEBUG,
     events.StepDone: logging.DEBUG,
@@ -52,6 +55,21 @@ def text_of(event: Event) -> str:
 @text_of.register
 def _(event: events.Loaded) -> str:
     return "libraries loaded"
+
+
+@text_of.register
+def _(event: events.StandsBy) -> str:
+    return f"stands by: process {event.holder} works with the state folder; goes on from its checkpoint when it is gone"
+
+
+@text_of.register
+def _(_: events.TookOver) -> str:
+    return "takes over: the worker before is gone"
+
+
+@text_of.register
+def _(event: events.Prepared) -> str:
+    return f"prepared: {event.what}"
 
 
 @text_of.register

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from sl_queue.errors import JobError
-from sl_queue.observe.http_server import Answer, HttpServer
+from sl_queue.observe.http_server import Answer, HttpServer, Page
 from sl_queue.protocol.measures import Connectivity, HandCounts, Measures
 from sl_queue.protocol.scheduler.status import RunStatus
 
@@ -53,6 +53,15 @@ class Vitals:
 
 def serve(address: str, collector: Collector, vitals: Callable[[], Vitals]) -> HttpServer:
     """Answer at `[HOST:]PORT` (this machine only, unless a host is given), in a thread of its own."""
+
+    def health(_: Mapping[str, str]) -> Answer:
+        complaint = vitals().complaint()
+        return Answer(b"healthy\n") if complaint is None else Answer(f"{complaint}\n".encode(), UNHEALTHY)
+
+    return _serve(address, collector, health)
+
+
+def _serve(address: str, collector: Collector, health: Page) -> HttpServer:
     host, _, port = address.rpartition(":")
     registry = CollectorRegistry()
     registry.register(collector)
@@ -61,15 +70,32 @@ def serve(address: str, collector: Collector, vitals: Callable[[], Vitals]) -> H
         encode, content_type = choose_encoder(headers.get("accept", ""))
         return Answer(encode(registry), content_type=content_type)
 
-    def health(_: Mapping[str, str]) -> Answer:
-        complaint = vitals().complaint()
-        return Answer(b"healthy\n") if complaint is None else Answer(f"{complaint}\n".encode(), UNHEALTHY)
-
     pages = {"/": metrics, "/metrics": metrics, "/health": health}
     try:
         return HttpServer(host.strip("[]") or "127.0.0.1", int(port), pages)
     except (ValueError, OSError, OverflowError) as error:
         raise JobError(f"--metrics-port {address}: {error}; give a free port, or HOST:PORT") from None
+
+
+def serve_standby(address: str, job: str, party: str) -> HttpServer:
+    """Answer as `serve` does, for a party's worker that waits for another one to be gone."""
+
+    def health(_: Mapping[str, str]) -> Answer:
+        return Answer(b"standby\n")
+
+    return _serve(address, StandbyCollector(job, party), health)
+
+
+class StandbyCollector(Collector):
+    """A standby of a data party."""
+
+    def __init__(self, job: str, party: str) -> None:
+        self._about = {"job": job, "run": "", "role": party}
+
+    def collect(self) -> Iterable[Metric]:
+        """Collect all there is: it has neither a step nor a connection."""
+        yield InfoMetricFamily("sl_queue_worker", "Who this is", value=self._about)
+        yield GaugeMetricFamily("sl_queue_standby", "1 of a worker that waits for another one to be gone", value=1)
 
 
 class PartyCollector(Collector):

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sl_queue.errors import RunStopped, SlQueueError
+from sl_queue.protocol.hand_events import HandCame as HandCame
+from sl_queue.protocol.hand_events import HandLeft as HandLeft
+from sl_queue.protocol.hand_events import HandRefused as HandRefused
+from sl_queue.protocol.hand_events import OfHands
 
 Numbers = Mapping[str, float | None]
 
@@ -21,6 +25,29 @@ class Loaded:
     """A worker process has its libraries."""
 
     party: str
+
+
+@dataclass(frozen=True, slots=True)
+class StandsBy:
+    """A standby waits for the state folder, which the process `holder` has."""
+
+    party: str
+    holder: str
+
+
+@dataclass(frozen=True, slots=True)
+class TookOver:
+    """A standby has the state folder, and goes on from the checkpoint in it."""
+
+    party: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Something that a worker needs before it connects is there: its checkpoint, table or model; a standby has all."""
+
+    party: str
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,36 +228,6 @@ class StillWaiting:
     reason: str = ""  # of that
 
 
-# Hands ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class HandCame:
-    """A hand computes for a party from now on; `hands`: how many do."""
-
-    party: str
-    hand: str
-    hands: int
-
-
-@dataclass(frozen=True, slots=True)
-class HandLeft:
-    """A hand is gone, and what it had is given to others; `hands`: how many are left."""
-
-    party: str
-    hand: str
-    hands: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class HandRefused:
-    """A process that would be a hand of a party is not, since it would compute other bits."""
-
-    party: str
-    reason: str
-
-
 # The scheduler --------------------------------------------------------------------------------------------------
 
 
@@ -272,11 +269,11 @@ class GenerationBegan:
 
 
 PerMessage = Sent | Received | WaitBegan | Waited  # several a step: counted rather than written down
-_OfARun = Loaded | Ready | Began | StepDone | Committed | EpochDone | Finished | Stopped | Failed
+_OfStarting = Loaded | StandsBy | TookOver | Prepared | Ready
+_OfARun = Began | StepDone | Committed | EpochDone | Finished | Stopped | Failed
 _OfMessages = Resent | Rejected | Foreign | Reconnected | StillWaiting
-_OfHands = HandCame | HandLeft | HandRefused
 _OfTheScheduler = PhaseChanged | Missing | Refused | GenerationBegan
-Rare = _OfARun | _OfMessages | _OfHands | _OfTheScheduler
+Rare = _OfStarting | _OfARun | _OfMessages | OfHands | _OfTheScheduler
 Event = PerMessage | Rare
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock
 from sl_queue.errors import CheckpointError, JobError, LocalProtocolError, PartyBusy
 from sl_queue.protocol.checkpoint import Final, Saved, State, Weights
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP
+from sl_queue.storage.ended_file import forget_end
 from sl_queue.storage.files import Held, is_passing, lock, unusable, warn_of_readers, write_durably
 from sl_queue.storage.final import SUFFIX, finished_run, run_json, write_run, write_weights
 from sl_queue.storage.owner import Owner
@@ -33,8 +34,8 @@ class Folder:
 
     `fingerprint` is what must not change between two starts for the same bits to follow; flat, JSON values. Where it
     depends on what lies here, it is given to `require` instead, before anything is loaded or saved. `job` is what the
-    digest is of, to say what differs from another. Raises PartyBusy if another worker has the folder, CheckpointError
-    if it belongs to another job, party or fingerprint.
+    digest is of, to say what differs from another; `locked` is the folder's lock, if the caller has it already. Raises
+    PartyBusy if another worker has the folder, CheckpointError if it belongs to another job, party or fingerprint.
     Mutable: it remembers which checkpoints are intact.
     """
 
@@ -46,6 +47,7 @@ class Folder:
         party: str,
         fingerprint: Mapping[str, Any] | None = None,
         job: Mapping[str, Any] | None = None,
+        locked: FileLock | None = None,
     ) -> None:
         self._path, self._checkpoints, self._final = path, path / "checkpoints", path / "final"
         self._owner = Owner(job_digest, party, dict(job or {}))
@@ -56,9 +58,10 @@ class Folder:
             for folder in (path, self._checkpoints, self._final):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             warn_of_readers(path)
-            self._unlock = weakref.finalize(self, self._locked().release)
+            self._unlock = weakref.finalize(self, (locked or self._locked()).release)
         try:
             with self._writing():
+                forget_end(path)
                 self._remove_leftovers()
             self._held = {step for step in self._written() if self._intact(step)}
             self._kept = self._read_kept()
@@ -267,10 +270,22 @@ class Folder:
 
 def newest_state(path: Path) -> State:
     """Read the state in a folder's newest checkpoint, of whatever job it is. Raises JobError if there is none."""
-    for file in sorted((path / "checkpoints").glob(f"{_PREFIX}*{SUFFIX}"), reverse=True):
-        try:
-            stored = unsealed(file)
-        except (TornFileError, OSError):
-            continue
+    stored = _newest_in(path)
+    if stored is not None:
         return State(stored.tensors, stored.about["state"])
     raise JobError(f"{path} holds no checkpoint, so no state of an optimizer; remove optimizer from [start]")
+
+
+def begun_in(path: Path) -> Mapping[str, Any] | None:
+    """Read the fingerprint in a folder's newest checkpoint, beside the worker that has it; None if there is none."""
+    stored = _newest_in(path)
+    return None if stored is None else stored.about["fingerprint"]
+
+
+def _newest_in(path: Path) -> Stored | None:
+    for file in sorted((path / "checkpoints").glob(f"{_PREFIX}*{SUFFIX}"), reverse=True):
+        try:
+            return unsealed(file)
+        except (TornFileError, OSError):
+            continue
+    return None

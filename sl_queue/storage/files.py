@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import platform
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -43,11 +44,25 @@ def write_durably(path: Path, body: bytes) -> None:
 
 
 class Held(Exception):
-    """A lock that another worker holds. `holder`: its process number, or "unknown"."""
+    """A lock that another worker holds.
 
-    def __init__(self, holder: str) -> None:
-        super().__init__(holder)
-        self.holder = holder
+    `holder`: its process number, or "unknown"; `elsewhere`: it runs on another machine, or ran before this one was
+    booted and is being replaced.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        holder, _, machine = text.partition(" ")
+        self.holder = holder[:20] or "unknown"
+        self.elsewhere = bool(machine) and machine != this_machine()
+
+
+def this_machine() -> str:
+    """Name this machine, as it was booted last: the same in all of its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 def read_kept(path: Path, version: int, make: Callable[[Any], T]) -> T | None:
@@ -76,9 +91,9 @@ def lock(folder: Path) -> FileLock:
     try:
         taken.acquire()
     except Timeout:
-        raise Held(path.read_text(errors="replace")[:20] or "unknown") from None
+        raise Held(path.read_text(errors="replace")[:100]) from None
     try:
-        path.write_text(str(os.getpid()))
+        path.write_text(f"{os.getpid()} {this_machine()}")
     except OSError:
         taken.release()
         raise

@@ -14,7 +14,7 @@ import pytest
 
 from sl_queue.errors import PartyBusy
 from sl_queue.storage.checkpoints import Folder
-from sl_queue.storage.files import Held, lock
+from sl_queue.storage.files import Held, lock, this_machine
 from sl_queue.storage.run_file import RunFile
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_this_worker_keeps_one_of_the_version_before_out(
     tmp_path: Path, take: Callable[[Path], Folder | RunFile]
 ) -> None:
     with closing(take(tmp_path)):
-        assert (tmp_path / "lock").read_text() == str(os.getpid())
+        assert (tmp_path / "lock").read_text().split() == [str(os.getpid()), this_machine()]
         with pytest.raises(BlockingIOError), locked_by_the_version_before(tmp_path):
             pass
     with locked_by_the_version_before(tmp_path):

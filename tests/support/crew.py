@@ -95,11 +95,12 @@ class Crew:
         job: Path | None = None,
         threads: int = 1,
         log_level: str = "debug",
+        words: tuple[str, ...] = (),  # more of its command
         prepare: tuple[Callable[..., None], Any] | None = None,  # called in the worker's process before it begins
     ) -> None:
         assert role not in self._running, f"{role} runs already"
         party = () if role == "scheduler" else ("--party", str(self.folder / f"{role}.toml"))
-        arguments = ("--job", str(job or self.job), *party, "--state", str(state or self.states / role))
+        arguments = ("--job", str(job or self.job), *party, "--state", str(state or self.states / role), *words)
         environ = {"SL_QUEUE_BROKER": url or self.url, "SL_QUEUE_THREADS": str(threads), "SL_QUEUE_LOG": log_level}
         environ["SL_QUEUE_EVENTS"] = str(self.events_file(role, self._starts[role] + 1))
         if SEALED:
