@@ -71,7 +71,7 @@ def moment_of(event: Event) -> str | None:
 
 @dataclass(slots=True)
 class Moments:
-    """When each process of the party came how far. Mutable, thread-safe: events come on a thread of their own."""
+    """Moments at which each process of the party came how far. Mutable, thread-safe: events come on a thread of their own."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     first: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # by process
@@ -132,20 +132,26 @@ def import_torch_s() -> float:
 def _kills(moments: Moments, count: int, *, standby: bool) -> list[Kill]:
     """Kill the worker again and again, each time when it has trained for a while and a standby, if any, is ready."""
     found, gone = [], set[int]()
+
+    def has_trained(pid: int) -> bool:
+        return pid not in gone and moments.steps[pid] >= STEPS
+
+    def stands_by(pid: int) -> bool:
+        return pid not in gone and not moments.steps[pid] and "standby" in moments.first[pid]
+
+    def goes_on(pid: int) -> bool:
+        return pid not in gone and moments.steps[pid] > 0
+
     for _ in range(count):
-        pid = moments.await_pid(lambda pid: pid not in gone and moments.steps[pid] >= STEPS, f"{STEPS} steps")
+        pid = moments.await_pid(has_trained, f"{STEPS} steps")
         if standby:
-            moments.await_pid(
-                lambda other: other not in {*gone, pid} and "standby" in moments.first[other], "a standby"
-            )
+            moments.await_pid(stands_by, "a standby")
         os.kill(pid, signal.SIGSTOP)
         torch_s = import_torch_s()
         gone.add(pid)
-        before, at_s = moments.reached, time.monotonic()
+        at_s = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        after = moments.await_pid(
-            lambda other: other not in gone and moments.steps[other] > 0, f"a step after {before}"
-        )
+        after = moments.await_pid(goes_on, "the next step")
         found.append(_measured(moments.first[after], at_s, torch_s))
     return found
 
@@ -200,7 +206,7 @@ def _workers(job: Job, folder: Path, *, standby: bool) -> list[Worker]:
     places[SCHEDULER] = Place(None, folder / "state" / SCHEDULER)
     words = {role: command(job, role, folder / JOB_FILE, place) for role, place in places.items()}
     if standby:
-        words |= {name: (*words[BANK], "--standby") for name in (BANK, BESIDE)}
+        words |= dict.fromkeys((BANK, BESIDE), (*words[BANK], "--standby"))
     return [Worker(name, each) for name, each in words.items()]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import gc
 import logging
 import resource
 import sys
@@ -114,7 +115,8 @@ def _serve(role: Literal["feature", "label", "hand"], job: "Job", given: argpars
         worker.name = party_file.party
         run_hand(job, party_file, given.broker)
         return
-    from sl_queue.launch.party import run_party
+    with _loading():
+        from sl_queue.launch.party import run_party
 
     party_file = PartyFile.load(given.party)
     worker.name = party_file.party
@@ -130,6 +132,15 @@ def _serve(role: Literal["feature", "label", "hand"], job: "Job", given: argpars
         run_prediction(role, job, party_file, given.predict, given.run, *place, worker.observe)
     else:
         run_party(role, job, party_file, *place, given.metrics_port, worker.observe, standby=given.standby)
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Keep Python from looking for garbage among what libraries are made of, now and whenever it looks later."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def _observer() -> Observer:

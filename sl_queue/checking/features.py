@@ -13,7 +13,7 @@ from sl_queue.data.features import Fitted
 from sl_queue.data.rows import read_raw
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
-from sl_queue.launch.alignment import aligned_before
+from sl_queue.launch.rows import aligned_before
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or fals
 _KINDS = {"GaugeMetricFamily": "gauge", "CounterMetricFamily": "counter", "InfoMetricFamily": "info"}
 _WORKERS = {
     "SchedulerCollector": "scheduler",
+    "StandbyCollector": "standby",
     "_of_training": "party",
     "_of_hands": "party",
     "_of_channel": "party",

@@ -4,7 +4,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from sl_queue.config.job import Job
 from sl_queue.data.aligning import described, id_texts, ids_digest
@@ -32,18 +31,6 @@ def rule_of(job: Job) -> Rule:
     about = job.alignment
     ring = Ring(job.label_holder, job.feature_parties)
     return Rule(job.canonical(), ring, about.at_least, about.at_most, about.pad)
-
-
-def aligned_before(table: TableSpec, state: Path) -> Aligned | None:
-    """Return what an alignment of these rows has left in a state folder; None if it has left nothing.
-
-    Positions mean nothing in another table. Raises CheckpointError if the rows are not those that were aligned.
-    """
-    aligned = read_aligned(state)
-    if aligned is not None:
-        found, where = read_ids(table)
-        aligned.require(ids_digest(found), where)
-    return aligned
 
 
 def align_party(

@@ -15,7 +15,6 @@ from sl_queue.security.keys import PublicKey, read_key
 from sl_queue.security.sealing import Seal
 from sl_queue.transport.alignment_channel import LinkAlignmentChannel
 from sl_queue.transport.link import Link
-from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.party_channel import PartyChannel
 from sl_queue.transport.retry import Limits
 from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
@@ -35,6 +34,8 @@ def topology(job: Job, broker: str) -> Topology:
 def connector(job: Job, broker: str, limits: Limits = Limits(), again: Callable[[], str] | None = None) -> Connect:
     """Return what connects parties to the broker at that URL; `limits`: for how long, `again`: reads the URL again."""
     if broker == MEMORY:
+        from sl_queue.transport.memory import MemoryBroker  # a run over RabbitMQ does without
+
         memory = MemoryBroker()
         return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
     from sl_queue.transport.rabbitmq.link import RabbitLink  # a run over memory loads no pika

@@ -7,14 +7,13 @@ from sl_queue.compute.fingerprint import fingerprint
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import JobError
-from sl_queue.launch.alignment import aligned_before
-from sl_queue.launch.holdout import chosen_before
 from sl_queue.launch.keeping import rules_to_keep
-from sl_queue.launch.rows import table_of
+from sl_queue.launch.rows import aligned_before, table_of
 from sl_queue.launch.stages import of_start
 from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol import events
 from sl_queue.storage.checkpoints import Folder
+from sl_queue.storage.holdout_file import chosen_before
 from sl_queue.storage.secret_file import read_secret
 
 log = logging.getLogger("sl_queue")

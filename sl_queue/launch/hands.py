@@ -15,7 +15,7 @@ from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.hand import TorchHand
 from sl_queue.compute.separate import separate
 from sl_queue.compute.spec import ComputeSpec
-from sl_queue.compute.spread import Answer, SpreadBaseStage, SpreadFuseStage
+from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.broker_url import read_url
 from sl_queue.config.environment import HANDS_BROKER
@@ -211,14 +211,3 @@ def _own_hand(spec: PartySpec, table: Table, batches: Batches) -> Callable[[], T
 
 def _nowhere(micro_batch: object, gradients: Mapping[str, object]) -> None:
     """Send nothing: the loop puts its own way in the place of this."""
-
-
-def answering(stage: object, answer: Answer) -> None:
-    """Let a stage over hands send gradients as its loop does."""
-    if isinstance(stage, SpreadFuseStage):
-        stage.answer = answer
-
-
-def whole_of(stage: object) -> object:
-    """Return the stage that a stage over hands is of, or the stage itself."""
-    return stage.whole if isinstance(stage, SpreadBaseStage | SpreadFuseStage) else stage

@@ -3,7 +3,6 @@
 import logging
 import secrets
 import time
-from pathlib import Path
 
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
@@ -18,12 +17,6 @@ from sl_queue.storage.holdout_file import HeldOut, read_held_out, write_held_out
 from sl_queue.transport.alignment_channel import PREFETCH, LinkAlignmentChannel
 
 log = logging.getLogger("sl_queue")
-
-
-def chosen_before(state: Path) -> Chosen | None:
-    """Return the rows that were chosen in this state folder, by whoever does; None if none were."""
-    held = read_held_out(state)
-    return None if held is None else held.chosen
 
 
 def hear_held_out(

@@ -6,14 +6,13 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.modules.handover import Take, itself
-from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
 from sl_queue.compute.threads import limit_threads
-from sl_queue.config.environment import LOCAL, THREADS
+from sl_queue.config.environment import HANDS_BROKER, LOCAL, THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
@@ -21,7 +20,6 @@ from sl_queue.cut.guard import Guard
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import connector, key_file, require_network, sealing
 from sl_queue.launch.finished import has_finished
-from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
 from sl_queue.launch.prepared import Built, Maker, Own, identity_of
 from sl_queue.launch.spending import Spending
 from sl_queue.launch.standby import Turn, await_turn, ending_noted
@@ -32,7 +30,6 @@ from sl_queue.loops.record import Record
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.log import to_log
 from sl_queue.observe.meter import Meter
-from sl_queue.privacy.guards import EpochMeter
 from sl_queue.protocol import events
 from sl_queue.protocol.alignment import MESSAGE_BYTES
 from sl_queue.protocol.checkpoint import Final
@@ -45,7 +42,9 @@ from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
 from sl_queue.transport.party_channel import PartyChannel
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what most workers do without is not loaded: a killed one is to be back soon
+    from sl_queue.compute.spread import SpreadBaseStage, SpreadFuseStage
+    from sl_queue.launch.hands import Lanes, Leading
     from sl_queue.observe.http_server import HttpServer
 
 log = logging.getLogger("sl_queue")
@@ -70,8 +69,16 @@ def run_party(
     spec = resolve(job, party_file, Importer())
     require_role(spec, role)
     place = workplace_of(job, party_file, broker, state, key, observe)
-    private, lanes = not LOCAL.read(), Lanes.of(job, party_file, broker)
+    private, lanes = not LOCAL.read(), _lanes(job, party_file, broker)
     serve_party(job, spec, place, metrics, private=private, lanes=lanes, standby=standby)
+
+
+def _lanes(job: Job, party_file: PartyFile, broker: str | None) -> "Lanes | None":
+    if party_file.hands is None and not HANDS_BROKER.read():
+        return None
+    from sl_queue.launch.hands import Lanes
+
+    return Lanes.of(job, party_file, broker)
 
 
 def require_role(spec: PartySpec, role: str) -> None:
@@ -104,7 +111,7 @@ def serve_party(
     *,
     private: bool = False,
     guards: Mapping[str, Guard] = MappingProxyType({}),
-    lanes: Lanes | None = None,
+    lanes: "Lanes | None" = None,
     standby: bool = False,
 ) -> None:
     """Run one data party from its table to its final weights; says so and returns if it has finished before.
@@ -137,7 +144,7 @@ def _train(
     folder: Folder,
     place: Workplace,
     meter: Meter,
-    lanes: Lanes | None,
+    lanes: "Lanes | None",
     metrics: str | None,
     stack: ExitStack,
 ) -> Final:
@@ -145,7 +152,7 @@ def _train(
     channel = channel_of(job, party, place, identity.incarnation, own.pipeline, meter)
     led = None if lanes is None else _led(job, built, identity, channel, lanes, place)
     worker, train = _role(job, own, identity, built.stage if led is None else led.stage, channel, folder, place)
-    worker.meter, worker.spending = built.parts.meter, _spending(job, own, place, built.parts.meter, worker)
+    worker.meter, worker.spending = built.parts.meter, _spending(job, built, place)
     worker.on_final = partial(keep_trained, job, own.spec, own.table, own.pipeline.batches, place.state, built.stage)
     if metrics is not None:
         stack.callback(_show(metrics, job, party, channel, worker, meter, led).close)
@@ -155,7 +162,11 @@ def _train(
         return worker.serve(train)
 
 
-def _led(job: Job, built: Built, identity: Identity, channel: PartyChannel, lanes: Lanes, place: Workplace) -> Leading:
+def _led(
+    job: Job, built: Built, identity: Identity, channel: PartyChannel, lanes: "Lanes", place: Workplace
+) -> "Leading":
+    from sl_queue.launch.hands import leading
+
     own = built.own
     about = (own.spec, own.table, own.rules, built.stage, own.pipeline)
     return leading(job, *about, channel, lanes, identity.incarnation, place.observe)
@@ -181,13 +192,13 @@ def channel_of(
     )
 
 
-def _spending(job: Job, own: Own, place: Workplace, meter: EpochMeter | None, worker: Worker) -> Spending:
-    stage = whole_of(worker.stage)
+def _spending(job: Job, built: Built, place: Workplace) -> Spending:
+    stage, own = built.stage, built.own
 
     def truly() -> Mapping[str, float | None]:
         return stage.scoring.truly if isinstance(stage, TorchFuseStage) else {}
 
-    return Spending.of(job, own.spec, own.table, place.state, meter, truly)
+    return Spending.of(job, own.spec, own.table, place.state, built.parts.meter, truly)
 
 
 def bounds_of(job: Job, party: str, pipeline: Pipeline) -> Bounds:
@@ -203,21 +214,24 @@ def _role(
     job: Job,
     own: Own,
     identity: Identity,
-    stage: TorchBaseStage | TorchFuseStage | SpreadBaseStage | SpreadFuseStage,
+    stage: "TorchBaseStage | TorchFuseStage | SpreadBaseStage | SpreadFuseStage",
     channel: PartyChannel,
     folder: Folder,
     place: Workplace,
 ) -> tuple[Worker, Callable[[int], None]]:
     """Return the worker of this party, and the loop it runs."""
     about = (identity, channel, stage, folder, own.pipeline)
-    if isinstance(stage, TorchFuseStage | SpreadFuseStage):
+    if own.spec.role == "label":
+        fuse = cast("TorchFuseStage | SpreadFuseStage", stage)
         worker = Worker(*about, record=Record(Journal(place.state / "history.jsonl")), observe=place.observe)
         stops_early = job.early_stopping is not None
-        holder = LabelHolder(own.spec.peers, channel, stage, own.pipeline, worker, stops_early)
-        answering(stage, holder.answer)
+        holder = LabelHolder(own.spec.peers, channel, fuse, own.pipeline, worker, stops_early)
+        if not isinstance(fuse, TorchFuseStage):
+            fuse.answer = holder.answer
         return worker, holder.train
+    base = cast("TorchBaseStage | SpreadBaseStage", stage)
     worker = Worker(*about, observe=place.observe)
-    return worker, FeatureParty(job.label_holder, channel, stage, own.pipeline, worker).train
+    return worker, FeatureParty(job.label_holder, channel, base, own.pipeline, worker).train
 
 
 def state_folder(party_file: PartyFile, state: Path | None) -> Path:
@@ -229,7 +243,7 @@ def state_folder(party_file: PartyFile, state: Path | None) -> Path:
 
 
 def _show(
-    address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter, led: Leading | None
+    address: str, job: Job, party: str, channel: PartyChannel, worker: Worker, meter: Meter, led: "Leading | None"
 ) -> "HttpServer":
     from sl_queue.observe.prometheus import (  # only who is observed loads the library
         PartyCollector,

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.fingerprint import fingerprint
@@ -18,12 +18,9 @@ from sl_queue.compute.modules.handover import Take
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.cut.guard import Guard
-from sl_queue.launch.alignment import aligned_before
-from sl_queue.launch.hands import Lanes
-from sl_queue.launch.holdout import chosen_before, hear_held_out, tell_held_out
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep, warn_of_common_draws
 from sl_queue.launch.privacy import Parts, parts_of, require_lasting_secret
-from sl_queue.launch.rows import aligned_rows, own_version, table_of
+from sl_queue.launch.rows import aligned_before, aligned_rows, own_version, table_of
 from sl_queue.launch.stages import build_stage, of_start
 from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.lifecycle import Identity
@@ -33,6 +30,10 @@ from sl_queue.protocol.table import Table
 from sl_queue.storage import aligned_file, holdout_file, secret_file
 from sl_queue.storage.checkpoints import Folder, begun_in
 from sl_queue.storage.features_file import write_features
+from sl_queue.storage.holdout_file import chosen_before
+
+if TYPE_CHECKING:
+    from sl_queue.launch.hands import Lanes
 
 log = logging.getLogger("sl_queue")
 
@@ -93,7 +94,7 @@ class Maker:
     place: Workplace
     take: Take
     guards: Mapping[str, Guard]
-    lanes: Lanes | None
+    lanes: "Lanes | None"
     private: bool
 
     def make(self, folder: Folder, ahead: Ahead | None) -> Built:
@@ -147,7 +148,11 @@ class Maker:
         rules = rules_to_keep(job, spec.party, begun)
         require_lasting_secret(spec, place.state, private=self.private)
         spec = self._with_secret(rules, begun)
-        chosen = hear_held_out(job, spec, aligned, place, begun=begun is not None) if self._hears else None
+        chosen = None
+        if self._hears:
+            from sl_queue.launch.holdout import hear_held_out  # loaded where a label holder chooses
+
+            chosen = hear_held_out(job, spec, aligned, place, begun=begun is not None)
         table = table_of(spec, rules, aligned, chosen)
         for note in table.notes:
             log.info("%s: %s", spec.party, note)
@@ -157,6 +162,8 @@ class Maker:
         folder.require(own.fingerprint)
         write_features(self.place.state, own.table.fitted)
         if self.job.tells_holdout and not self._hears:
+            from sl_queue.launch.holdout import tell_held_out
+
             tell_held_out(self.job, own.spec, own.table, self.place)
 
     def _built(self, own: Own) -> Built:

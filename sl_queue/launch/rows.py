@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,19 +11,36 @@ import torch
 from sl_queue.compute import seeds
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
-from sl_queue.data.table import read_row_keys, read_table
-from sl_queue.launch.alignment import align_party
+from sl_queue.data.aligning import ids_digest
+from sl_queue.data.spec import TableSpec
+from sl_queue.data.table import read_ids, read_row_keys, read_table
 from sl_queue.launch.privacy import choice_key, responded, token_key
 from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.table import Table
-from sl_queue.storage.aligned_file import Aligned
+from sl_queue.storage.aligned_file import Aligned, read_aligned
 
 
 def aligned_rows(job: Job, spec: PartySpec, place: Workplace) -> Aligned | None:
-    """Find the rows that all parties hold."""
+    """Find the rows that all parties hold; None if the job aligns nothing."""
+    if job.alignment.method != "psi":
+        return None
+    from sl_queue.launch.alignment import align_party  # a job that aligns nothing does without
+
     with _source_seeded(spec):
         return align_party(job, spec.table, place, own_version())
+
+
+def aligned_before(table: TableSpec, state: Path) -> Aligned | None:
+    """Return what an alignment of these rows has left in a state folder; None if it has left nothing.
+
+    Positions mean nothing in another table. Raises CheckpointError if the rows are not those that were aligned.
+    """
+    aligned = read_aligned(state)
+    if aligned is not None:
+        found, where = read_ids(table)
+        aligned.require(ids_digest(found), where)
+    return aligned
 
 
 def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None, chosen: Chosen | None = None) -> Table:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from sl_queue.compute.advice import advice
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage
@@ -12,10 +13,12 @@ from sl_queue.compute.modules.handover import Take
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.cut.guard import UNGUARDED, Guard
-from sl_queue.launch.hands import Lanes
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.storage.checkpoints import newest_state
+
+if TYPE_CHECKING:
+    from sl_queue.launch.hands import Lanes
 
 log = logging.getLogger("sl_queue")
 
@@ -27,7 +30,7 @@ def build_stage(
     pipeline: Pipeline,
     take: Take,
     guards: Mapping[str, Guard],
-    lanes: Lanes | None,
+    lanes: "Lanes | None",
 ) -> TorchBaseStage | TorchFuseStage:
     """Build the party's part of the model, and say what a person should know of it."""
     compute = spec.compute if lanes is None else lanes.computes(spec.compute)

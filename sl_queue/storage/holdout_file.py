@@ -42,6 +42,12 @@ def read_held_out(state: Path) -> HeldOut | None:
     return read_kept(state / NAME, FORMAT, made)
 
 
+def chosen_before(state: Path) -> Chosen | None:
+    """Return the rows that were chosen in this state folder, by whoever does; None if none were."""
+    held = read_held_out(state)
+    return None if held is None else held.chosen
+
+
 def write_held_out(state: Path, held: HeldOut) -> None:
     """Have the choice on disk. Raises CheckpointError, ResourceShortage."""
     positions = {"held_out": held.chosen.held_out.tolist(), "test": held.chosen.test.tolist()}

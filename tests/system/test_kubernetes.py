@@ -128,7 +128,7 @@ def test_the_cluster_operators_broker_is_what_its_own_reference_says() -> None:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
-@pytest.mark.parametrize("unit", ["sl-queue@.service", "sl-queue-hand@.service"])
+@pytest.mark.parametrize("unit", ["sl-queue@.service", "sl-queue-standby@.service", "sl-queue-hand@.service"])
 def test_a_unit_of_systemd_has_no_fault(unit: str, tmp_path: Path) -> None:
     text = (ROOT / "ops" / "systemd" / unit).read_text().replace("/opt/sl_queue/bin/python", shutil.which("true") or "")
     instance = tmp_path / unit.replace("@", "@1")

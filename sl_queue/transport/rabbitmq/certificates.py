@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from cryptography import x509
-
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.transport.rabbitmq.address import CONNECT_S, Address
 
@@ -22,6 +20,8 @@ def expiry(secured: socket.socket, address: Address) -> Mapping[str, float]:
     """Return the Unix times at which the broker's certificate and the own one end; empty without TLS."""
     if not isinstance(secured, ssl.SSLSocket):
         return {}
+    from cryptography import x509  # a connection without TLS does without
+
     ends = {}
     with suppress(ValueError, OSError):  # one that cannot be read was not refused by TLS: it is none of our business
         served = secured.getpeercert(binary_form=True)
@@ -61,6 +61,8 @@ def _served(address: Address) -> Mapping[str, float]:
 
 def _of_file(whose: str, path: str) -> Mapping[str, float]:
     with suppress(ValueError, OSError):
+        from cryptography import x509
+
         found = x509.load_pem_x509_certificates(Path(path).read_bytes())
         return {whose: min(certificate.not_valid_after_utc.timestamp() for certificate in found)}
     return {}
