@@ -27,12 +27,12 @@ from sl_queue.launch.operator import request_stop
 from sl_queue.local.processes import Place, command
 from sl_queue.local.supervise import Worker, supervise
 from sl_queue.observe.json_lines import Entry
-from sl_queue.protocol.events import Began, Event, Loaded, Prepared, Ready, StepDone, TookOver
+from sl_queue.protocol.events import Began, Event, Loaded, Prepared, Ready, StandsBy, StepDone, TookOver
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.testing.run_log import following
 
-KILLS, QUICK = 9, 2
+KILLS, QUICK = 6, 1
 STEPS = 30  # of a worker before it is killed
 LIMIT_S = 300.0
 BESIDE = f"{BANK}, standby"
@@ -55,6 +55,8 @@ def moment_of(event: Event) -> str | None:
     match event:
         case Loaded():
             return "loaded"
+        case StandsBy():
+            return "stands by"
         case TookOver():
             return "took over"
         case Prepared(what=what):
@@ -71,7 +73,7 @@ def moment_of(event: Event) -> str | None:
 
 @dataclass(slots=True)
 class Moments:
-    """Moments at which each process of the party came how far. Mutable, thread-safe: events come on a thread of their own."""
+    """Times at which each process of the party came how far. Mutable, thread-safe: events come on another thread."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     first: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # by process
@@ -153,6 +155,8 @@ def _kills(moments: Moments, count: int, *, standby: bool) -> list[Kill]:
         os.kill(pid, signal.SIGKILL)
         after = moments.await_pid(goes_on, "the next step")
         found.append(_measured(moments.first[after], at_s, torch_s))
+        if standby:  # the next one, which would not hear of the end of the run while it starts
+            moments.await_pid(lambda pid: "stands by" in moments.first[pid] and not moments.steps[pid], "a standby")
     return found
 
 
