@@ -1,14 +1,18 @@
-"""Optimizers of torch without its compiler, which their decorators import: that takes as long as torch itself.
+"""Optimizers and backward passes of torch without what only its compiler needs, and what it imports for that.
 
-What is left out has no effect where nothing is compiled, and nothing here is. Where torch names these things otherwise,
-the compiler is imported after all, and the numbers stay the same.
+Optimizers import the compiler, which takes as long as torch itself, and a backward pass from given gradients sympy, to
+compare shapes that may be symbols. Neither has an effect where nothing is compiled, and nothing here is. Where torch
+names these things otherwise, they are imported after all, and the numbers stay the same.
 """
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import graph
 from torch.optim import Optimizer
 
 from sl_queue.compute.modules.graph import steps_only_torch
@@ -50,3 +54,34 @@ def _is_plain(optimizer: Optimizer) -> bool:
 def _plain_step(kind: type[Optimizer]) -> Callable[[Optimizer], object]:
     found: Callable[[Optimizer], object] = inspect.unwrap(kind.step)
     return found
+
+
+def backward(roots: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool) -> None:
+    """Do what `torch.autograd.backward` does; `keep`: the graph is needed again."""
+    if _are_plain(roots, gradients):
+        _run(tuple(roots), tuple(gradients), keep, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        torch.autograd.backward(roots, gradients, retain_graph=keep)
+
+
+def gradients_of(
+    roots: Sequence[Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool
+) -> Sequence[Tensor | None]:
+    """Do what `torch.autograd.grad` does; None for a leaf that was not used."""
+    found: Sequence[Tensor | None]
+    if leaves and _are_plain(roots, gradients):
+        found = _run(tuple(roots), tuple(gradients), keep, False, tuple(leaves), True, accumulate_grad=False)
+    else:
+        found = torch.autograd.grad(roots, leaves, gradients, allow_unused=True, retain_graph=keep)
+    return found
+
+
+_run: Any = getattr(graph, "_engine_run_backward", None)
+
+
+def _are_plain(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+    """Return True for tensors of which torch would only find that their shapes agree."""
+    return _run is not None and all(
+        type(root) is Tensor and type(gradient) is Tensor and root.shape == gradient.shape and not root.is_complex()
+        for root, gradient in zip(roots, gradients, strict=True)
+    )

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
+from sl_queue.compute.eager import backward, gradients_of
 from sl_queue.compute.precision import repeated
 from sl_queue.cut.rows import CutRows
 
@@ -25,12 +25,12 @@ class InFlight:
     def backpropagate(self, module: nn.Module, roots: list[Tensor], gradients: list[Tensor], *, keep: bool) -> None:
         """Add the gradients of the parameters; `keep`: another backward pass through the same graph follows."""
         if self.weights is None:
-            torch.autograd.backward(roots, gradients, retain_graph=keep)
+            backward(roots, gradients, keep=keep)
             return
         names = [name for name, weight in self.weights.items() if weight.requires_grad]
         leaves = [self.weights[name] for name in names]
         live = dict(module.named_parameters())
-        found = torch.autograd.grad(roots, leaves, gradients, allow_unused=True, retain_graph=keep)
+        found = gradients_of(roots, leaves, gradients, keep=keep)
         for name, grad in zip(names, found, strict=True):
             if grad is not None:
                 before = live[name].grad
@@ -41,7 +41,7 @@ class InFlight:
     ) -> None:
         """Add the gradients of the parameters, at a scale at which none overflows."""
 
-        def backward(factor: float) -> None:
+        def at(factor: float) -> None:
             self.backpropagate(module, roots, [gradient * factor for gradient in gradients], keep=True)
 
-        repeated(list(module.parameters()), backward, where)
+        repeated(list(module.parameters()), at, where)
