@@ -20,7 +20,7 @@ from benchmarks.measure import WARM_UP
 from benchmarks.processes import Work, together
 from benchmarks.report import table
 from benchmarks.split import Plan
-from benchmarks.training import GPIPE, LOCK_STEP, RUN_AHEAD_2, TIMEOUT_S, Order
+from benchmarks.training import FLOAT16, GPIPE, LOCK_STEP, RUN_AHEAD_2, TIMEOUT_S, Order
 from benchmarks.workloads import LABEL, WORKLOADS, Workload, party_file
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.resolve import resolve
@@ -38,7 +38,6 @@ from sl_queue.transport.rabbitmq.link import RabbitLink
 
 STEPS, QUICK = 400, 30
 MOST_MS = 0.35  # of a core, for a message of 32 rows at one side
-FLOAT16 = {"wire": {"dtype": "float16"}}
 TENSORS = (Kind.ACTIVATION, Kind.GRADIENT)
 _numbers = count()
 
