@@ -1,5 +1,6 @@
 """Choice of the fastest pipeline: every one is played with what its actions cost here; prints what to paste."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
 from sl_queue.data.aligning import shared_rows
 from sl_queue.data.table import read_table
+from sl_queue.errors import JobError
 from sl_queue.local.threads import require_all
 from sl_queue.planning.costs import LABEL, Costs
 from sl_queue.planning.measuring import HANDLING, Handling, Link, between_commits, costs_of, measure
@@ -23,6 +25,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 HANDS = (1, 2, 4, 8)
 STALENESS = (1, 2, 4)
 WIRES = (Wire(), Wire(compress="bitmap"), Wire("bfloat16"), Wire("float16"), Wire("int8"), Wire("int8", "bitmap"))
+_LINK = re.compile(r"(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?")
 SIMPLER = 1.03  # what comes earlier in the list is preferred unless something later is this much faster
 
 
@@ -76,6 +79,25 @@ def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handlin
     present = Candidate(job.pipeline, job.on_the_wire, played(job, costs, job.pipeline))
     ranked = tuple(sorted(found, key=lambda candidate: candidate.prediction.step_s))
     return Plan(ranked, present, {file.party: _hands(job, costs, file.party) for file in files if file.hands})
+
+
+def links_named(texts: Sequence[str], job: Job) -> dict[str, Link]:
+    """Read NAME=MILLISECONDS or NAME=MILLISECONDS,MBIT, the own links of feature parties. Raises JobError."""
+    found: dict[str, Link] = {}
+    for text in texts:
+        party, sign, numbers = text.partition("=")
+        if party not in job.feature_parties:
+            raise JobError(
+                f"--link {text}: {party!r} is not one of the feature parties {', '.join(job.feature_parties)}"
+            )
+        match = _LINK.fullmatch(numbers) if sign else None
+        if match is None or (match[2] and not float(match[2])):
+            raise JobError(
+                f"--link {text}: it must be {party}=MILLISECONDS or {party}=MILLISECONDS,MBIT, for instance "
+                f"{party}=80 or {party}=80,100"
+            )
+        found[party] = Link(float(match[1]), float(match[2]) if match[2] else None)
+    return found
 
 
 def _hands(job: Job, costs: Costs, party: str) -> dict[int, float]:
