@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from sl_queue.checking.capacity import load_of, objections
 from sl_queue.compute.threads import limit_threads
-from sl_queue.config.job import Job, JobPipeline, PartyFile
+from sl_queue.config.job import Job, JobPipeline, JobWire, PartyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
@@ -50,6 +51,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     present: Candidate  # what the job says now
     hands: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # seconds a step then, by party and number
+    too_much: tuple[str, ...] = ()  # for one broker node
 
     @property
     def exact(self) -> Candidate:
@@ -78,7 +80,17 @@ def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handlin
     costs = costs_of(job, measured, job.on_the_wire, link, handling)
     present = Candidate(job.pipeline, job.on_the_wire, played(job, costs, job.pipeline))
     ranked = tuple(sorted(found, key=lambda candidate: candidate.prediction.step_s))
-    return Plan(ranked, present, {file.party: _hands(job, costs, file.party) for file in files if file.hands})
+    plan = Plan(ranked, present, {file.party: _hands(job, costs, file.party) for file in files if file.hands})
+    return replace(plan, too_much=tuple(_too_much(job, tables[job.label_holder].n_rows, plan)))
+
+
+def _too_much(job: Job, rows: int, plan: Plan) -> Iterator[str]:
+    """Yield what one broker node cannot carry, of the job as it is and as it could be, at the predicted pace."""
+    for name, chosen in {"the job as it is": plan.present, "fastest": plan.fastest, "exact": plan.exact}.items():
+        wire = JobWire(dtype=chosen.wire.dtype, compress=chosen.wire.compress)
+        changed = job.model_copy(update={"pipeline": chosen.pipeline, "wire": wire})
+        load = load_of(changed, changed.batches(rows), {})
+        yield from (f"{name}: {each}" for each in objections(load, chosen.prediction.step_s))
 
 
 def links_named(texts: Sequence[str], job: Job) -> dict[str, Link]:
@@ -152,6 +164,7 @@ def lines(plan: Plan, shown: int = 12) -> Iterator[str]:
     for party, found in plan.hands.items():
         each = ", ".join(f"{count}: {seconds * 1e3:.2f}" for count, seconds in found.items())
         yield f"with hands at {party}, ms a step by their number, without what they and it exchange: {each}"
+    yield from (f"one broker node is too small for {each}" for each in plan.too_much)
     yield f"\nfastest with the weights of joined training:\n\n{_tables(plan.exact)}"
     if not plan.fastest.exact:
         yield "\nfastest of all (staleness and narrower numbers change what is learned: compare the holdout metrics):"

@@ -1,6 +1,7 @@
 """The planner's tables can be pasted, and it recommends what hides a delay."""
 
 import tomllib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,12 @@ def test_over_a_slow_link_lock_step_waits_for_it_and_a_run_ahead_is_recommended(
 def test_the_link_of_one_party_may_be_another_than_that_of_all() -> None:
     assert 0.2 < planned(Link(own={"a": Link(rtt_ms=200.0)})).exact.prediction.step_s < 0.4
     assert planned(Link(rtt_ms=200.0, own={"a": Link()})).exact.prediction.step_s < 0.1
+
+
+def test_what_one_broker_node_cannot_carry_is_among_what_is_printed(far: Plan) -> None:
+    assert far.too_much == ()
+    said = "\n".join(lines(replace(far, too_much=("the job as it is: up to 5 GiB lie there",))))
+    assert "one broker node is too small for the job as it is: up to 5 GiB lie there" in said
 
 
 def test_links_are_read_by_name_and_a_mistake_is_named() -> None:
