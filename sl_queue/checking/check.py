@@ -8,8 +8,9 @@ from pathlib import Path
 
 from sl_queue.checking.against_joined import compare_with_joined
 from sl_queue.checking.broker import MIB, brokers, message_sizes
+from sl_queue.checking.capacity import described, load_of, objections
 from sl_queue.checking.data_report import report_data
-from sl_queue.checking.dry_run import Readable, dry_run
+from sl_queue.checking.dry_run import DryRun, Readable, dry_run
 from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.checking.hands import check_hands
@@ -83,11 +84,22 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
             for warning in check.attempt(lambda: exposure(job, parties, batches)) or ():
                 check.warn(f"{job.label_holder}: {warning}")
         message_sizes(check, job, tried.payloads, batches)
+        _say_what_the_broker_carries(check, job, tried, batches, complete=set(parties) == set(job.parties))
     _say_who_is_missing(check, job, parties, files, unread)
     _say_what_is_not_joined(check, job)
     _say_what_is_defended(check, [spec for _, spec in readable])
     _spell_out(check, job, batches)
     brokers(check, job, files, broker)
+
+
+def _say_what_the_broker_carries(check: Check, job: Job, tried: DryRun, batches: Batches, *, complete: bool) -> None:
+    """Compare the load of the job with what one broker node carries, at the pace of the models if all are at hand."""
+    load, step_s = load_of(job, batches, {name: payload.dtype for name, payload in tried.payloads.items()}), None
+    if complete and check.exit_code == 0:
+        step_s = load.step_s(*(batches.parts(0) * s for s in (max(tried.base_s.values()), tried.fuse_s)))
+    check.note(f"broker: {described(load, step_s)}")
+    for objection in objections(load, step_s):
+        check.warn(f"broker: {objection}")
 
 
 def _say_who_is_missing(

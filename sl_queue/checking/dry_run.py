@@ -37,26 +37,33 @@ class DryRun:
     """Result of a step of the models at hand."""
 
     payloads: Mapping[str, Payload] = field(repr=False)  # of the bases, for the first micro-batch
-    seconds: float  # of computing for one micro-batch, one party after the other
+    base_s: Mapping[str, float]  # of computing for one micro-batch, by feature party
+    fuse_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of computing for one micro-batch, one party after the other."""
+        return sum(self.base_s.values()) + self.fuse_s
 
 
 def dry_run(check: Check, job: Job, parties: Mapping[str, Readable], batches: Batches) -> DryRun:
     """Run one training micro-batch, and the smallest one, through every model at hand."""
-    first, smallest, seconds = {}, {}, 0.0
+    first, smallest, base_s = {}, {}, {}
     for name in job.fused:
         if name in parties and (run := check.attempt(lambda name=name: _dry_base(check, parties[name], batches))):  # type: ignore[misc]
             first[name] = run.outcome
             if name != job.label_holder:  # whose base model is a part of its dry run of the fuse model
-                seconds += run.seconds * FORWARD_AND_BACKWARD
+                base_s[name] = run.seconds * FORWARD_AND_BACKWARD
             check.ok(f"{name}: the base model's activation is {run.outcome}, as the cut layer")
             if last := check.attempt(lambda name=name: _smallest_base(parties[name], batches)):  # type: ignore[misc]
                 smallest[name] = last
-    label = parties.get(job.label_holder)
+    label, fuse_s = parties.get(job.label_holder), 0.0
     if label is not None:
-        seconds += _dry_label_holder(check, job, label, batches, first, smallest)
+        fuse_s = _dry_label_holder(check, job, label, batches, first, smallest)
+    tried = DryRun(first, base_s, fuse_s)
     if check.exit_code == 0 and parties:
-        _delivery_timeout(check, job, batches, seconds)
-    return DryRun(first, seconds)
+        _delivery_timeout(check, job, batches, tried.seconds)
+    return tried
 
 
 def _dry_label_holder(

@@ -44,13 +44,19 @@ def plan(
     rtt: Annotated[float, typer.Option(min=0, help="Milliseconds from a feature party to the broker and back.")] = 0.0,
     bandwidth: Annotated[float | None, typer.Option(min=0.001, help="Mbit/s of that link; default: no limit.")] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="Cores that all parties share, if on one machine.")] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MS[,MBIT]", help="A feature party whose link is another: --link bank=80,100."),
+    ] = None,
 ) -> None:
     """Measure a few steps here, and rank the pipelines: which [pipeline] and [wire] are fastest over that link."""
     from sl_queue.config.job import Job, PartyFile
     from sl_queue.planning.measuring import Link
-    from sl_queue.planning.plan import lines, plan_job
+    from sl_queue.planning.plan import lines, links_named, plan_job
 
-    found = plan_job(Job.load(job), [PartyFile.load(path) for path in parties], Link(rtt, bandwidth, cores))
+    agreed = Job.load(job)
+    links = Link(rtt, bandwidth, cores, links_named(link or [], agreed))
+    found = plan_job(agreed, [PartyFile.load(path) for path in parties], links)
     print("\n".join(lines(found)))
 
 

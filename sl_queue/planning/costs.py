@@ -1,7 +1,7 @@
 """Costs that decide a run's speed, apart from its pipeline: seconds by rows and bytes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sl_queue.protocol.schedule.actions import Work
 
@@ -35,6 +35,14 @@ class Affine:
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """A party's link to the broker, the same in both directions."""
+
+    rtt_s: float = 0.0
+    bytes_per_s: float | None = None  # None: no limit
+
+
+@dataclass(frozen=True, slots=True)
 class FeatureCosts:
     """Costs of a feature party's micro-batch by its rows, and sizes of its messages."""
 
@@ -60,9 +68,13 @@ class Costs:
     overhead: Affine = Affine()  # CPU time of a message on shared cores while nobody waits for it, by bytes
     cold_factor: float = 1.0  # slowdown of a worker with cold caches
     contention: float = 1.0  # slowdown beside one other that computes on shared cores; more with each further one
-    rtt_s: float = 0.0
-    bytes_per_s: float | None = None  # of a party's link, each way; None: no limit
+    way: Way = Way()
+    ways: Mapping[str, Way] = field(default_factory=dict)  # of feature parties whose link is another
     cores: int | None = None  # that all parties and the broker share; None: enough for each
+
+    def way_of(self, party: str) -> Way:
+        """Return the link of a feature party."""
+        return self.ways.get(party, self.way)
 
     def work_of(self, worker: str) -> Mapping[Work, Affine]:
         """Return the seconds by the rows of an action of a feature party, or of LABEL.

@@ -23,7 +23,7 @@ from sl_queue.config.resolve import layers_of
 from sl_queue.cut.packing import Mask, Wire
 from sl_queue.cut.relu import gradient_mask
 from sl_queue.cut.tensors import cast
-from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts
+from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts, Way
 from sl_queue.planning.stopwatch import Stopwatch, copying
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Header, Kind, MicroBatch, Payload
@@ -58,6 +58,12 @@ class Link:
     rtt_ms: float = 0.0
     mbit_s: float | None = None
     cores: int | None = None
+    own: Mapping[str, "Link"] = field(default_factory=dict)  # of feature parties whose link is another
+
+    @property
+    def way(self) -> Way:
+        """The link as the simulation has it."""
+        return Way(self.rtt_ms / 1e3, None if self.mbit_s is None else self.mbit_s * 1e6 / 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +253,7 @@ def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Han
             measured.line(lambda sample, p=party: sample.clock.median(p, "prepare")),  # type: ignore[misc]
         )
         fuse = fuse + line(there, party, lambda t: t.unpack_s) + line(back, party, lambda t: t.pack_s)
-    rtt_s = link.rtt_ms / 1e3
+    rtt_s = max(way.rtt_ms for way in (link, *link.own.values())) / 1e3
     commits = between_commits(job.pipeline) / job.pipeline.checkpoint_every  # one that is played stands for these
     return Costs(
         features,
@@ -260,8 +266,8 @@ def costs_of(job: Job, measured: Measured, wire: Wire, link: Link, handling: Han
         overhead=handling.overhead,
         cold_factor=measured.cold_factor,
         contention=measured.contention,
-        rtt_s=rtt_s,
-        bytes_per_s=None if link.mbit_s is None else link.mbit_s * 1e6 / 8,
+        way=link.way,
+        ways={party: own.way for party, own in link.own.items()},
         cores=link.cores,
     )
 

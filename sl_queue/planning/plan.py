@@ -1,16 +1,19 @@
 """Choice of the fastest pipeline: every one is played with what its actions cost here; prints what to paste."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from sl_queue.checking.capacity import load_of, objections
 from sl_queue.compute.threads import limit_threads
-from sl_queue.config.job import Job, JobPipeline, PartyFile
+from sl_queue.config.job import Job, JobPipeline, JobWire, PartyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
 from sl_queue.data.aligning import shared_rows
 from sl_queue.data.table import read_table
+from sl_queue.errors import JobError
 from sl_queue.local.threads import require_all
 from sl_queue.planning.costs import LABEL, Costs
 from sl_queue.planning.measuring import HANDLING, Handling, Link, between_commits, costs_of, measure
@@ -23,6 +26,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 HANDS = (1, 2, 4, 8)
 STALENESS = (1, 2, 4)
 WIRES = (Wire(), Wire(compress="bitmap"), Wire("bfloat16"), Wire("float16"), Wire("int8"), Wire("int8", "bitmap"))
+_LINK = re.compile(r"(\d+(?:\.\d+)?)(?:,(\d+(?:\.\d+)?))?")
 SIMPLER = 1.03  # what comes earlier in the list is preferred unless something later is this much faster
 
 
@@ -47,6 +51,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     present: Candidate  # what the job says now
     hands: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # seconds a step then, by party and number
+    too_much: tuple[str, ...] = ()  # for one broker node
 
     @property
     def exact(self) -> Candidate:
@@ -75,7 +80,36 @@ def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handlin
     costs = costs_of(job, measured, job.on_the_wire, link, handling)
     present = Candidate(job.pipeline, job.on_the_wire, played(job, costs, job.pipeline))
     ranked = tuple(sorted(found, key=lambda candidate: candidate.prediction.step_s))
-    return Plan(ranked, present, {file.party: _hands(job, costs, file.party) for file in files if file.hands})
+    plan = Plan(ranked, present, {file.party: _hands(job, costs, file.party) for file in files if file.hands})
+    return replace(plan, too_much=tuple(_too_much(job, tables[job.label_holder].n_rows, plan)))
+
+
+def _too_much(job: Job, rows: int, plan: Plan) -> Iterator[str]:
+    """Yield what one broker node cannot carry, of the job as it is and as it could be, at the predicted pace."""
+    for name, chosen in {"the job as it is": plan.present, "fastest": plan.fastest, "exact": plan.exact}.items():
+        wire = JobWire(dtype=chosen.wire.dtype, compress=chosen.wire.compress)
+        changed = job.model_copy(update={"pipeline": chosen.pipeline, "wire": wire})
+        load = load_of(changed, changed.batches(rows), {})
+        yield from (f"{name}: {each}" for each in objections(load, chosen.prediction.step_s))
+
+
+def links_named(texts: Sequence[str], job: Job) -> dict[str, Link]:
+    """Read NAME=MILLISECONDS or NAME=MILLISECONDS,MBIT, the own links of feature parties. Raises JobError."""
+    found: dict[str, Link] = {}
+    for text in texts:
+        party, sign, numbers = text.partition("=")
+        if party not in job.feature_parties:
+            raise JobError(
+                f"--link {text}: {party!r} is not one of the feature parties {', '.join(job.feature_parties)}"
+            )
+        match = _LINK.fullmatch(numbers) if sign else None
+        if match is None or (match[2] and not float(match[2])):
+            raise JobError(
+                f"--link {text}: it must be {party}=MILLISECONDS or {party}=MILLISECONDS,MBIT, for instance "
+                f"{party}=80 or {party}=80,100"
+            )
+        found[party] = Link(float(match[1]), float(match[2]) if match[2] else None)
+    return found
 
 
 def _hands(job: Job, costs: Costs, party: str) -> dict[int, float]:
@@ -130,6 +164,7 @@ def lines(plan: Plan, shown: int = 12) -> Iterator[str]:
     for party, found in plan.hands.items():
         each = ", ".join(f"{count}: {seconds * 1e3:.2f}" for count, seconds in found.items())
         yield f"with hands at {party}, ms a step by their number, without what they and it exchange: {each}"
+    yield from (f"one broker node is too small for {each}" for each in plan.too_much)
     yield f"\nfastest with the weights of joined training:\n\n{_tables(plan.exact)}"
     if not plan.fastest.exact:
         yield "\nfastest of all (staleness and narrower numbers change what is learned: compare the holdout metrics):"

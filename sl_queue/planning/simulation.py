@@ -231,12 +231,12 @@ class _Simulation:
     def _carry(self, sent: Send) -> None:
         """Carry over the link, after what is on it already."""
         party, kind, _ = sent.message
-        line = f"{kind} of {party}"
+        line, way = f"{kind} of {party}", self._costs.way_of(party)
         free = max(self._now, self._link_free.get(line, 0.0))
-        if self._costs.bytes_per_s is not None:
-            free += sent.size / self._costs.bytes_per_s
+        if way.bytes_per_s is not None:
+            free += sent.size / way.bytes_per_s
         self._link_free[line] = free
-        heapq.heappush(self._due, (free + self._costs.rtt_s / 2, next(self._numbers), sent))
+        heapq.heappush(self._due, (free + way.rtt_s / 2, next(self._numbers), sent))
 
     def _deliver(self, message: Message | Call) -> None:
         if message not in self._awaited:

@@ -1,6 +1,7 @@
 """The planner's tables can be pasted, and it recommends what hides a delay."""
 
 import tomllib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from torch import nn
 
 from sl_queue.config.job import Job
+from sl_queue.errors import JobError
 from sl_queue.planning.measuring import Link
-from sl_queue.planning.plan import Plan, lines, plan_job
+from sl_queue.planning.plan import Plan, lines, links_named, plan_job
 from tests.support.split import Concatenated, parties
 
 
@@ -37,6 +39,26 @@ def test_over_a_slow_link_lock_step_waits_for_it_and_a_run_ahead_is_recommended(
     assert far.fastest.prediction.step_s == pytest.approx(0.2 / 5, rel=0.5)
     assert far.exact.exact
     assert not far.fastest.exact
+
+
+def test_the_link_of_one_party_may_be_another_than_that_of_all() -> None:
+    assert 0.2 < planned(Link(own={"a": Link(rtt_ms=200.0)})).exact.prediction.step_s < 0.4
+    assert planned(Link(rtt_ms=200.0, own={"a": Link()})).exact.prediction.step_s < 0.1
+
+
+def test_what_one_broker_node_cannot_carry_is_among_what_is_printed(far: Plan) -> None:
+    assert far.too_much == ()
+    said = "\n".join(lines(replace(far, too_much=("the job as it is: up to 5 GiB lie there",))))
+    assert "one broker node is too small for the job as it is: up to 5 GiB lie there" in said
+
+
+def test_links_are_read_by_name_and_a_mistake_is_named() -> None:
+    cuts = {"a": {"role": "feature", "cut": [8]}, "b": {"role": "feature", "cut": [8]}, "holder": {"role": "label"}}
+    job = Job(name="x", seed=1, epochs=1, batch_size=12, parties=cuts)
+    assert links_named(["a=80", "b=0.5,100"], job) == {"a": Link(80.0), "b": Link(0.5, 100.0)}
+    for text, said in (("c=80", "'c' is not one of"), ("holder=80", "a, b"), ("a", "a=80,100"), ("a=80,0", "MBIT")):
+        with pytest.raises(JobError, match=said):
+            links_named([text], job)
 
 
 def test_every_candidate_is_ranked_and_the_present_one_is_among_what_is_printed(far: Plan) -> None:

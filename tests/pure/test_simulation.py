@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts
+from sl_queue.planning.costs import COLD_S, LABEL, Affine, Costs, FeatureCosts, Way
 from sl_queue.planning.simulation import simulate
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
@@ -19,11 +19,19 @@ def pipeline(micro_batches: int = 1, depth: int = 1, staleness: int = 0, checkpo
     return Pipeline(batches, depth, staleness, checkpoint_every)
 
 
-def costs(forward_s: float = 1.0, fuse_s: float = 1.0, parties: int = 1, **more: object) -> Costs:
+def costs(
+    forward_s: float = 1.0,
+    fuse_s: float = 1.0,
+    parties: int = 1,
+    rtt_s: float = 0.0,
+    bytes_per_s: float | None = None,
+    **more: object,
+) -> Costs:
     """Seconds for a whole step of eight rows; a backward takes as long as a forward, everything else nothing."""
     each = FeatureCosts(Affine(0, forward_s / 8), Affine(0, forward_s / 8), 0.0, Affine(0, 1.0), Affine(0, 1.0))
     features = {f"party{i}": each for i in range(parties)}
-    settings = {"fuse_update_s": 0.0, "commit_s": 0.0, "fuse_prepare": Affine(), "handling": Affine()} | more
+    nothing = {"fuse_update_s": 0.0, "commit_s": 0.0, "fuse_prepare": Affine(), "handling": Affine()}
+    settings = nothing | {"way": Way(rtt_s, bytes_per_s)} | more
     return Costs(features, Affine(0, fuse_s / 8), **settings)  # type: ignore[arg-type]
 
 
@@ -59,6 +67,26 @@ def test_one_hand_takes_the_time_of_a_plain_worker() -> None:
 
 def test_a_narrow_link_takes_its_time_for_every_byte() -> None:
     assert step_s(pipeline(), costs(1.0, 1.0, bytes_per_s=4.0)) == pytest.approx(3.0 + 2 * 8 / 4)
+
+
+def test_in_lock_step_the_party_with_the_longest_way_decides_and_the_others_wait_for_it() -> None:
+    ways = {"party0": Way(0.1), "party2": Way(3.0)}
+    different = costs(1.0, 1.0, parties=3, rtt_s=1.0, ways=ways)
+    assert step_s(pipeline(), different) == pytest.approx(3.0 + 3.0)
+    assert step_s(pipeline(), different) == pytest.approx(step_s(pipeline(), costs(1.0, 1.0, parties=3, rtt_s=3.0)))
+    found = simulate(pipeline(), different)
+    assert found.busy["party0"] == pytest.approx(found.busy["party2"]), "nobody does more for it"
+
+
+def test_a_run_ahead_hides_a_long_way_of_one_party_from_the_others() -> None:
+    different = costs(1.0, 3.0, parties=2, ways={"party1": Way(4.0)})
+    assert step_s(pipeline(), different) == pytest.approx(2.0 + 3.0 + 4.0)
+    assert simulate(pipeline(1, 5, 4), different, warm_up=8).step_s == pytest.approx(3.0)
+
+
+def test_only_the_party_with_a_narrow_link_takes_its_time_for_bytes() -> None:
+    one = costs(1.0, 1.0, parties=2, ways={"party1": Way(bytes_per_s=4.0)})
+    assert step_s(pipeline(), one) == pytest.approx(3.0 + 2 * 8 / 4)
 
 
 def test_gpipe_overlaps_micro_batches() -> None:

@@ -50,6 +50,8 @@ def test_it_spells_out_the_order_of_work_the_messages_and_the_names(job: Path) -
     assert "prefetch: at most" in said
     assert "bank: writes to exchange x.bank, reads queues q.bank.scheduler, q.bank.insurer" in said
     assert "bank: largest message" in said
+    assert "broker: a step is 8 messages and" in said
+    assert "at the pace of these models" in said
 
 
 def test_a_single_party_can_check_its_own_side(job: Path) -> None:
