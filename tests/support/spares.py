@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-COUNT = 16  # as many as the longest story of kills uses; one that waits costs a few milliseconds
+COUNT = 24  # as many as the longest story of kills uses; one that waits costs a few milliseconds
 LONGEST = 1 << 16
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
