@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sl_queue.config.job import Job, PartyFile
@@ -98,7 +98,6 @@ def test_whole_numbers_are_ordered_by_value_however_rows_are_shuffled(ids: list[
 
 
 @given(TEXTS, st.randoms(use_true_random=False))
-@settings(max_examples=40)
 def test_text_is_ordered_by_its_bytes_however_rows_are_shuffled(ids: list[str], random: Any) -> None:
     values = {id_: float(position) for position, id_ in enumerate(ids)}
     shuffled = random.sample(ids, len(ids))
@@ -110,7 +109,6 @@ def test_text_is_ordered_by_its_bytes_however_rows_are_shuffled(ids: list[str], 
 
 
 @given(st.one_of(INTEGERS, TEXTS), st.data())
-@settings(max_examples=40)
 def test_the_digest_and_every_key_change_when_any_id_does(ids: list[Any], data: st.DataObject) -> None:
     changed = list(ids)
     another = (INTEGERS if isinstance(ids[0], int) else TEXTS).map(lambda found: found[0])
