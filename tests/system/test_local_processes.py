@@ -176,11 +176,18 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, private_broker: Broker
             return bool(re.search(r"bank +silent", shown[0])) and "of bank for" in shown[0]
 
         await_that(told, lambda: shown[0])
-        os.kill(workers["bank"], signal.SIGCONT)
         run.process.send_signal(signal.SIGINT)
+        await_that(lambda: is_pending(workers["bank"], signal.SIGTERM), "Ctrl-C ended no worker")
+        os.kill(workers["bank"], signal.SIGCONT)  # only now, so that the run does not end before it is interrupted
         code = run.wait()
         left = [pid for pid in workers.values() if not gone(pid)]
     return Interrupted(shown[0], code, run.text, left)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Return True if a frozen process will get this signal when it goes on."""
+    (pending,) = re.findall(r"^ShdPnd:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(pending, 16) >> (number - 1) & 1)
 
 
 def test_status_tells_where_a_run_is_and_whom_it_waits_for(interrupted: Interrupted) -> None:
