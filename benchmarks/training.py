@@ -38,6 +38,7 @@ GPIPE = Order("gpipe 4", 4, 4)
 ONE_F_ONE_B = Order("1f1b 2 of 4", 4, 2)
 RUN_AHEAD = Order("run ahead 1", 1, 2, 1)
 RUN_AHEAD_2 = Order("run ahead 2", 1, 3, 2)
+FLOAT16 = {"wire": {"dtype": "float16"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def side_by_side(quick: bool) -> list[Comparison]:
         Variant("gloo"),
         Variant("memory", GPIPE),
         *(Variant("rabbitmq", order) for order in (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD, RUN_AHEAD_2)),
-        Variant("rabbitmq", RUN_AHEAD_2, tables={"wire": {"dtype": "float16"}}),
+        Variant("rabbitmq", RUN_AHEAD_2, tables=FLOAT16),
         Variant("rabbitmq", GPIPE, queue_type="quorum"),
     )
     w1, w2, small = (WORKLOADS[name] for name in ("W1", "W2", "small"))

@@ -25,7 +25,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 Compress = Literal["none", "bitmap", "zstd"]
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]  # (items,): which values travel
-Cast = Callable[[Array, Any], Array]  # to a NumPy dtype, rounding to nearest, ties to even
+Cast = Callable[[Array, Array], None]  # the first's numbers into the second, to nearest, ties to even
 
 _NARROWED: Final = ("float64", "float32")  # what a narrower dtype is taken of; others travel as they are
 _ITEM: Final[dict[str, Any]] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8}
@@ -35,9 +35,15 @@ _FITS: Final = 2.0**15  # the largest float16 is almost twice that
 _ZSTD_LEVEL: Final = 1
 
 
-def plain_cast(array: Array, dtype: Any) -> Array:
-    """Cast with NumPy's own, which knows no instructions for float16."""
-    return array.astype(dtype)
+def plain_cast(source: Array, target: Array) -> None:
+    """Cast float32, and float16 or the bits of bfloat16, with NumPy alone, which has no instructions for them."""
+    if target.dtype == _ITEM["bfloat16"]:
+        bits = source.view(np.uint32)
+        target[...] = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    elif source.dtype == _ITEM["bfloat16"]:
+        target.view(np.uint32)[...] = source.astype(np.uint32) << np.uint32(16)
+    else:
+        np.copyto(target, source, casting="unsafe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,7 @@ class Wire:
 
     dtype: Dtype = "float32"
     compress: Compress = "none"
-    cast: Cast = field(default=plain_cast, compare=False, repr=False)  # between float32 and float16
+    cast: Cast = field(default=plain_cast, compare=False, repr=False)
 
     def pack(self, payload: Payload, *, relu: bool = False, wanted: Mask | None = None) -> Payload:
         """Return the payload as it travels.
@@ -60,15 +66,15 @@ class Wire:
         if wanted is not None:
             exact = np.where(wanted.reshape(exact.shape), exact, exact.dtype.type(0))
         narrow = self.dtype if self.dtype != "float32" and payload.dtype in _NARROWED else ""
-        scales, values = _narrowed(exact, narrow, self.cast)
+        whole, values = _narrowed(exact, narrow, self.cast)
         packing, body = self._compressed(exact, values, relu, wanted)
-        if packing == "none" and not narrow:
+        if body is None and not narrow:
             return payload
-        data = b"".join((scales, body))
+        data = whole.data if body is None else b"".join((whole.data[: whole.nbytes - values.nbytes], body))
         return Payload(payload.dtype, payload.shape, data, payload.rows, f"{narrow or payload.dtype}/{packing}")
 
-    def _compressed(self, exact: Array, values: Array, relu: bool, wanted: Mask | None) -> tuple[str, bytes]:
-        """Return the way that is shortest, and its bytes."""
+    def _compressed(self, exact: Array, values: Array, relu: bool, wanted: Mask | None) -> tuple[str, bytes | None]:
+        """Return the way that is shortest, and its bytes; None: those of all values."""
         flat = values.reshape(-1)
         if wanted is not None:
             return "wanted", flat[wanted].tobytes()
@@ -81,7 +87,7 @@ class Wire:
             body = _zstd().compress(flat, asbytes=True)
             if len(body) < flat.nbytes:
                 return "zstd", body
-        return "none", flat.tobytes()
+        return "none", None
 
     def unpack(self, payload: Payload, wanted: Mask | None = None) -> Payload:
         """Return the payload as it was, apart from what narrower numbers lose; one that was not packed as it is.
@@ -149,23 +155,36 @@ def _item(dtype: str, narrow: str) -> Any:
 
 
 @np.errstate(under="ignore")
-def _narrowed(exact: Array, narrow: str, cast: Cast) -> tuple[bytes, Array]:
-    """Return scales as bytes, and the values."""
+def _narrowed(exact: Array, narrow: str, cast: Cast) -> tuple[Array, Array]:
+    """Return the bytes of scales and values as they travel, and a view of the values among them."""
+    if not narrow:
+        return exact.reshape(-1).view(np.uint8), exact
+    scales = _scales(exact, narrow)
+    whole = np.empty(scales.nbytes + exact.size * _WIDTH[narrow], np.uint8)
+    whole[: scales.nbytes] = scales.view(np.uint8)
+    values = whole[scales.nbytes :].view(_ITEM[narrow]).reshape(exact.shape)
     match narrow:
         case "float16":
-            scale = np.float32(2.0) ** np.float32(_exponent(exact))
-            return scale.tobytes(), cast(exact * (exact.dtype.type(1) / exact.dtype.type(scale)), np.float16)
+            cast(exact * (exact.dtype.type(1) / exact.dtype.type(scales[0])), values)
         case "int8":
-            rows = exact.reshape(len(exact), -1)
-            scales = (np.abs(rows).max(axis=1) / 127).astype(np.float32)
             divisors = np.where(scales == 0, np.float32(1), scales).astype(exact.dtype)
-            values = np.clip(np.rint(rows / divisors[:, None]), -127, 127).astype(np.int8)
-            return scales.tobytes(), values
-        case "bfloat16":
-            bits = exact.astype(np.float32, copy=False).view(np.uint32)
-            return b"", ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+            rows = exact.reshape(len(exact), -1) / divisors[:, None]
+            np.copyto(values, np.clip(np.rint(rows), -127, 127).reshape(exact.shape), casting="unsafe")
         case _:
-            return b"", exact
+            cast(exact.astype(np.float32, copy=False), values)
+    return whole, values
+
+
+def _scales(exact: Array, narrow: str) -> Array:  # (0,), (1,) or (rows,) of float32
+    """Return what values are divided by: all of them for float16, those of a row for int8."""
+    match narrow:
+        case "float16":
+            return np.float32(2.0) ** np.array([_exponent(exact)], np.float32)
+        case "int8":
+            rows: Array = np.abs(exact.reshape(len(exact), -1)).max(axis=1)
+            return (rows / 127).astype(np.float32)
+        case _:
+            return np.empty(0, np.float32)
 
 
 def _exponent(exact: Array) -> int:
@@ -180,16 +199,14 @@ def _widened(scales: Array, values: Array, dtype: str, narrow: str, cast: Cast) 
     """Return numbers of the dtype that was computed with, in C order."""
     if narrow == dtype:
         return np.ascontiguousarray(values)
-    wide = np.dtype(dtype)
-    match narrow:
-        case "float16":
-            wider: Array = cast(values, wide) * wide.type(scales[0])
-            return wider
-        case "int8":
-            rows = values.reshape(len(values), -1).astype(wide) * scales.astype(wide)[:, None]
-            return np.ascontiguousarray(rows.reshape(values.shape))
-        case _:
-            return (values.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(wide, copy=False)
+    if narrow == "int8":
+        rows = values.reshape(len(values), -1).astype(dtype) * scales.astype(dtype)[:, None]
+        return np.ascontiguousarray(rows.reshape(values.shape))
+    wide = np.empty(values.shape, np.float32 if narrow == "bfloat16" else dtype)
+    cast(values, wide)
+    if narrow == "float16":
+        wide *= wide.dtype.type(scales[0])
+    return wide.astype(dtype, copy=False)
 
 
 # Zeros left out -------------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sl_queue.cut.packing import plain_cast
 from sl_queue.protocol.messages import Payload
 from sl_queue.protocol.schedule.row_order import Positions
 
-_HALVES = {np.dtype(np.float16), np.dtype(np.float32)}
+_SINGLE = np.dtype(np.float32)
+_NARROW_AND_WIDE = ({np.dtype(np.float16), _SINGLE}, {np.dtype(np.uint16), _SINGLE})
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16}  # NumPy has no bfloat16 and no float8: their bits travel as integers
 
 
@@ -69,13 +71,18 @@ def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor
     return tensor if device is None else tensor.to(device)
 
 
-def cast(array: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
-    """Cast as NumPy's astype; between float32 and float16 torch takes a fiftieth of the time."""
-    if {array.dtype, np.dtype(dtype)} != _HALVES:
-        return array.astype(dtype)
-    wanted = torch.float16 if dtype == np.float16 else torch.float32
-    found: npt.NDArray[Any] = torch.from_numpy(np.require(array, requirements=["C", "W"])).to(wanted).numpy()
-    return found
+def cast(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+    """Cast as `packing.plain_cast` does, where torch can, in a fraction of its time."""
+    if {source.dtype, target.dtype} not in _NARROW_AND_WIDE:
+        plain_cast(source, target)
+        return
+    _viewed(target).copy_(_viewed(np.require(source, requirements=["C", "W"])))
+
+
+def _viewed(array: npt.NDArray[Any]) -> Tensor:
+    """View an array as a tensor; 16 bits that NumPy has no name for are a bfloat16."""
+    found = torch.from_numpy(array)
+    return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -3,52 +3,70 @@
 import copy
 import json
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sl_queue.compute.seeds import key, seeded
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.spec import Rows
 from sl_queue.protocol.checkpoint import State
+from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import row_order
 from tests.support.applications import ROWS, Application, applications
 from tests.support.split import Parties, Stages
 from tests.support.tables import read_table
 
 BATCH, EPOCHS, STEPS = 8, 2, 6
+SEED = 7
 RATE, LEAST, CLIP, DECAY = 0.02, 1e-4, 0.5, 0.9
 NAMES = ("DNN", "DeepFM", "DIN", "BST", "VGG", "ResNet")
 
 
 def run_of(app: Application, staleness: int = 0) -> Parties:
     labels = np.random.default_rng(7).integers(0, app.classes, ROWS)
-    learning = {
-        "optimizer": {"name": "adamw", "lr": RATE, "weight_decay": 0.1, "no_decay": ["*.bias"]},
-        "schedule": {"name": "cosine", "warmup": 2, "min_lr": LEAST},
-        "clip_norm": CLIP,
-        "ema": DECAY,
-    }
     files = {}
     for party in ("alice", "bob"):
         rows = Rows(np.arange(ROWS), app.features.get(party), labels if party == "bob" else None)
         parts: dict[str, Any] = {}
         if party in app.bases:
-            parts["base"] = {"model": app.bases[party], **learning}
+            parts["base"] = {"model": app.bases[party], **learning(app.bases[party])}
         if party == "bob":
-            loss = "bce_with_logits" if app.classes == 2 else "cross_entropy"
-            parts["fuse"] = {"model": app.fuse, "loss": loss, **learning}
+            parts["fuse"] = {"model": app.fuse, "loss": loss_of(app), "outputs": outputs_of(app), **learning(app.fuse)}
         files[party] = PartyFile(party=party, data=rows, **parts)
     roles: dict[str, Any] = {"alice": {"role": "feature", "cut": app.cuts["alice"]}, "bob": {"role": "label"}}
     if "bob" in app.cuts:
         roles["bob"]["cut"] = app.cuts["bob"]
     pipeline = {"micro_batches": 2, "staleness": staleness, "checkpoint_every": 1}
-    job = Job(name="app", seed=7, epochs=EPOCHS, batch_size=BATCH, parties=roles, pipeline=pipeline)
+    job = Job(name="app", seed=SEED, epochs=EPOCHS, batch_size=BATCH, parties=roles, pipeline=pipeline)
     tables = {party: read_table(job, file) for party, file in files.items()}
     return Parties(job, files, tables, {**app.bases, "fuse": app.fuse})
+
+
+def learning(module: nn.Module) -> dict[str, Any]:
+    """Return a whole recipe: groups, a schedule with warm-up, clipping, an average."""
+    bare = any(name.endswith(".bias") for name, _ in module.named_parameters())
+    return {
+        "optimizer": {"name": "adamw", "lr": RATE, "weight_decay": 0.1, **({"no_decay": ["*.bias"]} if bare else {})},
+        "schedule": {"name": "cosine", "warmup": 2, "min_lr": LEAST},
+        "clip_norm": CLIP,
+        "ema": DECAY,
+    }
+
+
+def loss_of(app: Application) -> str:
+    return app.loss or ("bce_with_logits" if app.classes == 2 else "cross_entropy")
+
+
+def outputs_of(app: Application) -> str:
+    return "probabilities" if loss_of(app) == "torch.nn:BCELoss" else "logits"
 
 
 def plain(app: Application, run: Parties) -> dict[str, AveragedModel]:
@@ -64,23 +82,21 @@ def plain(app: Application, run: Parties) -> dict[str, AveragedModel]:
     labels = torch.from_numpy(run.tables["bob"].labels)
     step = 0
     for epoch in range(EPOCHS):
-        order = row_order(ROWS, 7, epoch)
+        order = row_order(ROWS, SEED, epoch)
         for first in range(0, ROWS, BATCH):
-            for part in np.array_split(order[first : first + BATCH], 2):
+            for index, part in enumerate(np.array_split(order[first : first + BATCH], 2)):
                 inputs: list[Tensor] = []
                 for party in app.bases:
-                    output = modules[party](taken(app.features[party], part))
+                    with drawing(party, "base", step, index):
+                        output = modules[party](taken(app.features[party], part))
                     outputs = output if isinstance(output, list) else [output]
                     for each in outputs if party == "alice" else ():
-                        each.register_hook(
-                            Tensor.contiguous
-                        )  # as a message carries it; kernels may sum slices otherwise
+                        if each.requires_grad:  # as a message carries it; kernels may sum slices otherwise
+                            each.register_hook(Tensor.contiguous)
                     inputs += outputs
-                output, wanted = modules["fuse"](inputs), labels[torch.from_numpy(part)]
-                if app.classes == 2:
-                    loss = nn.functional.binary_cross_entropy_with_logits(output.squeeze(1), wanted.float())
-                else:
-                    loss = nn.functional.cross_entropy(output, wanted)
+                with drawing("bob", "fuse", step, index):
+                    output, wanted = modules["fuse"](inputs), labels[torch.from_numpy(part)]
+                loss = LOSSES[loss_of(app)](output, wanted)
                 (loss * (len(part) / BATCH)).backward()
             for name, module in modules.items():
                 for group in optimizers[name].param_groups:
@@ -91,6 +107,20 @@ def plain(app: Application, run: Parties) -> dict[str, AveragedModel]:
                 averages[name].update_parameters(module)
             step += 1
     return averages
+
+
+def drawing(party: str, part: str, step: int, index: int) -> AbstractContextManager[None]:
+    """Set all generators as docs/joined.md says: what draws in a forward pass depends on this alone."""
+    return seeded(key(SEED, party, f"{part} forward", MicroBatch(step, index)), torch.device("cpu"))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bce_with_logits": lambda output, wanted: functional.binary_cross_entropy_with_logits(
+        output.squeeze(1), wanted.float()
+    ),
+    "torch.nn:BCELoss": lambda output, wanted: functional.binary_cross_entropy(output.squeeze(1), wanted.float()),
+    "cross_entropy": functional.cross_entropy,
+}
 
 
 def taken(features: Any, rows: Any) -> Any:
@@ -128,7 +158,11 @@ def averaged(stages: Stages) -> dict[str, dict[str, bytes]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_weights_are_those_of_plain_pytorch(name: str) -> None:
-    app = applications()[name]
+    require_plain_weights(applications()[name])
+
+
+def require_plain_weights(app: Application) -> None:
+    """Raise AssertionError unless an application has the averages of a plain loop, bit for bit."""
     run = run_of(app)
     split = averaged(run.stages().train(run.pipeline))
     expected = plain(app, run)
@@ -144,7 +178,12 @@ def test_the_weights_are_those_of_plain_pytorch(name: str) -> None:
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_at_any_step_equals_undisturbed(name: str, staleness: int) -> None:
-    run = run_of(applications()[name], staleness)
+    require_resumed(applications()[name], staleness)
+
+
+def require_resumed(app: Application, staleness: int) -> None:
+    """Raise AssertionError unless a run that is stopped at any step goes on to the same bits."""
+    run = run_of(app, staleness)
     undisturbed = weights(run.stages().train(run.pipeline))
     for step in range(STEPS - 1):
         stopped, resumed = run.stages().train(run.pipeline, stop_after=step), run.stages()

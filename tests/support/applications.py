@@ -25,6 +25,7 @@ class Application:
     cuts: dict[str, Any]
     features: dict[str, Any]
     classes: int = 2
+    loss: str = ""  # if not the usual one of so many classes
 
 
 class Joined(nn.Module):
