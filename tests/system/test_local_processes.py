@@ -161,7 +161,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, private_broker: Broker
     """Run until there is something to see, and press Ctrl-C."""
     job = write_credit(tmp_path_factory.mktemp("interrupted"))
     edit(job, 'name = "credit"', 'name = "interrupted"')
-    unhurried(job, patience_s=2.0)
+    unhurried(job, patience_s=4.0)  # given up after ten times as long
     url = os.environ.get(GIVEN) or private_broker.url("interrupted")
     shown = [""]
     with started(files(job), job.parent / "run", url) as run:
