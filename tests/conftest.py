@@ -15,7 +15,9 @@ from tests.support.containers import missing
 ROOMS = Path(__file__).parent
 SLOWEST_FIRST = ("containers", "system", "broker", "compute", "contract", "pure")
 
-settings.register_profile("ours", deadline=None)  # how long an example takes says more of the machine than of the code
+# How long an example takes says more of the machine than of the code; each run of the suite draws others.
+settings.register_profile("ours", deadline=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=thorough
 settings.load_profile("ours")
 
 

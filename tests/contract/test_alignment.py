@@ -1,6 +1,7 @@
 """Parties find the rows that all of them hold, and nothing else, whoever is killed and whatever is sent."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,14 @@ def test_a_kill_at_any_operation_ends_with_the_same_rows(tmp_path: Path, role: s
     ids = {"label": list("abcdef"), "one": list("bcdxyz"), "two": list("cdbuvw")}
     Alignment(tmp_path / "counting", ids, crashes={role: counting}).run()
     operations = range(0, counting.count, max(1, counting.count // 7))
-    for operation in operations:
-        crash = CrashAt(operation)
-        done = Alignment(tmp_path / str(operation), ids, crashes={role: crash}, patience_s=0.6).run()
-        assert done.errors == {}, operation
-        assert done.found == {party: ["b", "c", "d"] for party in ids}, operation
+
+    def killed_at(operation: int) -> Alignment:
+        return Alignment(tmp_path / str(operation), ids, crashes={role: CrashAt(operation)}, patience_s=0.6).run()
+
+    with ThreadPoolExecutor(len(operations)) as at_once:  # they do little but wait for who comes again
+        for operation, done in zip(operations, at_once.map(killed_at, operations), strict=True):
+            assert done.errors == {}, operation
+            assert done.found == {party: ["b", "c", "d"] for party in ids}, operation
 
 
 def test_parties_without_a_shared_row_are_told_so_and_how_many_each_brings(tmp_path: Path) -> None:

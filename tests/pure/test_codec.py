@@ -116,7 +116,7 @@ def sent(draw: st.DrawFn) -> tuple[Header, Message]:
 
 
 @given(sent())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_every_message_comes_out_as_it_went_in(told: tuple[Header, Message]) -> None:
     assert decode(encode(*told)) == told
 
@@ -238,15 +238,15 @@ def mutated(rng: random.Random, body: bytes, other: bytes) -> bytes:
     return bytes(changed)
 
 
-def test_thirty_thousand_mutated_messages_raise_nothing_but_a_protocol_error_in_bounded_memory() -> None:
+def test_thousands_of_mutated_messages_raise_nothing_but_a_protocol_error_in_bounded_memory() -> None:
     rng, bodies = random.Random(7), samples()
-    cases = [mutated(rng, body, rng.choice(bodies)) for _ in range(2500) for body in bodies]
-    assert len(cases) == 30_000
+    cases = [mutated(rng, body, rng.choice(bodies)) for _ in range(600) for body in bodies]
+    assert len(cases) == 7_200
     tracemalloc.start()
     refused = sum(map(harmless, cases))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert refused > 20_000
+    assert refused > 4_800
     assert peak < 2 * 1024 * 1024
 
 

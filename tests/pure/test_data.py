@@ -489,7 +489,7 @@ def test_many_rows_are_put_in_order_in_a_few_times_what_a_quarter_of_them_takes(
         began = time.process_time()
         return table(Rows(ids, ids[:, None].astype(np.float64))), time.process_time() - began
 
-    n = 400_000
+    n = 120_000
     _, quarter_s = read_in_order(n // 4)
     read, seconds = read_in_order(n)
     assert read.features is not None

@@ -1,16 +1,14 @@
 """English of docstrings: a function's opens with a verb (ruff's D401), nothing with a headless question word."""
 
-import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.sources import Source, modules, parsed, source_of
+
 FOLDERS = ("sl_queue", "workers", "benchmarks", "tests", "ops")
 WITH_MESSAGES = ("sl_queue", "workers", "benchmarks")
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 HEADLESS = re.compile(r"(what|whether|who|whose|how|which|where|when|why)\b", re.IGNORECASE)
 FOREIGN = re.compile(
     r"\b(?:anew|mend(?:s|ed|ing)?|(?:is|are|was|were|been|be) told(?! apart)"
@@ -19,27 +17,26 @@ FOREIGN = re.compile(
 )
 
 
-def faults(module: ast.Module) -> Iterator[str]:
+def faults(source: Source) -> Iterator[str]:
     """Yield what is wrong with the docstrings of a module, each with its line."""
-    for node in ast.walk(module):
-        docstring = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
-        if docstring and (found := HEADLESS.match(docstring) or FOREIGN.search(docstring)):
-            yield f"{node.body[0].lineno}: {found.group()!r} in {docstring.splitlines()[0]!r}"
+    for line, docstring in source.docstrings:
+        if found := HEADLESS.match(docstring) or FOREIGN.search(docstring):
+            yield f"{line}: {found.group()!r} in {docstring.splitlines()[0]!r}"
 
 
-def strings(module: ast.Module) -> Iterator[str]:
+def strings(source: Source) -> Iterator[str]:
     """Yield what is wrong with the other strings of a module: messages to users among them."""
-    for node in ast.walk(module):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and (found := FOREIGN.search(node.value)):
-            yield f"{node.lineno}: {found.group()!r} in {node.value[:60]!r}"
+    for line, text in source.strings:
+        if found := FOREIGN.search(text):
+            yield f"{line}: {found.group()!r} in {text[:60]!r}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_docstrings_and_messages_are_written_as_an_engineer_speaks(folder: str) -> None:
     wrong = []
-    for path in sorted((ROOT / folder).rglob("*.py")):
-        module = ast.parse(path.read_text())
-        found = [*faults(module), *(strings(module) if folder in WITH_MESSAGES else ())]
+    for path in modules(folder):
+        source = source_of(path)
+        found = [*faults(source), *(strings(source) if folder in WITH_MESSAGES else ())]
         wrong += [f"{path}:{fault}" for fault in found]
     assert not wrong, "\n".join(wrong)
 
@@ -56,5 +53,5 @@ def test_docstrings_and_messages_are_written_as_an_engineer_speaks(folder: str) 
     ],
 )
 def test_what_an_engineer_would_not_say_is_found(docstring: str) -> None:
-    assert list(faults(ast.parse(f'def f():\n    """{docstring}"""\n')))
-    assert not list(faults(ast.parse('def f():\n    """Wait for 61 s."""\n')))
+    assert list(faults(parsed(f'def f():\n    """{docstring}"""\n')))
+    assert not list(faults(parsed('def f():\n    """Wait for 61 s."""\n')))

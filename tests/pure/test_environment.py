@@ -1,19 +1,17 @@
 """A wrong environment variable is one line that names it, and exit code 2, before anything starts."""
 
-import ast
 import os
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from sl_queue.config.environment import FINAL_EXIT, LOG, METRICS, THREADS, VARIABLES, check
 from sl_queue.errors import JobError
+from tests.support.sources import ROOT, modules, source_of
 
-ROOT = Path(__file__).parents[2]
 WORKERS = ("workers.scheduler", "workers.feature_party", "workers.label_holder")
 
 WRONG = [
@@ -73,11 +71,11 @@ def test_what_is_right_is_read_and_nothing_is_the_default() -> None:
 
 def test_every_variable_is_declared_in_one_file_with_its_meaning() -> None:
     elsewhere = [
-        (str(path.relative_to(ROOT)), node.value)
-        for path in [*ROOT.glob("sl_queue/**/*.py"), *ROOT.glob("workers/*.py")]
+        (str(path.relative_to(ROOT)), text)
+        for path in modules("sl_queue", "workers")
         if path.name != "environment.py"
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and re.fullmatch(r"SL_QUEUE_[A-Z_]+", str(node.value))
+        for _, text in source_of(path).strings
+        if re.fullmatch(r"SL_QUEUE_[A-Z_]+", text)
     ]
     assert elsewhere == []
     assert [variable.name for variable in VARIABLES if not variable.meaning or not variable.allowed] == []
@@ -89,15 +87,16 @@ def test_what_the_product_reads_by_name_is_the_system_s() -> None:
     pattern = re.compile(r"""environ(?:\.get\(|\[)["']?(\w+)(?![\w."']*\] = )|getenv\(["']?(\w+)""")
     found = {
         match.group(1) or match.group(2)
-        for path in [*ROOT.glob("sl_queue/**/*.py"), *ROOT.glob("workers/*.py")]
+        for path in modules("sl_queue", "workers")
         if path.name != "environment.py"
         for match in pattern.finditer(path.read_text())
     }
     assert found <= {"PATH", "name"}  # `name` is one of a tuple of the system's
 
 
-@pytest.mark.parametrize("module", WORKERS)
-@pytest.mark.parametrize("final", [{}, {"SL_QUEUE_FINAL_EXIT": "7"}])
+@pytest.mark.parametrize(
+    ("module", "final"), [*((module, {}) for module in WORKERS), (WORKERS[0], {"SL_QUEUE_FINAL_EXIT": "7"})]
+)
 def test_a_worker_says_it_in_one_line_and_exits_with_2_or_what_stands_for_it(
     module: str, final: dict[str, str]
 ) -> None:

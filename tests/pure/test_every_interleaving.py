@@ -144,7 +144,7 @@ moves = st.tuples(
 
 
 @given(st.lists(moves, max_size=60), st.sampled_from([None, 1, 2]), st.lists(st.floats(0, 1), min_size=5, max_size=5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @example([(party, move) for party in PARTIES for move in ("act", "hear")] + [("a", "stop")], None, [0.0] * 5)
 def test_any_interleaving_kills_and_stops_end_with_the_same_final_step(
     story: list[tuple[str, str]], patience: int | None, losses: list[float]

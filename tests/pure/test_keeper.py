@@ -82,6 +82,6 @@ def test_what_is_kept_is_bounded_after_a_million_steps(tmp_path: Path) -> None:
     clock = Clock()
     keeper = Keeper(tmp_path, clock, clock)
     for step in range(0, 1_000_000, 100):
-        clock.now += 0.25
+        clock.now += 0.025
         keeper.take(status(step=step, loss=1.0, samples=step))
     assert len(json.dumps(read_kept(tmp_path))) < 200_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.sources import ROOT, modules
 
 
 def linted(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -62,19 +62,36 @@ def test_a_module_that_is_on_no_floor_is_found(complaints: str) -> None:
     assert "errors_wrong" in complaints
 
 
-def test_importing_the_protocol_and_the_loops_loads_neither_torch_nor_pika() -> None:
-    files = [*ROOT.glob("sl_queue/protocol/**/*.py"), *ROOT.glob("sl_queue/loops/**/*.py")]
-    names = sorted(".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files)
-    assert len(names) > 12
-    program = f"import sys, {', '.join(names)}; print([m for m in ('torch', 'pika') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+def names_of(*folders: str) -> list[str]:
+    """Return the modules of these packages, to import."""
+    files = [path.relative_to(ROOT).with_suffix("") for path in modules(*folders)]
+    return sorted(".".join(file.parts).removesuffix(".__init__") for file in files)
 
 
-def test_the_scheduler_and_the_operator_need_no_torch() -> None:
-    program = (
-        "import sys, sl_queue.launch.scheduler, sl_queue.transport.rabbitmq.link, sl_queue.launch.operator\n"
-        "print('torch' in sys.modules)"
+@pytest.fixture(scope="module")
+def loaded() -> list[set[str]]:
+    """Return what one process has loaded after each of these parts of the product, one after the other."""
+    parts = (
+        names_of("sl_queue/protocol", "sl_queue/loops"),
+        ["sl_queue.config.job"],
+        ["sl_queue.launch.scheduler", "sl_queue.transport.rabbitmq.link", "sl_queue.launch.operator"],
+    )
+    program = "\n".join(
+        f"import sys, {', '.join(names)}; print(*({{'torch', 'pika', 'pyarrow'}} & set(sys.modules)))"
+        for names in parts
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    return [set(line.split()) for line in done.stdout.splitlines()]
+
+
+def test_importing_the_protocol_and_the_loops_loads_neither_torch_nor_pika(loaded: list[set[str]]) -> None:
+    assert len(names_of("sl_queue/protocol", "sl_queue/loops")) > 12
+    assert loaded[0] == set()
+
+
+def test_reading_job_and_party_files_loads_no_torch_no_pika_and_no_arrow(loaded: list[set[str]]) -> None:
+    assert loaded[1] == set()
+
+
+def test_the_scheduler_and_the_operator_need_no_torch(loaded: list[set[str]]) -> None:
+    assert "pika" in loaded[2] and "torch" not in loaded[2]

@@ -176,7 +176,7 @@ class MailboxMachine(RuleBasedStateMachine):
         assert not [c for c in self.broker if c.generation <= self.generation]
 
 
-MailboxMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+MailboxMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 TestMailboxUnderAnyFate = MailboxMachine.TestCase
 
 
@@ -298,7 +298,7 @@ class OutboxMachine(RuleBasedStateMachine):
         assert sorted(told, key=repr) == sorted(expected, key=repr)
 
 
-OutboxMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+OutboxMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestOutboxUnderAnyFate = OutboxMachine.TestCase
 
 

@@ -179,7 +179,7 @@ metrics = st.none() | st.just(nan) | st.sampled_from([-inf, inf, 0.0, 0.1, 0.2, 
 
 
 @given(st.lists(metrics, min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([0.0, 0.05, 0.3]), st.booleans())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_early_stopping_ends_after_patience_epochs_without_a_gain_and_restores_the_best(
     values: list[float | None], patience: int, min_delta: float, lower: bool
 ) -> None:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sl_queue.errors import RemoteProtocolError
@@ -91,6 +91,7 @@ anything = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(s
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), anything))
+@settings(max_examples=40)  # each draws values of any shape for up to sixteen keys
 def test_whatever_a_scheduler_says_is_a_status_or_is_refused(values: dict[str, Any]) -> None:
     try:
         status = from_json(values)

@@ -150,7 +150,7 @@ def test_what_a_message_costs_beside_its_way_is_felt_where_cores_are_shared() ->
     assert step_s(pipeline(), costs(1.0, 1.0, overhead=Affine(1.0), cores=1)) == pytest.approx(3.0 + 2.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     order=st.builds(pipeline, st.integers(1, 8), st.integers(1, 9), st.integers(0, 3)),
     forward_s=st.floats(0.01, 5.0),

@@ -1,31 +1,24 @@
 """Sizes: a file or a function that has become too long hides a thing that has no name yet."""
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.sources import ROOT, modules, source_of
+
 PRODUCT = ("sl_queue", "workers", "benchmarks", "ops")
 LONGEST_FILE, LONGEST_TEST, LONGEST_FUNCTION = 300, 500, 40
 
 
-def modules(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
 def too_long(path: Path, lines: int) -> Iterator[str]:
     """Say what is too long in a module."""
-    text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-    count = len(text.splitlines())
-    if count > lines:
-        yield f"{name} has {count} lines"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            function, count = f"{name}: {node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
-            if count > LONGEST_FUNCTION:
-                yield f"{function} has {count} lines"
+    source, name = source_of(path), path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    if source.lines > lines:
+        yield f"{name} has {source.lines} lines"
+    for function, count in source.functions:
+        if count > LONGEST_FUNCTION:
+            yield f"{name}: {function} has {count} lines"
 
 
 def test_no_file_and_no_function_of_the_product_is_too_long() -> None:

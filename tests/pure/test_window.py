@@ -143,7 +143,7 @@ class Window:  # mutable
 
 
 @given(st.data(), pipelines(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_a_peer_sends_the_window_has_room_or_holds_the_message_that_is_awaited(
     data: st.DataObject, pipeline: Pipeline, adopted: bool
 ) -> None:

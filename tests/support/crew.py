@@ -21,7 +21,7 @@ from typing import Any
 
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.local.threads import run_local
-from sl_queue.observe.json_lines import entries
+from sl_queue.observe.json_lines import Entry, entries
 from sl_queue.protocol.events import Event
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.testing.run_log import RunLog, events_in
@@ -70,6 +70,7 @@ class Crew:
         self._running: dict[str, Any] = {}
         self._starts: dict[str, int] = dict.fromkeys(ROLES, 0)
         self._pids: dict[str, list[int]] = {role: [] for role in ROLES}
+        self._entries: dict[Path, tuple[int, list[Entry]]] = {}  # and how much of each file was read
 
     def __enter__(self) -> "Crew":
         return self
@@ -210,10 +211,20 @@ class Crew:
         for role in roles or ROLES:
             for start, pid in enumerate(self._pids[role], 1):
                 run_log.start(role, pid)
-                path = self.events_file(role, start)
-                for entry in entries(path.read_text() if path.exists() else ""):
+                for entry in self._read(self.events_file(role, start)):
                     run_log.take(entry)
         return run_log
+
+    def _read(self, path: Path) -> list[Entry]:
+        """Read on in a file of events, which who waits for a step looks at many times a second; returns all of it."""
+        size, found = self._entries.setdefault(path, (0, []))
+        if path.exists() and path.stat().st_size > size:
+            with path.open("rb") as file:
+                file.seek(size)
+                whole = file.read().rpartition(b"\n")[0]
+            found += entries(whole.decode())
+            self._entries[path] = (size + len(whole), found)
+        return found
 
     def generation(self) -> int:
         """Return how often everybody went back to a common checkpoint, as the scheduler has it on disk."""

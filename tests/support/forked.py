@@ -17,6 +17,8 @@ from runpy import run_module, run_path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.support.spares import Spares, use_for_workers
+
 LOADED = (
     "sl_queue.checking.check",
     "sl_queue.cli.main",
@@ -136,6 +138,20 @@ def _become(words: list[str], environ: dict[str, str], streams: tuple[str, str, 
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
+    if _starts_workers(words):
+        use_for_workers(Spares(_run))
+    _run(words)
+
+
+def _starts_workers(words: list[str]) -> bool:
+    """Return True for a command over a broker that has processes of its own: over memory, all are threads."""
+    return words[:2] == ["sl-queue", "chaos"] or (
+        words[:2] == ["sl-queue", "local"] and ("--broker" in words or "SL_QUEUE_BROKER" in os.environ)
+    )
+
+
+def _run(words: list[str]) -> None:
+    """Run the command, the file or the module."""
     sys.argv = words
     if words[0] == "sl-queue":
         from sl_queue.cli.main import main

@@ -36,6 +36,7 @@ def job(tmp_path: Path) -> Path:
 def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Train once by `sl-queue local --out run`; returns the job, and that command's output."""
     job = write_credit(tmp_path_factory.mktemp("trained"))
+    job.write_text(f"{job.read_text()}\n[broker]\npatience = 8.0\n")  # and so long a lost file is waited for
     run = local(job, "--out", job.parent / "run")
     assert run.returncode == 0, run.stderr
     return job, run

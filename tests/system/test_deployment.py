@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from sl_queue.testing.private_broker import PrivateBroker, find_server, free_por
 from tests.support.credit import edit
 from tests.support.crew import ROLES, Crew, quiet_weights, sums, write_job
 from tests.support.forked import sl_queue
+from tests.support.waiting import await_that
+
+PATIENCE_S = 2.0
 
 pytestmark = [
     pytest.mark.skipif(find_server() is None, reason="needs a rabbitmq-server on this machine"),
@@ -45,17 +49,33 @@ def deployment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deplo
     yield from deployed(tmp_path, patience=15.0, client_certificates=request.param == "certificates")
 
 
-@pytest.fixture
-def plain(tmp_path: Path) -> Iterator[Deployment]:
-    yield from deployed(tmp_path, patience=2.0, client_certificates=False)
+@pytest.fixture(scope="module")
+def provisioned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Provision once, with passwords, and start one broker for those that ask it who may do what."""
+    folder = tmp_path_factory.mktemp("provisioned")
+    yield from deployed(folder, patience=PATIENCE_S, client_certificates=False)
 
 
 @pytest.fixture
-def hasty(tmp_path: Path) -> Iterator[Deployment]:
-    yield from deployed(tmp_path, patience=0.5, client_certificates=False)
+def plain(provisioned: Deployment, tmp_path: Path) -> Iterator[Deployment]:
+    """Give a test job, states and crew of its own, and take what it leaves in the queues."""
+    folder, broker = tmp_path / "crew", provisioned.broker
+    shutil.copytree(
+        provisioned.crew.folder, folder, ignore=shutil.ignore_patterns("out", "states", "*.log", "*.events")
+    )
+    with Crew(folder, "") as crew:
+        yield Deployment(crew, broker, provisioned.out)
+    await_that(lambda: broker.evaluate("length(rabbit_networking:connections())") == "0", "a worker is still connected")
+    broker.evaluate("[rabbit_amqqueue:purge(Q) || Q <- rabbit_amqqueue:list()]")
 
 
-def write_sealed_job(folder: Path, place: Place, patience: float = 2.0) -> Path:
+@pytest.fixture
+def hasty(plain: Deployment) -> Deployment:
+    edit(plain.crew.job, f"patience = {PATIENCE_S}", "patience = 0.5")
+    return plain
+
+
+def write_sealed_job(folder: Path, place: Place, patience: float = PATIENCE_S) -> Path:
     """Write the example's job with its keys, and what belongs to each role in `out`."""
     job, out = write_job(folder, patience=patience), folder / "out"
     provision(Job.load(job), place, out, frozenset(), datetime.datetime.now(datetime.UTC))

@@ -20,6 +20,7 @@ from tests.support.local_run import gone, started, weights, words_of
 from tests.support.waiting import await_that
 
 EPOCHS = 40
+PATIENCE_S = 8.0  # so long a scheduler of a finished run waits for parties that have lost what it left
 PACE = "time.sleep(0.01)"  # in every forward of the bank: long enough for something to happen, however fast the machine
 
 
@@ -30,9 +31,10 @@ def job(tmp_path: Path, unique: str) -> Path:
     return unhurried(job)
 
 
-def unhurried(job: Path) -> Path:
+def unhurried(job: Path, patience_s: float = PATIENCE_S) -> Path:
     """Let the job last for seconds; not a number changes."""
     edit(job, "epochs = 5", f"epochs = {EPOCHS}")
+    job.write_text(f"{job.read_text()}\n[broker]\npatience = {patience_s}\n")
     bank = job.parent / "bank.py"
     edit(bank, "import torch\n", "import time\n\nimport torch\n")
     edit(bank, "        return self.relu", f"        {PACE}\n        return self.relu")
@@ -159,7 +161,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, private_broker: Broker
     """Run until there is something to see, and press Ctrl-C."""
     job = write_credit(tmp_path_factory.mktemp("interrupted"))
     edit(job, 'name = "credit"', 'name = "interrupted"')
-    edit(unhurried(job), "[pipeline]", "[broker]\npatience = 2.0\n\n[pipeline]")
+    unhurried(job, patience_s=4.0)  # given up after ten times as long
     url = os.environ.get(GIVEN) or private_broker.url("interrupted")
     shown = [""]
     with started(files(job), job.parent / "run", url) as run:
@@ -174,11 +176,18 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, private_broker: Broker
             return bool(re.search(r"bank +silent", shown[0])) and "of bank for" in shown[0]
 
         await_that(told, lambda: shown[0])
-        os.kill(workers["bank"], signal.SIGCONT)
         run.process.send_signal(signal.SIGINT)
+        await_that(lambda: is_pending(workers["bank"], signal.SIGTERM), "Ctrl-C ended no worker")
+        os.kill(workers["bank"], signal.SIGCONT)  # only now, so that the run does not end before it is interrupted
         code = run.wait()
         left = [pid for pid in workers.values() if not gone(pid)]
     return Interrupted(shown[0], code, run.text, left)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Return True if a frozen process will get this signal when it goes on."""
+    (pending,) = re.findall(r"^ShdPnd:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(pending, 16) >> (number - 1) & 1)
 
 
 def test_status_tells_where_a_run_is_and_whom_it_waits_for(interrupted: Interrupted) -> None:
