@@ -51,10 +51,10 @@ def peak_of(path: str) -> dict[str, float]:
     from sl_queue.data.table import read_table
 
     small = Path(path).with_name(f"small{Path(path).suffix}")
-    read_table(_spec(small))  # so that libraries are loaded, which are no part of a table
+    read_table(_spec(small), narrow=True)  # so that libraries are loaded, which are no part of a table
     Path("/proc/self/clear_refs").write_text("5")  # begin anew with the peak
     before, began = _status("VmRSS:"), time.monotonic()
-    found = read_table(_spec(Path(path)))
+    found = read_table(_spec(Path(path)), narrow=True)
     return {"seconds": time.monotonic() - began, "ratio": (_status("VmHWM:") - before) / (found.n_rows * COLUMNS * 4)}
 
 
