@@ -59,8 +59,7 @@ def read_table(
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
     chooses = spec.choices is not None and spec.labels and chosen is None
     arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels, choosing=chooses)
-    ids = _sound_ids(spec, arrays)
-    ids = ids if aligned is None else ids.only(aligned)
+    ids = _sound_ids(spec, arrays, aligned)
     row_keys, digest = fingerprints_of(ids)
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed, len(ids.texts))
     labels, weights = in_order(arrays.labels, ids.order), in_order(arrays.weights, ids.order)
@@ -73,8 +72,8 @@ def read_table(
             chosen, notes = Chosen.none(), (*notes, FOR_THE_LABEL_HOLDER)
     arrays = replace(arrays, ids=None, choosing={})
     del ids  # before numbers are made
-    table = Table(None, labels, row_keys, digest, id_type, arrays.names, hashes, notes, tokens)
-    table = replace(table, weights=weights, chosen=chosen)
+    about = (arrays.names, hashes, notes, tokens)
+    table = Table(None, labels, row_keys, digest, id_type, *about, weights=weights, chosen=chosen)
     if arrays.raw is not None:
         return _fitted(spec, arrays, order, table, rules)
     exact = cache(partial(_again, spec, aligned, digest)) if narrow else None
@@ -102,8 +101,7 @@ def _placed(
 def _again(spec: TableSpec, aligned: Positions | None, digest: str) -> npt.NDArray[Any]:
     """Read the features once more, as they are in the file. Raises JobError if the table is another by now."""
     arrays = read_rows(spec, features=True, labels=False)
-    ids = _sound_ids(replace(spec, labels=False), arrays)
-    ids = ids if aligned is None else ids.only(aligned)
+    ids = _sound_ids(replace(spec, labels=False), arrays, aligned)
     if fingerprints_of(ids)[1] != digest:
         refuse(arrays.where, ["the table has changed while it was read; start again"])
     features = in_order(arrays.features, ids.order)
@@ -111,15 +109,15 @@ def _again(spec: TableSpec, aligned: Positions | None, digest: str) -> npt.NDArr
     return features
 
 
-def _sound_ids(spec: TableSpec, arrays: Arrays) -> Ids:
-    """Return the ids of rows in which nothing is wrong. Raises JobError for all that is."""
+def _sound_ids(spec: TableSpec, arrays: Arrays, aligned: Positions | None) -> Ids:
+    """Return the ids of the rows that all hold, if nothing is wrong with any row. Raises JobError for all that is."""
     ids, faults = ids_in(spec, arrays)
     faults = [*arrays.faults, *faults]
     if spec.labels and arrays.labels is None and not faults:
         faults.append(f"there are no labels, and {spec.party!r} is the label holder")
     refuse(arrays.where, faults)
     assert ids is not None
-    return ids
+    return ids if aligned is None else ids.only(aligned)
 
 
 def read_row_keys(spec: TableSpec, aligned: Positions | None = None) -> tuple[npt.NDArray[np.uint64], str]:
