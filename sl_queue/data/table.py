@@ -76,8 +76,7 @@ def read_table(
     table = Table(None, labels, row_keys, digest, id_type, *about, weights=weights, chosen=chosen)
     if arrays.raw is not None:
         return _fitted(spec, arrays, order, table, rules)
-    exact = cache(partial(_again, spec, aligned, digest)) if narrow else None
-    features, narrowed = _placed(arrays.features, order, exact)
+    features, narrowed = _placed(arrays.features, order, partial(_again, spec, aligned, digest) if narrow else None)
     return replace(table, features=features, narrowed=narrowed)
 
 
@@ -95,7 +94,7 @@ def _placed(
     """Put features into this order; as float32 if `exact` can read them again as they are."""
     if exact is None or not isinstance(found, Matrix) or found.shape[1] > ONE_BY_ONE:
         return in_order(found, order), None
-    return found.narrowed(order, exact)
+    return found.narrowed(order, cache(exact))
 
 
 def _again(spec: TableSpec, aligned: Positions | None, digest: str) -> npt.NDArray[Any]:
