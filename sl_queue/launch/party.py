@@ -24,7 +24,7 @@ from sl_queue.cut.guard import Guard
 from sl_queue.errors import JobError
 from sl_queue.launch.connect import connector, key_file, require_network, sealing
 from sl_queue.launch.finished import has_finished
-from sl_queue.launch.hands import Lanes, Leading, answering, leading, whole_of
+from sl_queue.launch.hands import Lanes, Leading, answering, leading, require_hands_possible, whole_of
 from sl_queue.launch.holdout import hear_held_out, tell_held_out
 from sl_queue.launch.keeping import rules_to_keep, secret_to_keep, warn_of_common_draws
 from sl_queue.launch.privacy import parts_of, require_lasting_secret
@@ -132,6 +132,8 @@ def serve_party(
         folder = stack.enter_context(Folder(place.state, job_digest=job.digest, party=spec.party, job=job.canonical()))
         if has_finished(job, spec, folder, place):
             return
+        if lanes is not None:
+            require_hands_possible(job, spec.party)
         own, meter = _prepared(job, spec, folder, place, private=private), Meter(leads=lanes is not None)
         place = place.watched_by(meter)
         channel = channel_of(job, spec.party, place, own.identity.incarnation, own.pipeline, meter)
