@@ -169,7 +169,7 @@ def run(broker: PrivateBroker, quick: bool, ids: int | None = None, python: str 
     most = ids or (QUICK_IDS if quick else IDS)
     yield f"{machine()}; hashes by {'gmpy2' if find_spec('gmpy2') else 'Python alone, without gmpy2'}\n"
     found = [
-        _measured(_NAMES[:n], count, broker) for n, count in ((2, most // 2), (2, most), (3, most // 2), (3, most))
+        _measured(_NAMES[:n], count, broker) for n, count in ((2, most // 2), (2, most), (3, most // 4), (3, most // 2))
     ]
     head = (
         "parties", "ids a side", "alone, s", "alignment, s", "alone, CPU s", "alignment, CPU s", "ratio of CPU s",

@@ -79,7 +79,7 @@ def _status(name: str) -> int:
 def speed_of(path: str, mapped: bool, limited: bool) -> dict[str, float]:
     """Train on a table in this process; returns the rows a second once its table is there, of the clock and of CPUs.
 
-    The clock's are those of the median step, which says little of other load. `limited`: besides what the process has
+    Both are those of the median step, which says little of other load. `limited`: besides what the process has
     before, it may take half of what the numbers take, for all that it needs (RLIMIT_DATA, which counts memory but no
     file that is mapped).
     """
@@ -106,7 +106,7 @@ def speed_of(path: str, mapped: bool, limited: bool) -> dict[str, float]:
     return {
         "failed": 0.0,
         "speed": BATCH / float(np.median(steps[:, 0])),
-        "cpu_speed": BATCH / float(steps[:, 1].mean()),
+        "cpu_speed": BATCH / float(np.median(steps[:, 1])),
     }
 
 
