@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, help="with serve: a load of so long, in which a process is killed every minute"
     )
+    parser.add_argument("--ids", type=int, help="with psi: ids of each party, in the place of 100,000")
+    parser.add_argument("--openmined", help="with psi: a Python whose environment has openmined-psi, to compare with")
     given = parser.parse_args()
     unknown = set(given.names) - BENCHMARKS.keys()
     if unknown:
@@ -100,6 +102,12 @@ def main() -> None:
                 parser.error("--minutes goes with serve alone")
             found = serve_killed.compare(broker, given.minutes)
             report.write(folder / "serve_killed.md", "A service whose processes are killed", found)
+            return
+        if given.ids is not None or given.openmined is not None:
+            if given.names != ["psi"]:
+                parser.error("--ids and --openmined go with psi alone")
+            found = list(psi.run(broker, given.quick, given.ids, given.openmined))
+            report.write(folder / "psi.md", BENCHMARKS["psi"][0], found)
             return
         for name in given.names or BENCHMARKS:
             title, benchmark = BENCHMARKS[name]

@@ -46,25 +46,29 @@ def write(path: Path, rows: int, columns: int = COLUMNS) -> None:
             writer.write_table(pa.table([own, *numbers], schema=schema))
 
 
-def peak_of(path: str) -> dict[str, float]:
-    """Read a table in this process; returns its peak as a multiple of the numbers in float32, and the seconds."""
+def peak_of(path: str, features: bool) -> dict[str, float]:
+    """Read a table as a worker does, in this process, with [features] or without.
+
+    Returns its peak as a multiple of the numbers in float32, and the seconds that it took, by the clock and of CPUs.
+    """
     from sl_queue.data.table import read_table
 
     small = Path(path).with_name(f"small{Path(path).suffix}")
-    read_table(_spec(small))  # so that libraries are loaded, which are no part of a table
+    read_table(_spec(small, features), narrow=True)  # so that libraries are loaded, which are no part of a table
     Path("/proc/self/clear_refs").write_text("5")  # begin anew with the peak
-    before, began = _status("VmRSS:"), time.monotonic()
-    found = read_table(_spec(Path(path)))
-    return {"seconds": time.monotonic() - began, "ratio": (_status("VmHWM:") - before) / (found.n_rows * COLUMNS * 4)}
+    before, began, computed = _status("VmRSS:"), time.monotonic(), time.process_time()
+    found = read_table(_spec(Path(path), features), narrow=True)
+    ratio = (_status("VmHWM:") - before) / (found.n_rows * COLUMNS * 4)
+    return {"seconds": time.monotonic() - began, "cpu": time.process_time() - computed, "ratio": ratio}
 
 
-def _spec(path: Path) -> Any:
+def _spec(path: Path, features: bool) -> Any:
     from sl_queue.config.user_code import Importer
     from sl_queue.data.feature_specs import Number
     from sl_queue.data.spec import FileSpec, TableSpec
 
     code = Importer().within(None)
-    return TableSpec("bank", FileSpec(path, ("id",)), True, False, 7, code, {"*": Number()})
+    return TableSpec("bank", FileSpec(path, ("id",)), True, False, 7, code, {"*": Number()} if features else None)
 
 
 def _status(name: str) -> int:
@@ -73,10 +77,11 @@ def _status(name: str) -> int:
 
 
 def speed_of(path: str, mapped: bool, limited: bool) -> dict[str, float]:
-    """Train on a table in this process; returns the rows a second after its table is there.
+    """Train on a table in this process; returns the rows a second once its table is there, of the clock and of CPUs.
 
-    `limited`: besides what the process has before, it may take half of what the numbers take, for all that it needs
-    (RLIMIT_DATA, which counts memory but no file that is mapped).
+    Both are those of the median step, which says little of other load. `limited`: besides what the process has
+    before, it may take half of what the numbers take, for all that it needs (RLIMIT_DATA, which counts memory but no
+    file that is mapped).
     """
     from sl_queue.compute.threads import limit_threads
     from sl_queue.local.threads import run_local
@@ -84,7 +89,7 @@ def speed_of(path: str, mapped: bool, limited: bool) -> dict[str, float]:
     limit_threads(1)
     threading.stack_size(STACK_BYTES)
     rows = pa.parquet.read_metadata(path).num_rows
-    marks = list[float]()
+    marks = list[tuple[float, float]]()
     run_local(*_trained_on("warm", Path(path).with_name("small.parquet"), mapped, marks))
     marks.clear()
     if limited:
@@ -96,12 +101,16 @@ def speed_of(path: str, mapped: bool, limited: bool) -> dict[str, float]:
         except BaseException as error:
             if not limited or mapped:
                 raise
-            return {"failed": 1.0, "speed": 0.0, "error": hash(type(error))}
-    skipped = len(marks) // 10  # to warm up
-    return {"failed": 0.0, "speed": (len(marks) - skipped - 1) * BATCH / (marks[-1] - marks[skipped])}
+            return {"failed": 1.0, "speed": 0.0, "cpu_speed": 0.0, "error": hash(type(error))}
+    steps = np.diff(np.array(marks[len(marks) // 10 :]), axis=0)  # the first ones warm up
+    return {
+        "failed": 0.0,
+        "speed": BATCH / float(np.median(steps[:, 0])),
+        "cpu_speed": BATCH / float(np.median(steps[:, 1])),
+    }
 
 
-def _trained_on(name: str, path: Path, mapped: bool, marks: list[float]) -> "tuple[Job, list[PartyFile]]":
+def _trained_on(name: str, path: Path, mapped: bool, marks: list[tuple[float, float]]) -> "tuple[Job, list[PartyFile]]":
     """Return one epoch on a table, which marks when each forward pass begins."""
     import torch
 
@@ -111,7 +120,7 @@ def _trained_on(name: str, path: Path, mapped: bool, marks: list[float]) -> "tup
 
     class Base(torch.nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
-            marks.append(time.monotonic())
+            marks.append((time.monotonic(), time.process_time()))
             return super().forward(input)
 
     ids = np.sort(pa.parquet.read_table(path, columns=["id"])["id"].to_numpy())
@@ -148,44 +157,69 @@ def run(quick: bool) -> Iterator[str]:
     yield f"{machine()}\n"
     with TemporaryDirectory(prefix="sl_queue-tables-") as folder:
         read = _reading(Path(folder), rows)
-        cells = [(kind, f"{one['ratio']:.2f}", f"{one['seconds']:.1f}") for kind, one in read.items()]
-        head = ("file", "peak, of the size of the numbers in float32", "seconds")
+        cells = [
+            (
+                kind,
+                "with" if features else "without",
+                f"{one['ratio']:.2f}",
+                f"{one['seconds']:.1f}",
+                f"{one['cpu']:.1f}",
+            )
+            for (kind, features), one in read.items()
+        ]
+        head = ("file", "[features]", "peak, of the size of the numbers in float32", "seconds", "CPU seconds")
         yield f"### Reading {rows:,} rows of {COLUMNS} columns\n\n{table(head, cells)}"
         memory, short, mapped = _training(Path(folder), wide)
-        lines: list[tuple[str, ...]] = [
-            ("in memory, without a limit", f"{memory['speed']:,.0f}", "1"),
-            ("in memory, limited", "out of memory" if short["failed"] else f"{short['speed']:,.0f}", ""),
-            ("mapped, limited", f"{mapped['speed']:,.0f}", f"{mapped['speed'] / memory['speed']:.2f}"),
+        share = mapped["cpu_speed"] / memory["cpu_speed"]
+        ways: list[tuple[str, ...]] = [
+            ("in memory, without a limit", *_speeds(memory), "1"),
+            ("in memory, limited", *_speeds(short), ""),
+            ("mapped, limited", *_speeds(mapped), f"{share:.2f}"),
         ]
-        told = f"{wide:,} rows of {WIDE} columns; the limit (RLIMIT_DATA) is half of what their numbers take."
-        yield (
-            "### Training on a table of twice the memory\n\n"
-            f"{told}\n\n{table(('numbers', 'rows/s', 'of memory'), lines)}"
+        told = (
+            f"{wide:,} rows of {WIDE} columns; the limit (RLIMIT_DATA) is half of what their numbers take. Both that "
+            "train do so at the same time."
         )
-        yield goals.listed(_goals(read, mapped["speed"] / memory["speed"]))
+        titles = ("numbers", "rows/s", "rows a CPU second", "of memory")
+        yield f"### Training on a table of twice the memory\n\n{told}\n\n{table(titles, ways)}"
+        yield goals.listed(_goals(read, share))
 
 
-def _reading(folder: Path, rows: int) -> dict[str, dict[str, float]]:
+def _reading(folder: Path, rows: int) -> dict[tuple[str, bool], dict[str, float]]:
     found = {}
     for kind in ("csv", "parquet"):
         small, large = folder / f"small.{kind}", folder / f"large.{kind}"
         write(small, 1000)
         write(large, rows)
-        found[kind] = processes.together({"read": (peak_of, (str(large),))}, LIMIT_S)["read"]
+        for features in (True, False):
+            work: processes.Work = (peak_of, (str(large), features))
+            found[kind, features] = processes.together({"read": work}, LIMIT_S)["read"]
         large.unlink()
         small.unlink()
     return found
 
 
+def _speeds(one: dict[str, float]) -> tuple[str, str]:
+    if one["failed"]:
+        return "out of memory", ""
+    return f"{one['speed']:,.0f}", f"{one['cpu_speed']:,.0f}"
+
+
 def _training(folder: Path, rows: int) -> list[dict[str, float]]:
     write(folder / "small.parquet", 1000, WIDE)
     write(folder / "wide.parquet", rows, WIDE)
-    ways = ((False, False), (False, True), (True, True))
-    works = [{"train": (speed_of, (str(folder / "wide.parquet"), *way))} for way in ways]
-    return [processes.together(work, LIMIT_S)["train"] for work in works]
+    path = str(folder / "wide.parquet")
+    works: dict[str, processes.Work] = {
+        "memory": (speed_of, (path, False, False)),
+        "mapped": (speed_of, (path, True, True)),
+    }
+    found = processes.together(works, LIMIT_S)
+    short = processes.together({"short": (speed_of, (path, False, True))}, LIMIT_S)["short"]
+    return [found["memory"], short, found["mapped"]]
 
 
 def _goals(read: Any, share: float) -> Iterator[str]:
-    for kind in ("csv", "parquet"):
-        yield goals.line(f"peak of reading {kind}", read[kind]["ratio"], MOST_MEMORY)
-    yield goals.line("speed of a mapped table", share, LEAST_SPEED, at_least=True)
+    for (kind, features), one in read.items():
+        how = "with" if features else "without"
+        yield goals.line(f"peak of reading {kind} {how} [features]", one["ratio"], MOST_MEMORY)
+    yield goals.line("rows a CPU second of a mapped table, to those in memory", share, LEAST_SPEED, at_least=True)

@@ -10,6 +10,7 @@ from sl_queue.compute.hand import Stage, models_of
 from sl_queue.compute.separate import separate
 from sl_queue.compute.two_hands import compare_two_hands
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.launch.hands import require_hands_possible
 from sl_queue.protocol.schedule.row_order import Batches
 
 _MB = 1e6
@@ -44,6 +45,7 @@ def check_hands(check: Check, job: Job, file: PartyFile, party: Readable, batche
 
 
 def _apart(job: Job, file: PartyFile, party: Readable, batches: Batches) -> Stage:
+    require_hands_possible(job, file.party)
     build: Callable[..., Stage] = fuse_stage if file.party == job.label_holder else base_stage
     stage = build(party.compute, party.table, batches)
     separate(stage)

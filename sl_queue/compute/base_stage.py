@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sl_queue.compute.building import Inputs, blame, on_device, tensors_in
 from sl_queue.compute.flight import Ends, InFlight
-from sl_queue.compute.inputs import n_offers, offers
+from sl_queue.compute.inputs import n_offers, offer
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Take
@@ -224,7 +224,7 @@ def base_stage(
         missing = "a cut in the job" if cut is None else "features in its table"
         raise JobError(f"party {party!r} has a base model, but not {missing}")
     refused: list[ComputeError] = []
-    for choice in range(n_offers(table.features)):
+    for choice in range(n_offers(table)):
         try:
             return _stage(spec, table, batches, choice, take, guard)
         except ComputeError as error:
@@ -254,11 +254,11 @@ def _stage(
     assert shape is not None
 
     def sample(dtype: torch.dtype) -> Inputs:
-        features = offers(spec, table, dtype)[choice].features
+        features = offer(spec, table, dtype, choice).features
         return take_rows(features, np.arange(min(2, table.n_rows)), dtype, torch.device("cpu"))
 
     model = Model.build(spec, "base", sample, take, batches.steps)
-    offer = offers(spec, table, model.dtype)[choice]
+    offered = offer(spec, table, model.dtype, choice)
     trial = sample(model.dtype)
     output = model.try_out(on_device(trial, model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
     cut = BaseCut(
@@ -274,8 +274,8 @@ def _stage(
         overflows=model.scaling is not None,
     )
     require_shape(output, len(tensors_in(trial)[0]), cut, f"party {party!r}")
-    if offer.fault is not None:
-        raise JobError(offer.fault)
+    if offered.fault is not None:
+        raise JobError(offered.fault)
     if party in layers.feature_parties:
         cut.require_fitting(output.dtype, batches.most_rows, layers.micro_batches)
-    return TorchBaseStage(model, offer.features, table, batches, cut, offer.remark)
+    return TorchBaseStage(model, offered.features, table, batches, cut, offered.remark)

@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -16,8 +15,7 @@ from torch import nn
 
 from sl_queue.compute.source_code import files_of, parsed, source_of
 from sl_queue.ports import UserCode
-
-DIGEST_BYTES = 8
+from sl_queue.protocol.digests import digest_of
 
 
 def named(thing: Any) -> str:
@@ -26,18 +24,6 @@ def named(thing: Any) -> str:
         return thing
     kind = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def digest_of(body: bytes | memoryview) -> str:
-    """Return a short digest of bytes, hexadecimal."""
-    digest = digest_begun()
-    digest.update(body)
-    return digest.hexdigest()
-
-
-def digest_begun() -> blake2b:
-    """Return the digest of nothing yet, to be updated with bytes."""
-    return blake2b(digest_size=DIGEST_BYTES)
 
 
 def words(values: Mapping[str, Any]) -> str:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sl_queue.compute.code_digest import DIGEST_BYTES, code_digests, digest_begun, digest_of, named, words
+from sl_queue.compute.code_digest import code_digests, named, words
 from sl_queue.compute.names import NAMED_LOSSES, loss_name
 from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
 from sl_queue.cut.tensors import to_payload
 from sl_queue.ports import UserCode
-from sl_queue.protocol.fingerprints import RULES, SEED
+from sl_queue.protocol.digests import DIGEST_BYTES, digest_begun, digest_of
+from sl_queue.protocol.fingerprints import ONE_BY_ONE, RULES, SEED
 from sl_queue.protocol.table import Table
 
 _ROWS = 65_536  # of a table that are looked at at a time
-_MANY = 256  # columns; more have one digest together, since every checkpoint holds all of them
 
 
 def fingerprint(spec: ComputeSpec, table: Table | None = None, rules: int = RULES) -> dict[str, Any]:
@@ -79,14 +79,16 @@ def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
     """Describe ids, features and labels as they are trained on; names of columns where the table has any."""
     features, columns = table.features, table.columns
     each: list[str] | None = None
-    if features is not None and columns is not None and features.ndim == 2 and len(columns) <= _MANY:
-        each = _digests(features)
+    if features is not None and columns is not None and features.ndim == 2 and len(columns) <= ONE_BY_ONE:
+        each = _digests(features) if table.narrowed is None else list(table.narrowed.digests)
     fitted = {} if table.fitted is None else {"data.fitted": digest_of(table.fitted.encode())}
     fitted |= {} if table.chosen is None else {"data.held_out": table.chosen.digest}
     return fitted | {
         "data.rows": f"{table.n_rows} {table.digest}",
         "data.columns": None if columns is None else list(columns),
-        "data.features": None if features is None else f"{_described(features)} {_together(features, each)}",
+        "data.features": None
+        if features is None
+        else f"{table.features_dtype} {features.shape} {_together(features, each)}",
         "data.features.each": each,
         "data.label": None if table.labels is None else spec.label_column,
         "data.labels": None if table.labels is None else f"{_described(table.labels)} {_digest(table.labels)}",

@@ -6,7 +6,7 @@ given in code are offered as they are first. The choice follows from the table a
 same at every start.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 
 from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.tensors import dtype_name
-from sl_queue.protocol.exactness import BITS, rounded
-from sl_queue.protocol.table import Table
+from sl_queue.protocol.exactness import BITS, rounded_whole
+from sl_queue.protocol.table import Narrowed, Table
 
 Array = npt.NDArray[Any]
 
@@ -33,26 +33,43 @@ class Offer:
     fault: str | None = None  # why it cannot be trained on, even if the model takes it
 
 
-def n_offers(features: Array) -> int:
+def n_offers(table: Table) -> int:
     """Count the forms, which no model's dtype changes."""
-    return 2 if features.dtype.kind in "iu" else 1
+    dtype = table.features_dtype
+    return 2 if dtype is not None and dtype.kind in "iu" else 1
 
 
-def offers(spec: ComputeSpec, table: Table, dtype: torch.dtype) -> tuple[Offer, ...]:
-    """Return the forms of the features to try on a model of `dtype`, the one to prefer first."""
-    features = table.features
+def offer(spec: ComputeSpec, table: Table, dtype: torch.dtype, choice: int) -> Offer:
+    """Return one of the forms of the features to try on a model of `dtype`; the first, 0, is the one to prefer."""
+    features, narrowed = table.features, table.narrowed
+    if narrowed is not None and dtype != torch.float32:
+        features, narrowed = narrowed.exact(), None
     assert features is not None
-    if spec.base is not None and spec.base.inputs != "tensor" and features.ndim == 2:
-        features = _by_column(features, table.columns if spec.base.inputs == "dict" else None)
-    if features.dtype.names:
-        assert table.features is not None
-        return tuple(map(Offer, (features, _floating(features))[: n_offers(table.features)]))
-    remark, fault = _looked_at(features, table.columns, dtype_name(dtype), f"party {spec.party!r}: features")
-    if features.dtype.kind not in "iu":
-        return (Offer(features, remark, fault),)
-    floating = Offer(features.astype(np.float64 if dtype == torch.float64 else np.float32), remark, fault)
-    whole = Offer(features)
-    return (floating, whole) if spec.table_is_file and remark is fault is None else (whole, floating)
+    inputs = "tensor" if spec.base is None else spec.base.inputs
+    if features.dtype.names or (inputs != "tensor" and features.ndim == 2):
+        return Offer(_records(table, features, narrowed, by_name=inputs == "dict", choice=choice))
+    where, name = f"party {spec.party!r}: features", dtype_name(dtype)
+    if narrowed is None:
+        remark, fault = _looked_at(features, table.columns, name, where)
+    else:
+        remark, fault = _remark(narrowed.rounded, len(features), name, where), None
+    if n_offers(table) == 1:
+        return Offer(features, remark, fault)
+    floating_first = spec.table_is_file and remark is fault is None
+    if floating_first != (choice == 0):
+        return Offer(features if narrowed is None else narrowed.exact())
+    if narrowed is None:
+        features = features.astype(np.float64 if dtype == torch.float64 else np.float32)
+    return Offer(features, remark, fault)
+
+
+def _records(table: Table, features: Array, narrowed: Narrowed | None, *, by_name: bool, choice: int) -> Array:
+    """Make a record of each row; whole numbers are whole in the first form, and floating in the second."""
+    if narrowed is not None and n_offers(table) == 2 and choice == 0:
+        features = narrowed.exact()
+    if not features.dtype.names:
+        features = _by_column(features, table.columns if by_name else None)
+    return _floating(features) if choice else features
 
 
 def _floating(records: Array) -> Array:
@@ -79,37 +96,43 @@ def _looked_at(
         return None, None
     largest = _largest(features)
     remark = fault = None
-    if largest > 2**bits and (found := _counted(features, columns, lambda part: _rounded(part, dtype))):
-        remark = (
-            f"{where}: whole numbers beyond 2**{bits} are rounded in {dtype}, in which the base model computes: "
-            f"{found}; if they are codes, number them 0, 1, 2, ..., else scale them"
+    if largest > 2**bits:
+        remark = _remark(
+            _counted(features, columns, lambda part: rounded_whole(part, dtype)), len(features), dtype, where
         )
-    if largest > limit and (found := _counted(features, columns, lambda part: np.isinf(_cast(part, dtype)))):
+    if largest > limit and (bad := _counted(features, columns, lambda part: np.isinf(_cast(part, dtype)))):
         fault = (
             f"{where}: numbers larger than {limit:.3g} are infinite in {dtype}, in which the base model computes: "
-            f"{found}; scale them, or use a model of a wider dtype"
+            f"{_told(bad, len(features))}; scale them, or use a model of a wider dtype"
         )
     return remark, fault
 
 
-def _counted(features: Array, columns: tuple[str, ...] | None, is_bad: Callable[[Array], npt.NDArray[np.bool_]]) -> str:
-    """Name the columns with bad values and count their rows."""
-    found = []
+def _remark(found: Mapping[str, int], rows: int, dtype: str, where: str) -> str | None:
+    """Say which columns have whole numbers that are rounded."""
+    if not found:
+        return None
+    return (
+        f"{where}: whole numbers beyond 2**{BITS.get(dtype, 53)} are rounded in {dtype}, in which the base model "
+        f"computes: {_told(found, rows)}; if they are codes, number them 0, 1, 2, ..., else scale them"
+    )
+
+
+def _counted(
+    features: Array, columns: tuple[str, ...] | None, is_bad: Callable[[Array], npt.NDArray[np.bool_]]
+) -> dict[str, int]:
+    """Count the rows with bad values, by what has them."""
+    found = {}
     for name, part in _parts(features, columns):
         bad = is_bad(part)
         if count := int(bad.reshape(len(bad), -1).any(axis=1).sum()):
-            found.append(f"{name} in {count} of {len(features)} rows")
+            found[name] = count
+    return found
+
+
+def _told(found: Mapping[str, int], rows: int) -> str:
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return ", ".join(found[:_LISTED]) + more
-
-
-def _rounded(part: Array, dtype: str) -> npt.NDArray[np.bool_]:
-    """Return True for the whole numbers that are rounded; in a column with fractions all numbers are rounded anyway."""
-    if part.dtype.kind == "f":
-        if _largest(part) >= 2**63 or not (part == np.floor(part)).all():
-            return np.zeros(part.shape, np.bool_)
-        part = part.astype(np.int64)
-    return rounded(part, dtype)
+    return ", ".join(f"{name} in {count} of {rows} rows" for name, count in list(found.items())[:_LISTED]) + more
 
 
 def _parts(features: Array, columns: tuple[str, ...] | None) -> Iterator[tuple[str, Array]]:

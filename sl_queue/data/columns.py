@@ -16,7 +16,7 @@ from sl_queue.data import files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
 from sl_queue.data.later import Later
-from sl_queue.data.matrices import Array, Numbers, gaps, label_array, matrix, plain
+from sl_queue.data.matrices import Array, Beside, Matrix, beside, gaps, gaps_in, label_array, plain
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
 from sl_queue.protocol.text import nearest
@@ -32,7 +32,7 @@ class Columns:
     ids: Any = field(repr=False)  # an Arrow array of any type, or a list of several that are one id together
     ids_are_csv: bool  # text that may mean whole numbers
     names: tuple[str, ...]  # of the features
-    features: Array | None = field(repr=False)  # (rows, columns)
+    features: Matrix | None = field(repr=False)
     labels: Array | None = field(repr=False)  # (rows,), or (rows, columns) of several
     notes: tuple[str, ...]  # what a person should know of a table that can be trained on
     faults: tuple[str, ...]  # what is wrong with it
@@ -124,7 +124,7 @@ def _read(
         None if not arrays else arrays[0] if len(arrays) == 1 else arrays,
         source.ids_are_text,
         selection.features,
-        found.features.array,
+        found.features.matrix,
         found.labels,
         (*selection.notes, *found.features.notes),
         (*faults, *found.faults),
@@ -140,7 +140,7 @@ class _Taken:
     """Columns read from a file: some at once, those that [features] declares when they are asked for."""
 
     table: Any  # all of them, by name
-    columns: dict[str, Any]
+    columns: Mapping[str, Any]
     raw: Mapping[str, Any]
     bad_rows: list[str]
 
@@ -156,12 +156,11 @@ def _taken(
     texts = [*ids, *(name for name, spec in specs.items() if isinstance(spec, Category) and name in readable)]
     only = selection.only_choosing
     texts += [name for name in only if name in readable and choosing[name]]
-    later = source.later(readable, texts) if specs else None
+    later = source.later(readable, texts) if selection.features else None
     table, bad_rows = (later, []) if later is not None else source.read(readable, texts)
-    columns = {name: plain(table[name]) for name in readable if name not in {*ids, *specs, *only}}
-    names = tuple(name for name in specs if name in readable)
-    raw = Later(names, lambda name: plain(table[name])) if later is None else later.then(plain, names)
-    return _Taken(table, columns, raw, bad_rows)
+    plainly = Later(tuple(readable), lambda name: table[name]) if later is None else later
+    columns = plainly.then(plain, tuple(name for name in readable if name not in {*ids, *specs, *only}))
+    return _Taken(table, columns, plainly.then(plain, tuple(name for name in specs if name in readable)), bad_rows)
 
 
 # Names ----------------------------------------------------------------------------------------------------------
@@ -241,18 +240,20 @@ def _separator(known: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    features: Numbers
+    features: Beside
     labels: Array | None
     weights: Array | None
     faults: tuple[str, ...]
 
 
-def _numbers(selection: _Selection, columns: dict[str, Any], *, missing: bool) -> _Found:
-    """Make arrays of Arrow columns, and say what is wrong with them."""
-    own = {name: columns[name] for name in selection.features if name in columns}
-    features = matrix(own, "list only the others as data.features") if own else Numbers(None)
+def _numbers(selection: _Selection, columns: Mapping[str, Any], *, missing: bool) -> _Found:
+    """Make numbers of Arrow columns, and say what is wrong with them."""
+    own = tuple(name for name in selection.features if name in columns)
+    picked = Later(own, lambda name: columns[name])
+    features = beside(picked, "list only the others as data.features") if own else Beside(None)
     faults = list(features.faults)
     targets: list[Array | None] = []
+    others = {name: columns[name] for name in columns if name not in own}
     for name in selection.labels:
         if name in columns:
             array, wrong = label_array(columns[name], f"label column {name!r}", missing=missing)
@@ -263,7 +264,7 @@ def _numbers(selection: _Selection, columns: dict[str, Any], *, missing: bool) -
         weights, wrong = label_array(columns[selection.weight], f"weight column {selection.weight!r}")
         faults += wrong
     may_miss = selection.labels if missing else ()
-    faults += gaps({name: column for name, column in columns.items() if name not in may_miss})
+    faults += gaps([*features.gaps, *gaps_in({n: column for n, column in others.items() if n not in may_miss})])
     return _Found(features, _side_by_side(targets, len(selection.labels)), weights, tuple(faults))
 
 
@@ -275,7 +276,7 @@ def _side_by_side(arrays: Sequence[Array | None], wanted: int) -> Array | None:
     return there[0] if wanted == 1 else np.stack(there, axis=1)
 
 
-def _rounded(source: files.Source, columns: dict[str, Any]) -> Iterator[str]:
+def _rounded(source: files.Source, columns: Mapping[str, Any]) -> Iterator[str]:
     found = source.rounded(columns)
     if found:
         told = listed(f"{name!r} in {count} rows" for name, count in found.items())

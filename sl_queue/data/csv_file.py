@@ -22,14 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from sl_queue.data.later import Later, TemporaryFolder
 from sl_queue.data.spec import CsvSpec
 from sl_queue.protocol.exactness import BITS
 
 COMMAS = CsvSpec()
 
 _BLOCK_BYTES = 2**24  # Arrow needs a whole row in one block, and some tables have very many columns
-_STREAMED_BYTES = 2**21  # of several blocks that Arrow reads ahead
 _SCANNED_BYTES = 2**19  # at a time, for quotes: a few arrays of as many bytes fit into a processor's cache
 _BAD_ROW = re.compile(r"Expected \d+ columns, got \d+")
 _BOM = b"\xef\xbb\xbf"
@@ -73,7 +71,7 @@ def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Csv
     convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
     delimiter = dialect.delimiter
     try:
-        return _cleaned(pa.csv.read_csv(path, _reading(threads=True), _parsing(delimiter), convert), dialect, texts), []
+        return cleaned(pa.csv.read_csv(path, _reading(threads=True), _parsing(delimiter), convert), dialect, texts), []
     except pa.ArrowInvalid as error:
         if not _BAD_ROW.search(str(error)):
             raise
@@ -86,37 +84,17 @@ def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Csv
     table = pa.csv.read_csv(path, _reading(threads=False), _parsing(delimiter, skip), convert)
     first = f", the first of them is row {numbers[0]} of the file" if numbers else ""
     faults = [f"{len(numbers)} rows have more or fewer fields than the header{first}"]
-    return _cleaned(table, dialect, texts), faults
+    return cleaned(table, dialect, texts), faults
 
 
-def later(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: CsvSpec = COMMAS) -> Later | None:
-    """Write these columns to a temporary Arrow file, a block at a time, and return them to be read from there.
-
-    None for a file that must be read as a whole to know the type of each column, or to count its faults.
-    """
-    folder = TemporaryFolder()
-    written = str(folder.path / "rows.arrow")
-    convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
-    reading = _reading(threads=True, block=_STREAMED_BYTES)
-    try:
-        with (
-            pa.csv.open_csv(path, reading, _parsing(dialect.delimiter), convert) as reader,
-            pa.OSFile(written, "wb") as file,
-            pa.ipc.new_file(file, reader.schema) as writer,
-        ):
-            places = {name: place for place, name in enumerate(reader.schema.names)}
-            for batch in reader:
-                writer.write_batch(batch)
-    except pa.ArrowInvalid:
-        folder.remove()
-        return None
-
-    def load(name: str) -> Any:
-        with pa.OSFile(written) as file:  # not mapped: pages of other columns would count as memory too
-            only = pa.ipc.IpcReadOptions(included_fields=[places[name]])
-            return _cleaned(pa.ipc.open_file(file, options=only).read_all(), dialect, texts)[name]
-
-    return Later(tuple(selected), load, folder)
+def options(dialect: CsvSpec, selected: Sequence[str], types: Mapping[str, Any], *, block: int) -> dict[str, Any]:
+    """Return how Arrow is to read these columns in blocks of so many bytes."""
+    reading, parsing = _reading(threads=True, block=block), _parsing(dialect.delimiter)
+    return {
+        "read_options": reading,
+        "parse_options": parsing,
+        "convert_options": _converting(dialect, selected, types),
+    }
 
 
 def _reading(*, threads: bool, block: int = _BLOCK_BYTES) -> Any:
@@ -135,7 +113,7 @@ def _converting(dialect: CsvSpec, selected: Sequence[str], types: Mapping[str, A
     return convert
 
 
-def _cleaned(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
+def cleaned(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
     """Make gaps of the texts that stand for one, and numbers of those that are written in groups."""
     for place, name in enumerate(table.column_names):
         column = table[name]

@@ -126,7 +126,6 @@ def fit_and_apply(
             except Unusable as error:
                 faults.append(f"[features] {name}: {error}")
             del column
-            pa.default_memory_pool().release_unused()  # which would be kept for the next table
         place += width
     return Fitted(learned, len(rows)), out, faults
 
@@ -171,8 +170,8 @@ def _fit(spec: Spec, column: Any) -> Learned:
 
 
 def _fit_number(spec: Number, values: Floats) -> Learned:
-    seen = values[~np.isnan(values)]
-    gaps = len(values) - len(seen)
+    gaps = int(np.isnan(values).sum())
+    seen = values[~np.isnan(values)] if gaps else values
     if not len(seen):
         raise Unusable("no training row has a value; exclude it")
     if gaps and spec.missing == "error":

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet
 
-from sl_queue.data import csv_file, row_files
+from sl_queue.data import csv_columns, csv_file, row_files
 from sl_queue.data.later import Later
 from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
 from sl_queue.errors import JobError
@@ -109,7 +109,7 @@ class _Csv:
         return csv_file.read(self.path, texts, selected, self.dialect)
 
     def later(self, selected: Sequence[str], texts: Sequence[str]) -> Later | None:
-        return csv_file.later(self.path, texts, selected, self.dialect)
+        return csv_columns.later(self.path, texts, selected, self.dialect)
 
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
         return csv_file.rounded_when_read(self.path, columns, self.dialect)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sl_queue.data.faults import listed
-from sl_queue.data.matrices import Array, Numbers, gaps, matrix, not_finite, plain
+from sl_queue.data.matrices import Array, Numbers, beside, gaps, not_finite, plain
 
 _FLOATS = {"f2": np.float32, "f16": np.float64}  # too narrow to compute with, and unknown to torch
 _WHOLE = {"u2": np.int64, "u4": np.int64, "u8": np.int64}
@@ -252,9 +252,9 @@ def _of_frame(frame: Any, what: str) -> Numbers:
     if repeated:
         return _refused(what, f"{listed(repeated)}; rename them")
     found = {name: plain(_column(column)) for name, column in columns}
-    numbers = matrix(found, "leave them out", keep=True)
-    faults = (*numbers.faults, *gaps(found))
-    array = numbers.array if not faults else None
+    numbers = beside(found, "leave them out", keep=True)
+    faults = (*numbers.faults, *gaps(numbers.gaps))
+    array = numbers.matrix.array() if not faults and numbers.matrix is not None else None
     return Numbers(array, numbers.names, numbers.notes, tuple(f"{what}: {fault}" for fault in faults))
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 
 class TemporaryFolder:
     """A folder that is there for as long as anyone holds this."""
@@ -28,6 +30,7 @@ class Later(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self.names:
             raise KeyError(name)
+        pa.default_memory_pool().release_unused()  # of the column before, which would be kept for the next table
         return self.load(name)
 
     def __iter__(self) -> Iterator[str]:

@@ -4,8 +4,9 @@ Whole numbers stay whole: a table of them alone is int64, as in `Rows`. Beside f
 float32 holds every one of them, else float64, so that no column is rounded to suit another.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ import pyarrow as pa
 
 from sl_queue.data.csv_file import text_kind
 from sl_queue.data.faults import listed
-from sl_queue.protocol.exactness import rounded
+from sl_queue.protocol.digests import digest_of
+from sl_queue.protocol.exactness import rounded, rounded_whole
+from sl_queue.protocol.schedule.row_order import Positions
+from sl_queue.protocol.table import Narrowed
 
 REMEDY = "replace those values, or leave out those rows at every party"
 _COUNTING_ROWS = 10  # a shorter column that counts may be anything
@@ -48,29 +52,116 @@ def plain(column: Any) -> Any:
     return column.cast(pa.float64())
 
 
-def matrix(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> Numbers:
-    """Put plain columns side by side, (rows, columns).
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """Columns of numbers without gaps, which become one array when the order of its rows is known."""
+
+    columns: Mapping[str, Any] = field(repr=False)  # Arrow arrays, which may be read from a file at each use
+    shape: tuple[int, int]
+    dtype: Any  # that holds all of them exactly
+
+    def array(self, order: Positions | None = None) -> Array:
+        """Put the columns side by side, (rows, columns), in this order of the rows."""
+        found = np.empty(self.shape if order is None else (len(order), self.shape[1]), self.dtype)
+        for place, values in enumerate(self._values(order)):
+            found[:, place] = values
+        return found
+
+    def narrowed(self, order: Positions, exact: Callable[[], Array]) -> tuple[Array, Narrowed | None]:
+        """Put the columns side by side as float32, unless some numbers are lost there that a model could use.
+
+        `exact` reads the same table again as `array` would. Numbers that are infinite in float32, and tables of whole
+        numbers that it rounds, stay as they are.
+        """
+        if self.dtype not in (np.float64, np.int64):
+            return self.array(order), None
+        found = np.empty((len(order), self.shape[1]), np.float32)
+        digests, lossy = [], dict[str, int]()
+        for (place, name), values in zip(enumerate(self.columns), self._values(order), strict=True):
+            values = values.astype(self.dtype, copy=False)
+            digests.append(digest_of(values.astype(values.dtype.newbyteorder("<"), copy=False).data))
+            if count := int(rounded_whole(values, "float32").sum()):
+                lossy[f"column {name!r}"] = count
+            with np.errstate(over="ignore"):
+                found[:, place] = values
+            if not np.isfinite(found[:, place]).all() or (lossy and self.dtype == np.int64):
+                del found
+                return self.array(order), None
+        again = exact if self.dtype == np.float64 else partial(found.astype, np.int64)
+        return found, Narrowed(np.dtype(self.dtype), tuple(digests), lossy, again)
+
+    def _values(self, order: Positions | None) -> Iterator[Array]:
+        """Yield the values of each column, one in memory at a time."""
+        for name in self.columns:
+            values = _values(self.columns[name])
+            yield values if order is None else values[order]
+            del values
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A matrix of columns, or what is wrong with them."""
+
+    matrix: Matrix | None
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()  # columns with missing values, as `gaps` tells them
+
+
+def beside(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> Beside:
+    """Look at plain columns, one at a time, to put them side by side.
 
     `instead`: another remedy than encoding for columns that are not numbers. `keep`: let integers of one type keep it.
     Gaps are not among the faults: see `gaps`.
     """
-    numbers = {name: column for name, column in columns.items() if _is_number(column.type)}
-    others = [f"{name!r} ({_kind(column)})" for name, column in columns.items() if name not in numbers]
+    looked = {name: _looked_at(columns[name]) for name in columns}
+    others = [f"{name!r} ({one.kind})" for name, one in looked.items() if not one.is_number]
     faults = []
     if others:
         faults.append(f"columns must be numbers, these are not: {listed(others)}; encode them as numbers, or {instead}")
-    full = {name: column for name, column in numbers.items() if not column.null_count and len(column)}
+    full = {name: one for name, one in looked.items() if one.is_number and not one.gaps and one.rows}
     dtype, wrong = _shared_dtype(full, keep=keep)
+    bad = [f"{name!r} in {one.not_finite} rows" for name, one in full.items() if one.not_finite]
+    if bad and not wrong:
+        faults.append(f"NaN or infinity in column {listed(bad)} of {full[next(iter(full))].rows}; {REMEDY}")
     faults += wrong
-    array = None
-    if full and (not wrong):
-        array = np.empty((len(next(iter(full.values()))), len(full)), dtype)
-        for position, column in enumerate(full.values()):
-            array[:, position] = _values(column)
-        faults += not_finite(array, tuple(full))
-    if len(full) < len(columns):
-        array = None
-    return Numbers(array, tuple(columns), tuple(_counting(full)), tuple(faults))
+    found = None
+    if len(full) == len(columns) and not wrong:
+        found = Matrix(columns, (next(iter(full.values())).rows, len(full)), dtype)
+    missing = tuple(_gaps_of(name, one.gaps, one.rows) for name, one in looked.items() if one.is_number and one.gaps)
+    return Beside(found, tuple(columns), tuple(_counting(full)), tuple(faults), missing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """A column as one look at its values tells of it."""
+
+    type: Any
+    kind: str  # for people, if it is no number
+    rows: int
+    gaps: int
+    rounded: tuple[int, int] = (0, 0)  # whole numbers that float32 rounds, and that float64 does
+    large: int = 0  # whole numbers that int64 does not hold
+    not_finite: int = 0
+    counts: bool = False  # the rows of the file, and does nothing else
+
+    @property
+    def is_number(self) -> bool:
+        return _is_number(self.type)
+
+
+def _looked_at(column: Any) -> _Looked:
+    types, number = pa.types, _is_number(column.type)
+    about = (column.type, "" if number else _kind(column), len(column), column.null_count)
+    if not number or column.null_count or not len(column) or types.is_boolean(column.type):
+        return _Looked(*about)
+    values = _values(column)
+    if types.is_floating(column.type):
+        return _Looked(*about, not_finite=len(values) - int(np.isfinite(values).sum()))
+    lossy = (int(rounded(values, "float32").sum()), int(rounded(values, "float64").sum()))
+    large = int((values > np.iinfo(np.int64).max).sum()) if types.is_uint64(column.type) else 0
+    return _Looked(*about, rounded=lossy, large=large, counts=_counts(values))
 
 
 def label_array(column: Any, where: str, *, missing: bool = False) -> tuple[Array | None, list[str]]:
@@ -81,14 +172,19 @@ def label_array(column: Any, where: str, *, missing: bool = False) -> tuple[Arra
     return (None, []) if column.null_count and not missing else (_values(column), [])
 
 
-def gaps(columns: Mapping[str, Any]) -> list[str]:
+def gaps(found: Sequence[str]) -> list[str]:
     """Say in which columns of numbers values are missing."""
-    found = [
-        f"{name!r} in {column.null_count} of {len(column)} rows"
-        for name, column in columns.items()
-        if column.null_count and _is_number(column.type)
-    ]
     return [f"values are missing in column {listed(found)}; fill them or leave them out"] if found else []
+
+
+def gaps_in(columns: Mapping[str, Any]) -> list[str]:
+    """Count the missing values of columns of numbers, for `gaps`."""
+    numbers = {name: column for name, column in columns.items() if column.null_count and _is_number(column.type)}
+    return [_gaps_of(name, column.null_count, len(column)) for name, column in numbers.items()]
+
+
+def _gaps_of(name: str, count: int, rows: int) -> str:
+    return f"{name!r} in {count} of {rows} rows"
 
 
 def not_finite(array: Array, names: tuple[str, ...] | None) -> list[str]:
@@ -104,7 +200,7 @@ def not_finite(array: Array, names: tuple[str, ...] | None) -> list[str]:
     return [f"NaN or infinity in column {listed(found)} of {len(array)}; {REMEDY}"] if found else []
 
 
-def _shared_dtype(columns: Mapping[str, Any], *, keep: bool) -> tuple[Any, list[str]]:
+def _shared_dtype(columns: Mapping[str, _Looked], *, keep: bool) -> tuple[Any, list[str]]:
     """Choose the dtype that holds all columns exactly; if there is none, say which columns it would round."""
     types = {column.type for column in columns.values()}
     whole = {name: column for name, column in columns.items() if pa.types.is_integer(column.type)}
@@ -113,36 +209,27 @@ def _shared_dtype(columns: Mapping[str, Any], *, keep: bool) -> tuple[Any, list[
             return np.float32, []  # booleans
         if keep and len(types) == 1:
             return types.pop().to_pandas_dtype(), []
-        return np.int64, _too_large(whole)
-    if not any(pa.types.is_float64(kind) for kind in types) and not _rounded(whole, "float32"):
+        found = [f"{name!r} in {column.large} rows" for name, column in whole.items() if column.large]
+        return np.int64, [f"whole numbers above 2**63 - 1 in column {listed(found)}; {_AS_CODES}"] if found else []
+    if not any(pa.types.is_float64(kind) for kind in types) and not any(column.rounded[0] for column in whole.values()):
         return np.float32, []
-    found = [f"{name!r} in {count} rows" for name, count in _rounded(whole, "float64").items()]
+    found = [f"{name!r} in {column.rounded[1]} rows" for name, column in whole.items() if column.rounded[1]]
     if not found:
         return np.float64, []
     told = f"whole numbers beyond 2**53 stand beside floating ones in column {listed(found)}"
     return np.float64, [f"{told}, and float64 rounds them; {_AS_CODES}"]
 
 
-def _rounded(columns: Mapping[str, Any], dtype: str) -> dict[str, int]:
-    counts = {name: int(rounded(_values(column), dtype).sum()) for name, column in columns.items()}
-    return {name: count for name, count in counts.items() if count}
+def _counts(values: Array) -> bool:
+    """Return True for a column that does nothing but count the rows of the file."""
+    if len(values) < _COUNTING_ROWS or values[0] not in (0, 1):
+        return False
+    last = int(values[0]) + len(values) - 1
+    return int(values[-1]) == last and np.array_equal(values, np.arange(int(values[0]), last + 1))
 
 
-def _too_large(columns: Mapping[str, Any]) -> list[str]:
-    limit = np.iinfo(np.int64).max
-    large = {n: _values(c) > limit for n, c in columns.items() if pa.types.is_uint64(c.type)}
-    found = [f"{name!r} in {is_large.sum()} rows" for name, is_large in large.items() if is_large.any()]
-    return [f"whole numbers above 2**63 - 1 in column {listed(found)}; {_AS_CODES}"] if found else []
-
-
-def _counting(columns: Mapping[str, Any]) -> Iterator[str]:
-    """Note columns that do nothing but count the rows of the file."""
-    found = []
-    for name, column in columns.items():
-        if len(column) >= _COUNTING_ROWS and pa.types.is_integer(column.type) and column[0].as_py() in (0, 1):
-            count = np.arange(column[0].as_py(), column[0].as_py() + len(column))
-            if column[-1].as_py() == count[-1] and np.array_equal(_values(column), count):
-                found.append(repr(name))
+def _counting(columns: Mapping[str, _Looked]) -> Iterator[str]:
+    found = [repr(name) for name, column in columns.items() if column.counts]
     if found:
         yield (
             f"column {listed(found)} counts the rows in their order; if it is a row number, leave it out, since the "

@@ -16,7 +16,7 @@ from sl_queue.data.faults import refuse
 from sl_queue.data.feature_specs import Spec, resolve
 from sl_queue.data.given import features_of, frame_columns, ids_of, labels_of, raw_columns
 from sl_queue.data.holdout import looked_at
-from sl_queue.data.matrices import Array, Numbers
+from sl_queue.data.matrices import Array, Matrix, Numbers
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
 from sl_queue.ports import UserCode
@@ -31,7 +31,7 @@ class Arrays:
     where: str  # what complaints begin with: the party, and its file or callable
     ids: Any = field(repr=False)  # an Arrow array of any type; None if a fault stands for it
     ids_are_csv: bool  # text that may mean whole numbers
-    features: Array | None = field(repr=False)  # (rows, *anything)
+    features: Array | Matrix | None = field(repr=False)  # (rows, *anything)
     labels: Array | None = field(repr=False)  # (rows,) or (rows, *anything)
     names: tuple[str, ...] | None = None  # of the columns of the features, where they have names
     notes: tuple[str, ...] = ()  # what a person should know of rows that can be trained on

@@ -5,8 +5,9 @@ Both come from one hash over all ids, and neither yields the other: the digest i
 joins, the keys never leave the party. Whoever does not know all ids can compute neither.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from sl_queue.data.holdout import choose, date_formats
 from sl_queue.data.ids import Ids, Positions, canonical_ids
 from sl_queue.data.later import Later
 from sl_queue.data.mapped import MappedColumns, scratch_of
+from sl_queue.data.matrices import Matrix
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
-from sl_queue.protocol.fingerprints import BY_POSITION, RULES
+from sl_queue.protocol.fingerprints import BY_POSITION, ONE_BY_ONE, RULES
 from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.schedule.row_order import Hashes, hashes_of, held_out, id_hashes, split_by_id
-from sl_queue.protocol.table import Table
+from sl_queue.protocol.table import Narrowed, Table
 
 _SLICE = 1000  # ids that are Python objects at a time
 
@@ -44,22 +46,23 @@ def read_table(
     *,
     chosen: Chosen | None = None,
     choice_key: bytes | None = None,
+    narrow: bool = False,
 ) -> Table:
     """Read a party's rows and put them into canonical order. Raises one JobError for everything that is wrong.
 
     `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `rules`: those of the
     run, which choose the rows that are held out, and so those that [features] is fitted on. `token_key` makes the
     tokens of the rows' ids, for draws that a row keeps in other tables too. `chosen`: the rows that the label holder
-    chose to hold out; None: it chooses here, with `choice_key` in the place of the job's seed.
+    chose to hold out; None: it chooses here, with `choice_key` in the place of the job's seed. `narrow`: keep the
+    numbers of a file as float32, with what a model of that dtype should know of them.
     """
     empty = isinstance(spec.data, FileSpec) and spec.data.features == ()
     chooses = spec.choices is not None and spec.labels and chosen is None
     arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels, choosing=chooses)
-    ids = _sound_ids(spec, arrays)
-    ids = ids if aligned is None else ids.only(aligned)
+    ids = _sound_ids(spec, arrays, aligned)
     row_keys, digest = fingerprints_of(ids)
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed, len(ids.texts))
-    features, labels, weights = (in_order(one, ids.order) for one in (arrays.features, arrays.labels, arrays.weights))
+    labels, weights = in_order(arrays.labels, ids.order), in_order(arrays.weights, ids.order)
     notes, id_type, order = (*arrays.notes, *ids.notes), ids.type, ids.order
     tokens = None if token_key is None else keyed_ids(ids, token_key)
     if spec.choices is not None and chosen is None:
@@ -67,26 +70,53 @@ def read_table(
             chosen = _chosen(spec, arrays, ids, labels, hashes, choice_key)
         else:
             chosen, notes = Chosen.none(), (*notes, FOR_THE_LABEL_HOLDER)
-    names, recipe, arrays = arrays.names, None, replace(arrays, ids=None, choosing={})
+    arrays = replace(arrays, ids=None, choosing={})
     del ids  # before numbers are made
+    about = (arrays.names, hashes, notes, tokens)
+    table = Table(None, labels, row_keys, digest, id_type, *about, weights=weights, chosen=chosen)
     if arrays.raw is not None:
-        by = hashes if rules != BY_POSITION else None
-        training = spec.training(len(order), by if chosen is None else chosen)
-        features, fitted = _made(arrays, order, training, scratch_of(spec))
-        names, recipe = fitted.names, fitted.as_json()
-    about = (names, hashes, notes, tokens)
-    return Table(features, labels, row_keys, digest, id_type, *about, fitted=recipe, weights=weights, chosen=chosen)
+        return _fitted(spec, arrays, order, table, rules)
+    features, narrowed = _placed(arrays.features, order, partial(_again, spec, aligned, digest) if narrow else None)
+    return replace(table, features=features, narrowed=narrowed)
 
 
-def _sound_ids(spec: TableSpec, arrays: Arrays) -> Ids:
-    """Return the ids of rows in which nothing is wrong. Raises JobError for all that is."""
+def _fitted(spec: TableSpec, arrays: Arrays, order: Positions, table: Table, rules: int) -> Table:
+    """Return the table with features that [features] makes, fitted on its training rows."""
+    by = table.hashes if rules != BY_POSITION else None
+    training = spec.training(len(order), by if table.chosen is None else table.chosen)
+    features, fitted = _made(arrays, order, training, scratch_of(spec))
+    return replace(table, features=features, columns=fitted.names, fitted=fitted.as_json())
+
+
+def _placed(
+    found: npt.NDArray[Any] | Matrix | None, order: Positions, exact: Callable[[], npt.NDArray[Any]] | None
+) -> tuple[npt.NDArray[Any] | None, Narrowed | None]:
+    """Put features into this order; as float32 if `exact` can read them again as they are."""
+    if exact is None or not isinstance(found, Matrix) or found.shape[1] > ONE_BY_ONE:
+        return in_order(found, order), None
+    return found.narrowed(order, cache(exact))
+
+
+def _again(spec: TableSpec, aligned: Positions | None, digest: str) -> npt.NDArray[Any]:
+    """Read the features once more, as they are in the file. Raises JobError if the table is another by now."""
+    arrays = read_rows(spec, features=True, labels=False)
+    ids = _sound_ids(replace(spec, labels=False), arrays, aligned)
+    if fingerprints_of(ids)[1] != digest:
+        refuse(arrays.where, ["the table has changed while it was read; start again"])
+    features = in_order(arrays.features, ids.order)
+    assert features is not None
+    return features
+
+
+def _sound_ids(spec: TableSpec, arrays: Arrays, aligned: Positions | None) -> Ids:
+    """Return the ids of the rows that all hold, if nothing is wrong with any row. Raises JobError for all that is."""
     ids, faults = ids_in(spec, arrays)
     faults = [*arrays.faults, *faults]
     if spec.labels and arrays.labels is None and not faults:
         faults.append(f"there are no labels, and {spec.party!r} is the label holder")
     refuse(arrays.where, faults)
     assert ids is not None
-    return ids
+    return ids if aligned is None else ids.only(aligned)
 
 
 def read_row_keys(spec: TableSpec, aligned: Positions | None = None) -> tuple[npt.NDArray[np.uint64], str]:
@@ -207,5 +237,8 @@ def keyed_ids(ids: Ids, key: bytes) -> npt.NDArray[np.uint64]:
     return hashes_of(texts_of(ids), len(ids.texts), key)
 
 
-def in_order(array: npt.NDArray[Any] | None, order: Positions) -> npt.NDArray[Any] | None:
-    return None if array is None else array[order]
+def in_order(found: npt.NDArray[Any] | Matrix | None, order: Positions) -> npt.NDArray[Any] | None:
+    """Return these rows of an array, or of columns that become one so."""
+    if isinstance(found, Matrix):
+        return found.array(order)
+    return None if found is None else found[order]

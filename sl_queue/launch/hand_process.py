@@ -40,7 +40,7 @@ def run_hand(job: Job, party_file: PartyFile, broker: str | None) -> None:
 
 def hand_of(job: Job, spec: PartySpec, lane: Lane) -> Hand:
     """Put a hand together, with a table and models of its own."""
-    require_hands_possible(job, spec)
+    require_hands_possible(job, spec.party)
     if isinstance(spec.chosen_secret, Path):
         spec = spec.with_secret(read_secret(spec.chosen_secret))
     rules = job.rules or RULES

@@ -100,16 +100,16 @@ def hands_url(job: Job, party_file: PartyFile, broker: str | None, *, again: boo
     return split(url)._replace(path=f"/{quote(vhost, safe='')}").geturl()
 
 
-def require_hands_possible(job: Job, spec: PartySpec) -> None:
-    """Raise JobError for what hands cannot do."""
+def require_hands_possible(job: Job, party: str) -> None:
+    """Raise JobError for what hands cannot do, whatever the model."""
     if job.tells_holdout:
         raise JobError(
-            f"party {spec.party!r}: [hands] needs held-out rows that a hand finds by itself, and the label holder "
+            f"party {party!r}: [hands] needs held-out rows that a hand finds by itself, and the label holder "
             "chooses them: take [hands] out, or hold out a share of the rows"
         )
     if job.alignment.method == "psi":
         raise JobError(
-            f"party {spec.party!r}: [hands] needs rows that a hand finds by itself, and alignment.method = 'psi' finds "
+            f"party {party!r}: [hands] needs rows that a hand finds by itself, and alignment.method = 'psi' finds "
             "them with the other parties: take [hands] out, or give the parties the rows that they share"
         )
 
@@ -178,7 +178,6 @@ def leading(
     observe: Observer,
 ) -> Leading:
     """Put a stage over hands. Raises JobError if its micro-batches cannot be computed apart."""
-    require_hands_possible(job, spec)
     separate(stage)
     own = _own_hand(spec, table, pipeline.batches) if lanes.alone else None
     lead = Lead(

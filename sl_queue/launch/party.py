@@ -128,6 +128,10 @@ def serve_party(
         stack.enter_context(ending_noted(place.state))
         if has_finished(job, spec, folder, place):
             return
+        if lanes is not None:
+            from sl_queue.launch.hands import require_hands_possible  # only who leads hands loads what they take
+
+            require_hands_possible(job, spec.party)
         if turn.waited:
             place.observe(events.TookOver(spec.party))
         place.observe(events.Prepared(spec.party, "checkpoint"))

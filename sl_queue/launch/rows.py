@@ -50,7 +50,7 @@ def table_of(spec: PartySpec, rules: int, aligned: Aligned | None = None, chosen
     """
     with _source_seeded(spec):
         positions, by = None if aligned is None else aligned.positions, choice_key(spec)
-        table = read_table(spec.table, positions, rules, token_key(spec), chosen=chosen, choice_key=by)
+        table = read_table(spec.table, positions, rules, token_key(spec), chosen=chosen, choice_key=by, narrow=True)
         return responded(spec, table)
 
 

@@ -74,7 +74,6 @@ def _card(
     privacy: str,
 ) -> Card:
     parts = {"base": spec.compute.base, "fuse": spec.compute.fuse}
-    kind = "" if table.features is None else str(table.features.dtype)
     loss = spec.compute.objective.loss if spec.compute.objective is not None else None
     task = f"{about.get('task', 'learning')} by the loss {loss if isinstance(loss, str) else type(loss).__name__}"
     return Card(
@@ -90,7 +89,7 @@ def _card(
         epochs=batches.epoch_of(final.step) + 1,
         step=final.step,
         finished_at=about["finished_at"],
-        columns=[Column(name, kind) for name in table.columns or ()],
+        columns=[Column(name, str(table.features_dtype or "")) for name in table.columns or ()],
         task="" if loss is None else task,
         metrics=metrics,
         privacy=privacy,

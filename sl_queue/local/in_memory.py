@@ -13,7 +13,7 @@ from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.building import called, is_penalised
 from sl_queue.compute.export import EXPORT_ROWS, SUFFIX, Exported, Target, export_base, export_fuse
 from sl_queue.compute.fuse_stage import fuse_stage
-from sl_queue.compute.inputs import n_offers, offers
+from sl_queue.compute.inputs import n_offers, offer
 from sl_queue.compute.metrics import predictions
 from sl_queue.compute.modules.handover import copied
 from sl_queue.compute.modules.state import in_evaluation
@@ -52,9 +52,9 @@ def _cut_of(output: Any) -> Any:
 def shape_of_cut(party: str, table: Table, module: nn.Module) -> Any:
     """Find the cut, one shape or several, by trying a copy of the base model on a few rows. Raises JobError."""
     refused = []
-    for choice in range(n_offers(_features(table))):
+    for choice in range(n_offers(_with_features(table))):
         tried = copied(module)
-        features = offers(_alone(party), table, _dtype(tried))[choice].features
+        features = offer(_alone(party), table, _dtype(tried), choice).features
         rows = take_rows(features, np.arange(min(2, len(features))), _dtype(tried), CPU)
         try:
             with seeded(key(0, party, "shape"), CPU), in_evaluation(tried):
@@ -143,8 +143,8 @@ def _folder(folder: Path, party: str) -> Path:
 def _taken(party: str, table: Table, module: nn.Module) -> npt.NDArray[Any]:
     """Return the features in the form that the base model takes."""
     refused: list[Exception] = []
-    for choice in range(n_offers(_features(table))):
-        features = offers(_alone(party), table, _dtype(module))[choice].features
+    for choice in range(n_offers(_with_features(table))):
+        features = offer(_alone(party), table, _dtype(module), choice).features
         try:
             with seeded(key(0, party, "shape"), CPU), torch.no_grad():
                 called(module, take_rows(features, np.arange(min(2, len(features))), _dtype(module), CPU))
@@ -168,10 +168,10 @@ def _alone(party: str) -> ComputeSpec:
     return ComputeSpec(party, layers, None, None, None, "cpu", Importer().within(None))
 
 
-def _features(table: Table) -> npt.NDArray[Any]:
+def _with_features(table: Table) -> Table:
     if table.features is None:
         raise JobError("a party with a base model has no features")
-    return table.features
+    return table
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -11,6 +11,8 @@ from typing import Any
 RULES = 2  # how a run computes what it chooses: draws keyed by a secret of each party, held-out rows by their ids
 BY_POSITION = 1  # as the first version did: draws keyed by the job's seed alone, held-out rows by their positions
 
+ONE_BY_ONE = 256  # columns of a table with a digest each; of more all have one together, as every checkpoint holds them
+
 SEED = "seed"  # in the place of a secret: draws that every party can repeat
 
 _SHOWN = 5  # columns that a sentence names

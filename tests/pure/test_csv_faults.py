@@ -50,15 +50,20 @@ def test_rows_of_another_length_are_counted_and_the_first_one_is_told(tmp_path: 
 
 def test_no_callback_of_ours_is_given_to_a_pool_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    read_csv = pa.csv.read_csv
+    read_csv, open_csv = pa.csv.read_csv, pa.csv.open_csv
 
     def spied(path: Path, reading: Any, parsing: Any, converting: Any) -> Any:
         calls.append((reading.use_threads, parsing.invalid_row_handler is not None))
         return read_csv(path, reading, parsing, converting)
 
+    def opened(path: Path, **options: Any) -> Any:
+        calls.append((options["read_options"].use_threads, options["parse_options"].invalid_row_handler is not None))
+        return open_csv(path, **options)
+
     monkeypatch.setattr(pa.csv, "read_csv", spied)
+    monkeypatch.setattr(pa.csv, "open_csv", opened)
     complaint(tmp_path, RAGGED)
-    assert calls == [(True, False), (False, True)]
+    assert calls == [(True, False), (True, False), (False, True)]
     calls.clear()
     table(tmp_path, "id,x\n1,2\n")
     assert calls == [(True, False)]
