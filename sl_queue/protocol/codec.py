@@ -11,7 +11,7 @@ What a peer sent is never trusted: sizes are checked against the bytes that are 
 """
 
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import msgpack
@@ -113,7 +113,7 @@ def encode(header: Header, message: Message) -> bytes:
             packing = (payload.packing,) if payload.packing else ()
             description, data = (payload.dtype, payload.shape, payload.rows, *packing), payload.data
         case _:
-            description, data = None, msgpack.packb(_fields_of(message))
+            description, data = None, msgpack.packb(_fields_of(message), default=_fields)
     head = msgpack.packb(
         [
             VERSION,
@@ -162,10 +162,15 @@ def decode(body: bytes, terms: Terms | None = None) -> tuple[Header, Message]:
 
 def _fields_of(message: Report | Command | Status) -> dict[str, Any]:
     """Return the fields of a report or command under the names that every version reads."""
-    fields = asdict(message)
+    fields = _fields(message)
     if message.type != "start":
         return fields
     return {_ON_THE_WIRE.get(name, name): value for name, value in fields.items()}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return a dataclass's fields by name; dataclasses in them are packed the same way, without a copy."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
 def _split(body: bytes, terms: Terms | None) -> tuple[Header, Any, memoryview]:
