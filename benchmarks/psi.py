@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import goals, processes
-from benchmarks.report import machine, table
+from benchmarks.report import table
 from sl_queue.testing.private_broker import PrivateBroker
 
 IDS, QUICK_IDS, WARM_UP = 100_000, 4_000, 200  # a side
@@ -167,7 +167,7 @@ def run(broker: PrivateBroker, quick: bool, ids: int | None = None, python: str 
     `ids`: of a side. `python`: an interpreter whose environment has openmined-psi.
     """
     most = ids or (QUICK_IDS if quick else IDS)
-    yield f"{machine()}; hashes by {'gmpy2' if find_spec('gmpy2') else 'Python alone, without gmpy2'}\n"
+    yield f"Hashes by {'gmpy2' if find_spec('gmpy2') else 'Python alone, without gmpy2'}.\n"
     found = [
         _measured(_NAMES[:n], count, broker) for n, count in ((2, most // 2), (2, most), (3, most // 4), (3, most // 2))
     ]

@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from benchmarks import goals, processes
-from benchmarks.report import machine, table
+from benchmarks.report import table
 
 if TYPE_CHECKING:
     from sl_queue.config.job import Job
@@ -154,7 +154,6 @@ class Fuse:
 def run(quick: bool) -> Iterator[str]:
     """Measure all of it; yields the parts of the report."""
     rows, wide = (QUICK_ROWS, QUICK_WIDE_ROWS) if quick else (ROWS, WIDE_ROWS)
-    yield f"{machine()}\n"
     with TemporaryDirectory(prefix="sl_queue-tables-") as folder:
         read = _reading(Path(folder), rows)
         cells = [
