@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sl_queue.checking.against_joined import compare_with_joined
-from sl_queue.checking.broker import MIB, brokers, message_sizes
+from sl_queue.checking.broker import brokers, message_sizes
 from sl_queue.checking.capacity import described, load_of, objections
 from sl_queue.checking.data_report import report_data
 from sl_queue.checking.dry_run import DryRun, Readable, dry_run
@@ -29,6 +29,7 @@ from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import differing_id_types
 from sl_queue.protocol.table import Table
+from sl_queue.protocol.text import size
 from sl_queue.storage.secret_file import read_secret
 
 SPELLED_OUT_STEPS = 3
@@ -239,7 +240,7 @@ def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
     bounds = {party: bounds_of(job, party, pipeline) for party in job.parties}
     prefetch = max(bound.prefetch for bound in bounds.values())
     check.note(f"prefetch: at most {prefetch} unacknowledged messages of each sender")
-    memory = ", ".join(f"{party} {bound.memory_bytes / MIB:.0f} MiB" for party, bound in bounds.items())
+    memory = ", ".join(f"{party} {size(bound.memory_bytes)}" for party, bound in bounds.items())
     check.note(f"memory for what peers send, at most, if a peer sends as much as it can: {memory}")
 
 

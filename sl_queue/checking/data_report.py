@@ -11,8 +11,8 @@ from sl_queue.data.features import Fitted
 from sl_queue.protocol.exactness import BITS, rounded
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
+from sl_queue.protocol.text import size
 
-MIB = 1024 * 1024
 CLASSES = 20  # different labels, up to which each is counted
 FAR = 1000.0  # a column that goes beyond this is not scaled
 NARROW = 1e-3  # nor is one that varies by less than this
@@ -30,8 +30,7 @@ def report_data(check: Check, party: str, table: Table, batches: Batches) -> Non
         check.note(f"{party}: {line}")
     if table.features is None:
         return
-    size = f"{table.features.nbytes / MIB:.1f} MiB of memory"
-    check.note(f"{party}: features take {size} as {table.features.dtype}")
+    check.note(f"{party}: features take {size(table.features.nbytes)} of memory as {table.features.dtype}")
     if table.fitted is not None:
         for line in describe(Fitted.of_json(table.fitted)):
             check.note(f"{party}: [features] {line.strip()}")

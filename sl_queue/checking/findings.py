@@ -1,7 +1,7 @@
 """Findings of `sl-queue check`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
@@ -33,6 +33,7 @@ class Finding:
 class Check:  # mutable: it remembers the first error
     say: Callable[[Finding], None]
     exit_code: int = 0
+    _told: set[str] = field(default_factory=set)  # errors: a model that fails does so wherever it is tried
 
     def ok(self, text: str) -> None:
         self.say(Finding(Level.OK, text))
@@ -47,7 +48,9 @@ class Check:  # mutable: it remembers the first error
         self.say(Finding(Level.WARNING, text))
 
     def error(self, error: SlQueueError) -> None:
-        self.say(Finding(Level.ERROR, str(error), error.exit_code))
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            self.say(Finding(Level.ERROR, str(error), error.exit_code))
         self.exit_code = self.exit_code or error.exit_code
 
     def attempt(self, action: Callable[[], T]) -> T | None:

@@ -24,6 +24,7 @@ import pyarrow.csv
 
 from sl_queue.data.spec import CsvSpec
 from sl_queue.protocol.exactness import BITS
+from sl_queue.protocol.text import counted
 
 COMMAS = CsvSpec()
 
@@ -83,7 +84,7 @@ def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: Csv
 
     table = pa.csv.read_csv(path, _reading(threads=False), _parsing(delimiter, skip), convert)
     first = f", the first of them is row {numbers[0]} of the file" if numbers else ""
-    faults = [f"{len(numbers)} rows have more or fewer fields than the header{first}"]
+    faults = [f"{counted(len(numbers), 'row has', 'rows have')} more or fewer fields than the header{first}"]
     return cleaned(table, dialect, texts), faults
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from sl_queue.protocol.text import counted
+
 ID, LABEL = "id", "label"  # what the first fields are called
 
 
@@ -61,7 +63,11 @@ class RowFile:
         dense = np.zeros((len(selected), len(heads[ID])), np.float64)
         dense[np.asarray(places), np.asarray(rows)] = np.asarray(values)
         columns = {name: _head(name, heads[name]) if name in first else dense[place] for name, place in wanted.items()}
-        faults = [f"{len(bad)} rows are not written so, the first of them is line {bad[0]}"] if bad else []
+        faults = (
+            [f"{counted(len(bad), 'row is', 'rows are')} not written so, the first of them is line {bad[0]}"]
+            if bad
+            else []
+        )
         return pa.table(columns), faults
 
     def later(self, selected: Sequence[str], texts: Sequence[str]) -> None:

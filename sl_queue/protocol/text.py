@@ -22,6 +22,17 @@ def printable(text: str, limit: int = LONGEST) -> str:
     return shown if len(shown) <= limit else f"{shown[: max(0, limit - 3)]}..."
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Return "1 row has" or "2 rows have": a number, with what is said of so many."""
+    return f"{number} {one if number == 1 else many}"
+
+
+def size(n_bytes: float) -> str:
+    """Return a number of bytes for people: "3.4 KiB", "16 MiB"."""
+    number, unit = (n_bytes / 1024, "KiB") if n_bytes < 1024 * 1024 else (n_bytes / (1024 * 1024), "MiB")
+    return f"{number:.1f} {unit}" if number < 100 else f"{number:.0f} {unit}"
+
+
 def _escaped(character: str) -> str:
     return "\\n" if character == "\n" else character.encode("unicode_escape").decode("ascii")
 

@@ -181,7 +181,7 @@ def test_all_faults_of_a_table_are_told_at_once(tmp_path: Path) -> None:
     for fault in (
         "7 things are wrong",
         "there is no column 'wealth'",
-        "1 rows have more or fewer fields",
+        "1 row has more or fewer fields",
         "'city' (text), 'rate' (text: numbers with a decimal comma; write a decimal point, or say data.csv.decimal",
         "values are missing in column 'age' in 1 of 4 rows, 'income' in 1 of 4 rows",
         "label column 'y' holds text",

@@ -32,7 +32,7 @@ def test_it_tells_shared_rows_labels_features_and_memory(folder: Path) -> None:
     assert "bank: 40 rows, ids are text, features (9,)" in said
     assert "insurer: label 0: " in said and "rows trained on (" in said and " held out (" in said
     assert "[features] income: number, " in said
-    assert "MiB of memory as float32" in said
+    assert "KiB of memory as float32" in said
     assert "3 steps split and joined: all weights are equal bit for bit" in said
     assert "c-000" not in said
 
