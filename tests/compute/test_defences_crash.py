@@ -6,7 +6,6 @@
 import itertools
 import json
 import shutil
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.errors import SlQueueError
 from sl_queue.launch.connect import MEMORY, connector
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
@@ -29,7 +27,7 @@ from sl_queue.storage.privacy_ledger import Ledger
 from sl_queue.storage.secret_file import write_secret
 from tests.compute.test_privacy_run import EVERYTHING, files, job
 from tests.support.crew import sums
-from tests.support.toy_run import Crash, CrashAt, FaultyLink
+from tests.support.toy_run import CrashAt, FaultyLink, until_all_have_ended
 
 LABELS: dict[str, Any] = {"labels": {"epsilon": 3.0}, "gradients": "max-norm", "meter": True}
 ROWS, PARTIES = 96, ("bank", "shop")
@@ -71,35 +69,20 @@ class Run:
     victim: str
     crash: CrashAt
     sent: Sent = field(default_factory=dict)
-    errors: list[BaseException] = field(default_factory=list)
 
     def finish(self) -> "Run":
         """Train to the end."""
         memory = connector(JOB, MEMORY)
-        roles = ("bank", "post", "shop", SCHEDULER)
-        threads = [
-            threading.Thread(target=self._until_done, args=(role, memory), name=f"{role}-main") for role in roles
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert self.errors == [] and not any(thread.is_alive() for thread in threads)
+
+        def serve(role: str) -> None:
+            def connect(party: str, prefetch: int) -> Any:
+                crash = self.crash if role == self.victim else CrashAt()
+                return Watched(memory(party, prefetch), role, crash, self.sent)
+
+            self._serve(role, Workplace(connect, self.folder / role))
+
+        until_all_have_ended(("bank", "post", "shop", SCHEDULER), serve, starts=2)
         return self
-
-    def _until_done(self, role: str, memory: Any) -> None:
-        def connect(party: str, prefetch: int) -> Any:
-            return Watched(memory(party, prefetch), role, self.crash if role == self.victim else CrashAt(), self.sent)
-
-        for _ in range(2):
-            try:
-                self._serve(role, Workplace(connect, self.folder / role))
-                return
-            except Crash:
-                continue
-            except (SlQueueError, AssertionError) as error:
-                self.errors.append(error)
-                return
 
     def _serve(self, role: str, place: Workplace) -> None:
         if role == SCHEDULER:

@@ -4,7 +4,6 @@
 """
 
 import itertools
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 import sl_queue
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.errors import SlQueueError
 from sl_queue.launch import asked as asked_module
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.connect import MEMORY, connector
@@ -28,7 +26,7 @@ from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.pieces import PieceFolder
 from tests.compute.test_prediction import N, files, job, new_rows, states
-from tests.support.toy_run import Crash, CrashAt, FaultyLink
+from tests.support.toy_run import CrashAt, FaultyLink, until_all_have_ended
 
 ROLES = ("bank", "insurer", SCHEDULER)
 STRIDE = {"bank": 13, "insurer": 13, SCHEDULER: 11}  # of the operations that the suite crashes at
@@ -54,7 +52,6 @@ class Prediction:
     crashes: Mapping[str, CrashAt]
     rows: Mapping[str, sl_queue.Rows] = field(default_factory=lambda: new_rows()[0])
     found: Predicted | None = None
-    errors: list[BaseException] = field(default_factory=list)
 
     def run(self) -> "Prediction":
         """Predict to the end."""
@@ -64,31 +61,17 @@ class Prediction:
             name: spec_to_predict(resolve(JOB, file, importer), self.rows[name], asked) for name, file in given.items()
         }
         memory = connector(JOB, MEMORY)
-        threads = [
-            threading.Thread(target=self._until_done, args=(role, memory, asked), name=f"{role}-main") for role in ROLES
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert self.errors == [] and not any(thread.is_alive() for thread in threads)
+
+        def serve(role: str) -> None:
+            crash = self.crashes.get(role, CrashAt())
+
+            def connect(party: str, prefetch: int) -> Any:
+                return DyingLink(memory(party, prefetch), role, crash)
+
+            self._serve(role, connect, asked)
+
+        until_all_have_ended(ROLES, serve, starts=3)
         return self
-
-    def _until_done(self, role: str, memory: Any, asked: Asked) -> None:
-        crash = self.crashes.get(role, CrashAt())
-
-        def connect(party: str, prefetch: int) -> Any:
-            return DyingLink(memory(party, prefetch), role, crash)
-
-        for _ in range(3):
-            try:
-                self._serve(role, connect, asked)
-                return
-            except Crash:
-                continue
-            except (SlQueueError, AssertionError) as error:
-                self.errors.append(error)
-                return
 
     def _serve(self, role: str, connect: Any, asked: Asked) -> None:
         if role == SCHEDULER:

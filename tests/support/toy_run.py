@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,6 +84,32 @@ class AtLast(Executor):
 
         threading.Thread(target=run, name=threading.current_thread().name, daemon=True).start()
         return late
+
+
+def until_all_have_ended(roles: Iterable[str], serve: Callable[[str], None], starts: int) -> None:
+    """Serve each role in a thread of its own, and once more when it has crashed, `starts` times at most.
+
+    Raises AssertionError for a role that failed, or has not ended.
+    """
+    errors: list[BaseException] = []
+
+    def until_done(role: str) -> None:
+        for _ in range(starts):
+            try:
+                serve(role)
+                return
+            except Crash:
+                continue
+            except (SlQueueError, AssertionError) as error:
+                errors.append(error)
+                return
+
+    threads = [threading.Thread(target=until_done, args=(role,), name=f"{role}-main") for role in roles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == [] and not any(thread.is_alive() for thread in threads), errors
 
 
 class FaultyLink:
