@@ -11,27 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
 from benchmarks import goals
 from benchmarks.measure import WARM_UP
-from benchmarks.processes import Work, together
 from benchmarks.report import table
-from benchmarks.split import Plan
-from benchmarks.training import FLOAT16, GPIPE, LOCK_STEP, RUN_AHEAD_2, TIMEOUT_S, Order
-from benchmarks.workloads import LABEL, WORKLOADS, Workload, party_file
-from sl_queue.compute.threads import limit_threads
-from sl_queue.config.resolve import resolve
-from sl_queue.config.user_code import Importer
+from benchmarks.split import Plan, serve_watched, watched
+from benchmarks.training import FLOAT16, GPIPE, LOCK_STEP, RUN_AHEAD_2, Order
+from benchmarks.workloads import LABEL, WORKLOADS, Workload
 from sl_queue.cut.guard import Crossing, Guard
 from sl_queue.launch.connect import topology
-from sl_queue.launch.party import serve_party
-from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.events import Event, StepDone, WaitBegan, Waited
-from sl_queue.protocol.messages import SCHEDULER, Kind
+from sl_queue.protocol.messages import Kind
 from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.transport.link import Link
 from sl_queue.transport.rabbitmq.link import RabbitLink
@@ -150,14 +143,9 @@ def compare(private: PrivateBroker, quick: bool) -> list[str]:
 
 def _measured(variant: Variant, private: PrivateBroker, steps: int) -> Sequence[Spent]:
     workload = replace(variant.workload, rows=variant.workload.batch * steps)
-    plan, vhost = Plan(workload, 1, {"pipeline": variant.order.table, **variant.tables}), f"cpu{next(_numbers)}"
-    roles = (*workload.feature_parties, LABEL, SCHEDULER)
-    with TemporaryDirectory(prefix="sl_queue-bench-") as state:
-        url = private.url(vhost)
-        works: dict[str, Work] = {role: (_worker, (plan, role, url, Path(state) / role)) for role in roles}
-        found = together(works, TIMEOUT_S)
-        private.delete_vhost(vhost)
-    return [found[role] for role in roles if found[role] is not None]
+    plan = Plan(workload, 1, {"pipeline": variant.order.table, **variant.tables})
+    found = watched(private, plan, f"cpu{next(_numbers)}", _worker)
+    return [found[role] for role in (*workload.feature_parties, LABEL)]
 
 
 def _worker(plan: Plan, role: str, url: str, state: Path) -> Spent | None:
@@ -166,15 +154,9 @@ def _worker(plan: Plan, role: str, url: str, state: Path) -> Spent | None:
     def connect(party: str, prefetch: int) -> Link:
         return CountingLink(RabbitLink(url, party, topology(plan.job, url), prefetch), spent)  # type: ignore[return-value]
 
-    limit_threads(1)
-    if role == SCHEDULER:
-        serve_scheduler(plan.job, Workplace(connect, state), lambda _: None)
-        return None
-    spec = resolve(plan.job, party_file(plan.workload, role), Importer())
-    peers = plan.workload.feature_parties if role == LABEL else (LABEL,)
-    guards = {peer: Guard(leaving=spent) for peer in peers}
-    serve_party(plan.job, spec, Workplace(connect, state, observe=spent), guards=guards)
-    return spent
+    place = Workplace(connect, state, observe=spent)
+    is_party = serve_watched(plan, role, place, lambda peers: {peer: Guard(leaving=spent) for peer in peers})
+    return spent if is_party else None
 
 
 def _for_messages(spent: Spent) -> float:

@@ -1,7 +1,7 @@
 """sl_queue itself: the workers as they are deployed, with an observer that writes down how long each waited."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +15,19 @@ from sl_queue.config.job import Job
 from sl_queue.config.privacy import PrivacyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
+from sl_queue.cut.guard import Guard
 from sl_queue.launch.connect import topology
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.launch.workplace import Workplace
 from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.transport.link import Link
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.rabbitmq.names import QueueType
+
+TIMEOUT_S = 600.0  # of one run that is watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,30 @@ def _threads(plan: Plan) -> list[Trace]:
     if errors:
         raise errors[0]
     return [trace for trace in traces.values() if trace is not None]
+
+
+def watched(private: PrivateBroker, plan: Plan, name: str, worker: Callable[..., Any]) -> Mapping[str, Any]:
+    """Run `worker(plan, role, url, state)` in a process for each role, in a virtual host; what they return, by role."""
+    with TemporaryDirectory(prefix="sl_queue-bench-") as folder:
+        url = private.url(name)
+        works: dict[str, Work] = {role: (worker, (plan, role, url, Path(folder) / role)) for role in _roles(plan)}
+        found = together(works, TIMEOUT_S)
+        private.delete_vhost(name)
+    return {role: each for role, each in found.items() if each is not None}
+
+
+def serve_watched(
+    plan: Plan, role: str, place: Workplace, guards_to: Callable[[Sequence[str]], Mapping[str, Guard]]
+) -> bool:
+    """Serve one role with an observer and taps at its cuts; False for the scheduler, which has neither."""
+    limit_threads(1)
+    if role == SCHEDULER:
+        serve_scheduler(plan.job, place, lambda _: None)
+        return False
+    spec = resolve(plan.job, party_file(plan.workload, role), Importer())
+    peers = plan.workload.feature_parties if role == LABEL else (LABEL,)
+    serve_party(plan.job, spec, place, guards=guards_to(peers))
+    return True
 
 
 def _serve(plan: Plan, role: str, connect: Callable[[str, int], Link], state: Path) -> Trace | None:

@@ -7,23 +7,16 @@ from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 from benchmarks.hops import WAY, Hop, Noted, NotingLink, last_to_arrive, way_of
 from benchmarks.measure import WARM_UP
-from benchmarks.processes import Work, background, together
+from benchmarks.processes import background
 from benchmarks.report import table
-from benchmarks.split import Plan
-from benchmarks.training import LOCK_STEP, TIMEOUT_S
-from benchmarks.workloads import LABEL, WORKLOADS, Workload, party_file
-from sl_queue.compute.threads import limit_threads
-from sl_queue.config.resolve import resolve
-from sl_queue.config.user_code import Importer
+from benchmarks.split import Plan, serve_watched, watched
+from benchmarks.training import LOCK_STEP
+from benchmarks.workloads import LABEL, WORKLOADS, Workload
 from sl_queue.launch.connect import topology
-from sl_queue.launch.party import serve_party
-from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.launch.workplace import Workplace
-from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.transport.link import Link
 from sl_queue.transport.rabbitmq.link import RabbitLink
@@ -68,14 +61,8 @@ def _busy(ready: Connection) -> None:
 
 def _traced(workload: Workload, beside: str, private: PrivateBroker, steps: int) -> Traced:
     workload = replace(workload, rows=workload.batch * steps)
-    plan, vhost = Plan(workload, 1, {"pipeline": LOCK_STEP.table}), f"trace{next(_numbers)}"
-    roles = (*workload.feature_parties, LABEL, SCHEDULER)
-    with TemporaryDirectory(prefix="sl_queue-bench-") as state:
-        url = private.url(vhost)
-        works: dict[str, Work] = {role: (_worker, (plan, role, url, Path(state) / role)) for role in roles}
-        noted = {role: found for role, found in together(works, TIMEOUT_S).items() if found is not None}
-        private.delete_vhost(vhost)
-    return _medians(workload, beside, noted, steps)
+    plan = Plan(workload, 1, {"pipeline": LOCK_STEP.table})
+    return _medians(workload, beside, watched(private, plan, f"trace{next(_numbers)}", _worker), steps)
 
 
 def _worker(plan: Plan, role: str, url: str, state: Path) -> Noted | None:
@@ -84,14 +71,8 @@ def _worker(plan: Plan, role: str, url: str, state: Path) -> Noted | None:
     def connect(party: str, prefetch: int) -> Link:
         return NotingLink(RabbitLink(url, party, topology(plan.job, url), prefetch), noted)
 
-    limit_threads(1)
-    if role == SCHEDULER:
-        serve_scheduler(plan.job, Workplace(connect, state), lambda _: None)
-        return None
-    spec = resolve(plan.job, party_file(plan.workload, role), Importer())
-    peers = plan.workload.feature_parties if role == LABEL else (LABEL,)
-    serve_party(plan.job, spec, Workplace(connect, state, observe=noted), guards=noted.guards(peers))
-    return noted
+    is_party = serve_watched(plan, role, Workplace(connect, state, observe=noted), noted.guards)
+    return noted if is_party else None
 
 
 def _medians(workload: Workload, beside: str, noted: Mapping[str, Noted], steps: int) -> Traced:
