@@ -123,7 +123,7 @@ def test_rows_that_name_their_columns_are_read(tmp_path: Path) -> None:
     table = read({"path": tmp_path / "tags.txt", "id": "id", "format": "tag:value"})
     assert (table.columns, values(table)) == (("x", "y"), [[0.0, 0.5], [1.0, 2.0]])
     (tmp_path / "tags.txt").write_text("b,x:1,y\nc,x:1\n")
-    with pytest.raises(JobError, match="1 rows are not written so, the first of them is line 1"):
+    with pytest.raises(JobError, match="1 row is not written so, the first of them is line 1"):
         read({"path": tmp_path / "tags.txt", "id": "id", "format": "tag:value"})
 
 
