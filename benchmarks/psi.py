@@ -176,6 +176,12 @@ def run(broker: PrivateBroker, quick: bool, ids: int | None = None, python: str 
         "bytes an id at a party", "at the scheduler",
     )  # fmt: skip
     yield table(head, [_cells(one) for one in found])
+    half, two, three_half, three = found
+    yield (
+        "Part of the peak is messages on their way, which do not grow with a set. From the smaller set to the larger "
+        f"one each further id takes a party {_further(half, two):.0f} bytes with two parties and "
+        f"{_further(three_half, three):.0f} with three.\n"
+    )
     other = _openmined(python, most)
     if other is None:
         yield (
@@ -198,12 +204,19 @@ def _cells(one: Measured) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _further(small: Measured, large: Measured) -> float:
+    """Return the bytes by which each further id raises the peak of a party."""
+    return (large.bytes * large.ids - small.bytes * small.ids) / (large.ids - small.ids)
+
+
 def _goals(found: Sequence[Measured], other: Mapping[str, float] | None) -> Iterator[str]:
     half, two, three_half, three = found
     yield goals.line("CPU seconds of two parties, to those of hashing and multiplying", two.ratio, MOST_TIME)
     if other is not None:
         yield goals.line("CPU seconds of two parties, to those of openmined-psi", two.cpu_s / other["cpu"], 1.0)
+    further = max(_further(half, two), _further(three_half, three))
     yield goals.line("peak of a party", max(two.bytes, three.bytes), MOST_BYTES, unit=" bytes an id")
+    yield goals.line("peak of a party, of each further id", further, MOST_BYTES, unit=" bytes an id")
     yield goals.line("CPU seconds of twice the ids, two parties", two.cpu_s / half.cpu_s, MOST_GROWTH)
     yield goals.line("CPU seconds of twice the ids, three parties", three.cpu_s / three_half.cpu_s, MOST_GROWTH)
     yield goals.line("CPU seconds of three parties, to hashing and multiplying", three.ratio, MOST_TIME)

@@ -4,11 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.ids import Ids, Positions
@@ -23,20 +23,30 @@ _LONGEST = 40  # characters of a pattern
 
 def id_texts(ids: Ids) -> Iterator[bytes]:
     """Yield every id with its type, as it is hashed: 7 and "7" are different ids."""
-    kind = f"{ids.type} ".encode()
+    kind, (ends, text) = f"{ids.type} ".encode(), _raw(ids)
     for first in range(0, len(ids.texts), _SLICE):
-        for text in ids.texts[first : first + _SLICE].cast(pa.large_binary()).to_pylist():
-            yield kind + text
+        places = ends[first : first + _SLICE + 1]
+        part = bytes(text[places[0] : places[-1]])
+        yield from (kind + part[start:end] for start, end in pairwise((places - places[0]).tolist()))
 
 
 def ids_digest(ids: Ids) -> str:
     """Return a digest of all ids of a table, for its own party only."""
-    lengths = pc.binary_length(ids.texts).to_numpy().astype("<i8").tobytes()
-    found = blake2b(f"{ids.type} {len(ids.texts)} ".encode(), digest_size=16, person=b"sl_queue table")
-    found.update(lengths)
+    found, (ends, text) = (
+        blake2b(f"{ids.type} {len(ids.texts)} ".encode(), digest_size=16, person=b"sl_queue table"),
+        _raw(ids),
+    )
     for first in range(0, len(ids.texts), _SLICE):
-        found.update(b"".join(ids.texts[first : first + _SLICE].cast(pa.large_binary()).to_pylist()))
+        found.update(np.diff(ends[first : first + _SLICE + 1]).data)
+    found.update(text[ends[0] : ends[-1]])
     return found.hexdigest()
+
+
+def _raw(ids: Ids) -> tuple[npt.NDArray[np.int64], memoryview]:
+    """View ids as where each begins and the last one ends, and the UTF-8 text of all."""
+    _, offsets, text = ids.texts.buffers()
+    ends = np.frombuffer(offsets, "<i8")[ids.texts.offset :][: len(ids.texts) + 1]
+    return ends, memoryview(b"" if text is None else text)
 
 
 def described(ids: Ids) -> str:

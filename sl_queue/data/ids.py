@@ -23,6 +23,7 @@ _CANONICAL_INTEGER = r"^(0|-?[1-9][0-9]*)$"  # "7", but not "007"
 _INTEGER = r"^\s*-?[0-9]+(\.0*)?\s*$"
 _UUID = r"^[{]?[0-9a-f]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{12}[}]?$"
 _UNIT = "\x1f"  # between the parts of an id of several columns
+_SLICE = 1000  # numbers that become text at a time
 _FIRST_ROWS = 5  # that a fault names
 _WITH_POINT = r"^-?[0-9]+\.0$"  # as pandas writes whole numbers of a column where one was missing
 
@@ -91,9 +92,17 @@ def _canonical(ids: Any, *, are_csv: bool, id_type: Declared | None, duplicates:
     if faults:
         return None, faults
     kind: IdType = "integer" if pa.types.is_integer(typed.type) else "text"
-    texts = ordered.cast(pa.large_string())
+    texts = _texts(ordered)
     found = (*notes, *_notes(texts, id_type))
     return Ids(texts, kind, order.to_numpy().astype(np.int64), found), []
+
+
+def _texts(typed: Any) -> Any:
+    """Write ids as text; few at a time, because a cast takes many times the memory of what comes of it."""
+    if pa.types.is_large_string(typed.type) or not len(typed):
+        return typed.cast(pa.large_string())
+    firsts = range(0, len(typed), _SLICE)
+    return pa.concat_arrays([typed[first : first + _SLICE].cast(pa.large_string()) for first in firsts])
 
 
 def _rows_of(order: Any, repeats: Any) -> str:

@@ -129,9 +129,12 @@ def read_ids(spec: TableSpec) -> tuple[Ids, str]:
     """Read the ids of a party's rows alone; and say what complaints about them begin with. Raises JobError."""
     arrays = read_rows(spec, features=False, labels=False)
     ids, faults = ids_in(spec, arrays)
-    refuse(arrays.where, [*arrays.faults, *faults])
+    where = arrays.where
+    refuse(where, [*arrays.faults, *faults])
     assert ids is not None
-    return ids, arrays.where
+    del arrays
+    pa.default_memory_pool().release_unused()  # sorting took several times as much as is kept
+    return ids, where
 
 
 def ids_in(spec: TableSpec, arrays: Arrays) -> tuple[Ids | None, list[str]]:

@@ -11,6 +11,7 @@ from sl_queue.data.ids import Ids as TableIds
 from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_ids
 from sl_queue.errors import AlignmentError
+from sl_queue.launch.memory import give_memory_back
 from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.alignment import PartyAlignment
 from sl_queue.loops.alignment_ports import Ids
@@ -57,7 +58,7 @@ def align_party(
     with place.opened(_channel(job, table.party, place, incarnation)) as channel:
         party = PartyAlignment(
             table.party, incarnation, rule_of(job), ids, token, keys, files, channel, job.broker.patience,
-            time.monotonic, version,
+            time.monotonic, version, give_memory_back,
         )  # fmt: skip
         if aligned is None:
             aligned = _converse(party, files, found, digest)

@@ -18,19 +18,8 @@ import numpy.typing as npt
 
 from sl_queue.errors import AlignmentError, PeerSilent, RemoteProtocolError, SlQueueError, TransportError, named
 from sl_queue.loops.alignment_ports import Channel, Files, Ids, Secrets
-from sl_queue.protocol.alignment import (
-    MASK_BYTES,
-    POINT_BYTES,
-    Cut,
-    Masks,
-    Ring,
-    Rule,
-    Travel,
-    as_masks,
-    padded,
-    payload,
-    positions_of,
-)
+from sl_queue.loops.own_set import OwnSet
+from sl_queue.protocol.alignment import MASK_BYTES, POINT_BYTES, Cut, Ring, Rule, Travel, padded, payload
 from sl_queue.protocol.control import Align, Aligned, Aligning, Alive, Failed, Offer, Stop
 from sl_queue.protocol.messages import SCHEDULER, Masked
 from sl_queue.protocol.scheduler.state import GIVE_UP
@@ -56,20 +45,21 @@ class PartyAlignment:
     patience_s: float
     clock: Callable[[], float]  # monotonic, seconds
     version: str = ""
+    tidy: Callable[[], None] = lambda: None  # called when much that was in memory is not needed any more
     to: str = ""  # the scheduler it has heard of
     offered_to: str = ""
     order: Align | None = None
-    points: bytes = field(default=b"", repr=False)  # the own set as it leaves, ascending
-    places: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     travel: Travel = field(default_factory=lambda: Travel(0, 0.0))
-    results: dict[int, bytes] = field(default_factory=dict, repr=False)
     wanted: set[int] = field(default_factory=set)  # chunks of finished masks that the scheduler asked for
-    uploads: bytes = field(default=b"", repr=False)  # the finished masks, ascending
     held: deque[Any] = field(default_factory=deque, repr=False)  # taken amid long work
     early: list[Any] = field(default_factory=list, repr=False)  # of a session that it has yet to hear of
     told_at: float = -np.inf
     reconnects: int = 0
     stopped: bool = False  # by the scheduler, who knows why
+    own: OwnSet = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own = OwnSet(self.files, self.cut, self.ids.count)
 
     @property
     def size(self) -> int:
@@ -107,7 +97,8 @@ class PartyAlignment:
 
         Raises AlignmentError, PeerFailed, RunStopped as the scheduler says; RemoteProtocolError, PeerSilent.
         """
-        self._prepare()
+        self.own.leave(self.secrets.own(self.ids.texts(), self.size - self.ids.count, self._pulse))
+        self.tidy()
         while (found := self._conclusion()) is None:
             arrival = self.held.popleft() if self.held else self.channel.next(WAIT_S)
             if arrival is not None:
@@ -124,13 +115,6 @@ class PartyAlignment:
             self._require_scheduler()
         self.channel.tell(SCHEDULER, Aligned(self.incarnation, session, self.to), lasting=True)
         self.channel.flush()
-
-    def _prepare(self) -> None:
-        """Mask the own ids, and sort them: an order that says nothing, and is the same after a restart."""
-        body = self.secrets.own(self.ids.texts(), self.size - self.ids.count, self._pulse)
-        points = np.frombuffer(body, np.dtype((np.void, POINT_BYTES)))
-        self.places = np.argsort(points, kind="stable").astype(np.int64)
-        self.points = points[self.places].tobytes()
 
     def _pulse(self, done: int) -> None:
         """Show a sign of life amid long work, and hear whether it still has a point."""
@@ -167,24 +151,20 @@ class PartyAlignment:
         """Send what is due."""
         if now - self.told_at >= TELL_S:
             self._tell(now)
-        if self.order is None or not self.points:
+        if self.order is None:
             return
         if self.channel.reconnects != self.reconnects:
             self.reconnects = self.channel.reconnects
             self.travel.again()
         for chunk in self.travel.due(now):
-            self._pass_on(self.party, -1, chunk, self.cut.piece(memoryview(self.points), chunk))
+            self._pass_on(self.party, -1, chunk, self.own.points(chunk))
         if len(self.travel.back) == self.travel.total and self.wanted:
             self._upload(self.order)
 
     def _upload(self, order: Align) -> None:
         """Send the scheduler the finished masks that it asks for, once for each time it does."""
-        if not self.uploads:
-            body = self.files.finished(order.session, self.travel.total)
-            self.uploads = np.sort(as_masks(body)).tobytes()
         for chunk in sorted(self.wanted):
-            piece = self.cut.piece(memoryview(self.uploads), chunk)
-            key = self.ring.key(self.party, 0, chunk)
+            key, piece = self.ring.key(self.party, 0, chunk), self.own.masks(order.session, chunk)
             self.channel.send(SCHEDULER, Masked(key, payload(piece, MASK_BYTES)), order.session)
         self.wanted.clear()
 
@@ -206,6 +186,7 @@ class PartyAlignment:
                 if not self._of_this_session(arrival):
                     return
                 self._take_masked(arrival.sender, arrival.message)
+                self.tidy()
             case _:
                 pass
         self.channel.done(arrival)
@@ -234,8 +215,7 @@ class PartyAlignment:
         if before is None or before.session != order.session:
             back = self.files.begin(order.session)
             self.travel = Travel(self.cut.chunks, max(1.0, self.patience_s / 2), back)
-            self.results.clear()
-            self.uploads = b""
+            self.own.forget()
             self.wanted.clear()
         elif before.round != order.round:
             self.travel.again()
@@ -248,7 +228,8 @@ class PartyAlignment:
         assert self.order is not None
         key, body = message.micro_batch, memoryview(message.payload.data).cast("B")
         if sender == SCHEDULER:
-            self._take_result(key.index, bytes(body))
+            if self.order.shared is not None:  # else it comes again
+                self.own.take(self.order.shared, key.index, body)
             return
         owner, hop = self.ring.place(key, sender, self.party)
         cut = Cut(self.order.sizes[owner], self.rule.chunk)
@@ -268,31 +249,16 @@ class PartyAlignment:
             body = memoryview(self.secrets.masked(body, self._pulse))
         self._pass_on(owner, hop, key.index, body)
 
-    def _pass_on(self, owner: str, hop: int, chunk: int, body: memoryview) -> None:
+    def _pass_on(self, owner: str, hop: int, chunk: int, body: bytes | memoryview) -> None:
         """Send a chunk on its next stretch."""
         assert self.order is not None
         receiver = self.ring.routes[owner][hop + 1].receiver
         message = Masked(self.ring.key(owner, hop + 1, chunk), payload(body, POINT_BYTES))
         self.channel.send(receiver, message, self.order.session)
 
-    def _take_result(self, chunk: int, body: bytes) -> None:
-        assert self.order is not None
-        shared = self.order.shared
-        if shared is None:
-            return  # it comes again
-        if not body or len(body) != Cut(shared, self.rule.chunk).size_of(chunk) * MASK_BYTES:
-            raise RemoteProtocolError(f"the scheduler sent {len(body)} bytes as chunk {chunk} of {shared} shared ids")
-        self.results[chunk] = body
-
     def _conclusion(self) -> npt.NDArray[np.int64] | None:
         """Find the shared rows once everything is here."""
         order = self.order
         if order is None or order.shared is None or len(self.travel.back) < self.travel.total:
             return None
-        if len(self.results) < Cut(order.shared, self.rule.chunk).chunks:
-            return None
-        common = as_masks(b"".join(self.results[chunk] for chunk in sorted(self.results)))
-        sent = as_masks(self.files.finished(order.session, self.travel.total))
-        own: Masks = np.empty_like(sent)
-        own[self.places] = sent
-        return positions_of(own, common, self.ids.count)
+        return self.own.positions(order.session, order.shared)

@@ -73,8 +73,14 @@ class Files(Protocol):
     def keep(self, session: str, chunk: int, masks: bytes) -> None:
         """Have a finished chunk of the own set on disk."""
 
-    def finished(self, session: str, chunks: int) -> bytes:
-        """Read all finished chunks, joined."""
+    def finished(self, session: str, chunk: int) -> bytes:
+        """Read a finished chunk."""
+
+    def put_by(self, points: Iterable[bytes]) -> None:
+        """Write the own points as they leave; a worker that comes again makes them again."""
+
+    def points(self, first: int, size: int) -> bytes:
+        """Read so many bytes of them."""
 
     def is_the_same(self, session: str, name: str, body: bytes | memoryview) -> bool:
         """Return True unless another chunk of that name was masked before."""

@@ -12,7 +12,7 @@ scheduler together with one party learns, of each of this party's ids, who else 
 Everything here is a function of what was said, and everything that was said can be said again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,7 @@ CHUNK = 20_000  # ids in a message
 POINT_BYTES = 32
 MASK_BYTES = 16  # of a finished point: two of 2**32 ids collide with a chance of 2**-65
 MESSAGE_BYTES = CHUNK * POINT_BYTES + 4096
-WINDOW = 4  # chunks of one set on their way
+WINDOW = 2  # chunks of one set on their way: one is masked while the next one travels
 ASKED = 8  # chunks of finished masks that the scheduler asks a party for at a time
 
 Masks = npt.NDArray[np.void]  # (ids,) of MASK_BYTES each
@@ -162,20 +162,25 @@ class Rule:
     chunk: int = CHUNK
 
 
-def positions_of(finished: Masks, common: Masks, n_ids: int) -> npt.NDArray[np.int64]:
+def positions_of(
+    finished: Iterable[Masks], places: npt.NDArray[np.integer], common: Masks, n_ids: int
+) -> npt.NDArray[np.int64]:
     """Find which of the own ids are shared, ascending; what is beyond `n_ids` stands for nobody.
 
-    Raises RemoteProtocolError for a shared mask that is nobody's.
+    `finished`: own masks in parts, in the order in which they left; `places`: the id of each. `common`: those that all
+    hold, ascending. Raises RemoteProtocolError for one that is nobody's.
     """
-    order = np.argsort(finished, kind="stable")
-    ascending = finished[order]
-    places = np.searchsorted(ascending, common)
-    if (places >= len(ascending)).any() or (ascending[np.minimum(places, len(ascending) - 1)] != common).any():
+    shared, first = np.zeros(len(places), np.bool_), 0
+    for masks in finished:
+        at = np.searchsorted(common, masks)
+        among = common[np.minimum(at, len(common) - 1)] == masks if len(common) else np.zeros(len(masks), np.bool_)
+        shared[places[first : first + len(masks)][among]] = True
+        first += len(masks)
+    if np.count_nonzero(shared) != len(common):
         raise RemoteProtocolError(f"{SCHEDULER} names shared ids that are not among its own")
-    found = np.sort(order[places]).astype(np.int64)
-    if len(found) and found[-1] >= n_ids:
+    if shared[n_ids:].any():
         raise RemoteProtocolError(f"{SCHEDULER} names shared ids that nobody has")
-    return found
+    return np.flatnonzero(shared)
 
 
 def payload(body: bytes | memoryview, item_bytes: int) -> Payload:

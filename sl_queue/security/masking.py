@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from io import BytesIO
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
@@ -85,16 +86,16 @@ class MaskKeys:
 
         `pulse` is called now and then with how many are done.
         """
-        times, out = _times(self.blind), bytearray()
+        times, out = _times(self.blind), BytesIO()
         pads = (blake2b(str(i).encode(), digest_size=32, key=self.pad).digest() for i in range(fillers))
         done = 0
         for source in (texts, pads):
             for text in source:
-                out += times(hash_to_curve(text))
+                out.write(times(hash_to_curve(text)))
                 done += 1
                 if done % _PAUSE == 0:
                     pulse(done)
-        return bytes(out)
+        return out.getvalue()
 
     def masked(self, points: bytes | memoryview, pulse: Callable[[int], None] = lambda _: None) -> bytes:
         """Multiply another party's points, in their order. Raises RemoteProtocolError for a point of small order."""
@@ -115,15 +116,15 @@ def _times(secret: bytes) -> Callable[[bytes], bytes]:
 
 
 def _product(secret: bytes, points: bytes | memoryview, pulse: Callable[[int], None]) -> bytes:
-    times, body, out = _times(secret), bytes(points), bytearray()
+    times, out = _times(secret), BytesIO()
     try:
-        for count, first in enumerate(range(0, len(body), POINT_BYTES), 1):
-            out += times(body[first : first + POINT_BYTES])
+        for count, first in enumerate(range(0, len(points), POINT_BYTES), 1):
+            out.write(times(bytes(points[first : first + POINT_BYTES])))
             if count % _PAUSE == 0:
                 pulse(count)
     except ValueError:
         raise RemoteProtocolError("a masked id is a point of small order; the party that sent it is at fault") from None
-    return bytes(out)
+    return out.getvalue()
 
 
 def _clamped(secret: bytes) -> int:

@@ -13,6 +13,7 @@ from sl_queue.storage.files import read_kept, unusable, write_durably
 
 NAME = "aligned.json"
 FORMAT = 1
+_PART = 10_000  # positions that are Python numbers at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,10 @@ def read_aligned(state: Path) -> Aligned | None:
 def write_aligned(state: Path, aligned: Aligned) -> None:
     """Have the outcome on disk. Raises CheckpointError, ResourceShortage."""
     found = {"format": FORMAT, "rows": aligned.rows, "shared": len(aligned.positions), "table": aligned.table}
-    body = json.dumps({**found, "session": aligned.session, "positions": aligned.positions.tolist()})
+    head = json.dumps({**found, "session": aligned.session, "positions": []}).removesuffix("]}").encode()
+    firsts = range(0, len(aligned.positions), _PART)
+    parts = [", ".join(map(str, aligned.positions[at : at + _PART].tolist())).encode() for at in firsts]
     try:
-        write_durably(state / NAME, body.encode())
+        write_durably(state / NAME, b"".join((head, b", ".join(parts), b"]}")))
     except OSError as error:
         raise unusable(state, error) from error

@@ -5,10 +5,12 @@ same; and an outcome is on disk before anyone hears of it. With the outcome at a
 """
 
 import json
+import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from sl_queue.security.masking import MaskKeys
 from sl_queue.storage.aligned_file import Aligned, write_aligned
 from sl_queue.storage.files import PRIVATE, unusable, write_durably
 
-KEY, FOLDER = "alignment.key", "alignment"
+KEY, POINTS, FOLDER = "alignment.key", "alignment.points", "alignment"
 OUTCOME, MASKS = "alignment.json", "alignment.masks"  # in the scheduler's folder
 
 
@@ -66,11 +68,26 @@ class PartyFiles:
         """Have a finished chunk of the own set on disk."""
         self._write(session, str(chunk), masks)
 
-    def finished(self, session: str, chunks: int) -> bytes:
-        """Read all finished chunks, joined."""
-        folder = self.state / FOLDER / session
+    def finished(self, session: str, chunk: int) -> bytes:
+        """Read a finished chunk."""
         try:
-            return b"".join((folder / str(chunk)).read_bytes() for chunk in range(chunks))
+            return (self.state / FOLDER / session / str(chunk)).read_bytes()
+        except OSError as error:
+            raise unusable(self.state, error) from error
+
+    def put_by(self, points: Iterable[bytes]) -> None:
+        """Write the own points as they leave; a worker that comes again makes them again."""
+        try:
+            with open(self.state / POINTS, "wb", opener=partial(os.open, mode=PRIVATE)) as file:
+                file.writelines(points)
+        except OSError as error:
+            raise unusable(self.state, error) from error
+
+    def points(self, first: int, size: int) -> bytes:
+        """Read so many bytes of them."""
+        try:
+            with open(self.state / POINTS, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, first)
         except OSError as error:
             raise unusable(self.state, error) from error
 
@@ -89,7 +106,8 @@ class PartyFiles:
 
     def forget(self) -> None:
         """Delete the secrets, and what was made with them."""
-        (self.state / KEY).unlink(missing_ok=True)
+        for name in (KEY, POINTS):
+            (self.state / name).unlink(missing_ok=True)
         shutil.rmtree(self.state / FOLDER, ignore_errors=True)
 
     def _write(self, session: str, name: str, body: bytes) -> None:
