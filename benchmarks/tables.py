@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sl_queue.config.party import PartyFile
 
 ROWS, QUICK_ROWS, COLUMNS = 2_000_000, 100_000, 50
+WIDTHS = (300, 1000)  # of tables of as many numbers, read without [features]
 MOST_MEMORY = 1.5  # of the float32 table
 LEAST_SPEED = 0.8  # of training from memory
 PART = 20_000  # rows that are written at a time
@@ -46,7 +48,7 @@ def write(path: Path, rows: int, columns: int = COLUMNS) -> None:
             writer.write_table(pa.table([own, *numbers], schema=schema))
 
 
-def peak_of(path: str, features: bool) -> dict[str, float]:
+def peak_of(path: str, features: bool, columns: int) -> dict[str, float]:
     """Read a table as a worker does, in this process, with [features] or without.
 
     Returns its peak as a multiple of the numbers in float32, and the seconds that it took, by the clock and of CPUs.
@@ -58,7 +60,7 @@ def peak_of(path: str, features: bool) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # begin anew with the peak
     before, began, computed = _status("VmRSS:"), time.monotonic(), time.process_time()
     found = read_table(_spec(Path(path), features), narrow=True)
-    ratio = (_status("VmHWM:") - before) / (found.n_rows * COLUMNS * 4)
+    ratio = (_status("VmHWM:") - before) / (found.n_rows * columns * 4)
     return {"seconds": time.monotonic() - began, "cpu": time.process_time() - computed, "ratio": ratio}
 
 
@@ -157,17 +159,18 @@ def run(quick: bool) -> Iterator[str]:
     with TemporaryDirectory(prefix="sl_queue-tables-") as folder:
         read = _reading(Path(folder), rows)
         cells = [
-            (
-                kind,
-                "with" if features else "without",
-                f"{one['ratio']:.2f}",
-                f"{one['seconds']:.1f}",
-                f"{one['cpu']:.1f}",
-            )
-            for (kind, features), one in read.items()
+            (kind, f"{columns:,}", "with" if features else "without", *_told(one))
+            for (kind, columns, features), one in read.items()
         ]
-        head = ("file", "[features]", "peak, of the size of the numbers in float32", "seconds", "CPU seconds")
-        yield f"### Reading {rows:,} rows of {COLUMNS} columns\n\n{table(head, cells)}"
+        head = (
+            "file",
+            "columns",
+            "[features]",
+            "peak, of the size of the numbers in float32",
+            "seconds",
+            "CPU seconds",
+        )
+        yield f"### Reading {rows * COLUMNS:,} numbers\n\n{table(head, cells)}"
         memory, short, mapped = _training(Path(folder), wide)
         share = mapped["cpu_speed"] / memory["cpu_speed"]
         ways: list[tuple[str, ...]] = [
@@ -184,18 +187,22 @@ def run(quick: bool) -> Iterator[str]:
         yield goals.listed(_goals(read, share))
 
 
-def _reading(folder: Path, rows: int) -> dict[tuple[str, bool], dict[str, float]]:
+def _reading(folder: Path, rows: int) -> dict[tuple[str, int, bool], dict[str, float]]:
     found = {}
-    for kind in ("csv", "parquet"):
+    for kind, columns in product(("csv", "parquet"), (COLUMNS, *WIDTHS)):
         small, large = folder / f"small.{kind}", folder / f"large.{kind}"
-        write(small, 1000)
-        write(large, rows)
-        for features in (True, False):
-            work: processes.Work = (peak_of, (str(large), features))
-            found[kind, features] = processes.together({"read": work}, LIMIT_S)["read"]
+        write(small, 1000, columns)
+        write(large, rows * COLUMNS // columns, columns)
+        for features in (True, False) if columns == COLUMNS else (False,):
+            work: processes.Work = (peak_of, (str(large), features, columns))
+            found[kind, columns, features] = processes.together({"read": work}, LIMIT_S)["read"]
         large.unlink()
         small.unlink()
     return found
+
+
+def _told(one: dict[str, float]) -> tuple[str, str, str]:
+    return f"{one['ratio']:.2f}", f"{one['seconds']:.1f}", f"{one['cpu']:.1f}"
 
 
 def _speeds(one: dict[str, float]) -> tuple[str, str]:
@@ -218,7 +225,7 @@ def _training(folder: Path, rows: int) -> list[dict[str, float]]:
 
 
 def _goals(read: Any, share: float) -> Iterator[str]:
-    for (kind, features), one in read.items():
+    for (kind, columns, features), one in read.items():
         how = "with" if features else "without"
-        yield goals.line(f"peak of reading {kind} {how} [features]", one["ratio"], MOST_MEMORY)
+        yield goals.line(f"peak of reading {columns:,} columns of {kind} {how} [features]", one["ratio"], MOST_MEMORY)
     yield goals.line("rows a CPU second of a mapped table, to those in memory", share, LEAST_SPEED, at_least=True)

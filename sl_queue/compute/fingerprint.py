@@ -88,7 +88,7 @@ def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
         "data.columns": None if columns is None else list(columns),
         "data.features": None
         if features is None
-        else f"{table.features_dtype} {features.shape} {_together(features, each)}",
+        else f"{table.features_dtype} {features.shape} {_together(table, features, each)}",
         "data.features.each": each,
         "data.label": None if table.labels is None else spec.label_column,
         "data.labels": None if table.labels is None else f"{_described(table.labels)} {_digest(table.labels)}",
@@ -96,8 +96,10 @@ def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
     }
 
 
-def _together(features: npt.NDArray[Any], each: list[str] | None) -> str:
-    return _digest(features) if each is None else digest_of(",".join(each).encode())
+def _together(table: Table, features: npt.NDArray[Any], each: list[str] | None) -> str:
+    if each is not None:
+        return digest_of(",".join(each).encode())
+    return _digest(features) if table.narrowed is None else table.narrowed.digests[0]
 
 
 def _described(array: npt.NDArray[Any]) -> str:

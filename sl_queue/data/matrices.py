@@ -4,18 +4,20 @@ Whole numbers stay whole: a table of them alone is int64, as in `Rows`. Beside f
 float32 holds every one of them, else float64, so that no column is rounded to suit another.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sl_queue.data.column_digests import ColumnDigests
 from sl_queue.data.csv_file import text_kind
 from sl_queue.data.faults import listed
-from sl_queue.protocol.digests import digest_of
 from sl_queue.protocol.exactness import rounded, rounded_whole
 from sl_queue.protocol.schedule.row_order import Positions
 from sl_queue.protocol.table import Narrowed
@@ -23,6 +25,8 @@ from sl_queue.protocol.table import Narrowed
 REMEDY = "replace those values, or leave out those rows at every party"
 _COUNTING_ROWS = 10  # a shorter column that counts may be anything
 _AS_CODES = "if they are codes, number them 0, 1, 2, ..., else scale them, or leave the column out"
+
+log = logging.getLogger("sl_queue")
 
 Array = npt.NDArray[Any]
 
@@ -67,28 +71,39 @@ class Matrix:
             found[:, place] = values
         return found
 
-    def narrowed(self, order: Positions, exact: Callable[[], Array]) -> tuple[Array, Narrowed | None]:
+    def narrowed(
+        self, order: Positions, exact: Callable[[], Array], folder: Path | None = None
+    ) -> tuple[Array, Narrowed | None]:
         """Put the columns side by side as float32, unless some numbers are lost there that a model could use.
 
         `exact` reads the same table again as `array` would. Numbers that are infinite in float32, and tables of whole
-        numbers that it rounds, stay as they are.
+        numbers that it rounds, stay as they are; so do wide ones if `folder` has no room for them.
         """
         if self.dtype not in (np.float64, np.int64):
             return self.array(order), None
-        found = np.empty((len(order), self.shape[1]), np.float32)
-        digests, lossy = [], dict[str, int]()
+        try:
+            with ColumnDigests((len(order), self.shape[1]), np.dtype(self.dtype), folder) as digests:
+                found, lossy = self._narrow(order, digests)
+                if found is not None:
+                    again = exact if self.dtype == np.float64 else partial(found.astype, np.int64)
+                    return found, Narrowed(np.dtype(self.dtype), digests.found(), lossy, again)
+        except OSError as error:
+            log.warning("a table takes twice its memory: %s", error.strerror or error)
+        return self.array(order), None
+
+    def _narrow(self, order: Positions, digests: ColumnDigests) -> tuple[Array | None, Mapping[str, int]]:
+        """Return the columns as float32, or None where a model could use what is lost; and the numbers it rounds."""
+        found, lossy = np.empty((len(order), self.shape[1]), np.float32), dict[str, int]()
         for (place, name), values in zip(enumerate(self.columns), self._values(order), strict=True):
             values = values.astype(self.dtype, copy=False)
-            digests.append(digest_of(values.astype(values.dtype.newbyteorder("<"), copy=False).data))
+            digests.add(values)
             if count := int(rounded_whole(values, "float32").sum()):
                 lossy[f"column {name!r}"] = count
             with np.errstate(over="ignore"):
                 found[:, place] = values
             if not np.isfinite(found[:, place]).all() or (lossy and self.dtype == np.int64):
-                del found
-                return self.array(order), None
-        again = exact if self.dtype == np.float64 else partial(found.astype, np.int64)
-        return found, Narrowed(np.dtype(self.dtype), tuple(digests), lossy, again)
+                return None, lossy
+        return found, lossy
 
     def _values(self, order: Positions | None) -> Iterator[Array]:
         """Yield the values of each column, one in memory at a time."""

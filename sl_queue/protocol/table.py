@@ -16,7 +16,7 @@ class Narrowed:
     """The numbers of a table before they became float32: in the dtype that holds what its file says."""
 
     dtype: np.dtype[Any]
-    digests: tuple[str, ...]  # of each column in that dtype
+    digests: tuple[str, ...]  # of each column in that dtype; of more than ONE_BY_ONE columns that of all rows
     rounded: Mapping[str, int]  # rows with whole numbers that float32 rounds, by what has them: "column 'age'"
     exact: Callable[[], npt.NDArray[Any]] = field(repr=False)  # reads them again, for a model of another dtype
 
