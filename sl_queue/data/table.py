@@ -5,7 +5,7 @@ Both come from one hash over all ids, and neither yields the other: the digest i
 joins, the keys never leave the party. Whoever does not know all ids can compute neither.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from hashlib import blake2b
@@ -30,7 +30,7 @@ from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
 from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.schedule.row_order import Hashes, hashes_of, held_out, id_hashes, split_by_id
-from sl_queue.protocol.table import Table
+from sl_queue.protocol.table import Narrowed, Table
 
 _SLICE = 1000  # ids that are Python objects at a time
 
@@ -76,10 +76,8 @@ def read_table(
     table = Table(None, labels, row_keys, digest, id_type, *about, weights=weights, chosen=chosen)
     if arrays.raw is not None:
         return _fitted(spec, arrays, order, table, rules)
-    if not narrow or not isinstance(arrays.features, Matrix):
-        return replace(table, features=in_order(arrays.features, order))
-    exact = cache(partial(_again, spec, aligned, digest))
-    features, narrowed = arrays.features.narrowed(order, exact, spec.scratch)
+    again = partial(_again, spec, aligned, digest) if narrow else None
+    features, narrowed = _placed(arrays.features, order, again, spec.scratch)
     return replace(table, features=features, narrowed=narrowed)
 
 
@@ -89,6 +87,18 @@ def _fitted(spec: TableSpec, arrays: Arrays, order: Positions, table: Table, rul
     training = spec.training(len(order), by if table.chosen is None else table.chosen)
     features, fitted = _made(arrays, order, training, scratch_of(spec))
     return replace(table, features=features, columns=fitted.names, fitted=fitted.as_json())
+
+
+def _placed(
+    found: npt.NDArray[Any] | Matrix | None,
+    order: Positions,
+    exact: Callable[[], npt.NDArray[Any]] | None,
+    scratch: Path | None,
+) -> tuple[npt.NDArray[Any] | None, Narrowed | None]:
+    """Put features into this order; as float32 if `exact` can read them again as they are."""
+    if exact is None or not isinstance(found, Matrix):
+        return in_order(found, order), None
+    return found.narrowed(order, cache(exact), scratch)
 
 
 def _again(spec: TableSpec, aligned: Positions | None, digest: str) -> npt.NDArray[Any]:
