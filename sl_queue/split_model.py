@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sl_queue.compute.export import Exported, Target
 from sl_queue.compute.other_metrics import Task
-from sl_queue.compute.outputs import Outputs
+from sl_queue.compute.outputs import Outputs, numbers
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
@@ -160,7 +160,7 @@ class SplitModel:
         """
         output = self.decision_function(features, id=id)
         if is_of_numbers(self.loss):
-            return output
+            return numbers(torch.from_numpy(output), self.outputs_).numpy()
         chances = self._chances(torch.from_numpy(output))
         guessed = chances.argmax(1) if chances.dim() == 2 and self.task_ == Task.MULTICLASS else chances > 0.5
         return guessed.long().numpy()

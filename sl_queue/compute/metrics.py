@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sl_queue.compute.losses import are_soft, check_classes, class_numbers, shaped
 from sl_queue.compute.names import metric_name
 from sl_queue.compute.other_metrics import Metric, Task, made, torchmetric
+from sl_queue.compute.outputs import Outputs, numbers
 from sl_queue.errors import ComputeError, JobError
 from sl_queue.ports import UserCode
 
@@ -33,7 +34,7 @@ _TASKS: Mapping[Any, Task] = {
     **dict.fromkeys((F.binary_cross_entropy_with_logits, F.binary_cross_entropy), Task.BINARY),
     **dict.fromkeys(("cross_entropy", nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss), Task.MULTICLASS),
     "bce": Task.BINARY,
-    **dict.fromkeys(("mse", "l1", "huber", "poisson"), Task.REGRESSION),
+    **dict.fromkeys(("mse", "l1", "huber", "poisson", nn.PoissonNLLLoss, F.poisson_nll_loss), Task.REGRESSION),
 }
 
 
@@ -47,7 +48,8 @@ def task_of(
     if (isinstance(loss, str) or callable(loss)) and loss in _TASKS:
         return _TASKS[loss]
     fractions = labels.dtype.kind == "f" and (labels != np.floor(labels)).any()
-    if not _known(Task.REGRESSION).keys().isdisjoint(metrics) or (fractions and outputs is None):
+    of_numbers = outputs == Outputs.LOGARITHMS or not _known(Task.REGRESSION).keys().isdisjoint(metrics)
+    if of_numbers or (fractions and outputs is None):
         return Task.REGRESSION
     soft = fractions and are_soft(labels, output)
     classes = output.dim() > 1 and output.shape[1] > 1 and labels.ndim < output.dim()
@@ -87,7 +89,7 @@ def check_targets(task: Task, output: Tensor, labels: npt.NDArray[Any], metrics:
 def predictions(task: Task, outputs: str, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return output and labels as the task's metrics take them: probabilities and class numbers, or numbers; flat rows.
 
-    `outputs` says whether the output is logits, probabilities or log_probabilities. A label between 0 and 1 counts as
+    `outputs` is the meaning of the output. A label between 0 and 1 counts as
     the class that is nearer, soft labels as their largest class.
     """
     output = output.double()
@@ -99,7 +101,7 @@ def predictions(task: Task, outputs: str, output: Tensor, labels: Tensor) -> tup
             chances = _chances(outputs, output) if outputs == "probabilities" else output.softmax(1)
             return chances.movedim(1, -1).reshape(-1, classes), targets(task, output, labels)
         case Task.REGRESSION:
-            return output.flatten(), targets(task, output, labels)
+            return numbers(output, outputs).flatten(), targets(task, output, labels)
 
 
 def targets(task: Task, output: Tensor, labels: Tensor) -> Tensor:

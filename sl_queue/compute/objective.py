@@ -86,7 +86,7 @@ def objective_of(
         task, metrics = _measures(spec, kind, tried, labelled, labels, where)
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
-    outputs = outputs_of(wanted.outputs, kind, task, list(metrics), output, scaled, where)
+    outputs = outputs_of(wanted.outputs, kind, loss, task, list(metrics), output, scaled, where)
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
     warnings += [twice] if twice else []
     weighting = weighting_of(fit, table.labels, table.weights, missing=wanted.missing, where=where)

@@ -2,16 +2,21 @@
 
 A named loss says it, and so do some of torch's. Otherwise it is read off the last node of the graph, and asked for
 where that is not enough: numbers that never leave 0 to 1 may be probabilities, or logits of a small model.
+
+Of a regression the output is the number itself, LOGITS, or what a loss makes the number of: its logarithm under a
+Poisson loss, the logarithm of its odds under a cross-entropy of fractions.
 """
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
+from sl_queue.compute.losses import poisson
 from sl_queue.compute.other_metrics import Task
 from sl_queue.errors import JobError
 
@@ -22,6 +27,8 @@ class Outputs(StrEnum):
     LOGITS = "logits"
     PROBABILITIES = "probabilities"
     LOG_PROBABILITIES = "log_probabilities"
+    LOGARITHMS = "logarithms"  # of a regression's numbers
+    LOG_ODDS = "log_odds"  # of a regression's numbers, which are from 0 to 1
 
 
 TAKES = {  # what a loss takes
@@ -34,6 +41,8 @@ TAKES = {  # what a loss takes
     F.cross_entropy: Outputs.LOGITS,
     nn.BCELoss: Outputs.PROBABILITIES,
     F.binary_cross_entropy: Outputs.PROBABILITIES,
+    nn.SoftMarginLoss: Outputs.LOGITS,
+    F.soft_margin_loss: Outputs.LOGITS,
     nn.NLLLoss: Outputs.LOG_PROBABILITIES,
     F.nll_loss: Outputs.LOG_PROBABILITIES,
 }
@@ -83,8 +92,30 @@ def _meaning(node: Any) -> Outputs | None:
     return None
 
 
+def numbers(output: Tensor, meaning: str) -> Tensor:
+    """Return the output of a regression on the scale of its labels."""
+    match meaning:
+        case Outputs.LOGARITHMS:
+            return output.exp()
+        case Outputs.LOG_ODDS:
+            return output.sigmoid()
+        case _:
+            return output
+
+
+def takes_logarithms(loss: Any) -> bool:
+    """Return True for a Poisson loss of logarithms of rates, as it is unless `log_input` is false."""
+    given = loss.keywords if isinstance(loss, partial) else {}
+    while isinstance(loss, partial):
+        loss = loss.func
+    if isinstance(loss, nn.PoissonNLLLoss):
+        return bool(loss.log_input)
+    return loss in (poisson, F.poisson_nll_loss) and bool(given.get("log_input", True))
+
+
 def outputs_of(
     declared: str | None,
+    kind: Any,
     loss: Any,
     task: Task,
     metrics: Sequence[str],
@@ -94,21 +125,16 @@ def outputs_of(
 ) -> Outputs:
     """Return the meaning of the output: the loss's, the declared one, or what the model ends in.
 
-    `output` has its graph; `scaled(s)` is the output for activations s times as large, looked at only where nothing
-    else tells. Raises JobError where it has to be declared, or is declared wrongly.
+    `kind`: the name, class or function by which `loss` is known. `output` has its graph; `scaled(s)` is the output for
+    activations s times as large, looked at only where nothing else tells. Raises JobError where it has to be declared,
+    or is declared wrongly.
     """
-    takes = TAKES.get(loss) if isinstance(loss, str) or callable(loss) else None
+    takes = TAKES.get(kind) if isinstance(kind, str) or callable(kind) else None
     key = f"{where} [fuse] outputs"
     if task is Task.REGRESSION:
-        if declared is not None:
-            raise JobError(f"{key} = {declared!r} has no use: this loss and these metrics are of numbers; leave it out")
-        return Outputs.LOGITS
+        return _of_numbers(declared, takes, key, logarithms=takes_logarithms(loss), named=isinstance(kind, str))
     if declared is not None:
-        wanted = Outputs(declared)
-        if takes not in (None, wanted):
-            raise JobError(f"{key} = {declared!r}, but the loss takes {_said(takes)}; leave the key out")
-        _require_range(wanted, output, f"{key} = {declared!r}")
-        return wanted
+        return _of_classes(Outputs(declared), takes, output, f"{key} = {declared!r}")
     if takes is not None:
         return takes
     found = ending(output)
@@ -116,6 +142,27 @@ def outputs_of(
     if found is not None or not asked:
         return found or Outputs.LOGITS
     return _by_range(_range(task, scaled), asked, key)
+
+
+def _of_numbers(declared: str | None, takes: Outputs | None, key: str, *, logarithms: bool, named: bool) -> Outputs:
+    """Return the meaning of a regression's output; `named`: its loss is one of ours. Raises as `outputs_of`."""
+    if declared not in (None, Outputs.LOGARITHMS):
+        raise JobError(f"{key} = {declared!r} has no use: this loss and these metrics are of numbers; leave it out")
+    if declared is not None and named and not logarithms:
+        raise JobError(f"{key} = {declared!r}, but the loss takes no logarithms of its labels; leave the key out")
+    if logarithms or declared is not None:
+        return Outputs.LOGARITHMS
+    return Outputs.LOG_ODDS if takes is Outputs.LOGITS else Outputs.LOGITS
+
+
+def _of_classes(declared: Outputs, takes: Outputs | None, output: Tensor, what: str) -> Outputs:
+    """Return the meaning that a classification's output is said to have. Raises JobError if it cannot."""
+    if declared is Outputs.LOGARITHMS:
+        raise JobError(f'{what} is of numbers, and this is a classification; leave it out, or say task = "regression"')
+    if takes not in (None, declared):
+        raise JobError(f"{what}, but the loss takes {_said(takes)}; leave the key out")
+    _require_range(declared, output, what)
+    return declared
 
 
 def _by_range(found: str, asked: Sequence[str], key: str) -> Outputs:

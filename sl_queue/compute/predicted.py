@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from sl_queue.compute.other_metrics import Task
-from sl_queue.compute.outputs import Outputs
+from sl_queue.compute.outputs import Outputs, numbers
 from sl_queue.errors import ComputeError
 
 Columns = Mapping[str, npt.NDArray[Any]]
@@ -19,9 +19,9 @@ def columns_of(outputs: npt.NDArray[Any], task: str, meaning: str, undo: Undo | 
     """Return the columns of `outputs`, shape (rows, *outputs): what a model of that task predicts for each row.
 
     binary: `probability` of the label 1, or `probability_0` and so on for several outputs. multiclass: `class`, and
-    `probability_0` and so on. Anything else: `value`, or `value_0` and so on. `meaning` says whether the outputs are
-    logits, probabilities or log_probabilities. `undo` makes probabilities of labels of those of responses. Raises
-    ComputeError for outputs that do not suit the task.
+    `probability_0` and so on. Anything else: `value`, or `value_0` and so on. `meaning` is one of Outputs.
+    `undo` makes probabilities of labels of those of responses. Raises ComputeError for outputs that do not suit the
+    task.
     """
     flat = torch.from_numpy(outputs).reshape(len(outputs), -1)
     match task:
@@ -34,7 +34,7 @@ def columns_of(outputs: npt.NDArray[Any], task: str, meaning: str, undo: Undo | 
             chances = _probabilities(flat, meaning, lambda: flat.softmax(1))
             return {"class": flat.argmax(1).numpy(), **_named("probability", _undone(chances, undo), several=True)}
         case _:
-            return _named("value", flat)
+            return _named("value", numbers(flat, meaning))
 
 
 def _probabilities(flat: torch.Tensor, meaning: str, from_logits: Any) -> torch.Tensor:

@@ -74,7 +74,7 @@ class ObjectiveSpec:
 
     loss: Any  # one of NAMED_LOSSES or a table with its name, module:callable, or the callable itself
     metrics: tuple[Any, ...] = ()  # names, tables with one, module:callable, or callables
-    outputs: Literal["logits", "probabilities", "log_probabilities"] | None = None
+    outputs: Literal["logits", "probabilities", "log_probabilities", "logarithms"] | None = None
     task: Literal["binary", "multiclass", "regression"] | None = None
     missing: bool = False  # NaN labels are not known, and count for nothing
     train_metrics: bool = False  # metrics of training rows too

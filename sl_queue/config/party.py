@@ -176,10 +176,10 @@ class FuseFile(BaseFile):
         default=None,
         description='"binary", "multiclass" or "regression": what metrics measure; mostly found without it',
     )
-    outputs: Literal["logits", "probabilities", "log_probabilities"] | None = Field(
+    outputs: Literal["logits", "probabilities", "log_probabilities", "logarithms"] | None = Field(
         default=None,
-        description='"logits", "probabilities" or "log_probabilities": what the fuse model puts out, for a loss of '
-        "your own and metrics of classes; mostly found without it",
+        description='"logits", "probabilities" or "log_probabilities" of classes, or "logarithms" of numbers: what the '
+        "fuse model puts out, for a loss of your own; mostly found without it",
     )
 
 

@@ -1,5 +1,6 @@
 """Losses with options, metrics with arguments and in code: the values of torch and of scikit-learn."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torchmetrics
 from sklearn import metrics as sklearn
 from torch import Tensor, nn
 
+from sl_queue.compute.predicted import columns_of
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import agree
 from sl_queue.data.spec import Rows
@@ -162,6 +164,57 @@ def test_metrics_of_numbers_and_of_several_classes() -> None:
     assert found["cohen_kappa"] == pytest.approx(sklearn.cohen_kappa_score(labels, outputs.argmax(1)), abs=1e-6)
     ours = torchmetrics.functional.classification.multiclass_accuracy(outputs, labels, 3, top_k=2)
     assert found["accuracy"] == pytest.approx(ours.item())
+
+
+def gamma(output: Tensor, labels: Tensor) -> Tensor:
+    """Compute the loss of a Gamma regression with a logarithmic link."""
+    return (output[:, 0] + labels * torch.exp(-output[:, 0])).mean()
+
+
+LINKS: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
+    "poisson": ("poisson", THREE, {}, torch.exp),
+    "with its constant": ({"name": "poisson", "full": True}, THREE, {}, torch.exp),
+    "rates": ({"name": "poisson", "log_input": False}, THREE, {}, None),
+    "PoissonNLLLoss": ("torch.nn:PoissonNLLLoss", THREE, {}, torch.exp),
+    "PoissonNLLLoss of rates": (nn.PoissonNLLLoss(log_input=False), THREE, {}, None),
+    "a function": (F.poisson_nll_loss, THREE, {}, torch.exp),
+    "a partial": (partial(partial(F.poisson_nll_loss, log_input=False), full=True), THREE, {}, None),
+    "a loss of ones own": (gamma, NUMBERS, {"outputs": "logarithms"}, torch.exp),
+    "fractions": ("bce_with_logits", NUMBERS / 2, {"task": "regression"}, torch.sigmoid),
+    "mse": ("mse", NUMBERS, {}, None),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_metrics_of_numbers_and_predictions_are_on_the_scale_of_the_labels(name: str) -> None:
+    loss, labels, more, link = LINKS[name]
+    run = run_of(labels, Head(ends=None if link else nn.Softplus()), loss, metrics=["mse", "rmse", "mae", "r2"], **more)
+    stages, (outputs, targets) = trained(run), held_out(run)
+    predicted = (link(outputs) if link else outputs)[:, 0].double().numpy()
+    found, objective = stages.evaluations[-1], stages.fuse.objective
+    assert found["mae"] == pytest.approx(sklearn.mean_absolute_error(targets, predicted), rel=1e-6)
+    assert found["mse"] == pytest.approx(sklearn.mean_squared_error(targets, predicted), rel=1e-6)
+    assert found["rmse"] == pytest.approx(sklearn.mean_squared_error(targets, predicted) ** 0.5, rel=1e-6)
+    assert found["r2"] == pytest.approx(sklearn.r2_score(targets, predicted), rel=1e-5)
+    columns = columns_of(outputs.numpy(), str(objective.task), str(objective.outputs))
+    np.testing.assert_allclose(columns["value"], predicted, rtol=1e-6)
+
+
+def test_what_a_version_of_before_predicts_stays_what_it_was() -> None:
+    outputs = np.array([[0.5], [-1.0]], np.float32)
+    np.testing.assert_array_equal(columns_of(outputs, "regression", "logits")["value"], outputs[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "metrics", "told"),
+    [
+        ("mse", NUMBERS, ["mae"], "but the loss takes no logarithms"),
+        ("bce_with_logits", CLASSES, ["f1"], r"is of numbers, and this is a classification"),
+    ],
+)
+def test_logarithms_that_cannot_be_are_refused(loss: str, labels: Any, metrics: list[str], told: str) -> None:
+    with pytest.raises(JobError, match=told):
+        run_of(labels, loss=loss, metrics=metrics, outputs="logarithms").stages()
 
 
 def test_an_object_as_a_metric_begins_from_nothing_in_each_epoch() -> None:

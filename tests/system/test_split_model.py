@@ -115,6 +115,10 @@ def test_several_classes_and_numbers_are_predicted() -> None:
     assert numbers.score(x, x["bank"][:, 0] * 2) > 0.5
     with pytest.raises(JobError, match="predicts numbers"):
         numbers.predict_proba(x)
+    counts = model_of(loss="poisson", metrics=["mae"])
+    counts.fit(x, y * 3)
+    assert np.allclose(counts.predict(x), np.exp(counts.decision_function(x)))
+    assert counts.evaluate(x, y * 3)["mae"] == pytest.approx(np.abs(counts.predict(x) - y * 3).mean())
 
 
 # Whatever a notebook holds ----------------------------------------------------------------------------------------
