@@ -30,7 +30,7 @@ from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
 from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.schedule.row_order import Hashes, hashes_of, held_out, id_hashes, split_by_id
-from sl_queue.protocol.table import Narrowed, Table
+from sl_queue.protocol.table import Table
 
 _SLICE = 1000  # ids that are Python objects at a time
 
@@ -77,8 +77,7 @@ def read_table(
     if arrays.raw is not None:
         return _fitted(spec, arrays, order, table, rules)
     again = partial(_again, spec, aligned, digest) if narrow else None
-    features, narrowed = _placed(arrays.features, order, again, spec.scratch)
-    return replace(table, features=features, narrowed=narrowed)
+    return _placed(spec, arrays.features, order, table, again)
 
 
 def _fitted(spec: TableSpec, arrays: Arrays, order: Positions, table: Table, rules: int) -> Table:
@@ -90,15 +89,17 @@ def _fitted(spec: TableSpec, arrays: Arrays, order: Positions, table: Table, rul
 
 
 def _placed(
+    spec: TableSpec,
     found: npt.NDArray[Any] | Matrix | None,
     order: Positions,
+    table: Table,
     exact: Callable[[], npt.NDArray[Any]] | None,
-    scratch: Path | None,
-) -> tuple[npt.NDArray[Any] | None, Narrowed | None]:
-    """Put features into this order; as float32 if `exact` can read them again as they are."""
+) -> Table:
+    """Return the table with features in this order; as float32 if `exact` can read them again as they are."""
     if exact is None or not isinstance(found, Matrix):
-        return in_order(found, order), None
-    return found.narrowed(order, cache(exact), scratch)
+        return replace(table, features=in_order(found, order))
+    features, narrowed = found.narrowed(order, cache(exact), spec.scratch)
+    return replace(table, features=features, narrowed=narrowed)
 
 
 def _again(spec: TableSpec, aligned: Positions | None, digest: str) -> npt.NDArray[Any]:
