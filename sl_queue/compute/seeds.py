@@ -25,6 +25,7 @@ from functools import cache
 from hashlib import blake2b, shake_128
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.random import mtrand
 
@@ -32,7 +33,8 @@ from sl_queue.protocol.messages import MicroBatch
 
 _ONCE = MicroBatch(0, 0)
 _WIDE = 1 << 256  # marks a key of 256 bits, however many of them are zero
-_STATE = slice(24, 24 + 624 * 8)  # of torch's CPU generator: a seed, two counts, 624 words of 32 bits as 64 bits each
+_SEED = slice(8)  # of torch's CPU generator's state: then two counts
+_WORDS = slice(24, 24 + 624 * 8)  # 624 words of 32 bits, as 64 bits each
 _GENERATORS = threading.RLock()  # guards this process's global generators; re-entered by a model that trains another
 
 
@@ -52,13 +54,8 @@ def seeded(key: int, device: torch.device) -> Iterator[None]:
         states = [generator.get_state() for generator in generators]
         python_state, numpy_generator = random.getstate(), mtrand.get_bit_generator()
         try:
-            for generator in generators:
-                generator.manual_seed(key & 0xFFFFFFFFFFFFFFFF)
-            random.seed(key)
             mtrand.set_bit_generator(_numpy_generator())  # swapped, not copied: copying its state takes 30 us
-            np.random.seed(key & 0xFFFFFFFF)
-            if key >= _WIDE:
-                _seed_widely(key)
+            _seed(key, generators)
             yield
         finally:
             for generator, state in zip(generators, states, strict=True):
@@ -76,14 +73,28 @@ def generator_states(device: torch.device) -> tuple[bytes, object, bytes]:
     return b"".join(states), random.getstate(), np.asarray(words).tobytes() + repr((kind, place)).encode()
 
 
-def _seed_widely(key: int) -> None:
-    """Set torch's and NumPy's Mersenne Twisters, which take fewer bits of a seed, apart from each other."""
+def _seed(key: int, generators: list[torch.Generator]) -> None:
+    """Set all generators; a wide key sets all of torch's and NumPy's Mersenne Twisters on the CPU, apart."""
+    narrow = key & 0xFFFFFFFFFFFFFFFF
+    for generator in generators if key < _WIDE else generators[1:]:
+        generator.manual_seed(narrow)
+    random.seed(key)
+    if key < _WIDE:
+        np.random.seed(key & 0xFFFFFFFF)
+        return
     secret = (key & (_WIDE - 1)).to_bytes(32, "little")
-    state = torch.default_generator.get_state()
-    words = np.frombuffer(shake_128(secret).digest(624 * 4), "<u4")
-    state.numpy()[_STATE].view(np.uint64)[:] = words
-    torch.default_generator.set_state(state)
+    state, seed, words = _torch_state()
+    seed[0] = narrow
+    words[:] = np.frombuffer(shake_128(secret).digest(624 * 4), "<u4")
+    generators[0].set_state(state)
     np.random.seed(np.frombuffer(secret, "<u4"))
+
+
+@cache
+def _torch_state() -> tuple[torch.Tensor, npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Return the state of a CPU generator that was seeded just now, and views of its seed and of its words."""
+    state = torch.Generator().manual_seed(0).get_state()
+    return state, state.numpy()[_SEED].view(np.uint64), state.numpy()[_WORDS].view(np.uint64)
 
 
 def _cuda_generators(device: torch.device) -> list[torch.Generator]:

@@ -77,12 +77,17 @@ def busy_and_age(port: int) -> tuple[float, float]:
     return float(busy[1]), float(busy[1]) + sum(map(float, waits))
 
 
-def measured_bubble(ports: Mapping[str, int], seconds: float) -> float:
-    """Return the share of the time in which even the busiest party waits, by Prometheus' counters."""
-    before = {role: busy_and_age(port) for role, port in ports.items()}
-    time.sleep(seconds)
-    after = {role: busy_and_age(port) for role, port in ports.items()}
-    return 1 - max((after[r][0] - before[r][0]) / (after[r][1] - before[r][1]) for r in ports)
+def measured_bubbles(ports: Mapping[str, int], seconds: int) -> list[float]:
+    """Return the share of the time in which even the busiest party waits, by Prometheus' counters.
+
+    Of three windows as long as the page's, each a second later: a status may be a second old when it is shown.
+    """
+    samples = []
+    for _ in range(seconds + 3):
+        samples.append({role: busy_and_age(port) for role, port in ports.items()})
+        time.sleep(1.0)
+    windows = zip(samples, samples[seconds:], strict=False)
+    return [1 - max((now[r][0] - then[r][0]) / (now[r][1] - then[r][1]) for r in ports) for then, now in windows]
 
 
 def points(chrome: Chrome) -> list[int]:
@@ -129,9 +134,9 @@ def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew:
         until(chrome, lambda c: c.execute_script("return points.length > 0 && points[0][0] < 10"))
         assert "held-out auroc by epoch" in text_of(chrome, "charts")
 
-        bubble = measured_bubble({role: ports[role] for role in ("bank", "insurer")}, 11.0)
+        bubbles = measured_bubbles({role: ports[role] for role in ("bank", "insurer")}, 10)
         shown = int(text_of(chrome, "bubble").split()[0]) / 100
-        assert shown == pytest.approx(bubble, abs=0.1)
+        assert min(abs(shown - bubble) for bubble in bubbles) <= 0.05
         assert re.search(r"even bank, the busiest, waits; ideal \d+ %", text_of(chrome, "bubbleof"))
 
         assert sl_queue("status", str(crew.job), "--broker", crew.url, *key).returncode == 0  # beside the page
@@ -146,7 +151,8 @@ def test_the_page_shows_who_is_waited_for_who_is_killed_and_who_comes_back(crew:
         done = sl_queue("report", crew.job, "--state", crew.states / "scheduler", "--out", crew.folder)
         assert done.returncode == 0, done.stderr
         assert '"phase": "running"' in (crew.folder / "report.html").read_text()
-        print(f"said who is waited for after {said_s:.1f} s, shown dead after {dead_s:.1f} s, bubble {bubble:.3f}")
+        print(f"said who is waited for after {said_s:.1f} s, shown dead after {dead_s:.1f} s")
+        print(f"bubble {shown} on the page, by Prometheus {bubbles}")
 
 
 def test_a_sealed_run_is_shown_to_nobody_without_the_key(tmp_path: Path, broker_url: str, unique: str) -> None:

@@ -15,7 +15,7 @@ class CutInput:
 
     def __init__(self, activation: Tensor, learning: bool = True) -> None:
         self._waiting, self._learning = [activation], learning
-        self._like = activation.detach()[:0].new_empty(()).expand(activation.shape)  # its dtype and shape, no numbers
+        self._form = (activation.shape, activation.dtype, activation.device)
         self.gradient: Tensor | None = None
 
     def enter(self) -> Tensor:
@@ -28,7 +28,8 @@ class CutInput:
 
     def overflow(self) -> Tensor | None:
         """Return a gradient that says that the step is to be left out; None where none is wanted."""
-        return torch.full_like(self._like, torch.nan) if self._learning else None
+        shape, dtype, device = self._form
+        return torch.full(shape, torch.nan, dtype=dtype, device=device) if self._learning else None
 
 
 class _GradientTap(torch.autograd.Function):

@@ -150,17 +150,17 @@ class Batches:
         """The rows that training never touches, ascending."""
         return self._split[2]
 
-    @property
+    @cached_property
     def training_rows(self) -> int:
         return self.n_rows - self.holdout_rows - self.test_rows
 
-    @property
+    @cached_property
     def test_rows(self) -> int:
         if self.chosen is not None:
             return len(self.chosen.test)
         return min(held_out(self.n_rows, self.test), self.n_rows - self.holdout_rows)
 
-    @property
+    @cached_property
     def holdout_rows(self) -> int:
         if self.chosen is not None:
             return len(self.chosen.held_out)
@@ -171,7 +171,7 @@ class Batches:
         n, b = self.training_rows, self.batch_size
         return n // b if self.drop_last else -(-n // b)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.epochs
