@@ -19,6 +19,7 @@ from sl_queue.config.resolve import layers_of
 from sl_queue.errors import ComputeError
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
+from sl_queue.protocol.text import counted
 
 SAME_WITHIN = 1e-6  # float32 rounding, where a kernel adds in another order
 COMPARING_S = 20.0  # about as long the comparison with joined training may take, in steps that fit
@@ -118,4 +119,4 @@ def _counted(steps: int) -> str:
 
 def _rows(batches: Batches) -> str:
     few = bounded(batches)
-    return "" if few is batches else f" (of {few.batch_size} rows)"
+    return "" if few is batches else f" (of {counted(few.batch_size, 'row', 'rows')})"

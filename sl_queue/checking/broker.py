@@ -13,7 +13,7 @@ from sl_queue.protocol.broker_url import split
 from sl_queue.protocol.codec import OVERHEAD_BYTES
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Payload
 from sl_queue.protocol.schedule.row_order import Batches
-from sl_queue.protocol.text import size
+from sl_queue.protocol.text import counted, size
 
 MESSAGE_LIMIT_BYTES = 16 * 1024 * 1024  # what RabbitMQ 4 accepts by default, header included
 DAY_S = 24 * 3600
@@ -32,7 +32,8 @@ def message_sizes(check: Check, job: Job, payloads: Mapping[str, Payload], batch
         one, two = (job.on_the_wire.bytes_of(dtype, (n, *(job.cut(name) or ()))) for n in (1, 2))
         row_bytes = two - one  # where nothing can be left out
         n_bytes = rows * row_bytes + OVERHEAD_BYTES
-        text = f"{name}: largest message {size(n_bytes)} ({rows} rows of {row_bytes} bytes and a header)"
+        held = counted(rows, "row", "rows")
+        text = f"{name}: largest message {size(n_bytes)} ({held} of {row_bytes} bytes and a header)"
         if n_bytes <= MESSAGE_LIMIT_BYTES:
             check.ok(f"{text}; RabbitMQ 4 accepts 16 MiB by default")
             continue

@@ -10,6 +10,7 @@ from itertools import chain
 
 from sl_queue.config.job import Job
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.text import counted
 
 HEADER_BYTES = 80  # of a message beside its tensor
 GIB = 1024**3
@@ -178,8 +179,9 @@ def _nodes(cores: float, most: float) -> int:
 def _about_size(load: Load, node: Node) -> Iterator[str]:
     if load.files > node.files:
         yield (
-            f"{load.parties} feature parties have about {load.files:,.0f} files and sockets open at the broker, and "
-            f"{node.files:,} is a usual limit of a process: raise it (LimitNOFILE under systemd, ulimit -n elsewhere)"
+            f"{counted(load.parties, 'feature party has', 'feature parties have')} about {load.files:,.0f} "
+            f"files and sockets open at the broker, and {node.files:,} is a usual limit of a process: raise it "
+            "(LimitNOFILE under systemd, ulimit -n elsewhere)"
         )
     if load.channels > node.channels:
         yield (

@@ -29,7 +29,7 @@ from sl_queue.protocol.schedule.actions import Action, Commit, Update, notation
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.agreement import differing_id_types
 from sl_queue.protocol.table import Table
-from sl_queue.protocol.text import size
+from sl_queue.protocol.text import counted, size
 from sl_queue.storage.secret_file import read_secret
 
 SPELLED_OUT_STEPS = 3
@@ -130,7 +130,10 @@ def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> Mapping[str, 
     count = len(next(iter(shared.values())))
     if count < job.alignment.at_least:
         check.error(
-            AlignmentError(f"{count} rows are shared by all, and alignment.at_least = {job.alignment.at_least}")
+            AlignmentError(
+                f"{counted(count, 'row is', 'rows are')} shared by all, and alignment.at_least = "
+                f"{job.alignment.at_least}"
+            )
         )
     check.ok(f"rows: {count} are shared by {', '.join(shared)}; an alignment will find them")
     return shared
@@ -174,7 +177,7 @@ def _read(
         return None
     features = "no base model, so no features" if table.features is None else f"features {table.features.shape[1:]}"
     labels = "" if table.labels is None else f", labels {table.labels.dtype}"
-    check.ok(f"{file.party}: {table.n_rows} rows, ids are {table.id_type}, {features}{labels}")
+    check.ok(f"{file.party}: {counted(table.n_rows, 'row', 'rows')}, ids are {table.id_type}, {features}{labels}")
     for note in table.notes:
         check.note(f"{file.party}: {note}")
     return Readable(with_secret.compute, table)
@@ -233,7 +236,7 @@ def _spell_out(check: Check, job: Job, batches: Batches | None) -> None:
     pipeline = job.pipeline_of(batches)
     check.note(
         f"steps: {batches.steps_per_epoch} an epoch, {batches.steps} in all; "
-        f"{batches.training_rows} rows to train on, {batches.holdout_rows} held out"
+        f"{counted(batches.training_rows, 'row', 'rows')} to train on, {batches.holdout_rows} held out"
     )
     check.note(f"order of work, a feature party: {notation(_first_steps(pipeline.feature_actions(0)))} ...")
     check.note(f"order of work, the label holder: {notation(_first_steps(pipeline.label_actions(0)))} ...")

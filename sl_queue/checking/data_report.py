@@ -11,7 +11,7 @@ from sl_queue.data.features import Fitted
 from sl_queue.protocol.exactness import BITS, rounded
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
-from sl_queue.protocol.text import size
+from sl_queue.protocol.text import counted, size
 
 CLASSES = 20  # different labels, up to which each is counted
 FAR = 1000.0  # a column that goes beyond this is not scaled
@@ -23,7 +23,9 @@ def report_data(check: Check, party: str, table: Table, batches: Batches) -> Non
     """Tell what the table holds; counts and names of columns, never a row."""
     split = batches.training_positions, batches.holdout_positions, batches.test_positions
     if batches.test_rows:
-        check.note(f"{party}: {batches.test_rows} rows are for a test, and a run never touches them")
+        check.note(
+            f"{party}: {counted(batches.test_rows, 'row is', 'rows are')} for a test, and a run never touches them"
+        )
     if batches.chosen is not None and table.labels is not None:
         check.note(f"{party}: chooses {batches.holdout_rows} of {table.n_rows} rows to hold out, and tells which")
     for line in _about_labels(table, split):
@@ -55,7 +57,8 @@ def _about_labels(table: Table, split: Sequence[Any]) -> Iterator[str]:
         counts = [int((part == value).sum()) for part in parts]
         shares = [f" ({count / len(part):.1%})" if len(part) else "" for count, part in zip(counts, parts, strict=True)]
         told = f", {counts[2]} for a test{shares[2]}" if len(test) else ""
-        yield f"label {value:g}: {counts[0]} rows trained on{shares[0]}, {counts[1]} held out{shares[1]}{told}"
+        trained = f"{counted(counts[0], 'row', 'rows')} trained on{shares[0]}"
+        yield f"label {value:g}: {trained}, {counts[1]} held out{shares[1]}{told}"
 
 
 def _about_columns(table: Table, training: Any) -> Iterator[str]:

@@ -17,6 +17,7 @@ from sl_queue.errors import JobError, NonFiniteError, SlQueueError
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
+from sl_queue.protocol.text import counted
 
 T = TypeVar("T")
 
@@ -190,7 +191,9 @@ def _delivery_timeout(check: Check, job: Job, batches: Batches, seconds: float) 
     """Compare the broker's delivery timeout with the time between commits: messages are acknowledged at a commit."""
     steps = min(job.pipeline.checkpoint_every, batches.steps_per_epoch)
     between_s = seconds * steps * batches.parts(0)
-    said = f"every {steps} steps, about {between_s:.1f} s of computing here, one party after the other"
+    said = (
+        f"every {counted(steps, 'step', 'steps')}, about {between_s:.1f} s of computing here, one party after the other"
+    )
     if between_s < DELIVERY_TIMEOUT_S / 2:
         check.note(f"commits: {said}")
     else:

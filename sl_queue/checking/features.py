@@ -14,6 +14,7 @@ from sl_queue.data.rows import read_raw
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.launch.rows import aligned_before
+from sl_queue.protocol.text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def features_lines(job: Job, party_file: PartyFile) -> Iterator[str]:
         yield f"{party_file.party}: the job gives it no cut, so it trains on no features"
         return
     first, *others = describe(Fitted.of_json(table.fitted))
-    yield f"{party_file.party}: {table.n_rows} rows; {first}"
+    yield f"{party_file.party}: {counted(table.n_rows, 'row', 'rows')}; {first}"
     yield from others
 
 

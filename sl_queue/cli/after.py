@@ -8,6 +8,7 @@ import typer
 
 from sl_queue.cli.options import MEMORY, Broker, JobPath, PartyPaths, read_broker_url
 from sl_queue.errors import JobError
+from sl_queue.protocol.text import counted
 
 if TYPE_CHECKING:
     from sl_queue.compute.evaluated import Evaluation
@@ -69,7 +70,7 @@ def evaluate(
     holder, predicted = _predicted(job, parties, run, state, broker, keys, labels=True, held_out=held_out, test=test)
     folder = out or holder.folder or Path()
     found = write_evaluation(predicted, folder)
-    print(f"run {predicted.version.run}, {found.rows} rows: {folder / 'evaluation.json'}")
+    print(f"run {predicted.version.run}, {counted(found.rows, 'row', 'rows')}: {folder / 'evaluation.json'}")
     for line in evaluation_lines(found):
         print(line)
     if plot:
@@ -95,7 +96,7 @@ def explain(
     from sl_queue.observe.console import stdout, table_of
 
     found = explained(agreed, files, {file.party: _state_of(file, state) for file in files}, run)
-    print(f"{found.metric} {found.value:.6g} on {found.rows} rows; worse by so much without")
+    print(f"{found.metric} {found.value:.6g} on {counted(found.rows, 'row', 'rows')}; worse by so much without")
     stdout().print(table_of(("party", "column", "worse by"), found.ranked()))
     path = (out or parties[0].parent) / NAME
     found.write(path)
@@ -157,7 +158,10 @@ def export(
 
     agreed, file = Job.load(job), PartyFile.load(party)
     for done in export_party(agreed, file, _state_of(file, state), to, run, out):
-        print(f"{done.path}: inputs {', '.join(done.inputs)}; differs by {done.difference:.1e} on {done.rows} rows")
+        print(
+            f"{done.path}: inputs {', '.join(done.inputs)}; differs by {done.difference:.1e} on "
+            f"{counted(done.rows, 'row', 'rows')}"
+        )
 
 
 def evaluation_lines(found: "Evaluation") -> Iterator[str]:

@@ -21,6 +21,7 @@ from sl_queue.compute.spec import LayersSpec
 from sl_queue.compute.stand_ins import drawn_inputs
 from sl_queue.cut.several import fuse_inputs
 from sl_queue.errors import ComputeError, JobError
+from sl_queue.protocol.text import counted
 
 Target = Literal["torch", "onnx"]
 EXPORT_ROWS = 64  # compared
@@ -178,13 +179,16 @@ def _compare(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], target
         with torch.no_grad():
             wanted: Tensor = module(*given.values())
         if got.shape != wanted.shape:
-            raise ComputeError(f"{told}: gives {tuple(got.shape)} for {rows} rows, the model {tuple(wanted.shape)}")
+            raise ComputeError(
+                f"{told}: gives {tuple(got.shape)} for {counted(rows, 'row', 'rows')}, the model {tuple(wanted.shape)}"
+            )
         difference = float((got.double() - wanted.double()).abs().max())
         bound = TOLERANCE[target] * max(1.0, float(wanted.double().abs().max()))
         if not difference <= bound:
             raise ComputeError(
-                f"{told}: differs from the model by {difference:.3g} on the same {rows} rows, more than {bound:.3g}; "
-                "the model depends on something that an export does not carry, a branch on values for instance"
+                f"{told}: differs from the model by {difference:.3g} on the same {counted(rows, 'row', 'rows')}, more "
+                f"than {bound:.3g}; the model depends on something that an export does not carry, a branch on values "
+                "for instance"
             )
         worst = max(worst, difference)
     return worst

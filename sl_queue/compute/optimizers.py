@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from sl_queue.compute.eager import keep_compiler_out
 from sl_queue.errors import JobError
 from sl_queue.ports import UserCode
-from sl_queue.protocol.text import nearest
+from sl_queue.protocol.text import counted, nearest
 
 _NEED_A_CLOSURE = {"lbfgs"}
 _WHY_NOT = "evaluates the loss more than once a step, which no party can: none has the whole model; use another"
@@ -145,7 +145,10 @@ def _made(module: nn.Module, make: Any, key: str, code: UserCode) -> Optimizer:
     own = {id(parameter): name for name, parameter in module.named_parameters()}
     given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if given - own.keys():
-        raise JobError(f"{key} = {told!r} trains {len(given - own.keys())} tensors that are not the model's")
+        raise JobError(
+            f"{key} = {told!r} trains {counted(len(given - own.keys()), 'tensor that is', 'tensors that are')} not the "
+            "model's"
+        )
     left_out = [name for number, name in own.items() if number not in given]
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     if set(left_out) - frozen:

@@ -27,6 +27,7 @@ from sl_queue.errors import RemoteProtocolError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.text import counted
 
 Outputs = npt.NDArray[np.generic]
 
@@ -174,7 +175,9 @@ class PredictingFuse:
             output = self.model.run(joined, where)
         rows = len(self.batches.rows(micro_batch))
         if output.shape[:1] != (rows,):
-            raise ShapeError(f"{where}: {self.model.name} returns {tuple(output.shape)} for {rows} rows")
+            raise ShapeError(
+                f"{where}: {self.model.name} returns {tuple(output.shape)} for {counted(rows, 'row', 'rows')}"
+            )
         return output.detach().to("cpu", torch.float64 if output.dtype == torch.float64 else torch.float32)
 
 

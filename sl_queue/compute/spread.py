@@ -28,6 +28,7 @@ from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.hands import Result, Tensors
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.pipeline import Pipeline
+from sl_queue.protocol.text import counted
 
 Answer = Callable[[MicroBatch, Mapping[str, Payload]], None]
 
@@ -104,7 +105,9 @@ class SpreadBaseStage:
     def state(self) -> State:
         """As without hands."""
         if self._tasks:
-            raise LocalProtocolError(f"a checkpoint with {len(self._tasks)} micro-batches in flight")
+            raise LocalProtocolError(
+                f"a checkpoint with {counted(len(self._tasks), 'micro-batch', 'micro-batches')} in flight"
+            )
         return self.whole.state()
 
     def load(self, state: State) -> None:

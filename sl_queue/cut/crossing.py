@@ -21,6 +21,7 @@ from sl_queue.cut.tensors import cast, described, dtype_name, from_payload, is_f
 from sl_queue.errors import JobError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.text import counted
 
 CROSSING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,8 +58,9 @@ class BaseCut:
         largest = self.wire.bytes_of(dtype_name(dtype), (rows, *self.shape))
         if largest > MAX_TENSOR_BYTES:
             raise JobError(
-                f"party {self.party!r}: the activations of a micro-batch of {rows} rows take {largest} bytes, and a "
-                f"message carries at most {MAX_TENSOR_BYTES}; raise pipeline.micro_batches above {micro_batches}"
+                f"party {self.party!r}: the activations of a micro-batch of {counted(rows, 'row', 'rows')} take "
+                f"{largest} bytes, and a message carries at most {MAX_TENSOR_BYTES}; raise "
+                f"pipeline.micro_batches above {micro_batches}"
             )
 
     def check(self, activation: Tensor, micro_batch: MicroBatch, rows: CutRows) -> None:

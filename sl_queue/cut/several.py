@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sl_queue.errors import RemoteProtocolError, ShapeError
 from sl_queue.protocol.messages import Payload
+from sl_queue.protocol.text import counted
 
 if TYPE_CHECKING:  # a job file is read where no torch is
     from torch import Tensor
@@ -58,7 +59,9 @@ class Outputs:
         by_name: Any = output
         found = [by_name[name] for name in self.names] if self.names is not None else list(output)
         if len(found) != len(self.shapes):
-            raise ShapeError(f"{what} returns {len(found)} tensors; the cut has {len(self.shapes)}")
+            raise ShapeError(
+                f"{what} returns {counted(len(found), 'tensor', 'tensors')}; the cut has {len(self.shapes)}"
+            )
         for place, (tensor, shape) in enumerate(zip(found, self.shapes, strict=True)):
             name = repr(self.names[place]) if self.names is not None else f"number {place}"
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != (rows, *shape):

@@ -19,7 +19,7 @@ from sl_queue.data.later import Later
 from sl_queue.data.matrices import Array, Beside, Matrix, beside, gaps, gaps_in, label_array, plain
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
-from sl_queue.protocol.text import nearest
+from sl_queue.protocol.text import counted, nearest
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
@@ -279,7 +279,7 @@ def _side_by_side(arrays: Sequence[Array | None], wanted: int) -> Array | None:
 def _rounded(source: files.Source, columns: Mapping[str, Any]) -> Iterator[str]:
     found = source.rounded(columns)
     if found:
-        told = listed(f"{name!r} in {count} rows" for name, count in found.items())
+        told = listed(f"{name!r} in {counted(count, 'row', 'rows')}" for name, count in found.items())
         yield (
             f"whole numbers of column {told} need more than 64 bits, or more than 53 bits beside fractions, and would "
             "be rounded; if they are codes, number them 0, 1, 2, ..., else write them as fractions"

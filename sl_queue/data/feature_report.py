@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from sl_queue.data.feature_values import EPOCH, Unusable, days, kind_of, numbers, texts
 from sl_queue.data.features import Fitted, Learned, pieces
+from sl_queue.protocol.text import counted
 
 _SHOWN = 12  # categories that a line names
 _CODE = 20  # different whole numbers, up to which they may be a code
@@ -20,7 +21,8 @@ _RARE = 20
 
 def describe(fitted: Fitted) -> Iterator[str]:
     """Yield a line for each raw column: its gaps, what was learned of it, and the columns that come out."""
-    yield f"{len(fitted.names)} columns come out of {len(fitted.columns)}, fitted on {fitted.rows} training rows"
+    come, rows = counted(len(fitted.names), "column comes", "columns come"), counted(fitted.rows, "row", "rows")
+    yield f"{come} out of {len(fitted.columns)}, fitted on {rows.replace('row', 'training row')}"
     for column, learned, names in pieces(fitted):
         out = names[0] if len(names) == 1 else f"{len(names)} columns" if len(names) > 6 else ", ".join(names)
         yield f"  {column}: {_told(learned)} -> {out}"
@@ -38,7 +40,7 @@ def _told(learned: Learned) -> str:
 
 def _of_number(learned: Learned) -> str:
     fill = "" if learned["fill"] is None else f" (filled with {learned['missing']} {learned['fill']:.6g})"
-    gaps = f"{learned['gaps']} gaps{fill}"
+    gaps = f"{counted(learned['gaps'], 'gap', 'gaps')}{fill}"
     match learned["scale"]:
         case "standard":
             return f"{gaps}, mean {learned['mean']:.6g}, standard deviation {learned['std']:.6g}"
@@ -51,12 +53,13 @@ def _of_number(learned: Learned) -> str:
 
 
 def _of_category(learned: Learned) -> str:
-    counted = sorted(zip(learned["counts"], learned["categories"], strict=True), reverse=True)
-    named = ", ".join(f"{category} {count}" for count, category in counted[:_SHOWN])
-    more = f" and {len(counted) - _SHOWN} more" if len(counted) > _SHOWN else ""
+    each = sorted(zip(learned["counts"], learned["categories"], strict=True), reverse=True)
+    named = ", ".join(f"{category} {count}" for count, category in each[:_SHOWN])
+    more = f" and {len(each) - _SHOWN} more" if len(each) > _SHOWN else ""
     swallowed = len(learned["rare"])
     rare = f"; rare = {learned['least']} made {swallowed} more one" if swallowed else ""
-    return f"category ({learned['encode']}), {learned['gaps']} gaps, {len(counted)} categories: {named}{more}{rare}"
+    gaps, categories = counted(learned["gaps"], "gap", "gaps"), counted(len(each), "category", "categories")
+    return f"category ({learned['encode']}), {gaps}, {categories}: {named}{more}{rare}"
 
 
 # A first [features] ---------------------------------------------------------------------------------------------
@@ -129,5 +132,5 @@ def _text_line(key: str, column: Any, gaps: str) -> tuple[str, str]:
     if different > _CODE and different > _OWN_VALUE * len(found):
         return f"# {key}: {different} different texts in {len(found)} rows:", "leave it out with data.exclude"
     rare = f", rare = {_RARE}" if len(found) >= 50 * _RARE else ""
-    remark = f"{gaps + '; ' if gaps else ''}{different} categories"
+    remark = f"{gaps + '; ' if gaps else ''}{counted(different, 'category', 'categories')}"
     return f'{key} = {{ kind = "category"{rare} }}', remark

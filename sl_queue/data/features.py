@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from sl_queue.data.feature_specs import Category, Date, Number, Spec
 from sl_queue.data.feature_values import Floats, Unusable, days, numbers, part, texts
 from sl_queue.errors import JobError
+from sl_queue.protocol.text import counted
 
 FORMAT = 1  # of features.json
 OTHER, MISSING, FIRST = 0, 1, 2  # places of a category: rare or never seen, a gap, the first one known
@@ -238,12 +239,14 @@ def _write_number(learned: Learned, values: Floats, out: npt.NDArray[np.float32]
     gaps = np.isnan(values)
     if count := int(gaps.sum()):
         if learned["fill"] is None:
-            raise Unusable(f'missing in {count} rows; say missing = "median", "mean" or "zero"')
+            raise Unusable(f'missing in {counted(count, "row", "rows")}; say missing = "median", "mean" or "zero"')
         values = np.where(gaps, learned["fill"], values)
     with np.errstate(over="ignore"):
         out[:, 0] = _scaled(learned, values)
     if beyond := int((~np.isfinite(out[:, 0])).sum()):
-        raise Unusable(f'{beyond} values are beyond float32; say scale = "standard" or "quantile"')
+        raise Unusable(
+            f'{counted(beyond, "value is", "values are")} beyond float32; say scale = "standard" or "quantile"'
+        )
     if learned["indicator"]:
         out[:, 1] = gaps
 

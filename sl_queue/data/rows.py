@@ -20,6 +20,7 @@ from sl_queue.data.matrices import Array, Matrix, Numbers
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
 from sl_queue.ports import UserCode
+from sl_queue.protocol.text import counted
 
 __all__ = ["Arrays", "Rows", "read_rows"]
 
@@ -107,9 +108,11 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
     faults = [*wrong, *found.faults, *targets.faults, *weights.faults]
     for name, array in (("features", found.array), ("labels", targets.array), ("weights", weights.array)):
         if array is not None and ids is not None and len(array) != len(ids):
-            faults.append(f"there are {len(ids)} ids, but {name} for {len(array)} rows")
+            faults.append(
+                f"{counted(len(ids), 'id is', 'ids are')} given, but {name} for {counted(len(array), 'row', 'rows')}"
+            )
     if raw and ids is not None and any(len(column) != len(ids) for column in raw.values()):
-        faults.append(f"there are {len(ids)} ids, but features for another number of rows")
+        faults.append(f"{counted(len(ids), 'id is', 'ids are')} given, but features for another number of rows")
     choosing = {} if spec.choices is None else frame_columns(rows.features, spec.choices.columns)
     more_of_it = (found.names, found.notes, tuple(faults), raw, specs, weights.array, choosing)
     return Arrays(where, ids, False, found.array, targets.array, *more_of_it)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sl_queue.protocol.text import counted
 from sl_queue.storage.files import write_durably
 from sl_queue.storage.model_card import with_table
 
@@ -64,7 +65,7 @@ def keep_evaluation(folder: Path, found: Mapping[str, Any]) -> None:
     """Write an evaluation beside a version's weights, and its metrics into the model card. Raises OSError."""
     write_durably(folder / EVALUATION, json.dumps(found, indent=1).encode())
     rows = [(name, "undefined" if value is None else f"{value:.6g}") for name, value in found["metrics"].items()]
-    _into_card(folder, "Evaluation", f"On {found['rows']} rows.", ("metric", "value"), rows)
+    _into_card(folder, "Evaluation", f"On {counted(found['rows'], 'row', 'rows')}.", ("metric", "value"), rows)
 
 
 def _into_card(folder: Path, title: str, note: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -92,5 +93,5 @@ def evaluation_lines(path: Path) -> Iterator[str]:
     """Yield what an evaluation says, nothing if there is none. Raises OSError, ValueError, LookupError."""
     if path.exists():
         found = json.loads(path.read_bytes())
-        yield f"on {found['rows']} rows"
+        yield f"on {counted(found['rows'], 'row', 'rows')}"
         yield from (f"{name}  {value}" for name, value in found["metrics"].items())

@@ -15,6 +15,7 @@ from sl_queue.launch.importance import EVALUATION, keep_evaluation
 from sl_queue.launch.prediction import Predicted
 from sl_queue.launch.spending import REPORT
 from sl_queue.privacy.response import Response, undone
+from sl_queue.protocol.text import counted
 from sl_queue.storage.files import write_durably
 from sl_queue.storage.versions import Version
 
@@ -38,11 +39,12 @@ def write_outcome(predicted: Predicted, path: Path) -> list[str]:
     task, meaning = _meaning(predicted)
     columns = columns_of(predicted.outputs, task, meaning, undoing(version))
     count = write_predictions(path, rows.ids, rows.positions, columns)
-    told = [f"{count} predictions with run {version.run}: {path}"]
+    told = [f"{counted(count, 'prediction', 'predictions')} with run {version.run}: {path}"]
     if rows.missing:
         lacking = path.with_name(f"{path.stem}-missing.csv")
         write_predictions(lacking, rows.ids, np.where(rows.positions < 0, 0, -1), {})
-        told.append(f"{rows.missing} rows that another party lacks have no prediction: {lacking}")
+        lack = "that another party lacks"
+        told.append(f"{counted(rows.missing, f'row {lack} has', f'rows {lack} have')} no prediction: {lacking}")
     return told
 
 

@@ -37,6 +37,7 @@ from sl_queue.observe.meter import Meter
 from sl_queue.protocol import events
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.text import counted
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.history_file import Journal
 from sl_queue.storage.holdout_file import read_held_out
@@ -90,7 +91,8 @@ def predict_party(
             with place.opened(channel):
                 place.observe(events.Ready(spec.party))
                 worker.serve(_loop(job, spec, channel, stage, pipeline, worker))
-        log.info("%s: %d rows are predicted with run %s", spec.party, rows.table.n_rows, version.run)
+        told = counted(rows.table.n_rows, "row is", "rows are")
+        log.info("%s: %s predicted with run %s", spec.party, told, version.run)
         if spec.role != "label":
             return None
         outputs = pieces.read(rows.table.n_rows)

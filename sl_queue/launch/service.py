@@ -28,6 +28,7 @@ from sl_queue.loops.serving import FeatureService, LabelService
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.serving import Answered, Came, HourlyLimit, Keys, Worth
+from sl_queue.protocol.text import counted
 from sl_queue.security.sealing import Seal
 from sl_queue.storage.versions import Version, choose_version
 from sl_queue.transport.serving_channel import ServingChannel
@@ -142,7 +143,8 @@ def serve_feature(
     )  # fmt: skip
 
     def refused(rows: int) -> None:
-        log.warning("%s: the label holder asked for %d rows beyond %d an hour, and got none", spec.party, rows, at_most)
+        told = f"the label holder asked for {counted(rows, 'row', 'rows')} beyond {at_most} an hour, and got none"
+        log.warning("%s: %s", spec.party, told)
 
     explained = versions.explained if explains else None
     service = FeatureService(channel, versions.base_of, HourlyLimit(at_most), refused, explained)

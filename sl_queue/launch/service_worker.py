@@ -19,6 +19,7 @@ from sl_queue.launch.party import require_role, workplace_of
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.launch.service import Served, serve_feature, serve_label
 from sl_queue.observe.log import to_log
+from sl_queue.protocol.text import counted
 from sl_queue.security.private_file import read_secret
 from sl_queue.security.server_certificate import ServerCertificate
 
@@ -66,7 +67,10 @@ def run_service(
 def _explain(party_file: PartyFile, found: Explained) -> None:
     path = (party_file.folder or Path()) / NAME
     found.write(path)
-    print(f"{found.metric} {found.value:.6g} on {found.rows} rows; worse by so much without: {path}", flush=True)
+    print(
+        f"{found.metric} {found.value:.6g} on {counted(found.rows, 'row', 'rows')}; worse by so much without: {path}",
+        flush=True,
+    )
     for party, column, worse in found.ranked():
         print(f"{party}  {column}  {worse}", flush=True)
 

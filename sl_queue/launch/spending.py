@@ -20,6 +20,7 @@ from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.fingerprints import SEED
 from sl_queue.protocol.releases import Release
 from sl_queue.protocol.table import Table
+from sl_queue.protocol.text import counted
 from sl_queue.storage.files import unusable, write_durably
 from sl_queue.storage.privacy_ledger import Ledger
 
@@ -129,9 +130,10 @@ class Spending:
             sigmas = [release.sigma or 0.0 for release in known if release.mechanism == "activations"]
             whole = worth_of_sigmas([*sigmas, *[settings.sigma] * left], settings.delta).epsilon
             raise JobError(
-                f"{where} allows {fits} more epochs, and {left} are to come: a row was released {already} times "
-                f"before, and with those it comes to epsilon {whole or float('inf'):.2f} at delta {settings.delta:g}; "
-                f"nothing more is sent. Raise sigma above {settings.sigma:g} or the budget, or train fewer epochs"
+                f"{where} allows {counted(fits, 'more epoch', 'more epochs')}, and {left} are to come: a row "
+                f"was released {counted(already, 'time', 'times')} before, and with those it comes to epsilon "
+                f"{whole or float('inf'):.2f} at delta {settings.delta:g}; nothing more is sent. "
+                f"Raise sigma above {settings.sigma:g} or the budget, or train fewer epochs"
             )
         if not self.planned and fits < left:
             log.warning(
@@ -157,8 +159,8 @@ def release_rows(job: Job, spec: PartySpec, state: Path, of: str, folder: Path |
         worth = worth_of_activations([*known, release], settings.delta)
         raise JobError(
             f"party {spec.party!r}: [privacy] budget = {settings.budget:g} would be passed by these predictions: with "
-            f"them a row is released {worth.releases} times, worth epsilon {worth.epsilon or float('inf'):.2f} at "
-            f"delta {settings.delta:g}; nothing was sent. Raise the budget"
+            f"them a row is released {counted(worth.releases, 'time', 'times')}, worth epsilon "
+            f"{worth.epsilon or float('inf'):.2f} at delta {settings.delta:g}; nothing was sent. Raise the budget"
         )
     ledger.enter(release)
     if folder is None:

@@ -23,7 +23,7 @@ from sl_queue.protocol.alignment import MASK_BYTES, POINT_BYTES, Cut, Ring, Rule
 from sl_queue.protocol.control import Align, Aligned, Aligning, Alive, Failed, Offer, Stop
 from sl_queue.protocol.messages import SCHEDULER, Masked
 from sl_queue.protocol.scheduler.state import GIVE_UP
-from sl_queue.protocol.text import printable
+from sl_queue.protocol.text import counted, printable
 
 TELL_S = 1.0  # between two signs of life, which also say how far the own set has come
 WAIT_S = 0.2
@@ -235,7 +235,8 @@ class PartyAlignment:
         cut = Cut(self.order.sizes[owner], self.rule.chunk)
         if not body or len(body) != cut.size_of(key.index) * POINT_BYTES:
             raise RemoteProtocolError(
-                f"{sender!r} sent {len(body)} bytes as chunk {key.index} of the {cut.n_ids} masked ids of {owner!r}"
+                f"{sender!r} sent {len(body)} bytes as chunk {key.index} of the "
+                f"{counted(cut.n_ids, 'masked id', 'masked ids')} of {owner!r}"
             )
         if hop == len(self.ring.routes[owner]) - 1:
             if key.index not in self.travel.back:

@@ -18,7 +18,7 @@ from sl_queue.protocol.control import Align, Aligned, Aligning, Alive, Failed, J
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Masked, MicroBatch
 from sl_queue.protocol.scheduler.agreement import other_job
 from sl_queue.protocol.scheduler.state import GIVE_UP
-from sl_queue.protocol.text import LONGEST, printable
+from sl_queue.protocol.text import LONGEST, counted, printable
 
 TELL_S = 0.5
 AGAIN_S = 5.0  # after which masks that were asked for, or told, and made no difference are so again
@@ -132,7 +132,7 @@ class Comparing:
             if outcome is None:
                 return
             assert outcome.masks is not None
-            log.info("scheduler: %d rows are shared by all parties", len(outcome.masks))
+            log.info("scheduler: %s shared by all parties", counted(len(outcome.masks), "row is", "rows are"))
             problem = self.comparison.concluded(outcome)
             if problem is not None:
                 self.comparison.outcome = None

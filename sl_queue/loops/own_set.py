@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.loops.alignment_ports import Files
 from sl_queue.protocol.alignment import MASK_BYTES, POINT_BYTES, Cut, Masks, as_masks, positions_of
+from sl_queue.protocol.text import counted
 
 
 def _none() -> Masks:
@@ -54,7 +55,9 @@ class OwnSet:
         """Take a chunk of the masks that all hold. Raises RemoteProtocolError for one that cannot be."""
         cut = Cut(shared, self.cut.size)
         if not body or shared > self.cut.n_ids or len(body) != cut.size_of(chunk) * MASK_BYTES:
-            raise RemoteProtocolError(f"the scheduler sent {len(body)} bytes as chunk {chunk} of {shared} shared ids")
+            raise RemoteProtocolError(
+                f"the scheduler sent {len(body)} bytes as chunk {chunk} of {counted(shared, 'shared id', 'shared ids')}"
+            )
         if len(self.common) != shared:
             self.common, self.ascending = np.empty(shared, self.common.dtype), _none()
             self.here.clear()

@@ -21,7 +21,7 @@ from sl_queue.protocol.alignment import ALIGNING
 from sl_queue.protocol.control import EpochResult
 from sl_queue.protocol.scheduler.state import epoch_text, number_text, worst_reading
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus, Telling
-from sl_queue.protocol.text import printable
+from sl_queue.protocol.text import counted, printable
 
 FILE_WIDTH = 200  # columns of a table that goes to a file or another program: nothing is wrapped
 LONGEST_LINE = 2000  # characters of a line of status
@@ -192,7 +192,7 @@ def status_view(telling: Telling, wall: float) -> Group:
     """Render where a run is, who is late and why; `wall` is the time, in seconds since 1970."""
     status = telling.run
     steps = "" if status.steps is None else f" of {status.steps}"
-    done = f"{status.epoch} of {status.epochs} epochs, {status.step + 1}{steps} steps done"
+    done = f"{status.epoch} of {counted(status.epochs, 'epoch', 'epochs')}, {status.step + 1}{steps} steps done"
     head = [
         *([_silence(telling, wall), ""] if telling.silent else []),
         f"job {status.job}, run {status.run or '(not begun)'}, generation {status.generation}",

@@ -8,6 +8,7 @@ from sl_queue.protocol.event_json import name_of
 from sl_queue.protocol.events import Event
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import epoch_text
+from sl_queue.protocol.text import counted
 
 log = logging.getLogger("sl_queue")
 
@@ -115,7 +116,7 @@ def _(event: events.Finished) -> str:
 def _(event: events.Resent) -> str:
     over = f"from {event.first} on" if event.seconds is None else f"in {event.seconds:.0f} s"
     comma = "," if event.seconds is None else ""
-    return f"sent {event.messages} messages again to party {event.receiver!r}{comma} {over}"
+    return f"sent {counted(event.messages, 'message', 'messages')} again to party {event.receiver!r}{comma} {over}"
 
 
 @text_of.register

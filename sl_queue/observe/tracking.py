@@ -17,6 +17,7 @@ from sl_queue.errors import JobError
 from sl_queue.observe.scalars import Scalar, Scalars
 from sl_queue.observe.sink import Sink, TrackerDown, TrackerRefuses
 from sl_queue.protocol.scheduler.status import RunStatus
+from sl_queue.protocol.text import counted
 
 MOST_WAITING = 50_000  # numbers; the oldest are given up
 BATCH = 500
@@ -99,7 +100,8 @@ class Tracker:
             self._changed.notify_all()
         self._thread.join(LEAVE_S)
         if self._waiting:
-            log.warning("--track %s: the run has ended, and %d numbers were not logged", self._name, len(self._waiting))
+            lost = counted(len(self._waiting), "number was", "numbers were")
+            log.warning("--track %s: the run has ended, and %s not logged", self._name, lost)
 
     # The thread -------------------------------------------------------------------------------------------------
 

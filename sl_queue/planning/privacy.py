@@ -25,6 +25,7 @@ from sl_queue.local.threads import require_all, run_local
 from sl_queue.privacy import attacks
 from sl_queue.privacy.accounting import cap_of_epsilon
 from sl_queue.privacy.sampled import sample
+from sl_queue.protocol.text import counted
 
 EPOCHS = 5  # of each option, if the job has as many
 HOLDOUT = 0.2  # where the job holds no rows out
@@ -191,7 +192,8 @@ def line(outcome: Outcome, trial: Trial) -> str:
 
 def explanation(trial: Trial) -> Iterator[str]:
     """Yield what the columns of the table mean, and what no defence changes."""
-    yield f"utility: {trial.metric} on true labels of held-out rows, after {trial.job.epochs} epochs"
+    epochs = counted(trial.job.epochs, "epoch", "epochs")
+    yield f"utility: {trial.metric} on true labels of held-out rows, after {epochs}"
     yield "worst attack: the largest two-sided AUC of norm, direction, patient, spectral, completion and change"
     yield "patient: the attack that adds up all epochs; chance: the worst on shuffled labels"
     yield "cap: what no attack on the responses can pass, but for what a party's columns say anyway"

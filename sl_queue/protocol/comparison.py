@@ -15,6 +15,7 @@ from sl_queue.protocol.alignment import ALIGNING, ASKED, MASK_BYTES, Cut, Masks,
 from sl_queue.protocol.control import Offer
 from sl_queue.protocol.scheduler.state import Phase
 from sl_queue.protocol.scheduler.status import PartyStatus, RunStatus
+from sl_queue.protocol.text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,9 @@ class Comparison:
             return
         cut = Cut(self.sizes[sender], self.rule.chunk)
         if not body or len(body) != cut.size_of(chunk) * MASK_BYTES:
-            raise RemoteProtocolError(f"{sender!r} sent {len(body)} bytes as chunk {chunk} of {cut.n_ids} masked ids")
+            raise RemoteProtocolError(
+                f"{sender!r} sent {len(body)} bytes as chunk {chunk} of {counted(cut.n_ids, 'masked id', 'masked ids')}"
+            )
         self.sets.setdefault(sender, {})[chunk] = body
 
     def missing(self, party: str) -> tuple[int, ...]:
@@ -150,7 +153,7 @@ def too_few(shared: int, at_least: int, sizes: Mapping[str, int]) -> str:
     told = ", ".join(f"{party} up to {size}" for party, size in sizes.items())
     if not shared:
         return f"no row is shared by all: {told} rows. Ids may be written differently: ask the other parties how"
-    return f"{shared} rows are shared by all, and alignment.at_least = {at_least}: {told} rows"
+    return f"{counted(shared, 'row is', 'rows are')} shared by all, and alignment.at_least = {at_least}: {told} rows"
 
 
 def standing(about: Comparison, job: str, epochs: int, wall: float, reason: str | None, error: str | None) -> RunStatus:

@@ -77,7 +77,8 @@ def _of_table(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]
     rows = found.get("data.rows") != own.get("data.rows")
     if rows:
         before, now = (str(side.get("data.rows")).split()[0] for side in (found, own))
-        yield f"the table had {before} rows, now {now}" if before != now else f"the ids of the {now} rows differ"
+        had, has = (f"{count} row{'s'[: count != '1']}" for count in (before, now))
+        yield f"the table had {had}, now {now}" if before != now else f"the ids of the {has} differ"
     columns = list(_of_columns(found.get("data.columns"), own.get("data.columns")))
     yield from columns
     if found.get("data.label") != own.get("data.label"):

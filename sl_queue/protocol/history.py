@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from sl_queue.protocol.control import EpochResult
+from sl_queue.protocol.text import counted
 
 NEWEST = 20  # epochs that a status shows and a worker that joins brings along
 PAGE = 200  # epochs in one message, where the scheduler lacks more
@@ -85,4 +86,4 @@ class History:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"History of {self.length} epochs"
+        return f"History of {counted(self.length, 'epoch', 'epochs')}"

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sl_queue.errors import RemoteProtocolError
+from sl_queue.protocol.text import counted
 
 Positions = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
@@ -76,7 +77,9 @@ def chosen_of(here: Mapping[int, bytes], row_keys: Keys) -> Chosen:
     told = np.frombuffer(b"".join(here[chunk] for chunk in sorted(here)), "<u8").astype(np.uint64)
     held_out, test = (int(count) for count in told[:_COUNTS])
     if len(told) != _COUNTS + held_out + test:
-        raise RemoteProtocolError(f"the label holder told {len(told) - _COUNTS} rows, and said {held_out + test}")
+        raise RemoteProtocolError(
+            f"the label holder told {counted(len(told) - _COUNTS, 'row', 'rows')}, and said {held_out + test}"
+        )
     order = np.argsort(row_keys, kind="stable")
     ascending = row_keys[order]
     places = np.minimum(np.searchsorted(ascending, told[_COUNTS:]), max(len(ascending) - 1, 0))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.text import counted
 
 Keys = npt.NDArray[np.uint64]
 
@@ -111,7 +112,7 @@ def read_answer(answer: Payload, rows: int) -> Answered:
     except ValueError:
         raise RemoteProtocolError("an answer does not say which rows it is of") from None
     if len(found) != rows:
-        raise RemoteProtocolError(f"an answer is of {len(found)} rows, {rows} were asked for")
+        raise RemoteProtocolError(f"an answer is of {counted(len(found), 'row', 'rows')}, {rows} were asked for")
     return Answered(found, None if packing == "none" else replace(answer, packing=packing))
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sl_queue.protocol.text import counted
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -46,13 +48,14 @@ class Card:
     def _head(self) -> list[str]:
         others = ", ".join(f"`{name}` {tuple(cut)}" for name, cut in self.cuts.items())
         parts = ", ".join(f"`{part}` ({model})" for part, model in self.parts.items())
+        epochs = counted(self.epochs, "epoch", "epochs")
         return [
             f"# {self.job}: the part of {self.party}",
             "",
             "One part of a model that several organisations trained together by split learning. Alone it predicts",
             f"nothing: `{self.party}` is the {self.role}, and the parts meet at the cut layer.",
             "",
-            f"* Run `{self.run}`, finished {self.finished_at} after step {self.step} ({self.epochs} epochs).",
+            f"* Run `{self.run}`, finished {self.finished_at} after step {self.step} ({epochs}).",
             f"* Job digest `{self.job_digest}`.",
             f"* Parts here: {parts}.",
             f"* Shape of one row's activation at the cut layer: {others}.",

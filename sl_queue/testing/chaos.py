@@ -25,6 +25,7 @@ from sl_queue.local.threads import key_in, shared_threads
 from sl_queue.observe.json_lines import Entry
 from sl_queue.protocol.events import Failed
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER
+from sl_queue.protocol.text import counted
 from sl_queue.testing.faults import Fault, FaultPlan, Injected, Injector, Say, plan_faults
 from sl_queue.testing.private_broker import PrivateBroker
 from sl_queue.testing.proxy import Proxy
@@ -91,7 +92,7 @@ def run_chaos(
         planned = plan_faults(plan, roles, peace.run_log.last_step, _names(hands))
         if peace.failure is not None:
             return Comparison(roles, planned, peace, peace)
-        say(f"  {peace.run_log.last_step + 1} steps in {peace.seconds:.1f} s\nunder faults:")
+        say(f"  {counted(peace.run_log.last_step + 1, 'step', 'steps')} in {peace.seconds:.1f} s\nunder faults:")
         return Comparison(roles, planned, peace, harness.run("faults", out / "faults", planned, hands))
 
 

@@ -38,7 +38,7 @@ def strange(module: nn.Module) -> torch.optim.Optimizer:
         ({"optimizer": lambda m: torch.optim.LBFGS(m.parameters())}, ["LBFGS evaluates the loss more than once"]),
         ({"optimizer": lambda m: Sam(m.parameters(), lr=0.1)}, ["Sam evaluates the loss more than once a step"]),
         ({"optimizer": lambda m: m}, ["returns Net; it must return a torch.optim.Optimizer"]),
-        ({"optimizer": strange}, ["'strange' trains 1 tensors that are not the model's"]),
+        ({"optimizer": strange}, ["'strange' trains 1 tensor that is not the model's"]),
         ({"optimizer": lambda m: torch.optim.SGD(m.head.parameters(), lr=1.0)}, ["leaves out embedding.weight"]),
         ({"optimizer": lambda m: Lookahead(torch.optim.Adam(m.parameters()))}, ["holds another optimizer", "'inner'"]),
         ({"groups": [{"match": "heads.*", "lr": 0.1}]}, ["'heads.*' matches no parameter", "embedding.weight"]),

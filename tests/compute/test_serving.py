@@ -181,7 +181,7 @@ def test_a_party_that_is_asked_too_much_refuses_and_says_so_in_its_log(
         assert service.ask([int(one) for one in service.ids[:3]]).status_code == 200
         said = service.ask([int(service.ids[4])])
         assert said.status_code == 429 and said.json()["parties"] == ["bank"]
-        assert "asked for 1 rows beyond 3 an hour" in caplog.text
+        assert "asked for 1 row beyond 3 an hour" in caplog.text
     finally:
         service.close()
 

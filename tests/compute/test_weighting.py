@@ -311,7 +311,7 @@ def test_a_column_has_one_use(data: dict[str, Any], words: str) -> None:
     [
         (-np.ones(ROWS), "weights: 24 of 24 are below 0"),
         (np.zeros(ROWS), "weights: all are 0, so nothing could be learned"),
-        (np.ones(3), "there are 24 ids, but weights for 3 rows"),
+        (np.ones(3), "24 ids are given, but weights for 3 rows"),
         (np.full(ROWS, np.nan), "weights: NaN or infinity in 24 of 24 rows"),
     ],
 )

@@ -261,8 +261,8 @@ def told(*words: int) -> dict[int, bytes]:
     [
         (told(1, 0, 99), "that nobody has"),
         (told(1, 1, 5, 5), "twice"),
-        (told(2, 0, 5), "told 1 rows, and said 2"),
-        (told(0, 0, 5), "told 1 rows, and said 0"),
+        (told(2, 0, 5), "told 1 row, and said 2"),
+        (told(0, 0, 5), "told 1 row, and said 0"),
     ],
 )
 def test_a_label_holder_that_tells_nonsense_is_named(here: dict[int, bytes], why: str) -> None:

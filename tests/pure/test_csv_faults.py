@@ -191,7 +191,7 @@ def test_all_faults_of_a_table_are_told_at_once(tmp_path: Path) -> None:
         assert fault in said, fault
     for value in ("Oslo", "0,5", "31337"):
         assert value not in said
-    assert "'age' in 1 rows" in complaint(tmp_path, "id,age,y\n1,inf,2\n1,2,\n", "insurer", label="y")
+    assert "'age' in 1 row" in complaint(tmp_path, "id,age,y\n1,inf,2\n1,2,\n", "insurer", label="y")
 
 
 def test_a_column_with_a_few_values_that_are_not_numbers_is_told_from_text(tmp_path: Path) -> None:

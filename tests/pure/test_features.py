@@ -146,7 +146,7 @@ def test_what_cannot_be_learned_from_is_named_by_column_and_count_and_no_value(
 def test_a_gap_in_held_out_rows_and_a_value_beyond_float32_are_faults_too() -> None:
     found = fitted({"x": Number(scale="none")}, {"x": [1.0, 2.0]})
     assert apply(found, {"x": pa.array([1.0, None])})[1] == [
-        '[features] x: missing in 1 rows; say missing = "median", "mean" or "zero"'
+        '[features] x: missing in 1 row; say missing = "median", "mean" or "zero"'
     ]
     assert "beyond float32" in apply(found, {"x": pa.array([1e300])})[1][0]
 

@@ -11,6 +11,7 @@ from sl_queue.compute.splitting.owners import Owners, is_size
 from sl_queue.compute.splitting.tracing import Traced, layer_name
 from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.errors import JobError
+from sl_queue.protocol.text import counted
 
 FUSE: Final = ""  # the side of the fuse model, beside those of the parties by name
 
@@ -114,7 +115,8 @@ def _require_fit(node: Node, user: Node, party: str, traced: Traced, owners: Own
     if value.dtype not in CROSSING_DTYPES or value.dim() == 0 or len(value) != rows:
         shape = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         raise JobError(
-            f"{layer_name(node)} gives {shape} for {rows} rows to {told}; what crosses a cut is floating, a row each"
+            f"{layer_name(node)} gives {shape} for {counted(rows, 'row', 'rows')} to {told}; what crosses a cut is "
+            "floating, a row each"
         )
 
 

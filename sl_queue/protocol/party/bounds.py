@@ -18,6 +18,7 @@ from typing import Final
 from sl_queue.protocol.codec import ITEM_BYTES, OVERHEAD_BYTES
 from sl_queue.protocol.messages import SCHEDULER, WHO_MAY_SAY, Kind, MicroBatch, Payload, Role
 from sl_queue.protocol.schedule.pipeline import Pipeline, Reach
+from sl_queue.protocol.text import counted
 
 CROSSING: Final = ("float64", "float32", "float16", "bfloat16")  # dtypes of activations and gradients
 MARGIN: Final = 8  # signs of life, questions, commands, and refused messages whose dead letter is on its way
@@ -102,7 +103,7 @@ class Bounds:
             return f"a party of this role is sent {' and '.join(sorted(self.kinds))} only"
         batches, step, index = self.pipeline.batches, micro_batch.step, micro_batch.index
         if step >= batches.steps:
-            return f"the run has {batches.steps} steps"
+            return f"the run has {counted(batches.steps, 'step', 'steps')}"
         sizes = batches.holdout_sizes if kind is Kind.HOLDOUT else batches.sizes(step)
         if index >= len(sizes):
             return f"there are {len(sizes)} parts"

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from sl_queue.errors import JobError
 from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.text import counted
 
 Positions = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -112,7 +113,7 @@ class Batches:
             reason = "drop_last = true drops the only batch" if self.training_rows else "no row is left to train on"
             held = f"holdout = {self.holdout}" if self.chosen is None else f"{self.holdout_rows} of them held out"
             raise JobError(
-                f"{self.n_rows} rows with {held} and batch_size = {self.batch_size}: {reason}; "
+                f"{counted(self.n_rows, 'row', 'rows')} with {held} and batch_size = {self.batch_size}: {reason}; "
                 "use a smaller batch_size or holdout, or drop_last = false"
             )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sl_queue.protocol.control import Join
 from sl_queue.protocol.scheduler.state import Member, Plan, RunState
-from sl_queue.protocol.text import LONGEST_NAME, printable
+from sl_queue.protocol.text import LONGEST_NAME, counted, printable
 
 MAX_KEYS = 10  # of two jobs, named one by one
 
@@ -43,9 +43,9 @@ def _other_rows(plan: Plan, state: RunState, sender: str, joined: Join) -> str |
         if agreed.rows_digest == joined.rows_digest:
             return None
         return (
-            f"the rows differ: {sender!r} has {joined.n_rows} rows, run {state.run} was begun on {agreed.n_rows}, and "
-            f"their ids differ; restore that table at {sender!r} and start its worker again, or train from scratch "
-            "with new state folders everywhere"
+            f"the rows differ: {sender!r} has {counted(joined.n_rows, 'row', 'rows')}, run {state.run} was begun "
+            f"on {agreed.n_rows}, and their ids differ; restore that table at {sender!r} and start its "
+            "worker again, or train from scratch with new state folders everywhere"
         )
     for other in plan.parties:
         member = state.members.get(other, Member())
@@ -54,8 +54,9 @@ def _other_rows(plan: Plan, state: RunState, sender: str, joined: Join) -> str |
         if member.id_type != joined.id_type:
             return differing_id_types({sender: joined.id_type, other: member.id_type or ""})
         return (
-            f"the rows differ: {sender!r} has {joined.n_rows} rows, {other!r} has {member.n_rows}, and their ids are "
-            "not the same; align the tables (private set intersection) so that both hold exactly the same ids"
+            f"the rows differ: {sender!r} has {counted(joined.n_rows, 'row', 'rows')}, {other!r} has {member.n_rows}, "
+            "and their ids are not the same; align the tables (private set intersection) so that both hold exactly the "
+            "same ids"
         )
     return None
 
