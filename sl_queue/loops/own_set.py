@@ -49,7 +49,7 @@ class OwnSet:
             for number, masks in enumerate(self._finished(session)):
                 self.ascending[number * self.cut.size :][: len(masks)] = masks
             self.ascending.sort()
-        return self.cut.piece(memoryview(self.ascending.view(np.uint8)), chunk)
+        return self.cut.piece(self.ascending.view(np.uint8).data, chunk)
 
     def take(self, shared: int, chunk: int, body: memoryview) -> None:
         """Take a chunk of the masks that all hold. Raises RemoteProtocolError for one that cannot be."""
