@@ -3,6 +3,7 @@
 import http.client
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -142,6 +143,10 @@ def test_answers_are_the_predictions_of_the_modules(service: Service, trained: A
     assert predictions[4] == {"id": 1, "missing": ["bank", "insurer"]}
     for place, one in ((3, predictions[0]), (0, predictions[2]), (50, predictions[3])):
         assert one["probability"] == pytest.approx(chance(trained[1], service, place), abs=1e-6)
+
+
+def test_the_body_of_an_answer_does_not_wait_until_its_head_is_acknowledged(service: Service) -> None:
+    assert service.http._listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # which connections inherit
 
 
 def test_requests_of_many_clients_get_each_their_own_answer(service: Service, trained: Any) -> None:
