@@ -47,9 +47,13 @@ def many(ask: Callable[[], "Future[Any]"], clients: int, requests: int) -> float
     return requests / (time.perf_counter() - began)
 
 
-def at_rate(ask: Callable[[], "Future[Any]"], rate: float, requests: int) -> list[float]:
-    """Ask at random moments, so many times a second on average; return the seconds of each answer."""
-    due = time.perf_counter() + np.cumsum(np.random.default_rng(3).exponential(1 / rate, requests))
+def at_rate(ask: Callable[[], "Future[Any]"], rate: float, requests: int) -> tuple[list[float], float]:
+    """Ask at random moments, so many times a second on average, whether answers come or not.
+
+    Returns the seconds of each answer since its moment, and how many a second were asked.
+    """
+    began = time.perf_counter()
+    due = began + np.cumsum(np.random.default_rng(3).exponential(1 / rate, requests))
     found, done = [], SimpleQueue[None]()
 
     def note(at: float) -> Callable[["Future[Any]"], None]:
@@ -64,6 +68,7 @@ def at_rate(ask: Callable[[], "Future[Any]"], rate: float, requests: int) -> lis
         while (left := at - time.perf_counter()) > 0:
             time.sleep(left)
         ask().add_done_callback(note(at))
+    asked = requests / (time.perf_counter() - began)
     for _ in range(requests):
         done.get(timeout=120)
-    return found
+    return found, asked

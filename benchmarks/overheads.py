@@ -2,8 +2,12 @@
 
 All variants take turns. A busy machine hits wall clocks more than processors' clocks, so both are shown: the time of a
 step, and what the parties' processes spend of their processors on it.
+
+Python's collector never looks at what was imported before the processes are forked: a pass over torch takes as long as
+a dozen steps and would fall into the measured part of some runs only; and no scheduler has torch in it elsewhere.
 """
 
+import gc
 import threading
 import time
 import urllib.request
@@ -93,6 +97,7 @@ def _look(url: str) -> None:
 
 
 def _work(plan: split.Plan, role: str, url: str, state: Path) -> tuple[Trace | None, float]:
+    gc.freeze()
     began, spent = time.monotonic(), time.process_time()
     trace = split.rabbit_worker(plan, role, url, state)
     return trace, (time.process_time() - spent) / (time.monotonic() - began)

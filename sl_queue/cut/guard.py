@@ -37,7 +37,7 @@ class Defence(Protocol):
 
 
 class Tap(Protocol):
-    """Sees tensors at the cut and changes nothing; may look at a sample of its own choice."""
+    """Sees tensors at the cut, which have no graph, and changes nothing; may look at a sample of its own choice."""
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Look at what leaves, before it is packed, or at what has arrived; keep a copy, never a view."""
@@ -96,7 +96,6 @@ def _defended(defence: Defence, tensor: Tensor, crossing: Crossing, where: str) 
 
 def _show(tap: Tap, tensor: Tensor, crossing: Crossing, where: str) -> None:
     before = tensor._version
-    with torch.no_grad():
-        tap.see(tensor, crossing)
+    tap.see(tensor, crossing)
     if tensor._version != before:
         raise ComputeError(f"{where}: the tap {type(tap).__name__} changes the {crossing.what} in place")

@@ -3,9 +3,12 @@
 import asyncio
 import hmac
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,7 +20,10 @@ from sl_queue.data.to_predict import request_keys
 from sl_queue.errors import SlQueueError
 from sl_queue.launch.service import LabelHolderService, id_key
 from sl_queue.loops.requests import Outcome, Unanswered
-from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN
+from sl_queue.loops.serving import LabelService
+from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN, Keys
+
+Answer = Future[Outcome]
 
 MOST_BYTES = 1024 * 1024  # of a request
 BODY_S = 10.0  # within which the body of a request must come
@@ -32,6 +38,47 @@ _PAGE = """<!doctype html><html lang="en"><title>sl_queue</title><h1>Predictions
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
+class _Asker:
+    """An event loop's requests to a service. Mutable: it knows which wait, and which are answered.
+
+    What the loop reads in one turn goes as one message; what that brings wakes the loop once.
+    """
+
+    def __init__(self, service: LabelService) -> None:
+        self._service = service
+        self._answered: deque[tuple[asyncio.Future[Answer], Answer]] = deque()
+        self._going = self._woken = False
+
+    async def predict(self, keys: Keys) -> Outcome:
+        """Ask for these rows. Raises Unanswered, SlQueueError."""
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[Answer] = loop.create_future()
+        if not self._going:
+            self._going = True
+            loop.call_soon(self._go)
+        self._service.add(keys).add_done_callback(partial(self._take, loop, waiting))
+        return (await waiting).result()
+
+    def _go(self) -> None:
+        self._going = False
+        self._service.go()
+
+    def _take(self, loop: asyncio.AbstractEventLoop, waiting: "asyncio.Future[Answer]", answer: Answer) -> None:
+        """Take an answer, on the thread that it comes on."""
+        self._answered.append((waiting, answer))
+        if not self._woken:
+            self._woken = True
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._woken = False  # before the last look: what comes after that wakes the loop again
+        while self._answered:
+            waiting, answer = self._answered.popleft()
+            if not waiting.done():  # the client has gone
+                waiting.set_result(answer)
+
+
 @dataclass(slots=True)
 class Api:
     """The routes. Mutable: it counts requests by how they ended."""
@@ -42,6 +89,11 @@ class Api:
     failure: Callable[[], SlQueueError | None] = lambda: None
     ended: Counter[int] = field(default_factory=Counter)
     rows: int = 0
+    _key: bytes = field(init=False, repr=False)  # of the ids in a request
+    _asker: "_Asker" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._key, self._asker = id_key(self.holder.job), _Asker(self.holder.service)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -65,7 +117,8 @@ class Api:
         if not self._may(request):
             return _said(401, "a token is needed: Authorization: Bearer TOKEN")
         try:
-            body = await asyncio.wait_for(_body(request), BODY_S)
+            async with asyncio.timeout(BODY_S):
+                body = await _body(request)
         except TimeoutError:
             return _said(408, f"the body of a request must come within {BODY_S:g} s")
         if body is None:
@@ -76,11 +129,11 @@ class Api:
             return _said(422, 'a request is JSON like {"ids": [10017, 10018]}')
         if not isinstance(ids, list) or not ids or len(ids) > MOST_ROWS:
             return _said(422, f"ids must be a list of 1 to {MOST_ROWS}")
-        keys, wrong = request_keys(ids, self.id_type, id_key(self.holder.job))
+        keys, wrong = request_keys(ids, self.id_type, self._key)
         if keys is None:
             return _said(422, f"ids must be of type {self.id_type}", places=wrong[:10])
         try:
-            outcome = await asyncio.wrap_future(self.holder.service.predict(keys))
+            outcome = await self._asker.predict(keys)
         except Unanswered as error:
             return _unanswered(error)
         except SlQueueError as error:

@@ -38,8 +38,8 @@ from sl_queue.protocol.serving import (
     worth_of,
 )
 
-GATHER_S = 0.001  # for which a request that others are before waits for more
-_SHARE = 0.25  # of the time that an answer takes, if that is longer: so few messages are on their way at once
+GATHER_S = 0.005  # after the newest message, at which what waits goes all the same
+_SHARE = 0.5  # of the time that an answer takes, if that is longer: over a slow link so few are on their way at once
 _NEWEST = 0.125  # weight of the newest answer in the average
 _REMEMBERED = 1000  # requests, which may be asked again
 _ASKS = 5  # times that a request is sent within its deadline to a party that is silent: a broker may have lost it
@@ -112,9 +112,9 @@ class LabelService:
     """Asks all feature parties at once, and fuses what they answer. Mutable; thread-safe.
 
     A request goes at once if no other is on its way. Else it waits, with all that come meanwhile, for the next answer,
-    for a millisecond or a quarter of a usual answer's time at most, and they go as one message. Own outputs are
-    computed while the parties answer. `fuse` is asked for the models of each message, so a new version is taken over
-    between two messages.
+    and they go as one message: the more is asked, the more goes in each. Over a slow link, or when an answer is lost,
+    they go some milliseconds after the message before, or half of a usual answer's time. Own outputs are computed while
+    the parties answer. `fuse` is asked for the models of each message, so a new version is taken over between two.
     """
 
     def __init__(self, post: Post, parties: Sequence[str], fuse: Callable[[], Fuse], deadline_s: float) -> None:
@@ -123,6 +123,7 @@ class LabelService:
         self._pending: deque[Request] = deque()
         self._asked: dict[MicroBatch, Asked] = {}
         self._trip_s = 0.0  # between a message and its answers, on average
+        self._sent_at = 0.0  # of the newest message, monotonic
         self.heard: dict[str, float] = {}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._gather, self._give_up)]
         self._some_wait, self._closed = threading.Event(), threading.Event()
@@ -139,15 +140,25 @@ class LabelService:
 
     def predict(self, keys: Keys) -> Future[Outcome]:
         """Ask for these rows, at most MOST_ROWS; the future may raise Unanswered."""
+        found = self.add(keys)
+        self.go()
+        return found
+
+    def add(self, keys: Keys) -> Future[Outcome]:
+        """Do as `predict`, with the next `go`: rows that are added together go together."""
         request = Request(keys)
         with self._lock:
             self._pending.append(request)
+        return request.future
+
+    def go(self) -> None:
+        """Send what waits, unless a message is on its way: then it goes with the next one."""
+        with self._lock:
             idle = not self._asked
         if idle:
-            self._send_pending()
-        else:
+            self._prepare(self._send_waiting())
+        if self._pending:
             self._some_wait.set()
-        return request.future
 
     def probe(self, fuse: Fuse) -> Future[Outcome]:
         """Ask with other models than those in use, for a row that hardly anyone has, to learn who has this run."""
@@ -165,28 +176,33 @@ class LabelService:
             done = asked is not None and self._end(asked)
             if done and asked is not None and asked.asks == 1:
                 self._trip_s += (time.monotonic() - asked.began - self._trip_s) * _NEWEST
-        came.done()
         if done and asked is not None:
-            following = self._send_waiting()
-            self._finish(asked)
-            self._prepare(following)
+            self._go_on(asked)
+        came.done()
 
     def _end(self, asked: Asked) -> bool:
         """Forget a message once everything for it is there; the lock is held. Return True for who must finish it."""
         return asked.ended(self._parties) and self._asked.pop(asked.number, None) is not None
 
+    def _go_on(self, ended: Asked | None) -> None:
+        """Finish a message, after the next one was sent, if some wait for it."""
+        while ended is not None:
+            following = self._send_waiting()
+            self._finish(ended)
+            ended = None if following is None else self._prepared(following)
+
     # Out --------------------------------------------------------------------------------------------------------
 
     def _gather(self) -> None:
+        """Send what waits for longer than an answer should take; and all of it at the end."""
         while not self._closed.is_set():
             self._some_wait.wait()
             self._some_wait.clear()
-            if not self._closed.wait(max(GATHER_S, min(self._trip_s * _SHARE, self._deadline_s * _SHARE))):
-                self._send_pending()
-
-    def _send_pending(self) -> None:
-        while (asked := self._send_waiting()) is not None:
-            self._prepare(asked)
+            while self._pending:
+                pause_s = max(GATHER_S, min(self._trip_s, self._deadline_s) * _SHARE)
+                left_s = self._sent_at + pause_s - time.monotonic()
+                if left_s <= 0 or self._closed.wait(left_s):
+                    self._prepare(self._send_waiting())
 
     def _send_waiting(self) -> Asked | None:
         """Send the requests that wait, as many as fit into one message; None if nothing was sent."""
@@ -208,7 +224,8 @@ class LabelService:
             return None
         with self._lock:
             self._number += 1
-            asked = Asked(MicroBatch(self._number, 0), models, keys, batch, time.monotonic())
+            self._sent_at = time.monotonic()
+            asked = Asked(MicroBatch(self._number, 0), models, keys, batch, self._sent_at)
             self._asked[asked.number] = asked
         try:
             for party in self._parties:
@@ -219,19 +236,20 @@ class LabelService:
         return asked
 
     def _prepare(self, asked: Asked | None) -> None:
-        """Compute the own outputs, while the parties answer."""
-        if asked is None:
-            return
+        """Compute the own outputs, while the parties answer; finish the message if they have."""
+        if asked is not None:
+            self._go_on(self._prepared(asked))
+
+    def _prepared(self, asked: Asked) -> Asked | None:
+        """Compute the own outputs; return the message if that was the last that it waited for."""
         try:
             own = asked.fuse.own(asked.number, asked.keys)
         except SlQueueError as error:
             self._give_up_on(asked, error)
-            return
+            return None
         with self._lock:
             asked.own, asked.prepared = own, True
-            done = self._end(asked)
-        if done:
-            self._finish(asked)
+            return asked if self._end(asked) else None
 
     # Late -------------------------------------------------------------------------------------------------------
 

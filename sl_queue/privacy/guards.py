@@ -16,7 +16,7 @@ from sl_queue.cut.tensors import from_payload, payload_view, to_payload
 from sl_queue.privacy import defences
 from sl_queue.privacy.draws import Floats, Words, key_for, normal, normal_rows, normal_stream, row_words
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
-from sl_queue.privacy.sampled import Positions
+from sl_queue.privacy.sampled import WHOLE, Positions
 from sl_queue.protocol.checkpoint import State
 
 
@@ -142,25 +142,18 @@ class Returning:
         return found
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class GradientTap:
-    """Shows the label holder's meter what leaves and arrives. Mutable: all peers' tensors are of the same rows."""
+    """Shows the label holder's meter what leaves and arrives."""
 
     meter: GradientMeter
-    _rows: bytes = b""  # the digest of the rows looked up last
-    _found: tuple[Positions, Positions] | None = None  # as `find` returned it
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        if crossing.rows.digest != self._rows or self._found is None:
-            self._rows, self._found = crossing.rows.digest, self.meter.find(crossing.rows.keys)
-        places, chosen = self._found
-        if not len(places):
-            return
         if crossing.what == "gradient":
-            self.meter.saw_gradient(crossing.receiver, places, numbers_of(tensor, chosen))
+            self.meter.saw_gradient(crossing.receiver, *_copied(tensor, crossing, self.meter))
         else:
-            self.meter.saw_activation(crossing.sender, places, numbers_of(tensor, chosen))
+            self.meter.saw_activation(crossing.sender, *_copied(tensor, crossing, self.meter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +164,27 @@ class ActivationTap:
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        places, chosen = self.meter.find(crossing.rows.keys)
-        if len(places):
-            self.meter.saw_activation(places, numbers_of(tensor, chosen))
+        self.meter.saw_activation(*_copied(tensor, crossing, self.meter))
 
 
-def numbers_of(tensor: Tensor, rows: Positions) -> npt.NDArray[np.float32]:
-    """Return a copy of these rows on the CPU."""
+def _copied(
+    tensor: Tensor, crossing: Crossing, meter: GradientMeter | ActivationMeter
+) -> tuple[Words, npt.NDArray[np.float32]]:
+    """Return keys and a copy of the rows that a meter looks at; of all rows where that takes less."""
+    keys = crossing.rows.keys
+    if tensor.numel() <= WHOLE:
+        return keys, numbers_of(tensor)
+    chosen = meter.find(keys)
+    return keys[chosen], numbers_of(tensor, chosen)
+
+
+def numbers_of(tensor: Tensor, rows: Positions | None = None) -> npt.NDArray[np.float32]:
+    """Return a copy of these rows, or of all, on the CPU."""
     if tensor.dtype is torch.float32 and tensor.device.type == "cpu":
-        found: npt.NDArray[np.float32] = tensor.detach().numpy()[rows]
-        return found
-    elsewhere: npt.NDArray[np.float32] = tensor[torch.from_numpy(rows).to(tensor.device)].float().cpu().numpy()
+        numbers: npt.NDArray[np.float32] = tensor.detach().numpy()
+        return numbers.copy() if rows is None else numbers[rows]
+    taken = tensor if rows is None else tensor[torch.from_numpy(rows).to(tensor.device)]
+    elsewhere: npt.NDArray[np.float32] = taken.float().cpu().numpy()
     return elsewhere
 
 

@@ -45,31 +45,32 @@ class GradientMeter:
         members = [np.flatnonzero(self._labels == c) for c in self._scored]
         self._friends = [rng.choice(m, min(KNOWN, max(1, len(m) // 2)), replace=False) for m in members]
 
-    def find(self, keys: Words) -> tuple[Positions, Positions]:
-        """Return the places in the sample of those rows that are looked at, and where among `keys` they are."""
-        return self._sample.find(keys)
+    def find(self, keys: Words) -> Positions:
+        """Return where among `keys` those of the rows are that are looked at."""
+        return self._sample.find(keys)[1]
 
-    def saw_gradient(self, party: str, places: Positions, numbers: npt.NDArray[np.float32]) -> None:
-        """Keep what is sent to a party for these places of the sample; shape (places, *anything)."""
-        self._kept(self._gradients, party, numbers).add(places, numbers)
+    def saw_gradient(self, party: str, keys: Words, numbers: npt.NDArray[np.float32]) -> None:
+        """Keep what is sent to a party for the rows of these keys; shape (keys, *anything)."""
+        self._kept(self._gradients, party, numbers).add(keys, numbers)
 
-    def saw_activation(self, party: str, places: Positions, numbers: npt.NDArray[np.float32]) -> None:
-        """Keep what a party holds of these places anyway: its own activations."""
-        self._kept(self._activations, party, numbers).add(places, numbers)
+    def saw_activation(self, party: str, keys: Words, numbers: npt.NDArray[np.float32]) -> None:
+        """Keep what a party holds of these rows anyway: its own activations."""
+        self._kept(self._activations, party, numbers).add(keys, numbers)
 
     def end_epoch(self) -> dict[str, Found]:
         """Return what each party could read of the labels by what it was sent; begins another epoch."""
-        found = {party: self._attacked(party, seen.settle()) for party, seen in sorted(self._gradients.items())}
+        kept = {party: seen.settle() for party, seen in sorted(self._gradients.items())}
+        found = {party: self._attacked(party, seen) for party, seen in kept.items() if seen.here.any()}
         for party, seen in self._gradients.items():
             self._before[party] = np.where(seen.here[:, None], seen.rows, 0)
-            self._gradients[party] = Seen.empty(len(seen.here), seen.rows.shape[1])
+            self._gradients[party] = Seen.empty(self._sample, seen.rows.shape[1])
         self._activations = {}
         self._epoch += 1
         return found
 
     def _kept(self, kept: dict[str, Seen], party: str, numbers: npt.NDArray[np.float32]) -> Seen:
         if party not in kept:
-            kept[party] = Seen.empty(len(self._sample), math.prod(numbers.shape[1:]))
+            kept[party] = Seen.empty(self._sample, math.prod(numbers.shape[1:]))
         return kept[party]
 
     def _attacked(self, party: str, seen: Seen) -> Found:
@@ -132,7 +133,8 @@ class GradientMeter:
         """Become what `arrays` returned; without any, or of a version with another sample, what a run begins with."""
         self._epoch = int(arrays["epoch"][0]) if "epoch" in arrays else 0
         arrays = self._sample.ours(arrays)
-        self._gradients, self._activations = seen_in(arrays, "gradient"), seen_in(arrays, "activation")
+        self._gradients = seen_in(self._sample, arrays, "gradient")
+        self._activations = seen_in(self._sample, arrays, "activation")
         self._before = {party: array.astype(np.float32) for party, array in under(arrays, "before").items()}
         self._patience = {party: array.astype(np.float64) for party, array in under(arrays, "patience").items()}
 
@@ -149,15 +151,15 @@ class ActivationMeter:
         self._raw = round(attacks.attribute_raw(self._columns, generator(key, "raw", 0)), 4)
         self._seen: Seen | None = None
 
-    def find(self, keys: Words) -> tuple[Positions, Positions]:
-        """Return the places in the sample of those rows that are looked at, and where among `keys` they are."""
-        return self._sample.find(keys)
+    def find(self, keys: Words) -> Positions:
+        """Return where among `keys` those of the rows are that are looked at."""
+        return self._sample.find(keys)[1]
 
-    def saw_activation(self, places: Positions, numbers: npt.NDArray[np.float32]) -> None:
-        """Keep what is sent for these places of the sample; shape (places, *anything)."""
+    def saw_activation(self, keys: Words, numbers: npt.NDArray[np.float32]) -> None:
+        """Keep what is sent for the rows of these keys; shape (keys, *anything)."""
         if self._seen is None:
-            self._seen = Seen.empty(len(self._sample), math.prod(numbers.shape[1:]))
-        self._seen.add(places, numbers)
+            self._seen = Seen.empty(self._sample, math.prod(numbers.shape[1:]))
+        self._seen.add(keys, numbers)
 
     def end_epoch(self) -> Found:
         """Return the share of variance that can be recovered of the columns by what was sent; begins another epoch."""
@@ -185,4 +187,4 @@ class ActivationMeter:
     def load(self, arrays: Arrays) -> None:
         """Become what `arrays` returned; without any, or of a version with another sample, what a run begins with."""
         self._epoch = int(arrays["epoch"][0]) if "epoch" in arrays else 0
-        self._seen = seen_in(self._sample.ours(arrays), "activation").get("")
+        self._seen = seen_in(self._sample, self._sample.ours(arrays), "activation").get("")

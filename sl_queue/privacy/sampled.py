@@ -1,7 +1,7 @@
 """The rows that a meter looks at: chosen once, found again by their keys, and kept of each epoch's messages.
 
-While a run trains, a meter copies the sampled rows of each message and no more; norms and the rest are computed for
-many at once.
+While a run trains, a meter copies the sampled rows of each message, or all of a small one, and no more; which rows are
+of the sample, norms and the rest are computed for many at once.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from sl_queue.privacy.draws import Words
 SAMPLE = 500  # rows that are looked at
 WIDTH = 64  # numbers of a row that are looked at; of wider ones every so many
 PENDING = 2**20  # numbers that are copied before norms are taken
+WHOLE = 2**14  # numbers of a message that is copied as a whole, which takes less than to look its rows up
 
 Positions = npt.NDArray[np.int64]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
@@ -82,21 +83,22 @@ class Sampled:
 class Seen:
     """Messages of one kind about the sampled rows in this epoch. Mutable: an epoch fills it."""
 
+    sample: Sampled
     rows: npt.NDArray[np.float32]  # (sample, numbers)
     here: npt.NDArray[np.bool_]  # (sample,)
     norms: npt.NDArray[np.float32]  # (sample,), of all of a row's numbers
-    _pending: list[tuple[Positions, npt.NDArray[np.float32]]] = field(default_factory=list, repr=False)
+    _pending: list[tuple[Words, npt.NDArray[np.float32]]] = field(default_factory=list, repr=False)
     _numbers: int = 0  # in `_pending`
 
     @classmethod
-    def empty(cls, n_rows: int, width: int) -> "Seen":
+    def empty(cls, sample: Sampled, width: int) -> "Seen":
         """Begin an epoch; `width`: of a whole row, or of what was kept of it."""
-        rows = np.zeros((n_rows, min(width, WIDTH)), np.float32)
-        return cls(rows, np.zeros(n_rows, bool), np.zeros(n_rows, np.float32))
+        rows = np.zeros((len(sample), min(width, WIDTH)), np.float32)
+        return cls(sample, rows, np.zeros(len(sample), bool), np.zeros(len(sample), np.float32))
 
-    def add(self, places: Positions, numbers: npt.NDArray[np.float32]) -> None:
-        """Keep rows, (rows, *anything), at these places of the sample; they are the caller's no more."""
-        self._pending.append((places, numbers))
+    def add(self, keys: Words, numbers: npt.NDArray[np.float32]) -> None:
+        """Keep the rows of these keys, (rows, *anything), that are of the sample; they are the caller's no more."""
+        self._pending.append((keys, numbers))
         self._numbers += numbers.size
         if self._numbers > PENDING:
             self.settle()
@@ -104,8 +106,8 @@ class Seen:
     def settle(self) -> "Seen":
         """Take in what was added."""
         if self._pending:
-            places = np.concatenate([places for places, _ in self._pending])
-            numbers = np.concatenate([n.reshape(len(n), prod(n.shape[1:])) for _, n in self._pending])
+            places, chosen = self.sample.find(np.concatenate([keys for keys, _ in self._pending]))
+            numbers = np.concatenate([n.reshape(len(n), prod(n.shape[1:])) for _, n in self._pending])[chosen]
             self._pending, self._numbers = [], 0
             self.norms[places] = np.linalg.norm(numbers, axis=1)
             stride = -(-numbers.shape[1] // WIDTH)
@@ -128,10 +130,10 @@ def under(arrays: Arrays, prefix: str) -> dict[str, npt.NDArray[np.generic]]:
     return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
 
-def seen_in(arrays: Arrays, kind: str) -> dict[str, Seen]:
+def seen_in(sample: Sampled, arrays: Arrays, kind: str) -> dict[str, Seen]:
     """Read what `Seen.arrays` returned of each party."""
     rows, here, norms = (under(arrays, f"{kind}/{part}") for part in _PARTS)
     return {
-        party: Seen(rows[party].astype(np.float32), here[party].astype(bool), norms[party].astype(np.float32))
+        party: Seen(sample, rows[party].astype(np.float32), here[party].astype(bool), norms[party].astype(np.float32))
         for party in rows
     }

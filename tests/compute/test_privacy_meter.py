@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
+from sl_queue.cut.guard import Crossing
+from sl_queue.cut.rows import CutRows
 from sl_queue.privacy import sampled
+from sl_queue.privacy.guards import GradientTap
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
+from sl_queue.protocol.messages import MicroBatch
 
 N, KEY = 6000, b"k" * 32
 KEYS = np.random.default_rng(2).permutation(N).astype(np.uint64) * np.uint64(2**40)  # of the rows, in any order
@@ -23,18 +28,15 @@ def gradients(rows: np.ndarray, noise: float, seed: int) -> np.ndarray:
 
 def gradient(found: GradientMeter, rows: np.ndarray, sent: np.ndarray, party: str = "bank") -> None:
     """Send a party the gradients of these rows."""
-    places, chosen = found.find(KEYS[rows])
-    found.saw_gradient(party, places, sent[chosen])
+    found.saw_gradient(party, KEYS[rows], sent)
 
 
 def activation(found: GradientMeter | ActivationMeter, rows: np.ndarray, sent: np.ndarray) -> None:
     """Have a party send its activations of these rows."""
-    places, chosen = found.find(KEYS[rows])
-    about = (places, sent[chosen])
     if isinstance(found, GradientMeter):
-        found.saw_activation("bank", *about)
+        found.saw_activation("bank", KEYS[rows], sent)
     else:
-        found.saw_activation(*about)
+        found.saw_activation(KEYS[rows], sent)
 
 
 def epoch(found: GradientMeter, noise: float, seed: int, first: int = 0, last: int | None = None) -> None:
@@ -96,6 +98,20 @@ def test_what_another_version_kept_of_another_sample_is_no_error_and_the_meter_b
         second.load(arrays)
         epoch(second, 0.3, 2)
         assert second.end_epoch()["bank"]["change"] == 0.5
+
+
+def test_a_large_message_whose_sampled_rows_alone_are_copied_gives_the_same_numbers() -> None:
+    rows = CutRows.of(KEYS, TRAINING)
+    numbers = np.tile(gradients(TRAINING, 0.3, 1), 3)
+    assert numbers.size > sampled.WHOLE
+    large, whole = GradientMeter(LABELS, TRAINING, KEY, KEYS), GradientMeter(LABELS, TRAINING, KEY, KEYS)
+    for what, sender, receiver in (("activation", "bank", "shop"), ("gradient", "shop", "bank")):
+        about = Crossing(what, sender, receiver, MicroBatch(0, 0), rows)  # type: ignore[arg-type]
+        GradientTap(large).see(torch.from_numpy(numbers), about)
+    assert 0 < large._gradients["bank"]._numbers < numbers.size
+    gradient(whole, TRAINING, numbers)
+    activation(whole, TRAINING, numbers)
+    assert large.end_epoch() == whole.end_epoch()
 
 
 def test_copies_that_wait_for_the_end_of_an_epoch_are_bounded() -> None:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +20,15 @@ from torch import Tensor
 import sl_queue
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
+from sl_queue.data.to_predict import request_keys
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.connect import MEMORY, connector
 from sl_queue.launch.http_listener import HttpServer
 from sl_queue.launch.http_service import MOST_BYTES, Api
 from sl_queue.launch.prediction import spec_to_predict
-from sl_queue.launch.service import Served, serve_feature, serve_label
+from sl_queue.launch.service import Served, id_key, serve_feature, serve_label
+from sl_queue.loops.requests import Unanswered
+from sl_queue.protocol.serving import MOST_ROWS
 from sl_queue.storage.versions import promote
 from tests.compute.test_prediction import Base, N, files, job, new_rows, states
 
@@ -141,6 +145,10 @@ def test_answers_are_the_predictions_of_the_modules(service: Service, trained: A
         assert one["probability"] == pytest.approx(chance(trained[1], service, place), abs=1e-6)
 
 
+def test_the_body_of_an_answer_does_not_wait_until_its_head_is_acknowledged(service: Service) -> None:
+    assert service.http._listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # which connections inherit
+
+
 def test_requests_of_many_clients_get_each_their_own_answer(service: Service, trained: Any) -> None:
     wanted = {place: chance(trained[1], service, place) for place in range(40) if place != 7}
 
@@ -151,6 +159,36 @@ def test_requests_of_many_clients_get_each_their_own_answer(service: Service, tr
         found = dict(pool.map(one, [*wanted] * 3))
     assert found.keys() == wanted.keys()
     assert max(abs(found[place] - wanted[place]) for place in wanted) < 1e-6
+
+
+def test_rows_that_are_added_together_go_as_one_message_and_each_gets_its_own_answer(
+    service: Service, trained: Any
+) -> None:
+    assert service.insurer.label is not None and service.bank is not None and service.bank.feature is not None
+    asked, places = service.insurer.label.service, [3, 0, 50]
+    keys = [request_keys([int(service.ids[place])], "integer", id_key(job()))[0] for place in places]
+    futures = [asked.add(key) for key in keys if key is not None]
+    asked.go()
+    for place, future in zip(places, futures, strict=True):
+        (found,) = future.result(30).predictions
+        assert found is not None
+        assert found["probability"] == pytest.approx(chance(trained[1], service, place), abs=1e-6)
+    assert len(service.bank.feature._counted) == 1
+
+
+def test_requests_end_that_wait_behind_a_message_that_nobody_answers(trained: Any) -> None:
+    service = Service(trained[0], deadline_s=0.3)
+    try:
+        service.stop_bank()
+        assert service.insurer.label is not None
+        asked = service.insurer.label.service
+        futures = [asked.add(np.arange(MOST_ROWS, dtype=np.uint64)) for _ in range(3)]  # each a message of its own
+        asked.go()
+        for future in futures:
+            with pytest.raises(Unanswered):
+                future.result(30)
+    finally:
+        service.close()
 
 
 def test_a_request_to_a_party_that_restarts_is_answered_by_the_next_worker(service: Service) -> None:

@@ -1,9 +1,9 @@
 """A party's link to RabbitMQ: survives lost connections and broker restarts. `Link`'s contract is in link.py.
 
 One I/O thread runs an asyncio loop; the worker computes in another one, so heartbeats go on whatever it does. Other
-threads leave what they want done and wake the loop, once for many. Only a small message is sent by the thread that
-publishes it, if the I/O thread sleeps: to wake that one, and to pass Python's lock to and fro, takes longer. A large
-one is copied beside the computation. The driver is used by whoever has the turn (turns.py).
+threads leave what they want done and wake the loop, once for many. Only a small message or an acknowledgement is sent
+by the thread that has it, if the I/O thread sleeps: to wake that one, and to pass Python's lock to and fro, takes
+longer. A large one is copied beside the computation. The driver is used by whoever has the turn (turns.py).
 """
 
 import asyncio
@@ -129,7 +129,7 @@ class RabbitLink:
     def acknowledge(self, tags: Sequence[Tag]) -> None:
         with self._lock:
             self._acknowledged += tags
-        self._wake()
+        self._wake(may_send=True)
 
     def reject(self, tag: Tag, reason: str) -> None:
         session = self._session
@@ -158,8 +158,9 @@ class RabbitLink:
         return TransportError(f"the link of {self._endpoint.who} is closed")
 
     def _wake(self, *, may_send: bool = False) -> None:
-        """Run pending I/O inline if the I/O thread is idle and the message is small, else wake it."""
-        if may_send and self._turns.turn.acquire(blocking=False):
+        """Run pending I/O inline if it is small and the I/O thread is idle, else wake it."""
+        mine = threading.current_thread() is self._thread
+        if may_send and not mine and self._turns.turn.acquire(blocking=False):
             try:
                 self._work()
             finally:
@@ -170,7 +171,7 @@ class RabbitLink:
                 return
             self._woken = True
             with suppress(RuntimeError):  # the loop is closed: nothing is sent any more
-                self._loop.call_soon_threadsafe(self._work)
+                (self._loop.call_soon if mine else self._loop.call_soon_threadsafe)(self._work)
 
     # What the I/O thread does -----------------------------------------------------------------------------------
 
