@@ -29,11 +29,19 @@ Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a mode
 
 def called(module: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
     """Call a module, with other `weights` if given; with keywords, where its forward has them for all of a dict."""
+    inputs = _unshared(inputs)
     by_name = isinstance(inputs, dict) and inputs.keys() <= signature(module.forward).parameters.keys()
     args, kwargs = ((), dict(inputs)) if by_name and isinstance(inputs, dict) else ((inputs,), {})
     if weights is None:
         return module(*args, **kwargs)
     return torch.func.functional_call(module, dict(weights), args, kwargs)
+
+
+def _unshared(inputs: Any) -> Any:
+    """Return the same tensors in lists and dicts of the callee's own, out of which it may take them."""
+    if isinstance(inputs, list):
+        return [_unshared(each) for each in inputs]
+    return {name: _unshared(each) for name, each in inputs.items()} if isinstance(inputs, dict) else inputs
 
 
 def is_penalised(output: Any, outputs: Outputs | None) -> bool:

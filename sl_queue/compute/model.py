@@ -1,9 +1,10 @@
 """One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class Model:
                 where,
                 name,
             )
-        begin_training(module)
+        begin_training(module, f"{where} model = {name!r}")
         built = Built.of(module)
         learning = None
         if optimizer is not None:
@@ -188,7 +189,8 @@ class Model:
         try:
             with left_no_trace(self.module):
                 output = self._trial(inputs, None)
-                self._require_known(leaves_beyond(output, tensors_in(inputs)))
+                again = partial(self._trial, inputs, None)
+                self._require_known(leaves_beyond(output, tensors_in(inputs)), again)
                 self.saved.tell_of_lost()
         except ComputeError as error:
             raise ShapeError(f"{error}; check {self.name} and its args") from error
@@ -223,9 +225,9 @@ class Model:
         """Open a scope in which the module has the weights to evaluate and to give away."""
         return nullcontext() if self.learning is None else self.learning.averaged()
 
-    def _require_known(self, reached: Iterable[Tensor] = ()) -> None:
+    def _require_known(self, reached: Sequence[Tensor] = (), again: Callable[[], Tensor] | None = None) -> None:
         """Raise JobError if the module has parameters that the optimizer was not given, or `reached` others."""
-        require_known(self.module, self.optimizer, self.saved.built, reached, self.where)
+        require_known(self.module, self.optimizer, self.saved.built, self.where, reached, again)
 
     def shared(self) -> dict[str, Tensor]:
         """Return what changes from step to step and a forward pass reads: parameters that train, running averages."""

@@ -251,6 +251,12 @@ class Iterating(Linear):
         self.schedule = itertools.count()
 
 
+class Scaled(Linear):
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale)
+
+
 class Holding(Linear):
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
@@ -258,13 +264,15 @@ class Holding(Linear):
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "a late layer": (Late, "makes the parameter 'head.weight', 'head.bias' in its forward, after .* make it in __init"),
+    "a late layer": (Late, "makes the parameters 'head.weight', 'head.bias' in its forward, after .* make it in __init"),
     "a parameter replaced": (Replacing, "makes the parameter 'linear.bias' in its forward.* in place"),
     "a tensor in a list": (InAList, "the tensor in its attribute 'scales' requires a gradient"),
     "a module in a list": (InAListOfModules, "the parameter '(weight|bias)' of the module in its attribute 'scales'"),
     "an iterator": (Iterating, "the attribute 'schedule' is a count, and nothing can save where it stands"),
     "complex128": (lambda: Holding(torch.ones(2, dtype=torch.complex128)), "buffer 'held' is complex128 .2,., of a dt"),
     "sparse": (lambda: Holding(torch.eye(3).to_sparse()), "buffer 'held' is float32 .3, 3., sparse_coo"),
+    "expanded": (lambda: Scaled(torch.ones(1).expand(4)), "numbers of the parameter 'scale' share one place in memory"),
+    "exported": (lambda: torch.export.export(Linear(), (torch.ones(2, 3),)).module(), "has no training mode .NotImpl"),
     "meta": (lambda: Holding(torch.ones(2, device="meta")), "buffer 'held' is float32 .2,., without numbers"),
 }
 
@@ -279,7 +287,7 @@ def test_what_cannot_be_trained_or_saved_is_named_before_training(what: str) -> 
 
 def test_a_layer_that_is_made_in_the_first_training_step_ends_it() -> None:
     run = setup(LateInTraining)
-    with pytest.raises(JobError, match=r"makes the parameter 'head.weight'"):
+    with pytest.raises(JobError, match=r"makes the parameters 'head.weight'"):
         run.stages().train(run.pipeline)
 
 

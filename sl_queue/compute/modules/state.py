@@ -16,7 +16,7 @@ from sl_queue.compute.modules.put_back import put_back
 from sl_queue.compute.modules.remembered import Memory, Remembered, same
 from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
 from sl_queue.cut.tensors import described, dtype_name, from_payload, to_payload
-from sl_queue.errors import CheckpointError
+from sl_queue.errors import CheckpointError, JobError
 from sl_queue.protocol.checkpoint import SAVABLE, State
 from sl_queue.protocol.messages import Payload
 
@@ -39,10 +39,14 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
                 each.training = was
 
 
-def begin_training(module: nn.Module) -> None:
+def begin_training(module: nn.Module, where: str) -> None:
     """Put a module into training mode, apart from submodules that were built in evaluation mode."""
     frozen = [each for each in module.modules() if not each.training]
-    module.train()  # which may be the module's own, and keep some in evaluation mode
+    try:
+        module.train()  # which may be the module's own, and keep some in evaluation mode
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise JobError(f"{where} has no training mode ({told}); give the module that it was made of") from error
     for each in frozen:
         each.training = False
 
