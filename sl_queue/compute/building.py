@@ -20,6 +20,7 @@ from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
 from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import Inputs, described
 from sl_queue.errors import ComputeError, JobError, SlQueueError
+from sl_queue.protocol.text import shortened
 
 LAST = "-last"  # of a file in `final/`: the weights of the last step, where those of the part itself are averages
 __all__ = ["Inputs"]
@@ -87,7 +88,7 @@ def blame(what: str) -> Iterator[None]:
     except (SlQueueError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
+        raise ComputeError(f"{what}: {type(error).__name__}: {shortened(str(error))}") from error
 
 
 def build_module(spec: ComputeSpec, part: Part, sample: Sample | None, take: Take | None = None) -> nn.Module:

@@ -31,6 +31,7 @@ class BuiltOptimizer:
     optimizer: Optimizer
     module: nn.Module = field(repr=False)
     prefix: str  # of the names in a checkpoint
+    where: str  # how errors about it begin
     remembered: Mapping[str, Remembered] = field(repr=False)  # by place: "groups[0].lr", "attributes.count"
 
     @classmethod
@@ -42,7 +43,7 @@ class BuiltOptimizer:
                     f"{where}: {type(optimizer).__name__} holds another optimizer in its attribute {name!r}, whose "
                     "state no checkpoint carries; let both share one state, as torch.optim.Optimizer keeps it"
                 )
-        return cls(optimizer, module, prefix, _memories(optimizer, module))
+        return cls(optimizer, module, prefix, where, _memories(optimizer, module))
 
     def state(self) -> State:
         """Copy all that a step changes. Raises ComputeError for what no checkpoint can carry."""
@@ -57,6 +58,7 @@ class BuiltOptimizer:
         try:
             for place, key, value in self._of_parameters():
                 if isinstance(value, Tensor):
+                    self._require_dense(place, key, value)
                     tensors[f"{self.prefix}/{place}/{key}"] = to_payload(value)
                 elif type(value) in _SCALARS:
                     values[f"{self.prefix}/{place}/{key}"] = value
@@ -70,12 +72,26 @@ class BuiltOptimizer:
                     more[place] = saved(found, before or found, place, keep)
         except NotCarriedError as error:
             raise ComputeError(
-                f"the optimizer {type(self.optimizer).__name__} keeps a {type(error.value).__name__} in its "
+                f"{self.where}: {type(self.optimizer).__name__} keeps a {type(error.value).__name__} in its "
                 f"{error.path}, which no checkpoint carries; keep it in numbers, tensors, or lists of them"
             ) from None
         gone = sorted(self.remembered.keys() - now.keys())
         extra = {"values": more} | ({"gone": gone} if gone else {})
         return State(tensors, values | ({f"{self.prefix}.more": extra} if more or gone else {}))
+
+    def require_savable(self) -> None:
+        """Raise ComputeError for a memory of a parameter that no checkpoint can carry."""
+        for place, key, value in self._of_parameters():
+            if isinstance(value, Tensor):
+                self._require_dense(place, key, value)
+
+    def _require_dense(self, place: str, key: str, value: Tensor) -> None:
+        if value.layout != torch.strided:
+            raise ComputeError(
+                f"{self.where}: {type(self.optimizer).__name__} remembers {key!r} of {place!r} as a sparse tensor, "
+                "which no checkpoint carries; let the layer have sparse = False, or take an optimizer without a memory "
+                "of gradients, or SparseAdam"
+            )
 
     def load(self, state: State) -> None:
         """Become what `state` returned, bit by bit: torch's own would cast everything to the parameter's dtype."""
@@ -117,7 +133,7 @@ class BuiltOptimizer:
         strange = [key for key in self.optimizer.state if key not in names]
         if strange:
             raise ComputeError(
-                f"the optimizer {type(self.optimizer).__name__} keeps state for a {type(strange[0]).__name__} that is "
+                f"{self.where}: {type(self.optimizer).__name__} keeps state for a {type(strange[0]).__name__} that is "
                 "not a parameter of the model; keep it in an attribute, or in the state of a parameter"
             )
         return [

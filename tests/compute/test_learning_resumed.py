@@ -13,6 +13,8 @@ from tests.support.learning import (
     SCHEDULES,
     STEPS,
     parts,
+    plain,
+    require_equal,
     run_of,
     through_a_checkpoint,
     weights,
@@ -75,6 +77,34 @@ def test_what_an_optimizer_keeps_in_groups_lists_and_attributes_is_in_the_checkp
         assert optimizer.calls == step + 1
         assert type(optimizer.param_groups[0]["drift"]) is tuple
         assert weights(resumed.train(run.pipeline, first_step=step + 1)) == whole
+
+
+class Accumulating(torch.optim.SGD):
+    """Changes the weights in every other step, by the gradients of two."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.calls += 1
+        if self.calls % 2 == 0:
+            super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.calls % 2 == 0:
+            super().zero_grad(set_to_none)
+
+
+def test_gradients_that_an_optimizer_does_not_forget_are_in_the_checkpoint() -> None:
+    def make(module: torch.nn.Module) -> torch.optim.Optimizer:
+        return Accumulating(module.parameters(), lr=0.1)
+
+    run = run_of(optimizer=make)
+    whole = run.stages().train(run.pipeline)
+    require_equal(whole, plain(run, make))
+    for step in range(STEPS - 1):
+        begun = run.stages().train(run.pipeline, stop_after=step)
+        resumed = through_a_checkpoint(begun, run).train(run.pipeline, first_step=step + 1)
+        assert weights(resumed) == weights(whole)
 
 
 def test_going_back_to_an_earlier_checkpoint_forgets_what_came_later() -> None:
