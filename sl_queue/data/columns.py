@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sl_queue.data import files
+from sl_queue.data import csv_file, files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
 from sl_queue.data.later import Later
-from sl_queue.data.matrices import Array, Beside, Matrix, beside, gaps, gaps_in, label_array, plain
+from sl_queue.data.matrices import Array, Beside, Matrix, beside, gaps, gaps_in, in_rows, label_array, plain
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
 from sl_queue.protocol.text import nearest
@@ -89,6 +89,9 @@ def read_columns(
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
     except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
+        if kind == "csv" and csv_file.is_no_text(data.path, data.csv):
+            told = f'not all of it is {data.csv.encoding}; say how it is written, data.csv.encoding = "cp1252" for instance'
+            raise JobError(f"{where}: cannot be read ({told})") from None
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise JobError(f"{where}: cannot be read ({reason}); is it {files.DESCRIBED[kind]}?") from None
 
@@ -279,7 +282,7 @@ def _side_by_side(arrays: Sequence[Array | None], wanted: int) -> Array | None:
 def _rounded(source: files.Source, columns: Mapping[str, Any]) -> Iterator[str]:
     found = source.rounded(columns)
     if found:
-        told = listed(f"{name!r} in {count} rows" for name, count in found.items())
+        told = listed(in_rows(name, count) for name, count in found.items())
         yield (
             f"whole numbers of column {told} need more than 64 bits, or more than 53 bits beside fractions, and would "
             "be rounded; if they are codes, number them 0, 1, 2, ..., else write them as fractions"

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from sl_queue.data.feature_specs import Category, Date, Number, Spec
 from sl_queue.data.feature_values import Floats, Unusable, days, numbers, part, texts
 from sl_queue.errors import JobError
+from sl_queue.protocol.text import counted
 
 FORMAT = 1  # of features.json
 OTHER, MISSING, FIRST = 0, 1, 2  # places of a category: rare or never seen, a gap, the first one known
@@ -175,12 +176,24 @@ def _fit_number(spec: Number, values: Floats) -> Learned:
     if not len(seen):
         raise Unusable("no training row has a value; exclude it")
     if gaps and spec.missing == "error":
-        raise Unusable(f'missing in {gaps} training rows; say missing = "median", "mean" or "zero"')
-    found = {"kind": spec.kind, **asdict(spec), "gaps": gaps, "fill": _fill(spec, seen)}
+        told = counted(gaps, "training row", "training rows")
+        raise Unusable(f'missing in {told}; say missing = "median", "mean" or "zero"')
+    with np.errstate(over="ignore", invalid="ignore"):
+        learned = _learned(spec, seen)
+        known = np.hstack([np.ptp(seen), *(number for number in learned.values() if number is not None)])
+    if not np.isfinite(known).all():
+        raise Unusable("its values are too large to be averaged in float64; write them in a larger unit")
+    return {"kind": spec.kind, **asdict(spec), "gaps": gaps, **learned}
+
+
+def _learned(spec: Number, seen: Floats) -> Learned:
+    found: Learned = {"fill": _fill(spec, seen)}
     match spec.scale:
         case "standard":
             constant = seen.min() == seen.max()
             found |= {"mean": float(seen.mean()), "std": 1.0 if constant else float(seen.std())}
+            if not found["std"]:
+                raise Unusable('its values differ by too little for a standard deviation; say scale = "quantile"')
         case "minmax":
             found |= {"low": float(seen.min()), "high": float(seen.max())}
         case "quantile":
@@ -238,12 +251,13 @@ def _write_number(learned: Learned, values: Floats, out: npt.NDArray[np.float32]
     gaps = np.isnan(values)
     if count := int(gaps.sum()):
         if learned["fill"] is None:
-            raise Unusable(f'missing in {count} rows; say missing = "median", "mean" or "zero"')
+            raise Unusable(f'missing in {counted(count, "row", "rows")}; say missing = "median", "mean" or "zero"')
         values = np.where(gaps, learned["fill"], values)
     with np.errstate(over="ignore"):
         out[:, 0] = _scaled(learned, values)
     if beyond := int((~np.isfinite(out[:, 0])).sum()):
-        raise Unusable(f'{beyond} values are beyond float32; say scale = "standard" or "quantile"')
+        other = '"quantile"' if learned["scale"] == "standard" else '"standard" or "quantile"'
+        raise Unusable(f"{counted(beyond, 'value is', 'values are')} beyond float32; say scale = {other}")
     if learned["indicator"]:
         out[:, 1] = gaps
 

@@ -19,6 +19,7 @@ from sl_queue.protocol.digests import digest_of
 from sl_queue.protocol.exactness import rounded, rounded_whole
 from sl_queue.protocol.schedule.row_order import Positions
 from sl_queue.protocol.table import Narrowed
+from sl_queue.protocol.text import counted
 
 REMEDY = "replace those values, or leave out those rows at every party"
 _COUNTING_ROWS = 10  # a shorter column that counts may be anything
@@ -122,7 +123,7 @@ def beside(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> B
         faults.append(f"columns must be numbers, these are not: {listed(others)}; encode them as numbers, or {instead}")
     full = {name: one for name, one in looked.items() if one.is_number and not one.gaps and one.rows}
     dtype, wrong = _shared_dtype(full, keep=keep)
-    bad = [f"{name!r} in {one.not_finite} rows" for name, one in full.items() if one.not_finite]
+    bad = [in_rows(name, one.not_finite) for name, one in full.items() if one.not_finite]
     if bad and not wrong:
         faults.append(f"NaN or infinity in column {listed(bad)} of {full[next(iter(full))].rows}; {REMEDY}")
     faults += wrong
@@ -183,6 +184,11 @@ def gaps_in(columns: Mapping[str, Any]) -> list[str]:
     return [_gaps_of(name, column.null_count, len(column)) for name, column in numbers.items()]
 
 
+def in_rows(name: str, count: int) -> str:
+    """Return "'age' in 3 rows"."""
+    return f"{name!r} in {counted(count, 'row', 'rows')}"
+
+
 def _gaps_of(name: str, count: int, rows: int) -> str:
     return f"{name!r} in {count} of {rows} rows"
 
@@ -196,7 +202,7 @@ def not_finite(array: Array, names: tuple[str, ...] | None) -> list[str]:
         bad = len(array) - int(finite.reshape(len(array), -1).all(axis=1).sum())
         return [f"NaN or infinity in {bad} of {len(array)} rows; {REMEDY}"] if bad else []
     counts = len(array) - finite.sum(axis=0)
-    found = [f"{name!r} in {count} rows" for name, count in zip(names, counts, strict=True) if count]
+    found = [in_rows(name, count) for name, count in zip(names, counts, strict=True) if count]
     return [f"NaN or infinity in column {listed(found)} of {len(array)}; {REMEDY}"] if found else []
 
 
@@ -209,11 +215,11 @@ def _shared_dtype(columns: Mapping[str, _Looked], *, keep: bool) -> tuple[Any, l
             return np.float32, []  # booleans
         if keep and len(types) == 1:
             return types.pop().to_pandas_dtype(), []
-        found = [f"{name!r} in {column.large} rows" for name, column in whole.items() if column.large]
+        found = [in_rows(name, column.large) for name, column in whole.items() if column.large]
         return np.int64, [f"whole numbers above 2**63 - 1 in column {listed(found)}; {_AS_CODES}"] if found else []
     if not any(pa.types.is_float64(kind) for kind in types) and not any(column.rounded[0] for column in whole.values()):
         return np.float32, []
-    found = [f"{name!r} in {column.rounded[1]} rows" for name, column in whole.items() if column.rounded[1]]
+    found = [in_rows(name, column.rounded[1]) for name, column in whole.items() if column.rounded[1]]
     if not found:
         return np.float64, []
     told = f"whole numbers beyond 2**53 stand beside floating ones in column {listed(found)}"

@@ -77,7 +77,7 @@ def _read(data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels
     missing, choosing = spec.missing_labels, {} if spec.choices is None else looked_at(spec.choices)
     about = {"features": features, "labels": labels, "missing": missing}
     columns = read_columns(data, where, declared=spec.declared, choosing=choosing, **about)
-    if columns.ids is not None:
+    if columns.ids is not None and not columns.faults:
         _require_rows(len(columns.ids[0] if isinstance(columns.ids, list) else columns.ids), where)
     found = labels_of(columns.labels, f"label column {data.label!r}", missing=missing)
     weights = _weights(columns.weights, f"weight column {data.weight!r}")

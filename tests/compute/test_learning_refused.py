@@ -60,7 +60,7 @@ def sparse_models() -> dict[str, nn.Module]:
         ({"groups": [{"match": "*", "lr": -1.0}]}, ["refused by torch.optim.SGD", "-1.0"]),
         ({"optimizer": {"name": "rprop", "no_decay": ["*.bias"]}}, ["no_decay has no use: Rprop has no weight_decay"]),
         ({"schedule": lambda step, steps: float("nan")}, ["schedule gives nan for step 0 of 6"]),
-        ({"schedule": lambda step, steps: -1}, ["schedule gives -1 for step 0 of 6; it must give a factor of at least 0"]),
+        ({"schedule": lambda step, steps: -1}, ["gives -1 for step 0 of 6; it must give a factor of at least 0"]),
         ({"schedule": lambda step: 1.0}, ["schedule fails on (0, 6): TypeError"]),
     ],
 )

@@ -264,7 +264,7 @@ class Holding(Linear):
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "a late layer": (Late, "makes the parameters 'head.weight', 'head.bias' in its forward, after .* make it in __init"),
+    "a late layer": (Late, "makes the parameters 'head.weight', 'head.bias' in its forward, .* make it in __init"),
     "a parameter replaced": (Replacing, "makes the parameter 'linear.bias' in its forward.* in place"),
     "a tensor in a list": (InAList, "the tensor in its attribute 'scales' requires a gradient"),
     "a module in a list": (InAListOfModules, "the parameter '(weight|bias)' of the module in its attribute 'scales'"),

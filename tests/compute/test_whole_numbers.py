@@ -115,7 +115,7 @@ def test_what_a_column_holds_does_not_depend_on_its_neighbours(tmp_path: Path) -
     ("columns", "expected"),
     [
         ({"m": [2**53 + 1, 5, 2**60 + 1], "x": [0.5, 1.5, 2.5]}, ["'m' in 2 rows", "2**53"]),
-        ({"m": pa.array([2**63, 5, 7], pa.uint64())}, ["'m' in 1 rows", "2**63"]),
+        ({"m": pa.array([2**63, 5, 7], pa.uint64())}, ["'m' in 1 row", "2**63"]),
     ],
 )
 def test_whole_numbers_that_no_dtype_holds_are_named(tmp_path: Path, columns: Any, expected: list[str]) -> None:

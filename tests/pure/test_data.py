@@ -413,7 +413,7 @@ def test_a_csv_file_that_cannot_be_trained_on_is_explained(
         ({"x": pa.array(["u", "v"])}, ["'x' (text)"]),
         ({"x": pa.array(["u", "v"]).dictionary_encode()}, ["'x' (text)"]),
         ({"x": pa.array([[1.0], [2.0]])}, ["'x' (list"]),
-        ({"x": pa.array([float("nan"), 1.0])}, ["NaN or infinity", "'x' in 1 rows of 2"]),
+        ({"x": pa.array([float("nan"), 1.0])}, ["NaN or infinity", "'x' in 1 row of 2"]),
         ({"x": pa.array([None, 1.0])}, ["missing", "'x' in 1 of 2 rows"]),
         ({"x": pa.array([None, True])}, ["missing", "'x' in 1 of 2 rows"]),
         ({"y": pa.array(["no", "yes"])}, ["label column 'y' holds text", "0, 1, 2"]),

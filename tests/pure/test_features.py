@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -116,6 +117,8 @@ def test_parts_of_dates_do_not_depend_on_today_nor_on_how_the_date_is_written() 
     assert applied(fitted({"d": spec}, {"d": days}), {"d": days}).tolist() == expected
     texts = [day.isoformat() for day in days]
     assert applied(fitted({"d": spec}, {"d": texts}), {"d": texts}).tolist() == expected
+    packed = [int(day.strftime("%Y%m%d")) for day in days]
+    assert applied(fitted({"d": replace(spec, format="%Y%m%d")}, {"d": packed}), {"d": packed}).tolist() == expected
     dotted = [day.strftime("%d.%m.%Y") for day in days]
     assert applied(fitted({"d": german}, {"d": dotted}), {"d": dotted}).tolist() == expected
     assert fitted({"d": spec}, {"d": days}).names == ("d.year", "d.month", "d.day", "d.weekday", "d.age")
@@ -131,6 +134,12 @@ def test_parts_of_dates_do_not_depend_on_today_nor_on_how_the_date_is_written() 
         (Date(("year",)), ["2024-01-01", "31.12.2024"], "1 of 2 values are not dates like 2026-01-31"),
         (Date(("year",), format="%d %B %Y"), ["1 May 2024"], "differ from machine to machine"),
         (Date(("year",)), [1, 2], "is int64, not dates"),
+        (Date(("year",)), ["2024-02-30", "2024-02-30", "2024-02-29"], "2 of 3 values are not dates like 2026-01-31"),
+        (Date(("year",), format="%d.%m.%Y"), ["29.02.2023", "31.4.2024", "1.3.2024"], "2 of 3 values are not dates"),
+        (Number(), [1e308, -1e308, 5.0], "its values are too large to be averaged"),
+        (Number(scale="minmax"), [1e308, -1e308], "its values are too large to be averaged"),
+        (Number(), [1e-310, 2e-310, 0.0], 'differ by too little for a standard deviation; say scale = "quantile"'),
+        (Number(), ["1.5", "2"], "holds no numbers (numbers as text; of a CSV, see data.csv.decimal"),
         (Category(), [str(n) for n in range(1001)], "1001 categories would be as many columns"),
     ],
 )
@@ -146,9 +155,11 @@ def test_what_cannot_be_learned_from_is_named_by_column_and_count_and_no_value(
 def test_a_gap_in_held_out_rows_and_a_value_beyond_float32_are_faults_too() -> None:
     found = fitted({"x": Number(scale="none")}, {"x": [1.0, 2.0]})
     assert apply(found, {"x": pa.array([1.0, None])})[1] == [
-        '[features] x: missing in 1 rows; say missing = "median", "mean" or "zero"'
+        '[features] x: missing in 1 row; say missing = "median", "mean" or "zero"'
     ]
-    assert "beyond float32" in apply(found, {"x": pa.array([1e300])})[1][0]
+    assert '"standard" or "quantile"' in apply(found, {"x": pa.array([1e300])})[1][0]
+    standard = fitted({"x": Number()}, {"x": [1.0, 2.0]})
+    assert 'value is beyond float32; say scale = "quantile"' in apply(standard, {"x": pa.array([1e300])})[1][0]
 
 
 def test_new_categories_are_noted_and_refused_where_they_are_many() -> None:
