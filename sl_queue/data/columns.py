@@ -90,7 +90,7 @@ def read_columns(
         raise JobError(f"{where}: there is no such file") from None
     except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
         if kind == "csv" and csv_file.is_no_text(data.path, data.csv):
-            told = f'not all of it is {data.csv.encoding}; say how it is written, data.csv.encoding = "cp1252" for instance'
+            told = f'not all of it is {data.csv.encoding}; say what it is, data.csv.encoding = "cp1252" for instance'
             raise JobError(f"{where}: cannot be read ({told})") from None
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise JobError(f"{where}: cannot be read ({reason}); is it {files.DESCRIBED[kind]}?") from None

@@ -208,7 +208,7 @@ def test_rows_that_are_all_of_another_length_are_counted_and_none_is_called_miss
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_a_file_in_another_encoding_is_told_from_one_that_is_no_table(tmp_path: Path, text: str, encoding: str) -> None:
     said = complaint(tmp_path, text.encode(encoding))
-    assert "cannot be read (not all of it is utf-8; say how it is written, data.csv.encoding" in said
+    assert "cannot be read (not all of it is utf-8; say what it is, data.csv.encoding" in said
 
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
