@@ -30,6 +30,7 @@ from sl_queue.compute.learning import Learning
 from sl_queue.compute.modules.demands import (
     leaves_beyond,
     leaves_of,
+    require_dense,
     require_known,
     require_number,
     require_savable,
@@ -174,8 +175,7 @@ class Model:
             require_number(penalty, f"{where}: the penalty of {self.name}")
         if self.outputs is not None:
             return self.outputs.listed(output, len(tensors_in(inputs)[0]), f"{where}: {self.name}"), penalty
-        if not isinstance(output, Tensor):
-            raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
+        require_dense(output, f"{where}: {self.name}")
         if self.part == "fuse" and self.precision is not None:
             output = output.to(self.dtype)  # the loss and the metrics are computed in it
         return [output], penalty

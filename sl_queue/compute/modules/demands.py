@@ -63,6 +63,15 @@ def _problem(tensor: Tensor) -> str | None:
     return None
 
 
+def require_dense(output: object, what: str) -> None:
+    """Raise ShapeError unless a model's output is a tensor with a number in every place."""
+    if not isinstance(output, Tensor):
+        raise ShapeError(f"{what} returns {type(output).__name__}; it must return one tensor")
+    if output.layout != torch.strided or output.is_nested:
+        kind = "nested" if output.is_nested else str(output.layout).removeprefix("torch.")
+        raise ShapeError(f"{what} returns a {kind} tensor; it must return a dense one")
+
+
 def require_number(penalty: object, what: str) -> None:
     """Raise ShapeError unless a penalty is one number of a tensor, NonFiniteError if it is none."""
     if not isinstance(penalty, Tensor) or penalty.numel() != 1:
