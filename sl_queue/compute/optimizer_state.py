@@ -4,7 +4,9 @@ What it remembers of each parameter is saved always; the numbers of its groups a
 longer as they were built, which is what schedules and optimizers that adapt themselves change.
 """
 
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,6 +23,7 @@ from sl_queue.errors import CheckpointError, ComputeError, JobError
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload
 
+log = logging.getLogger("sl_queue")
 _SCALARS = (type(None), bool, int, float, str)
 
 
@@ -43,6 +46,14 @@ class BuiltOptimizer:
                     f"{where}: {type(optimizer).__name__} holds another optimizer in its attribute {name!r}, whose "
                     "state no checkpoint carries; let both share one state, as torch.optim.Optimizer keeps it"
                 )
+        for each in _beside(optimizer):
+            if each is not module:
+                log.warning(
+                    "%s: a hook of the optimizer uses a %s, whose state no checkpoint carries, so a run that is "
+                    "interrupted ends with other weights; keep it in an attribute of the optimizer",
+                    where,
+                    type(each).__name__,
+                )
         return cls(optimizer, module, prefix, where, _memories(optimizer, module))
 
     def state(self) -> State:
@@ -54,7 +65,7 @@ class BuiltOptimizer:
         def keep(path: str, tensor: Tensor) -> None:
             tensors[f"{self.prefix}.more/{path}"] = to_payload(tensor)
 
-        memory = _memory(self.module)
+        memory = _memory(self.optimizer, self.module)
         try:
             for place, key, value in self._of_parameters():
                 if isinstance(value, Tensor):
@@ -169,13 +180,14 @@ class BuiltOptimizer:
         home.pop(name, None)
 
 
-def _memory(module: nn.Module) -> Memory:
-    return Memory({id(each): each for each in (*module.modules(), *module.parameters(), *module.buffers())})
+def _memory(optimizer: Optimizer, module: nn.Module) -> Memory:
+    registered = (optimizer, *module.modules(), *module.parameters(), *module.buffers())
+    return Memory({id(each): each for each in registered})
 
 
 def _memories(optimizer: Optimizer, module: nn.Module) -> dict[str, Remembered]:
     """Copy the numbers of an optimizer's groups, and of its own attributes."""
-    memory = _memory(module)
+    memory = _memory(optimizer, module)
     found = {
         f"groups[{number}].{key}": memory.remember(value)
         for number, group in enumerate(optimizer.param_groups)
@@ -184,6 +196,15 @@ def _memories(optimizer: Optimizer, module: nn.Module) -> dict[str, Remembered]:
     }
     own = {name: value for name, value in vars(optimizer).items() if name not in _of_every_optimizer()}
     return found | {f"attributes.{name}": memory.remember(value) for name, value in own.items()}
+
+
+def _beside(optimizer: Optimizer) -> Iterator[object]:
+    """Yield what hooks of the optimizer use that has a state, and is neither the optimizer nor an attribute of it."""
+    own = {id(each) for each in (optimizer, *vars(optimizer).values())}
+    for hook in (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()):
+        plain = inspect.isfunction(hook) or inspect.ismethod(hook)
+        used = [*(inspect.getclosurevars(hook).nonlocals.values() if plain else ()), getattr(hook, "__self__", hook)]
+        yield from (each for each in used if hasattr(each, "load_state_dict") and id(each) not in own)
 
 
 @cache

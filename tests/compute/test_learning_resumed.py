@@ -107,6 +107,26 @@ def test_gradients_that_an_optimizer_does_not_forget_are_in_the_checkpoint() -> 
         assert weights(resumed) == weights(whole)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_scheduler_in_a_hook_is_resumed_as_an_attribute_and_warned_of_elsewhere(
+    kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(module: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        optimizer.register_step_post_hook(lambda *about: scheduler.step())
+        if kept:
+            optimizer.scheduler = scheduler  # type: ignore[attr-defined]
+        return optimizer
+
+    run = run_of(optimizer=make)
+    whole = weights(run.stages().train(run.pipeline))
+    begun = run.stages().train(run.pipeline, stop_after=2)
+    resumed = weights(through_a_checkpoint(begun, run).train(run.pipeline, first_step=3))
+    assert (resumed == whole) is kept
+    assert ("a hook of the optimizer uses a StepLR" in caplog.text) is not kept
+
+
 def test_going_back_to_an_earlier_checkpoint_forgets_what_came_later() -> None:
     run = run_of(optimizer=lambda module: Adaptive(module.parameters()), ema=0.9)
     stages = run.stages().train(run.pipeline, stop_after=1)

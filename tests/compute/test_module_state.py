@@ -7,7 +7,7 @@ import random
 import warnings
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -39,6 +39,22 @@ class Clock:
         self.ticks = 0
 
 
+class Pace:
+    __slots__ = ("_Pace__late", "steps")
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def go(self) -> int:
+        self.steps, self.__late = self.steps + 1, self.steps
+        return self.__late
+
+
+class Pair(NamedTuple):
+    first: int
+    second: list[float]
+
+
 class Counting(Linear):
     """Depends on plain attributes of every kind."""
 
@@ -50,6 +66,7 @@ class Counting(Linear):
         self.clock, self.mean, self.array = Clock(), torch.zeros(4), np.zeros(2)
         self.numpy, self.python = np.random.default_rng(3), random.Random(3)
         self.torch = torch.Generator().manual_seed(3)
+        self.pace, self.pair = Pace(), Pair(0, [])
 
     def forward(self, x: Tensor) -> Tensor:
         output = super().forward(x)
@@ -60,8 +77,15 @@ class Counting(Linear):
         self.mean = self.mean * 0.9 + output.detach().mean(0)
         self.array += 0.1
         self.last_shape = x.shape
+        self.pair = Pair(self.pair.first + self.pace.go(), [*self.pair.second, 0.1])
         numbers = [self.calls, self.rate, self.on, len(self.word), sum(self.recent), self.clock.ticks, self.array.sum()]
-        numbers += [sum(map(sum, self.table.values())), self.numpy.random(), self.python.random()]
+        numbers += [
+            self.pair.first,
+            len(self.pair.second),
+            sum(map(sum, self.table.values())),
+            self.numpy.random(),
+            self.python.random(),
+        ]
         noise = torch.rand((), generator=self.torch)
         return output * (1 + 0.01 * float(sum(numbers))) + self.mean + noise
 
@@ -326,6 +350,21 @@ def test_a_change_that_no_checkpoint_carries_is_said_once(caplog: pytest.LogCapt
         state = found.bases["bank"].state()
     assert caplog.text.count("changes its attribute 'cache', a Clock, which no checkpoint carries") == 1
     assert "base/attributes" not in state.values
+
+
+def test_a_list_of_submodules_that_grows_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Growing(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layers.append(nn.Identity())
+            return super().forward(x) * len(self.layers)
+
+    with caplog.at_level(logging.WARNING, "sl_queue"):
+        setup(Growing()).stages()
+    assert "changes its attribute 'layers', a ModuleList, which no checkpoint carries" in caplog.text
 
 
 def test_the_dtypes_that_can_be_saved_are_those_of_the_files() -> None:

@@ -21,6 +21,7 @@ from sl_queue.protocol.checkpoint import SAVABLE, State
 from sl_queue.protocol.messages import Payload
 
 LENT = "_sl_queue_lent"  # an attribute of a module while a run trains it
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 OWN = frozenset(vars(nn.Module())) | {LENT}  # of torch, or ours: kept by other means
 
 
@@ -166,6 +167,7 @@ class Built:
                 found[path] = saved(memory, before, path, keep)
             except NotCarriedError as error:
                 lost.append(error)
+        lost += [NotCarriedError(name, now.modules.get(name)) for name in self._other_items(now)]
         values: dict[str, Any] = {
             "attributes": found,
             "gone": [path for path in self.attributes if path not in remembered],
@@ -174,6 +176,15 @@ class Built:
             "learning": _differing(_learning(now), self.learning),
         }
         return State(tensors, {f"{prefix}{key}": value for key, value in values.items() if value}), lost
+
+    def _other_items(self, now: Contents) -> Iterator[str]:
+        """Yield the lists and dicts of submodules that have grown, or lost some of theirs."""
+        for name, each in now.modules.items():
+            if name in self.modes and isinstance(each, _LISTS):
+                prefix = join(name, "")
+                before = {key for key in self.modes if key.startswith(prefix) and key != name}
+                if before != {key for key in now.modules if key.startswith(prefix) and key != name}:
+                    yield name
 
     def _changed_buffers(self, now: Contents) -> dict[str, bool | None]:
         """Return buffers that are not as they were built: whether a state_dict has them, None for those now gone."""
