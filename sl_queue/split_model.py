@@ -202,9 +202,8 @@ class SplitModel:
 
     def _given(self, features: Any, labels: Any, id: str | None) -> dict[str, Given]:
         """Split into each party's rows, with columns in the order of those that it was trained on."""
-        trained = self._trained_job and self.columns_
         given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
-        return {party: each.as_trained(trained.get(party)) for party, each in given.items()}
+        return {party: each.as_trained(self.columns_.get(party)) for party, each in given.items()}
 
     @property
     def _trained_job(self) -> Job:
@@ -237,14 +236,13 @@ class SplitModel:
         On the rows that `fit` was given, or on `features`, as `predict` takes them. Raises JobError for other targets
         and for a model that was loaded and is given no rows, ComputeError for a part that cannot be exported.
         """
+        job = self._trained_job
         if features is None:
             given = {p: Given(p, f.data.ids, f.data.features, None) for p, f in self._files_with_rows().items()}
         else:
             given = self._given(features, None, None)
-        tables = {party: given[party].table() for party in self._trained_job.fused}
-        return in_memory.export_parts(
-            self._trained_job, tables, {**self.bases_, "fuse": self.fuse_}, target, Path(folder)
-        )
+        tables = {party: given[party].table() for party in job.fused}
+        return in_memory.export_parts(job, tables, {**self.bases_, "fuse": self.fuse_}, target, Path(folder))
 
     def _files_with_rows(self) -> dict[str, Any]:
         job = self._trained_job

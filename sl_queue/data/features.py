@@ -187,7 +187,7 @@ def _fit_number(spec: Number, values: Floats) -> Learned:
 
 
 def _learned(spec: Number, seen: Floats) -> Learned:
-    found: Learned = {"fill": _fill(spec, seen)}
+    found: dict[str, Any] = {"fill": _fill(spec, seen)}
     match spec.scale:
         case "standard":
             constant = seen.min() == seen.max()

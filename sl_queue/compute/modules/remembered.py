@@ -157,7 +157,11 @@ def _own_names(value: Any) -> list[str] | None:
     if isinstance(value, nn.Module):
         return [n for n in vars(value) if n not in HOOKS]
     root = type(value).__module__.partition(".")[0]
-    if (root in _NOT_OURS and not isinstance(value, LRScheduler)) or is_iterator(value) or not (hasattr(value, "__dict__") or _slots_of(value)):
+    if (
+        (root in _NOT_OURS and not isinstance(value, LRScheduler))
+        or is_iterator(value)
+        or not (hasattr(value, "__dict__") or _slots_of(value))
+    ):
         return None
     return None if isinstance(value, BaseException | dict | list | tuple | set) else list(attributes_of(value))
 
