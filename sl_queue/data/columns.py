@@ -64,6 +64,10 @@ class _Selection:
         return tuple(name for name in self.choosing if name not in own)
 
 
+_NO_FEATURES = "there are no features: no column besides those of id and label"
+_NONE_NEEDED = "; a label holder without any has no [base], no cut, and features = []"
+
+
 def read_columns(
     data: FileSpec,
     where: str,
@@ -111,7 +115,7 @@ def _read(
     selection = selecting(known)
     faults = list(_about_names(selection.names, known))
     if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known):
-        faults.append("there are no features: no column besides those of id and label")
+        faults.append(_NO_FEATURES + (_NONE_NEEDED if selection.labels else ""))
     specs, undeclared = ({}, []) if declared is None else resolve(declared, selection.features)
     if not (readable := [name for name in selection.names if known.count(name) == 1]):
         refuse(where, faults)
