@@ -119,6 +119,15 @@ def frame_columns(values: Any, names: Sequence[str]) -> dict[str, Any]:
     return {name: plain(_arrow(column)) for name, column in _named_columns(values) if name in names}
 
 
+def without(values: Any, names: Sequence[str]) -> Any:
+    """Return a data frame without these columns; anything else as it is."""
+    if not names:
+        return values
+    if isinstance(values, pa.Table | pa.RecordBatch):
+        return values.select([name for name in values.schema.names if name not in names])
+    return values[[name for name in values.columns if str(name) not in names]]
+
+
 def _finite(found: Numbers, what: str, dtypes: dict[str, Any], *, missing: bool = False) -> Numbers:
     """Cast, after and before looking at the values: a cast must change none of them."""
     array = found.array

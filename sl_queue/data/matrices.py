@@ -149,11 +149,11 @@ class _Looked:
 
     @property
     def is_number(self) -> bool:
-        return _is_number(self.type)
+        return is_number(self.type)
 
 
 def _looked_at(column: Any) -> _Looked:
-    types, number = pa.types, _is_number(column.type)
+    types, number = pa.types, is_number(column.type)
     about = (column.type, "" if number else _kind(column), len(column), column.null_count)
     if not number or column.null_count or not len(column) or types.is_boolean(column.type):
         return _Looked(*about)
@@ -167,7 +167,7 @@ def _looked_at(column: Any) -> _Looked:
 
 def label_array(column: Any, where: str, *, missing: bool = False) -> tuple[Array | None, list[str]]:
     """Make a plain column an array of labels; its gaps are not among the faults, and NaN if they may be `missing`."""
-    if not _is_number(column.type):
+    if not is_number(column.type):
         kind = _kind(column)
         return None, [f"{where} holds {kind}; write labels as numbers, classes as 0, 1, 2, ..."]
     return (None, []) if column.null_count and not missing else (_values(column), [])
@@ -180,7 +180,7 @@ def gaps(found: Sequence[str]) -> list[str]:
 
 def gaps_in(columns: Mapping[str, Any]) -> list[str]:
     """Count the missing values of columns of numbers, for `gaps`."""
-    numbers = {name: column for name, column in columns.items() if column.null_count and _is_number(column.type)}
+    numbers = {name: column for name, column in columns.items() if column.null_count and is_number(column.type)}
     return [_gaps_of(name, column.null_count, len(column)) for name, column in numbers.items()]
 
 
@@ -248,7 +248,7 @@ def _values(column: Any) -> Array:
     return found
 
 
-def _is_number(kind: Any) -> bool:
+def is_number(kind: Any) -> bool:
     """Return True for numbers, and for a column without any value: that is a column of gaps."""
     types = pa.types
     return any(is_a(kind) for is_a in (types.is_integer, types.is_floating, types.is_boolean, types.is_null))

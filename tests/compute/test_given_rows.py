@@ -230,6 +230,18 @@ def test_frames_of_polars_are_taken() -> None:
     assert table(GOOD, pl.Series([1, 0, 1]), pl.Series([3, 1, 2])).digest == table(GOOD).digest
 
 
+@pytest.mark.parametrize("kind", [pa.table, pd.DataFrame, pl.DataFrame])
+@pytest.mark.parametrize("holdout", [{"column": "month", "from": "2026-01"}, {"column": "age", "from": 2}])
+def test_a_column_of_text_that_chooses_rows_is_no_feature_of_a_frame(kind: Any, holdout: Any) -> None:
+    frame = kind({"month": ["2025-11", "2026-01", "2025-12"], "age": [1.0, 2.0, 1.0]})
+    frame = frame if holdout["column"] == "month" else frame[["age"]] if kind is not pa.table else frame.select(["age"])
+    job = JOB.replace(holdout=holdout)
+    file = PartyFile(party=job.label_holder, data=Rows(IDS, frame, [0, 1, 0]))
+    read = read_table(job, file)
+    assert read.chosen is not None and read.chosen.held_out.tolist() == [1]
+    assert read.features.tolist() == [[1.0], [2.0], [1.0]]
+
+
 # A source and the folder of its file ----------------------------------------------------------------------------
 
 SOURCE = """
