@@ -12,8 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import table_spec
+from sl_queue.config.user_code import Importer
 from sl_queue.data.feature_specs import Category, Date, Number, Spec, resolve
 from sl_queue.data.features import Fitted, apply, fit
+from sl_queue.data.spec import Rows
+from sl_queue.data.to_predict import read_to_predict
 from sl_queue.data.unseen import unseen
 from sl_queue.errors import JobError
 
@@ -37,6 +42,9 @@ def applied(found: Fitted, columns: dict[str, Any]) -> np.ndarray[Any, Any]:
 def faults_of(specs: dict[str, Spec], columns: dict[str, Any]) -> list[str]:
     arrays = {name: pa.array(values) for name, values in columns.items()}
     return fit(specs, arrays, np.arange(len(next(iter(arrays.values())))))[1]
+
+
+FEATURE = {"role": "feature", "cut": [1]}
 
 
 def test_a_gap_gets_the_median_of_the_training_rows_alone_and_is_scaled_by_them() -> None:
@@ -160,6 +168,17 @@ def test_a_gap_in_held_out_rows_and_a_value_beyond_float32_are_faults_too() -> N
     assert '"standard" or "quantile"' in apply(found, {"x": pa.array([1e300])})[1][0]
     standard = fitted({"x": Number()}, {"x": [1.0, 2.0]})
     assert 'value is beyond float32; say scale = "quantile"' in apply(standard, {"x": pa.array([1e300])})[1][0]
+
+
+def test_at_prediction_another_recipe_is_said_to_need_another_training() -> None:
+    job = Job(name="t", seed=1, epochs=1, batch_size=2, parties={"a": FEATURE, "b": {"role": "label"}})
+    rows = Rows([1, 2], pa.table({"x": [1.0, None]}))
+    file = PartyFile(party="a", data=rows, features={"x": {"kind": "number"}})
+    recipe = fitted({"x": Number()}, {"x": [1.0, 2.0]}).as_json()
+    with pytest.raises(
+        JobError, match=r"x: missing in 1 row; say missing = .* \(another line of .features. takes effect when"
+    ):
+        read_to_predict(table_spec(job, file, Importer()), None, recipe, None)
 
 
 def test_new_categories_are_noted_and_refused_where_they_are_many() -> None:
