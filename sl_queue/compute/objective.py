@@ -88,23 +88,11 @@ def objective_of(
         raise ShapeError(f"{where}: {error}") from None
     outputs = outputs_of(wanted.outputs, kind, task, list(metrics), output, scaled, where)
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
-    warnings += [warning for warning in (twice, _of_logarithms(wanted.loss, metrics)) if warning]
+    warnings += [twice] if twice else []
     weighting = weighting_of(fit, table.labels, table.weights, missing=wanted.missing, where=where)
     has_weights = weighting is not None and weighting.weights is not None
     weighted = _weighted(wanted.metrics, metrics, task, where) if has_weights else {}
     return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings, weighting, weighted)
-
-
-def _of_logarithms(loss: Any, metrics: Mapping[str, Metric]) -> str | None:
-    """Return a warning if metrics compare counts with the logarithm of a rate."""
-    options = loss if isinstance(loss, Mapping) else {}
-    usual = [name for name, metric in metrics.items() if not isinstance(metric, OfRawOutputs)]
-    if loss_name(loss) != "poisson" or not options.get("log_input", True) or not usual:
-        return None
-    return (
-        f"metrics = {usual} compare counts with the fuse model's output, under poisson the logarithm of a rate; say "
-        "log_input = false for a model that puts out rates, or take a metric of your own"
-    )
 
 
 def _measures(

@@ -214,17 +214,3 @@ def test_a_loss_that_applies_what_the_model_has_applied_is_warned_of(
     warnings = run_of(fuse, loss, labels, metrics=["accuracy"]).stages().fuse.objective.warnings
     assert len(warnings) == (warned is not None)
     assert all(warned in warning for warning in warnings if warned)
-
-
-@pytest.mark.parametrize(
-    ("loss", "metrics", "warned"),
-    [
-        ("poisson", ["mae"], True),
-        ({"name": "poisson", "full": True}, ["mae"], True),
-        ({"name": "poisson", "log_input": False}, ["mae"], False),
-        ("poisson", [], False),
-    ],
-)
-def test_metrics_that_compare_counts_with_logarithms_are_warned_of(loss: Any, metrics: list[str], warned: bool) -> None:
-    warnings = run_of(Ending(1, torch.exp), loss, CLASSES, metrics=metrics).stages().fuse.objective.warnings
-    assert ["the logarithm of a rate" in warning for warning in warnings] == [True] * warned
