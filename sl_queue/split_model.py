@@ -23,7 +23,7 @@ from sl_queue.data.spec import Rows
 from sl_queue.errors import JobError
 from sl_queue.local import in_memory, written_model
 from sl_queue.local.arguments import arguments_of, is_of_numbers, job_and_files, party_file
-from sl_queue.local.given_rows import Given, by_party
+from sl_queue.local.given_rows import Given, by_party, names_of
 from sl_queue.local.history import History
 from sl_queue.local.progress import OnEpoch
 from sl_queue.local.threads import Result, run_local
@@ -106,6 +106,8 @@ class SplitModel:
 
     def job(self, features: Any, labels: Any, *, id: str | None = None, **changes: Any) -> tuple[Job, list[PartyFile]]:
         """Build the job and the party files that `fit` runs: the cuts are found by trying the base models."""
+        if labels is None:
+            raise JobError("there are no labels to train on; give an array, or the name of a column")
         given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
         return job_and_files(given, {**self.get_params(), **changes})
 
@@ -145,6 +147,8 @@ class SplitModel:
         holder = self.parties_[job.label_holder]
         given = holder.data
         assert isinstance(given, Rows)
+        rows = {party: file.data for party, file in self.parties_.items() if isinstance(file.data, Rows)}
+        self.columns_ = {party: names for party, each in rows.items() if (names := names_of(each.features))}
         table = Given(holder.party, given.ids, given.features, given.labels).table()
         objective = in_memory.objective_for(job, holder, table)
         self.task_, self.outputs_ = objective.task.value, objective.outputs.value
@@ -184,8 +188,7 @@ class SplitModel:
         return in_memory.measures_of(self._trained_job, files[holder], tables[holder], output)
 
     def _output(self, features: Any, labels: Any, id: str | None, ordered: bool = True) -> tuple[Tensor, Any, Any]:
-        job = self._trained_job
-        given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
+        job, given = self._trained_job, self._given(features, labels, id)
         files = {party: party_file(given[party], self.get_params()) for party in given}
         tables = {party: given[party].table() for party in given}
         modules = {**self.bases_, "fuse": self.fuse_}
@@ -196,6 +199,11 @@ class SplitModel:
             found[torch.from_numpy(given[holder].order())] = output
             output = found
         return output, files, tables
+
+    def _given(self, features: Any, labels: Any, id: str | None) -> dict[str, Given]:
+        """Split into each party's rows, with columns in the order of those that it was trained on."""
+        given = by_party(features, self.bases, self.columns, self.label_holder, labels, id)
+        return {party: each.as_trained(self.columns_.get(party)) for party, each in given.items()}
 
     @property
     def _trained_job(self) -> Job:
@@ -219,7 +227,7 @@ class SplitModel:
     def save(self, folder: Path | str) -> Path:
         """Save the model with its trained weights and its history, without any row; no pickle."""
         modules = {**self.bases_, "fuse": self.fuse_}
-        about = {"task": self.task_, "outputs": self.outputs_}
+        about = {"task": self.task_, "outputs": self.outputs_, "columns": self.columns_}
         return written_model.save(Path(folder), self._trained_job, self.parties_, modules, list(self.history_), about)
 
     def export(self, folder: Path | str, target: Target = "torch", features: Any = None) -> list[Exported]:
@@ -228,14 +236,13 @@ class SplitModel:
         On the rows that `fit` was given, or on `features`, as `predict` takes them. Raises JobError for other targets
         and for a model that was loaded and is given no rows, ComputeError for a part that cannot be exported.
         """
+        job = self._trained_job
         if features is None:
             given = {p: Given(p, f.data.ids, f.data.features, None) for p, f in self._files_with_rows().items()}
         else:
-            given = by_party(features, self.bases, self.columns, self.label_holder, None, None)
-        tables = {party: given[party].table() for party in self._trained_job.fused}
-        return in_memory.export_parts(
-            self._trained_job, tables, {**self.bases_, "fuse": self.fuse_}, target, Path(folder)
-        )
+            given = self._given(features, None, None)
+        tables = {party: given[party].table() for party in job.fused}
+        return in_memory.export_parts(job, tables, {**self.bases_, "fuse": self.fuse_}, target, Path(folder))
 
     def _files_with_rows(self) -> dict[str, Any]:
         job = self._trained_job
@@ -254,4 +261,5 @@ class SplitModel:
         found.fuse_ = modules["fuse"]
         found.history_ = History(about["history"])
         found.task_, found.outputs_ = about["task"], about["outputs"]
+        found.columns_ = about.get("columns", {})
         return found

@@ -15,7 +15,7 @@ from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.checking.hands import check_hands
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.resolve import PartySpec, resolve
+from sl_queue.config.resolve import PartySpec, require_apart, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.data.aligning import shared_rows
 from sl_queue.data.ids import Positions
@@ -62,6 +62,7 @@ def check(
 
 def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
     """Check everything that takes a job; `unread` party files could not be read."""
+    check.attempt(lambda: require_apart(files))
     importer = Importer()
     resolved = [(file, check.attempt(lambda file=file: resolve(job, file, importer))) for file in files]  # type: ignore[misc]
     readable = [(file, spec) for file, spec in resolved if spec is not None]

@@ -152,9 +152,12 @@ def _say(text: str) -> None:
 
 def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -> "dict[str, Place]":
     """Return each role's file and state folder; without --out the scheduler's is beside the label holder's."""
+    from sl_queue.config.resolve import require_apart
     from sl_queue.local.processes import Place
     from sl_queue.protocol.messages import SCHEDULER
 
+    if out is None:
+        require_apart(list(files.values()))
     places = {}
     for path, file in files.items():
         state = file.state if out is None else out / file.party

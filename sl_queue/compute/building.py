@@ -20,6 +20,7 @@ from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
 from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import Inputs, described
 from sl_queue.errors import ComputeError, JobError, SlQueueError
+from sl_queue.protocol.text import shortened
 
 LAST = "-last"  # of a file in `final/`: the weights of the last step, where those of the part itself are averages
 __all__ = ["Inputs"]
@@ -29,11 +30,19 @@ Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a mode
 
 def called(module: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
     """Call a module, with other `weights` if given; with keywords, where its forward has them for all of a dict."""
+    inputs = _unshared(inputs)
     by_name = isinstance(inputs, dict) and inputs.keys() <= signature(module.forward).parameters.keys()
     args, kwargs = ((), dict(inputs)) if by_name and isinstance(inputs, dict) else ((inputs,), {})
     if weights is None:
         return module(*args, **kwargs)
     return torch.func.functional_call(module, dict(weights), args, kwargs)
+
+
+def _unshared(inputs: Any) -> Any:
+    """Return the same tensors in lists and dicts of the callee's own, out of which it may take them."""
+    if isinstance(inputs, list):
+        return [_unshared(each) for each in inputs]
+    return {name: _unshared(each) for name, each in inputs.items()} if isinstance(inputs, dict) else inputs
 
 
 def is_penalised(output: Any, outputs: Outputs | None) -> bool:
@@ -79,7 +88,7 @@ def blame(what: str) -> Iterator[None]:
     except (SlQueueError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise ComputeError(f"{what}: {type(error).__name__}: {error}") from error
+        raise ComputeError(f"{what}: {type(error).__name__}: {shortened(str(error))}") from error
 
 
 def build_module(spec: ComputeSpec, part: Part, sample: Sample | None, take: Take | None = None) -> nn.Module:

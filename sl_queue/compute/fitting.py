@@ -214,7 +214,7 @@ def _mean_of(loss: FittedLoss, output: Tensor, labels: Tensor, where: str) -> tu
         what = f"the loss failed on output {described(outputs)} and labels {described(few)}"
         with blame(f"{where}: {what}"), torch.enable_grad():
             value = loss(outputs.clone(), few)  # a clone may be changed in place
-        if not isinstance(value, Tensor) or value.numel() != 1:
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             got = described(value) if isinstance(value, Tensor) else type(value).__name__
             raise ComputeError(f"{where}: the loss returns {got}; it must return the mean over the rows, one number")
         if value.requires_grad:

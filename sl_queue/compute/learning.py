@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,12 +131,31 @@ class Learning:
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(self.module.parameters(), self.clip_value)
         step(optimizer)
+        if number == 0:
+            self.built.require_savable()
         if self.average is not None:
             self.average.update()
 
+    def forget_gradients(self) -> None:
+        """Do what the optimizer's `zero_grad` does; torch's own takes 50 us for profiler and compiler."""
+        if self._keeps_gradients:
+            self.built.optimizer.zero_grad()
+            return
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Tell whether the optimizer has a `zero_grad` of its own, which may leave gradients for the next step."""
+        return getattr(self.built.optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for group in self.built.optimizer.param_groups:
+            yield from group["params"]
+
     def _checked(self, rate: Any, number: int) -> float:
         if not math.isfinite(rate) or rate < 0:
-            raise ComputeError(f"the schedule gives a learning rate of {rate} for step {number}")
+            raise ComputeError(f"{self.built.where} schedule gives a learning rate of {rate} for step {number}")
         return float(rate)
 
     def _set(self, group: dict[str, Any], rate: float) -> None:
@@ -160,15 +180,22 @@ class Learning:
 
     def state(self) -> State:
         """Copy all that a step changes, besides the module."""
-        found = self.built.state()
-        if self.average is None:
-            return found
-        average = self.average.state(f"{self.part}/average")
-        return State({**found.tensors, **average.tensors}, {**found.values, **average.values})
+        states = [self.built.state()]
+        if self._keeps_gradients:
+            of = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+            states.append(State({f"{self.part}/gradient/{name}": to_payload(grad) for name, grad in of.items()}, {}))
+        if self.average is not None:
+            states.append(self.average.state(f"{self.part}/average"))
+        return State.merged(states)
 
     def load(self, state: State) -> None:
         """Become what `state` returned."""
         self.built.load(state)
+        learning = set(self._parameters())
+        for name, parameter in self.module.named_parameters():
+            if parameter in learning:
+                kept = state.tensors.get(f"{self.part}/gradient/{name}")
+                parameter.grad = None if kept is None else from_payload(kept, parameter.device)
         if self.average is not None:
             self.average.load(f"{self.part}/average", state)
 
@@ -183,6 +210,13 @@ def _rate(schedule: Any, steps: int, where: str, code: UserCode) -> Rate | None:
         tried = float(factor(0, steps))
     except Exception as error:
         raise JobError(f"{where} schedule fails on (0, {steps}): {type(error).__name__}: {error}") from error
-    if not math.isfinite(tried):
-        raise JobError(f"{where} schedule gives {tried} for step 0 of {steps}; it must give a factor")
-    return lambda base, step, steps: base * factor(step, steps)
+    if not math.isfinite(tried) or tried < 0:
+        raise JobError(f"{where} schedule gives {tried:g} for step 0 of {steps}; it must give a factor of at least 0")
+    return partial(_scaled, factor, where)
+
+
+def _scaled(factor: Callable[[int, int], float], where: str, base: float, step: int, steps: int) -> float:
+    try:
+        return base * factor(step, steps)
+    except Exception as error:
+        raise ComputeError(f"{where} schedule fails on ({step}, {steps}): {type(error).__name__}: {error}") from error

@@ -1,9 +1,10 @@
 """One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from sl_queue.compute.learning import Learning
 from sl_queue.compute.modules.demands import (
     leaves_beyond,
     leaves_of,
+    require_dense,
     require_known,
     require_number,
     require_savable,
@@ -113,7 +115,7 @@ class Model:
                 where,
                 name,
             )
-        begin_training(module)
+        begin_training(module, f"{where} model = {name!r}")
         built = Built.of(module)
         learning = None
         if optimizer is not None:
@@ -173,8 +175,7 @@ class Model:
             require_number(penalty, f"{where}: the penalty of {self.name}")
         if self.outputs is not None:
             return self.outputs.listed(output, len(tensors_in(inputs)[0]), f"{where}: {self.name}"), penalty
-        if not isinstance(output, Tensor):
-            raise ShapeError(f"{where}: {self.name} returns {type(output).__name__}; it must return one tensor")
+        require_dense(output, f"{where}: {self.name}")
         if self.part == "fuse" and self.precision is not None:
             output = output.to(self.dtype)  # the loss and the metrics are computed in it
         return [output], penalty
@@ -188,7 +189,8 @@ class Model:
         try:
             with left_no_trace(self.module):
                 output = self._trial(inputs, None)
-                self._require_known(leaves_beyond(output, tensors_in(inputs)))
+                again = partial(self._trial, inputs, None)
+                self._require_known(leaves_beyond(output, tensors_in(inputs)), again)
                 self.saved.tell_of_lost()
         except ComputeError as error:
             raise ShapeError(f"{error}; check {self.name} and its args") from error
@@ -223,9 +225,9 @@ class Model:
         """Open a scope in which the module has the weights to evaluate and to give away."""
         return nullcontext() if self.learning is None else self.learning.averaged()
 
-    def _require_known(self, reached: Iterable[Tensor] = ()) -> None:
+    def _require_known(self, reached: Sequence[Tensor] = (), again: Callable[[], Tensor] | None = None) -> None:
         """Raise JobError if the module has parameters that the optimizer was not given, or `reached` others."""
-        require_known(self.module, self.optimizer, self.saved.built, reached, self.where)
+        require_known(self.module, self.optimizer, self.saved.built, self.where, reached, again)
 
     def shared(self) -> dict[str, Tensor]:
         """Return what changes from step to step and a forward pass reads: parameters that train, running averages."""
@@ -256,14 +258,11 @@ class Model:
         if self.scaling is not None and not self.scaling.finish(self.module.parameters(), self.where):
             return  # an overflow at the label holder: the step is left out
         if self.learning is not None:
-            optimizer = self.learning.built.optimizer
-            quiet = steps_only_torch(optimizer)
+            quiet = steps_only_torch(self.learning.built.optimizer)
             scope = nullcontext() if quiet else self.drawing("update", MicroBatch(number, 0))
             with blame(f"party {self.party!r}: the optimizer of {self.name} failed"), scope:
                 self.learning.step(number)
-            for group in optimizer.param_groups:  # as zero_grad does, without its 50 us of profiler and compiler
-                for parameter in group["params"]:
-                    parameter.grad = None
+                self.learning.forget_gradients()
 
     def state(self) -> State:
         """Return a copy of parameters, of all buffers, the ones that a state_dict leaves out too, and of the optimizer.
@@ -285,7 +284,6 @@ class Model:
             self.scaling.load(f"{self.part}/scale", state)
         if self.learning is not None:
             self.learning.load(state)
-            self.learning.built.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, dict[str, Payload]]:
         """Return the module's own state_dict by the name of its part.

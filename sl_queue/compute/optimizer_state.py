@@ -4,7 +4,9 @@ What it remembers of each parameter is saved always; the numbers of its groups a
 longer as they were built, which is what schedules and optimizers that adapt themselves change.
 """
 
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,6 +23,7 @@ from sl_queue.errors import CheckpointError, ComputeError, JobError
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload
 
+log = logging.getLogger("sl_queue")
 _SCALARS = (type(None), bool, int, float, str)
 
 
@@ -31,6 +34,7 @@ class BuiltOptimizer:
     optimizer: Optimizer
     module: nn.Module = field(repr=False)
     prefix: str  # of the names in a checkpoint
+    where: str  # how errors about it begin
     remembered: Mapping[str, Remembered] = field(repr=False)  # by place: "groups[0].lr", "attributes.count"
 
     @classmethod
@@ -42,7 +46,15 @@ class BuiltOptimizer:
                     f"{where}: {type(optimizer).__name__} holds another optimizer in its attribute {name!r}, whose "
                     "state no checkpoint carries; let both share one state, as torch.optim.Optimizer keeps it"
                 )
-        return cls(optimizer, module, prefix, _memories(optimizer, module))
+        for each in _beside(optimizer):
+            if each is not module:
+                log.warning(
+                    "%s: a hook of the optimizer uses a %s, whose state no checkpoint carries, so a run that is "
+                    "interrupted ends with other weights; keep it in an attribute of the optimizer",
+                    where,
+                    type(each).__name__,
+                )
+        return cls(optimizer, module, prefix, where, _memories(optimizer, module))
 
     def state(self) -> State:
         """Copy all that a step changes. Raises ComputeError for what no checkpoint can carry."""
@@ -53,10 +65,11 @@ class BuiltOptimizer:
         def keep(path: str, tensor: Tensor) -> None:
             tensors[f"{self.prefix}.more/{path}"] = to_payload(tensor)
 
-        memory = _memory(self.module)
+        memory = _memory(self.optimizer, self.module)
         try:
             for place, key, value in self._of_parameters():
                 if isinstance(value, Tensor):
+                    self._require_dense(place, key, value)
                     tensors[f"{self.prefix}/{place}/{key}"] = to_payload(value)
                 elif type(value) in _SCALARS:
                     values[f"{self.prefix}/{place}/{key}"] = value
@@ -70,12 +83,26 @@ class BuiltOptimizer:
                     more[place] = saved(found, before or found, place, keep)
         except NotCarriedError as error:
             raise ComputeError(
-                f"the optimizer {type(self.optimizer).__name__} keeps a {type(error.value).__name__} in its "
+                f"{self.where}: {type(self.optimizer).__name__} keeps a {type(error.value).__name__} in its "
                 f"{error.path}, which no checkpoint carries; keep it in numbers, tensors, or lists of them"
             ) from None
         gone = sorted(self.remembered.keys() - now.keys())
         extra = {"values": more} | ({"gone": gone} if gone else {})
         return State(tensors, values | ({f"{self.prefix}.more": extra} if more or gone else {}))
+
+    def require_savable(self) -> None:
+        """Raise ComputeError for a memory of a parameter that no checkpoint can carry."""
+        for place, key, value in self._of_parameters():
+            if isinstance(value, Tensor):
+                self._require_dense(place, key, value)
+
+    def _require_dense(self, place: str, key: str, value: Tensor) -> None:
+        if value.layout != torch.strided:
+            raise ComputeError(
+                f"{self.where}: {type(self.optimizer).__name__} remembers {key!r} of {place!r} as a sparse tensor, "
+                "which no checkpoint carries; let the layer have sparse = False, or take an optimizer without a memory "
+                "of gradients, or SparseAdam"
+            )
 
     def load(self, state: State) -> None:
         """Become what `state` returned, bit by bit: torch's own would cast everything to the parameter's dtype."""
@@ -117,7 +144,7 @@ class BuiltOptimizer:
         strange = [key for key in self.optimizer.state if key not in names]
         if strange:
             raise ComputeError(
-                f"the optimizer {type(self.optimizer).__name__} keeps state for a {type(strange[0]).__name__} that is "
+                f"{self.where}: {type(self.optimizer).__name__} keeps state for a {type(strange[0]).__name__} that is "
                 "not a parameter of the model; keep it in an attribute, or in the state of a parameter"
             )
         return [
@@ -153,13 +180,14 @@ class BuiltOptimizer:
         home.pop(name, None)
 
 
-def _memory(module: nn.Module) -> Memory:
-    return Memory({id(each): each for each in (*module.modules(), *module.parameters(), *module.buffers())})
+def _memory(optimizer: Optimizer, module: nn.Module) -> Memory:
+    registered = (optimizer, *module.modules(), *module.parameters(), *module.buffers())
+    return Memory({id(each): each for each in registered})
 
 
 def _memories(optimizer: Optimizer, module: nn.Module) -> dict[str, Remembered]:
     """Copy the numbers of an optimizer's groups, and of its own attributes."""
-    memory = _memory(module)
+    memory = _memory(optimizer, module)
     found = {
         f"groups[{number}].{key}": memory.remember(value)
         for number, group in enumerate(optimizer.param_groups)
@@ -168,6 +196,15 @@ def _memories(optimizer: Optimizer, module: nn.Module) -> dict[str, Remembered]:
     }
     own = {name: value for name, value in vars(optimizer).items() if name not in _of_every_optimizer()}
     return found | {f"attributes.{name}": memory.remember(value) for name, value in own.items()}
+
+
+def _beside(optimizer: Optimizer) -> Iterator[object]:
+    """Yield what hooks of the optimizer use that has a state, and is neither the optimizer nor an attribute of it."""
+    own = {id(each) for each in (optimizer, *vars(optimizer).values())}
+    for hook in (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()):
+        plain = inspect.isfunction(hook) or inspect.ismethod(hook)
+        used = [*(inspect.getclosurevars(hook).nonlocals.values() if plain else ()), getattr(hook, "__self__", hook)]
+        yield from (each for each in used if hasattr(each, "load_state_dict") and id(each) not in own)
 
 
 @cache

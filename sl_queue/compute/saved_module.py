@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.building import tensors_of
+from sl_queue.compute.modules.demands import overlaps
 from sl_queue.compute.modules.saved_values import NotCarriedError
 from sl_queue.compute.modules.state import Built
 from sl_queue.compute.spec import Part
@@ -58,7 +59,10 @@ class SavedModule:
         self.built.load(self.module, state, f"{self.part}/", self.party)
         with torch.no_grad():
             for name, tensor in tensors_of(self.module):
-                tensor.copy_(from_payload(saved[name]))
+                if overlaps(tensor):  # a constant buffer, since nothing can be written into it
+                    tensor.data = from_payload(saved[name], tensor.device)
+                else:
+                    tensor.copy_(from_payload(saved[name]))
 
     def state_dict(self) -> dict[str, Payload]:
         """Return the module's own state_dict."""

@@ -3,8 +3,9 @@
 Below the launch of a worker everything works on these, and nothing knows of files in TOML.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, Self
 
@@ -180,6 +181,16 @@ def _objective(table: FuseFile | None) -> ObjectiveSpec | None:
 
 
 # What only job and party file together show ---------------------------------------------------------------------
+
+
+def require_apart(files: Sequence[PartyFile]) -> None:
+    """Raise JobError for two files of one party, and for two parties with one state folder."""
+    for one, other in combinations(files, 2):
+        if one.party == other.party:
+            raise JobError(f"two files are of the party {one.party!r}; give one for each party")
+        if one.state is not None and other.state is not None and one.state.resolve() == other.state.resolve():
+            both = f"{one.party!r} and {other.party!r}"
+            raise JobError(f"the parties {both} have one state folder, {one.state}; give each its own")
 
 
 def agree(job: Job, party_file: PartyFile) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args, get_origin
 
@@ -57,8 +57,8 @@ def load(model: type[M], path: Path | str) -> M:
     """Read a TOML file as `model`. Raises JobError, and lets validators see the file's folder in their context."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        _require_kind(path, model, values)
         return model.model_validate(values, context={"folder": path.absolute().parent})
     except ValidationError as error:
         raise JobError(_complaint(str(path), model, error)) from None
@@ -70,6 +70,13 @@ def load(model: type[M], path: Path | str) -> M:
         raise JobError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise JobError(f"{path}: is not valid TOML: {error}") from None
+
+
+def _require_kind(path: Path, model: type[Schema], values: Mapping[str, Any]) -> None:
+    """Raise JobError for a party file in the place of a job file, and the other way round."""
+    for key, kind, value in (("party", "a party file", str), ("parties", "a job file", dict)):
+        if isinstance(values.get(key), value) and key not in model.model_fields:
+            raise JobError(f"{path}: is {kind}; a job file comes first, and then the files of its parties")
 
 
 def redacted(url: str) -> str:

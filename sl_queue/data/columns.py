@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sl_queue.data import files
+from sl_queue.data import csv_file, files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
 from sl_queue.data.later import Later
-from sl_queue.data.matrices import Array, Beside, Matrix, beside, gaps, gaps_in, label_array, plain
+from sl_queue.data.matrices import Array, Beside, Matrix, beside, gaps, gaps_in, in_rows, label_array, plain
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
-from sl_queue.protocol.text import counted, nearest
+from sl_queue.protocol.text import nearest
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
@@ -64,6 +64,10 @@ class _Selection:
         return tuple(name for name in self.choosing if name not in own)
 
 
+_NO_FEATURES = "there are no features: no column besides those of id and label"
+_NONE_NEEDED = "; a label holder without any has no [base], no cut, and features = []"
+
+
 def read_columns(
     data: FileSpec,
     where: str,
@@ -89,6 +93,9 @@ def read_columns(
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
     except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
+        if kind == "csv" and csv_file.is_no_text(data.path, data.csv):
+            told = f'not all of it is {data.csv.encoding}; say what it is, data.csv.encoding = "cp1252" for instance'
+            raise JobError(f"{where}: cannot be read ({told})") from None
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise JobError(f"{where}: cannot be read ({reason}); is it {files.DESCRIBED[kind]}?") from None
 
@@ -108,7 +115,7 @@ def _read(
     selection = selecting(known)
     faults = list(_about_names(selection.names, known))
     if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known):
-        faults.append("there are no features: no column besides those of id and label")
+        faults.append(_NO_FEATURES + (_NONE_NEEDED if selection.labels else ""))
     specs, undeclared = ({}, []) if declared is None else resolve(declared, selection.features)
     if not (readable := [name for name in selection.names if known.count(name) == 1]):
         refuse(where, faults)
@@ -279,7 +286,7 @@ def _side_by_side(arrays: Sequence[Array | None], wanted: int) -> Array | None:
 def _rounded(source: files.Source, columns: Mapping[str, Any]) -> Iterator[str]:
     found = source.rounded(columns)
     if found:
-        told = listed(f"{name!r} in {counted(count, 'row', 'rows')}" for name, count in found.items())
+        told = listed(in_rows(name, count) for name, count in found.items())
         yield (
             f"whole numbers of column {told} need more than 64 bits, or more than 53 bits beside fractions, and would "
             "be rounded; if they are codes, number them 0, 1, 2, ..., else write them as fractions"

@@ -58,6 +58,22 @@ def plain(path: Path, dialect: CsvSpec) -> Iterator[Path]:
         yield copy
 
 
+def is_no_text(path: Path, dialect: CsvSpec) -> bool:
+    """Tell whether a file without compression is written in another encoding than the one that it is said to have."""
+    if path.suffix.lower() == ".gz":
+        return False
+    try:
+        with path.open("rb") as raw:
+            reader = codecs.getreader(dialect.encoding)(raw)
+            while reader.read(_BLOCK_BYTES, _BLOCK_BYTES):
+                pass
+    except UnicodeError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def names_in(path: Path, delimiter: str = ",") -> list[str]:
     """Read the names of the columns, without a byte order mark and after empty lines."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -235,6 +251,8 @@ def text_kind(column: Any) -> str:
     commas = _matching(column, _DECIMAL_COMMA)
     if commas and numbers + commas == len(column):
         return 'text: numbers with a decimal comma; write a decimal point, or say data.csv.decimal = ","'
+    if numbers == len(column):
+        return "numbers as text; of a CSV, see data.csv.decimal and data.csv.thousands" if numbers else "text"
     if numbers:
         return f"text: {len(column) - numbers} of {len(column)} values are not numbers"
     return "text"

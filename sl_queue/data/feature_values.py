@@ -1,7 +1,7 @@
 """Arrow columns of any type as what a feature is made of: float64 numbers, texts, or days; gaps stay gaps."""
 
 import re
-from datetime import date
+from datetime import date, datetime
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def numbers(column: Any) -> Floats:
     if types.is_null(column.type):
         return np.full(len(column), np.nan)
     if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
-        raise Unusable(f'is {kind_of(column)}, not numbers; say kind = "category" or kind = "date", or exclude it')
+        raise Unusable(f'holds no numbers ({kind_of(column)}); say kind = "category" or kind = "date", or exclude it')
     if types.is_boolean(column.type):
         column = column.cast(pa.int8())
     values: Floats = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
@@ -60,6 +60,8 @@ def days(column: Any, pattern: str | None) -> Any:
         return column.cast(pa.date32(), safe=False)
     if types.is_null(column.type):
         return column.cast(pa.date32())
+    if pattern is not None and types.is_integer(column.type):  # 20260131
+        column = column.cast(pa.string())
     if not (types.is_string(column.type) or types.is_large_string(column.type)):
         raise Unusable(f'is {kind_of(column)}, not dates; say kind = "number", or write dates like 2026-01-31')
     if pattern is not None and _OF_A_LANGUAGE.search(pattern):
@@ -68,10 +70,26 @@ def days(column: Any, pattern: str | None) -> Any:
     column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
     shortened = pc.utf8_slice_codeunits(column, 0, 10) if pattern is None else column
     read = pc.strptime(shortened, format=pattern or "%Y-%m-%d", unit="s", error_is_null=True)
-    if unread := read.null_count - column.null_count:
+    unread = read.null_count - column.null_count or _carried_over(shortened, read, pattern or "%Y-%m-%d")
+    if unread:
         like = "like 2026-01-31" if pattern is None else f"of the form {pattern!r}"
         raise Unusable(f'{unread} of {len(column)} values are not dates {like}; give their form: format = "%d.%m.%Y"')
     return read.cast(pa.date32(), safe=False)
+
+
+def _carried_over(column: Any, read: Any, pattern: str) -> int:
+    """Count the days that no month has, 30 February for instance, of which the C library makes days of the next."""
+    early = column.filter(pc.less_equal(pc.day(read), 3))
+    counts = pc.value_counts(early.drop_null())
+    return sum(each["counts"].as_py() for each in counts if _is_no_day(each["values"].as_py(), pattern))
+
+
+def _is_no_day(text: str, pattern: str) -> bool:
+    try:
+        datetime.strptime(text, pattern)
+    except ValueError as error:
+        return "out of range" in str(error)
+    return False
 
 
 def part(dates: Any, name: str, at: date | None) -> Floats:

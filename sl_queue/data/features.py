@@ -176,12 +176,24 @@ def _fit_number(spec: Number, values: Floats) -> Learned:
     if not len(seen):
         raise Unusable("no training row has a value; exclude it")
     if gaps and spec.missing == "error":
-        raise Unusable(f'missing in {gaps} training rows; say missing = "median", "mean" or "zero"')
-    found = {"kind": spec.kind, **asdict(spec), "gaps": gaps, "fill": _fill(spec, seen)}
+        told = counted(gaps, "training row", "training rows")
+        raise Unusable(f'missing in {told}; say missing = "median", "mean" or "zero"')
+    with np.errstate(over="ignore", invalid="ignore"):
+        learned = _learned(spec, seen)
+        known = np.hstack([np.ptp(seen), *(number for number in learned.values() if number is not None)])
+    if not np.isfinite(known).all():
+        raise Unusable("its values are too large to be averaged in float64; write them in a larger unit")
+    return {"kind": spec.kind, **asdict(spec), "gaps": gaps, **learned}
+
+
+def _learned(spec: Number, seen: Floats) -> Learned:
+    found: dict[str, Any] = {"fill": _fill(spec, seen)}
     match spec.scale:
         case "standard":
             constant = seen.min() == seen.max()
             found |= {"mean": float(seen.mean()), "std": 1.0 if constant else float(seen.std())}
+            if not found["std"]:
+                raise Unusable('its values differ by too little for a standard deviation; say scale = "quantile"')
         case "minmax":
             found |= {"low": float(seen.min()), "high": float(seen.max())}
         case "quantile":
@@ -244,9 +256,8 @@ def _write_number(learned: Learned, values: Floats, out: npt.NDArray[np.float32]
     with np.errstate(over="ignore"):
         out[:, 0] = _scaled(learned, values)
     if beyond := int((~np.isfinite(out[:, 0])).sum()):
-        raise Unusable(
-            f'{counted(beyond, "value is", "values are")} beyond float32; say scale = "standard" or "quantile"'
-        )
+        other = '"quantile"' if learned["scale"] == "standard" else '"standard" or "quantile"'
+        raise Unusable(f"{counted(beyond, 'value is', 'values are')} beyond float32; say scale = {other}")
     if learned["indicator"]:
         out[:, 1] = gaps
 

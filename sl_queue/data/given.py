@@ -5,7 +5,7 @@ never taken as data.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -33,7 +33,7 @@ def ids_of(ids: Any) -> tuple[Any, list[str]]:
         except _NO_COLUMN:
             return None, [_MIXED_IDS]
     if not hasattr(ids, "__array__"):
-        if not isinstance(ids, Iterable):
+        if not isinstance(ids, Iterable) or isinstance(ids, Set | Mapping):
             return None, [f"ids are of type {type(ids).__name__}; they must be a list or an array"]
         ids = list(ids)
         array = np.ma.array(ids) if any(map(np.ma.isMaskedArray, ids)) else np.array(ids, dtype=object)
@@ -43,7 +43,7 @@ def ids_of(ids: Any) -> tuple[Any, list[str]]:
         return None, [f"ids have the shape {array.shape}; they must have one axis"]
     mask = np.ma.getmaskarray(array) if np.ma.isMaskedArray(array) else None
     array = np.ma.getdata(array)
-    if array.dtype.kind == "T":  # NumPy's own text, which Arrow does not know
+    if array.dtype.kind in "TU":  # NumPy's own texts: Arrow does not know the one, and ends the other at a NUL
         array = array.astype(object)
     try:
         return pa.array(array, mask=mask, from_pandas=True), []  # NaN is a missing id
@@ -117,6 +117,15 @@ def frame_columns(values: Any, names: Sequence[str]) -> dict[str, Any]:
     if not _is_frame(values):
         return {}
     return {name: plain(_arrow(column)) for name, column in _named_columns(values) if name in names}
+
+
+def without(values: Any, names: Sequence[str]) -> Any:
+    """Return a data frame without these columns; anything else as it is."""
+    if not names:
+        return values
+    if isinstance(values, pa.Table | pa.RecordBatch):
+        return values.select([name for name in values.schema.names if name not in names])
+    return values[[name for name in values.columns if str(name) not in names]]
 
 
 def _finite(found: Numbers, what: str, dtypes: dict[str, Any], *, missing: bool = False) -> Numbers:
@@ -219,7 +228,9 @@ def _of_tensor(tensor: Any) -> Any:
     """Return a torch tensor's numbers, whatever device, layout and graph it belongs to."""
     tensor = tensor.detach().cpu()
     tensor = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
-    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).resolve_conj().resolve_neg().numpy()
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor
+    narrow = tensor.is_floating_point() and tensor.element_size() < 4  # some of which NumPy does not know
+    return (tensor.float() if narrow else tensor).resolve_conj().resolve_neg().numpy()
 
 
 # Columns of Arrow, pandas, polars and their like ----------------------------------------------------------------

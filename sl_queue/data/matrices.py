@@ -138,7 +138,7 @@ def beside(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> B
         faults.append(f"columns must be numbers, these are not: {listed(others)}; encode them as numbers, or {instead}")
     full = {name: one for name, one in looked.items() if one.is_number and not one.gaps and one.rows}
     dtype, wrong = _shared_dtype(full, keep=keep)
-    bad = [f"{name!r} in {counted(one.not_finite, 'row', 'rows')}" for name, one in full.items() if one.not_finite]
+    bad = [in_rows(name, one.not_finite) for name, one in full.items() if one.not_finite]
     if bad and not wrong:
         faults.append(f"NaN or infinity in column {listed(bad)} of {full[next(iter(full))].rows}; {REMEDY}")
     faults += wrong
@@ -164,11 +164,11 @@ class _Looked:
 
     @property
     def is_number(self) -> bool:
-        return _is_number(self.type)
+        return is_number(self.type)
 
 
 def _looked_at(column: Any) -> _Looked:
-    types, number = pa.types, _is_number(column.type)
+    types, number = pa.types, is_number(column.type)
     about = (column.type, "" if number else _kind(column), len(column), column.null_count)
     if not number or column.null_count or not len(column) or types.is_boolean(column.type):
         return _Looked(*about)
@@ -182,7 +182,7 @@ def _looked_at(column: Any) -> _Looked:
 
 def label_array(column: Any, where: str, *, missing: bool = False) -> tuple[Array | None, list[str]]:
     """Make a plain column an array of labels; its gaps are not among the faults, and NaN if they may be `missing`."""
-    if not _is_number(column.type):
+    if not is_number(column.type):
         kind = _kind(column)
         return None, [f"{where} holds {kind}; write labels as numbers, classes as 0, 1, 2, ..."]
     return (None, []) if column.null_count and not missing else (_values(column), [])
@@ -195,8 +195,13 @@ def gaps(found: Sequence[str]) -> list[str]:
 
 def gaps_in(columns: Mapping[str, Any]) -> list[str]:
     """Count the missing values of columns of numbers, for `gaps`."""
-    numbers = {name: column for name, column in columns.items() if column.null_count and _is_number(column.type)}
+    numbers = {name: column for name, column in columns.items() if column.null_count and is_number(column.type)}
     return [_gaps_of(name, column.null_count, len(column)) for name, column in numbers.items()]
+
+
+def in_rows(name: str, count: int) -> str:
+    """Return "'age' in 3 rows"."""
+    return f"{name!r} in {counted(count, 'row', 'rows')}"
 
 
 def _gaps_of(name: str, count: int, rows: int) -> str:
@@ -212,7 +217,7 @@ def not_finite(array: Array, names: tuple[str, ...] | None) -> list[str]:
         bad = len(array) - int(finite.reshape(len(array), -1).all(axis=1).sum())
         return [f"NaN or infinity in {bad} of {len(array)} rows; {REMEDY}"] if bad else []
     counts = len(array) - finite.sum(axis=0)
-    found = [f"{name!r} in {counted(count, 'row', 'rows')}" for name, count in zip(names, counts, strict=True) if count]
+    found = [in_rows(name, count) for name, count in zip(names, counts, strict=True) if count]
     return [f"NaN or infinity in column {listed(found)} of {len(array)}; {REMEDY}"] if found else []
 
 
@@ -225,17 +230,11 @@ def _shared_dtype(columns: Mapping[str, _Looked], *, keep: bool) -> tuple[Any, l
             return np.float32, []  # booleans
         if keep and len(types) == 1:
             return types.pop().to_pandas_dtype(), []
-        found = [
-            f"{name!r} in {counted(column.large, 'row', 'rows')}" for name, column in whole.items() if column.large
-        ]
+        found = [in_rows(name, column.large) for name, column in whole.items() if column.large]
         return np.int64, [f"whole numbers above 2**63 - 1 in column {listed(found)}; {_AS_CODES}"] if found else []
     if not any(pa.types.is_float64(kind) for kind in types) and not any(column.rounded[0] for column in whole.values()):
         return np.float32, []
-    found = [
-        f"{name!r} in {counted(column.rounded[1], 'row', 'rows')}"
-        for name, column in whole.items()
-        if column.rounded[1]
-    ]
+    found = [in_rows(name, column.rounded[1]) for name, column in whole.items() if column.rounded[1]]
     if not found:
         return np.float64, []
     told = f"whole numbers beyond 2**53 stand beside floating ones in column {listed(found)}"
@@ -264,7 +263,7 @@ def _values(column: Any) -> Array:
     return found
 
 
-def _is_number(kind: Any) -> bool:
+def is_number(kind: Any) -> bool:
     """Return True for numbers, and for a column without any value: that is a column of gaps."""
     types = pa.types
     return any(is_a(kind) for is_a in (types.is_integer, types.is_floating, types.is_boolean, types.is_null))

@@ -13,10 +13,10 @@ import numpy as np
 
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
-from sl_queue.data.feature_specs import Spec, resolve
-from sl_queue.data.given import features_of, frame_columns, ids_of, labels_of, raw_columns
+from sl_queue.data.feature_specs import Spec, matches, resolve
+from sl_queue.data.given import features_of, frame_columns, ids_of, labels_of, raw_columns, without
 from sl_queue.data.holdout import looked_at
-from sl_queue.data.matrices import Array, Matrix, Numbers
+from sl_queue.data.matrices import Array, Matrix, Numbers, is_number
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
 from sl_queue.errors import JobError
 from sl_queue.ports import UserCode
@@ -78,7 +78,7 @@ def _read(data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels
     missing, choosing = spec.missing_labels, {} if spec.choices is None else looked_at(spec.choices)
     about = {"features": features, "labels": labels, "missing": missing}
     columns = read_columns(data, where, declared=spec.declared, choosing=choosing, **about)
-    if columns.ids is not None:
+    if columns.ids is not None and not columns.faults:
         _require_rows(len(columns.ids[0] if isinstance(columns.ids, list) else columns.ids), where)
     found = labels_of(columns.labels, f"label column {data.label!r}", missing=missing)
     weights = _weights(columns.weights, f"weight column {data.weight!r}")
@@ -94,13 +94,13 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
     ids, wrong = ids_of(rows.ids)
     if ids is not None:
         _require_rows(len(ids), where)
-    raw, specs, declared = None, None, spec.declared
+    raw, specs, declared, taken = None, None, spec.declared, without(rows.features, _aside(rows, spec))
     if declared is not None and features and rows.features is not None:
-        raw, more = raw_columns(rows.features)
+        raw, more = raw_columns(taken)
         specs, undeclared = resolve(declared, list(raw))
         wrong += [*more, *undeclared]
     n_rows = None if ids is None else len(ids)
-    found = features_of(rows.features, n_rows) if features and raw is None else Numbers(None)
+    found = features_of(taken, n_rows) if features and raw is None else Numbers(None)
     if features and rows.features is None:
         wrong.append("features are missing; the job gives this party a cut, so its base model needs them")
     targets = labels_of(rows.labels, missing=spec.missing_labels) if labels else Numbers(None)
@@ -116,6 +116,16 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
     choosing = {} if spec.choices is None else frame_columns(rows.features, spec.choices.columns)
     more_of_it = (found.names, found.notes, tuple(faults), raw, specs, weights.array, choosing)
     return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
+
+
+def _aside(rows: Rows, spec: TableSpec) -> list[str]:
+    """Return the columns of a data frame that choose rows and are no features: those of no numbers, or undeclared."""
+    choices = () if spec.choices is None else spec.choices.columns
+    names = spec.data.set_aside if isinstance(spec.data, FileSpec) else choices
+    columns, declared = frame_columns(rows.features, names) if names else {}, spec.declared
+    if declared is None:
+        return [name for name, column in columns.items() if not is_number(column.type)]
+    return [name for name in columns if not any(matches(pattern, name) for pattern in declared)]
 
 
 def _weights(values: Any, what: str) -> Numbers:

@@ -40,6 +40,9 @@ class ToPredict:
         return int((self.positions < 0).sum())
 
 
+_AS_LEARNED = "another line of [features] takes effect when it is trained with"
+
+
 def read_to_predict(
     spec: TableSpec, aligned: Positions | None, recipe: str | None, columns: Sequence[str] | None = None
 ) -> ToPredict:
@@ -134,7 +137,7 @@ def _made(
     taken = pa.array(order)
     columns = {name: column.take(taken) for name, column in raw.items()}
     features, faults = apply(fitted, columns)
-    refuse(where, faults)
+    refuse(where, [f"{fault} ({_AS_LEARNED})" for fault in faults])
     notes, many = unseen(fitted, columns, most=MOST_UNSEEN if strict else 1.0)
     refuse(where, many)
     return features, fitted.names, notes

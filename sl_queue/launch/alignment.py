@@ -10,7 +10,7 @@ from sl_queue.data.aligning import described, id_texts, ids_digest
 from sl_queue.data.ids import Ids as TableIds
 from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_ids
-from sl_queue.errors import AlignmentError
+from sl_queue.errors import AlignmentError, JobError
 from sl_queue.launch.memory import give_memory_back
 from sl_queue.launch.workplace import Workplace
 from sl_queue.loops.alignment import PartyAlignment
@@ -54,6 +54,8 @@ def align_party(
             return aligned
     keys, token = files.keys(digest, len(job.parties))
     incarnation = secrets.token_hex(8)
+    if aligned is None and len(found.texts) > (job.alignment.at_most or len(found.texts)):
+        raise JobError(f"{where}: it has more rows than alignment.at_most = {job.alignment.at_most}; leave some out")
     ids = Ids(len(found.texts), lambda: id_texts(found), found.type)
     with place.opened(_channel(job, table.party, place, incarnation)) as channel:
         party = PartyAlignment(

@@ -22,7 +22,7 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.cut.guard import UNGUARDED, Guard
 from sl_queue.data.spec import FileSpec
 from sl_queue.data.to_predict import ToPredict, read_to_predict
-from sl_queue.errors import AlignmentError, CheckpointError, JobError
+from sl_queue.errors import AlignmentError, JobError
 from sl_queue.launch.alignment import align_party
 from sl_queue.launch.asked import Asked, canonical_of, digest_of, folder_of, for_alignment, schedule_of
 from sl_queue.launch.party import channel_of
@@ -69,6 +69,7 @@ def predict_party(
     `spec.table` is that of the rows to predict; the state folder holds the weights. `folder`: for the state of the
     prediction; None: its place in the state folder. Raises SlQueueError.
     """
+    require_kept(job, asked)
     version, meter = choose_version(place.state, asked.run), Meter()
     spec, state = with_own_secret(spec, place.state), place.state
     place = place.watched_by(meter).in_folder(folder or folder_of(place.state, asked.name))
@@ -124,6 +125,13 @@ def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Work
     return rows
 
 
+def require_kept(job: Job, asked: Asked) -> None:
+    """Raise JobError if the job keeps no rows of the kind that is asked about."""
+    if asked.of_training and not (job.test if asked.test else job.holdout):
+        told = "keeps no rows for a test: set test" if asked.test else "holds no rows out: set holdout"
+        raise JobError(f"the job {told}, or evaluate on the rows of [predict]")
+
+
 def _evaluated(job: Job, rows: ToPredict, state: Path, asked: Asked) -> npt.NDArray[np.int64]:
     """Return the rows that training held out, or kept for a test."""
     by: Any = rows.table.hashes
@@ -136,8 +144,7 @@ def _evaluated(job: Job, rows: ToPredict, state: Path, asked: Asked) -> npt.NDAr
     batches = job.batches(rows.table.n_rows, by)
     positions = batches.test_positions if asked.test else batches.holdout_positions
     if not len(positions):
-        told = "keeps no rows for a test: set test" if asked.test else "holds no rows out: set holdout"
-        raise JobError(f"the job {told}, or evaluate on the rows of [predict]")
+        raise JobError(f"the job's share for a {'test' if asked.test else 'holdout'} is no row of this table")
     return positions
 
 
@@ -198,13 +205,13 @@ def named_rows(version: Version, rows: ToPredict) -> dict[str, Any]:
 
 
 def spec_to_predict(spec: PartySpec, data: Any, asked: Asked) -> PartySpec:
-    """Return a party of the job with other rows: a FileSpec or Rows. Raises CheckpointError if there are none."""
+    """Return a party of the job with other rows: a FileSpec or Rows. Raises JobError if there are none."""
     if asked.of_training:
         own = spec.table.data
         own = replace(own, unseen="other") if isinstance(own, FileSpec) else own
         return replace(spec, table=replace(spec.table, data=own, choices=None))
     if data is None:
-        raise CheckpointError(f"party {spec.party!r} has no rows to predict: write [predict] path into its file")
+        raise JobError(f"party {spec.party!r} has no rows to predict: write [predict] path into its file")
     labelled = asked.labels and spec.role == "label"
     if isinstance(data, FileSpec) and isinstance(spec.table.data, FileSpec):
         data = replace(data, set_aside=spec.table.data.set_aside)

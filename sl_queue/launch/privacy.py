@@ -65,6 +65,8 @@ def responded(spec: PartySpec, table: Table) -> Table:
     assert table.tokens is not None
     where = f"party {party!r}: [privacy] labels = {{ epsilon = {settings.labels:g} }}"
     classes = classes_of(table.labels)
+    if table.n_rows > 1 and (table.labels == table.labels[0]).all():
+        raise JobError(f"{where} has no use: all labels are of one class")
     if classes is None:
         raise JobError(
             f"{where} needs classes, whole numbers, one a row; these labels are {table.labels.dtype} "

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.errors import JobError
 from sl_queue.local import in_memory, written_model
 from sl_queue.local.given_rows import Given, rows_of
 from sl_queue.local.written_code import given_parameters
@@ -60,7 +61,14 @@ def party_file(given: Given, arguments: Arguments) -> PartyFile:
 def _optimizer(optimizer: Any) -> Any:
     if optimizer is None:
         return {"name": "adam", "lr": 1e-3}
-    return given_parameters(optimizer) if callable(optimizer) else dict(optimizer)
+    if callable(optimizer):
+        return given_parameters(optimizer)
+    if isinstance(optimizer, str):
+        return optimizer if ":" in optimizer else {"name": optimizer}
+    if not isinstance(optimizer, Mapping):
+        told = f"optimizer is {type(optimizer).__name__}, made for other parameters"
+        raise JobError(f'{told}; give a table like {{"name": "adam", "lr": 1e-3}}, or a callable that is given them')
+    return dict(optimizer)
 
 
 def arguments_of(job: Job, files: Mapping[str, PartyFile]) -> dict[str, Any]:

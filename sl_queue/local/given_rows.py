@@ -1,7 +1,7 @@
 """Rows as a notebook has them, by party: arrays, tensors, data frames and datasets, or one joined table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,31 @@ class Given:
         job = Job(name="rows", seed=0, epochs=1, batch_size=1, parties=parties)
         return read_table(table_spec(job, PartyFile(party=self.party, data=self.rows()), Importer()))
 
+    def as_trained(self, names: Sequence[str] | None) -> "Given":
+        """Return the same with the columns that a model was trained on, in their order, where columns have names."""
+        here = names_of(self.features)
+        if not names or here is None or here == list(names):
+            return self
+        missing = [name for name in names if name not in here]
+        if missing:
+            told = f"there is no column {missing[0]!r}; the model was trained on {', '.join(names)}"
+            raise JobError(f"party {self.party!r}: {told}")
+        found = {str(name): name for name in _names(self.features)}
+        return replace(self, features=_selected(self.features, [found[name] for name in names]))
+
     def order(self) -> npt.NDArray[np.int64]:
         """Return the position in the given order of each row of the canonical one."""
         ids, _ = canonical_ids(ids_of(self.ids)[0], are_csv=False, id_type=None)
         assert ids is not None
         return ids.order
+
+
+def names_of(features: Any) -> list[str] | None:
+    """Return the names of the columns of a data frame; None of anything else, and where two have one name."""
+    if isinstance(features, Mapping) or not _is_frame(features):
+        return None
+    names = list(map(str, _names(features)))
+    return names if len(set(names)) == len(names) else None
 
 
 def by_party(
@@ -129,11 +149,15 @@ def _stacked(table: Any) -> Any:
 
 
 def _is_frame(table: Any) -> bool:
-    return isinstance(table, pa.Table) or hasattr(table, "columns")
+    return hasattr(table, "columns")
+
+
+def _names(table: Any) -> list[Any]:
+    return table.schema.names if isinstance(table, pa.Table | pa.RecordBatch) else list(table.columns)
 
 
 def _selected(table: Any, names: list[Any]) -> Any:
-    if isinstance(table, pa.Table):
+    if isinstance(table, pa.Table | pa.RecordBatch):
         return table.select(names)
     return table[names] if _is_frame(table) else table[:, names]
 
@@ -141,23 +165,21 @@ def _selected(table: Any, names: list[Any]) -> Any:
 def _column(table: Any, name: str) -> Any:
     if not _is_frame(table):
         raise JobError(f"{name!r} names a column, and the table is a {type(table).__name__} without names")
-    names = table.column_names if isinstance(table, pa.Table) else [str(each) for each in table.columns]
+    names = list(map(str, _names(table)))
     if name not in names:
         raise JobError(f"there is no column {name!r}; the table's are {', '.join(names)}")
     return table[name]
 
 
 def _without(table: Any, name: str) -> Any:
-    names = table.column_names if isinstance(table, pa.Table) else list(table.columns)
-    return _selected(table, [each for each in names if each != name])
+    return _selected(table, [each for each in _names(table) if each != name])
 
 
 def _given(party: str, table: Any, id: str | None, ids: Any) -> Given:
     if id is None:
         return Given(party, np.arange(_length(table)), table, None)
     if ids is not None:
-        names = table.column_names if isinstance(table, pa.Table) else list(table.columns)
-        return Given(party, ids, _without(table, id) if id in names else table, None)
+        return Given(party, ids, _without(table, id) if id in _names(table) else table, None)
     return Given(party, _column(table, id), _without(table, id), None)
 
 

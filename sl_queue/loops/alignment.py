@@ -203,13 +203,11 @@ class PartyAlignment:
 
     def _obey(self, order: Align) -> None:
         """Enter the session that the scheduler names. Raises AlignmentError for one that asks too much."""
-        at_most = self.rule.at_most
-        most = np.inf if at_most is None else padded(at_most, self.rule.pad)
         mine = order.sizes.get(self.party) == self.size and set(order.sizes) == set(self.ring.parties)
-        if not mine or max(order.sizes.values()) > most:
+        if not mine or max(order.sizes.values()) > self.rule.largest:
             raise AlignmentError(
                 f"the scheduler names the sizes {printable(str(dict(order.sizes)))}; they are not those of this job's "
-                f"parties, or beyond alignment.at_most = {at_most}"
+                f"parties, or beyond alignment.at_most = {self.rule.at_most}"
             )
         before, self.order = self.order, order
         if before is None or before.session != order.session:

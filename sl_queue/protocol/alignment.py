@@ -12,6 +12,7 @@ scheduler together with one party learns, of each of this party's ids, who else 
 Everything here is a function of what was said, and everything that was said can be said again.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -160,6 +161,11 @@ class Rule:
     at_most: int | None
     pad: int
     chunk: int = CHUNK
+
+    @property
+    def largest(self) -> float:
+        """Return the largest size that a party may report, rounded up as it does."""
+        return math.inf if self.at_most is None else padded(self.at_most, self.pad)
 
 
 def positions_of(

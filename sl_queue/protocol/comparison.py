@@ -75,11 +75,11 @@ class Comparison:
         return self._fault()
 
     def _fault(self) -> str | None:
-        at_most = self.rule.at_most
-        large = {party: size for party, size in self.sizes.items() if at_most is not None and size > at_most}
+        large = {party: size for party, size in self.sizes.items() if size > self.rule.largest}
         if large:
             told = ", ".join(f"{party} up to {size}" for party, size in large.items())
-            return f"more ids than alignment.at_most = {at_most} allows: {told}; leave rows out, or agree on another"
+            bound = f"alignment.at_most = {self.rule.at_most}"
+            return f"more ids than {bound} allows: {told}; leave rows out, or agree on another"
         types = {party: offer.id_type for party, offer in self.offers.items()}
         if len(set(types.values())) > 1:
             told = ", ".join(f"{party} {types[party]}" for party in sorted(types))

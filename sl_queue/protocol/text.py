@@ -18,8 +18,12 @@ def printable(text: str, limit: int = LONGEST) -> str:
     Escaped is whatever Unicode calls a control, a format (bidirectional marks too), a separator other than the space,
     a surrogate, private or unassigned.
     """
-    shown = "".join(each if each.isprintable() else _escaped(each) for each in text[: limit + 1])
-    return shown if len(shown) <= limit else f"{shown[: max(0, limit - 3)]}..."
+    return shortened("".join(each if each.isprintable() else _escaped(each) for each in text[: limit + 1]), limit)
+
+
+def shortened(text: str, limit: int = LONGEST) -> str:
+    """Return at most `limit` characters: a library may list every backend that it has."""
+    return text if len(text) <= limit else f"{text[: max(0, limit - 3)]}..."
 
 
 def counted(number: int, one: str, many: str) -> str:

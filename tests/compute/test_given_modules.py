@@ -76,6 +76,32 @@ def with_frozen_statistics() -> nn.Module:
     return module
 
 
+class Forces(nn.Module):
+    """Differentiates what it computes by a tensor that it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = torch.tanh(self.linear(x))
+            (forces,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return energy + forces.norm(dim=1, keepdim=True)
+
+
+class Shifted(nn.Linear):
+    """Adds a constant that is one number in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.register_buffer("shift", torch.ones(1).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shift
+
+
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "hooks on parameters": clipped,
     "a hook on a layer that refers to the module": Extractor,
@@ -85,6 +111,8 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "traced": lambda: torch.jit.trace(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), torch.ones(2, 3)),
     "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), backend="eager"),  # type: ignore[dict-item]
     "a submodule in evaluation mode": with_frozen_statistics,
+    "a gradient within the forward": Forces,
+    "an expanded buffer": Shifted,
     "all in evaluation mode": lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).eval(),
 }
 

@@ -100,6 +100,7 @@ def masked(values: Any, dtype: Any = float) -> Any:
         (np.ma.masked_array([[1.0], [2], [3]]), np.float64, [[1], [2], [3]]),
         (torch.tensor([[1.0], [2], [3]], requires_grad=True), np.float32, [[1], [2], [3]]),
         (torch.tensor([[1.0], [2], [3]], dtype=torch.bfloat16), np.float32, [[1], [2], [3]]),
+        (torch.tensor([[1.0], [2], [3]]).to(torch.float8_e4m3fn), np.float32, [[1], [2], [3]]),
         (torch.tensor([[1.0], [0], [3]]).to_sparse(), np.float32, [[1], [0], [3]]),
         (pa.array([1, 2, 3]), np.int64, [1, 2, 3]),
         (Series(pa.array([True, False, True])), np.float32, [1, 0, 1]),
@@ -170,6 +171,11 @@ def test_what_is_no_number_is_refused_with_column_and_count(given: Any, expected
         assert words in said
 
 
+def test_ids_end_at_no_nul_whatever_holds_them() -> None:
+    ids = ["a\0b", "a\0c", "d"]
+    assert table(GOOD, ids=np.array(ids)).digest == table(GOOD, ids=ids).digest
+
+
 def test_faults_of_ids_features_and_labels_are_told_at_once() -> None:
     said = complaint(masked([[1], [9], [3]]), [0, float("nan"), 1], masked([1, 9, 3], int))
     for words in (
@@ -186,7 +192,7 @@ def test_ids_of_several_types_are_refused(ids: Any) -> None:
     assert "ids must be whole numbers of 64 bits, or all be text" in complaint(GOOD, ids=ids)
 
 
-@pytest.mark.parametrize("ids", [None, 5])
+@pytest.mark.parametrize("ids", [None, 5, {3, 1, 2}, {3: "c", 1: "a", 2: "b"}])
 def test_ids_that_are_no_list_are_refused(ids: Any) -> None:
     assert "they must be a list or an array" in complaint(GOOD, ids=ids)
 
@@ -222,6 +228,18 @@ def test_frames_of_polars_are_taken() -> None:
     assert "give .collect()" in complaint(frame.lazy())
     assert "'x' in 1 of 3 rows" in complaint(pl.DataFrame({"x": [1, None, 3]}))
     assert table(GOOD, pl.Series([1, 0, 1]), pl.Series([3, 1, 2])).digest == table(GOOD).digest
+
+
+@pytest.mark.parametrize("kind", [pa.table, pd.DataFrame, pl.DataFrame])
+@pytest.mark.parametrize("holdout", [{"column": "month", "from": "2026-01"}, {"column": "age", "from": 2}])
+def test_a_column_of_text_that_chooses_rows_is_no_feature_of_a_frame(kind: Any, holdout: Any) -> None:
+    frame = kind({"month": ["2025-11", "2026-01", "2025-12"], "age": [1.0, 2.0, 1.0]})
+    frame = frame if holdout["column"] == "month" else frame[["age"]] if kind is not pa.table else frame.select(["age"])
+    job = JOB.replace(holdout=holdout)
+    file = PartyFile(party=job.label_holder, data=Rows(IDS, frame, [0, 1, 0]))
+    read = read_table(job, file)
+    assert read.chosen is not None and read.chosen.held_out.tolist() == [1]
+    assert read.features.tolist() == [[1.0], [2.0], [1.0]]
 
 
 # A source and the folder of its file ----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Learning that cannot be done is refused before anything is trained, and party files say what is wrong with it."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from torch import nn
 
 from sl_queue.config.job import PartyFile
 from sl_queue.data.spec import Rows
-from sl_queue.errors import JobError
+from sl_queue.errors import ComputeError, JobError
 from tests.support.learning import run_of
+from tests.support.split import Concatenated
 
 
 class Sam(torch.optim.SGD):
@@ -31,6 +33,18 @@ def strange(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([*module.parameters(), torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
+class Codes(nn.Module):
+    """Columns as codes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.abs() * 3).long().clamp(max=9)
+
+
+def sparse_models() -> dict[str, nn.Module]:
+    bases = {party: nn.Sequential(Codes(), nn.EmbeddingBag(10, 4, sparse=True)) for party in "ab"}
+    return {**bases, "fuse": Concatenated(8, 1)}
+
+
 @pytest.mark.parametrize(
     ("learning", "words"),
     [
@@ -46,6 +60,7 @@ def strange(module: nn.Module) -> torch.optim.Optimizer:
         ({"groups": [{"match": "*", "lr": -1.0}]}, ["refused by torch.optim.SGD", "-1.0"]),
         ({"optimizer": {"name": "rprop", "no_decay": ["*.bias"]}}, ["no_decay has no use: Rprop has no weight_decay"]),
         ({"schedule": lambda step, steps: float("nan")}, ["schedule gives nan for step 0 of 6"]),
+        ({"schedule": lambda step, steps: -1}, ["gives -1 for step 0 of 6; it must give a factor of at least 0"]),
         ({"schedule": lambda step: 1.0}, ["schedule fails on (0, 6): TypeError"]),
     ],
 )
@@ -55,6 +70,20 @@ def test_what_cannot_learn_is_refused_before_anything_is_trained(learning: dict[
         run.stages()
     assert "party 'a': [base]" in str(caught.value)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("learning", "words"),
+    [
+        ({"schedule": lambda step, steps: 1 / (3 - step)}, "schedule fails on (3, 6): ZeroDivisionError"),
+        ({"schedule": lambda step, steps: 2.5 - step}, "schedule gives a learning rate of -0.05 for step 3"),
+        ({"models": sparse_models()}, "SGD remembers 'momentum_buffer' of '1.weight' as a sparse tensor"),
+    ],
+)
+def test_what_cannot_go_on_learning_is_named(learning: dict[str, Any], words: str) -> None:
+    run = run_of(optimizer={"name": "sgd", "lr": 0.1, "momentum": 0.5}, **learning)
+    with pytest.raises(ComputeError, match=rf"party '.*': .(base|fuse).*{re.escape(words)}"):
+        run.stages().train(run.pipeline)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from tests.support.learning import (
     SCHEDULES,
     STEPS,
     parts,
+    plain,
+    require_equal,
     run_of,
     through_a_checkpoint,
     weights,
@@ -75,6 +77,54 @@ def test_what_an_optimizer_keeps_in_groups_lists_and_attributes_is_in_the_checkp
         assert optimizer.calls == step + 1
         assert type(optimizer.param_groups[0]["drift"]) is tuple
         assert weights(resumed.train(run.pipeline, first_step=step + 1)) == whole
+
+
+class Accumulating(torch.optim.SGD):
+    """Changes the weights in every other step, by the gradients of two."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.calls += 1
+        if self.calls % 2 == 0:
+            super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.calls % 2 == 0:
+            super().zero_grad(set_to_none)
+
+
+def test_gradients_that_an_optimizer_does_not_forget_are_in_the_checkpoint() -> None:
+    def make(module: torch.nn.Module) -> torch.optim.Optimizer:
+        return Accumulating(module.parameters(), lr=0.1)
+
+    run = run_of(optimizer=make)
+    whole = run.stages().train(run.pipeline)
+    require_equal(whole, plain(run, make))
+    for step in range(STEPS - 1):
+        begun = run.stages().train(run.pipeline, stop_after=step)
+        resumed = through_a_checkpoint(begun, run).train(run.pipeline, first_step=step + 1)
+        assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_scheduler_in_a_hook_is_resumed_as_an_attribute_and_warned_of_elsewhere(
+    kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(module: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        optimizer.register_step_post_hook(lambda *about: scheduler.step())
+        if kept:
+            optimizer.scheduler = scheduler  # type: ignore[attr-defined]
+        return optimizer
+
+    run = run_of(optimizer=make)
+    whole = weights(run.stages().train(run.pipeline))
+    begun = run.stages().train(run.pipeline, stop_after=2)
+    resumed = weights(through_a_checkpoint(begun, run).train(run.pipeline, first_step=3))
+    assert (resumed == whole) is kept
+    assert ("a hook of the optimizer uses a StepLR" in caplog.text) is not kept
 
 
 def test_going_back_to_an_earlier_checkpoint_forgets_what_came_later() -> None:

@@ -7,7 +7,7 @@ import random
 import warnings
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -39,6 +39,22 @@ class Clock:
         self.ticks = 0
 
 
+class Pace:
+    __slots__ = ("_Pace__late", "steps")
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def go(self) -> int:
+        self.steps, self.__late = self.steps + 1, self.steps
+        return self.__late
+
+
+class Pair(NamedTuple):
+    first: int
+    second: list[float]
+
+
 class Counting(Linear):
     """Depends on plain attributes of every kind."""
 
@@ -50,6 +66,7 @@ class Counting(Linear):
         self.clock, self.mean, self.array = Clock(), torch.zeros(4), np.zeros(2)
         self.numpy, self.python = np.random.default_rng(3), random.Random(3)
         self.torch = torch.Generator().manual_seed(3)
+        self.pace, self.pair = Pace(), Pair(0, [])
 
     def forward(self, x: Tensor) -> Tensor:
         output = super().forward(x)
@@ -60,8 +77,15 @@ class Counting(Linear):
         self.mean = self.mean * 0.9 + output.detach().mean(0)
         self.array += 0.1
         self.last_shape = x.shape
+        self.pair = Pair(self.pair.first + self.pace.go(), [*self.pair.second, 0.1])
         numbers = [self.calls, self.rate, self.on, len(self.word), sum(self.recent), self.clock.ticks, self.array.sum()]
-        numbers += [sum(map(sum, self.table.values())), self.numpy.random(), self.python.random()]
+        numbers += [
+            self.pair.first,
+            len(self.pair.second),
+            sum(map(sum, self.table.values())),
+            self.numpy.random(),
+            self.python.random(),
+        ]
         noise = torch.rand((), generator=self.torch)
         return output * (1 + 0.01 * float(sum(numbers))) + self.mean + noise
 
@@ -251,6 +275,12 @@ class Iterating(Linear):
         self.schedule = itertools.count()
 
 
+class Scaled(Linear):
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale)
+
+
 class Holding(Linear):
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
@@ -258,13 +288,15 @@ class Holding(Linear):
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "a late layer": (Late, "makes the parameter 'head.weight', 'head.bias' in its forward, after .* make it in __init"),
+    "a late layer": (Late, "makes the parameters 'head.weight', 'head.bias' in its forward, .* make it in __init"),
     "a parameter replaced": (Replacing, "makes the parameter 'linear.bias' in its forward.* in place"),
     "a tensor in a list": (InAList, "the tensor in its attribute 'scales' requires a gradient"),
     "a module in a list": (InAListOfModules, "the parameter '(weight|bias)' of the module in its attribute 'scales'"),
     "an iterator": (Iterating, "the attribute 'schedule' is a count, and nothing can save where it stands"),
     "complex128": (lambda: Holding(torch.ones(2, dtype=torch.complex128)), "buffer 'held' is complex128 .2,., of a dt"),
     "sparse": (lambda: Holding(torch.eye(3).to_sparse()), "buffer 'held' is float32 .3, 3., sparse_coo"),
+    "expanded": (lambda: Scaled(torch.ones(1).expand(4)), "numbers of the parameter 'scale' share one place in memory"),
+    "exported": (lambda: torch.export.export(Linear(), (torch.ones(2, 3),)).module(), "has no training mode .NotImpl"),
     "meta": (lambda: Holding(torch.ones(2, device="meta")), "buffer 'held' is float32 .2,., without numbers"),
 }
 
@@ -279,7 +311,7 @@ def test_what_cannot_be_trained_or_saved_is_named_before_training(what: str) -> 
 
 def test_a_layer_that_is_made_in_the_first_training_step_ends_it() -> None:
     run = setup(LateInTraining)
-    with pytest.raises(JobError, match=r"makes the parameter 'head.weight'"):
+    with pytest.raises(JobError, match=r"makes the parameters 'head.weight'"):
         run.stages().train(run.pipeline)
 
 
@@ -318,6 +350,21 @@ def test_a_change_that_no_checkpoint_carries_is_said_once(caplog: pytest.LogCapt
         state = found.bases["bank"].state()
     assert caplog.text.count("changes its attribute 'cache', a Clock, which no checkpoint carries") == 1
     assert "base/attributes" not in state.values
+
+
+def test_a_list_of_submodules_that_grows_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Growing(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layers.append(nn.Identity())
+            return super().forward(x) * len(self.layers)
+
+    with caplog.at_level(logging.WARNING, "sl_queue"):
+        setup(Growing()).stages()
+    assert "changes its attribute 'layers', a ModuleList, which no checkpoint carries" in caplog.text
 
 
 def test_the_dtypes_that_can_be_saved_are_those_of_the_files() -> None:

@@ -76,6 +76,7 @@ def test_a_fuse_that_fails_on_the_cuts_is_named_before_training() -> None:
 @pytest.mark.parametrize(
     ("loss", "complaint"),
     [
+        (lambda output, labels: output.sum() * 1j, "the loss returns complex64 (); it must return the mean"),
         (lambda output, labels: output**2, "the loss returns float32 (2, 1); it must return the mean over the rows"),
         (lambda output, labels: 5, "the loss returns int; it must return"),
         (lambda output, labels: output[5, 5], "failed on output float32 (2, 1) and labels int64 (2,): IndexError"),

@@ -190,7 +190,7 @@ def test_nothing_to_predict_is_said(trained: Any) -> None:
     empty = {party: sl_queue.Rows([], np.zeros((0, n))) for party, n in (("bank", 3), ("insurer", 2))}
     with pytest.raises(JobError):
         predict_threads(job(), parties, states(root), Asked(), rows=empty)
-    with pytest.raises(CheckpointError, match="has no rows to predict"):
+    with pytest.raises(JobError, match="has no rows to predict"):
         predict_threads(job(), parties, states(root), Asked())
 
 

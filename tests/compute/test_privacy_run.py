@@ -212,6 +212,9 @@ def test_a_response_to_numbers_is_refused() -> None:
     shop = shop.model_copy(update={"data": sl_queue.Rows(np.arange(N), labels=RNG.standard_normal(N))})
     with pytest.raises(JobError, match=r"needs classes, whole numbers, one a row; these labels are float64 \(400,\)"):
         given_labels(shop, b"s" * 32)
+    same = shop.model_copy(update={"data": sl_queue.Rows(np.arange(N), labels=np.ones(N, np.int64))})
+    with pytest.raises(JobError, match=r"labels = \{ epsilon = 2 \} has no use: all labels are of one class"):
+        given_labels(same, b"s" * 32)
 
 
 # Secrets --------------------------------------------------------------------------------------------------------

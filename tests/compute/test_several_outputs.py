@@ -234,6 +234,7 @@ class Returns(nn.Module):
         ([[1], [1]], lambda y: [y, y, y], "returns 3 tensors; the cut has 2"),
         ([[1], [2]], lambda y: [y, y], r"output number 1 is float32 (2, 1), the cut says (rows, 2)"),
         ({"u": [1], "v": [1]}, lambda y: {"u": y, "v": y.double()}, "all outputs must be of one dtype"),
+        ([1], lambda y: y.to_sparse(), "returns a sparse_coo tensor; it must return a dense one"),
         ([1], lambda y: [y], "returns list; it must return one tensor"),
     ],
 )

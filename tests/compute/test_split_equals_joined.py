@@ -257,6 +257,15 @@ def test_a_fuse_model_may_change_its_inputs_in_place() -> None:
     assert_split_equals_plain(bce, **setup)
 
 
+def test_a_fuse_model_may_take_its_inputs_out_of_their_list() -> None:
+    class Popping(Concatenated):
+        def forward(self, inputs: list[Tensor]) -> Tensor:
+            last = inputs.pop()
+            return super().forward([inputs.pop(), last])
+
+    assert_split_equals_plain(bce, **tabular() | {"fuse": Popping(8, 1)})
+
+
 def test_a_party_that_the_fuse_model_ignores_learns_nothing() -> None:
     class Ignoring(Concatenated):
         def forward(self, inputs: list[Tensor]) -> Tensor:

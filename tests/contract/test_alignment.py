@@ -124,6 +124,11 @@ def test_more_ids_than_agreed_are_refused(tmp_path: Path) -> None:
     assert len(done.errors) == 4
 
 
+def test_a_bound_is_rounded_up_as_sizes_are(tmp_path: Path) -> None:
+    done = Alignment(tmp_path, IDS, at_most=9, patience_s=5).run()
+    assert done.errors == {}
+
+
 def test_ids_of_different_types_are_named_with_the_remedy(tmp_path: Path) -> None:
     done = Alignment(tmp_path, IDS, types={"one": "integer"}, patience_s=5).run()
     told = {str(error) for error in done.errors.values()}

@@ -152,6 +152,16 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_table(table_spec(job, rows, Importer()))
 
 
+@pytest.mark.parametrize("kind", [pa.table, pa.RecordBatch.from_pydict])
+@pytest.mark.parametrize("features", [{}, {"features": {"age": {"kind": "number", "scale": "none"}}}])
+def test_a_month_in_a_data_frame_chooses_rows_and_is_no_feature(kind: Any, features: Any) -> None:
+    frame = kind({"month": ["2025-11", "2026-01", "2025-12"], "age": [1.0, 2.0, 3.0]})
+    file = PartyFile(party="insurer", data=Rows([1, 2, 3], frame, [0, 1, 0]), **features)
+    table = read_table(table_spec(job_of(holdout={"column": "month", "from": "2026-01"}), file, Importer()))
+    assert table.chosen is not None and table.chosen.held_out.tolist() == [1]
+    assert table.features.tolist() == [[1.0], [2.0], [3.0]]
+
+
 def test_another_party_takes_all_rows_as_training_rows_until_it_is_told(tmp_path: Path) -> None:
     job = job_of(holdout={"column": "month", "from": "2026-01"})
     file = PartyFile(party="bank", data=Rows([1, 2, 3], np.ones((3, 1))))

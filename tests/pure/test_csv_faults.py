@@ -199,6 +199,18 @@ def test_a_column_with_a_few_values_that_are_not_numbers_is_told_from_text(tmp_p
     assert "'x' (text: 1 of 3 values are not numbers), 'note' (text)" in said
 
 
+def test_rows_that_are_all_of_another_length_are_counted_and_none_is_called_missing(tmp_path: Path) -> None:
+    said = complaint(tmp_path, "id,x\n1,0.5,\n2,1.5,\n")
+    assert "2 rows have more or fewer fields than the header" in said
+
+
+@pytest.mark.parametrize("text", ["id,größe\n1,2\n", "id,x\ngröße,2\n"])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_file_in_another_encoding_is_told_from_one_that_is_no_table(tmp_path: Path, text: str, encoding: str) -> None:
+    said = complaint(tmp_path, text.encode(encoding))
+    assert "cannot be read (not all of it is utf-8; say what it is, data.csv.encoding" in said
+
+
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
 def test_another_separator_is_recognised(tmp_path: Path, separator: str, name: str) -> None:
     said = complaint(tmp_path, f"id{separator}x\n1{separator}0,5\n")

@@ -369,7 +369,7 @@ def test_a_source_that_fails_is_named(source: Any, expected: list[str]) -> None:
         ("", {}, ["no column 'id'", "its columns are none"]),
         (b"PK\x03\x04" + b"\x00" * 2**18, {}, ["cannot be read", "comma-separated"]),
         ("\n\nid,x\n1,nan\n", {}, ["'x' in 1 of 1 rows"]),
-        (b"id,x\n\xff\xfe,1\n", {}, ["cannot be read", "UTF-8"]),
+        (b"id,x\n\xff\xfe,1\n", {}, ["cannot be read", "not all of it is utf-8"]),
         ("id,x\n1,2\n31337,2,3\n31337\n", {}, ["2 rows have more or fewer fields"]),
         (
             "customer,x\n1,2\n",

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -11,8 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import table_spec
+from sl_queue.config.user_code import Importer
 from sl_queue.data.feature_specs import Category, Date, Number, Spec, resolve
 from sl_queue.data.features import Fitted, apply, fit
+from sl_queue.data.spec import Rows
+from sl_queue.data.to_predict import read_to_predict
 from sl_queue.data.unseen import unseen
 from sl_queue.errors import JobError
 
@@ -36,6 +42,9 @@ def applied(found: Fitted, columns: dict[str, Any]) -> np.ndarray[Any, Any]:
 def faults_of(specs: dict[str, Spec], columns: dict[str, Any]) -> list[str]:
     arrays = {name: pa.array(values) for name, values in columns.items()}
     return fit(specs, arrays, np.arange(len(next(iter(arrays.values())))))[1]
+
+
+FEATURE = {"role": "feature", "cut": [1]}
 
 
 def test_a_gap_gets_the_median_of_the_training_rows_alone_and_is_scaled_by_them() -> None:
@@ -116,6 +125,8 @@ def test_parts_of_dates_do_not_depend_on_today_nor_on_how_the_date_is_written() 
     assert applied(fitted({"d": spec}, {"d": days}), {"d": days}).tolist() == expected
     texts = [day.isoformat() for day in days]
     assert applied(fitted({"d": spec}, {"d": texts}), {"d": texts}).tolist() == expected
+    packed = [int(day.strftime("%Y%m%d")) for day in days]
+    assert applied(fitted({"d": replace(spec, format="%Y%m%d")}, {"d": packed}), {"d": packed}).tolist() == expected
     dotted = [day.strftime("%d.%m.%Y") for day in days]
     assert applied(fitted({"d": german}, {"d": dotted}), {"d": dotted}).tolist() == expected
     assert fitted({"d": spec}, {"d": days}).names == ("d.year", "d.month", "d.day", "d.weekday", "d.age")
@@ -131,6 +142,12 @@ def test_parts_of_dates_do_not_depend_on_today_nor_on_how_the_date_is_written() 
         (Date(("year",)), ["2024-01-01", "31.12.2024"], "1 of 2 values are not dates like 2026-01-31"),
         (Date(("year",), format="%d %B %Y"), ["1 May 2024"], "differ from machine to machine"),
         (Date(("year",)), [1, 2], "is int64, not dates"),
+        (Date(("year",)), ["2024-02-30", "2024-02-30", "2024-02-29"], "2 of 3 values are not dates like 2026-01-31"),
+        (Date(("year",), format="%d.%m.%Y"), ["29.02.2023", "31.4.2024", "1.3.2024"], "2 of 3 values are not dates"),
+        (Number(), [1e308, -1e308, 5.0], "its values are too large to be averaged"),
+        (Number(scale="minmax"), [1e308, -1e308], "its values are too large to be averaged"),
+        (Number(), [1e-310, 2e-310, 0.0], 'differ by too little for a standard deviation; say scale = "quantile"'),
+        (Number(), ["1.5", "2"], "holds no numbers (numbers as text; of a CSV, see data.csv.decimal"),
         (Category(), [str(n) for n in range(1001)], "1001 categories would be as many columns"),
     ],
 )
@@ -148,7 +165,20 @@ def test_a_gap_in_held_out_rows_and_a_value_beyond_float32_are_faults_too() -> N
     assert apply(found, {"x": pa.array([1.0, None])})[1] == [
         '[features] x: missing in 1 row; say missing = "median", "mean" or "zero"'
     ]
-    assert "beyond float32" in apply(found, {"x": pa.array([1e300])})[1][0]
+    assert '"standard" or "quantile"' in apply(found, {"x": pa.array([1e300])})[1][0]
+    standard = fitted({"x": Number()}, {"x": [1.0, 2.0]})
+    assert 'value is beyond float32; say scale = "quantile"' in apply(standard, {"x": pa.array([1e300])})[1][0]
+
+
+def test_at_prediction_another_recipe_is_said_to_need_another_training() -> None:
+    job = Job(name="t", seed=1, epochs=1, batch_size=2, parties={"a": FEATURE, "b": {"role": "label"}})
+    rows = Rows([1, 2], pa.table({"x": [1.0, None]}))
+    file = PartyFile(party="a", data=rows, features={"x": {"kind": "number"}})
+    recipe = fitted({"x": Number()}, {"x": [1.0, 2.0]}).as_json()
+    with pytest.raises(
+        JobError, match=r"x: missing in 1 row; say missing = .* \(another line of .features. takes effect when"
+    ):
+        read_to_predict(table_spec(job, file, Importer()), None, recipe, None)
 
 
 def test_new_categories_are_noted_and_refused_where_they_are_many() -> None:

@@ -17,7 +17,7 @@ import sl_queue
 from sl_queue.cli.main import app
 from sl_queue.config.job import Job
 from sl_queue.config.party import PartyFile
-from sl_queue.errors import AlignmentError, CheckpointError
+from sl_queue.errors import AlignmentError, CheckpointError, JobError
 from sl_queue.launch.operator import read_status
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.security.keys import PrivateKey, read_key, write_key
@@ -108,6 +108,13 @@ def test_tables_without_a_shared_row_are_told_how_their_ids_are_written(
     assert "those of 'bank' are text of 5 characters (\"a-ddd\")" in caplog.text
     assert "those of 'insurer' are text of 7 characters (\"a-ddddd\")" in caplog.text
     assert not (folder / "out/bank/aligned.json").exists()
+
+
+def test_a_table_of_more_rows_than_agreed_is_refused_at_home(folder: Path) -> None:
+    text = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(text.replace("pad = 50", "pad = 5000\nat_most = 30"))
+    with pytest.raises(JobError, match=r"it has more rows than alignment.at_most = 30; leave some out"):
+        sl_queue.run_local(*loaded(folder), out=folder / "out")
 
 
 def test_align_without_an_alignment_in_the_job_says_what_to_set(

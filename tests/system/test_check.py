@@ -82,6 +82,21 @@ def test_party_files_are_read_even_if_the_job_is_wrong(job: Path) -> None:
     assert len(texts(findings, Level.ERROR)) == 2
 
 
+def test_files_in_another_order_or_of_one_party_or_with_one_folder_are_told_so(job: Path) -> None:
+    bank, insurer = job.parent / "bank.toml", job.parent / "insurer.toml"
+    found: list[Finding] = []
+    assert check_job(bank, [job, insurer], None, found.append) == 2
+    assert [text.partition(";")[0] for text in texts(found, Level.ERROR)] == [
+        f"{bank}: is a party file",
+        f"{job}: is a job file",
+    ]
+    code, findings = check(job, "bank.toml", "bank.toml")
+    assert (code, texts(findings, Level.ERROR)) == (2, ["two files are of the party 'bank'; give one for each party"])
+    edit(insurer, "state/insurer", "state/bank")
+    code, findings = check(job)
+    assert code == 2 and "have one state folder" in texts(findings, Level.ERROR)[0]
+
+
 def test_different_ids_are_told_as_counts(job: Path) -> None:
     columns = bank_columns(job.parent)
     write_bank(job.parent, {name: values[7:] for name, values in columns.items()})  # type: ignore[index]

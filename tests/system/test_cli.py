@@ -217,6 +217,11 @@ WRONG: dict[str, tuple[Spoil, int, str]] = {
     "two label holders": (file_edit("job.toml", '"feature"', '"label"'), 2, "exactly one party holds the labels"),
     "a party that is not in the job": (file_edit("bank.toml", 'party = "bank"', 'party = "bnak"'), 2, "bnak"),
     "more micro-batches than rows": (file_edit("job.toml", "micro_batches = 4", "micro_batches = 129"), 2, "128"),
+    "a file with a byte order mark and a mistake": (
+        lambda folder: (folder / "job.toml").write_text("\ufeff" + (folder / "job.toml").read_text() + "\nx = 1"),
+        2,
+        r"\.x is unknown",
+    ),
     "a file that is not there": (file_edit("bank.toml", "bank.parquet", "bonk.parquet"), 2, "bonk.parquet"),
     "a missing column": (file_edit("bank.toml", '"customer_id"', '"client_id"'), 2, "client_id"),
     "repeated ids": (column("customer_id", with_first(5)), 2, "1 of 200 rows repeat"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.base import clone
@@ -154,6 +155,23 @@ def test_with_ids_rows_may_stand_in_any_order_and_predictions_come_in_that_of_th
     assert equal_weights(model.bases_["bank"], before)
 
 
+@pytest.mark.parametrize("kind", [pd.DataFrame, pl.DataFrame, pa.table, pa.RecordBatch.from_pydict])
+def test_columns_are_known_by_their_names_after_training(kind: Any, tmp_path: Path) -> None:
+    x, y = data()
+    columns = {"bank": {name: x["bank"][:, n] for n, name in enumerate("abc")}}
+    columns["insurer"] = {name: x["insurer"][:, n] for n, name in enumerate("de")}
+    tables = {party: kind(each) for party, each in columns.items()}
+    model = model_of()
+    model.fit(tables, y)
+    expected = model.predict_proba(tables)
+    model.save(tmp_path / "saved")
+    other = dict(reversed({**columns["bank"], "more": y}.items()))
+    for each in (model, SplitModel.load(tmp_path / "saved")):
+        assert np.array_equal(each.predict_proba({**tables, "bank": kind(other)}), expected)
+        with pytest.raises(JobError, match="party 'bank': there is no column 'b'; the model was trained on a, b, c"):
+            each.predict({**tables, "bank": kind({"a": y, "c": y})})
+
+
 def test_a_label_holder_without_a_base_model_brings_the_labels_alone() -> None:
     x, y = data()
     bases, fuse = modules()
@@ -174,6 +192,7 @@ def test_a_label_holder_without_a_base_model_brings_the_labels_alone() -> None:
         (lambda x, y: (x, y[:-1]), "different numbers of rows: bank 60, insurer 60, labels 59"),
         (lambda x, y: ({**x, "bank": x["bank"][:, :2]}, y), "party 'bank': the base model fails on two rows"),
         (lambda x, y: (x["bank"], y), "features are one table; give a dict"),
+        (lambda x, y: (x, None), "there are no labels to train on"),
         (lambda x, y: (x, "risk"), "'risk' names a column, and the table is a ndarray without names"),
         (lambda x, y: ({p: a[:0] for p, a in x.items()}, y[:0]), "there are no rows"),
     ],
@@ -182,6 +201,16 @@ def test_what_cannot_be_fitted_is_said_in_words_of_the_caller(change: Any, words
     with pytest.raises(JobError) as caught:
         model_of().fit(*change(*data()))
     assert words in str(caught.value)
+
+
+def test_an_optimizer_may_be_a_name_and_not_one_of_other_parameters() -> None:
+    x, y = data()
+    named, table = model_of(optimizer="sgd"), model_of(optimizer={"name": "sgd"})
+    named.fit(x, y)
+    table.fit(x, y)
+    assert equal_weights(named.fuse_, table.fuse_)
+    with pytest.raises(JobError, match="optimizer is SGD, made for other parameters; give a table"):
+        model_of(optimizer=torch.optim.SGD([torch.zeros(1)])).fit(x, y)
 
 
 def test_what_is_not_trained_says_so() -> None:

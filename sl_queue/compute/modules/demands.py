@@ -1,6 +1,6 @@
 """Demands on a module that are looked into before anything is trained: what cannot be trained or saved is named."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ def require_savable(module: nn.Module, where: str) -> None:
     """Raise JobError for a parameter or buffer that no checkpoint can hold, and for an iterator as an attribute."""
     for kind, named in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
         for name, tensor in named:
+            if kind == "parameter" and overlaps(tensor):
+                raise JobError(
+                    f"{where}: numbers of the parameter {name!r} share one place in memory, where no optimizer can "
+                    "change them; make it of a tensor's clone()"
+                )
             if not is_lazy(tensor) and (problem := _problem(tensor)):
                 raise JobError(
                     f"{where}: the {kind} {name!r} is {described(tensor)}, {problem}, and cannot be saved; keep it "
@@ -31,6 +36,13 @@ def require_savable(module: nn.Module, where: str) -> None:
                 f"{where}: the attribute {path!r} is a {type(value).__name__}, and nothing can save where it stands; "
                 "keep the values in a list, and a number that says which comes next"
             )
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Tell whether numbers of a tensor share one place in memory, as those of an expanded one do."""
+    if is_lazy(tensor) or tensor.layout != torch.strided:
+        return False
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _problem(tensor: Tensor) -> str | None:
@@ -49,6 +61,15 @@ def _problem(tensor: Tensor) -> str | None:
         except (TypeError, RuntimeError, ValueError, NotImplementedError):
             return f"a {type(tensor).__name__}"
     return None
+
+
+def require_dense(output: object, what: str) -> None:
+    """Raise ShapeError unless a model's output is a tensor with a number in every place."""
+    if not isinstance(output, Tensor):
+        raise ShapeError(f"{what} returns {type(output).__name__}; it must return one tensor")
+    if output.layout != torch.strided or output.is_nested:
+        kind = "nested" if output.is_nested else str(output.layout).removeprefix("torch.")
+        raise ShapeError(f"{what} returns a {kind} tensor; it must return a dense one")
 
 
 def require_number(penalty: object, what: str) -> None:
@@ -89,12 +110,14 @@ def require_known(
     module: nn.Module,
     optimizer: Optimizer | None,
     built: Built,
-    reached: Iterable[Tensor],
     where: str,
+    reached: Sequence[Tensor] = (),
+    again: Callable[[], Tensor] | None = None,
 ) -> None:
     """Raise JobError for a parameter that the optimizer was not given: one that came later, or is none of the module's.
 
-    Also for a submodule with buffers that came later. `reached` is what the module's output comes of.
+    Also for a submodule with buffers that came later. `reached` is what the module's output comes of. Which of that a
+    forward makes for itself, to differentiate by, is found by doing it `again`: that is another tensor each time.
     """
     known = set() if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
     now = Contents.of(module)
@@ -109,8 +132,11 @@ def require_known(
             if any(late.values())
             else "make it in __init__, or let a lazy layer (nn.LazyLinear, ...) find its shape"
         )
-        raise JobError(f"{where} makes the parameter {names} in its forward, after the optimizer was built; {remedy}")
+        kind = "parameter" if len(late) == 1 else "parameters"
+        raise JobError(f"{where} makes the {kind} {names} in its forward, after the optimizer was built; {remedy}")
     strangers = [leaf for leaf in reached if id(leaf) not in known]
+    lasting = leaves_of(again()) if strangers and again is not None else strangers
+    strangers = [leaf for leaf in strangers if any(leaf is each for each in lasting)]
     if strangers:
         raise JobError(
             f"{where}: {_place(module, strangers[0])} requires a gradient and is no parameter of the module, so "

@@ -17,7 +17,10 @@ from sl_queue.compute.modules.remembered import (
     Numbers,
     Remembered,
     Scalar,
+    attributes_of,
     generator_state,
+    is_named_tuple,
+    set_attributes,
     set_generator_state,
 )
 
@@ -75,7 +78,8 @@ def _holds(tensor: Tensor, numbers: Tensor) -> bool:
 
 
 def items_back(memory: Items, target: Any) -> Any:
-    fits = type(target) is CONTAINERS[memory.kind] and getattr(target, "maxlen", None) == memory.longest
+    named = memory.kind == "tuple" and is_named_tuple(target) and len(target) == len(memory.items)
+    fits = (named or type(target) is CONTAINERS[memory.kind]) and getattr(target, "maxlen", None) == memory.longest
     if memory.kind in ("dict", "OrderedDict"):
         keys = [put_back(key) for key in memory.items[::2]]
         before = target if fits else {}
@@ -86,7 +90,7 @@ def items_back(memory: Items, target: Any) -> Any:
     if memory.kind == "tuple" and fits and len(items) == len(target) and all(map(_is, items, target)):
         return target
     if memory.kind in ("tuple", "Size", "frozenset"):
-        return CONTAINERS[memory.kind](items)
+        return type(target)._make(items) if named else CONTAINERS[memory.kind](items)
     if not fits:
         target = deque(maxlen=memory.longest) if memory.kind == "deque" else CONTAINERS[memory.kind]()
     target.clear()
@@ -110,9 +114,12 @@ def _instance_back(memory: Instance, target: Any) -> Any:
         return target
     if target is None:
         raise TypeError("an object that is not there")
-    there = vars(target)
+    there = attributes_of(target)
     values = {name: put_back(value, there.get(name)) for name, value in memory.attributes.items()}
     for name in [name for name in there if name not in values and name not in HOOKS]:
-        del there[name]
-    there.update(values)
+        if name in getattr(target, "__dict__", ()):
+            del vars(target)[name]
+        else:
+            object.__delattr__(target, name)
+    set_attributes(target, values)
     return target

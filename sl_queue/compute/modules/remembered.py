@@ -11,13 +11,14 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 from weakref import ReferenceType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 MOST_ITEMS = 1000  # of a container that a checkpoint carries
 _LARGE_BYTES = 16 * 2**20  # a tensor that is compared by its version instead of its numbers
@@ -98,6 +99,8 @@ class Memory:
             return _tensor(value)
         if isinstance(value, np.ndarray | np.generic):
             return _array(value)
+        if is_named_tuple(value):
+            return Items("tuple", tuple(map(self.remember, value)), value)
         if type(value).__name__ in CONTAINERS and type(value) is CONTAINERS[type(value).__name__]:
             return self._container(value)
         if (generator := generator_state(value)) is not None:
@@ -119,7 +122,8 @@ class Memory:
 
     def _instance(self, value: Any, names: list[str]) -> Remembered:
         """Remember an object that holds plain values only; leave one with a lock, a file or a thread alone."""
-        attributes = {name: self.remember(vars(value)[name]) for name in names}
+        own = attributes_of(value)
+        attributes = {name: self.remember(own[name]) for name in names}
         plain = all(not isinstance(a, Fixed) or self._is_harmless(a.held) for a in attributes.values())
         return Instance(attributes, value) if plain else Fixed(value)
 
@@ -153,9 +157,39 @@ def _own_names(value: Any) -> list[str] | None:
     if isinstance(value, nn.Module):
         return [n for n in vars(value) if n not in HOOKS]
     root = type(value).__module__.partition(".")[0]
-    if root in _NOT_OURS or is_iterator(value) or not hasattr(value, "__dict__"):
+    if (
+        (root in _NOT_OURS and not isinstance(value, LRScheduler))
+        or is_iterator(value)
+        or not (hasattr(value, "__dict__") or _slots_of(value))
+    ):
         return None
-    return None if isinstance(value, BaseException | dict | list | tuple | set) else list(vars(value))
+    return None if isinstance(value, BaseException | dict | list | tuple | set) else list(attributes_of(value))
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots among them."""
+    slots = {name: getattr(value, name) for name in _slots_of(value) if hasattr(value, name)}
+    return slots | getattr(value, "__dict__", {})
+
+
+def set_attributes(value: Any, attributes: Mapping[str, Any]) -> None:
+    """Give an object these attributes, a frozen one too."""
+    slots = _slots_of(value)
+    for name, attribute in attributes.items():
+        if name in slots:
+            object.__setattr__(value, name, attribute)
+        else:
+            vars(value)[name] = attribute
+
+
+def _slots_of(value: Any) -> set[str]:
+    each = (found for kind in type(value).__mro__ for found in vars(kind).items())
+    return {name for name, found in each if isinstance(found, MemberDescriptorType)}
+
+
+def is_named_tuple(value: Any) -> bool:
+    """Tell whether a value is a tuple whose items have names."""
+    return isinstance(value, tuple) and hasattr(type(value), "_make") and type(value) is not tuple
 
 
 HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)

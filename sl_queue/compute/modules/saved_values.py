@@ -14,7 +14,10 @@ from sl_queue.compute.modules.remembered import (
     Numbers,
     Remembered,
     Scalar,
+    attributes_of,
     generator_state,
+    is_named_tuple,
+    set_attributes,
     set_generator_state,
 )
 
@@ -84,13 +87,13 @@ def read(value: Any, tensor_of: Callable[[str], Tensor], current: Any = None) ->
         return current
     if current is None:
         raise NotCarriedError("", None)
-    for name, attribute in content.items():
-        vars(current)[name] = read(attribute, tensor_of, vars(current).get(name))
+    there = attributes_of(current)
+    set_attributes(current, {n: read(attribute, tensor_of, there.get(n)) for n, attribute in content.items()})
     return current
 
 
 def _read_items(kind: str, content: Any, longest: int | None, tensor_of: Callable[[str], Tensor], current: Any) -> Any:
-    fits = type(current) is CONTAINERS[kind]
+    fits = type(current) is CONTAINERS[kind] or (kind == "tuple" and is_named_tuple(current))
     if kind in ("dict", "OrderedDict"):
         keys = [read(key, tensor_of) for key in content[::2]]
         there: list[Any] = [current.get(key) if fits else None for key in keys]

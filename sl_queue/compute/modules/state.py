@@ -16,11 +16,12 @@ from sl_queue.compute.modules.put_back import put_back
 from sl_queue.compute.modules.remembered import Memory, Remembered, same
 from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
 from sl_queue.cut.tensors import described, dtype_name, from_payload, to_payload
-from sl_queue.errors import CheckpointError
+from sl_queue.errors import CheckpointError, JobError
 from sl_queue.protocol.checkpoint import SAVABLE, State
 from sl_queue.protocol.messages import Payload
 
 LENT = "_sl_queue_lent"  # an attribute of a module while a run trains it
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 OWN = frozenset(vars(nn.Module())) | {LENT}  # of torch, or ours: kept by other means
 
 
@@ -39,10 +40,14 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
                 each.training = was
 
 
-def begin_training(module: nn.Module) -> None:
+def begin_training(module: nn.Module, where: str) -> None:
     """Put a module into training mode, apart from submodules that were built in evaluation mode."""
     frozen = [each for each in module.modules() if not each.training]
-    module.train()  # which may be the module's own, and keep some in evaluation mode
+    try:
+        module.train()  # which may be the module's own, and keep some in evaluation mode
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise JobError(f"{where} has no training mode ({told}); give the module that it was made of") from error
     for each in frozen:
         each.training = False
 
@@ -162,6 +167,7 @@ class Built:
                 found[path] = saved(memory, before, path, keep)
             except NotCarriedError as error:
                 lost.append(error)
+        lost += [NotCarriedError(name, now.modules.get(name)) for name in self._other_items(now)]
         values: dict[str, Any] = {
             "attributes": found,
             "gone": [path for path in self.attributes if path not in remembered],
@@ -170,6 +176,15 @@ class Built:
             "learning": _differing(_learning(now), self.learning),
         }
         return State(tensors, {f"{prefix}{key}": value for key, value in values.items() if value}), lost
+
+    def _other_items(self, now: Contents) -> Iterator[str]:
+        """Yield the lists and dicts of submodules that have grown, or lost some of theirs."""
+        for name, each in now.modules.items():
+            if name in self.modes and isinstance(each, _LISTS):
+                prefix = join(name, "")
+                before = {key for key in self.modes if key.startswith(prefix) and key != name}
+                if before != {key for key in now.modules if key.startswith(prefix) and key != name}:
+                    yield name
 
     def _changed_buffers(self, now: Contents) -> dict[str, bool | None]:
         """Return buffers that are not as they were built: whether a state_dict has them, None for those now gone."""
