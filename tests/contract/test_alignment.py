@@ -88,7 +88,7 @@ def test_a_kill_at_any_operation_ends_with_the_same_rows(tmp_path: Path, role: s
     operations = range(0, counting.count, max(1, counting.count // 7))
 
     def killed_at(operation: int) -> Alignment:
-        return Alignment(tmp_path / str(operation), ids, crashes={role: CrashAt(operation)}, patience_s=0.6).run()
+        return Alignment(tmp_path / str(operation), ids, crashes={role: CrashAt(operation)}, patience_s=2.0).run()
 
     with ThreadPoolExecutor(len(operations)) as at_once:  # they do little but wait for who comes again
         for operation, done in zip(operations, at_once.map(killed_at, operations), strict=True):
