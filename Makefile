@@ -4,6 +4,7 @@ VENV := .venv
 TORCH_INDEX ?=    # where PyTorch keeps its builds without CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+export PYTHONDONTWRITEBYTECODE :=  # hundreds of processes start in a run of the tests: what one compiled, the next reads
 
 .DEFAULT_GOAL := demo
 .PHONY: help demo check test test-pure bench chaos picture pictures install clean
