@@ -140,14 +140,19 @@ class _Parquet:
         return list(pa.parquet.read_schema(self._files[0]).names)
 
     def read(self, selected: Sequence[str], texts: Sequence[str]) -> tuple[Any, list[str]]:
-        tables = []
-        for path in self._files:
-            with pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
-                tables.append(file.read(columns=list(selected), use_threads=len(selected) > 1))
-        return pa.concat_tables(tables, promote_options="permissive"), []
+        return self._read(selected, {}), []
 
     def later(self, selected: Sequence[str], texts: Sequence[str]) -> Later | None:
-        return Later(tuple(selected), lambda name: self.read([name], [])[0][name])
+        footers = {path: pa.parquet.read_metadata(path) for path in self._files}  # once: a wide file's is long
+        return Later(tuple(selected), lambda name: self._read([name], footers)[name])
+
+    def _read(self, selected: Sequence[str], footers: Mapping[Path, Any]) -> Any:
+        tables = []
+        for path in self._files:
+            footer = footers.get(path)
+            with pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False, metadata=footer) as file:
+                tables.append(file.read(columns=list(selected), use_threads=len(selected) > 1))
+        return pa.concat_tables(tables, promote_options="permissive")
 
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
         return {}

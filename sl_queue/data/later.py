@@ -33,6 +33,10 @@ class Later(Mapping[str, Any]):
         pa.default_memory_pool().release_unused()  # of the column before, which would be kept for the next table
         return self.load(name)
 
+    def __contains__(self, name: object) -> bool:
+        """Return True if there is such a column; a Mapping would read it to find out."""
+        return name in self.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

@@ -108,6 +108,7 @@ class Injector:  # mutable: it remembers what it did
         self._faults, self._run_log, self._proxies, self._say = faults, run_log, proxies, say
         self._broker, self._meeting = broker, meeting
         self._thread = threading.Thread(target=self._work, name="faults", daemon=True)
+        self._meeting_starts: threading.Thread | None = None
         self.began_s = time.monotonic()
         self.injected: list[Injected] = []
 
@@ -121,6 +122,7 @@ class Injector:  # mutable: it remembers what it did
         finally:
             self._run_log.end()
             self._thread.join()
+            self._await_meeting()
 
     def _work(self) -> None:
         for fault in self._faults:
@@ -140,7 +142,7 @@ class Injector:  # mutable: it remembers what it did
             case Kind.MEETING:
                 self._note(fault)
                 if self._meeting is not None:
-                    self._meeting.restart()
+                    self._restart_beside(self._meeting)
             case Kind.CUT:
                 self._note(fault)
                 self._proxies[fault.victim].cut()
@@ -157,6 +159,17 @@ class Injector:  # mutable: it remembers what it did
             case _:
                 assert_never(fault.kind)
         return True
+
+    def _restart_beside(self, meeting: PrivateBroker) -> None:
+        """Kill the hands' broker, and start it while other faults come: a run without hands goes on and may end."""
+        self._await_meeting()
+        meeting.kill()
+        self._meeting_starts = threading.Thread(target=meeting.start, name="hands' broker", daemon=True)
+        self._meeting_starts.start()
+
+    def _await_meeting(self) -> None:
+        if self._meeting_starts is not None:
+            self._meeting_starts.join()
 
     def _kill(self, fault: Fault) -> bool:
         while (pid := self._run_log.await_process(fault.victim)) is not None:

@@ -1,8 +1,6 @@
 """Cuts of a module, ranked: every layer that can be one, with what it costs; the others with the reason."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,7 @@ from sl_queue import JobError
 from sl_queue.planning.cuts import Cut, lines, module_named, parties_named, ranked, rows_named
 from tests.support import architectures as arch
 from tests.support.architectures import normal
-
-COMMAND = str(Path(sys.executable).with_name("sl-queue"))
+from tests.support.forked import sl_queue
 
 
 def test_the_layers_of_a_network_are_ranked_by_what_crosses() -> None:
@@ -77,17 +74,11 @@ def test_the_command_prints_the_ranking(tmp_path: Path) -> None:
         "import torch\nfrom tests.support.architectures import Towers\n\ndef rows():\n    return torch.ones(50, 5)\n"
     )
     words = ["cuts", "towers:Towers", "--rows", "towers:rows", "--party", "bank=0:3", "--party", "insurer=right"]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [COMMAND, *words], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": root, "PATH": ""}
-    )
+    done = sl_queue(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].split()[:2] == ["layer", "party"]
     assert "left.2" in done.stdout
-    failed = subprocess.run(
-        [COMMAND, "cuts", "towers:Towers", "--rows", "4,4"], cwd=tmp_path, capture_output=True, text=True,
-        env={"PYTHONPATH": root, "PATH": ""},
-    )  # fmt: skip
+    failed = sl_queue("cuts", "towers:Towers", "--rows", "4,4", cwd=tmp_path)
     assert failed.returncode != 0
     assert "the module fails on these rows" in failed.stderr
 

@@ -31,6 +31,7 @@ from sl_queue.loops.requests import Unanswered
 from sl_queue.protocol.serving import MOST_ROWS
 from sl_queue.storage.versions import promote
 from tests.compute.test_prediction import Base, N, files, job, new_rows, states
+from tests.support.waiting import await_that
 
 
 @pytest.fixture(scope="module")
@@ -201,12 +202,13 @@ def test_a_request_to_a_party_that_restarts_is_answered_by_the_next_worker(servi
 
 
 def test_a_silent_party_is_named_after_the_deadline_and_never_counts_as_zeros(trained: Any) -> None:
+    began = time.monotonic()
     service = Service(trained[0], deadline_s=0.3)
     try:
         service.stop_bank()
         said = service.ask([int(service.ids[0])])
         assert said.status_code == 503 and said.json()["missing"] == ["bank"]
-        assert 0.2 < said.json()["silent_s"] < 5.0
+        assert 0.2 < said.json()["silent_s"] <= time.monotonic() - began
     finally:
         service.close()
 
@@ -292,9 +294,7 @@ def test_a_version_is_taken_over_once_all_parties_have_it_and_no_request_fails(t
         promote(root / "insurer", other.name)
         assert not any(served(other.name) for _ in range(5)), "the bank has no such version yet"
         shutil.copytree(tmp_path / "other" / "bank" / "versions" / other.name, root / "bank" / "versions" / other.name)
-        deadline = time.monotonic() + 20.0
-        while not served(other.name):
-            assert time.monotonic() < deadline
+        await_that(lambda: served(other.name), "what both have is served")
         assert before["predictions"] != service.ask([int(service.ids[0])]).json()["predictions"]
     finally:
         service.close()

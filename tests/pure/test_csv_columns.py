@@ -96,3 +96,10 @@ def test_a_few_columns_in_another_order_are_told_apart(tmp_path: Path) -> None:
     found = csv_columns.later(path, ["id"], ["then_fraction", "id"], COMMAS)
     assert found is not None
     assert found["then_fraction"].type == pa.float64()
+
+
+def test_who_asks_which_columns_there_are_reads_none() -> None:
+    read: list[str] = []
+    columns = Later(("age", "income"), read.append)
+    assert "age" in columns and "region" not in columns and list(columns) == ["age", "income"]
+    assert not read

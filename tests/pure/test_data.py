@@ -448,9 +448,9 @@ def test_a_file_that_cannot_be_read_is_explained(tmp_path: Path) -> None:
 
 
 def test_many_columns_are_not_all_listed(tmp_path: Path) -> None:
-    columns = {f"column_{i}": [1.0] for i in range(1000)}
+    columns = {f"column_{i}": [1.0] for i in range(200)}
     said = complaint({**written(tmp_path, columns), "id": "id"})
-    assert "and 980 more" in said
+    assert "and 180 more" in said
     assert len(said) < 1000
 
 

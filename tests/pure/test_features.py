@@ -1,6 +1,5 @@
-"""Declared features: what is fitted, on which rows, and that it equals scikit-learn where both are defined."""
+"""Declared features: what is fitted, and on which rows."""
 
-import importlib
 import json
 from dataclasses import replace
 from datetime import date
@@ -9,8 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import table_spec
@@ -209,39 +206,3 @@ def test_features_json_of_another_format_or_torn_is_refused() -> None:
         Fitted.of_json(json.dumps({**json.loads(found.as_json()), "format": 2}))
     with pytest.raises(JobError, match="cannot be read"):
         Fitted.of_json(found.as_json()[:40])
-
-
-@pytest.fixture(scope="module")
-def sklearn() -> Any:
-    """Import scikit-learn where it is asked for: it takes longer than all else that a process of this room loads."""
-    return importlib.import_module("sklearn.preprocessing")
-
-
-finite = st.integers(-(10**6), 10**6).map(lambda n: n / 8)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(finite, st.none()), min_size=2, max_size=60).filter(lambda v: any(x is not None for x in v)))
-def test_scaled_numbers_are_those_of_scikit_learn(sklearn: Any, values: list[float | None]) -> None:
-    array = np.array([np.nan if v is None else v for v in values], np.float64)[:, None]
-    seen = array[~np.isnan(array[:, 0])]
-    knots = len(seen)
-    theirs = {
-        "standard": sklearn.StandardScaler(),
-        "minmax": sklearn.MinMaxScaler(),
-        "quantile": sklearn.QuantileTransformer(n_quantiles=knots, subsample=None),
-    }
-    for scale, transformer in theirs.items():
-        expected = transformer.fit(seen).transform(seen)[:, 0]
-        spec = Number(missing="zero", scale=scale, knots=knots)  # type: ignore[arg-type]
-        ours = applied(fitted({"x": spec}, {"x": values}), {"x": seen[:, 0]})[:, 0]
-        ties = scale == "quantile" and len(np.unique(seen)) < knots  # theirs depend on how a percentile was rounded
-        assert ties or np.allclose(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from(["a", "b", "Ä", "zz"]), min_size=1, max_size=40))
-def test_one_hot_columns_are_those_of_scikit_learn(sklearn: Any, values: list[str]) -> None:
-    array = np.array(values, object)[:, None]
-    expected = sklearn.OneHotEncoder(sparse_output=False).fit_transform(array)
-    assert np.array_equal(applied(fitted({"c": Category()}, {"c": values}), {"c": values})[:, 2:], expected)

@@ -114,8 +114,9 @@ def test_a_peer_whose_messages_are_delivered_again_is_not_heard() -> None:
     post.broker.crash()
     assert bank.counts["redelivered"] == 1
     assert bank.silent_s["label"] >= before_s + 0.2
+    began = time.monotonic()
     post.broker.publish("a", "label", gradient, persistent=True, expires=False)
-    assert bank.silent_s["label"] < 0.2, "but what is new is heard"
+    assert bank.silent_s["label"] <= time.monotonic() - began, "but what is new is heard"
     bank.close()
 
 

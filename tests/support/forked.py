@@ -17,7 +17,7 @@ from runpy import run_module, run_path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.support.spares import Spares, use_for_workers
+from tests.support.spares import COUNT, FEW, Spares, use_for_workers
 
 LOADED = (
     "sl_queue.checking.check",
@@ -139,7 +139,7 @@ def _become(words: list[str], environ: dict[str, str], streams: tuple[str, str, 
     os.environ.update(environ)
     os.chdir(cwd)
     if _starts_workers(words):
-        use_for_workers(Spares(_run))
+        use_for_workers(Spares(_run, COUNT if words[1] == "chaos" else FEW))
     _run(words)
 
 

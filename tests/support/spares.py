@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-COUNT = 24  # as many as the longest story of kills uses; one that waits costs a few milliseconds
+COUNT = 24  # as many as the longest story of kills uses; each costs 25 ms of computing, used or not
+FEW = 8  # for a command that kills nobody itself
 LONGEST = 1 << 16
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
