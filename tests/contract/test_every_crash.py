@@ -1,14 +1,8 @@
-"""Killed equals undisturbed, at every single operation: each role crashes before and after each thing it does.
+"""Killed equals undisturbed, at every single operation: each role crashes before and after each thing it does."""
 
-In lock-step that is each operation of each role; in the other schedules it is every third, from another one in each
-run. `pytest tests/contract/test_every_crash.py --hypothesis-profile=thorough` tries each in all of them.
-"""
-
-import random
 from concurrent.futures import Executor
 
 import pytest
-from hypothesis import settings as profile
 
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import EarlyStopping
@@ -20,16 +14,6 @@ VARIANTS = {
     "run-ahead": {"micro_batches": 1, "depth": 2, "staleness": 1},
     "early-stopping": {"epochs": 6, "early_stopping": EarlyStopping("loss", 1, 0.0, lower_is_better=True)},
 }
-
-STRIDE = 3
-THOROUGH = 1000  # examples of that profile, in tests/conftest.py
-
-
-def tried(variant: str, operations: int) -> range:
-    """Return the operations at which to crash."""
-    if variant == "lock-step" or profile().max_examples >= THOROUGH:
-        return range(operations)
-    return range(random.randrange(STRIDE), operations, STRIDE)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -43,8 +27,8 @@ def test_a_crash_at_any_operation_of_any_role_changes_no_weight_and_nobody_else_
     quiet = ToyRun(**settings, crashes={victim: CrashAt()}).run()
     operations = quiet.crashes[victim].count
     assert operations > 20
-    crashed, chosen = 0, tried(variant, operations)
-    for operation in chosen:
+    crashed = 0
+    for operation in range(operations):
         crash = CrashAt(operation)
         run = ToyRun(**settings, crashes={victim: crash}).run()
         crashed += crash.count > operation  # how many reports the scheduler takes at once differs from run to run
@@ -59,9 +43,9 @@ def test_a_crash_at_any_operation_of_any_role_changes_no_weight_and_nobody_else_
             (stage,) = run.stages[party]
             assert len(stage.applied) == len(set(stage.applied)), f"{where}: {party} repeated a micro-batch"
     if victim == SCHEDULER:  # the busier the machine, the more statuses the quiet one told, which are operations too
-        assert crashed > len(chosen) / 2
+        assert crashed > operations / 2
     else:
-        assert crashed > 0.8 * len(chosen)
+        assert crashed > 0.8 * operations
 
 
 @pytest.mark.parametrize("committer", [AtOnce, AtLast])
