@@ -381,6 +381,24 @@ def test_a_message_that_is_asked_for_again_after_it_was_lost_takes_everyone_to_t
     assert mind.state.generation == 1, "of the older generation, too"
 
 
+def test_messages_that_a_sender_has_lost_to_several_are_missed_by_each() -> None:
+    mind = running()
+    for asked_s in (1.0, 2.0):
+        assert mind.state.generation == 0
+        for party in ("a", "b"):
+            mind.hear(party, replace(waiting(asked_s), incarnation=f"{party}1"))
+            mind.hear("label", replace(lost(asked_s), receiver=party))
+    assert mind.state.generation == 1, "what a misses was said twice, whatever was said of b in between"
+
+
+def test_what_is_said_of_nobody_is_kept_for_nobody() -> None:
+    mind = running()
+    before = mind.state.members.keys()
+    for asked_s in (1.0, 2.0):
+        mind.hear("label", replace(lost(asked_s), receiver="nobody"))
+    assert (mind.state.generation, mind.state.members.keys()) == (0, before)
+
+
 @pytest.mark.parametrize(
     "story",
     [

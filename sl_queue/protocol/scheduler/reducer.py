@@ -265,18 +265,22 @@ def _progress(plan: Plan, state: RunState, sender: str, report: Progress) -> tup
 
 
 def _lost(plan: Plan, state: RunState, sender: str, report: Lost) -> tuple[RunState, Addressed]:
-    """Go back to a checkpoint if a message is lost: its receiver asks again after its sender has said so."""
-    if report.generation != state.generation or state.phase not in (Phase.RUNNING, Phase.STOPPING):
+    """Go back to a checkpoint if a message is lost: its receiver asks again after its sender has said so.
+
+    A receiver waits for one message at a time, while a sender may have lost those of several.
+    """
+    receiver = state.members.get(report.receiver)
+    running = state.phase in (Phase.RUNNING, Phase.STOPPING)
+    if receiver is None or report.generation != state.generation or not running:
         return state, ()
-    waiting = state.members.get(report.receiver, Member()).waiting
+    waiting, said = receiver.waiting, receiver.lost
     same = waiting is not None and (waiting.source, waiting.kind, waiting.step, waiting.index) == (
         sender, report.kind, report.step, report.index,
     )  # fmt: skip
-    said = state.members[sender].lost
     asked_again = said is not None and said.asked_s < report.asked_s and replace(said, asked_s=report.asked_s) == report
     base = newest_common(state)
     if base is None or not (same and asked_again):
-        return changed(state, sender, lost=report), ()
+        return changed(state, report.receiver, lost=report), ()
     members = {p: m.back_to(base) for p, m in state.members.items()}
     history = state.history.until(base)
     standing = standing_of(plan, history)

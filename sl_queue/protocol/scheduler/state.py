@@ -91,7 +91,7 @@ class Member:
     heard: float | None = None  # monotonic
     waiting: Waiting | None = None
     totals: Totals | None = None  # of its process, as it told last
-    lost: Lost | None = None
+    lost: Lost | None = None  # of what it waits for, as the sender said last
     epochs: tuple[EpochResult, ...] = ()  # the newest of the label holder's own history, when it joined
     refused_at: float | None = None  # monotonic
     version: str = ""  # of sl_queue; empty of those that do not say it
