@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from selenium.webdriver import Chrome
 
 from sl_queue.observe.live import Live
 from sl_queue.observe.web import WatchServer
@@ -65,16 +66,20 @@ def test_all_that_can_be_shown_can_be_read_in_light_and_dark_and_on_a_phone(dark
 
 def test_a_page_says_when_nothing_is_heard_and_goes_on_by_itself_when_something_is() -> None:
     live = Live()
+
+    def shows(chrome: Chrome, step: int) -> bool:
+        """Tell of a step, as a scheduler does again and again, and see whether the page shows it."""
+        live.take(status(step))
+        return text_of(chrome, "alert") == "" and text_of(chrome, "step") == f"{step + 1} / 100"
+
     with chromium() as chrome:
         with WatchServer(live, 0) as server:
             chrome.get(server.url)
             until(chrome, lambda c: "Waiting for the scheduler's first word" in text_of(c, "alert"), 20)
             live.take(status(3), age_s=30.0)
             until(chrome, lambda c: "The scheduler has said nothing for 3" in text_of(c, "alert"), 20)
-            live.take(status(4))
-            until(chrome, lambda c: text_of(c, "alert") == "", 20)
+            until(chrome, lambda c: shows(c, 4), 20)
         until(chrome, lambda c: "The connection to sl-queue is lost" in text_of(c, "alert"), 20)
         with WatchServer(live, server.port):
-            live.take(status(5))
-            until(chrome, lambda c: text_of(c, "alert") == "" and text_of(c, "step") == "6 / 100", 60)
+            until(chrome, lambda c: shows(c, 5), 60)
             assert chrome.execute_script("return points.map(p => p[0])") == [3, 4, 5]
