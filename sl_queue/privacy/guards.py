@@ -16,6 +16,7 @@ from sl_queue.cut.tensors import from_payload, payload_view, to_payload
 from sl_queue.privacy import defences
 from sl_queue.privacy.draws import Floats, Words, key_for, normal, normal_rows, normal_stream, row_words
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
+from sl_queue.privacy.one_core import on_one_core
 from sl_queue.privacy.sampled import WHOLE, Positions
 from sl_queue.protocol.checkpoint import State
 
@@ -201,11 +202,12 @@ class EpochMeter:
 
     def end_epoch(self) -> dict[str, Any]:
         """Return what each other party could read by what it was sent in this epoch; begins another one."""
-        if isinstance(self.meter, GradientMeter):
-            self.found = dict(self.meter.end_epoch())
-        else:
-            found = self.meter.end_epoch()
-            self.found = {self.reader: found} if found else {}
+        with on_one_core():
+            if isinstance(self.meter, GradientMeter):
+                self.found = dict(self.meter.end_epoch())
+            else:
+                found = self.meter.end_epoch()
+                self.found = {self.reader: found} if found else {}
         return self.found
 
     def state(self) -> State:
