@@ -73,7 +73,10 @@ def days(column: Any, pattern: str | None) -> Any:
     unread = read.null_count - column.null_count or _carried_over(shortened, read, pattern or "%Y-%m-%d")
     if unread:
         like = "like 2026-01-31" if pattern is None else f"of the form {pattern!r}"
-        raise Unusable(f'{unread} of {len(column)} values are not dates {like}; give their form: format = "%d.%m.%Y"')
+        remedy = 'give their form: format = "%d.%m.%Y"' if pattern is None else "correct them, or leave them empty"
+        if read.null_count == column.null_count:
+            remedy = "no month has such a day: correct them, or leave them empty"
+        raise Unusable(f"{unread} of {len(column)} values are not dates {like}; {remedy}")
     return read.cast(pa.date32(), safe=False)
 
 
