@@ -23,7 +23,7 @@ from benchmarks import goals, split
 from benchmarks.measure import Measurement, Trace, measured
 from benchmarks.processes import Work, together
 from benchmarks.report import table
-from benchmarks.training import GPIPE
+from benchmarks.training import GPIPE, LOCK_STEP, Order
 from benchmarks.workloads import LABEL, WORKLOADS, Workload
 from sl_queue.config.job import Job
 from sl_queue.launch.following import Follower
@@ -103,8 +103,8 @@ def _work(plan: split.Plan, role: str, url: str, state: Path) -> tuple[Trace | N
     return trace, (time.process_time() - spent) / (time.monotonic() - began)
 
 
-def _turn(workload: Workload, epochs: int, variant: Variant, private: PrivateBroker) -> Turn:
-    plan = split.Plan(workload, epochs, {"pipeline": GPIPE.table}, meter=variant.meter)
+def _turn(workload: Workload, epochs: int, variant: Variant, private: PrivateBroker, order: Order = GPIPE) -> Turn:
+    plan = split.Plan(workload, epochs, {"pipeline": order.table}, meter=variant.meter)
     vhost = f"overheads{next(_numbers)}"
     url = private.url(vhost)
     try:
@@ -165,10 +165,10 @@ def _table(found: Mapping[Variant, Sequence[Turn]]) -> str:
 
 
 def _workloads(quick: bool) -> Iterator[tuple[Workload, int]]:
-    """Yield a small job and a part of W1, with the epochs to train."""
+    """Yield the small job and W1, whole unless `quick`, with the epochs to train."""
     small, w1 = WORKLOADS["small"], WORKLOADS["W1"]
-    yield replace(small, rows=small.batch * (10 if quick else 50)), 2 if quick else 4
-    yield replace(w1, rows=w1.batch * (4 if quick else 40)), 2
+    yield replace(small, rows=small.batch * 10) if quick else small, 2 if quick else 4
+    yield replace(w1, rows=w1.batch * 4) if quick else w1, 2 if quick else 3
 
 
 def _compare(variant: Variant, throughput: float, cpu: float, private: PrivateBroker, *, quick: bool) -> Iterator[str]:
@@ -178,14 +178,21 @@ def _compare(variant: Variant, throughput: float, cpu: float, private: PrivateBr
         speed, spent = _ratios(found, variant)
         yield goals.line(f"throughput {variant.name}, to plain", speed, throughput, at_least=True)
         yield goals.line(f"processors' time a step {variant.name}, to plain", spent, cpu) + "\n"
-        if variant.watched:
-            share = 100 * median(turn.scheduler for turn in found[variant])
-            yield goals.line("scheduler's processor", share, 3.0, unit=" %") + "\n"
+
+
+def _long(private: PrivateBroker, *, quick: bool) -> Iterator[str]:
+    """Yield what a run of 10,000 steps in lock-step costs its scheduler while the page is open."""
+    small = WORKLOADS["small"]
+    epochs = 1 if quick else 100
+    turn = _turn(small, epochs, WATCHED, private, LOCK_STEP)
+    yield f"### small in lock-step, {small.steps(epochs):,} steps, the page open\n"
+    yield f"{turn.parties.step_ms:.2f} ms a step; the page's processor {turn.page:.1%}.\n"
+    yield goals.line("scheduler's processor", 100 * turn.scheduler, 3.0, unit=" %") + "\n"
 
 
 def watch(private: PrivateBroker, quick: bool) -> list[str]:
-    """Compare a run whose page is open with one that nobody watches."""
-    return list(_compare(WATCHED, 0.98, 1.02, private, quick=quick))
+    """Compare a run whose page is open with one that nobody watches; then watch a long one."""
+    return [*_compare(WATCHED, 0.98, 1.02, private, quick=quick), *_long(private, quick=quick)]
 
 
 def meter(private: PrivateBroker, quick: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from sl_queue.privacy.guards import (
     RowIndex,
 )
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
+from sl_queue.privacy.one_core import on_one_core
 from sl_queue.privacy.response import Labels, Response, classes_of, epsilon_for, rarest, respond
+from sl_queue.privacy.sampled import Whereabouts
 from sl_queue.protocol.fingerprints import SEED
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
@@ -105,7 +108,8 @@ class Parts:
 def parts_of(spec: PartySpec, table: Table, batches: Batches) -> Parts:
     """Make the guards and the meter that a party's [privacy] asks for."""
     make = _parts_of_label_holder if spec.role == "label" else _parts_of_feature_party
-    return make(spec, table, batches, _base(spec))
+    with on_one_core() if spec.privacy.meter else nullcontext():
+        return make(spec, table, batches, _base(spec))
 
 
 def _parts_of_feature_party(spec: PartySpec, table: Table, batches: Batches, base: bytes) -> Parts:
@@ -113,7 +117,7 @@ def _parts_of_feature_party(spec: PartySpec, table: Table, batches: Batches, bas
     if settings.meter and table.features is not None and not table.features.dtype.names:
         about = (batches.training_positions, key_for(base, party, "meter"), table.row_keys)
         columns = ActivationMeter(table.features, *about)
-        tap, meter = ActivationTap(columns), EpochMeter(columns, spec.peers[0])
+        tap, meter = ActivationTap(columns, Whereabouts(batches, columns.sample)), EpochMeter(columns, spec.peers[0])
     defence = None if settings.clip is None else ActivationDefence(settings.clip, settings.sigma, base)
     returning = Returning(settings.clip, settings.nopeek) if settings.clip is not None or settings.nopeek else None
     if defence is None and tap is None and returning is None:
@@ -129,7 +133,7 @@ def _parts_of_label_holder(spec: PartySpec, table: Table, batches: Batches, base
         given = None if table.labels is None or table.truth is None else numbered(table.labels, table.truth)
         about = (batches.training_positions, key_for(base, party, "meter"), table.row_keys)
         gradients = GradientMeter(classes, *about, given)
-        tap, meter = GradientTap(gradients), EpochMeter(gradients)
+        tap, meter = GradientTap(gradients, Whereabouts(batches, gradients.sample)), EpochMeter(gradients)
     elif settings.meter:
         log.warning("party %r: [privacy] meter reads classes, and these labels are not; nothing is measured", party)
     if settings.max_norm or settings.gradients is not None:

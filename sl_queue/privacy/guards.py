@@ -2,6 +2,7 @@
 
 import abc
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -17,7 +18,7 @@ from sl_queue.privacy import defences
 from sl_queue.privacy.draws import Floats, Words, key_for, normal, normal_rows, normal_stream, row_words
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
 from sl_queue.privacy.one_core import on_one_core
-from sl_queue.privacy.sampled import WHOLE, Positions
+from sl_queue.privacy.sampled import Positions, Whereabouts
 from sl_queue.protocol.checkpoint import State
 
 
@@ -148,13 +149,15 @@ class GradientTap:
     """Shows the label holder's meter what leaves and arrives."""
 
     meter: GradientMeter
+    where: Whereabouts
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        if crossing.what == "gradient":
-            self.meter.saw_gradient(crossing.receiver, *_copied(tensor, crossing, self.meter))
-        else:
-            self.meter.saw_activation(crossing.sender, *_copied(tensor, crossing, self.meter))
+        for keys, numbers in _sampled(tensor, crossing, self.where):
+            if crossing.what == "gradient":
+                self.meter.saw_gradient(crossing.receiver, keys, numbers)
+            else:
+                self.meter.saw_activation(crossing.sender, keys, numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,21 +165,20 @@ class ActivationTap:
     """Shows a feature party's meter what leaves."""
 
     meter: ActivationMeter
+    where: Whereabouts
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        self.meter.saw_activation(*_copied(tensor, crossing, self.meter))
+        for keys, numbers in _sampled(tensor, crossing, self.where):
+            self.meter.saw_activation(keys, numbers)
 
 
-def _copied(
-    tensor: Tensor, crossing: Crossing, meter: GradientMeter | ActivationMeter
-) -> tuple[Words, npt.NDArray[np.float32]]:
-    """Return keys and a copy of the rows that a meter looks at; of all rows where that takes less."""
-    keys = crossing.rows.keys
-    if tensor.numel() <= WHOLE:
-        return keys, numbers_of(tensor)
-    chosen = meter.find(keys)
-    return keys[chosen], numbers_of(tensor, chosen)
+def _sampled(tensor: Tensor, crossing: Crossing, where: Whereabouts) -> Iterator[tuple[Words, npt.NDArray[np.float32]]]:
+    """Yield keys and a copy of the rows of the sample that cross in training, if there are any."""
+    if not crossing.rows.held_out:
+        places = where(crossing.micro_batch)
+        if len(places):
+            yield crossing.rows.keys[places], numbers_of(tensor, places)
 
 
 def numbers_of(tensor: Tensor, rows: Positions | None = None) -> npt.NDArray[np.float32]:

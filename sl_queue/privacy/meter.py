@@ -45,9 +45,10 @@ class GradientMeter:
         members = [np.flatnonzero(self._labels == c) for c in self._scored]
         self._friends = [rng.choice(m, min(KNOWN, max(1, len(m) // 2)), replace=False) for m in members]
 
-    def find(self, keys: Words) -> Positions:
-        """Return where among `keys` those of the rows are that are looked at."""
-        return self._sample.find(keys)[1]
+    @property
+    def sample(self) -> Positions:
+        """The rows that are looked at, by their positions in the table."""
+        return self._sample.positions
 
     def saw_gradient(self, party: str, keys: Words, numbers: npt.NDArray[np.float32]) -> None:
         """Keep what is sent to a party for the rows of these keys; shape (keys, *anything)."""
@@ -151,9 +152,10 @@ class ActivationMeter:
         self._raw = round(attacks.attribute_raw(self._columns, generator(key, "raw", 0)), 4)
         self._seen: Seen | None = None
 
-    def find(self, keys: Words) -> Positions:
-        """Return where among `keys` those of the rows are that are looked at."""
-        return self._sample.find(keys)[1]
+    @property
+    def sample(self) -> Positions:
+        """The rows that are looked at, by their positions in the table."""
+        return self._sample.positions
 
     def saw_activation(self, keys: Words, numbers: npt.NDArray[np.float32]) -> None:
         """Keep what is sent for the rows of these keys; shape (keys, *anything)."""

@@ -1,7 +1,7 @@
 """The rows that a meter looks at: chosen once, found again by their keys, and kept of each epoch's messages.
 
-While a run trains, a meter copies the sampled rows of each message, or all of a small one, and no more; which rows are
-of the sample, norms and the rest are computed for many at once.
+While a run trains, a meter copies the sampled rows of each message, and no more: where they are in each micro-batch is
+looked up for a whole epoch, norms and the rest are computed for many messages at once.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,17 @@ import numpy.typing as npt
 from sl_queue.privacy import attacks
 from sl_queue.privacy.attacks import Classes
 from sl_queue.privacy.draws import Words
+from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.schedule.row_order import Batches
 
 SAMPLE = 500  # rows that are looked at
 WIDTH = 64  # numbers of a row that are looked at; of wider ones every so many
 PENDING = 2**20  # numbers that are copied before norms are taken
-WHOLE = 2**14  # numbers of a message that is copied as a whole, which takes less than to look its rows up
 
 Positions = npt.NDArray[np.int64]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+_NOWHERE = np.zeros(0, np.int64)
 
 
 def sample(labels: Classes | None, training: Positions, key: bytes) -> Positions:
@@ -77,6 +80,24 @@ class Sampled:
         at = np.searchsorted(self._ascending, keys)
         chosen = np.flatnonzero(self._ascending.take(at, mode="clip") == keys)
         return self._places[at[chosen]], chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where the rows of a sample are in the micro-batches, looked up once an epoch."""
+
+    batches: Batches
+    positions: Positions = field(repr=False)  # in the table
+    _epochs: dict[int, dict[MicroBatch, Positions]] = field(default_factory=dict, repr=False)  # the newest two
+
+    def __call__(self, micro_batch: MicroBatch) -> Positions:
+        """Return the places among a training micro-batch's rows."""
+        epoch = self.batches.epoch_of(micro_batch.step)
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:  # a stale forward may be in the next one
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = self.batches.places(self.positions, epoch)
+        return self._epochs[epoch].get(micro_batch, _NOWHERE)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,9 @@ from sl_queue.cut.rows import CutRows
 from sl_queue.privacy import sampled
 from sl_queue.privacy.guards import GradientTap
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter
+from sl_queue.privacy.sampled import Whereabouts
 from sl_queue.protocol.messages import MicroBatch
+from sl_queue.protocol.schedule.row_order import Batches
 
 N, KEY = 6000, b"k" * 32
 KEYS = np.random.default_rng(2).permutation(N).astype(np.uint64) * np.uint64(2**40)  # of the rows, in any order
@@ -100,18 +102,31 @@ def test_what_another_version_kept_of_another_sample_is_no_error_and_the_meter_b
         assert second.end_epoch()["bank"]["change"] == 0.5
 
 
-def test_a_large_message_whose_sampled_rows_alone_are_copied_gives_the_same_numbers() -> None:
-    rows = CutRows.of(KEYS, TRAINING)
-    numbers = np.tile(gradients(TRAINING, 0.3, 1), 3)
-    assert numbers.size > sampled.WHOLE
-    large, whole = GradientMeter(LABELS, TRAINING, KEY, KEYS), GradientMeter(LABELS, TRAINING, KEY, KEYS)
-    for what, sender, receiver in (("activation", "bank", "shop"), ("gradient", "shop", "bank")):
-        about = Crossing(what, sender, receiver, MicroBatch(0, 0), rows)  # type: ignore[arg-type]
-        GradientTap(large).see(torch.from_numpy(numbers), about)
-    assert 0 < large._gradients["bank"]._numbers < numbers.size
-    gradient(whole, TRAINING, numbers)
-    activation(whole, TRAINING, numbers)
-    assert large.end_epoch() == whole.end_epoch()
+def test_the_sampled_rows_alone_are_copied_and_give_the_same_numbers() -> None:
+    batches = Batches(N, 5, 1, 1000, 3, hashes=KEYS, holdout=0.2)
+    training = batches.training_positions
+    tapped, whole = (GradientMeter(LABELS, training, KEY, KEYS) for _ in range(2))
+    tap, copied, micro_batch = GradientTap(tapped, Whereabouts(batches, tapped.sample)), 0, MicroBatch(0, 0)
+    while micro_batch is not None:
+        positions = batches.rows(micro_batch)
+        rows, numbers = CutRows.of(KEYS, positions), gradients(positions, 0.3, 1)
+        for what, sender, receiver in (("activation", "bank", "shop"), ("gradient", "shop", "bank")):
+            tap.see(torch.from_numpy(numbers), Crossing(what, sender, receiver, micro_batch, rows))  # type: ignore[arg-type]
+        copied = tapped._gradients["bank"]._numbers
+        gradient(whole, positions, numbers)
+        activation(whole, positions, numbers)
+        micro_batch = batches.after(micro_batch)
+    assert copied == len(tapped.sample) * numbers.shape[1]
+    assert tapped.end_epoch() == whole.end_epoch()
+
+
+def test_held_out_rows_that_cross_are_not_looked_at() -> None:
+    batches = Batches(N, 5, 1, N, 1, shuffle=False)
+    found = GradientMeter(LABELS, np.arange(N), KEY, KEYS)
+    rows = CutRows.of(KEYS, np.arange(N), held_out=True)
+    about = Crossing("activation", "bank", "shop", MicroBatch(0, 0), rows)
+    GradientTap(found, Whereabouts(batches, found.sample)).see(torch.ones(N, 4), about)
+    assert not found._activations
 
 
 def test_copies_that_wait_for_the_end_of_an_epoch_are_bounded() -> None:

@@ -144,6 +144,18 @@ def test_the_micro_batches_of_a_step_cover_its_rows_exactly_and_in_order(b: Batc
     assert b.steps == b.epochs * b.steps_per_epoch
 
 
+@given(batches(), st.data())
+def test_rows_are_found_in_the_micro_batches_that_have_them_and_in_no_others(b: Batches, data: st.DataObject) -> None:
+    epoch = data.draw(st.integers(0, b.epochs - 1))
+    wanted = data.draw(st.sets(st.sampled_from(b.training_positions.tolist()))) | set(b.holdout_positions.tolist())
+    found = b.places(np.array(sorted(wanted), np.int64), epoch)
+    for step in range(epoch * b.steps_per_epoch, (epoch + 1) * b.steps_per_epoch):
+        for micro_batch in (MicroBatch(step, index) for index in range(b.parts(step))):
+            here = [place for place, row in enumerate(b.rows(micro_batch).tolist()) if row in wanted]
+            assert found.pop(micro_batch, np.zeros(0, np.int64)).tolist() == here
+    assert not found
+
+
 @given(batches())
 def test_an_evaluation_covers_every_held_out_row_once_in_parts_no_larger_than_a_micro_batch(b: Batches) -> None:
     _, held_out = split_holdout(b.n_rows, b.seed, b.holdout)

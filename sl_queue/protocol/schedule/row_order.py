@@ -215,6 +215,20 @@ class Batches:
         start, stop = _part(self.rows_in_step(step), self.parts(step), index)
         return self._order(self.epoch_of(step))[first + start : first + stop]
 
+    def places(self, positions: Positions, epoch: int) -> dict[MicroBatch, Positions]:
+        """Return where these rows are in an epoch: by micro-batch, the places among its rows, ascending."""
+        wanted = np.zeros(self.n_rows, np.bool_)
+        wanted[positions] = True
+        at = np.flatnonzero(wanted[self._order(epoch)[: self.rows_in_epoch]])
+        full, last = self._sizes
+        starts = np.cumsum([0, *full * (self.steps_per_epoch - 1), *last])  # of all micro-batches
+        which = np.searchsorted(starts, at, "right") - 1
+        new = np.flatnonzero(np.diff(which, prepend=-1))  # where the next micro-batch begins
+        pieces = np.split(at - starts[which], new[1:]) if len(new) else ()
+        steps, indices = np.divmod(which[new], len(full))
+        names = map(MicroBatch, (epoch * self.steps_per_epoch + steps).tolist(), indices.tolist())
+        return dict(zip(names, pieces, strict=True))
+
     def after(self, micro_batch: MicroBatch) -> MicroBatch | None:
         """Return the next training micro-batch; None after the run's last."""
         step, index = micro_batch.step, micro_batch.index + 1
