@@ -221,13 +221,22 @@ def ridge(inputs: Rows, targets: Rows, new: Rows) -> Rows:
     middle, scale = inputs.mean(0), inputs.std(0)
     scale = np.where(scale > 1e-9 * max(float(scale.max(initial=0.0)), 1e-30), scale, np.inf)
     a, mean = (inputs - middle) / scale, targets.mean(0)
-    u, s, vt = np.linalg.svd(a, full_matrices=False)
+    u, squares = _directions_of(a)
     projected, best = u.T @ (targets - mean), (np.inf, 0.0)
     for strength in len(a) * np.array([_RIDGE, 1e-2, 1e-1, 1.0, 10.0]):
-        shrink = s**2 / (s**2 + strength)
+        shrink = squares / (squares + strength)
         leverage = np.clip((u**2) @ shrink + 1 / len(a), 0, 1 - 1e-6)
         missed = (targets - mean - u @ (shrink[:, None] * projected)) / (1 - leverage)[:, None]
         best = min(best, (float((missed**2).sum()), float(strength)))
-    weights = vt.T @ ((s / (s**2 + best[1]))[:, None] * projected)
+    weights = a.T @ (u @ (projected / (squares + best[1])[:, None]))
     found: Rows = (new - middle) / scale @ weights + mean
     return found
+
+
+def _directions_of(a: Rows) -> tuple[Rows, Rows]:
+    """Return the left singular vectors of a matrix, and the squares of its singular values."""
+    if len(a) < a.shape[1]:  # takes less, and loses digits that a ridge does not look at
+        squares, u = np.linalg.eigh(a @ a.T)
+        return u, np.maximum(squares, 0.0)
+    u, s, _ = np.linalg.svd(a, full_matrices=False)
+    return u, s**2

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def test_without_a_defence_the_attack_reads_every_label(tmp_path: Path) -> None:
 
 
 def test_a_response_caps_whatever_is_added_up_over_epochs_restarts_runs_and_predictions(tmp_path: Path) -> None:
-    write_secret(tmp_path / "secret")
+    (tmp_path / "secret").write_bytes(blake2b(b"one that was drawn by lot", digest_size=32).digest())
+    (tmp_path / "secret").chmod(0o600)
     privacy = {"labels": {"epsilon": EPSILON}, "secret": tmp_path / "secret"}
     found = attacked(tmp_path, privacy)
     spec = resolve(job(), files(Notes(), privacy)[-1], Importer()).with_secret(read_secret(tmp_path / "secret"))
