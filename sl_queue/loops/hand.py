@@ -20,10 +20,16 @@ log = logging.getLogger("sl_queue")
 
 
 class Hand:
-    """Computes for a lead until that needs it no more. Mutable; the lane's thread puts in what this one's does."""
+    """Computes for a lead until that needs it no more. Mutable; the lane's thread puts in what this one's does.
 
-    def __init__(self, party: str, lane: Lane, about: Mapping[str, Any], workshop: Workshop) -> None:
+    `beat_s`: seconds between two signs of life.
+    """
+
+    def __init__(
+        self, party: str, lane: Lane, about: Mapping[str, Any], workshop: Workshop, beat_s: float = BEAT_S
+    ) -> None:
         self._party, self._lane, self._about, self._workshop = party, lane, dict(about), workshop
+        self._beat_s = beat_s
         self._changed = threading.Condition()
         self._inbox: deque[say.ToHand | SlQueueError] = deque()
         self._me = self._lead = ""
@@ -133,7 +139,7 @@ class Hand:
             with self._changed:
                 if self._me:
                     self._send(say.Hello(self._me, self._about))
-            if self._ended.wait(BEAT_S):
+            if self._ended.wait(self._beat_s):
                 return
 
     # What the own thread does -----------------------------------------------------------------------------------

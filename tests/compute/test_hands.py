@@ -65,8 +65,7 @@ def over_hands(of: Parties, hands: int, loss: float, who: tuple[str, ...], own: 
     for crew, lead in crews:
         crew.loss = 0.0
         lead.close()
-        for thread in crew.threads:
-            thread.join(10)
+        crew.await_end()
     whole.losses, whole.evaluations = stages.losses, stages.evaluations
     return whole, sum(crew.lost for crew, _ in crews)
 

@@ -85,8 +85,8 @@ class Run(ToyRun):
         finally:
             for lead in self.leads[-1:]:
                 lead.close()
-            for thread in self.crew.threads if self.crew is not None else ():
-                thread.join(10)
+            if self.crew is not None:
+                self.crew.await_end()
         return self
 
     def outcome(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.transport.memory_lane import MemoryLane, MemoryLanes
 
 ABOUT = {"job": "j"}
+BEAT_S = 0.05  # no lead that comes waits long for its hands
 STEPS_APART = 4  # twice the staleness with which the tests train: tasks further apart are never open together
 
 
@@ -58,6 +59,7 @@ class Crew:
     lost: int = 0
     lost_at: list[int] = field(default_factory=list)  # the steps of those that were lost by chance
     ends: dict[int, MemoryLane] = field(default_factory=dict)
+    hands: list[Hand] = field(default_factory=list)
     threads: list[Thread] = field(default_factory=list)
     errors: list[SlQueueError] = field(default_factory=list)
     random: Random = field(default_factory=lambda: Random(0))
@@ -81,10 +83,11 @@ class Crew:
         lane = MemoryLane(self.lanes)
         mortal = Mortal(workshop(self.build), self)
         self.ends[id(mortal)] = lane
+        self.hands.append(Hand("left", lane, about, mortal, BEAT_S))
 
-        def serve() -> None:
+        def serve(hand: Hand = self.hands[-1]) -> None:
             try:
-                Hand("left", lane, about, mortal).serve()
+                hand.serve()
             except SlQueueError as error:
                 self.errors.append(error)
             except Killed:
@@ -92,6 +95,14 @@ class Crew:
 
         self.threads.append(Thread(target=serve, daemon=True))
         self.threads[-1].start()
+
+    def await_end(self) -> None:
+        """Wait until all are sent home; who came when the lead was gone is stopped."""
+        for hand, thread in zip(self.hands, self.threads, strict=True):
+            thread.join(0.5)
+            if thread.is_alive():
+                hand.on_failure(SlQueueError("the lead went before this hand came"))
+            thread.join(10)
 
     def resize(self, count: int) -> None:
         """Have that many hands: start some, or lose some."""

@@ -13,7 +13,7 @@ RELU = "        self.relu = nn.ReLU()"
 SLOW = "        time.sleep(0.02)\n        return self.relu"
 
 
-def write(folder: Path, *, epochs: int = 40) -> Path:
+def write(folder: Path, *, epochs: int = 24) -> Path:
     """Write a sealed job with Adam, BatchNorm, dropout and early stopping, whose base models take their time."""
     job = write_job(folder, patience=20.0)
     edit(job, "epochs = 8", f"epochs = {epochs}")
