@@ -84,7 +84,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """Where the rows of a sample are in the micro-batches, looked up once an epoch."""
+    """Places of the rows of a sample in the micro-batches, looked up once an epoch."""
 
     batches: Batches
     positions: Positions = field(repr=False)  # in the table
