@@ -16,7 +16,8 @@ from sl_queue.compute.building import Inputs, blame
 from sl_queue.compute.model import Model
 from sl_queue.compute.seeds import generator_states
 from sl_queue.compute.spec import LayersSpec
-from sl_queue.cut.crossing import FuseCut, place
+from sl_queue.cut.crossing import FuseCut
+from sl_queue.cut.guard import place
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.several import fuse_inputs
 from sl_queue.cut.tensors import take_rows

@@ -21,8 +21,8 @@ from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Take
 from sl_queue.compute.spec import ComputeSpec
-from sl_queue.cut.crossing import BaseCut, place, require_shape
-from sl_queue.cut.guard import UNGUARDED, Guard
+from sl_queue.cut.crossing import BaseCut, require_shape
+from sl_queue.cut.guard import UNGUARDED, Guard, place
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError

@@ -21,7 +21,7 @@ from sl_queue.compute.modules.cut_input import CutInput
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.objective import Objective, why_not_finite
 from sl_queue.compute.spec import LayersSpec
-from sl_queue.cut.crossing import place
+from sl_queue.cut.guard import place
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.several import fuse_inputs
 from sl_queue.errors import ComputeError, NonFiniteError

@@ -22,8 +22,8 @@ from sl_queue.compute.scoring import Scoring, mean_by_amount
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.compute.stand_ins import drawn_inputs, fused
 from sl_queue.compute.training_outputs import TrainingOutputs
-from sl_queue.cut.crossing import FuseCut, place
-from sl_queue.cut.guard import UNGUARDED, Guard
+from sl_queue.cut.crossing import FuseCut
+from sl_queue.cut.guard import UNGUARDED, Guard, place
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import LocalProtocolError, ShapeError

@@ -18,7 +18,7 @@ from sl_queue.compute.fuse_passes import PreparedTargets
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
-from sl_queue.cut.crossing import place
+from sl_queue.cut.guard import place
 from sl_queue.cut.relu import ends_in_relu
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import from_payload, to_payload

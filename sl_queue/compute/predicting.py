@@ -19,7 +19,8 @@ from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.building import blame
 from sl_queue.compute.model import Model
 from sl_queue.compute.spec import LayersSpec
-from sl_queue.cut.crossing import FuseCut, place
+from sl_queue.cut.crossing import FuseCut
+from sl_queue.cut.guard import place
 from sl_queue.cut.packing import is_unused, unused
 from sl_queue.cut.rows import CutRows, RowKeys
 from sl_queue.cut.several import fuse_inputs

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sl_queue.cut.guard import UNGUARDED, Crossing, Guard
+from sl_queue.cut.guard import UNGUARDED, Crossing, Guard, place
 from sl_queue.cut.packing import AS_IT_IS, Mask, Wire, is_unused, unused
 from sl_queue.cut.relu import ends_in_relu, gradient_mask
 from sl_queue.cut.rows import CutRows
@@ -24,11 +24,6 @@ from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.text import counted
 
 CROSSING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def place(party: str, micro_batch: object) -> str:
-    """Return how every error about a micro-batch begins."""
-    return f"party {party!r}, micro-batch {micro_batch}"
 
 
 @dataclass(slots=True)
@@ -88,7 +83,7 @@ class BaseCut:
         sent = tensor
         if self.guard is not UNGUARDED:
             crossing = Crossing("activation", self.party, self.peer, micro_batch, rows)
-            sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
+            sent = self.guard.let_out(tensor, crossing)
         if rows.held_out:
             return _packed(self.wire, payload_view(sent, rows.digest))
         # Nothing else asks for a ReLU, and asking makes hooks. A defended activation shows other zeros than the ReLU's.
@@ -208,7 +203,7 @@ class FuseCut:
         sent = tensor
         if self.guard is not UNGUARDED and finite:
             crossing = Crossing("gradient", self.party, self.peer, micro_batch, rows)
-            sent = self.guard.let_out(tensor, crossing, place(self.party, micro_batch))
+            sent = self.guard.let_out(tensor, crossing)
         return _packed(self.wire, payload_view(sent, rows.digest), wanted=owed.wanted)
 
     def forget(self) -> None:
@@ -269,7 +264,7 @@ def _check_and_unpack(
             return tensor
         raise RemoteProtocolError(f"{_blame(crossing)} holds NaN or infinity; look at model and learning rate there")
     if guard.arriving is not None:
-        guard.let_in(tensor, crossing, place(crossing.sender, crossing.micro_batch))
+        guard.let_in(tensor, crossing)
     return tensor
 
 

@@ -14,6 +14,11 @@ from sl_queue.protocol.messages import MicroBatch
 Crosses = Literal["activation", "gradient"]
 
 
+def place(party: str, micro_batch: object) -> str:
+    """Return how every error about a micro-batch begins."""
+    return f"party {party!r}, micro-batch {micro_batch}"
+
+
 @dataclass(frozen=True, slots=True)
 class Crossing:
     """One tensor's way over the cut: all that a defence may key its draws by, besides a secret of its own."""
@@ -62,29 +67,29 @@ class Guard:
     arriving: Tap | None = None
     returning: Return | None = None  # of a feature party
 
-    def let_out(self, tensor: Tensor, crossing: Crossing, where: str) -> Tensor:
-        """Return what leaves in the place of a tensor, and show it to the tap; `where` begins every error."""
+    def let_out(self, tensor: Tensor, crossing: Crossing) -> Tensor:
+        """Return what leaves in the place of a tensor, and show it to the tap."""
         sent = tensor.detach()
         if self.defence is not None:
-            sent = _defended(self.defence, sent, crossing, where)
+            sent = _defended(self.defence, sent, crossing)
         if self.leaving is not None:
-            _show(self.leaving, sent, crossing, where)
+            _show(self.leaving, sent, crossing)
         return sent
 
-    def let_in(self, tensor: Tensor, crossing: Crossing, where: str) -> None:
+    def let_in(self, tensor: Tensor, crossing: Crossing) -> None:
         """Show the tap what has arrived."""
         if self.arriving is not None:
-            _show(self.arriving, tensor, crossing, where)
+            _show(self.arriving, tensor, crossing)
 
 
 UNGUARDED = Guard()
 
 
-def _defended(defence: Defence, tensor: Tensor, crossing: Crossing, where: str) -> Tensor:
+def _defended(defence: Defence, tensor: Tensor, crossing: Crossing) -> Tensor:
     before = tensor._version
     with torch.no_grad():
         sent = defence.apply(tensor, crossing)
-    where = f"{where}: the defence {type(defence).__name__}"
+    where = f"{place(crossing.sender, crossing.micro_batch)}: the defence {type(defence).__name__}"
     if tensor._version != before:
         raise ComputeError(f"{where} changes the {crossing.what} in place; it must return another tensor")
     if sent.dtype != tensor.dtype or sent.shape != tensor.shape:
@@ -94,8 +99,9 @@ def _defended(defence: Defence, tensor: Tensor, crossing: Crossing, where: str) 
     return sent
 
 
-def _show(tap: Tap, tensor: Tensor, crossing: Crossing, where: str) -> None:
+def _show(tap: Tap, tensor: Tensor, crossing: Crossing) -> None:
     before = tensor._version
     tap.see(tensor, crossing)
     if tensor._version != before:
-        raise ComputeError(f"{where}: the tap {type(tap).__name__} changes the {crossing.what} in place")
+        where = f"{place(crossing.sender, crossing.micro_batch)}: the tap {type(tap).__name__}"
+        raise ComputeError(f"{where} changes the {crossing.what} in place")

@@ -2,7 +2,6 @@
 
 import abc
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -153,7 +152,9 @@ class GradientTap:
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        for keys, numbers in _sampled(tensor, crossing, self.where):
+        places = self.where(crossing)
+        if len(places):
+            keys, numbers = crossing.rows.keys[places], numbers_of(tensor, places)
             if crossing.what == "gradient":
                 self.meter.saw_gradient(crossing.receiver, keys, numbers)
             else:
@@ -169,16 +170,9 @@ class ActivationTap:
 
     def see(self, tensor: Tensor, crossing: Crossing) -> None:
         """Keep a copy of the sampled rows."""
-        for keys, numbers in _sampled(tensor, crossing, self.where):
-            self.meter.saw_activation(keys, numbers)
-
-
-def _sampled(tensor: Tensor, crossing: Crossing, where: Whereabouts) -> Iterator[tuple[Words, npt.NDArray[np.float32]]]:
-    """Yield keys and a copy of the rows of the sample that cross in training, if there are any."""
-    if not crossing.rows.held_out:
-        places = where(crossing.micro_batch)
+        places = self.where(crossing)
         if len(places):
-            yield crossing.rows.keys[places], numbers_of(tensor, places)
+            self.meter.saw_activation(crossing.rows.keys[places], numbers_of(tensor, places))
 
 
 def numbers_of(tensor: Tensor, rows: Positions | None = None) -> npt.NDArray[np.float32]:

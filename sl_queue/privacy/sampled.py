@@ -11,6 +11,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from sl_queue.cut.guard import Crossing
 from sl_queue.privacy import attacks
 from sl_queue.privacy.attacks import Classes
 from sl_queue.privacy.draws import Words
@@ -90,14 +91,17 @@ class Whereabouts:
     positions: Positions = field(repr=False)  # in the table
     _epochs: dict[int, dict[MicroBatch, Positions]] = field(default_factory=dict, repr=False)  # the newest two
 
-    def __call__(self, micro_batch: MicroBatch) -> Positions:
-        """Return the places among a training micro-batch's rows."""
-        epoch = self.batches.epoch_of(micro_batch.step)
+    def __call__(self, crossing: Crossing) -> Positions:
+        """Return the places among the rows that cross in training."""
+        at = crossing.micro_batch
+        if crossing.rows.held_out:
+            return _NOWHERE
+        epoch = self.batches.epoch_of(at.step)
         if epoch not in self._epochs:
             while len(self._epochs) > 1:  # a stale forward may be in the next one
                 del self._epochs[min(self._epochs)]
             self._epochs[epoch] = self.batches.places(self.positions, epoch)
-        return self._epochs[epoch].get(micro_batch, _NOWHERE)
+        return self._epochs[epoch].get(at, _NOWHERE)
 
 
 @dataclass(slots=True)
