@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from sl_queue.config.job import Job
+from sl_queue.config.party import PartyFile
+from sl_queue.local.threads import run_local
 from sl_queue.storage.files import lock
 from sl_queue.testing.private_broker import free_ports
-from tests.support.credit import edit
-from tests.support.crew import Crew, limit_file_size, quiet_weights, write_job
+from tests.support.credit import FILES, edit
+from tests.support.crew import Crew, limit_file_size, quiet_weights, sums, write_job
 from tests.support.forked import sl_queue
 from tests.support.waiting import await_that
 
@@ -78,6 +81,24 @@ def test_a_worker_killed_again_and_again_with_a_standby_in_place_changes_no_weig
     assert crew.generation() == 0
     for steps in crew.steps(other):
         assert steps == sorted(set(steps))
+
+
+def test_a_standby_goes_on_with_rows_that_the_parties_found_and_chose_together(crew: Crew) -> None:
+    edit(crew.job, "holdout = 0.2", "holdout = { share = 0.2, stratify = true }")
+    crew.job.write_text(f'{crew.job.read_text()}\n[alignment]\nmethod = "psi"\n')
+    for file in (crew.folder / name for name in FILES):  # a share of each class is chosen by a secret
+        file.write_text(f'{file.read_text()}\n[privacy]\nsecret = "seed"\n')
+    files = [PartyFile.load(crew.folder / name) for name in FILES]
+    run_local(Job.load(crew.job), files, out=crew.folder / "quiet")
+    crew.start()
+    with held(crew, 6):
+        worker = stand_by(crew, "insurer")
+        crew.await_log("insurer", READY)
+        end(worker)
+        crew.await_log("insurer", TOOK_OVER)
+    crew.finish()
+    assert crew.weights() == sums(crew.folder / "quiet")
+    assert crew.generation() == 0
 
 
 def test_of_two_standbys_one_takes_over_and_both_end_with_the_run(crew: Crew) -> None:
