@@ -134,6 +134,13 @@ def test_a_run_that_is_over_is_told_as_such_though_nobody_tells_it_any_more(tmp_
         assert code == 0 and "finished: 8 of 8 epochs" in said and "said nothing" not in said
 
 
+UNHURRIED = """        import os
+        import time
+
+        time.sleep(0.05 if os.path.exists({path!r}) else 0.0)
+        return self.relu"""
+
+
 def blocked_s(crew: Crew) -> float:
     """Return the longest time for which the label holder has said that its link is of no use."""
     waits = [event.outage_s for event in crew.events("insurer") if isinstance(event, StillWaiting)]
@@ -146,6 +153,9 @@ def test_a_broker_that_takes_no_messages_is_no_silence_of_a_peer(
     """The alarm lasts longer than the patience with which whoever is silent is given up."""
     write_job(tmp_path, patience=0.5)
     edit(tmp_path / "job.toml", "epochs = 8", "epochs = 40")
+    slow = tmp_path / "slow"  # so that no run ends before the broker has seen to its memory
+    slow.touch()
+    edit(tmp_path / "bank.py", "        return self.relu", UNHURRIED.format(path=str(slow)))
     with Crew(tmp_path, broker_url) as crew:
         crew.start()
         crew.await_step("insurer", 8)
@@ -157,6 +167,7 @@ def test_a_broker_that_takes_no_messages_is_no_silence_of_a_peer(
             assert code == 75 and "the broker takes no messages" in said
         finally:
             private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+        slow.unlink()
         crew.restart_until_done({})
         logs = "".join(path.read_text() for path in crew.folder.glob("*-*.log"))
         assert "has been silent for" not in logs and "nothing was heard from" not in logs
