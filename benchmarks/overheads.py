@@ -34,7 +34,7 @@ from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.testing.private_broker import PrivateBroker
 
 TIMEOUT_S = 300.0
-TURNS = 5
+TURNS = 9
 PAGE = "page"
 _numbers = count()
 
