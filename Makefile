@@ -24,7 +24,7 @@ check: $(INSTALLED)  ## What is checked without running anything: lint, format a
 test: check  ## Everything that CI checks, some minutes: the static checks and all tests.
 	sh tests/obtain_broker.sh
 	sh tests/obtain_browser.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # three files at a time, which also wait, in tests/conftest.py's order
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder  # four files at a time, which mostly wait, in tests/conftest.py's order
 
 test-pure: $(INSTALLED)  ## The tests that need neither torch nor a broker, in seconds.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pure -q -n 2 --dist worksteal
