@@ -1,5 +1,6 @@
 """The pure room: no torch and no broker, so that these tests run in seconds on any machine."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,3 +29,11 @@ def without_torch(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.session.stash[ALONE] and "torch" in sys.modules:
         pytest.fail("this test imports torch: it belongs into tests/compute")
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """Have no garbage collected: a pass over all that other tests have loaded takes longer than much that is timed."""
+    gc.disable()
+    yield
+    gc.enable()

@@ -118,6 +118,7 @@ def test_a_watcher_that_does_not_read_its_answer_ends_too(impatient: HttpServer)
         await_that(lambda: sockets_of(impatient) == 0, "it is given up")
 
 
+@pytest.mark.usefixtures("without_collector")
 def test_a_shortage_of_descriptors_neither_ends_it_nor_makes_it_spin(server: HttpServer) -> None:
     with socket.socket() as peer:
         peer.settimeout(60)
