@@ -38,6 +38,7 @@ from sl_queue.compute.modules.demands import (
 )
 from sl_queue.compute.modules.graph import runs_only_torch, steps_only_torch
 from sl_queue.compute.modules.handover import Take
+from sl_queue.compute.modules.shared_values import SharedValues
 from sl_queue.compute.modules.snapshots import left_no_trace
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
 from sl_queue.compute.modules.statistics import Statistics
@@ -121,7 +122,7 @@ class Model:
         if optimizer is not None:
             learning = Learning.of(optimizer, module, part, table, steps, where, spec.code)
         about = (spec.party, part, name, module, learning, device, dtype_of(module))
-        saved = SavedModule(spec.party, part, name, module, built)
+        saved = SavedModule(spec.party, part, name, module, built, SharedValues.of(module))
         outputs = spec.layers.outputs.get(spec.party) if part == "base" else None
         precision = spec.layers.precision
         found = cls(*about, spec.layers.seed, saved, outputs=outputs, precision=precision, secret=spec.secret)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sl_queue.compute.building import tensors_of
 from sl_queue.compute.modules.demands import overlaps
 from sl_queue.compute.modules.saved_values import NotCarriedError
+from sl_queue.compute.modules.shared_values import SharedValues
 from sl_queue.compute.modules.state import Built
 from sl_queue.compute.spec import Part
 from sl_queue.cut.tensors import described, from_payload, to_payload
@@ -29,18 +30,21 @@ class SavedModule:
     name: str
     module: nn.Module = field(repr=False)
     built: Built = field(repr=False)
+    shared: SharedValues = field(repr=False)
     warned: set[str] = field(default_factory=set)  # attributes of which it was said that no checkpoint carries them
 
     def state(self) -> State:
         """Return a copy of parameters, of all buffers, and of what differs from the module as it was built."""
         changes, lost = self.built.changes(self.module, f"{self.part}/")
         self._tell(lost)
+        self._tell_of_shared()
         tensors = {f"{self.part}/module/{name}": self._payload(name, t) for name, t in tensors_of(self.module)}
         return State({**tensors, **changes.tensors}, changes.values)
 
     def tell_of_lost(self) -> None:
-        """Warn of attributes that have changed and that no checkpoint carries."""
+        """Warn of what has changed and no checkpoint carries."""
         self._tell(self.built.changes(self.module, f"{self.part}/")[1])
+        self._tell_of_shared()
 
     def load(self, state: State) -> None:
         """Become what `state` returned. Raises CheckpointError if the model is another one."""
@@ -86,6 +90,21 @@ class SavedModule:
                     "party %r: %s changes its attribute %r, a %s, which no checkpoint carries; if what it learns "
                     "depends on that, a run that is interrupted ends with other weights: keep it in numbers, tensors, "
                     "or short lists of them",
+                    self.party,
+                    self.name,
+                    error.path,
+                    type(error.value).__name__,
+                )
+
+    def _tell_of_shared(self) -> None:
+        """Say the same of what the module changes beside itself."""
+        for error in self.shared.changed():
+            if error.path not in self.warned:
+                self.warned.add(error.path)
+                log.warning(
+                    "party %r: %s changes %s, a %s that is no part of it, which no checkpoint carries; if what it "
+                    "learns depends on that, a run that is interrupted ends with other weights: keep it in an "
+                    "attribute of the module",
                     self.party,
                     self.name,
                     error.path,

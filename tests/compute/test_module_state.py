@@ -367,5 +367,48 @@ def test_a_list_of_submodules_that_grows_is_said(caplog: pytest.LogCaptureFixtur
     assert "changes its attribute 'layers', a ModuleList, which no checkpoint carries" in caplog.text
 
 
+CALLS: list[int] = []
+
+
+def test_what_a_module_changes_beside_itself_is_said_at_the_trial(caplog: pytest.LogCaptureFixture) -> None:
+    seen, steps = {"rows": 0}, 0
+
+    class Sharing(Linear):
+        calls, names = 0, ("x",)
+
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal steps
+            Sharing.calls += 1
+            steps += 1
+            seen["rows"] += len(x)
+            CALLS.append(len(x))
+            return super().forward(x)
+
+    with caplog.at_level(logging.WARNING, "sl_queue"):
+        setup(Sharing()).stages()
+    for path, kind in (("Sharing.calls", "int"), ("seen of ", "dict"), ("steps of ", "int"), (".CALLS", "list")):
+        (line,) = [line for line in caplog.messages if path in line]
+        assert f"a {kind} that is no part of it, which no checkpoint carries" in line
+    assert "Sharing.names" not in caplog.text
+
+
+def test_a_module_that_leaves_what_is_beside_it_alone_is_said_nothing_of(caplog: pytest.LogCaptureFixture) -> None:
+    scale = [2.0]
+
+    class Scaled(Linear):
+        width = 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * scale[0] * self.width * len(PREFIX)
+
+    run = setup(Scaled())
+    with caplog.at_level(logging.WARNING, "sl_queue"):
+        run.stages().train(run.pipeline).bases["bank"].state()
+    assert "no part of it" not in caplog.text
+
+
+PREFIX = "xy"
+
+
 def test_the_dtypes_that_can_be_saved_are_those_of_the_files() -> None:
     assert set(SAVABLE) == set(tensor_file._DTYPES.values())

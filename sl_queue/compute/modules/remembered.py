@@ -27,7 +27,7 @@ CONTAINERS: Mapping[str, type] = {
     c.__name__: c for c in (list, tuple, torch.Size, deque, set, frozenset, dict, OrderedDict)
 }
 _HARMLESS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum, torch.dtype, torch.device)
-_NOT_OURS = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "builtins"}
+NOT_OURS = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "builtins"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +158,7 @@ def _own_names(value: Any) -> list[str] | None:
         return [n for n in vars(value) if n not in HOOKS]
     root = type(value).__module__.partition(".")[0]
     if (
-        (root in _NOT_OURS and not isinstance(value, LRScheduler))
+        (root in NOT_OURS and not isinstance(value, LRScheduler))
         or is_iterator(value)
         or not (hasattr(value, "__dict__") or _slots_of(value))
     ):
