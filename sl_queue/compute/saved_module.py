@@ -102,9 +102,9 @@ class SavedModule:
             if error.path not in self.warned:
                 self.warned.add(error.path)
                 log.warning(
-                    "party %r: %s changes %s, a %s that is no part of it, which no checkpoint carries; if what it "
-                    "learns depends on that, a run that is interrupted ends with other weights: keep it in an "
-                    "attribute of the module",
+                    "party %r: %s changes %s (%s), which is no part of it and in no checkpoint; if what it learns "
+                    "depends on that, a run that is interrupted ends with other weights: keep it in an attribute of "
+                    "the module",
                     self.party,
                     self.name,
                     error.path,

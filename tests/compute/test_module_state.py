@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sl_queue.compute.modules.shared_values import SharedValues
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.protocol.checkpoint import SAVABLE
 from sl_queue.storage import tensor_file
@@ -388,7 +389,7 @@ def test_what_a_module_changes_beside_itself_is_said_at_the_trial(caplog: pytest
         setup(Sharing()).stages()
     for path, kind in (("Sharing.calls", "int"), ("seen of ", "dict"), ("steps of ", "int"), (".CALLS", "list")):
         (line,) = [line for line in caplog.messages if path in line]
-        assert f"a {kind} that is no part of it, which no checkpoint carries" in line
+        assert f"({kind}), which is no part of it and in no checkpoint" in line
     assert "Sharing.names" not in caplog.text
 
 
@@ -408,6 +409,19 @@ def test_a_module_that_leaves_what_is_beside_it_alone_is_said_nothing_of(caplog:
 
 
 PREFIX = "xy"
+
+
+def test_what_is_large_beside_a_module_is_not_copied_in_each_commit() -> None:
+    table, tables = np.zeros(2**20), [np.zeros(3)]
+
+    class Looking(Linear):
+        rows, parts = list(range(2000)), {"a": [1]}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + float(table[0]) + float(tables[0][0])
+
+    found = SharedValues.of(Looking())
+    assert not {name for name in found.before if name.startswith(("table", "Looking."))}
 
 
 def test_the_dtypes_that_can_be_saved_are_those_of_the_files() -> None:

@@ -1,6 +1,7 @@
 """Plain values beside a module: in its classes, and in what its methods close over or name.
 
 All modules of a class share them, and so may other parties of this process: no checkpoint of one module can carry them.
+They are looked at in each commit, so only what is small: numbers and text, short containers of these, small tensors.
 """
 
 from collections import deque
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sl_queue.compute.modules.remembered import NOT_OURS, Memory, Remembered, same
-from sl_queue.compute.modules.saved_values import NotCarriedError
+from sl_queue.compute.modules.remembered import MOST_ITEMS, NOT_OURS, Memory, Remembered, same
+from sl_queue.compute.modules.saved_values import MOST_BYTES, NotCarriedError
 
-_PLAIN = (type(None), bool, int, float, str, list, tuple, set, dict, deque, np.ndarray, Tensor)
+_SCALARS = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +29,25 @@ class SharedValues:
     @classmethod
     def of(cls, module: nn.Module) -> "SharedValues":
         """Remember them as they are now."""
-        return cls(module, _remembered(module))
+        memory = Memory({})
+        return cls(module, {name: memory.remember(value) for name, value in _found(module)})
 
     def changed(self) -> Iterator[NotCarriedError]:
         """Yield those that differ now."""
-        for name, memory in _remembered(self.module).items():
+        memory = Memory({})
+        for name, value in _found(self.module):
             before = self.before.get(name)
-            if before is None or not same(memory, before):
-                yield NotCarriedError(name, dict(_found(self.module))[name])
+            if before is None or not same(memory.remember(value), before):
+                yield NotCarriedError(name, value)
 
 
-def _remembered(module: nn.Module) -> dict[str, Remembered]:
-    memory = Memory({})
-    return {name: memory.remember(value) for name, value in _found(module)}
+def _is_small(value: Any) -> bool:
+    if isinstance(value, np.ndarray | Tensor):
+        return value.nbytes <= MOST_BYTES
+    if isinstance(value, list | tuple | set | deque | dict):
+        items = (*value, *value.values()) if isinstance(value, dict) else value
+        return len(value) <= MOST_ITEMS and all(isinstance(item, _SCALARS) for item in items)
+    return isinstance(value, _SCALARS)
 
 
 def _found(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -50,7 +57,7 @@ def _found(module: nn.Module) -> Iterator[tuple[str, Any]]:
         for name, value in tuple(vars(kind).items()):
             if isinstance(value, FunctionType):
                 yield from _beside(value)
-            elif isinstance(value, _PLAIN) and not name.startswith("__"):
+            elif _is_small(value) and not name.startswith("__"):
                 yield f"{kind.__name__}.{name}", value
 
 
@@ -62,8 +69,8 @@ def _beside(method: FunctionType) -> Iterator[tuple[str, Any]]:
             value = cell.cell_contents
         except ValueError:  # nothing is in it yet
             continue
-        if isinstance(value, _PLAIN):
+        if _is_small(value):
             yield f"{name} of {method.__qualname__}", value
     for name in code.co_names:
-        if isinstance(value := method.__globals__.get(name, len), _PLAIN) and not name.startswith("__"):
+        if _is_small(value := method.__globals__.get(name, len)) and not name.startswith("__"):
             yield f"{method.__module__}.{name}", value
