@@ -1,7 +1,9 @@
 """The command `init`: the first job and party files for a user's own tables."""
 
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -34,6 +36,7 @@ def init(
 
     tables = _tables(party, label)
     _require_names([table.party for table in tables])
+    tables = [replace(table, path=_from(folder, table.path)) for table in tables]
     chosen = task or (
         _asked("What is predicted: binary, multiclass or regression", "binary") if _asks(party) else "binary"
     )
@@ -48,6 +51,12 @@ def init(
         print(f"  sl-queue features job.toml {table.party}.toml --write   # look through what it proposes")
     print(f"  sl-queue check job.toml {parties}")
     print(f"  sl-queue local job.toml {parties}")
+
+
+def _from(folder: Path, path: str) -> str:
+    """Return the path of a table as a file in the folder names it: a table that is here may not be there."""
+    is_here = Path(path).exists() and not (folder / path).exists()
+    return os.path.relpath(path, folder) if is_here and not Path(path).is_absolute() else path
 
 
 def _require_names(parties: Sequence[str]) -> None:

@@ -51,6 +51,22 @@ def test_its_files_and_proposed_features_train_on_tables_as_they_are(tmp_path: P
     assert set(found.history[-1]["holdout"]) == {"loss", "auroc", "accuracy"}
 
 
+def test_tables_are_found_from_the_files_wherever_the_command_was_given(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    write_tables(tmp_path / "raw")
+    (tmp_path / "there").mkdir()
+    there = tmp_path / "there" / "bank.csv"  # of a table that is at both places, the one beside the files
+    there.write_bytes((tmp_path / "raw" / "bank.csv").read_bytes())
+    done = run(
+        "init", "../there", *PARTIES, "--party", f"post:{there}:customer", "--label", "claim", cwd=tmp_path / "raw"
+    )
+    assert done.returncode == 0, done.stderr
+    paths = {name: PartyFile.load(there.with_name(f"{name}.toml")).data.path for name in ("insurer", "bank", "post")}
+    assert paths["insurer"] is not None
+    assert paths["insurer"].resolve() == tmp_path / "raw" / "insurer.parquet"
+    assert paths["bank"] == there and paths["post"] == there
+
+
 @pytest.mark.parametrize(("task", "loss", "outputs"), [("multiclass", "cross_entropy", 5), ("regression", "mse", 1)])
 def test_each_task_has_its_loss_and_its_outputs(tmp_path: Path, task: str, loss: str, outputs: int) -> None:
     done = run("init", tmp_path / "x", *PARTIES, "--label", "y", "--task", task, "--classes", 5, "--same-ids")
