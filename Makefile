@@ -15,16 +15,17 @@ help:  ## This list.
 demo: $(INSTALLED)  ## Install, and train the built-in example offline (the default).
 	$(BIN)/sl-queue demo
 
-check: $(INSTALLED)  ## What is checked without running anything: lint, format and types.
+check: $(INSTALLED)  ## What is checked without running anything: lint, format, types, imports, sizes and words.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest tests/repository -q
 
 test: check  ## Everything that CI checks, some minutes: the static checks and all tests.
 	sh tests/obtain_broker.sh
 	sh tests/obtain_browser.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder  # four files at a time, which mostly wait, in tests/conftest.py's order
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore tests/repository  # four files at a time, which mostly wait, in tests/conftest.py's order
 
 test-pure: $(INSTALLED)  ## The tests that need neither torch nor a broker, in seconds.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pure -q -n 2 --dist worksteal

@@ -1,7 +1,5 @@
 """A CSV file is read row by row as it was meant, or refused with all that is wrong and always the same exit code."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +65,6 @@ def test_no_callback_of_ours_is_given_to_a_pool_of_threads(tmp_path: Path, monke
     calls.clear()
     table(tmp_path, "id,x\n1,2\n")
     assert calls == [(True, False)]
-
-
-def test_a_process_that_refuses_a_table_ends_with_the_same_code_every_time(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text(RAGGED)
-    program = (
-        "import sys\nfrom pathlib import Path\nfrom sl_queue.data.csv_file import read\n"
-        "sys.exit(2 if read(Path('rows.csv'), 'id', ['id', 'x'])[1] else 3)\n"
-    )
-    codes = [subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False).returncode for _ in range(3)]
-    assert codes == [2] * 3
 
 
 # Quotes ---------------------------------------------------------------------------------------------------------

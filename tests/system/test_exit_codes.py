@@ -42,3 +42,14 @@ def test_a_worker_says_its_real_code_where_it_tells_another(final: str | None, c
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == code and "error: " in done.stderr and "nowhere.toml" in done.stderr
     assert ("exit code 2, reported as 0" in done.stderr) == (final is not None)
+
+
+def test_a_process_that_refuses_a_table_ends_with_the_same_code_every_time(tmp_path: Path) -> None:
+    ragged = "id,x\n1,2\n2,3,4\n" + "".join(f"{i},1\n" for i in range(3, 2000)) + "9\n"
+    (tmp_path / "rows.csv").write_text(ragged)
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom sl_queue.data.csv_file import read\n"
+        "sys.exit(2 if read(Path('rows.csv'), 'id', ['id', 'x'])[1] else 3)\n"
+    )
+    codes = [subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False).returncode for _ in range(3)]
+    assert codes == [2] * 3
