@@ -2,10 +2,8 @@
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +31,7 @@ from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.launch.workplace import Workplace
 from sl_queue.local.progress import OnEpoch, shown
+from sl_queue.local.role_thread import RoleThread, run_all
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
@@ -183,19 +182,10 @@ class _Threads:
         self._state = RunState()
 
     def run(self) -> RunState:
-        threads = [_thread(p.party, partial(self._run_one, p)) for p in self._parties]
-        scheduler = _thread(SCHEDULER, self._run_scheduler)
-        try:
-            for thread in (scheduler, *threads):
-                thread.start()
-            for thread in (*threads, scheduler):
-                thread.join()
-        except BaseException:  # KeyboardInterrupt: let nobody wait for who is gone
-            self._channels.fail(RunStopped("interrupted; run again on the same folder to resume"))
-            for thread in (*threads, scheduler):
-                if thread.ident is not None:  # there may be too many threads to start one more
-                    thread.join()
-            raise
+        roles = [RoleThread(self._run_scheduler, SCHEDULER)]
+        roles += [RoleThread(partial(self._run_one, party), party.party) for party in self._parties]
+        stopped = RunStopped("interrupted; run again on the same folder to resume")
+        run_all(roles, interrupted=lambda: self._channels.fail(stopped))
         if self._raised is not None:
             raise self._raised
         if self._errors:
@@ -257,11 +247,6 @@ class _Threads:
             else:  # sys.exit and its like, which would end this thread without a word
                 self._errors.append(ComputeError(f"{told}; code that a party runs must not end its thread"))
             self._channels.fail(RunStopped(f"another role of this process failed: {told}"))
-
-
-def _thread(name: str, run: Callable[[], None]) -> threading.Thread:
-    """Make a thread that sees the caller's context variables (NumPy's errstate, decimal's context)."""
-    return threading.Thread(target=copy_context().run, args=(run,), name=name)
 
 
 def _told_by_another(error: SlQueueError) -> int:

@@ -1,10 +1,11 @@
 """Roles as threads of this process that end together: the first error that one met itself ends all."""
 
-import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from sl_queue.errors import PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.connect import Channels
+from sl_queue.local.role_thread import RoleThread, run_all
 
 
 def run_together(work: Sequence[Callable[[], None]], channels: Channels, interrupted: str) -> None:
@@ -22,16 +23,7 @@ def run_together(work: Sequence[Callable[[], None]], channels: Channels, interru
             if not isinstance(error, RunStopped):
                 channels.fail(RunStopped(f"another role of this process failed: {error}"))
 
-    threads = [threading.Thread(target=guarded, args=(serve,)) for serve in work]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        channels.fail(RunStopped(interrupted))
-        for thread in threads:
-            thread.join()
-        raise
+    threads = [RoleThread(partial(guarded, serve)) for serve in work]
+    run_all(threads, interrupted=lambda: channels.fail(RunStopped(interrupted)))
     if errors:
         raise min(errors, key=lambda error: 2 * isinstance(error, RunStopped) + isinstance(error, PeerFailed))
