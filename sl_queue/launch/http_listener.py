@@ -5,27 +5,64 @@ import socket
 import threading
 
 import uvicorn
+import uvloop  # noqa: F401  # which uvicorn imports too late to say that it is missing
 from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sl_queue.security.server_certificate import ServerCertificate
 
 REQUEST_S = 10.0  # within which the head of a request must come
+_MOST_HEAD = 64 * 1024  # bytes of a head, or of what follows a body
 _KEPT_S = 5  # that a connection is kept open without a request
 _MOST = 1000  # connections and requests at a time, beyond which a client gets 503
 
 
-class _Impatient(H11Protocol):
-    """Closes a connection on which no request begins: a client that says nothing holds no place for long."""
+class _Impatient(HttpToolsProtocol):
+    """Closes a connection whose next request does not begin, or whose head does not end: no client holds a place so.
+
+    Mutable: it counts bytes of which the parser has made nothing yet.
+    """
+
+    _due: asyncio.TimerHandle | None = None  # when a head is awaited
+    _unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(REQUEST_S, self._close_unless_asked)
+        self._await_head()
 
-    def _close_unless_asked(self) -> None:
-        asked = getattr(self, "cycle", None) is not None  # None until the first head is here
-        if not asked and not self.transport.is_closing():
-            self.transport.close()
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._head_is_here()
+
+    def data_received(self, data: bytes) -> None:
+        idle = getattr(self, "cycle", None) is None or self.cycle.response_complete
+        if idle and self._due is None:
+            self._await_head()
+        self._unread += len(data)
+        super().data_received(data)
+        if self._unread > _MOST_HEAD and not self.transport.is_closing():
+            self.send_400_response(f"a head has at most {_MOST_HEAD} bytes")
+
+    def on_headers_complete(self) -> None:
+        self._head_is_here()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unread = 0
+        super().on_message_complete()
+
+    def _await_head(self) -> None:
+        self._due = self.loop.call_later(REQUEST_S, self.transport.close)
+
+    def _head_is_here(self) -> None:
+        self._unread = 0
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
 
 
 class HttpServer:
@@ -39,6 +76,7 @@ class HttpServer:
         config = uvicorn.Config(
             app,
             http=_Impatient,
+            loop="uvloop",
             log_level="warning",
             access_log=False,
             lifespan="off",

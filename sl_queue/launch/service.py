@@ -1,13 +1,13 @@
 """A service put together: a feature party that answers, and a label holder that fuses, with the version in use."""
 
 import logging
-import queue
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from sl_queue.compute.answering import AnsweringBase, AnsweringFuse, RowIndex
@@ -112,7 +112,7 @@ class Served:
     channel: ServingChannel
     feature: FeatureService | None = None
     label: "LabelHolderService | None" = None
-    _work: "queue.Queue[Came | None] | None" = None
+    _work: SimpleQueue[Came | None] | None = None
 
     def close(self) -> None:
         """Stop, and leave the broker."""
@@ -135,7 +135,7 @@ def serve_feature(
     explains: bool = False,
 ) -> Served:
     """Begin to answer requests in a thread of its own; it `explains` its columns if it may. Raises SlQueueError."""
-    versions, work = versions_of(job, spec, state), queue.Queue[Came | None]()
+    versions, work = versions_of(job, spec, state), SimpleQueue[Came | None]()
     choose_version(state)
     channel = ServingChannel(
         connect(spec.party, PREFETCH), spec.party, job.topology(), secrets.token_hex(8), work.put,
@@ -154,7 +154,7 @@ def serve_feature(
     return Served(channel, feature=service, _work=work)
 
 
-def _answer(party: str, service: FeatureService, work: "queue.Queue[Came | None]", channel: ServingChannel) -> None:
+def _answer(party: str, service: FeatureService, work: SimpleQueue[Came | None], channel: ServingChannel) -> None:
     """Answer until the service ends, or the channel fails."""
     while (came := work.get()) is not None:
         try:

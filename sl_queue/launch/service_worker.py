@@ -80,7 +80,7 @@ def _over_http(spec: PartySpec, party_file: PartyFile, served: Served) -> None:
         from sl_queue.launch.http_listener import HttpServer
         from sl_queue.launch.http_service import Api
     except ImportError as error:
-        raise JobError("--serve needs starlette and uvicorn: pip install 'sl_queue[serve]'") from error
+        raise JobError("--serve needs further packages: pip install 'sl_queue[serve]'") from error
     assert served.label is not None
     host, _, port = party_file.serve.listen.rpartition(":")
     tls = _certificate(party_file)

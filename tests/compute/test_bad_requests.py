@@ -71,6 +71,44 @@ def test_a_connection_on_which_nothing_is_asked_is_closed(service: Service, monk
     assert goes_on(service)
 
 
+@pytest.mark.parametrize("dribbled", [b"POST /predict HT", b"GET /health HTTP/1.1\r\nHost: x\r\n", b"\r\n"])
+def test_a_connection_whose_next_head_never_ends_is_closed(
+    service: Service, monkeypatch: pytest.MonkeyPatch, dribbled: bytes
+) -> None:
+    monkeypatch.setattr(http_listener, "REQUEST_S", 0.2)
+    with socket.create_connection((HOST, service.http.port), timeout=30) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer_of(connection)[0] == 200
+        connection.sendall(dribbled)
+        while connection.recv(1000):  # it may be told that this is no request
+            pass
+    assert goes_on(service)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+@pytest.mark.parametrize(
+    "begins",
+    [
+        b"GET /",
+        b"GET / HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\nX: ",
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX: ",
+    ],
+    ids=["path", "names", "value", "trailer"],
+)
+def test_a_head_that_does_not_end_takes_bounded_memory(service: Service, before: bytes, begins: bytes) -> None:
+    sent, part = 0, b"x" * 65536
+    with socket.create_connection((HOST, service.http.port), timeout=30) as connection:
+        connection.sendall(before + begins)
+        try:
+            while sent < 256 * len(part):
+                sent += connection.send(part)
+        except OSError:
+            pass
+    assert sent < 256 * len(part)
+    assert goes_on(service)
+
+
 def test_a_client_that_leaves_before_its_answer_harms_nobody(service: Service) -> None:
     service.stop_bank()
     body = json.dumps({"ids": [int(service.ids[0])]}).encode()
