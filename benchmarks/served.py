@@ -18,6 +18,7 @@ from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.data.to_predict import request_keys
 from sl_queue.launch.connect import connector
+from sl_queue.launch.process import keep_from_collector
 from sl_queue.launch.service import Served, id_key, serve_feature, serve_label
 from sl_queue.local.threads import run_local
 from sl_queue.protocol.serving import Keys
@@ -64,6 +65,7 @@ def feature_party(ready: Connection, place: Place) -> None:
     limit_threads(1)
     about = (JOB, place.spec(PARTY), place.folder / PARTY, connector(JOB, place.url), place.seal(PARTY))
     serve_feature(*about, at_most=0, deadline_s=DEADLINE_S)
+    keep_from_collector()
     ready.send(True)
     Event().wait()
 

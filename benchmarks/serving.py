@@ -21,6 +21,7 @@ from benchmarks.served import Place, bare_trip, echo, feature_party, label_holde
 from sl_queue.compute.threads import limit_threads
 from sl_queue.launch.http_listener import HttpServer
 from sl_queue.launch.http_service import Api
+from sl_queue.launch.process import keep_from_collector
 from sl_queue.testing.private_broker import PrivateBroker
 
 CLIENTS = 64
@@ -66,6 +67,7 @@ def within(place: Place, sizes: Sizes) -> Found:
     served, keys = label_holder(place), single_rows()
     assert served.label is not None
     service = served.label.service
+    keep_from_collector()
     try:
         return measure(lambda: service.predict(next(keys)), place.url, sizes)
     finally:
@@ -77,13 +79,16 @@ def http_service(ready: Connection, place: Place) -> None:
     limit_threads(1)
     served = label_holder(place)
     assert served.label is not None
-    ready.send(HttpServer(Api(served.label, "integer", None).app(), "127.0.0.1", 0).port)
+    server = HttpServer(Api(served.label, "integer", None).app(), "127.0.0.1", 0)
+    keep_from_collector()
+    ready.send(server.port)
     Event().wait()
 
 
 def over_http(url: str, port: int, sizes: Sizes) -> Found:
     """Measure requests from a process of their own."""
     with HttpClients(port, CLIENTS) as clients:
+        keep_from_collector()
         return measure(clients.ask, url, sizes)
 
 

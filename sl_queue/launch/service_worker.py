@@ -17,6 +17,7 @@ from sl_queue.launch.explaining import explain_over
 from sl_queue.launch.importance import NAME, Explained
 from sl_queue.launch.party import require_role, workplace_of
 from sl_queue.launch.prediction import spec_to_predict
+from sl_queue.launch.process import keep_from_collector
 from sl_queue.launch.service import Served, serve_feature, serve_label
 from sl_queue.observe.log import to_log
 from sl_queue.protocol.text import counted
@@ -48,6 +49,7 @@ def run_service(
     about = (job, spec, place.state, place.connect, place.seal)
     if role == "feature":
         served = serve_feature(*about, at_most=serve.at_most, deadline_s=serve.deadline, explains=serve.explain)
+        keep_from_collector()
         log.info("%s: answers requests", spec.party)
         try:
             _until_failure(served)
@@ -89,6 +91,7 @@ def _over_http(spec: PartySpec, party_file: PartyFile, served: Served) -> None:
         server = HttpServer(api.app(), host.strip("[]"), int(port), tls)
     except OSError as error:
         raise JobError(f"[serve] listen = {party_file.serve.listen!r}: {error.strerror or error}") from None
+    keep_from_collector()
     where = f"{'http' if tls is None else 'https'}://{host}:{server.port}"
     log.info("%s: serves run %s at %s", spec.party, served.label.models.run, where)
     try:

@@ -76,7 +76,7 @@ class FeatureService:
     refused: Callable[[int], None]  # is told of rows that were asked for beyond the limit
     explained: Callable[[str, Worth], None] | None = None  # takes what columns are worth; None: nobody may ask for it
     rows: int = 0  # answered
-    _counted: deque[MicroBatch] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # asked once more, not again
+    _counted: dict[MicroBatch, None] = field(default_factory=dict)  # the newest: asked once more, they are not again
 
     def serve(self, came: Came) -> None:
         """Answer a request, then acknowledge it. Raises RemoteProtocolError for one that cannot be read."""
@@ -97,7 +97,9 @@ class FeatureService:
             self.refused(len(keys))
             return refusal_of(OVER_LIMIT)
         found, activation = base.answer(came.number, keys, deal)
-        self._counted.append(came.number)
+        self._counted[came.number] = None
+        if len(self._counted) > _REMEMBERED:
+            del self._counted[next(iter(self._counted))]
         self.rows += len(keys)
         return answer_of(found.tolist(), activation)
 
