@@ -41,6 +41,9 @@ class _Learned:
     put_off: tuple[InFlight, Tensor] | None  # the own base model's backward pass
 
 
+_LEFT_FOR: Mapping[str, type] = {"backward": InFlight, "learn": _Learned}  # by an earlier call, which cannot go without
+
+
 @dataclass(slots=True)
 class TorchHand:
     """ports.Workshop over torch. Mutable: it holds weights by version, and what lies between two calls of a task."""
@@ -70,8 +73,12 @@ class TorchHand:
             model.secret = secret
 
     def do(self, call: Call) -> Outcome | None:
-        """Do one call; None if what the call before has left is not here. Raises what the model does."""
-        if call.what in ("backward", "learn") and call.task not in self._kept:
+        """Do one call; None if what the call before has left is not here. Raises what the model does.
+
+        A task may come again at any of its calls: what an earlier time has left is then left over, or lacking.
+        """
+        needed = _LEFT_FOR.get(call.what)
+        if needed is not None and not isinstance(self._kept.get(call.task), needed):
             return None
         weights = self._weights[call.version]
         arrived = {name: from_payload(p, models_of(self.stage)[0].device) for name, p in call.tensors.items()}
@@ -110,7 +117,8 @@ class TorchHand:
                 self._kept[call.task] = stage.passes.begun(call.micro_batch, own)
                 return {}, payloads({} if stage.own is None else stage.own.model.saw)
             case "fuse":
-                mine: PreparedTargets = self._kept.pop(call.task, None) or stage.passes.begun(call.micro_batch, own)
+                kept = self._kept.pop(call.task, None)
+                mine = kept if isinstance(kept, PreparedTargets) else stage.passes.begun(call.micro_batch, own)
                 return self._fuse(stage, call, mine, weights["fuse"], arrived)
             case "learn":
                 return self._learn(stage, call.micro_batch, self._kept.pop(call.task))
