@@ -65,6 +65,19 @@ def canonical_ids(
     return _canonical(parts[0], are_csv=are_csv, id_type=id_type, duplicates=duplicates)
 
 
+def asked_ids(texts: Sequence[str], normalise: Sequence[str], id_type: Declared | None) -> list[str]:
+    """Write ids that are text, as somebody asks for them, in the form in which `canonical_ids` has those of a table."""
+    found: list[str] = _normalised(pa.array(texts, pa.large_string()), normalise).to_pylist() if normalise else [*texts]
+    return [_canonical_uuid(one) for one in found] if id_type == "uuid" else found
+
+
+def _canonical_uuid(text: str) -> str:
+    try:
+        return str(UUID(text))
+    except ValueError:
+        return text
+
+
 def _canonical(ids: Any, *, are_csv: bool, id_type: Declared | None, duplicates: str) -> tuple[Ids | None, list[str]]:
     """Put one array of decoded ids in order."""
     n_rows = len(ids)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from sl_queue.data.faults import refuse
 from sl_queue.data.features import Fitted, apply
-from sl_queue.data.ids import Ids, Positions
+from sl_queue.data.ids import Ids, Positions, asked_ids
 from sl_queue.data.rows import read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.data.table import fingerprints_of, ids_in, in_order, read_ids, texts_of
@@ -87,11 +87,19 @@ def ids_to_predict(spec: TableSpec) -> Ids:
     return read_ids(spec)[0]
 
 
-def request_keys(given: Sequence[Any], id_type: str, key: bytes) -> tuple[Keys | None, list[int]]:
-    """Return the keys of ids in a request, as `keyed_ids` makes them of a table's, or the places of unfit ids."""
+def request_keys(
+    given: Sequence[Any], id_type: str, key: bytes, spec: TableSpec | None = None
+) -> tuple[Keys | None, list[int]]:
+    """Return the keys of ids in a request, as `keyed_ids` makes them of a table's, or the places of unfit ids.
+
+    `spec`: of the party's table, whose text ids are written alike as the job says.
+    """
     wrong = [place for place, one in enumerate(given) if not _is_of(one, id_type)]
     if wrong:
         return None, wrong
+    if spec is not None and id_type == "text":
+        declared = spec.data.id_type if isinstance(spec.data, FileSpec) else None
+        given = asked_ids(given, spec.normalise, declared)
     hashes = b"".join([blake2b(str(one).encode(), digest_size=8, key=key).digest() for one in given])
     return np.frombuffer(hashes, "<u8").astype(np.uint64), []
 

@@ -129,7 +129,7 @@ class Api:
             return _said(422, 'a request is JSON like {"ids": [10017, 10018]}')
         if not isinstance(ids, list) or not ids or len(ids) > MOST_ROWS:
             return _said(422, f"ids must be a list of 1 to {MOST_ROWS}")
-        keys, wrong = request_keys(ids, self.id_type, self._key)
+        keys, wrong = request_keys(ids, self.id_type, self._key, self.holder.spec.table)
         if keys is None:
             return _said(422, f"ids must be of type {self.id_type}", places=wrong[:10])
         try:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import ssl
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,21 @@ def test_ids_of_text_are_held_against_text(trained: Any) -> None:
         assert service.post(b'{"ids": [7]}').status_code == 422
         assert service.post(b'{"ids": ["\\ud800"]}').status_code == 422
         assert service.post(b'{"ids": ["nobody"]}').json()["predictions"][0]["missing"] == ["bank", "insurer"]
+    finally:
+        service.close()
+
+
+def test_ids_of_text_are_written_as_those_of_the_tables_and_come_back_as_they_were(trained: Any) -> None:
+    service = Service(trained[0])
+    try:
+        label = service.insurer.label
+        assert label is not None
+        label.spec = replace(label.spec, table=replace(label.spec.table, normalise=("strip",)))
+        service.http.close()
+        service.http = HttpServer(Api(label, "text", None).app(), HOST, 0)
+        asked = f" {service.ids[0]} "
+        (found,) = service.ask([asked]).json()["predictions"]
+        assert found["id"] == asked and 0 < found["probability"] < 1
     finally:
         service.close()
 

@@ -6,9 +6,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 import sl_queue
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.data.ids import asked_ids, canonical_ids
 from sl_queue.errors import JobError
 from sl_queue.protocol.scheduler.agreement import differing_id_types
 from sl_queue.protocol.table import Table
@@ -117,3 +120,14 @@ def test_a_wrong_id_type_is_refused_with_what_is_allowed() -> None:
 def test_a_difference_of_types_says_which_file_to_change_and_how() -> None:
     said = differing_id_types({"bank": "text", "insurer": "integer", "court": "integer"})
     assert "write id_type = \"text\" under [data] in the party file of 'insurer' and 'court'" in said
+
+
+NORMALISE = st.lists(st.sampled_from(("strip", "nfkc", "casefold")), unique=True)
+ASKED = st.text(max_size=6) | st.uuids().map(str) | st.uuids().map(lambda u: f"{{{str(u).upper()}}}")
+
+
+@given(ASKED.filter(bool), NORMALISE, st.sampled_from((None, "text", "uuid")))
+def test_an_id_that_is_asked_for_is_written_as_that_of_a_table(text: str, normalise: list[str], declared: Any) -> None:
+    ids, _ = canonical_ids(pa.array([text]), are_csv=False, id_type=declared, normalise=normalise)
+    assume(ids is not None)
+    assert ids is not None and asked_ids([text], normalise, declared) == ids.texts.to_pylist()
