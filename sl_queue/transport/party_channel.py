@@ -4,7 +4,7 @@ Two threads meet here under one lock: the worker (send, receive) and the link (d
 pulse, tells peers and scheduler a few times a second that this worker is alive and where it is. A fourth commits: the
 broker's confirms and the disk take their time while the pipeline fills again, and the first message of the next step
 is not given out before. So a worker that is killed meanwhile repeats no more than the steps between two commits, and
-prefetch stays what it is. What is decided under the lock (protocol/party/timeline) is done outside of it.
+prefetch stays what it is. What is decided under the lock (protocol/party) is done outside of it.
 """
 
 import threading
@@ -216,7 +216,12 @@ class PartyChannel:
         with self._changed:
             if letter.met and header.sender == SCHEDULER:
                 self._timeline.announce = True
-            verdict = self._timeline.file(header, message, delivery.tag, delivery.redelivered)
+            verdict: Verdict[Tag] = Acknowledge((delivery.tag,))
+            if isinstance(message, Activation | Gradient):
+                self._timeline.note(header, delivery.redelivered)
+                verdict = self._timeline.mailbox.file(header, message, delivery.tag)
+            else:
+                self._timeline.take(header, message)
             self._changed.notify_all()
         if verdict is not None:
             self._carry_out(verdict, header.sender)

@@ -10,7 +10,7 @@ from sl_queue.errors import LocalProtocolError
 from sl_queue.protocol.control import Alive, Finish, Lost, Message, Open, Start, Stop, Waiting, kind_of
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER, Activation, Gradient, Header, Kind, MicroBatch
 from sl_queue.protocol.party.bounds import Bounds
-from sl_queue.protocol.party.mailbox import Acknowledge, Key, Mailbox, Outbox, Reject, Tag, Verdict
+from sl_queue.protocol.party.mailbox import Key, Mailbox, Outbox, Reject, Tag, Verdict
 from sl_queue.protocol.party.orders import Orders
 
 _NOWHERE = MicroBatch(0, 0)  # reports and commands are of no micro-batch
@@ -106,13 +106,14 @@ class Timeline(Generic[Tag]):
 
     # What comes in ----------------------------------------------------------------------------------------------
 
-    def file(self, header: Header, message: Message, tag: Tag, redelivered: bool) -> Verdict[Tag]:
-        """Decide about one delivery; the codec has compared who says what with the rights of its sender."""
+    def note(self, header: Header, redelivered: bool) -> None:
+        """Note what the header of an activation or a gradient tells, before the mailbox decides about it."""
+        self._note_committed(header)
+        self.mailbox.counts["redelivered"] += redelivered
+
+    def take(self, header: Header, message: Message) -> None:
+        """Take an order or a statement; the codec has compared who says what with the rights of its sender."""
         match message:
-            case Activation() | Gradient():
-                self._note_committed(header)
-                self.mailbox.counts["redelivered"] += redelivered
-                return self.mailbox.file(header, message, tag)
             case Start() | Open() | Finish() | Stop() if message.incarnation == self._incarnation:
                 self.orders = self.orders.after(message)
             case Alive(incarnation):
@@ -122,7 +123,6 @@ class Timeline(Generic[Tag]):
                     self.scheduler_incarnation = incarnation
             case _:
                 pass  # a question, which the channel answers, or an order to an earlier process
-        return Acknowledge((tag,))
 
     def refuse(self, tag: Tag, reason: str, header: Header | None = None) -> Reject[Tag]:
         """Count a delivery that could not be read; with its header, it may be that of the awaited message."""
