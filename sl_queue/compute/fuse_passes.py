@@ -7,6 +7,7 @@ itself does. Gradients are left at the parameters, or at the weights that were g
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.building import blame
 from sl_queue.compute.flight import InFlight
 from sl_queue.compute.model import Model
-from sl_queue.compute.modules.cut_input import CutInput
-from sl_queue.compute.modules.graph import hooks_made
+from sl_queue.compute.modules.graph import draws_nothing, hooks_made
 from sl_queue.compute.objective import Objective, why_not_finite
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.guard import place
@@ -38,6 +38,51 @@ class PreparedTargets:
     rows: CutRows
     labels: Tensor = field(repr=False)  # (rows,) or (rows, *anything)
     flight: InFlight | None = field(repr=False)  # of its base model
+
+
+class CutInput:
+    """An activation on its way into the fuse model's graph, and its gradient once the backward pass has been there.
+
+    The gradient stays None if the loss does not depend on the activation. Mutable for that. Not a leaf of the graph,
+    since models may change their inputs in place, as they may when joined; nor a copy, nor is its gradient one: that of
+    the own base model keeps the layout that it has when joined, on which the last bit may depend.
+    """
+
+    def __init__(self, activation: Tensor, learning: bool = True) -> None:
+        self._waiting, self._learning = [activation], learning
+        self._form = (activation.shape, activation.dtype, activation.device)
+        self.gradient: Tensor | None = None
+
+    def enter(self) -> Tensor:
+        """Return the activation as a tensor whose gradient will be kept here; once."""
+        if not self._learning:
+            return self._waiting.pop()
+        anchor = torch.empty(0, requires_grad=True)
+        entered: Tensor = _GradientTap.apply(anchor, self)  # type: ignore[no-untyped-call]
+        return entered
+
+    def overflow(self) -> Tensor | None:
+        """Return a gradient that says that the step is to be left out; None where none is wanted."""
+        shape, dtype, device = self._form
+        return torch.full(shape, torch.nan, dtype=dtype, device=device) if self._learning else None
+
+
+class _GradientTap(torch.autograd.Function):
+    """Outputs a tensor that came from nowhere in this graph; keeps what the backward pass brings."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, entering: CutInput) -> Tensor:
+        ctx.entered = entering
+        ctx.set_materialize_grads(False)  # an operator of the fuse model may return None for it
+        return entering._waiting.pop()  # not kept: the graph would hold itself
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:
+        ctx.entered.gradient = gradient
+        return None, None
+
+
+draws_nothing(_GradientTap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +131,7 @@ class FusePasses:
     ) -> tuple[float, Tensor, Positions]:
         """Compute these micro-batches' rows, all at once; returns their mean loss, the output and the rows.
 
-        Gradients are added to the parameters, or to `weights`.
+        Gradients are added to the parameters, or to `weights`, and are left at the inputs.
         """
         first, last = parts[0].targets.micro_batch, parts[-1].targets.micro_batch
         where, positions = (

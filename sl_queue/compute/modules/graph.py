@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
-from sl_queue.compute.modules.cut_input import GRADIENT_TAP
-
 _ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # adds to a leaf's gradient
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may run Python for any operator
+_KNOWN: set[type] = set()  # nodes of autograd functions of ours
 _SHOWS_HOOKS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")  # torch before 2.6 does not
 
 
@@ -64,10 +63,15 @@ def steps_only_torch(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim.") and not hooks
 
 
+def draws_nothing(function: type[torch.autograd.Function]) -> None:
+    """Take an autograd function written in Python for one whose backward pass draws no random numbers."""
+    _KNOWN.add(function._backward_cls)
+
+
 @cache
 def _saved_by(kind: type) -> tuple[str, ...] | None:
     """Return the attributes with the saved tensors of a kind of node; None for one that is not torch's own."""
-    if kind is GRADIENT_TAP:
+    if kind in _KNOWN:
         return ()
     if getattr(torch._C._functions, kind.__name__, None) is not kind:
         return None
