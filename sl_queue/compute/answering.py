@@ -10,17 +10,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.building import Inputs, blame
 from sl_queue.compute.model import Model
+from sl_queue.compute.running import aggregated, blame
 from sl_queue.compute.seeds import generator_states
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.crossing import FuseCut
 from sl_queue.cut.guard import place
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.several import fuse_inputs
-from sl_queue.cut.tensors import take_rows
+from sl_queue.cut.tensors import Inputs, take_rows
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import Deal
 
@@ -140,9 +138,7 @@ class AnsweringFuse:
 
         def joined() -> Any:
             with blame(f"{where}: aggregation {self._layers.aggregation!r} failed"):
-                return aggregated(
-                    fuse_inputs(inputs, self._layers.outputs, self._layers.fused), self._layers.aggregation
-                )
+                return aggregated(inputs, self._layers)
 
         output = self._evaluated.run(joined, where).detach()
         found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
@@ -163,8 +159,7 @@ def outputs_of_rows(stage: TorchBaseStage, positions: npt.NDArray[np.int64], siz
 def fused_outputs(model: Model, layers: LayersSpec, inputs: Mapping[str, list[Tensor]]) -> npt.NDArray[np.generic]:
     """Return the fuse model's outputs for all rows at once, in evaluation mode, shape (rows, *outputs)."""
     with model.evaluating(), model.drawing("explain", MicroBatch(0, 0)):
-        each = fuse_inputs(inputs, layers.outputs, layers.fused)
-        output = model.run(aggregated(each, layers.aggregation), f"party {model.party!r}").detach()
+        output = model.run(aggregated(inputs, layers), f"party {model.party!r}").detach()
     found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
     return found
 

@@ -14,17 +14,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.building import Inputs, blame, on_device, tensors_in
 from sl_queue.compute.flight import Ends, InFlight
 from sl_queue.compute.inputs import n_offers, offer
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.modules.handover import Take
+from sl_queue.compute.running import blame, on_device, tensors_in
 from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.crossing import BaseCut, require_shape
 from sl_queue.cut.guard import UNGUARDED, Guard, place
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import take_rows
+from sl_queue.cut.tensors import Inputs, take_rows
 from sl_queue.errors import ComputeError, JobError, LocalProtocolError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload

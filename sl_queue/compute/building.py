@@ -1,11 +1,8 @@
 """From a party file to a module: imported or given, built with keyed draws, on the device that the party has."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from inspect import signature
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,80 +12,15 @@ from sl_queue.compute.code_digest import named
 from sl_queue.compute.final_weights import settled
 from sl_queue.compute.modules.handover import Copies, Take
 from sl_queue.compute.modules.state import in_evaluation
+from sl_queue.compute.running import blame, called
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
-from sl_queue.cut.several import Outputs
-from sl_queue.cut.tensors import Inputs, described
-from sl_queue.errors import ComputeError, JobError, SlQueueError
-from sl_queue.protocol.text import shortened
+from sl_queue.cut.tensors import Inputs
+from sl_queue.errors import JobError
 
 LAST = "-last"  # of a file in `final/`: the weights of the last step, where those of the part itself are averages
-__all__ = ["Inputs"]
 
 Sample = Callable[[torch.dtype], Inputs]  # two rows of input, for trying a model out before anything is trained
-
-
-def called(module: nn.Module, inputs: Inputs, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """Call a module, with other `weights` if given; with keywords, where its forward has them for all of a dict."""
-    inputs = _unshared(inputs)
-    by_name = isinstance(inputs, dict) and inputs.keys() <= signature(module.forward).parameters.keys()
-    args, kwargs = ((), dict(inputs)) if by_name and isinstance(inputs, dict) else ((inputs,), {})
-    if weights is None:
-        return module(*args, **kwargs)
-    return torch.func.functional_call(module, dict(weights), args, kwargs)
-
-
-def _unshared(inputs: Any) -> Any:
-    """Return the same tensors in lists and dicts of the callee's own, out of which it may take them."""
-    if isinstance(inputs, list):
-        return [_unshared(each) for each in inputs]
-    return {name: _unshared(each) for name, each in inputs.items()} if isinstance(inputs, dict) else inputs
-
-
-def is_penalised(output: Any, outputs: Outputs | None) -> bool:
-    """Tell whether a base model returns a penalty beside its activation; a list of two outputs is none."""
-    if not isinstance(output, tuple) or len(output) != 2:
-        return False
-    return outputs is None or isinstance(output[0], list | tuple | dict)
-
-
-def tensors_in(inputs: Any) -> list[Tensor]:
-    """List the tensors of a model's input, those of a fuse model that gets a dict of each party too."""
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    each = inputs.values() if isinstance(inputs, dict) else inputs
-    return [tensor for one in each for tensor in tensors_in(one)]
-
-
-def described_inputs(inputs: Any) -> str:
-    """Return dtype and shape of each tensor of an input, and nothing of its numbers."""
-    if isinstance(inputs, dict):
-        return "{" + ", ".join(f"{name}: {described(tensor)}" for name, tensor in inputs.items()) + "}"
-    return described(inputs) if isinstance(inputs, Tensor) else "[" + ", ".join(map(described_inputs, inputs)) + "]"
-
-
-def on_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """Move a model's input."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, dict):
-        return {name: tensor.to(device) for name, tensor in inputs.items()}
-    return [tensor.to(device) for tensor in inputs]
-
-
-@contextmanager
-def blame(what: str) -> Iterator[None]:
-    """Turn whatever a user's module, loss or optimizer raises in here into a ComputeError that begins with `what`.
-
-    `sys.exit` too: it would end this worker with a code of the model's own, and nobody would tell the others. Not
-    Ctrl-C, which is for the whole process.
-    """
-    try:
-        yield
-    except (SlQueueError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise ComputeError(f"{what}: {type(error).__name__}: {shortened(str(error))}") from error
 
 
 def build_module(spec: ComputeSpec, part: Part, sample: Sample | None, take: Take | None = None) -> nn.Module:

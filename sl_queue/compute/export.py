@@ -15,11 +15,9 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.aggregation import aggregated
-from sl_queue.compute.building import called
+from sl_queue.compute.running import aggregated, called
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.compute.stand_ins import drawn_inputs
-from sl_queue.cut.several import fuse_inputs
 from sl_queue.errors import ComputeError, JobError
 from sl_queue.protocol.text import counted
 
@@ -68,8 +66,7 @@ class ByParty(nn.Module):
         for party in self.layers.fused:
             count = len(self.layers.outputs[party].shapes) if party in self.layers.outputs else 1
             each[party], left = left[:count], left[count:]
-        inputs = fuse_inputs(each, self.layers.outputs, self.layers.fused)
-        return self.fuse(aggregated(inputs, self.layers.aggregation))
+        return self.fuse(aggregated(each, self.layers))
 
 
 def named_inputs(inputs: Any) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
-from sl_queue.compute.building import blame
 from sl_queue.compute.losses import (
     LOSSES,
     Loss,
@@ -31,6 +30,7 @@ from sl_queue.compute.losses import (
     same_numbers,
     widened,
 )
+from sl_queue.compute.running import blame
 from sl_queue.compute.seeds import seeded
 from sl_queue.cut.tensors import described
 from sl_queue.errors import ComputeError, JobError

@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.building import blame
 from sl_queue.compute.flight import InFlight
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import draws_nothing, hooks_made
 from sl_queue.compute.objective import Objective, why_not_finite
+from sl_queue.compute.running import aggregated, blame
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.guard import place
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.several import fuse_inputs
 from sl_queue.errors import ComputeError, NonFiniteError
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches, Positions
@@ -191,8 +189,7 @@ class FusePasses:
     ) -> Tensor:
         """Return the fuse model's output; inputs in job order, whatever order they came in."""
         with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
-            each = fuse_inputs(inputs, self.layers.outputs, self.layers.fused)
-            joined = aggregated(each, self.layers.aggregation)
+            joined = aggregated(inputs, self.layers)
         return self.model.run(joined, where, weights)
 
     def labels(self, positions: Positions) -> Tensor:

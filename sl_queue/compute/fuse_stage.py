@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sl_queue.compute.base_stage import TorchBaseStage, base_stage, require_no_defence
-from sl_queue.compute.building import Inputs
 from sl_queue.compute.epoch_tables import Rows
 from sl_queue.compute.flight import InFlight
 from sl_queue.compute.fuse_passes import FusePasses, GatheredInputs, PreparedTargets
@@ -25,7 +24,7 @@ from sl_queue.compute.training_outputs import TrainingOutputs
 from sl_queue.cut.crossing import FuseCut
 from sl_queue.cut.guard import UNGUARDED, Guard, place
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import described, dtype_name
+from sl_queue.cut.tensors import Inputs, described, dtype_name
 from sl_queue.errors import LocalProtocolError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.building import blame
 from sl_queue.compute.flight import InFlight
 from sl_queue.compute.fuse_passes import PreparedTargets
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
+from sl_queue.compute.running import blame
 from sl_queue.cut.guard import place
 from sl_queue.cut.relu import ends_in_relu
 from sl_queue.cut.rows import CutRows

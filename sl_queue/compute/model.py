@@ -1,4 +1,4 @@
-"""One part of the model, base or fuse, with its optimizer: built as a party file says, run, saved, given away."""
+"""One part of the model, base or fuse, with its optimizer: built as a party file says, trained, saved, given away."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,22 +7,16 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sl_queue.compute.building import (
     LAST,
-    Inputs,
     Sample,
-    blame,
     build_module,
-    called,
-    described_inputs,
     device_of,
     dtype_of,
-    is_penalised,
     table_of,
-    tensors_in,
     tensors_of,
 )
 from sl_queue.compute.code_digest import named
@@ -30,9 +24,7 @@ from sl_queue.compute.learning import Learning
 from sl_queue.compute.modules.demands import (
     leaves_beyond,
     leaves_of,
-    require_dense,
     require_known,
-    require_number,
     require_savable,
     require_within_reach,
 )
@@ -41,42 +33,35 @@ from sl_queue.compute.modules.handover import Take
 from sl_queue.compute.modules.shared_values import SharedValues
 from sl_queue.compute.modules.snapshots import left_no_trace
 from sl_queue.compute.modules.state import Built, begin_training, in_evaluation
-from sl_queue.compute.modules.statistics import Statistics
 from sl_queue.compute.optimizers import build_optimizer
-from sl_queue.compute.precision import LossScale, computing, scaling_of
+from sl_queue.compute.precision import LossScale, scaling_of
+from sl_queue.compute.running import Runnable, blame, tensors_in
 from sl_queue.compute.saved_module import SavedModule
 from sl_queue.compute.seeds import key, seeded
-from sl_queue.compute.spec import ComputeSpec, Part, Precision
+from sl_queue.compute.spec import ComputeSpec, Part
 from sl_queue.cut.crossing import CROSSING_DTYPES
-from sl_queue.cut.several import Outputs
+from sl_queue.cut.tensors import Inputs
 from sl_queue.errors import ComputeError, JobError, ShapeError
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import MicroBatch, Payload
 
 log = logging.getLogger("sl_queue")
 
+IN_EVALUATION = (
+    "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics as they are; "
+    "call .train() on it before, unless that is meant"
+)
 
-@dataclass(slots=True)
-class Model:
+
+@dataclass(slots=True, kw_only=True)
+class Model(Runnable):
     """A module with its optimizer. Mutable: training is what changes it."""
 
-    party: str
-    part: Part
-    name: str  # as the party file names it: "bank:BaseModel"
-    module: nn.Module
     learning: Learning | None  # None without parameters
-    device: torch.device
-    dtype: torch.dtype  # of its parameters: what floating inputs are cast to
-    seed: int
     saved: SavedModule = field(repr=False)  # as checkpoints hold it
     known: bool = False  # whether all parameters were the optimizer's in the first step
-    outputs: Outputs | None = None  # of a base model with several
-    statistics: Statistics = field(default_factory=Statistics)  # where micro-batches are computed apart
     shares_all: bool = False  # what never changes, too: hands do not have it
-    saw: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # by the newest forward pass, of those
-    precision: Precision | None = None  # that it computes in; None: that of its parameters
     scaling: LossScale | None = None  # of its gradients, in fp16
-    secret: bytes = field(default=b"", repr=False)  # of this party: without it whoever knows the job can draw the same
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -110,28 +95,28 @@ class Model:
         with seeded(key(spec.layers.seed, spec.party, f"{part} optimizer"), device):
             optimizer = build_optimizer(module, table.optimizer, f"{where} optimizer", table.groups, spec.code)
         if optimizer is not None and not module.training:
-            log.warning(
-                "%s model = %r was built in evaluation mode, and is trained in it: no dropout, and batch statistics "
-                "as they are; call .train() on it before, unless that is meant",
-                where,
-                name,
-            )
+            log.warning(IN_EVALUATION, where, name)
         begin_training(module, f"{where} model = {name!r}")
         built = Built.of(module)
         learning = None
         if optimizer is not None:
             learning = Learning.of(optimizer, module, part, table, steps, where, spec.code)
-        about = (spec.party, part, name, module, learning, device, dtype_of(module))
-        saved = SavedModule(spec.party, part, name, module, built, SharedValues.of(module))
-        outputs = spec.layers.outputs.get(spec.party) if part == "base" else None
-        precision = spec.layers.precision
-        found = cls(*about, spec.layers.seed, saved, outputs=outputs, precision=precision, secret=spec.secret)
-        found.scaling = scaling_of(precision)
-        return found
-
-    def drawing(self, purpose: str, micro_batch: MicroBatch) -> AbstractContextManager[None]:
-        """Open a scope in which random numbers depend on seed, party, part, purpose, micro-batch and secret only."""
-        return seeded(key(self.seed, self.party, f"{self.part} {purpose}", micro_batch, self.secret), self.device)
+        layers = spec.layers
+        return cls(
+            party=spec.party,
+            part=part,
+            name=name,
+            module=module,
+            learning=learning,
+            device=device,
+            dtype=dtype_of(module),
+            seed=layers.seed,
+            saved=SavedModule(spec.party, part, name, module, built, SharedValues.of(module)),
+            outputs=layers.outputs.get(spec.party) if part == "base" else None,
+            precision=layers.precision,
+            scaling=scaling_of(layers.precision),
+            secret=spec.secret,
+        )
 
     def differentiating(
         self, roots: Sequence[Tensor], hooks_before: int, micro_batch: MicroBatch
@@ -149,37 +134,6 @@ class Model:
         if not any(True for _ in self.module.parameters()):
             return CROSSING_DTYPES
         return (self.dtype, *(dtype for dtype in CROSSING_DTYPES if dtype.itemsize < self.dtype.itemsize))
-
-    def run(self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the module's output, with other `weights` in the place of its parameters if given."""
-        return self.joined(self.run_with_penalty(inputs, where, weights)[0])
-
-    def joined(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Return the outputs as they cross the cut: several lie side by side."""
-        return outputs[0] if self.outputs is None else self.outputs.joined(outputs)
-
-    def run_with_penalty(
-        self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the module's outputs, mostly one, and a loss of its own if a base model returns one beside."""
-        failed = blame(f"{where}: {self.name} failed on {described_inputs(inputs)}")
-        with failed, computing(self.precision, self.device):
-            if weights is not None and self.statistics.feeding:
-                with self.statistics.apart(weights) as copies:
-                    output = called(self.module, inputs, {**weights, **copies})
-                self.saw = self.statistics.seen(copies, weights)
-            else:
-                output = called(self.module, inputs, weights)
-        penalty = None
-        if self.part == "base" and is_penalised(output, self.outputs):
-            output, penalty = output
-            require_number(penalty, f"{where}: the penalty of {self.name}")
-        if self.outputs is not None:
-            return self.outputs.listed(output, len(tensors_in(inputs)[0]), f"{where}: {self.name}"), penalty
-        require_dense(output, f"{where}: {self.name}")
-        if self.part == "fuse" and self.precision is not None:
-            output = output.to(self.dtype)  # the loss and the metrics are computed in it
-        return [output], penalty
 
     def try_out(self, inputs: Inputs, *, ahead: bool = False, graph: bool = False) -> Tensor:
         """Return the output in evaluation mode, with its graph if asked for, leaving no trace; ShapeError if it fails.

@@ -14,16 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.building import blame
 from sl_queue.compute.model import Model
+from sl_queue.compute.running import aggregated, blame
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.crossing import FuseCut
 from sl_queue.cut.guard import place
 from sl_queue.cut.packing import is_unused, unused
 from sl_queue.cut.rows import CutRows, RowKeys
-from sl_queue.cut.several import fuse_inputs
 from sl_queue.errors import RemoteProtocolError, ShapeError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -171,8 +169,7 @@ class PredictingFuse:
         where = place(self.model.party, micro_batch)
         with self.model.evaluating(), self.model.drawing("predict", micro_batch):
             with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
-                each = fuse_inputs(inputs, self.layers.outputs, self.layers.fused)
-                joined = aggregated(each, self.layers.aggregation)
+                joined = aggregated(inputs, self.layers)
             output = self.model.run(joined, where)
         rows = len(self.batches.rows(micro_batch))
         if output.shape[:1] != (rows,):

@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import base_stage
-from sl_queue.compute.building import called, is_penalised
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.model import Model
 from sl_queue.compute.objective import Objective, measured
 from sl_queue.compute.precision import LossScale, computing, repeated, scaling_of
+from sl_queue.compute.running import aggregated, called, is_penalised
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
-from sl_queue.cut.several import fuse_inputs
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.messages import MicroBatch
@@ -232,9 +230,8 @@ class _Whole:
         """Return the mean loss over these rows, and the output."""
         labels = self.objective.labels[torch.from_numpy(rows)].to(self.fuse.device)
         with self.fuse.drawing(purpose, micro_batch):
-            each = fuse_inputs(activations, self.layers.outputs, self.layers.fused)
             with computing(self.layers.precision, self.fuse.device):
-                output = self.fuse.module(aggregated(each, self.layers.aggregation))
+                output = self.fuse.module(aggregated(activations, self.layers))
             if self.layers.precision is not None:
                 output = output.to(self.fuse.dtype)
             return self.objective.loss_of(output, labels, rows), output

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sl_queue.compute.aggregation import aggregated
 from sl_queue.compute.base_stage import TorchBaseStage
-from sl_queue.compute.building import Inputs, blame, tensors_of
+from sl_queue.compute.building import tensors_of
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.demands import leaves_of
 from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import join
 from sl_queue.compute.modules.statistics import COUNT, MEAN, VAR, Statistics, layers_that_count
-from sl_queue.compute.stand_ins import drawn
+from sl_queue.compute.running import blame
+from sl_queue.compute.stand_ins import drawn_inputs, fused
+from sl_queue.cut.tensors import Inputs
 from sl_queue.errors import ComputeError, JobError
 from sl_queue.protocol.messages import MicroBatch
 
@@ -37,10 +38,7 @@ def separate(stage: TorchBaseStage | TorchFuseStage) -> None:
     if stage.own is not None:
         separate(stage.own)
     model, layers = stage.model, stage.layers
-    numbers = [
-        drawn(layers.seed, p, (_ROWS, *cut), None).to(model.device, model.dtype) for p, cut in layers.cuts.items()
-    ]
-    output = _separate(model, aggregated(numbers, layers.aggregation))
+    output = _separate(model, fused(layers, drawn_inputs(layers, _ROWS, model.dtype, model.device)))
     _require_steady_loss(stage, output)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sl_queue.compute.building import tensors_in
+from sl_queue.compute.running import tensors_in
 
 
 class Silent(nn.Module):

@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sl_queue.compute.aggregation import aggregated
-from sl_queue.compute.building import Inputs
+from sl_queue.compute.running import aggregated
 from sl_queue.compute.seeds import key
 from sl_queue.compute.spec import LayersSpec
-from sl_queue.cut.several import fuse_inputs
-from sl_queue.cut.tensors import to_payload
+from sl_queue.cut.tensors import Inputs, to_payload
 from sl_queue.protocol.messages import Payload
 
 _CPU = torch.device("cpu")
@@ -55,4 +53,4 @@ def drawn_inputs(
 
 def fused(layers: LayersSpec, outputs: Mapping[str, Sequence[Tensor]]) -> Inputs:
     """Return the outputs of all parties as the fuse model's input."""
-    return aggregated(fuse_inputs(outputs, layers.outputs, layers.fused), layers.aggregation)
+    return aggregated(outputs, layers)

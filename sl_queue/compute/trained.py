@@ -7,7 +7,6 @@ import torch
 
 from sl_queue.compute.answering import AnsweringFuse
 from sl_queue.compute.base_stage import base_stage
-from sl_queue.compute.building import Inputs
 from sl_queue.compute.final_weights import settled
 from sl_queue.compute.fuse_stage import fuse_cut, fuse_stage
 from sl_queue.compute.model import Model
@@ -16,6 +15,7 @@ from sl_queue.compute.predicting import Pieces, PredictingBase, PredictingFuse
 from sl_queue.compute.spec import ComputeSpec
 from sl_queue.compute.stand_ins import drawn_inputs, fused
 from sl_queue.cut.guard import UNGUARDED, Guard
+from sl_queue.cut.tensors import Inputs
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
 

@@ -112,13 +112,3 @@ class Outputs:
         ):
             raise RemoteProtocolError(f"{payload} is of outputs {listed[:20]!r}, which the cut does not have")
         return tuple(places), replace(payload, packing=packing)
-
-
-def fuse_inputs(
-    tensors: Mapping[str, Sequence[Tensor]], outputs: Mapping[str, Outputs], order: Sequence[str]
-) -> list[Any]:
-    """List what a fuse model gets, party by party in job order: its tensor, its dict, or its tensors one by one."""
-    found: list[Any] = []
-    for party in order:
-        found += outputs[party].given(tensors[party]) if party in outputs else tensors[party]
-    return found

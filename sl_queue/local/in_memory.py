@@ -9,8 +9,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.aggregation import aggregated
-from sl_queue.compute.building import called, is_penalised
 from sl_queue.compute.export import EXPORT_ROWS, SUFFIX, Exported, Target, export_base, export_fuse
 from sl_queue.compute.fuse_stage import fuse_stage
 from sl_queue.compute.inputs import n_offers, offer
@@ -21,13 +19,14 @@ from sl_queue.compute.objective import Objective, measured
 from sl_queue.compute.other_metrics import Task
 from sl_queue.compute.outputs import Outputs as OutputScale
 from sl_queue.compute.precision import computing
+from sl_queue.compute.running import aggregated, called, is_penalised
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, LayersSpec
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import compute_spec, layers_of
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
-from sl_queue.cut.several import Outputs, fuse_inputs
+from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import take_rows
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import Positions
@@ -80,17 +79,17 @@ def outputs_of(job: Job, tables: Mapping[str, Table], modules: Mapping[str, nn.M
         counts = ", ".join(f"{party} {tables[party].n_rows}" for party in job.fused)
         raise JobError(f"the parties' ids differ; rows: {counts}; give the same rows for each party")
     n_rows = tables[job.fused[0]].n_rows
-    several = {party: outputs for party in job.fused if (outputs := job.parties[party].outputs) is not None}
     taken = {party: _taken(party, tables[party], modules[party]) for party in job.fused}
-    fuse, found = modules["fuse"], []
-    precision = layers_of(job).precision
-    with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad(), computing(precision, CPU):
+    fuse, found, layers = modules["fuse"], [], layers_of(job)
+    with seeded(key(job.seed, "", "predict"), CPU), torch.no_grad(), computing(layers.precision, CPU):
         for first in range(0, n_rows, PART):
             rows = np.arange(first, min(first + PART, n_rows))
-            each = {party: _of_rows(modules[party], taken[party], rows, several.get(party)) for party in job.fused}
-            found.append(fuse(aggregated(fuse_inputs(each, several, job.fused), job.fuse.aggregation)))
+            each = {
+                party: _of_rows(modules[party], taken[party], rows, layers.outputs.get(party)) for party in job.fused
+            }
+            found.append(fuse(aggregated(each, layers)))
     output = torch.cat(found)
-    return output if precision is None else output.to(_dtype(fuse))
+    return output if layers.precision is None else output.to(_dtype(fuse))
 
 
 def measures_of(job: Job, file: PartyFile, table: Table, output: Tensor) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sl_queue
 from sl_queue import JobError, SplitModel
-from sl_queue.compute.building import called
+from sl_queue.compute.running import called
 from sl_queue.compute.splitting.split import split
 from tests.support import architectures as arch
 from tests.support.architectures import normal, whole_numbers

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sl_queue
-from sl_queue.compute.building import blame
+from sl_queue.compute.running import blame
 from sl_queue.compute.threads import thread_counts_kept
 from sl_queue.errors import ComputeError, JobError
 from tests.support.split import Concatenated, equal_weights

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sl_queue.compute.building import called
+from sl_queue.compute.running import called
 from sl_queue.compute.splitting.owners import owners_of
 from sl_queue.compute.splitting.proof import require_equal
 from sl_queue.compute.splitting.sides import cut_of

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.building import called
 from sl_queue.compute.modules.handover import copied
+from sl_queue.compute.running import called
 from sl_queue.errors import JobError
 
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.building import blame, called
 from sl_queue.compute.modules.handover import copied
+from sl_queue.compute.running import blame, called
 from sl_queue.compute.splitting.assembly import Assembly
 from sl_queue.compute.splitting.owners import Column, Owners, owners_of, table_of
 from sl_queue.compute.splitting.proof import require_equal
