@@ -262,15 +262,15 @@ def _stage(
     trial = sample(model.dtype)
     output = model.try_out(on_device(trial, model.device), ahead=layers.staleness > 0 and party != layers.label_holder)
     cut = BaseCut(
-        party,
-        layers.label_holder,
-        shape,
-        model.dtype,
-        model.device,
-        layers.wire,
-        model.name,
-        guard,
-        model.outputs,
+        party=party,
+        peer=layers.label_holder,
+        shape=shape,
+        dtype=model.dtype,
+        device=model.device,
+        wire=layers.wire,
+        model=model.name,
+        guard=guard,
+        outputs=model.outputs,
         overflows=model.scaling is not None,
     )
     require_shape(output, len(tensors_in(trial)[0]), cut, f"party {party!r}")

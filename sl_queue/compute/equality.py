@@ -14,7 +14,7 @@ from sl_queue.compute.building import LAST
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.compute.spec import ComputeSpec
-from sl_queue.cut.tensors import from_payload
+from sl_queue.cut.crossing import from_payload
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload
 from sl_queue.protocol.schedule.actions import (

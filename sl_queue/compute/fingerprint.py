@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from sl_queue.compute.code_digest import code_digests, named, words
 from sl_queue.compute.names import NAMED_LOSSES, loss_name
 from sl_queue.compute.spec import ComputeSpec, ModelSpec, Part
-from sl_queue.cut.tensors import to_payload
+from sl_queue.cut.crossing import to_payload
 from sl_queue.ports import UserCode
 from sl_queue.protocol.digests import DIGEST_BYTES, digest_begun, digest_of
 from sl_queue.protocol.fingerprints import ONE_BY_ONE, RULES, SEED

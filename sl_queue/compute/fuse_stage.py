@@ -273,15 +273,14 @@ def _require_rows_first(output: Tensor, model: Model) -> None:
 
 def fuse_cut(layers: LayersSpec, model: Model, peer: str, guard: Guard) -> FuseCut:
     """Build the label holder's cut to a feature party."""
-    dtypes = tuple(map(dtype_name, model.accepted()))
     return FuseCut(
-        model.party,
-        peer,
-        layers.cut(peer) or (),
-        dtypes,
-        model.device,
-        layers.wire,
-        guard,
-        layers.outputs.get(peer),
+        party=model.party,
+        peer=peer,
+        shape=layers.cut(peer) or (),
+        dtypes=tuple(map(dtype_name, model.accepted())),
+        device=model.device,
+        wire=layers.wire,
+        guard=guard,
+        outputs=layers.outputs.get(peer),
         overflows=model.scaling is not None,
     )

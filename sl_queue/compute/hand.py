@@ -18,10 +18,10 @@ from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.model import Model
 from sl_queue.compute.modules.graph import hooks_made
 from sl_queue.compute.running import blame
+from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.cut.guard import place
 from sl_queue.cut.relu import ends_in_relu
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import from_payload, to_payload
 from sl_queue.errors import LocalProtocolError
 from sl_queue.protocol.hands import Call, Tensors
 from sl_queue.protocol.messages import MicroBatch, Payload

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sl_queue.compute.eager import prepare_step, step
 from sl_queue.compute.optimizer_state import BuiltOptimizer
 from sl_queue.compute.spec import ModelSpec
-from sl_queue.cut.tensors import from_payload, to_payload
+from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError
 from sl_queue.ports import UserCode
 from sl_queue.protocol.checkpoint import State

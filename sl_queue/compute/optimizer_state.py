@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from sl_queue.compute.modules.put_back import put_back
 from sl_queue.compute.modules.remembered import Memory, Remembered, same
 from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
-from sl_queue.cut.tensors import from_payload, to_payload
+from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload

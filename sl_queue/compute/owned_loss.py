@@ -17,7 +17,7 @@ from sl_queue.compute.modules.demands import leaves_of, require_savable
 from sl_queue.compute.modules.handover import Holder, modules_in
 from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import Built, in_evaluation
-from sl_queue.cut.tensors import from_payload, to_payload
+from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.protocol.checkpoint import State
 

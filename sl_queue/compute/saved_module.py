@@ -13,7 +13,8 @@ from sl_queue.compute.modules.saved_values import NotCarriedError
 from sl_queue.compute.modules.shared_values import SharedValues
 from sl_queue.compute.modules.state import Built
 from sl_queue.compute.spec import Part
-from sl_queue.cut.tensors import described, from_payload, to_payload
+from sl_queue.cut.crossing import from_payload, to_payload
+from sl_queue.cut.tensors import described
 from sl_queue.errors import CheckpointError, ComputeError
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.messages import Payload

@@ -20,8 +20,8 @@ from sl_queue.compute.flight import InFlight
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.hand import OUTPUT, models_of, payloads
 from sl_queue.compute.model import Model
+from sl_queue.cut.crossing import from_payload
 from sl_queue.cut.rows import CutRows
-from sl_queue.cut.tensors import from_payload
 from sl_queue.errors import LocalProtocolError
 from sl_queue.hand_ports import Hands
 from sl_queue.protocol.checkpoint import State, Weights

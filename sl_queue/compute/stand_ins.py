@@ -12,7 +12,8 @@ from torch import Tensor
 from sl_queue.compute.running import aggregated
 from sl_queue.compute.seeds import key
 from sl_queue.compute.spec import LayersSpec
-from sl_queue.cut.tensors import Inputs, to_payload
+from sl_queue.cut.crossing import to_payload
+from sl_queue.cut.tensors import Inputs
 from sl_queue.protocol.messages import Payload
 
 _CPU = torch.device("cpu")

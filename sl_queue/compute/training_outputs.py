@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sl_queue.cut.tensors import from_payload, to_payload
+from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.protocol.checkpoint import State
 from sl_queue.protocol.schedule.row_order import Positions
 

@@ -7,8 +7,8 @@ from sl_queue.compute.base_stage import TorchBaseStage, base_stage
 from sl_queue.compute.hand import TorchHand, payloads
 from sl_queue.compute.separate import separate
 from sl_queue.compute.spec import ComputeSpec
+from sl_queue.cut.crossing import from_payload
 from sl_queue.cut.guard import place
-from sl_queue.cut.tensors import from_payload
 from sl_queue.errors import ComputeError
 from sl_queue.protocol.hands import Call
 from sl_queue.protocol.messages import MicroBatch

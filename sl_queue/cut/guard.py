@@ -1,5 +1,7 @@
 """Guards that may be put in at the cut: a defence changes what leaves, taps see what leaves and what arrives."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.tensors import described, is_finite
-from sl_queue.errors import ComputeError, NonFiniteError, ShapeError
+from sl_queue.errors import ComputeError, NonFiniteError, RemoteProtocolError, ShapeError
 from sl_queue.protocol.messages import MicroBatch
 
 Crosses = Literal["activation", "gradient"]
@@ -28,6 +30,19 @@ class Crossing:
     receiver: str
     micro_batch: MicroBatch
     rows: CutRows
+
+    @property
+    def told(self) -> str:
+        """Return how every error about a tensor of a peer begins."""
+        return f"{place(self.receiver, self.micro_batch)}{self.rows.told}: {self.what} of party {self.sender!r}"
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Name the peer in what is wrong with its tensor."""
+        try:
+            yield
+        except (RemoteProtocolError, ValueError) as error:
+            raise RemoteProtocolError(f"{self.told}: {error}") from None
 
 
 class Defence(Protocol):

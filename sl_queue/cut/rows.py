@@ -25,5 +25,10 @@ class CutRows:
         taken = keys[positions]
         return cls(taken, blake2b(taken.tobytes(), digest_size=8).digest(), held_out)
 
+    @property
+    def told(self) -> str:
+        """Return what errors add to the place of a micro-batch."""
+        return " (held-out rows)" if self.held_out else ""
+
     def __len__(self) -> int:
         return len(self.keys)

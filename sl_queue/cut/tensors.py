@@ -1,7 +1,4 @@
-"""Tensors at rest and in memory: a Payload becomes a torch tensor and back, with one copy each way.
-
-Payloads are little-endian, as is every machine that PyTorch publishes packages for.
-"""
+"""Tensors: their names, their numbers in another dtype, and how they are taken out of a table."""
 
 import math
 from typing import Any
@@ -17,7 +14,6 @@ from sl_queue.protocol.schedule.row_order import Positions
 
 _SINGLE = np.dtype(np.float32)
 _NARROW_AND_WIDE = ({np.dtype(np.float16), _SINGLE}, {np.dtype(np.uint16), _SINGLE})
-_SAME_WIDTH = {1: torch.uint8, 2: torch.int16}  # NumPy has no bfloat16 and no float8: their bits travel as integers
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -29,46 +25,6 @@ def described(tensor: Tensor | Payload) -> str:
     """Return dtype and shape, which is all that a log line or an error may show of a tensor."""
     dtype = tensor.dtype if isinstance(tensor, Payload) else dtype_name(tensor.dtype)
     return f"{dtype} {tuple(tensor.shape)}"
-
-
-def to_payload(tensor: Tensor, rows: bytes = b"") -> Payload:
-    """Return a copy of a tensor in C order, detached from its graph and from its device."""
-    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), _numbers(tensor).tobytes(), rows)
-
-
-def payload_view(tensor: Tensor, rows: bytes) -> Payload:
-    """View a tensor in C order, without a copy where none has to be made; encode it before the tensor is changed."""
-    numbers = np.ascontiguousarray(_numbers(tensor))
-    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), numbers.reshape(-1).view(np.uint8).data, rows)
-
-
-def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
-    """Detach from its graph and from its device."""
-    own = tensor.detach()
-    if own.dtype == torch.bfloat16 or dtype_name(own.dtype).startswith("float8"):
-        own = own.view(_SAME_WIDTH[own.element_size()])
-    found: npt.NDArray[Any] = own.numpy(force=True)
-    return found
-
-
-def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor:
-    """Return a tensor of its own on `device`, copied once into memory aligned as torch aligns it.
-
-    Raises ValueError when the declared dtype and shape do not account for the bytes that are there.
-    """
-    dtype = getattr(torch, payload.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{payload.dtype!r} is not a torch dtype")
-    if any(size < 0 for size in payload.shape):
-        raise ValueError(f"a shape cannot be {payload.shape}")
-    declared = math.prod(payload.shape) * dtype.itemsize
-    there = memoryview(payload.data).nbytes
-    if declared != there:
-        raise ValueError(f"{payload} takes {declared} bytes, but holds {there}")
-    tensor = torch.empty(payload.shape, dtype=dtype)
-    if there:
-        np.copyto(tensor.view(-1).view(torch.uint8).numpy(), np.frombuffer(payload.data, np.uint8))
-    return tensor if device is None else tensor.to(device)
 
 
 def cast(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sl_queue.cut.crossing import from_payload, payload_view, to_payload
 from sl_queue.cut.guard import Crossing
-from sl_queue.cut.tensors import from_payload, payload_view, to_payload
 from sl_queue.privacy import defences
 from sl_queue.privacy.draws import Floats, Words, key_for, normal, normal_rows, normal_stream, row_words
 from sl_queue.privacy.meter import ActivationMeter, GradientMeter

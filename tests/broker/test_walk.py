@@ -21,20 +21,20 @@ def tables(walk: str) -> list[list[str]]:
     return [re.findall(r"(?m)^\| `(.*?)` \|", part.partition("\n\n")[0]) for part in parts]
 
 
-OUT, ARRIVES, FUSED = tables("The walk of an activation")
+OUT, IN = tables("The walk of an activation")
 WORKER, SCHEDULER, TERMINAL = tables("The walk of a status")
 
 
 def test_an_activation_takes_the_way_that_is_written_down(broker_url: str) -> None:
     legs = walk_of_an_activation(broker_url).legs
     assert legs["out"] == set(OUT)
-    assert legs["arrives"] | legs["fused"] == {*ARRIVES, *FUSED}
+    assert legs["arrives"] | legs["fused"] == set(IN)
 
 
 def test_over_memory_it_takes_the_same_way() -> None:
     legs = walk_of_an_activation("memory://").legs
     assert legs["out"] == {IN_MEMORY.get(file, file) for file in OUT}
-    assert legs["arrives"] | legs["fused"] == {IN_MEMORY.get(file, file) for file in (*ARRIVES, *FUSED)}
+    assert legs["arrives"] | legs["fused"] == {IN_MEMORY.get(file, file) for file in IN}
 
 
 def test_a_status_takes_the_way_that_is_written_down(broker_url: str) -> None:
@@ -44,6 +44,6 @@ def test_a_status_takes_the_way_that_is_written_down(broker_url: str) -> None:
     assert legs["heard"] | legs["shown"] == set(TERMINAL)
 
 
-@pytest.mark.parametrize("walk", [OUT, ARRIVES, WORKER, SCHEDULER, TERMINAL], ids=lambda walk: walk[-1])
+@pytest.mark.parametrize("walk", [OUT, IN, WORKER, SCHEDULER, TERMINAL], ids=lambda walk: walk[-1])
 def test_no_walk_is_long(walk: list[str]) -> None:
     assert 0 < len(walk) == len(set(walk)) <= LONGEST

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sl_queue.cut.tensors import from_payload, to_payload
+from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.errors import CheckpointError, LocalProtocolError, PartyBusy
 from sl_queue.protocol.checkpoint import Final, Saved, State
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, Payload

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sl_queue.cut.crossing import from_payload
 from sl_queue.cut.guard import Crossing, Guard
-from sl_queue.cut.tensors import from_payload
 from sl_queue.errors import ComputeError, LocalProtocolError, NonFiniteError, ShapeError
 from sl_queue.protocol.messages import MicroBatch
 from tests.support.resolved import base_stage, fuse_stage

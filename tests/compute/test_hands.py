@@ -10,7 +10,7 @@ from torch import nn
 
 from sl_queue.compute.hand import models_of, payloads
 from sl_queue.compute.separate import separate
-from sl_queue.cut.tensors import from_payload
+from sl_queue.cut.crossing import from_payload
 from sl_queue.errors import JobError
 from sl_queue.protocol.hands import Call
 from sl_queue.protocol.messages import MicroBatch, Payload

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sl_queue.cut.tensors import from_payload, is_finite, to_payload
+from sl_queue.cut.crossing import from_payload, to_payload
+from sl_queue.cut.tensors import is_finite
 from sl_queue.protocol.messages import Payload
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_fixed_draws")

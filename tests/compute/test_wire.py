@@ -14,9 +14,10 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 import sl_queue
+from sl_queue.cut.crossing import payload_view
 from sl_queue.cut.packing import Cast, Compress, Dtype, Wire, nonzero, plain_cast
 from sl_queue.cut.relu import gradient_mask
-from sl_queue.cut.tensors import cast, payload_view
+from sl_queue.cut.tensors import cast
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.messages import Activation, Gradient, Header, Kind, MicroBatch, Payload

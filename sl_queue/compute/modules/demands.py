@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from sl_queue.compute.modules.handover import modules_in
 from sl_queue.compute.modules.remembered import is_iterator
 from sl_queue.compute.modules.state import Built, Contents
-from sl_queue.cut.tensors import described, dtype_name, to_payload
+from sl_queue.cut.crossing import to_payload
+from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import JobError, NonFiniteError, ShapeError
 from sl_queue.protocol.checkpoint import SAVABLE
 

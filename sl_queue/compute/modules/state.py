@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sl_queue.compute.modules.put_back import put_back
 from sl_queue.compute.modules.remembered import Memory, Remembered, same
 from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
-from sl_queue.cut.tensors import described, dtype_name, from_payload, to_payload
+from sl_queue.cut.crossing import from_payload, to_payload
+from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import CheckpointError, JobError
 from sl_queue.protocol.checkpoint import SAVABLE, State
 from sl_queue.protocol.messages import Payload
