@@ -173,8 +173,8 @@ class SchedulerChannel(Protocol):
     def acknowledge(self) -> None:
         """Acknowledge what `reports` returned: it has taken effect on disk."""
 
-    def outage_s(self) -> float:
-        """Return the seconds, all in all, in which its own connection could not carry anything."""
+    def deaf_s(self) -> float:
+        """Return the seconds, all in all, in which its own connection could not carry anything, or it did not run."""
 
     def unreadable_senders(self) -> Sequence[str]:
         """Return the parties in whose name messages came, of which none could be opened."""

@@ -60,7 +60,7 @@ def align_party(
     with place.opened(_channel(job, table.party, place, incarnation)) as channel:
         party = PartyAlignment(
             table.party, incarnation, rule_of(job), ids, token, keys, files, channel, job.broker.patience,
-            time.monotonic, version, give_memory_back,
+            channel.present_s, version, give_memory_back,
         )  # fmt: skip
         if aligned is None:
             aligned = _converse(party, files, found, digest)
@@ -102,7 +102,7 @@ def align_scheduler(job: Job, place: Workplace, on_status: Callable[[RunStatus],
         return as_json(status)
 
     with place.opened(_channel(job, SCHEDULER, place, incarnation)) as channel:
-        Comparing(comparison, channel, file, incarnation, job.broker.patience, time.monotonic, tell).serve()
+        Comparing(comparison, channel, file, incarnation, job.broker.patience, channel.present_s, tell).serve()
     return -1 if comparison.outcome is None or comparison.outcome.masks is None else len(comparison.outcome.masks)
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import time
 
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
@@ -38,7 +37,7 @@ def hear_held_out(
         if begun:
             return held.chosen
     with place.opened(_channel(job, spec.party, incarnation, place)) as channel:
-        about = (spec.party, incarnation, digest, job.label_holder, channel, job.broker.patience, time.monotonic)
+        about = (spec.party, incarnation, digest, job.label_holder, channel, job.broker.patience, channel.present_s)
         hearing = Hearing(*about)
         if held is None:
             found = hearing.ask()
@@ -75,7 +74,7 @@ def tell_held_out(job: Job, spec: PartySpec, table: Table, place: Workplace) -> 
         log.info("%s: %s; tells the other parties which", spec.party, _told(chosen, table.n_rows))
         incarnation, chunks = secrets.token_hex(8), tuple(chunks_of(chosen, table.row_keys))
         with place.opened(_channel(job, spec.party, incarnation, place)) as channel:
-            about = (incarnation, digest, chunks, job.feature_parties, channel, note, time.monotonic, told)
+            about = (incarnation, digest, chunks, job.feature_parties, channel, note, channel.present_s, told)
             Telling(*about).serve()
 
 

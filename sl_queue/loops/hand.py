@@ -15,6 +15,7 @@ from sl_queue.protocol.hands import BEAT_S, LEAD, Call
 from sl_queue.protocol.text import printable
 
 GONE_S = 300.0  # without a lead, and a hand ends; it is started again like any worker
+_LOOK_S = 1.0  # between two looks whether a lead is there
 
 log = logging.getLogger("sl_queue")
 
@@ -148,9 +149,11 @@ class Hand:
         """Block until there is something to do; None when the run is over."""
         with self._changed:
             while not self._inbox:
-                if time.monotonic() - self._heard > GONE_S:
+                asked_at = time.monotonic()
+                if asked_at - self._heard > GONE_S:
                     raise PeerSilent(f"party {self._party!r}: no lead for {GONE_S:.0f} s; start its worker")
-                self._changed.wait(1.0)
+                self._changed.wait(_LOOK_S)
+                self._heard += max(0.0, time.monotonic() - asked_at - _LOOK_S)  # in which this process was stopped
             note = self._inbox.popleft()
         if isinstance(note, SlQueueError):
             raise note

@@ -68,18 +68,18 @@ class Scheduler:
         ended_at: float | None = None
         state = restarted(self.ledger.load() or RunState(), began)
         state = replace(state, standing=standing_of(self.plan, state.history))
-        heard_since, deaf_s = began, 0.0
+        heard_since, deaf_s, turned_at, saved = began, 0.0, began, RunState()
         ends_at = began + self.late_s if state.phase is Phase.FINISHED else began
         self._name_missing(state)
-        saved = RunState()
         for party, command in standing_orders(self.plan, state):
             self.channel.command(party, command)
         while True:
             reports = self.channel.reports(timeout_s=STATUS_EVERY_S)
             now, before = self.clock(), state
-            before_s, deaf_s = deaf_s, self.channel.outage_s()
-            heard_since += deaf_s - before_s
-            state, commands = self._reduce(excused(state, deaf_s - before_s), reports, now)
+            before_s, deaf_s = deaf_s, self.channel.deaf_s()
+            lost_s = min(deaf_s - before_s, now - turned_at)
+            heard_since, turned_at = heard_since + lost_s, now
+            state, commands = self._reduce(excused(state, lost_s), reports, now)
             if durable(state) != saved:
                 saved = durable(state)
                 self.ledger.save(saved)

@@ -36,6 +36,8 @@ from sl_queue.protocol.topology import Topology
 from sl_queue.security.sealing import Seal
 from sl_queue.transport.link import Link, Tag
 from sl_queue.transport.mail import Letter, Mail, Spoilt
+from sl_queue.transport.pulse import Pulse
+from sl_queue.transport.reporting import alive_every_s
 
 PREFETCH = 32  # messages of one sender that are here and not dealt with
 _CONCERNED = (Masked, Offer, Aligning, Aligned, Alive, Align, Stop, Failed, Stopped, StopRequest, Join)
@@ -74,17 +76,23 @@ class LinkAlignmentChannel:
             link, role, terms, incarnation, patience_s=patience_s, largest=largest, seal=seal, observe=observe
         )
         self._inbox: queue.Queue[Arrival | None] = queue.Queue()
-        self._heard: dict[str, float] = {}
+        self._pulse = Pulse(role, alive_every_s(patience_s))
+        self._heard: dict[str, float] = {}  # by `present_s`
         self._failure: SlQueueError | None = None
         self.reconnects = 0
 
     def open(self) -> None:
         """Connect and consume. Raises BrokerUnreachable, PartyBusy."""
         self._mail.open(self)
+        self._pulse.start()
 
     def close(self) -> None:
         """Flush what was published, then leave."""
-        self._mail.close(failed=self._failure is not None)
+        self._pulse.end()
+        try:
+            self._mail.close(failed=self._failure is not None)
+        finally:
+            self._pulse.join()
 
     def send(self, receiver: str, message: Masked, session: str, *, lasting: bool = False) -> None:
         """Publish masked ids; a broker that restarts may lose them unless they are `lasting`."""
@@ -120,8 +128,12 @@ class LinkAlignmentChannel:
 
     def silent_s(self, sender: str) -> float:
         """Return the seconds since that role was heard of last; since the first question if it never was."""
-        now = time.monotonic()
+        now = self.present_s()
         return max(0.0, now - self._heard.setdefault(sender, now) - self._link.outage().now_s)
+
+    def present_s(self) -> float:
+        """Return the seconds of a clock that stands still while this process does not run."""
+        return time.monotonic() - self._pulse.absent_s()
 
     def foreign(self) -> Mapping[str, str]:
         """Name roles of which nothing came for a patience but messages of another version, with what to do."""
@@ -136,7 +148,7 @@ class LinkAlignmentChannel:
     def on_letter(self, letter: Letter) -> None:
         sender, delivery = letter.header.sender, letter.delivery
         if not delivery.redelivered:
-            self._heard[sender] = time.monotonic()
+            self._heard[sender] = self.present_s()
         if isinstance(letter.message, _CONCERNED):
             self._inbox.put(Arrival(sender, letter.header.run, letter.message, delivery.tag))
         else:  # of a run, or of a worker that is through already

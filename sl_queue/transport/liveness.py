@@ -14,7 +14,7 @@ class Liveness:
     """The time at which each source was heard last. Mutable; thread-safe, as every entry is one assignment.
 
     `is_unreadable`: True of a source of which nothing could be opened. `outage`: of the own link; while it lasts nobody
-    can be heard, so it counts as nobody's silence.
+    can be heard, so it counts as nobody's silence. Nor do the seconds in which the own process was `absent`.
     """
 
     def __init__(
@@ -25,10 +25,11 @@ class Liveness:
         outage: Callable[[], Outage] = Outage,
         clock: Callable[[], float] = time.monotonic,
         observe: Observer = ignore,
+        absent_s: Callable[[], float] = float,
     ) -> None:
         self._party, self._patience_s, self._is_unreadable = party, patience_s, is_unreadable
-        self._outage, self._clock, self._observe = outage, clock, observe
-        self._heard: dict[str, float] = {}  # by a clock that stands still while the link is down
+        self._outage, self._absent_s, self._clock, self._observe = outage, absent_s, clock, observe
+        self._heard: dict[str, float] = {}  # by a clock that stands still while nobody can be heard
 
     def hear(self, sources: Iterable[str]) -> None:
         """Note that something came from these."""
@@ -38,10 +39,10 @@ class Liveness:
 
     def silence_s(self, source: str) -> float:
         """Return the seconds since `source` was heard of, without those in which nothing could be."""
-        return self._listened_s() - self._heard[source]
+        return max(0.0, self._listened_s() - self._heard[source])
 
     def _listened_s(self) -> float:
-        return self._clock() - self._outage().total_s
+        return self._clock() - self._outage().total_s - self._absent_s()
 
     def name(self, source: str, what: str, waited_s: float, foreign: str | None = None) -> None:
         """Tell whom we wait for; `foreign`: it speaks another version, and what to do.

@@ -33,7 +33,7 @@ from sl_queue.transport.link import Link, Tag
 from sl_queue.transport.liveness import Liveness
 from sl_queue.transport.mail import Letter, Mail, Spoilt
 from sl_queue.transport.pulse import Pulse
-from sl_queue.transport.reporting import Reports
+from sl_queue.transport.reporting import Reports, report_every_s
 from sl_queue.transport.resending import Resending
 from sl_queue.transport.shared import Shared
 from sl_queue.transport.waiting import waiting
@@ -76,7 +76,11 @@ class PartyChannel:
         )
         self._timeline: Timeline[Tag] = Timeline(party, incarnation, OUTBOX_BYTES, bounds)
         self._changed, self._observe = threading.Condition(), observe
-        self._liveness = Liveness(party, patience_s, self._mail.is_unreadable, link.outage, observe=observe)
+        every_s = report_every_s(patience_s)
+        self._pulse = Pulse(party, every_s, self._beat, first_s=every_s)
+        self._liveness = Liveness(
+            party, patience_s, self._mail.is_unreadable, link.outage, observe=observe, absent_s=self._pulse.absent_s
+        )
         self._liveness.hear(self._sources)  # so that whoever observes may ask before it is open
         shared = Shared(
             party, incarnation, patience_s, link, self._mail, self._timeline, self._changed, self._liveness, observe
@@ -86,7 +90,6 @@ class PartyChannel:
         self._resending = Resending(party, patience_s, observe)
         self._failure: SlQueueError | None = None
         self._waits = Waits(shared, self._reports, self._check)
-        self._pulse = Pulse(party, self._reports.every_s, self._beat, first_s=self._reports.every_s)
 
     def open(self) -> None:
         """Connect and consume. Raises BrokerUnreachable, PartyBusy."""

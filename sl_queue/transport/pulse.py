@@ -1,8 +1,13 @@
-"""The thread of a channel that shows, also while its owner computes, that somebody is there."""
+"""The thread of a channel that shows, also while its owner computes, that somebody is there.
+
+By itself it knows when nobody was: a process that is stopped, or that does not get to run, beats late. Whoever counts
+the silence of others leaves that time out, for he would have heard nobody.
+"""
 
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 
 from sl_queue.errors import SlQueueError
 
@@ -10,9 +15,12 @@ from sl_queue.errors import SlQueueError
 class Pulse:
     """Calls `beat` every `every_s` seconds until it is ended, or the link has failed. Mutable."""
 
-    def __init__(self, name: str, every_s: float, beat: Callable[[], None], *, first_s: float = 0.0) -> None:
+    def __init__(
+        self, name: str, every_s: float, beat: Callable[[], None] = lambda: None, *, first_s: float = 0.0
+    ) -> None:
         self._every_s, self._first_s, self._beat = every_s, first_s, beat
         self._ended, self._at = threading.Event(), time.monotonic()
+        self._absence = (0.0, inf)  # seconds that are over; when the next beat is due: one assignment for both
         self._thread = threading.Thread(target=self._run, name=f"{name}-pulse", daemon=True)
 
     def start(self) -> None:
@@ -23,6 +31,12 @@ class Pulse:
     def age_s(self) -> float:
         """Seconds since the last beat."""
         return time.monotonic() - self._at
+
+    def absent_s(self) -> float:
+        """Return the seconds in which the process did not run: those by which beats came late, where it was a beat."""
+        before_s, due_at = self._absence
+        late_s = time.monotonic() - due_at
+        return before_s + late_s if late_s > self._every_s else before_s
 
     def end(self) -> None:
         """Beat no more; what has begun goes on."""
@@ -35,9 +49,12 @@ class Pulse:
 
     def _run(self) -> None:
         pause_s = self._first_s
+        self._absence = (0.0, time.monotonic() + pause_s)
         while not self._ended.wait(pause_s):
-            pause_s, self._at = self._every_s, time.monotonic()
+            absent_s, pause_s, self._at = self.absent_s(), self._every_s, time.monotonic()
+            self._absence = (absent_s, self._at + pause_s)
             try:
                 self._beat()
-            except SlQueueError:
-                return  # the link has failed or is closed: its owner's thread says so
+            except SlQueueError:  # the link has failed or is closed: its owner's thread says so
+                break
+        self._absence = (self._absence[0], inf)

@@ -14,6 +14,16 @@ from sl_queue.transport.shared import Shared
 PULSE_S = 0.25  # how often progress is reported
 
 
+def alive_every_s(patience_s: float) -> float:
+    """Return the seconds between two signs of life."""
+    return min(patience_s / 4, 5.0)
+
+
+def report_every_s(patience_s: float) -> float:
+    """Return the seconds between two looks at what there is to report."""
+    return min(PULSE_S, alive_every_s(patience_s))
+
+
 class Reports:
     """The reports of one party to the scheduler and to its peers, `receivers`. Mutable, thread-safe."""
 
@@ -24,8 +34,7 @@ class Reports:
         self._describe: Callable[[], Join] | None = None
         self._progress: Progress | None = None
         self._reporting = threading.RLock()  # entered again where memory:// delivers on the publisher's thread
-        self._alive_every_s, self._alive_at = min(self._patience_s / 4, 5.0), 0.0
-        self.every_s = min(PULSE_S, self._alive_every_s)
+        self._alive_every_s, self._alive_at = alive_every_s(self._patience_s), 0.0
         self._totals, self._totals_at = totals, 0.0
 
     def announce(self, describe: Callable[[], Join]) -> None:

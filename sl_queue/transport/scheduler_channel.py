@@ -22,6 +22,7 @@ from sl_queue.security.sealing import Seal
 from sl_queue.transport.link import Link, Tag
 from sl_queue.transport.mail import Letter, Mail, Spoilt
 from sl_queue.transport.pulse import Pulse
+from sl_queue.transport.reporting import alive_every_s
 
 PREFETCH = 256  # reports of one sender that the broker hands over unacknowledged
 INBOX_BYTES = 16 * 1024 * 1024  # of one sender: PREFETCH reports of 64 KiB, or a few of a whole history
@@ -61,7 +62,7 @@ class LinkSchedulerChannel:
         self._taken: list[Tag] = []
         self._failure: SlQueueError | None = None
         self._asked_at = time.monotonic()
-        self._pulse = Pulse(SCHEDULER, min(patience_s / 4, 5.0), self._beat)
+        self._pulse = Pulse(SCHEDULER, alive_every_s(patience_s), self._beat)
 
     def open(self) -> None:
         """Connect and consume. Raises BrokerUnreachable, PartyBusy."""
@@ -103,8 +104,8 @@ class LinkSchedulerChannel:
             self._taken += [tag for *_, tag in taken]
         return [(sender, report, redelivered) for sender, report, redelivered, _ in taken]
 
-    def outage_s(self) -> float:
-        return self._link.outage().total_s
+    def deaf_s(self) -> float:
+        return self._link.outage().total_s + self._pulse.absent_s()
 
     def unreadable_senders(self) -> Sequence[str]:
         return [party for party in self._parties if self._mail.is_unreadable(party)]

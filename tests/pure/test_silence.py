@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,23 +33,28 @@ class Clock:
         return self.now
 
 
-def patient(clock: Clock, outages: Outages) -> Liveness:
-    patience = Liveness("bank", 1.0, lambda _: False, outages.read, clock, to_log)
+def patient(clock: Clock, outages: Outages, absent_s: Callable[[], float] = float) -> Liveness:
+    patience = Liveness("bank", 1.0, lambda _: False, outages.read, clock, to_log, absent_s)
     patience.hear(["insurer"])
     return patience
 
 
-@given(st.lists(st.tuples(st.sampled_from(["pass", "down", "up", "hear"]), st.integers(0, 9)), max_size=30))
-def test_nobodys_silence_grows_while_the_own_link_is_down(story: list[tuple[str, int]]) -> None:
+@given(st.lists(st.tuples(st.sampled_from(["pass", "down", "up", "hear", "stop"]), st.integers(0, 9)), max_size=30))
+def test_nobodys_silence_grows_while_the_link_is_down_or_the_process_stopped(
+    story: list[tuple[str, int]],
+) -> None:
     clock = Clock()
     outages = Outages(clock)
-    patience = patient(clock, outages)
-    is_down, silent_s, down_s = False, 0, 0
+    is_down, silent_s, down_s, stopped_s = False, 0, 0, 0
+    patience = patient(clock, outages, lambda: stopped_s)
     for what, seconds in story:
         match what:
             case "pass":
                 clock.now += seconds
                 silent_s, down_s = (silent_s, down_s + seconds) if is_down else (silent_s + seconds, down_s)
+            case "stop" if not is_down:
+                clock.now += seconds
+                stopped_s += seconds
             case "down":
                 outages.begin("refused")
                 is_down = True
