@@ -21,7 +21,7 @@ from sl_queue.data.aligning import shared_rows
 from sl_queue.data.ids import Positions
 from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_row_keys, read_table
-from sl_queue.errors import AlignmentError
+from sl_queue.errors import AlignmentError, SlQueueError
 from sl_queue.launch.party import bounds_of
 from sl_queue.launch.privacy import choice_key, responded, token_key
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
@@ -66,8 +66,10 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
     importer = Importer()
     resolved = [(file, check.attempt(lambda file=file: resolve(job, file, importer))) for file in files]  # type: ignore[misc]
     readable = [(file, spec) for file, spec in resolved if spec is not None]
-    shared = _shared(check, job, [spec.table for _, spec in readable])
+    shared, failure = _shared(check, job, [spec.table for _, spec in readable])
     parties = _read_all(check, job, readable, shared)
+    if failure is not None and (isinstance(failure, AlignmentError) or len(parties) == len(readable)):
+        check.error(failure)  # else it is of a table that cannot be read, whose errors are told
     aligned = _compare_rows(check, job, parties, shared)
     table = next(iter(parties.values())).table if parties else None
     batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.chosen_by(RULES)))
@@ -118,16 +120,17 @@ def _say_who_is_missing(
         check.note(f"not looked at: {', '.join(missing)} ({why})")
 
 
-def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> Mapping[str, Positions]:
-    """Find the rows that all parties share if the job aligns them and all files are at hand; else nothing."""
+def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> tuple[Mapping[str, Positions], SlQueueError | None]:
+    """Find the rows that all parties share if the job aligns them and all files are at hand; else nothing, and why."""
     if job.alignment.method != "psi":
-        return {}
+        return {}, None
     if len(specs) < len(job.parties):
         check.note("rows are not aligned yet, so every table is checked with all its rows")
-        return {}
-    shared = check.attempt(lambda: shared_rows(specs))
-    if shared is None:
-        return {}
+        return {}, None
+    try:
+        shared = shared_rows(specs)
+    except SlQueueError as error:
+        return {}, error
     count = len(next(iter(shared.values())))
     if count < job.alignment.at_least:
         check.error(
@@ -137,7 +140,7 @@ def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> Mapping[str, 
             )
         )
     check.ok(f"rows: {count} are shared by {', '.join(shared)}; an alignment will find them")
-    return shared
+    return shared, None
 
 
 def _read_all(

@@ -135,7 +135,10 @@ def beside(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> B
     others = [f"{name!r} ({one.kind})" for name, one in looked.items() if not one.is_number]
     faults = []
     if others:
-        faults.append(f"columns must be numbers, these are not: {listed(others)}; encode them as numbers, or {instead}")
+        faults.append(
+            f"columns must be numbers, these are not: {listed(others)}; make numbers of them with [features], "
+            f"which `sl-queue features` proposes, or {instead}"
+        )
     full = {name: one for name, one in looked.items() if one.is_number and not one.gaps and one.rows}
     dtype, wrong = _shared_dtype(full, keep=keep)
     bad = [in_rows(name, one.not_finite) for name, one in full.items() if one.not_finite]
@@ -190,7 +193,8 @@ def label_array(column: Any, where: str, *, missing: bool = False) -> tuple[Arra
 
 def gaps(found: Sequence[str]) -> list[str]:
     """Say in which columns of numbers values are missing."""
-    return [f"values are missing in column {listed(found)}; fill them or leave them out"] if found else []
+    remedy = "fill them or leave them out; [features], which `sl-queue features` proposes, fills those of features"
+    return [f"values are missing in column {listed(found)}; {remedy}"] if found else []
 
 
 def gaps_in(columns: Mapping[str, Any]) -> list[str]:

@@ -54,6 +54,14 @@ def test_too_few_shared_rows_and_none_are_errors(folder: Path) -> None:
     assert (code, "no row is shared by" in said) == (2, True)
 
 
+def test_what_is_wrong_with_a_table_that_is_to_be_aligned_is_told_once(folder: Path) -> None:
+    rows = (folder / "bank.csv").read_text()
+    (folder / "bank.csv").write_text(rows.replace("customer", "client", 1))
+    code, said = check(folder)
+    assert (code, said.count("there is no column 'customer'")) == (2, 1), said
+    assert "error: party 'insurer'" not in said
+
+
 def test_constant_and_unscaled_columns_are_warned_of(tmp_path: Path) -> None:
     ids = raw_tables.customers(50)
     raw_tables.write_all(tmp_path, ids, ids, raw_tables.JOB)
