@@ -62,15 +62,20 @@ class Commits:
         self._observe(Committed(self._party, self._timeline.generation, step, time.monotonic() - began))
 
     def _await_confirms(self, mark: int) -> None:
-        """Block until what was sent up to the mark is confirmed: there is always more, and it would never end."""
+        """Block until what was sent up to the mark is confirmed: there is always more, and it would never end.
+
+        A broker that is away is waited for as long as the link tries to reach it.
+        """
         began, name_at = time.monotonic(), self._patience_s
-        while not self._link.flush(min(1.0, self._patience_s), mark):
+        timeout_s, connected_s = min(1.0, self._patience_s), 0.0
+        while not self._link.flush(timeout_s, mark):
             with self._changed:
                 self._check()
+            connected_s += timeout_s if self._link.connectivity.connected else 0.0
             waited = time.monotonic() - began
             if waited >= name_at:
                 name_at += self._patience_s
-                self._liveness.name_broker(waited)
+                self._liveness.name_broker(waited, connected_s)
 
     def _notify(self, _: Future[None]) -> None:
         with self._changed:

@@ -70,10 +70,10 @@ class Liveness:
             f"({GIVE_UP} times patience); start that worker and this one again: the run resumes"
         )
 
-    def name_broker(self, waited_s: float) -> None:
-        """Say that the broker confirms nothing. Raises BrokerUnreachable for one that has not for too long."""
+    def name_broker(self, waited_s: float, connected_s: float) -> None:
+        """Say that the broker confirms nothing. Raises BrokerUnreachable if it was connected for too long of that."""
         why = printable(self._outage().reason) or "it may have a resource alarm, or a receiver's queue is full"
         what = f"waited {waited_s:.0f} s for the broker to confirm what was sent: {why}"
         self._observe(StillWaiting(self._party, "the broker to confirm what was sent", waited_s, reason=why))
-        if waited_s > GIVE_UP * self._patience_s:
+        if connected_s > GIVE_UP * self._patience_s:
             raise BrokerUnreachable(f"party {self._party!r} {what}; start this worker again: it resumes")

@@ -11,6 +11,7 @@ from sl_queue.errors import BrokerUnreachable, TransportError
 from sl_queue.observe.log import to_log
 from sl_queue.protocol.control import Stopped
 from sl_queue.protocol.messages import SCHEDULER
+from sl_queue.protocol.scheduler.state import GIVE_UP
 from sl_queue.testing.broker_contents import binary
 from sl_queue.testing.proxy import Proxy
 from sl_queue.transport.party_channel import PartyChannel
@@ -41,6 +42,27 @@ def test_a_commit_that_waits_for_confirms_says_so_and_gives_up_at_last(
             channel.flush()
     finally:
         private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+        channel.close()
+    assert "s for the broker to confirm what was sent" in caplog.text
+
+
+def test_a_commit_outlasts_a_broker_that_is_away_for_longer_than_ten_patiences(
+    private_broker: Broker, url: str, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    for other in (SCHEDULER, "insurer"):
+        connect(other)
+    link = RabbitLink(url, "bank", two_parties(), 0, limits=LIMITS)
+    channel = PartyChannel(link, "bank", two_parties(), "b1", patience_s=0.1, persistent=False, depth=1, observe=to_log)
+    channel.open()
+    private_broker.kill()
+    began, starting = time.monotonic(), threading.Thread(target=private_broker.start)
+    channel.report(Stopped("b1", 0))
+    starting.start()
+    try:
+        channel.flush()
+        assert time.monotonic() - began > GIVE_UP * 0.1, "a broker takes seconds to start"
+    finally:
+        starting.join()
         channel.close()
     assert "s for the broker to confirm what was sent" in caplog.text
 
