@@ -17,7 +17,7 @@ from sl_queue.checking.hands import check_hands
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, require_apart, resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.data.aligning import shared_rows
+from sl_queue.data.aligning import ids_of, shared_rows
 from sl_queue.data.ids import Positions
 from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_row_keys, read_table
@@ -68,8 +68,8 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
     readable = [(file, spec) for file, spec in resolved if spec is not None]
     shared, failure = _shared(check, job, [spec.table for _, spec in readable])
     parties = _read_all(check, job, readable, shared)
-    if failure is not None and (isinstance(failure, AlignmentError) or len(parties) == len(readable)):
-        check.error(failure)  # else it is of a table that cannot be read, whose errors are told
+    if failure is not None and len(parties) == len(readable):
+        check.error(failure)  # else it is among the errors of a table
     aligned = _compare_rows(check, job, parties, shared)
     table = next(iter(parties.values())).table if parties else None
     batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.chosen_by(RULES)))
@@ -121,16 +121,22 @@ def _say_who_is_missing(
 
 
 def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> tuple[Mapping[str, Positions], SlQueueError | None]:
-    """Find the rows that all parties share if the job aligns them and all files are at hand; else nothing, and why."""
+    """Find the rows that all parties share if the job aligns them and all files are at hand; else nothing.
+
+    Ids that cannot be read are no finding yet: it comes with all that is wrong with their table.
+    """
     if job.alignment.method != "psi":
         return {}, None
     if len(specs) < len(job.parties):
         check.note("rows are not aligned yet, so every table is checked with all its rows")
         return {}, None
     try:
-        shared = shared_rows(specs)
+        ids = ids_of(specs)
     except SlQueueError as error:
         return {}, error
+    shared = check.attempt(lambda: shared_rows(ids))
+    if shared is None:
+        return {}, None
     count = len(next(iter(shared.values())))
     if count < job.alignment.at_least:
         check.error(

@@ -64,12 +64,16 @@ def _shape(text: str) -> str:
     return re.sub(r"\d", "d", re.sub(r"[^\W\d_]", "a", re.sub(r"[^\w\-./ ]", "?", text)))
 
 
-def shared_rows(specs: Sequence[TableSpec]) -> Mapping[str, Positions]:
-    """Intersect the ids of files at hand, in the clear: positions of the shared rows of each party, ascending.
+def ids_of(specs: Sequence[TableSpec]) -> Mapping[str, Ids]:
+    """Read the ids of files at hand, by party. Raises JobError."""
+    return {spec.party: read_ids(spec)[0] for spec in specs}
 
-    Raises JobError for tables whose ids cannot be read, AlignmentError for ids of different types.
+
+def shared_rows(ids: Mapping[str, Ids]) -> Mapping[str, Positions]:
+    """Intersect ids, in the clear: positions of the shared rows of each party, ascending.
+
+    Raises AlignmentError for ids of different types, JobError if no row is shared.
     """
-    ids = {spec.party: read_ids(spec)[0] for spec in specs}
     types = {party: found.type for party, found in ids.items()}
     if len(set(types.values())) > 1:
         told = ", ".join(f"{party} {kind}" for party, kind in types.items())
@@ -82,6 +86,6 @@ def shared_rows(specs: Sequence[TableSpec]) -> Mapping[str, Positions]:
         for other in ids.values():
             present &= pc.is_in(own.texts, other.texts).to_numpy(zero_copy_only=False)
         masks[party] = np.flatnonzero(present).astype(np.int64)
-    if specs and not len(masks[specs[0].party]):
+    if masks and not len(next(iter(masks.values()))):
         raise JobError(f"no row is shared by {', '.join(masks)}; are the ids written alike?")
     return masks

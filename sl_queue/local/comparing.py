@@ -10,7 +10,7 @@ from sl_queue.compute.threads import limit_threads, thread_counts_kept
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.data.aligning import shared_rows
+from sl_queue.data.aligning import ids_of, shared_rows
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError, SlQueueError
 from sl_queue.local.threads import Result, require_all, run_local, shared_threads
@@ -72,7 +72,7 @@ def joined_run(job: Job, parties: Sequence[PartyFile], steps: int | None = None)
     """Train the same layers side by side, with all tables in this process. Raises what building a stage raises."""
     importer = Importer()
     specs = {file.party: resolve(job, file, importer) for file in parties}
-    shared = shared_rows([spec.table for spec in specs.values()]) if job.alignment.method == "psi" else {}
+    shared = shared_rows(ids_of([spec.table for spec in specs.values()])) if job.alignment.method == "psi" else {}
     tables = {party: read_table(spec.table, shared.get(party)) for party, spec in specs.items()}
     holder = tables[job.label_holder]
     if len({table.digest for table in tables.values()}) > 1:

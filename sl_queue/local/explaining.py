@@ -20,7 +20,7 @@ from sl_queue.compute.trained import evaluating_fuse, predicting_base
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, data_to_predict, resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.data.aligning import shared_rows
+from sl_queue.data.aligning import ids_of, shared_rows
 from sl_queue.data.to_predict import ToPredict, read_to_predict
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.asked import Asked, schedule_of
@@ -83,7 +83,7 @@ class _Model:
 
 
 def _rows(job: Job, specs: Mapping[str, PartySpec], versions: Mapping[str, Version]) -> dict[str, ToPredict]:
-    shared = shared_rows([spec.table for spec in specs.values()]) if job.alignment.method == "psi" else {}
+    shared = shared_rows(ids_of([spec.table for spec in specs.values()])) if job.alignment.method == "psi" else {}
     found = {}
     for party, spec in specs.items():
         version = versions[party]

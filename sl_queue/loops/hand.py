@@ -146,14 +146,20 @@ class Hand:
     # What the own thread does -----------------------------------------------------------------------------------
 
     def _next(self) -> say.ToHand | None:
-        """Block until there is something to do; None when the run is over."""
+        """Block until there is something to do; None when the run is over.
+
+        Only time in which this thread listens counts as the lead's silence, and not that in which it is stopped.
+        """
         with self._changed:
+            silent_s, heard = 0.0, self._heard
             while not self._inbox:
-                asked_at = time.monotonic()
-                if asked_at - self._heard > GONE_S:
+                if silent_s > GONE_S:
                     raise PeerSilent(f"party {self._party!r}: no lead for {GONE_S:.0f} s; start its worker")
+                asked_at = time.monotonic()
                 self._changed.wait(_LOOK_S)
-                self._heard += max(0.0, time.monotonic() - asked_at - _LOOK_S)  # in which this process was stopped
+                silent_s += min(_LOOK_S, time.monotonic() - asked_at)
+                if self._heard != heard:
+                    silent_s, heard = 0.0, self._heard
             note = self._inbox.popleft()
         if isinstance(note, SlQueueError):
             raise note

@@ -11,7 +11,7 @@ from sl_queue.config.job import Job, JobPipeline, JobWire, PartyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.packing import Wire
-from sl_queue.data.aligning import shared_rows
+from sl_queue.data.aligning import ids_of, shared_rows
 from sl_queue.data.table import read_table
 from sl_queue.errors import JobError
 from sl_queue.local.threads import require_all
@@ -70,7 +70,7 @@ def plan_job(job: Job, files: Sequence[PartyFile], link: Link, handling: Handlin
     limit_threads(next((file.threads for file in files if file.threads), None) or 1)
     importer = Importer()
     specs = {file.party: resolve(job, file, importer) for file in files}
-    shared = shared_rows([spec.table for spec in specs.values()]) if job.alignment.method == "psi" else {}
+    shared = shared_rows(ids_of([spec.table for spec in specs.values()])) if job.alignment.method == "psi" else {}
     tables = {party: read_table(spec.table, shared.get(party)) for party, spec in specs.items()}
     measured = measure(job, {party: spec.compute for party, spec in specs.items()}, tables)
     found = []

@@ -1,5 +1,6 @@
 """Sources that a worker waits for: silent ones are named with the time, and given up in the end."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -29,6 +30,8 @@ class Liveness:
     ) -> None:
         self._party, self._patience_s, self._is_unreadable = party, patience_s, is_unreadable
         self._outage, self._absent_s, self._clock, self._observe = outage, absent_s, clock, observe
+        self._lock, self._listened_for_s, self._looked_at = threading.Lock(), 0.0, clock()
+        self._looked = (0.0, 0.0)  # at the outage and the absence, in seconds
         self._heard: dict[str, float] = {}  # by a clock that stands still while nobody can be heard
 
     def hear(self, sources: Iterable[str]) -> None:
@@ -42,7 +45,13 @@ class Liveness:
         return max(0.0, self._listened_s() - self._heard[source])
 
     def _listened_s(self) -> float:
-        return self._clock() - self._outage().total_s - self._absent_s()
+        with self._lock:
+            outage_s, absent_s = self._outage().total_s, self._absent_s()
+            now, before, self._looked = self._clock(), self._looked, (outage_s, absent_s)
+            lost_s = max(outage_s - before[0], absent_s - before[1])  # a stop in an outage is one loss, not two
+            self._listened_for_s += max(0.0, now - self._looked_at - lost_s)
+            self._looked_at = now
+            return self._listened_for_s
 
     def name(self, source: str, what: str, waited_s: float, foreign: str | None = None) -> None:
         """Tell whom we wait for; `foreign`: it speaks another version, and what to do.

@@ -43,6 +43,13 @@ def test_a_waiting_worker_hears_the_orders_that_are_for_it_and_no_others(post: P
         bank.receive("label", Kind.GRADIENT, MicroBatch(0, 0))
 
 
+def test_an_order_is_done_with_once_it_came_also_one_for_an_earlier_process(post: Post) -> None:
+    post.channel("a")
+    for order in (Stop("a0", "enough"), Stop("a1", "enough")):
+        post.command("a", order)
+        assert post.left("a", SCHEDULER) == 0
+
+
 def test_a_stop_ends_a_worker_after_its_step_and_one_without_a_step_after_the_next_commit(post: Post) -> None:
     label, bank = post.channel("label"), post.channel("a")
     post.command("a", Stop("a1", "enough", after_step=3))

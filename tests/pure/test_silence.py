@@ -52,9 +52,9 @@ def test_nobodys_silence_grows_while_the_link_is_down_or_the_process_stopped(
             case "pass":
                 clock.now += seconds
                 silent_s, down_s = (silent_s, down_s + seconds) if is_down else (silent_s + seconds, down_s)
-            case "stop" if not is_down:
+            case "stop":
                 clock.now += seconds
-                stopped_s += seconds
+                stopped_s, down_s = stopped_s + seconds, down_s + (seconds if is_down else 0)
             case "down":
                 outages.begin("refused")
                 is_down = True

@@ -62,6 +62,14 @@ def test_what_is_wrong_with_a_table_that_is_to_be_aligned_is_told_once(folder: P
     assert "error: party 'insurer'" not in said
 
 
+def test_that_no_row_is_shared_is_told_beside_what_is_wrong_with_a_table(folder: Path) -> None:
+    raw_tables.write_bank(folder / "bank.csv", raw_tables.customers(15))
+    text = (folder / "bank.csv").read_text()
+    (folder / "bank.csv").write_text(text.replace(",", " point "))
+    _, said = check(folder)
+    assert "no row is shared by" in said and "error: party 'bank'" in said, said
+
+
 def test_constant_and_unscaled_columns_are_warned_of(tmp_path: Path) -> None:
     ids = raw_tables.customers(50)
     raw_tables.write_all(tmp_path, ids, ids, raw_tables.JOB)

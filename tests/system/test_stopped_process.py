@@ -35,7 +35,7 @@ rng = np.random.default_rng(1)
 ids, x = np.arange(2000), rng.normal(size=(2000, 4)).astype(np.float32)
 parties = {{"bank": {{"role": "feature", "cut": [8]}}, "insurer": {{"role": "label"}}}}
 job = sl_queue.Job(
-    name=sys.argv[1], seed=1, epochs=3, batch_size=50, parties=parties, broker={{"patience": {PATIENCE_S}}}
+    name=sys.argv[1], seed=1, epochs=8, batch_size=50, parties=parties, broker={{"patience": {PATIENCE_S}}}
 )
 adam = {{"name": "adam"}}
 bank = sl_queue.PartyFile(party="bank", data=sl_queue.Rows(ids, x), base={{"model": base, "optimizer": adam}})
@@ -85,6 +85,7 @@ def test_a_run_that_is_stopped_for_longer_than_its_patience_goes_on(
         assert run.stdout.readline()
         run.send_signal(signal.SIGSTOP)
         time.sleep(GIVE_UP * PATIENCE_S + 1.0)
+        assert run.poll() is None, "it ended before it was stopped"
         run.send_signal(signal.SIGCONT)
         stopped = told(run)[-1]
     assert stopped == undisturbed
