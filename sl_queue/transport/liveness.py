@@ -12,7 +12,7 @@ from sl_queue.transport.link import Outage
 
 
 class Liveness:
-    """The time at which each source was heard last. Mutable; thread-safe, as every entry is one assignment.
+    """The time at which each source was heard last. Mutable; thread-safe: a lock keeps its clock, entries are assigned.
 
     `is_unreadable`: True of a source of which nothing could be opened. `outage`: of the own link; while it lasts nobody
     can be heard, so it counts as nobody's silence. Nor do the seconds in which the own process was `absent`.

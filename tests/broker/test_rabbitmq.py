@@ -22,17 +22,26 @@ from tests.support.links import Inbox, numbered, send, two_parties
 from tests.support.rabbit import LIMITS, Connect, in_order
 from tests.support.waiting import await_that
 
+
+def opened(url: str, connect: Connect, patience_s: float) -> PartyChannel:
+    """Open the channel of the bank beside those to whom it speaks."""
+    for other in (SCHEDULER, "insurer"):
+        connect(other)
+    topology, link = two_parties(), RabbitLink(url, "bank", two_parties(), 0, limits=LIMITS)
+    channel = PartyChannel(
+        link, "bank", topology, "b1", patience_s=patience_s, persistent=False, depth=1, observe=to_log
+    )
+    channel.open()
+    return channel
+
+
 # Losing the broker ------------------------------------------------------------------------------------------------
 
 
 def test_a_commit_that_waits_for_confirms_says_so_and_gives_up_at_last(
     private_broker: Broker, url: str, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for other in (SCHEDULER, "insurer"):
-        connect(other)
-    link = RabbitLink(url, "bank", two_parties(), 0, limits=LIMITS)
-    channel = PartyChannel(link, "bank", two_parties(), "b1", patience_s=0.2, persistent=False, depth=1, observe=to_log)
-    channel.open()
+    channel = opened(url, connect, patience_s=0.2)
     private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")  # as if its memory were used up
     try:
         channel.report(Stopped("b1", 0))
@@ -49,11 +58,7 @@ def test_a_commit_that_waits_for_confirms_says_so_and_gives_up_at_last(
 def test_a_commit_outlasts_a_broker_that_is_away_for_longer_than_ten_patiences(
     private_broker: Broker, url: str, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for other in (SCHEDULER, "insurer"):
-        connect(other)
-    link = RabbitLink(url, "bank", two_parties(), 0, limits=LIMITS)
-    channel = PartyChannel(link, "bank", two_parties(), "b1", patience_s=0.1, persistent=False, depth=1, observe=to_log)
-    channel.open()
+    channel = opened(url, connect, patience_s=0.1)
     private_broker.kill()
     began, starting = time.monotonic(), threading.Thread(target=private_broker.start)
     channel.report(Stopped("b1", 0))
