@@ -86,7 +86,8 @@ class PartyChannel:
             party, incarnation, patience_s, link, self._mail, self._timeline, self._changed, self._liveness, observe
         )
         committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
-        self._reports, self._commits = Reports(shared, self._sources, totals), Commits(shared, committer, self._check)
+        self._reports = Reports(shared, self._sources, None if totals is None else lambda: totals(self.counts))
+        self._commits = Commits(shared, committer, self._check)
         self._resending = Resending(party, patience_s, observe)
         self._failure: SlQueueError | None = None
         self._waits = Waits(shared, self._reports, self._check)
@@ -285,7 +286,7 @@ class PartyChannel:
         self._resending.log_counts()
         if self._failure is not None:
             raise self._failure
-        self._reports.beat(self.counts)
+        self._reports.beat()
 
     def _publish(self, receiver: str, kind: Kind, body: bytes, numbers: int = 0) -> None:
         self._observe(events.Sent(self._party, receiver, kind, len(body), numbers))

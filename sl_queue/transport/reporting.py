@@ -2,13 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError
-from sl_queue.protocol.control import Alive, Join, Progress, Report
+from sl_queue.protocol.control import Alive, Failed, Finished, Join, Progress, Report, Stopped
 from sl_queue.protocol.messages import SCHEDULER, Kind, MicroBatch
-from sl_queue.protocol.totals import TOTALS_S, Totalling
+from sl_queue.protocol.totals import TOTALS_S, Totals
 from sl_queue.transport.shared import Shared
 
 PULSE_S = 0.25  # how often progress is reported
@@ -27,7 +27,7 @@ def report_every_s(patience_s: float) -> float:
 class Reports:
     """The reports of one party to the scheduler and to its peers, `receivers`. Mutable, thread-safe."""
 
-    def __init__(self, shared: Shared, receivers: tuple[str, ...], totals: Totalling | None = None) -> None:
+    def __init__(self, shared: Shared, receivers: tuple[str, ...], totals: Callable[[], Totals] | None = None) -> None:
         self._mail, self._timeline, self._changed = shared.mail, shared.timeline, shared.changed
         self._liveness, self._patience_s = shared.liveness, shared.patience_s
         self._party, self._incarnation, self._receivers = shared.party, shared.incarnation, receivers
@@ -59,6 +59,8 @@ class Reports:
     def report(self, report: Report) -> None:
         """Send the scheduler a report that lasts."""
         self._send_progress()  # what is reported last is the newest
+        if isinstance(report, Finished | Failed | Stopped):
+            self._tell_totals()  # whoever ends within a second has told none, or not its last ones
         self.send(SCHEDULER, report, lasting=True)
 
     def progress(self, report: Progress) -> None:
@@ -88,7 +90,7 @@ class Reports:
         header = self._timeline.header(receiver, report)
         self._mail.send(receiver, header, report, lasting=lasting)
 
-    def beat(self, counts: Mapping[str, int]) -> None:
+    def beat(self) -> None:
         """Report progress as soon as there is some, totals once a second, and a sign of life a few times a patience."""
         self._send_progress()
         now = time.monotonic()
@@ -96,9 +98,13 @@ class Reports:
             self._alive_at = now + self._alive_every_s
             for receiver in self._receivers:
                 self.send(receiver, Alive(self._incarnation))
-        if self._totals is not None and now >= self._totals_at:
+        if now >= self._totals_at:
             self._totals_at = now + TOTALS_S
-            self.send(SCHEDULER, Alive(self._incarnation, self._totals(counts)))
+            self._tell_totals()
+
+    def _tell_totals(self) -> None:
+        if self._totals is not None:
+            self.send(SCHEDULER, Alive(self._incarnation, self._totals()))
 
     def _send_progress(self) -> None:
         """Take the newest progress and send it as one, so that no other thread sends a newer one in between."""

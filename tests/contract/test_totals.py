@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 
+import pytest
+
 from sl_queue.observe.meter import Meter
 from sl_queue.protocol.codec import decode, encode
-from sl_queue.protocol.control import Alive
+from sl_queue.protocol.control import Alive, Failed, Finished, Report, Stopped
 from sl_queue.protocol.events import Received, Reconnected, Resent, Sent
 from sl_queue.protocol.messages import SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.state import durable
 from sl_queue.protocol.scheduler.status import as_json, describe, from_json
 from sl_queue.protocol.totals import Now, Totals
 from sl_queue.transport.waiting import waiting
+from tests.support.post import Post
 from tests.support.progress import Mind, plan
+from tests.support.waiting import await_that
 
 SECOND = 1_000_000_000
 
@@ -73,3 +77,15 @@ def test_a_sign_of_life_of_the_version_before_and_of_a_later_one_is_read() -> No
     assert decode(bare)[1] == Alive("a1")
     full = Alive("a1", Totals(1.0, 0.5, {"label": {"gradient": 0.5}}, now=Now("label", "gradient", 0.1)))
     assert decode(encode(header, full))[1] == full
+
+
+@pytest.mark.parametrize("end", [Finished("a1", {}), Failed("a1", "JobError", "no"), Stopped("a1", 3)], ids=repr)
+def test_a_worker_that_ends_at_once_has_told_what_it_did(post: Post, end: Report) -> None:
+    bank = post.channel("a", totals=lambda counts: Totals(7.0, 2.0, {"label": {"gradient": 5.0}}, counts))
+    post.listen()
+    bank.report(end)
+    await_that(lambda: end in post.reported(type(end)))
+    before = [message for message in post.reported(object) if message == end or isinstance(message, Alive)]
+    assert before.index(end) > 0 and before[0] == Alive(
+        "a1", Totals(7.0, 2.0, {"label": {"gradient": 5.0}}, bank.counts)
+    )

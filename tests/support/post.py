@@ -47,10 +47,12 @@ class Post:
     channels: list[Any] = field(default_factory=list)
     told: list[tuple[str, Message]] = field(default_factory=list)
 
-    def channel(self, party: str, patience_s: float = PATIENCE_S, depth: int = 2, adopt: bool = True) -> PartyChannel:
+    def channel(
+        self, party: str, patience_s: float = PATIENCE_S, depth: int = 2, adopt: bool = True, **more: Any
+    ) -> PartyChannel:
         link = self.broker.link(party, TOPOLOGY, 100)
         me = f"{party}1"
-        channel = PartyChannel(link, party, TOPOLOGY, me, patience_s=patience_s, persistent=False, depth=depth)
+        channel = PartyChannel(link, party, TOPOLOGY, me, patience_s=patience_s, persistent=False, depth=depth, **more)
         channel.open()
         self.channels.append(channel)
         if adopt:
