@@ -13,7 +13,7 @@ from tests.support.broker import GIVEN, Broker, own_broker
 from tests.support.containers import missing
 
 ROOMS = Path(__file__).parent
-SLOWEST_FIRST = ("containers", "system", "broker", "compute", "contract", "repository", "pure")
+SLOWEST_FIRST = ("containers", "gpu", "system", "broker", "compute", "contract", "repository", "pure")
 
 # How long an example takes says more of the machine than of the code; each run of the suite draws others.
 settings.register_profile("ours", deadline=None, max_examples=50)

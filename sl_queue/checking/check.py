@@ -14,6 +14,7 @@ from sl_queue.checking.dry_run import DryRun, Readable, dry_run
 from sl_queue.checking.exposure import exposure
 from sl_queue.checking.findings import Check, Finding
 from sl_queue.checking.hands import check_hands
+from sl_queue.compute.threads import settings_kept
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, require_apart, resolve
 from sl_queue.config.user_code import Importer
@@ -56,7 +57,8 @@ def check(
     """
     found: list[Finding] = []
     files = list(parties.values()) if isinstance(parties, Mapping) else list(parties)
-    _check_with_job(Check(found.append), job, files, broker, 0)
+    with settings_kept():
+        _check_with_job(Check(found.append), job, files, broker, 0)
     return found
 
 

@@ -49,9 +49,9 @@ def first_step_difference(
 
 
 def largest_difference(one: Weights, other: Weights) -> float:
-    """Return the largest difference of any weight. Raises KeyError if the modules are not the same ones."""
+    """Return the largest difference of any weight, on whatever devices. Raises KeyError if modules are missing."""
     pairs = [(tensor, other[module][name]) for module, weights in one.items() for name, tensor in weights.items()]
-    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+    return max((float((a.cpu().double() - b.cpu().double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
 
 
 def joined_weights(joined: ReferenceRun) -> Weights:

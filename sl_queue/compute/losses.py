@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
-from torch import Tensor, nn
+from torch import Tensor
 
-from sl_queue.compute.modules.handover import Copies, Take
+from sl_queue.compute.modules.handover import Copies, Take, modules_in
 from sl_queue.compute.spec import ComputeSpec
 from sl_queue.cut.tensors import described
 from sl_queue.errors import JobError, ShapeError
@@ -105,7 +105,9 @@ def loss_of(spec: ComputeSpec, device: torch.device, take: Take | None = None) -
             raise JobError(f"{where} cannot be built without arguments: {error}") from None
     elif not isinstance(loss, FunctionType):
         loss = (take or Copies())(spec.party, "loss", loss, made=False)
-    return loss.to(device) if isinstance(loss, nn.Module) else loss
+    for module in () if isinstance(loss, FunctionType) else modules_in(loss):  # a function's are not copies
+        module.to(device)
+    return loss  # type: ignore[no-any-return]
 
 
 # Dtype ----------------------------------------------------------------------------------------------------------

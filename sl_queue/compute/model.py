@@ -39,6 +39,7 @@ from sl_queue.compute.running import Runnable, blame, tensors_in
 from sl_queue.compute.saved_module import SavedModule
 from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import ComputeSpec, Part
+from sl_queue.compute.threads import require_same_bits
 from sl_queue.cut.crossing import CROSSING_DTYPES
 from sl_queue.cut.tensors import Inputs
 from sl_queue.errors import ComputeError, JobError, ShapeError
@@ -88,6 +89,7 @@ class Model(Runnable):
         """
         table = table_of(spec, part)
         device = device_of(spec)
+        require_same_bits(device)
         module = build_module(spec, part, sample, take)
         where, name = f"party {spec.party!r}: [{part}]", named(table.model)
         require_savable(module, f"{where} model = {name!r}")

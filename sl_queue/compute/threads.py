@@ -5,6 +5,7 @@ anomaly detection. A thread's own, so they do not: autocast, default device, mod
 device. no_grad and inference_mode are a thread's own, too: parties train under them as without.
 """
 
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sl_queue.errors import JobError
 
+_MEMORY, _FILLED = torch.utils.deterministic, "fill_uninitialized_memory"
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "maia", "ipu", "privateuseone")
 
 
@@ -59,13 +61,32 @@ def _lost(devices: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         yield f"the current CUDA device {current}", f"write device = 'cuda:{current}' into the party files"
 
 
+def require_same_bits(device: torch.device) -> None:
+    """Have torch choose kernels on a GPU that give the same bits each time, and warn where it has none.
+
+    On a CPU all do. Without this the gradient of a convolution or an embedding adds in another order each time, and
+    a step that is repeated after a kill would not be the one that others have seen.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS wants for it, before its first product
+    torch.set_deterministic_debug_mode("warn")
+    setattr(_MEMORY, _FILLED, False)  # what is never read need not be filled
+
+
 @contextmanager
-def thread_counts_kept() -> Iterator[None]:
-    """Give back what `torch.set_num_threads` in other threads changes: what the next new threads begin with."""
+def settings_kept() -> Iterator[None]:
+    """Give back what parties that train here change: which kernels are chosen, and numbers of threads.
+
+    `torch.set_num_threads` in other threads changes what the next new threads begin with.
+    """
     mine, of_new_threads = torch.get_num_threads(), _in_a_new_thread(None)
+    mode, filled = torch.get_deterministic_debug_mode(), getattr(_MEMORY, _FILLED)
     try:
         yield
     finally:
+        torch.set_deterministic_debug_mode(mode)
+        setattr(_MEMORY, _FILLED, filled)
         torch.set_num_threads(mine)
         if of_new_threads != mine:
             _in_a_new_thread(of_new_threads)

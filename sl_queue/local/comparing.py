@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sl_queue.compute.equality import joined_weights, largest_difference
 from sl_queue.compute.reference import ReferenceRun, train_joined
 from sl_queue.compute.silent import Silent
-from sl_queue.compute.threads import limit_threads, thread_counts_kept
+from sl_queue.compute.threads import limit_threads, settings_kept
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
@@ -58,7 +58,7 @@ def _silenced(job: Job, file: PartyFile, alone: str) -> PartyFile:
 def _side_by_side(job: Job, parties: Sequence[PartyFile], joint: Result) -> Outcome:
     threads = next((file.threads for file in parties if file.threads), None) or shared_threads(len(parties))
     try:
-        with thread_counts_kept():
+        with settings_kept():
             limit_threads(threads)  # as the run did: kernels add in another order with more
             joined = joined_run(job, parties, int(joint.history[-1]["step"]) + 1)
     except SlQueueError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sl_queue.compute.threads import limit_threads, thread_counts_kept
+from sl_queue.compute.threads import limit_threads, settings_kept
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, data_to_predict, resolve
 from sl_queue.config.user_code import Importer
@@ -49,7 +49,7 @@ def predict_threads(
     with ExitStack() as stack:
         root = Path(stack.enter_context(TemporaryDirectory(prefix="sl_queue-predict-")))
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(thread_counts_kept())
+        stack.enter_context(settings_kept())
 
         def party(name: str) -> None:
             limit_threads(files[name].threads or shared_threads(len(parties)))

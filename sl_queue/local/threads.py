@@ -17,7 +17,7 @@ from torch import nn
 from sl_queue.compute.building import LAST
 from sl_queue.compute.modules.handover import Loan, Take
 from sl_queue.compute.results import lend_given, trained_module
-from sl_queue.compute.threads import limit_threads, require_nothing_lost, thread_counts_kept
+from sl_queue.compute.threads import limit_threads, require_nothing_lost, settings_kept
 from sl_queue.config.environment import THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, agree, resolve
@@ -129,7 +129,7 @@ def run_threads(
         importer = Importer()
         specs = {party.party: resolve(job, party, importer) for party in parties}
         lend_given((spec.compute for spec in specs.values()), loan)
-        with thread_counts_kept():
+        with settings_kept():
             run_state = _Threads(job, parties, specs, broker, states, on_status, keys, loan, hands).run()
         history = [history_line(result) for result in run_state.history]
         modules: dict[tuple[str, str], nn.Module | SlQueueError] = {}

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sl_queue
 from sl_queue.compute.running import blame
-from sl_queue.compute.threads import thread_counts_kept
+from sl_queue.compute.threads import settings_kept
 from sl_queue.errors import ComputeError, JobError
 from tests.support.split import Concatenated, equal_weights
 
@@ -191,7 +191,7 @@ def test_the_number_of_torch_threads_is_given_back_after_a_run_and_after_an_erro
 @pytest.mark.usefixtures("_counts")
 def test_thread_counts_that_other_threads_set_do_leak_without_that() -> None:
     torch.set_num_threads(2)
-    with thread_counts_kept():
+    with settings_kept():
         set_in_a_thread(1)
         assert of_a_new_thread() == 1
     assert of_a_new_thread() == 2

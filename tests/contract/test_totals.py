@@ -81,11 +81,10 @@ def test_a_sign_of_life_of_the_version_before_and_of_a_later_one_is_read() -> No
 
 @pytest.mark.parametrize("end", [Finished("a1", {}), Failed("a1", "JobError", "no"), Stopped("a1", 3)], ids=repr)
 def test_a_worker_that_ends_at_once_has_told_what_it_did(post: Post, end: Report) -> None:
-    bank = post.channel("a", totals=lambda counts: Totals(7.0, 2.0, {"label": {"gradient": 5.0}}, counts))
+    waited = {"label": {"gradient": 5.0}}
+    bank = post.channel("a", totals=lambda counts: Totals(7.0, 2.0, waited, counts))
     post.listen()
     bank.report(end)
     await_that(lambda: end in post.reported(type(end)))
     before = [message for message in post.reported(object) if message == end or isinstance(message, Alive)]
-    assert before.index(end) > 0 and before[0] == Alive(
-        "a1", Totals(7.0, 2.0, {"label": {"gradient": 5.0}}, bank.counts)
-    )
+    assert before.index(end) > 0 and before[0] == Alive("a1", Totals(7.0, 2.0, waited, bank.counts))

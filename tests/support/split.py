@@ -175,10 +175,10 @@ class Concatenated(nn.Module):
 def equal_weights(one: nn.Module, other: nn.Module) -> bool:
     """Return True if two modules hold the same bits."""
     mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in mine)
 
 
 def furthest(one: nn.Module, other: nn.Module) -> float:
     """Return the largest difference between the weights of two modules."""
     mine, theirs = one.state_dict(), other.state_dict()
-    return max((float((mine[n].double() - theirs[n].double()).abs().max()) for n in mine), default=0.0)
+    return max((float((mine[n].cpu().double() - theirs[n].cpu().double()).abs().max()) for n in mine), default=0.0)

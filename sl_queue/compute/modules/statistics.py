@@ -2,8 +2,9 @@
 
 A forward pass in training does not read them, yet torch folds what it saw into them at once, and so makes the order of
 the passes matter. Computed apart, a layer works on copies with momentum 1, which leaves in them what this one pass saw;
-`fold` then does what torch does on a CPU, in the order of the micro-batches. Elsewhere (CUDA, InstanceNorm, inputs that
-are not contiguous) a last bit may differ from a plain run, but never with who computed it.
+`fold` then does what torch does on a CPU, and on CUDA for inputs (rows, columns), in the order of the micro-batches.
+Elsewhere (cuDNN, which takes inputs of more axes, InstanceNorm, inputs that are not contiguous) a last bit may differ
+from a plain run, but never with who computed it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,8 +70,13 @@ def _fold(layer: _NormBase, new_mean: Tensor, new_var: Tensor) -> None:
     share = layer.momentum if layer.momentum is not None else 1.0 / float(counted)
     new = torch.tensor(share, dtype=mean.dtype, device=mean.device)
     old = 1 - new
-    mean.copy_(new * new_mean + old * mean)
-    var.copy_(new.double() * new_var.double() + (old * var).double())
+    mean.copy_(_rounded_once(new, new_mean, old * mean) if mean.is_cuda else new * new_mean + old * mean)
+    var.copy_(_rounded_once(new, new_var, old * var))
+
+
+def _rounded_once(factor: Tensor, value: Tensor, term: Tensor) -> Tensor:
+    """Return `factor * value + term` as a processor computes it that multiplies and adds in one operation."""
+    return factor.double() * value.double() + term.double()
 
 
 def layers_that_count(module: torch.nn.Module, before: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
