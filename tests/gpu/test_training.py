@@ -164,7 +164,6 @@ def test_hands_change_no_bit_but_the_last_of_what_others_compute(model: str, alo
     for name in ("bank", "insurer", "fuse"):
         module, theirs, others = (r.fuse if name == "fuse" else r.base(name) for r in (plain, one, several))
         assert equal_weights(theirs, others), "it depends on how many there are"
-        assert furthest(module, theirs) < 1e-3
         if alone and (model, name) != ("images", "bank"):  # cuDNN rounds running averages in a way of its own
             assert equal_weights(module, theirs), name
         if alone:  # else the lead makes optimizer steps on its CPU
