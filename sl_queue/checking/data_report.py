@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sl_queue.checking.findings import Check
+from sl_queue.compute.weighting import known_rows
 from sl_queue.data.feature_report import describe
 from sl_queue.data.features import Fitted
 from sl_queue.protocol.exactness import BITS, rounded
@@ -45,13 +46,18 @@ def _about_labels(table: Table, split: Sequence[Any]) -> Iterator[str]:
     labels = table.labels
     if labels is None or labels.ndim != 1 or not len(labels):
         return
-    training, held_out, test = parts = [labels[positions] for positions in split]
-    classes = np.unique(labels)
+    known = known_rows(labels)
+    training, held_out, test = parts = [labels[positions][known[positions]] for positions in split]
+    if gaps := len(labels) - int(known.sum()):
+        yield f"{counted(gaps, 'label is', 'labels are')} missing, and counts for nothing"
+    classes = np.unique(labels[known])
     if len(classes) > CLASSES:
-        yield (
-            f"labels go from {labels.min():.6g} to {labels.max():.6g}, mean {training.mean():.6g} where trained on"
-            + (f", {held_out.mean():.6g} where held out" if len(held_out) else "")
-        )
+        means = [
+            f"{part.mean():.6g} where {where}"
+            for part, where in ((training, "trained on"), (held_out, "held out"))
+            if len(part)
+        ]
+        yield f"labels go from {classes[0]:.6g} to {classes[-1]:.6g}, mean {', '.join(means)}"
         return
     for value in classes:
         counts = [int((part == value).sum()) for part in parts]

@@ -113,17 +113,24 @@ optimizer = {{ name = "adam", lr = 0.001 }}         # any of torch.optim
 
 def _fuse(start: Start) -> str:
     loss, metrics = _LOSSES[start.task]
+    scale = ", mean = 0.0, deviation = 1.0" if start.task == "regression" else ""
+    about = "# `sl-queue check` tells mean and deviation of the labels, if the model needs them\n" if scale else ""
     return f"""[fuse]                            # joins what the base models put out; only the label holder has it
 model = "models:Fuse"
-args = {{ inputs = {WIDTH * len(start.tables)}, outputs = {start.outputs} }}
+args = {{ inputs = {WIDTH * len(start.tables)}, outputs = {start.outputs}{scale} }}
 optimizer = {{ name = "adam", lr = 0.001 }}
-loss = {as_toml(loss)}
+{about}loss = {as_toml(loss)}
 metrics = {metrics}
 """
 
 
 def _models(start: Start) -> str:
     squeeze = ".squeeze(1)" if start.outputs == 1 else ""
+    found = f"self.layer(torch.cat(inputs, dim=1)){squeeze}"
+    scale, keep = "", ""
+    if start.task == "regression":
+        scale, found = ", mean: float, deviation: float", f"self.mean + self.deviation * {found}"
+        keep = "\n        self.mean, self.deviation = mean, deviation  # of the labels: what the layers learn is near 0"
     return f'''"""Models to begin with: replace them with your own. Each party needs only its own part."""
 
 import torch
@@ -144,12 +151,12 @@ class Base(nn.Module):
 class Fuse(nn.Module):
     """What all parties sent, as a prediction."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int{scale}) -> None:
         super().__init__()
-        self.layer = nn.Linear(inputs, outputs)
+        self.layer = nn.Linear(inputs, outputs){keep}
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        return self.layer(torch.cat(inputs, dim=1)){squeeze}
+        return {found}
 '''
 
 

@@ -16,7 +16,18 @@ from sl_queue.data import csv_file, files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
 from sl_queue.data.later import Later
-from sl_queue.data.matrices import Array, Beside, Matrix, beside, gaps, gaps_in, in_rows, label_array, plain
+from sl_queue.data.matrices import (
+    Array,
+    Beside,
+    Matrix,
+    beside,
+    gaps,
+    gaps_in,
+    gaps_of_labels,
+    in_rows,
+    label_array,
+    plain,
+)
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
 from sl_queue.protocol.text import nearest
@@ -114,6 +125,8 @@ def _read(
     known = source.names()
     selection = selecting(known)
     faults = list(_about_names(selection.names, known))
+    if faults and _separator(known):
+        refuse(where, faults[:1])  # all else follows from it
     if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known):
         faults.append(_NO_FEATURES + (_NONE_NEEDED if selection.labels else ""))
     specs, undeclared = ({}, []) if declared is None else resolve(declared, selection.features)
@@ -270,8 +283,9 @@ def _numbers(selection: _Selection, columns: Mapping[str, Any], *, missing: bool
     if selection.weight is not None and selection.weight in columns:
         weights, wrong = label_array(columns[selection.weight], f"weight column {selection.weight!r}")
         faults += wrong
-    may_miss = selection.labels if missing else ()
-    faults += gaps([*features.gaps, *gaps_in({n: column for n, column in others.items() if n not in may_miss})])
+    faults += gaps([*features.gaps, *gaps_in({n: column for n, column in others.items() if n not in selection.labels})])
+    if not missing:
+        faults += gaps_of_labels({name: others[name] for name in selection.labels if name in others})
     return _Found(features, _side_by_side(targets, len(selection.labels)), weights, tuple(faults))
 
 

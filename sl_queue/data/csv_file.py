@@ -258,6 +258,12 @@ def text_kind(column: Any) -> str:
     return "text"
 
 
+def not_numbers(column: Any) -> list[str]:
+    """Return the different texts of a column that are no numbers."""
+    found: list[str] = pc.unique(column.filter(pc.invert(pc.match_substring_regex(column, _NUMBER)))).to_pylist()
+    return found
+
+
 def _matching(column: Any, pattern: str) -> int:
     return pc.sum(pc.match_substring_regex(column, pattern)).as_py() or 0
 

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sl_queue.data.csv_file import not_numbers, text_kind
+from sl_queue.data.faults import listed
 from sl_queue.data.feature_values import EPOCH, Unusable, days, kind_of, numbers, texts
 from sl_queue.data.features import Fitted, Learned, pieces
 from sl_queue.protocol.text import counted
@@ -17,6 +19,7 @@ _SHOWN = 12  # categories that a line names
 _CODE = 20  # different whole numbers, up to which they may be a code
 _OWN_VALUE = 0.5  # share of rows with a value of their own, from which text says nothing
 _RARE = 20
+_MARKS = 3  # different texts among numbers, up to which they may stand for a gap
 
 
 def describe(fitted: Fitted) -> Iterator[str]:
@@ -74,7 +77,7 @@ def propose(columns: Mapping[str, Any]) -> str:
 
 
 def _line(name: str, column: Any) -> tuple[str, str]:
-    key = name if name.isascii() and name.replace("_", "a").replace("-", "a").isalnum() else json.dumps(name)
+    key = name if name.isascii() and name.replace("_", "a").replace("-", "a").isalnum() else _quoted(name)
     gaps = f"{column.null_count} of {len(column)} rows are empty" if column.null_count else ""
     types = pa.types
     if types.is_date(column.type) or types.is_timestamp(column.type):
@@ -90,6 +93,11 @@ def _line(name: str, column: Any) -> tuple[str, str]:
         except Unusable:
             continue
     return _text_line(key, column, gaps)
+
+
+def _quoted(name: str) -> str:
+    """Return a name as TOML takes it in quotes, readable where it is not ASCII."""
+    return json.dumps(name, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _number_line(key: str, column: Any, gaps: str) -> tuple[str, str]:
@@ -130,7 +138,20 @@ def _text_line(key: str, column: Any, gaps: str) -> tuple[str, str]:
     if not different:
         return f"# {key} is empty:", "leave it out with data.exclude"
     if different > _CODE and different > _OWN_VALUE * len(found):
-        return f"# {key}: {different} different texts in {len(found)} rows:", "leave it out with data.exclude"
+        return _unlike_a_category(key, found, different)
     rare = f", rare = {_RARE}" if len(found) >= 50 * _RARE else ""
     remark = f"{gaps + '; ' if gaps else ''}{counted(different, 'category', 'categories')}"
     return f'{key} = {{ kind = "category"{rare} }}', remark
+
+
+def _unlike_a_category(key: str, found: Any, different: int) -> tuple[str, str]:
+    """Return what a column of many different texts may be instead: numbers beside marks for a gap, or nothing."""
+    marks = not_numbers(found)
+    if 0 < len(marks) <= _MARKS:
+        wanted = json.dumps(marks, ensure_ascii=False)
+        told = f"# {key} is numbers but for {listed(map(repr, marks))}:"
+        return told, f"if that stands for a gap, write csv = {{ missing = {wanted} }} under [data], and propose again"
+    kind = text_kind(found)
+    if kind != "text":
+        return f"# {key} is {kind}:", "or leave it out with data.exclude"
+    return f"# {key}: {different} different texts in {len(found)} rows:", "leave it out with data.exclude"

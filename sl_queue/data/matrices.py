@@ -197,6 +197,13 @@ def gaps(found: Sequence[str]) -> list[str]:
     return [f"values are missing in column {listed(found)}; {remedy}"] if found else []
 
 
+def gaps_of_labels(columns: Mapping[str, Any]) -> list[str]:
+    """Say in which label columns values are missing."""
+    remedy = 'fill them, leave those rows out, or have them count for nothing: [fuse] missing_labels = "mask"'
+    found = gaps_in(columns)
+    return [f"values are missing in label column {listed(found)}; {remedy}"] if found else []
+
+
 def gaps_in(columns: Mapping[str, Any]) -> list[str]:
     """Count the missing values of columns of numbers, for `gaps`."""
     numbers = {name: column for name, column in columns.items() if column.null_count and is_number(column.type)}

@@ -280,3 +280,38 @@ def test_the_steps_loss_is_the_mean_over_its_rows_however_they_are_cut() -> None
     three = setup(**same, pipeline={"micro_batches": 3})
     whole, cut = one.stages().train(one.pipeline).losses, three.stages().train(three.pipeline).losses
     assert cut == pytest.approx(whole, rel=1e-5)
+
+
+# Labels far from the model's first outputs ------------------------------------------------------------------------
+
+
+class Scaled(Concatenated):
+    """A fuse model that knows mean and deviation of the labels."""
+
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        return 3500.0 + 800.0 * super().forward(inputs)
+
+
+def warnings_for(labels: Any, fuse: nn.Module, loss: Any = "mse") -> list[str]:
+    return [text for text in stages(labels=labels, fuse=fuse, loss=loss).fuse.objective.warnings if "mean" in text]
+
+
+FAR = 3500.0 + 800.0 * np.linspace(-1.0, 1.0, ROWS)
+
+
+def test_labels_far_from_the_first_outputs_are_told_with_what_brings_them_near() -> None:
+    (told,) = warnings_for(FAR, Concatenated(7, 1))
+    assert (
+        "the labels have mean 3500 and standard deviation 485.6, and the fuse model begins with outputs around" in told
+    )
+    assert "have it put out mean + deviation * x" in told
+    assert warnings_for(FAR, Scaled(7, 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss"),
+    [(np.round(FAR), "poisson"), (FAR / 800.0, "mse"), (np.arange(ROWS) % 2, "bce_with_logits")],
+    ids=["a rate of which the output is the logarithm", "near", "classes"],
+)
+def test_other_labels_are_not_told(labels: Any, loss: str) -> None:
+    assert warnings_for(labels, Concatenated(7, 1), loss) == []

@@ -285,7 +285,7 @@ def test_several_label_columns_with_gaps_and_a_weight_are_read_from_a_file(tmp_p
     assert np.isnan(table.labels[3, 0])
     assert np.isnan(table.labels).sum() == 1
     assert table.weights.tolist() == list(range(8))
-    with pytest.raises(JobError, match=r"values are missing in column 'a' in 1 of 8 rows"):
+    with pytest.raises(JobError, match=r"values are missing in label column 'a' in 1 of 8 rows"):
         read_table(job, PartyFile(party="holder", data=data, fuse={"model": "m:Net", "loss": "bce_with_logits"}))
 
 

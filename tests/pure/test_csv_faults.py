@@ -182,6 +182,19 @@ def test_all_faults_of_a_table_are_told_at_once(tmp_path: Path) -> None:
     assert "'age' in 1 row" in complaint(tmp_path, "id,age,y\n1,inf,2\n1,2,\n", "insurer", label="y")
 
 
+def test_another_separator_is_the_one_thing_that_is_wrong(tmp_path: Path) -> None:
+    said = complaint(tmp_path, "id;x;y\n1;0,5;1\n2;1,5;0\n", "insurer", label="y")
+    assert "there is no column 'id'; its columns are 'id;x;y'; is it separated by semicolons?" in said
+    assert "\n" not in said and "fields" not in said and "'y'" not in said
+
+
+def test_a_gap_in_labels_has_a_remedy_of_its_own(tmp_path: Path) -> None:
+    said = complaint(tmp_path, "id,x,y\n1,,1\n2,1.5,\n", "insurer", label="y")
+    assert "values are missing in column 'x' in 1 of 2 rows" in said
+    assert "values are missing in label column 'y' in 1 of 2 rows; " in said
+    assert '[fuse] missing_labels = "mask"' in said
+
+
 def test_a_column_with_a_few_values_that_are_not_numbers_is_told_from_text(tmp_path: Path) -> None:
     said = complaint(tmp_path, "id,x,note\n1,0.5,a\n2,?,b\n3,1e-3,c\n")
     assert "'x' (text: 1 of 3 values are not numbers), 'note' (text)" in said

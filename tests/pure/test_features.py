@@ -1,6 +1,7 @@
 """Declared features: what is fitted, and on which rows."""
 
 import json
+import tomllib
 from dataclasses import replace
 from datetime import date
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import table_spec
 from sl_queue.config.user_code import Importer
+from sl_queue.data.feature_report import propose
 from sl_queue.data.feature_specs import Category, Date, Number, Spec, resolve
 from sl_queue.data.features import Fitted, apply, fit
 from sl_queue.data.spec import Rows
@@ -207,3 +209,18 @@ def test_features_json_of_another_format_or_torn_is_refused() -> None:
         Fitted.of_json(json.dumps({**json.loads(found.as_json()), "format": 2}))
     with pytest.raises(JobError, match="cannot be read"):
         Fitted.of_json(found.as_json()[:40])
+
+
+def test_a_proposal_tells_numbers_beside_marks_for_a_gap_from_other_text_and_names_columns_readably() -> None:
+    columns = {
+        "größe": pa.chunked_array([[" NA" if i % 20 == 0 else f"{i / 7:.2f}" for i in range(200)]]),
+        "preis": pa.chunked_array([[f"{i},5" for i in range(200)]]),
+        "name": pa.chunked_array([[f"name {i}" for i in range(200)]]),
+        'a "b"\x7f': pa.chunked_array([[float(i) for i in range(200)]]),
+    }
+    said = propose(columns)
+    assert "# \"größe\" is numbers but for ' NA':" in said
+    assert 'write csv = { missing = [" NA"] } under [data], and propose again' in said
+    assert '# preis is text: numbers with a decimal comma; write a decimal point, or say data.csv.decimal = ","' in said
+    assert "# name: 200 different texts in 200 rows:" in said
+    assert list(tomllib.loads(said)["features"]) == ['a "b"\x7f']

@@ -1,12 +1,17 @@
 """`sl-queue check` reports on the tables at hand: what a data scientist looks at first, and no row."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from sl_queue.checking.check import check_job
-from sl_queue.checking.findings import Finding, Level
+from sl_queue.checking.data_report import report_data
+from sl_queue.checking.findings import Check, Finding, Level
 from sl_queue.cli.main import app
+from sl_queue.protocol.schedule.row_order import Batches
+from sl_queue.protocol.table import Table
 from tests.support import raw_tables
 
 PSI = raw_tables.JOB + '\n[alignment]\nmethod = "psi"\nat_least = 10\n'
@@ -35,6 +40,25 @@ def test_it_tells_shared_rows_labels_features_and_memory(folder: Path) -> None:
     assert "KiB of memory as float32" in said
     assert "3 steps split and joined: all weights are equal bit for bit" in said
     assert "c-000" not in said
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (np.arange(40) / 2.0, "note: insurer: labels go from 0.5 to 19.5, mean "),
+        (np.arange(40) % 2 * 1.0, "note: insurer: label 1: "),
+    ],
+    ids=["numbers", "classes"],
+)
+def test_labels_that_are_missing_are_counted_and_no_number_is_made_of_them(labels: Any, told: str) -> None:
+    labels[:1] = np.nan
+    findings: list[Finding] = []
+    batches = Batches(len(labels), 7, 1, 8, 1, 0.25)
+    table = Table(None, labels, np.arange(len(labels), dtype=np.uint64), "digest", "integer")
+    report_data(Check(findings.append), "insurer", table, batches)
+    said = "\n".join(f"{found.level}: {found.text}" for found in findings)
+    assert "insurer: 1 label is missing, and counts for nothing" in said
+    assert told in said and "nan" not in said, said
 
 
 def test_a_party_alone_is_told_that_its_rows_are_not_aligned_yet(folder: Path) -> None:

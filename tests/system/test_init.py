@@ -6,12 +6,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
 import sl_queue
 from sl_queue.config.job import Job
 from sl_queue.config.party import PartyFile
+from sl_queue.data.spec import Rows
 from tests.support import raw_tables
 from tests.system.test_cli import COMMAND, environment
 
@@ -74,6 +76,26 @@ def test_each_task_has_its_loss_and_its_outputs(tmp_path: Path, task: str, loss:
     file = PartyFile.load(tmp_path / "x/insurer.toml")
     assert file.fuse is not None and file.fuse.loss == loss and file.fuse.args["outputs"] == outputs
     assert Job.load(tmp_path / "x/job.toml").alignment.method == "equal"
+
+
+def test_a_regression_learns_numbers_as_they_are_once_its_model_is_told_their_scale(tmp_path: Path) -> None:
+    done = run("init", tmp_path / "x", *PARTIES, "--label", "y", "--task", "regression", "--same-ids")
+    assert done.returncode == 0, done.stderr
+    draw = np.random.default_rng(3)
+    columns = {"insurer": draw.normal(size=(400, 2)), "bank": draw.normal(size=(400, 3))}
+    labels = 3500.0 + 800.0 * (columns["bank"][:, 0] + columns["insurer"][:, 1])
+    job = Job.load(tmp_path / "x/job.toml").replace(epochs=30, batch_size=32)
+
+    def mae(*scale: float) -> float:
+        files = [PartyFile.load(tmp_path / "x" / f"{name}.toml") for name in columns]
+        fuse = dict(files[0].fuse or {})
+        fuse["args"] = {**fuse["args"], **dict(zip(("mean", "deviation"), scale, strict=False))}
+        given = {"insurer": labels, "bank": None}
+        with_rows = [f.replace(data=Rows(np.arange(400), columns[f.party], given[f.party])) for f in files]
+        with_rows[0] = with_rows[0].replace(fuse=fuse)
+        return float(sl_queue.run_local(job, with_rows).history[-1]["holdout"]["mae"])
+
+    assert mae(float(labels.mean()), float(labels.std())) < 300 < 3000 < mae()
 
 
 @pytest.mark.parametrize(
