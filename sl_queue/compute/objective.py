@@ -89,8 +89,7 @@ def objective_of(
         raise ShapeError(f"{where}: {error}") from None
     outputs = outputs_of(wanted.outputs, kind, loss, task, list(metrics), output, scaled, where)
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
-    far = far_labels(task, outputs, labels, scaled)
-    warnings += [warning for warning in (twice, far) if warning is not None]
+    warnings += [told for told in (twice, far_labels(task, outputs, labels, scaled)) if told is not None]
     weighting = weighting_of(fit, table.labels, table.weights, missing=wanted.missing, where=where)
     has_weights = weighting is not None and weighting.weights is not None
     weighted = _weighted(wanted.metrics, metrics, task, where) if has_weights else {}

@@ -124,14 +124,7 @@ metrics = {metrics}
 """
 
 
-def _models(start: Start) -> str:
-    squeeze = ".squeeze(1)" if start.outputs == 1 else ""
-    found = f"self.layer(torch.cat(inputs, dim=1)){squeeze}"
-    scale, keep = "", ""
-    if start.task == "regression":
-        scale, found = ", mean: float, deviation: float", f"self.mean + self.deviation * {found}"
-        keep = "\n        self.mean, self.deviation = mean, deviation  # of the labels: what the layers learn is near 0"
-    return f'''"""Models to begin with: replace them with your own. Each party needs only its own part."""
+_BASE = '''"""Models to begin with: replace them with your own. Each party needs only its own part."""
 
 import torch
 from torch import nn
@@ -146,14 +139,25 @@ class Base(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return self.layers(rows)
+'''
 
+
+def _models(start: Start) -> str:
+    found = "self.layer(torch.cat(inputs, dim=1))" + ".squeeze(1)" * (start.outputs == 1)
+    takes = keeps = ""
+    if start.task == "regression":
+        takes, found = ", mean: float, deviation: float", f"self.mean + self.deviation * {found}"
+        keeps = (
+            "\n        self.mean, self.deviation = mean, deviation  # of the labels: what the layer learns is near 0"
+        )
+    return f'''{_BASE}
 
 class Fuse(nn.Module):
     """What all parties sent, as a prediction."""
 
-    def __init__(self, inputs: int, outputs: int{scale}) -> None:
+    def __init__(self, inputs: int, outputs: int{takes}) -> None:
         super().__init__()
-        self.layer = nn.Linear(inputs, outputs){keep}
+        self.layer = nn.Linear(inputs, outputs){keeps}
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         return {found}

@@ -125,8 +125,7 @@ def _read(
     known = source.names()
     selection = selecting(known)
     faults = list(_about_names(selection.names, known))
-    if faults and _separator(known):
-        refuse(where, faults[:1])  # all else follows from it
+    refuse(where, faults[:1] if _separator(known) else [])  # all else follows from another separator
     if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known):
         faults.append(_NO_FEATURES + (_NONE_NEEDED if selection.labels else ""))
     specs, undeclared = ({}, []) if declared is None else resolve(declared, selection.features)
@@ -136,8 +135,7 @@ def _read(
     taken = _taken(source, readable, ids, specs, selection, selecting.keywords["choosing"])
     if declared is not None:
         selection = replace(selection, features=())
-    faults += [*taken.bad_rows, *undeclared]
-    faults += [] if taken.bad_rows else _rounded(source, taken.columns)
+    faults += [*taken.bad_rows, *undeclared, *([] if taken.bad_rows else _rounded(source, taken.columns))]
     found = _numbers(selection, taken.columns, missing=missing)
     arrays = [taken.table[name].combine_chunks() for name in ids] if len(ids) == len(selection.ids) else []
     return Columns(
