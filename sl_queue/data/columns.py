@@ -2,7 +2,6 @@
 
 import csv
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +14,7 @@ import pyarrow as pa
 from sl_queue.data import csv_file, files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
+from sl_queue.data.header import about_names, another_separator
 from sl_queue.data.later import Later
 from sl_queue.data.matrices import (
     Array,
@@ -30,9 +30,7 @@ from sl_queue.data.matrices import (
 )
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import JobError
-from sl_queue.protocol.text import nearest
 
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
 
 
@@ -124,8 +122,8 @@ def _read(
         refuse(where, [fault])
     known = source.names()
     selection = selecting(known)
-    faults = list(_about_names(selection.names, known))
-    refuse(where, faults[:1] if _separator(known) else [])  # all else follows from another separator
+    faults = list(about_names(selection.names, known))
+    refuse(where, faults[:1] if another_separator(known) else [])  # all else follows from another separator
     if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known):
         faults.append(_NO_FEATURES + (_NONE_NEEDED if selection.labels else ""))
     specs, undeclared = ({}, []) if declared is None else resolve(declared, selection.features)
@@ -220,36 +218,6 @@ def _left_out(columns: Sequence[tuple[int, str]]) -> str:
         f"left out {told}: without a name of {'their' if several else 'its'} own, {'they are' if several else 'it is'} "
         "most likely the row numbers of the program that wrote the file; to train on such a column, name it in "
         "data.features"
-    )
-
-
-def _about_names(selected: Sequence[str], known: list[str]) -> Iterator[str]:
-    counts = Counter(known)
-    for name in selected:
-        if counts[name] > 1:
-            yield f"{counts[name]} columns are called {name!r}; rename them"
-        elif counts[name] == 0:
-            there = f"its columns are {_told(known)}{_separator(known)}"
-            yield f"there is no column {name!r}; {nearest(name, known)}{there}"
-
-
-def _told(known: list[str]) -> str:
-    """List the names of columns, without numbers and further lines: a file without a header has rows there."""
-    names = [name.partition("\n")[0] for name in known if not _NUMBER.fullmatch(name)]
-    numbers = len(known) - len(names)
-    if not numbers:
-        return listed(map(repr, names)) or "none"
-    told = [*map(repr, names), f"{numbers} whose names are numbers"]
-    return f"{listed(told)}; is its first line a header?"
-
-
-def _separator(known: list[str]) -> str:
-    """Advise on a header that was written with another separator."""
-    found = [told for sign, told in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")) if sign in "".join(known[:1])]
-    return (
-        f"; is it separated by {found[0]}? write it with commas, or say data.csv.delimiter"
-        if found and len(known) == 1
-        else ""
     )
 
 
