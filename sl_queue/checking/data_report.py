@@ -49,7 +49,7 @@ def _about_labels(table: Table, split: Sequence[Any]) -> Iterator[str]:
     known = known_rows(labels)
     training, held_out, test = parts = [labels[positions][known[positions]] for positions in split]
     if gaps := len(labels) - int(known.sum()):
-        yield f"{counted(gaps, 'label is', 'labels are')} missing, and counts for nothing"
+        yield f"{counted(gaps, 'label is', 'labels are')} missing, and {'counts' if gaps == 1 else 'count'} for nothing"
     classes = np.unique(labels[known])
     if len(classes) > CLASSES:
         means = [

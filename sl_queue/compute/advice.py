@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sl_queue.compute.fuse_stage import TorchFuseStage
+from sl_queue.compute.label_scale import far_labels
 from sl_queue.compute.objective import undefined_metrics
 
 
@@ -21,6 +22,8 @@ def advice(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
     `stops_on` is the metric that ends training early, if one does.
     """
     yield from map(Advice, stage.objective.warnings)
+    if (far := far_labels(stage)) is not None:
+        yield Advice(far)
     metrics = list(stage.objective.metrics)
     if metrics and not stage.batches.holdout_rows:
         held = (

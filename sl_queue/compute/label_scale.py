@@ -1,31 +1,49 @@
 """Labels of a regression that lie far from what the model puts out at first: it would take long to get there."""
 
-from collections.abc import Callable
+from math import floor, isfinite, log10
 
+import torch
 from torch import Tensor
 
+from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.other_metrics import Task
 from sl_queue.compute.outputs import Outputs
+from sl_queue.compute.stand_ins import drawn_inputs, fused
 
-_FAR = 100.0  # times the spread of the first outputs; a model that scales them is a few away
+_FAR = 30.0  # an optimizer with a usual rate takes tens of thousands of steps there
+_ROWS = 64
+_NEAR = (Outputs.LOGARITHMS, Outputs.LOG_ODDS)  # of numbers, which may be large where the outputs are not
 
 
-def far_labels(task: Task, outputs: Outputs, labels: Tensor, scaled: Callable[[float], Tensor]) -> str | None:
-    """Return a warning if numbers are far from the model's first outputs; None for several a row.
-
-    `labels`: (rows,), NaN where one is not known. `scaled(s)` is the output for activations s times as large.
-    """
-    first = scaled(1.0).double().cpu()
-    if task is not Task.REGRESSION or outputs is Outputs.LOGARITHMS or first[0].numel() > 1 or labels[:1].numel() != 1:
+def far_labels(stage: TorchFuseStage) -> str | None:
+    """Return a warning if the numbers that are trained on are far from the model's first outputs."""
+    objective = stage.objective
+    if objective.task is not Task.REGRESSION or objective.outputs in _NEAR or objective.shape not in ((), (1,)):
         return None
-    known = labels.double().flatten()
-    known = known[~known.isnan()]
-    begins, spread = first.mean(), first.std()
-    if not len(known) or (known - begins).square().mean().sqrt() <= _FAR * spread:
+    rows, weighting = torch.from_numpy(stage.batches.training_positions), objective.weighting
+    if weighting is not None and weighting.weights is not None:
+        rows = rows[weighting.weights[rows] > 0]
+    labels = objective.labels[rows].double().flatten()
+    labels, first = labels[~labels.isnan()], _first_outputs(stage)
+    if first is None or not len(labels):
         return None
-    mean, deviation = known.mean().item(), known.std(correction=0).item()
+    begins, spread = first.mean().item(), first.std().item()
+    mean, deviation = labels.mean().item(), labels.std(correction=0).item()
+    distance = (labels - begins).square().mean().sqrt().item()
+    if not isfinite(begins + spread) or deviation == 0.0 or distance <= _FAR * max(spread, 1.0):
+        return None
+    digits = 4 + max(0, floor(log10(max(abs(mean), deviation) / deviation)))
     return (
-        f"the labels have mean {mean:.4g} and standard deviation {deviation:.4g}, and the fuse model begins with "
-        f"outputs around {begins.item():.2g} that differ by {spread.item():.2g}: training takes long to get there; "
-        "have it put out mean + deviation * x"
+        f"the labels have mean {mean:.{digits}g} and standard deviation {deviation:.4g} where trained on, and the fuse "
+        f"model begins with outputs around {begins:.2g}: training takes long to get there; have it put out "
+        "mean + deviation * x"
     )
+
+
+def _first_outputs(stage: TorchFuseStage) -> Tensor | None:
+    """Return what the model makes of drawn activations; None if it does not take them."""
+    model, layers = stage.model, stage.layers
+    try:
+        return model.try_out(fused(layers, drawn_inputs(layers, _ROWS, model.dtype, model.device))).double().cpu()
+    except Exception:
+        return None

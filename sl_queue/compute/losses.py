@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
-from torch import Tensor
+from torch import Tensor, nn
 
 from sl_queue.compute.modules.handover import Copies, Take, modules_in
 from sl_queue.compute.spec import ComputeSpec
@@ -105,9 +105,16 @@ def loss_of(spec: ComputeSpec, device: torch.device, take: Take | None = None) -
             raise JobError(f"{where} cannot be built without arguments: {error}") from None
     elif not isinstance(loss, FunctionType):
         loss = (take or Copies())(spec.party, "loss", loss, made=False)
-    for module in () if isinstance(loss, FunctionType) else modules_in(loss):  # a function's are not copies
+    for module in _own_modules(loss):
         module.to(device)
     return loss  # type: ignore[no-any-return]
+
+
+def _own_modules(loss: Any) -> list[nn.Module]:
+    """Return the modules of a loss but those of a function's variables, which are the caller's and no copies."""
+    if isinstance(loss, partial):
+        return [module for part in (loss.func, *loss.args, *loss.keywords.values()) for module in _own_modules(part)]
+    return [] if isinstance(loss, FunctionType) else modules_in(loss)
 
 
 # Dtype ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sl_queue.compute.epoch_tables import Rows, tables_of
 from sl_queue.compute.fitting import fitted, kind_of
-from sl_queue.compute.label_scale import far_labels
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import check_targets, metrics_of, predictions, targets, task_of, undefined
 from sl_queue.compute.modules.handover import Take
@@ -89,7 +88,7 @@ def objective_of(
         raise ShapeError(f"{where}: {error}") from None
     outputs = outputs_of(wanted.outputs, kind, loss, task, list(metrics), output, scaled, where)
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
-    warnings += [told for told in (twice, far_labels(task, outputs, labels, scaled)) if told is not None]
+    warnings += [twice] if twice else []
     weighting = weighting_of(fit, table.labels, table.weights, missing=wanted.missing, where=where)
     has_weights = weighting is not None and weighting.weights is not None
     weighted = _weighted(wanted.metrics, metrics, task, where) if has_weights else {}

@@ -76,20 +76,43 @@ def require_same_bits(device: torch.device) -> None:
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Give back what parties that train here change: which kernels are chosen, and numbers of threads.
+    """Give back what parties that train here change: numbers of threads, and how kernels are chosen.
 
     `torch.set_num_threads` in other threads changes what the next new threads begin with.
     """
     mine, of_new_threads = torch.get_num_threads(), _in_a_new_thread(None)
-    mode, filled = torch.get_deterministic_debug_mode(), getattr(_MEMORY, _FILLED)
+    _KERNELS.enter()
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(mode)
-        setattr(_MEMORY, _FILLED, filled)
+        _KERNELS.leave()
         torch.set_num_threads(mine)
         if of_new_threads != mine:
             _in_a_new_thread(of_new_threads)
+
+
+class _Kernels:
+    """The whole process's choice of kernels, as it was before the first of several runs at a time. Mutable."""
+
+    def __init__(self) -> None:
+        self._lock, self._runs, self._before = threading.Lock(), 0, (0, True)
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._runs:
+                self._before = torch.get_deterministic_debug_mode(), getattr(_MEMORY, _FILLED)
+            self._runs += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._runs -= 1
+            if not self._runs:
+                mode, filled = self._before
+                torch.set_deterministic_debug_mode(mode)
+                setattr(_MEMORY, _FILLED, filled)
+
+
+_KERNELS = _Kernels()
 
 
 def _in_a_new_thread(count: int | None) -> int:

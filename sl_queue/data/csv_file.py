@@ -36,6 +36,7 @@ _QUOTE = ord('"')
 _TO_CLOSING = re.compile(rb'[^"]*+(?:""[^"]*+)*+"')  # from behind an opening quote
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _DECIMAL_COMMA = r"^\s*[+-]?(\d*|\d{1,3}(\.\d{3})+),\d+\s*$"
+_MARKS, _LONGEST_MARK, _LEAST_ROWS = 3, 12, 3  # texts that stand for a gap: how many, characters, rows of each
 _WHOLE = r"^\s*[+-]?\d{16,300}\s*$"  # shorter ones are exact in float64
 
 
@@ -258,10 +259,16 @@ def text_kind(column: Any) -> str:
     return "text"
 
 
-def not_numbers(column: Any) -> list[str]:
-    """Return the different texts of a column that are no numbers."""
-    found: list[str] = pc.unique(column.filter(pc.invert(pc.match_substring_regex(column, _NUMBER)))).to_pylist()
-    return found
+def marks_in(column: Any) -> list[str] | None:
+    """Return the texts that may stand for a gap among numbers; None for a column that is something else.
+
+    They are few, short, without digits and in several rows each, so none is the value of a row.
+    """
+    others = column.filter(pc.invert(pc.match_substring_regex(column, _NUMBER)))
+    counts = {each["values"]: each["counts"] for each in others.value_counts().to_pylist()}
+    few = 0 < len(counts) <= _MARKS and len(others) < len(column) / 2
+    short = all(len(text) <= _LONGEST_MARK and not any(map(str.isdigit, text)) for text in counts)
+    return list(counts) if few and short and min(counts.values()) >= _LEAST_ROWS else None
 
 
 def _matching(column: Any, pattern: str) -> int:

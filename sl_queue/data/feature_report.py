@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sl_queue.data.csv_file import not_numbers, text_kind
+from sl_queue.data.csv_file import marks_in, text_kind
 from sl_queue.data.faults import listed
 from sl_queue.data.feature_values import EPOCH, Unusable, days, kind_of, numbers, texts
 from sl_queue.data.features import Fitted, Learned, pieces
@@ -19,7 +19,6 @@ _SHOWN = 12  # categories that a line names
 _CODE = 20  # different whole numbers, up to which they may be a code
 _OWN_VALUE = 0.5  # share of rows with a value of their own, from which text says nothing
 _RARE = 20
-_MARKS = 3  # different texts among numbers, up to which they may stand for a gap
 
 
 def describe(fitted: Fitted) -> Iterator[str]:
@@ -137,21 +136,26 @@ def _text_line(key: str, column: Any, gaps: str) -> tuple[str, str]:
     different = pc.count_distinct(found).as_py()
     if not different:
         return f"# {key} is empty:", "leave it out with data.exclude"
+    if different > _CODE and (instead := _other_than_text(key, found)) is not None:
+        return instead
     if different > _CODE and different > _OWN_VALUE * len(found):
-        return _unlike_a_category(key, found, different)
+        return f"# {key}: {different} different texts in {len(found)} rows:", "leave it out with data.exclude"
     rare = f", rare = {_RARE}" if len(found) >= 50 * _RARE else ""
     remark = f"{gaps + '; ' if gaps else ''}{counted(different, 'category', 'categories')}"
     return f'{key} = {{ kind = "category"{rare} }}', remark
 
 
-def _unlike_a_category(key: str, found: Any, different: int) -> tuple[str, str]:
-    """Return what a column of many different texts may be instead: numbers beside marks for a gap, or nothing."""
-    marks = not_numbers(found)
-    if 0 < len(marks) <= _MARKS:
-        wanted = json.dumps(marks, ensure_ascii=False)
-        told = f"# {key} is numbers but for {listed(map(repr, marks))}:"
-        return told, f"if that stands for a gap, write csv = {{ missing = {wanted} }} under [data], and propose again"
-    kind = text_kind(found)
-    if kind != "text":
-        return f"# {key} is {kind}:", "or leave it out with data.exclude"
-    return f"# {key}: {different} different texts in {len(found)} rows:", "leave it out with data.exclude"
+def _other_than_text(key: str, found: Any) -> tuple[str, str] | None:
+    """Return what a column of many different texts may be instead: numbers written otherwise, or beside marks for gaps.
+
+    What may be the value of a row is not shown: a mark is short, without digits, and in several rows.
+    """
+    kind, instead = text_kind(found), "leave it out with data.exclude"
+    if "data.csv" in kind:
+        return f"# {key} is {kind}:", f"or {instead}"
+    marks = marks_in(found)
+    if marks is None:
+        return None
+    told = f"# {key} is numbers but for {listed(map(repr, marks))}:"
+    csv = f"csv = {{ missing = [{', '.join(map(_quoted, marks))}] }}"
+    return told, f"if that stands for a gap, write {csv} under [data], or empty those fields; else {instead}"

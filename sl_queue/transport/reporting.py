@@ -104,7 +104,8 @@ class Reports:
 
     def _tell_totals(self) -> None:
         if self._totals is not None:
-            self.send(SCHEDULER, Alive(self._incarnation, self._totals()))
+            with self._reporting:  # so that no other thread's older ones follow
+                self.send(SCHEDULER, Alive(self._incarnation, self._totals()))
 
     def _send_progress(self) -> None:
         """Take the newest progress and send it as one, so that no other thread sends a newer one in between."""

@@ -9,6 +9,7 @@ import torch
 from sklearn import metrics as reference
 from torch import Tensor, nn
 
+from sl_queue.compute.label_scale import far_labels
 from sl_queue.compute.losses import LOSSES
 from sl_queue.compute.names import NAMED_LOSSES
 from sl_queue.errors import (
@@ -292,26 +293,64 @@ class Scaled(Concatenated):
         return 3500.0 + 800.0 * super().forward(inputs)
 
 
-def warnings_for(labels: Any, fuse: nn.Module, loss: Any = "mse") -> list[str]:
-    return [text for text in stages(labels=labels, fuse=fuse, loss=loss).fuse.objective.warnings if "mean" in text]
+class Words(nn.Module):
+    """A fuse model that takes activations as numbers of words, which are not negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 1)
+
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        joined = torch.cat(inputs, 1)
+        assert bool((joined >= 0).all())
+        return self.words(joined.long().clamp(max=8)).sum(1) + 0.0 * joined.sum(1, keepdim=True)
 
 
 FAR = 3500.0 + 800.0 * np.linspace(-1.0, 1.0, ROWS)
 
 
+def told_of(labels: Any, fuse: nn.Module, loss: Any = "mse", **more: Any) -> str | None:
+    return far_labels(stages(labels=labels, fuse=fuse, loss=loss, **more).fuse)
+
+
 def test_labels_far_from_the_first_outputs_are_told_with_what_brings_them_near() -> None:
-    (told,) = warnings_for(FAR, Concatenated(7, 1))
-    assert (
-        "the labels have mean 3500 and standard deviation 485.6, and the fuse model begins with outputs around" in told
-    )
-    assert "have it put out mean + deviation * x" in told
-    assert warnings_for(FAR, Scaled(7, 1)) == []
+    told = told_of(FAR, Concatenated(7, 1))
+    assert told is not None
+    assert "the labels have mean 3500 and standard deviation 485.6 where trained on, and the fuse model" in told
+    assert told.endswith("have it put out mean + deviation * x")
+    assert told_of(FAR, Scaled(7, 1)) is None
+    close = told_of(1234567.0 + np.arange(ROWS) / 10, Concatenated(7, 1))
+    assert close is not None and "mean 1234567.95 and" in close
 
 
 @pytest.mark.parametrize(
-    ("labels", "loss"),
-    [(np.round(FAR), "poisson"), (FAR / 800.0, "mse"), (np.arange(ROWS) % 2, "bce_with_logits")],
-    ids=["a rate of which the output is the logarithm", "near", "classes"],
+    ("labels", "loss", "fuse"),
+    [
+        (np.round(FAR), "poisson", Concatenated(7, 1)),
+        (FAR / 800.0, "mse", Concatenated(7, 1)),
+        (np.arange(ROWS) % 2, "bce_with_logits", Concatenated(7, 1)),
+        (np.arange(ROWS) % 2, "bce_with_logits", Words()),
+        (np.full(ROWS, 3500.5), "mse", Concatenated(7, 1)),
+        (np.stack([FAR, FAR], 1), "mse", Concatenated(7, 2)),
+    ],
+    ids=["logarithms", "near", "classes", "a model of words", "one value", "two columns"],
 )
-def test_other_labels_are_not_told(labels: Any, loss: str) -> None:
-    assert warnings_for(labels, Concatenated(7, 1), loss) == []
+def test_other_labels_are_not_told(labels: Any, loss: str, fuse: nn.Module) -> None:
+    assert told_of(labels, fuse, loss) is None
+
+
+def test_a_model_that_does_not_take_drawn_activations_is_trained_without_a_word() -> None:
+    class Picky(Words):
+        def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+            assert len(inputs[0]) < 64
+            return super().forward(inputs)
+
+    assert told_of(FAR, Picky()) is None
+    assert told_of(FAR, Words()) is not None
+
+
+def test_rows_that_are_not_trained_on_say_nothing_of_labels() -> None:
+    run = setup(labels=FAR, fuse=Concatenated(7, 1), loss="mse", holdout=0.3)
+    rows = run.job.batches(ROWS).training_positions
+    told = far_labels(run.stages().fuse)
+    assert told is not None and f"standard deviation {FAR[rows].std():.4g} where trained on" in told

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -292,3 +292,12 @@ def test_parties_see_the_callers_context_variables() -> None:
     sl_queue.run_local(job(epochs=1), files(Scaled(6, 4)))
     VARIABLE.reset(token)
     assert seen == {3.0}
+
+
+def test_runs_that_overlap_choose_kernels_until_the_last_of_them_ends() -> None:
+    with ExitStack() as first, settings_kept():
+        first.enter_context(settings_kept())
+        torch.set_deterministic_debug_mode("warn")
+        first.close()
+        assert torch.get_deterministic_debug_mode() == 1
+    assert torch.get_deterministic_debug_mode() == 0

@@ -211,16 +211,30 @@ def test_features_json_of_another_format_or_torn_is_refused() -> None:
         Fitted.of_json(found.as_json()[:40])
 
 
+def proposed(**columns: list[Any]) -> str:
+    said = propose({name: pa.chunked_array([values]) for name, values in columns.items()})
+    tomllib.loads(said)
+    return said
+
+
 def test_a_proposal_tells_numbers_beside_marks_for_a_gap_from_other_text_and_names_columns_readably() -> None:
-    columns = {
-        "größe": pa.chunked_array([[" NA" if i % 20 == 0 else f"{i / 7:.2f}" for i in range(200)]]),
-        "preis": pa.chunked_array([[f"{i},5" for i in range(200)]]),
-        "name": pa.chunked_array([[f"name {i}" for i in range(200)]]),
-        'a "b"\x7f': pa.chunked_array([[float(i) for i in range(200)]]),
-    }
-    said = propose(columns)
+    said = proposed(
+        größe=[" NA" if i % 20 == 0 else f"{i / 7:.2f}" for i in range(200)],
+        age=["?" if i % 20 == 0 else str(18 + i % 70) for i in range(1000)],
+        preis=[f"{i},5" for i in range(200)],
+        name=[f"name {i}" for i in range(200)],
+    )
     assert "# \"größe\" is numbers but for ' NA':" in said
-    assert 'write csv = { missing = [" NA"] } under [data], and propose again' in said
+    assert 'write csv = { missing = [" NA"] } under [data], or empty those fields' in said
+    assert "# age is numbers but for '?':" in said
     assert '# preis is text: numbers with a decimal comma; write a decimal point, or say data.csv.decimal = ","' in said
     assert "# name: 200 different texts in 200 rows:" in said
-    assert list(tomllib.loads(said)["features"]) == ['a "b"\x7f']
+    assert list(tomllib.loads(propose({'a "b"\x7f': pa.array([0.5, 1.5, 7])}))["features"]) == ['a "b"\x7f']
+
+
+def test_a_proposal_shows_no_text_that_may_be_the_value_of_a_row() -> None:
+    numbers = [str(i) for i in range(200)]
+    for texts in (["Anna, +49 171"], ["Anna Schmidt-Lorenz"] * 5, ["x1"] * 5, ["0,5", "1,5"] * 3, list("abcd") * 3):
+        said = proposed(phone=[*numbers, *texts])
+        assert "missing" not in said and repr(texts[0]) not in said, said
+    assert "marks" not in proposed(word=[f"word {i}" for i in range(199)] + ["12"])
