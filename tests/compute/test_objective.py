@@ -324,19 +324,19 @@ def test_labels_far_from_the_first_outputs_are_told_with_what_brings_them_near()
 
 
 @pytest.mark.parametrize(
-    ("labels", "loss", "fuse"),
+    ("labels", "loss", "outputs"),
     [
-        (np.round(FAR), "poisson", Concatenated(7, 1)),
-        (FAR / 800.0, "mse", Concatenated(7, 1)),
-        (np.arange(ROWS) % 2, "bce_with_logits", Concatenated(7, 1)),
-        (np.arange(ROWS) % 2, "bce_with_logits", Words()),
-        (np.full(ROWS, 3500.5), "mse", Concatenated(7, 1)),
-        (np.stack([FAR, FAR], 1), "mse", Concatenated(7, 2)),
+        (np.round(FAR), "poisson", 1),
+        (FAR / 800.0, "mse", 1),
+        (np.arange(ROWS) % 2, "bce_with_logits", 1),
+        (np.arange(ROWS) % 2, "bce_with_logits", 0),
+        (np.full(ROWS, 3500.5), "mse", 1),
+        (np.stack([FAR, FAR], 1), "mse", 2),
     ],
     ids=["logarithms", "near", "classes", "a model of words", "one value", "two columns"],
 )
-def test_other_labels_are_not_told(labels: Any, loss: str, fuse: nn.Module) -> None:
-    assert told_of(labels, fuse, loss) is None
+def test_other_labels_are_not_told(labels: Any, loss: str, outputs: int) -> None:
+    assert told_of(labels, Concatenated(7, outputs) if outputs else Words(), loss) is None
 
 
 def test_a_model_that_does_not_take_drawn_activations_is_trained_without_a_word() -> None:
