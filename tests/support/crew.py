@@ -28,6 +28,7 @@ from sl_queue.testing.run_log import RunLog, events_in
 from tests.support.credit import FILES, edit, write_credit
 from tests.support.forked import fork
 from tests.support.secured import SEALED, write_keys
+from tests.support.waiting import await_that
 
 ROLES = ("bank", "insurer", "scheduler")
 MODULES = {"bank": "feature", "insurer": "label", "scheduler": "scheduler"}
@@ -114,6 +115,8 @@ class Crew:
         self._pids[role].append(process.pid)
 
     def pid(self, role: str) -> int:
+        """Return the process id of one that runs; another thread may ask before `start` has noted it."""
+        await_that(lambda: role in self._running, f"{role} does not run")
         return int(self._running[role].pid)
 
     def kill(self, role: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from sl_queue.protocol.scheduler.state import GIVE_UP
 
-PATIENCE_S = 0.2
+PATIENCE_S = 0.4  # ten of them have to suffice for a thread to get to run on a loaded machine
 SCRIPT = f"""
 import hashlib, sys
 import numpy as np, torch
@@ -61,6 +61,8 @@ def running(folder: Path, name: str, broker: str) -> Iterator["subprocess.Popen[
             os.kill(run.pid, signal.SIGCONT)
         run.kill()
         run.wait()
+        if run.stdout is not None:
+            run.stdout.close()
 
 
 def told(run: "subprocess.Popen[str]") -> list[str]:
