@@ -30,7 +30,9 @@ def far_labels(stage: TorchFuseStage) -> str | None:
     begins, spread = first.mean().item(), first.std().item()
     mean, deviation = labels.mean().item(), labels.std(correction=0).item()
     distance = (labels - begins).square().mean().sqrt().item()
-    if not isfinite(begins + spread) or deviation == 0.0 or distance <= _FAR * max(spread, 1.0):
+    if not all(map(isfinite, (begins, spread, deviation, distance))):
+        return None
+    if deviation == 0.0 or distance <= _FAR * max(spread, 1.0):
         return None
     digits = 4 + max(0, floor(log10(max(abs(mean), deviation) / deviation)))
     return (

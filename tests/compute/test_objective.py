@@ -331,9 +331,10 @@ def test_labels_far_from_the_first_outputs_are_told_with_what_brings_them_near()
         (np.arange(ROWS) % 2, "bce_with_logits", 1),
         (np.arange(ROWS) % 2, "bce_with_logits", 0),
         (np.full(ROWS, 3500.5), "mse", 1),
+        (np.where(np.arange(ROWS) == 3, 1e300, FAR), "mse", 1),
         (np.stack([FAR, FAR], 1), "mse", 2),
     ],
-    ids=["logarithms", "near", "classes", "a model of words", "one value", "two columns"],
+    ids=["logarithms", "near", "classes", "a model of words", "one value", "one beyond all others", "two columns"],
 )
 def test_other_labels_are_not_told(labels: Any, loss: str, outputs: int) -> None:
     assert told_of(labels, Concatenated(7, outputs) if outputs else Words(), loss) is None
