@@ -88,8 +88,8 @@ def test_hands_are_planned_for_a_party_that_may_have_some_whose_own_link_counts(
     found = plan_job(run.job, files, Link(rtt_ms=2000.0, own={"a": Link()}))
     assert found.exact.prediction.step_s < 1.0
     assert list(found.hands) == ["a"] and list(found.hands["a"]) == [1, 2, 4]
-    one, two, four = (round(seconds, 9) for seconds in found.hands["a"].values())
-    assert four <= two <= one  # where others hold it up, it stays
+    one, two, four = found.hands["a"].values()
+    assert four <= 1.001 * two and two <= 1.001 * one  # where others hold it up, it stays, but for what waits in turn
     (line,) = [line for line in lines(found) if line.startswith("with hands at a")]
     assert line.count(":") == 4
 
