@@ -21,7 +21,7 @@ from sl_queue.cut.packing import AS_IT_IS, Mask, Wire, is_unused, unused
 from sl_queue.cut.relu import ends_in_relu, gradient_mask
 from sl_queue.cut.rows import CutRows
 from sl_queue.cut.several import Outputs
-from sl_queue.cut.tensors import cast, described, dtype_name, is_finite
+from sl_queue.cut.tensors import cast, described, dtype_name, is_finite, page_locked
 from sl_queue.errors import JobError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
 from sl_queue.protocol.messages import MicroBatch, Payload
@@ -259,7 +259,7 @@ def to_payload(tensor: Tensor, rows: bytes = b"") -> Payload:
 
 def payload_view(tensor: Tensor, rows: bytes) -> Payload:
     """View a tensor in C order, without a copy where none has to be made; encode it before the tensor is changed."""
-    numbers = np.ascontiguousarray(_numbers(tensor))
+    numbers = np.ascontiguousarray(_numbers(page_locked(tensor)))
     return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), numbers.reshape(-1).view(np.uint8).data, rows)
 
 
@@ -286,7 +286,8 @@ def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor
     there = memoryview(payload.data).nbytes
     if declared != there:
         raise ValueError(f"{payload} takes {declared} bytes, but holds {there}")
-    tensor = torch.empty(payload.shape, dtype=dtype)
+    on_gpu = device is not None and device.type == "cuda"
+    tensor = torch.empty(payload.shape, dtype=dtype, pin_memory=on_gpu)
     if there:
         np.copyto(tensor.view(-1).view(torch.uint8).numpy(), np.frombuffer(payload.data, np.uint8))
-    return tensor if device is None else tensor.to(device)
+    return tensor if device is None else tensor.to(device, non_blocking=on_gpu)

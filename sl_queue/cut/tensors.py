@@ -49,6 +49,16 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
+def page_locked(tensor: Tensor) -> Tensor:
+    """Return a GPU's tensor in page-locked memory, which torch keeps for the next one; any other as it is.
+
+    It comes there faster, and fresh memory would cost most of all: a fault for each of its pages.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach())
+
+
 Inputs = Tensor | list[Tensor] | dict[str, Tensor]  # of a model
 
 

@@ -1,6 +1,7 @@
 """Training on a GPU: split equals joined, twice equals once, resumed equals undisturbed, with hands or without."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,15 @@ class Ema(nn.Module):
         return value / self.mean
 
 
-@pytest.mark.parametrize("loss", [Ema, lambda: Ema().forward], ids=["a module", "a method of one"])
+def called(loss: Callable[[Tensor, Tensor], Tensor], output: Tensor, labels: Tensor) -> Tensor:
+    return loss(output, labels)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Ema, lambda: Ema().forward, lambda: partial(called, Ema())],
+    ids=["a module", "a method of one", "an argument of a function"],
+)
 def test_a_loss_with_a_buffer_is_trained_with_and_saved(loss: Callable[[], Any]) -> None:
     run = made(loss=loss())
     assert_split_equals_joined(run)
