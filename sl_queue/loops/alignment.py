@@ -107,14 +107,23 @@ class PartyAlignment:
         return found
 
     def confirm(self, session: str) -> None:
-        """Tell the scheduler that the outcome of a session is on disk, once it is heard of. Raises as `align`."""
-        while not self.to:
+        """Tell the scheduler that the outcome of a session is on disk. Raises as `align`.
+
+        One that has lost its own disk has to be told by name, so it is waited for; for a patience, since one that knew
+        this before has ended, and one that comes later finds the message.
+        """
+        until = self.clock() + self.patience_s
+        self._say_aligned(session)
+        while not self.to and self.clock() < until:
             arrival = self.channel.next(WAIT_S)
             if arrival is not None:
                 self._take(arrival)
-            self._require_scheduler()
-        self.channel.tell(SCHEDULER, Aligned(self.incarnation, session, self.to), lasting=True)
+            if self.to:
+                self._say_aligned(session)
         self.channel.flush()
+
+    def _say_aligned(self, session: str) -> None:
+        self.channel.tell(SCHEDULER, Aligned(self.incarnation, session, self.to), lasting=True)
 
     def _pulse(self, done: int) -> None:
         """Show a sign of life amid long work, and hear whether it still has a point."""

@@ -2,6 +2,7 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sl_queue.errors import AlignmentError, PeerFailed
+from sl_queue.protocol.alignment import MASK_BYTES, as_masks
 from sl_queue.protocol.codec import decode
 from sl_queue.protocol.messages import SCHEDULER, Masked
+from sl_queue.storage.alignment_files import SchedulerFiles
 from tests.support.aligning import Alignment
 from tests.support.toy_run import CrashAt
 
@@ -152,6 +155,28 @@ def test_a_party_that_lost_its_state_when_others_are_done_is_named(tmp_path: Pat
     done = Alignment(tmp_path, IDS, patience_s=3).run()
     assert "party 'one' is not aligned" in str(done.errors[SCHEDULER])
     assert "restore that state folder" in str(done.errors["one"])
+
+
+def test_a_party_that_was_killed_when_all_others_were_done_ends_without_a_scheduler(tmp_path: Path) -> None:
+    Alignment(tmp_path, IDS).run()
+    again = Alignment(tmp_path, IDS, patience_s=0.5)
+    again.serve("label")
+    assert again.errors == {}
+    assert again.found == {"label": SHARED}
+
+
+def test_a_scheduler_that_comes_after_the_last_party_has_ended_finds_what_it_said(tmp_path: Path) -> None:
+    Alignment(tmp_path, IDS).run()
+    file = SchedulerFiles(tmp_path / SCHEDULER)
+    outcome = file.load()
+    assert outcome is not None
+    masks = as_masks(bytes(len(SHARED) * MASK_BYTES))
+    for aligned in (frozenset[str](), frozenset({"one", "two"})):  # it waits for one more
+        file.save(replace(outcome, masks=masks, aligned=aligned))
+    again = Alignment(tmp_path, IDS, patience_s=0.5)
+    again.serve("label")
+    again.serve(SCHEDULER)
+    assert again.errors == {}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class Alignment:
     def run(self, timeout_s: float = 30.0) -> "Alignment":
         """To the end; every crashed role is started again, as a supervisor would."""
         roles = (SCHEDULER, *self.ids)
-        threads = [threading.Thread(target=self._supervise, args=(r,), name=f"{r}-main", daemon=True) for r in roles]
+        threads = [threading.Thread(target=self.serve, args=(r,), name=f"{r}-main", daemon=True) for r in roles]
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + timeout_s
@@ -90,7 +90,8 @@ class Alignment:
         assert not any(thread.is_alive() for thread in threads), [t.name for t in threads if t.is_alive()]
         return self
 
-    def _supervise(self, role: str) -> None:
+    def serve(self, role: str) -> None:
+        """Run one role to its end."""
         while True:
             link = None
             try:
