@@ -1,9 +1,10 @@
 """A party's link to RabbitMQ: survives lost connections and broker restarts. `Link`'s contract is in link.py.
 
 One I/O thread runs an asyncio loop; the worker computes in another one, so heartbeats go on whatever it does. Other
-threads leave what they want done and wake the loop, once for many. Only a small message or an acknowledgement is sent
-by the thread that has it, if the I/O thread sleeps: to wake that one, and to pass Python's lock to and fro, takes
-longer. A large one is copied beside the computation. The driver is used by whoever has the turn (turns.py).
+threads leave what they want done and wake the loop, once for many. An acknowledgement, or a message that the kernel
+takes at once, is sent by the thread that has it, if the I/O thread sleeps: to wake that one, and to pass Python's lock
+to and fro, takes longer. A larger one is copied beside the computation. The driver is used by whoever has the turn
+(turns.py).
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from sl_queue.transport.rabbitmq.turns import Turns
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import CONNECTING, Limits, pause_s, persist
 
-SMALL_BYTES = 64 * 1024  # a message that its publisher sends itself
+SMALL_BYTES = 1024 * 1024  # a message that its publisher sends itself
 FRUITLESS_SESSIONS = 20  # in a row, and the link gives up: connecting works, but nothing else does
 
 log = logging.getLogger("sl_queue")
