@@ -55,7 +55,7 @@ class Conversation:
     def _supervise(self, role: str) -> None:
         (self.folder / role).mkdir(exist_ok=True)
         while True:
-            link = self.broker.link(role, TOPOLOGY, PREFETCH)
+            link, channel = self.broker.link(role, TOPOLOGY, PREFETCH), None
             self.begins.append(role)
             try:
                 crash = self.crashes.get(role, CrashAt())
@@ -73,6 +73,8 @@ class Conversation:
                 return
             finally:
                 link.abort()
+                if channel is not None:
+                    channel._pulse.end()  # as the end of its process would
 
     def _tell(self, role: str, incarnation: str, channel: Any, crash: CrashAt) -> None:
         before = read_held_out(self.folder / role)

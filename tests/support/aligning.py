@@ -93,7 +93,7 @@ class Alignment:
     def serve(self, role: str) -> None:
         """Run one role to its end."""
         while True:
-            link = None
+            link = channel = None
             try:
                 topology = Topology(*self._sides())
                 link = self.broker.link(role, topology, PREFETCH)
@@ -118,6 +118,8 @@ class Alignment:
             finally:
                 if link is not None:
                     link.abort()
+                if channel is not None:
+                    channel._pulse.end()  # as the end of its process would
 
     def _sides(self) -> tuple[str, tuple[str, ...]]:
         label, *features = self.ids
