@@ -112,15 +112,19 @@ class PartyAlignment:
         One that has lost its own disk has to be told by name, so it is waited for; for a patience, since one that knew
         this before has ended, and one that comes later finds the message.
         """
-        until = self.clock() + self.patience_s
+        known = bool(self.to)
         self._say_aligned(session)
+        if not known and self._hears_scheduler(self.clock() + self.patience_s):
+            self._say_aligned(session)
+        self.channel.flush()
+
+    def _hears_scheduler(self, until: float) -> bool:
+        """Wait for a scheduler to say its name."""
         while not self.to and self.clock() < until:
             arrival = self.channel.next(WAIT_S)
             if arrival is not None:
                 self._take(arrival)
-            if self.to:
-                self._say_aligned(session)
-        self.channel.flush()
+        return bool(self.to)
 
     def _say_aligned(self, session: str) -> None:
         self.channel.tell(SCHEDULER, Aligned(self.incarnation, session, self.to), lasting=True)
