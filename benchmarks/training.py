@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import gloo, joined, split
+from benchmarks import by_hand, c_client, joined, split
 from benchmarks.link import Speed, slowed
 from benchmarks.measure import Measurement, Summary, Trace, measured
 from benchmarks.processes import together
@@ -45,7 +47,7 @@ FLOAT16 = {"wire": {"dtype": "float16"}}
 class Variant:
     """One way to train a workload."""
 
-    how: str  # joined, gloo, memory, rabbitmq
+    how: str  # joined, gloo, c, memory, rabbitmq
     order: Order = LOCK_STEP
     threads: int = 1
     queue_type: QueueType = "classic"
@@ -59,6 +61,8 @@ class Variant:
                 return f"joined, {self.threads} thread{'s' * (self.threads > 1)}"
             case "gloo":
                 return "gloo by hand"
+            case "c":
+                return f"C client by hand, {self.order.name}"
             case "memory":
                 return f"memory, {self.order.name}"
             case _:
@@ -102,7 +106,9 @@ def _one(comparison: Comparison, variant: Variant, private: PrivateBroker) -> Me
             work = (joined.train, (workload, epochs, variant.threads))
             traces = together({"joined": work}, TIMEOUT_S)["joined"]
         case "gloo":
-            traces = gloo.train(workload, epochs, TIMEOUT_S)
+            traces = by_hand.over_sockets(workload, epochs, TIMEOUT_S)
+        case "c":
+            traces = _by_hand_over_broker(workload, epochs, variant.order.staleness, private)
         case "memory":
             traces = split.over_memory(_plan(workload, epochs, variant), TIMEOUT_S)
         case _:
@@ -134,15 +140,27 @@ def _over_rabbitmq(plan: split.Plan, speed: Speed | None, private: PrivateBroker
         return split.over_rabbitmq(plan, urls, TIMEOUT_S)
 
 
+def _by_hand_over_broker(workload: Workload, epochs: int, ahead: int, private: PrivateBroker) -> list[Trace]:
+    vhost = f"bench{next(_numbers)}"
+    with TemporaryDirectory(prefix="sl_queue-bench-") as folder, ExitStack() as stack:
+        library = c_client.compiled(Path(folder), shared=True)
+        if library is None:
+            raise RuntimeError("a C compiler and librabbitmq-dev are needed for this")
+        stack.callback(private.delete_vhost, vhost)
+        return by_hand.over_broker(workload, epochs, ahead, private.url(vhost), library, TIMEOUT_S)
+
+
 # The comparisons ------------------------------------------------------------------------------------------------
 
 
 def side_by_side(quick: bool) -> list[Comparison]:
     """W1, W2 and the small job against the alternatives, on this machine's own speed."""
+    by_hand_ahead = Variant("c", RUN_AHEAD_2)  # W2 has layers whose backward pass wants the weights of before
     variants = (
         Variant("joined"),
         Variant("joined", threads=2),
         Variant("gloo"),
+        *((Variant("c"), by_hand_ahead) if c_client.is_here() else ()),
         Variant("memory", GPIPE),
         *(Variant("rabbitmq", order) for order in (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD, RUN_AHEAD_2)),
         Variant("rabbitmq", RUN_AHEAD_2, tables=FLOAT16),
@@ -150,9 +168,10 @@ def side_by_side(quick: bool) -> list[Comparison]:
     )
     w1, w2, small = (WORKLOADS[name] for name in ("W1", "W2", "small"))
     w2 = replace(w2, rows=w2.batch * 6)  # a whole epoch would take as long as everything else
-    if quick:
-        return [Comparison(replace(w, rows=w.batch * 12), variants, 1) for w in (w1, w2, small)]
-    return [Comparison(workload, variants, 1, repeats=2) for workload in (w1, w2, small)]
+    workloads = [replace(w, rows=w.batch * 12) for w in (w1, w2, small)] if quick else [w1, w2, small]
+    of_w2 = tuple(variant for variant in variants if variant != by_hand_ahead)
+    chosen = [(w, of_w2 if w.name == "W2" else variants) for w in workloads]
+    return [Comparison(workload, of_it, 1, repeats=1 if quick else 2) for workload, of_it in chosen]
 
 
 def over_links(quick: bool) -> list[Comparison]:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import pika
 
 from benchmarks import goals
+from benchmarks.c_client import compiled
 from benchmarks.processes import background, together
 from benchmarks.report import table
 from sl_queue.protocol.messages import Kind
@@ -157,16 +158,6 @@ def _tcp_answer(ready: Connection, trips: int, row: int) -> None:
     ready.send(server.getsockname()[1])
     answering(TcpEnd(server.accept()[0]), trips, row)
     threading.Event().wait()
-
-
-def compiled(folder: Path) -> Path | None:
-    """Compile the C programs; None where there is no compiler or no librabbitmq (Debian: gcc, librabbitmq-dev)."""
-    program, source = folder / "rabbitmq_c", Path(__file__).with_name("rabbitmq_c.c")
-    try:
-        subprocess.run(["cc", "-O2", "-o", str(program), str(source), "-lrabbitmq"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return program
 
 
 def measure_c(program: Path, size: int, trips: int, row: int, private: PrivateBroker) -> tuple[float, float]:
