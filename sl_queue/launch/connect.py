@@ -22,7 +22,7 @@ from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 MEMORY = "memory://"
 
 Channel = PartyChannel | LinkSchedulerChannel | LinkAlignmentChannel
-Connect = Callable[[str, int], Link]  # (party, prefetch) -> its link
+Connect = Callable[[str, int], Link]  # (party, prefetch) -> its link; `connector` makes one without confirms too
 
 
 def topology(job: Job, broker: str) -> Topology:
@@ -37,12 +37,16 @@ def connector(job: Job, broker: str, limits: Limits = Limits(), again: Callable[
         from sl_queue.transport.memory import MemoryBroker  # a run over RabbitMQ does without
 
         memory = MemoryBroker()
-        return lambda party, prefetch: memory.link(party, topology(job, broker), prefetch)
+        return lambda party, prefetch, **_: memory.link(party, topology(job, broker), prefetch)
     from sl_queue.transport.rabbitmq.link import RabbitLink  # a run over memory loads no pika
 
-    return lambda party, prefetch: RabbitLink(
-        broker, party, topology(job, broker), prefetch, queue_type=job.broker.queues, limits=limits, again=again
-    )
+    def connect(party: str, prefetch: int, *, confirms: bool = True) -> Link:
+        names, queue_type = topology(job, broker), job.broker.queues
+        return RabbitLink(
+            broker, party, names, prefetch, queue_type=queue_type, limits=limits, again=again, confirms=confirms
+        )
+
+    return connect
 
 
 def sealing(job: Job, role: str, key: Path | None, broker: str) -> Seal | None:

@@ -47,7 +47,7 @@ def explain_over(
     models = Models(spec, version, versions if spec.party in spec.compute.layers.cuts else None)
     patience_s = job.broker.patience
     channel = ServingChannel(
-        connect(spec.party, PREFETCH), spec.party, job.topology(), secrets.token_hex(8),
+        connect(spec.party, PREFETCH, confirms=False), spec.party, job.topology(), secrets.token_hex(8),
         lambda came: questions.take(came), deadline_s=patience_s, patience_s=patience_s, seal=seal,
     )  # fmt: skip
     questions = Questions(channel, version.run, patience_s, lambda: channel.failure)

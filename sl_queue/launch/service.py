@@ -138,7 +138,7 @@ def serve_feature(
     versions, work = versions_of(job, spec, state), SimpleQueue[Came | None]()
     choose_version(state)
     channel = ServingChannel(
-        connect(spec.party, PREFETCH), spec.party, job.topology(), secrets.token_hex(8), work.put,
+        connect(spec.party, PREFETCH, confirms=False), spec.party, job.topology(), secrets.token_hex(8), work.put,
         deadline_s=deadline_s, patience_s=job.broker.patience, seal=seal,
     )  # fmt: skip
 
@@ -275,7 +275,7 @@ def serve_label(
             came.done()
 
     channel = ServingChannel(
-        connect(spec.party, PREFETCH), spec.party, job.topology(), secrets.token_hex(8), take,
+        connect(spec.party, PREFETCH, confirms=False), spec.party, job.topology(), secrets.token_hex(8), take,
         deadline_s=deadline_s, patience_s=job.broker.patience, seal=seal,
     )  # fmt: skip
     holder.service = LabelService(channel, spec.peers, holder.current, deadline_s)

@@ -38,7 +38,10 @@ NO_OUTAGE = Outage()
 
 
 class Link(Protocol):
-    """Thread-safe. Everything published and not yet confirmed is published again after a reconnect, in order."""
+    """Thread-safe. Everything published and not yet confirmed is published again after a reconnect, in order.
+
+    A link may be made without confirms: what it has handed to the network is not published again.
+    """
 
     def open(
         self,
@@ -63,8 +66,11 @@ class Link(Protocol):
     def flush(self, timeout_s: float | None = None, mark: int | None = None) -> bool:
         """Block until everything published so far, or up to `mark`, is confirmed; False if it took `timeout_s`."""
 
-    def acknowledge(self, tags: Sequence[Tag]) -> None:
-        """Acknowledge; tags of an earlier connection are ignored (those messages come again)."""
+    def acknowledge(self, tags: Sequence[Tag], *, later: bool = False) -> None:
+        """Acknowledge; tags of an earlier connection are ignored (those messages come again).
+
+        `later`: with the next message that is published, or when many wait, or after a second.
+        """
 
     def reject(self, tag: Tag, reason: str) -> None:
         """Refuse for good: to the dead-letter queue `q.<party>.dead`, with the reason in the header `x-reason`."""

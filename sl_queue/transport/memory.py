@@ -188,7 +188,7 @@ class MemoryLink:
         self._require_open()
         return True
 
-    def acknowledge(self, tags: Sequence[Tag]) -> None:
+    def acknowledge(self, tags: Sequence[Tag], *, later: bool = False) -> None:
         self._broker.acknowledge(self, tags)
 
     def reject(self, tag: Tag, reason: str) -> None:

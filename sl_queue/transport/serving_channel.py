@@ -1,4 +1,8 @@
-"""Requests and answers of a service over a link: loops.serving.Post."""
+"""Requests and answers of a service over a link: loops.serving.Post.
+
+Its link does without confirms, and acknowledges with the next message: an eighth and a sixteenth of an answer's time.
+What is lost with a connection is asked for again.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -67,7 +71,7 @@ class ServingChannel:
     def on_letter(self, letter: Letter) -> None:
         """Hand on a request or an answer; anything else is left over from training, and acknowledged."""
         header, message, tag = letter.header, letter.message, letter.delivery.tag
-        done = partial(self._link.acknowledge, [tag])
+        done = partial(self._link.acknowledge, [tag], later=True)
         if isinstance(message, Gradient) or (isinstance(message, Activation) and message.holdout):
             self._take(Came(header.sender, header.run, header.micro_batch, message.payload, done))
         else:

@@ -166,6 +166,24 @@ def test_a_slow_consumer_holds_no_more_than_its_prefetch_of_each_sender(bench: B
     assert [delivery.body for delivery in insurer.take(2)] == [b"3", b"4"]
 
 
+def test_what_is_acknowledged_later_never_fills_the_window(bench: Bench) -> None:
+    insurer, bank = bench.open("insurer", prefetch=40), bench.open("bank")
+    send(bank.link, "insurer", *numbered(200))
+    for number in range(200):
+        (delivery,) = insurer.take(1)
+        assert delivery.body == str(number).encode()
+        insurer.link.acknowledge([delivery.tag], later=True)
+
+
+def test_what_is_acknowledged_later_before_a_close_never_comes_again(bench: Bench) -> None:
+    insurer, bank = bench.open("insurer"), bench.open("bank")
+    send(bank.link, "insurer", b"one")
+    insurer.link.acknowledge([insurer.take(1)[0].tag], later=True)
+    insurer.link.close()
+    send(bank.link, "insurer", b"two")
+    assert [delivery.body for delivery in bench.open("insurer").take(1)] == [b"two"]
+
+
 def test_ten_mebibytes_arrive_as_they_were_sent(bench: Bench) -> None:
     insurer, bank = bench.open("insurer"), bench.open("bank")
     large = [bytes([number]) * (10 * 1024 * 1024 + number) for number in range(3)]

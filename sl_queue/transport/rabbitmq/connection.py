@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pika
@@ -99,6 +100,11 @@ class Connection:
             self._pika._terminate_stream(Lost(reason))  # there is no public way to leave without saying so
             await asyncio.wait([self.lost])
 
+    def together(self) -> AbstractContextManager[None]:
+        """Send what the body sends as one."""
+        together: AbstractContextManager[None] = nullcontext() if self._pika is None else self._pika.together()
+        return together
+
     def on_blocked(self, blocked: Callable[[str], None], unblocked: Callable[[], None]) -> None:
         """Call these when the broker stops and starts to take what is published."""
         self._pika.add_on_connection_blocked_callback(lambda _, frame: blocked(str(frame.method.reason)))
@@ -158,17 +164,17 @@ class Channel:
         self._pika.add_on_cancel_callback(lambda _: on_cancel())
         await self._call(self._pika.basic_consume, queue, deliver, exclusive=exclusive)
 
-    async def confirms(self, on_confirm: Callable[[int, bool, bool], None], on_return: Callable[[int], None]) -> None:
-        """Have each publish answered: (tag, and all before, accepted); before that the number of an unroutable one."""
+    async def confirms(self, on_confirm: Callable[[int, bool, bool], None]) -> None:
+        """Have each publish answered: (tag, and all before, accepted)."""
 
         def confirmed(frame: Any) -> None:
             on_confirm(frame.method.delivery_tag, frame.method.multiple, isinstance(frame.method, pika.spec.Basic.Ack))
 
-        def returned(_: Any, __: Any, properties: Any, ___: bytes) -> None:
-            on_return(int(properties.message_id))
-
-        self._pika.add_on_return_callback(returned)
         await self._call(self._pika.confirm_delivery, ack_nack_callback=confirmed)
+
+    def returns(self, on_return: Callable[[int], None]) -> None:
+        """Have the number of each unroutable message called, before it is confirmed."""
+        self._pika.add_on_return_callback(lambda _, __, properties, ___: on_return(int(properties.message_id)))
 
     def publish(
         self,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sl_queue.errors import BrokerUnreachable, SlQueueError
-from sl_queue.protocol.messages import OPERATOR, SCHEDULER
+from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.address import Address
 from sl_queue.transport.rabbitmq.names import QueueType
@@ -21,11 +21,16 @@ class Endpoint:
     prefetch: int  # unacknowledged messages of one sender, 0 for any number
     queue_type: QueueType
     limits: Limits
+    confirms: bool = True  # of the broker, for each message; without them one may be lost with the connection
 
     @property
     def who(self) -> str:
         """As messages for people name it."""
         return f"the {self.party}" if self.party in (SCHEDULER, OPERATOR) else f"party {self.party!r}"
+
+    def way_to(self, receiver: str, kind: Kind, run: str) -> tuple[str, str]:
+        """Return the exchange and the routing key of a message."""
+        return self.topology.exchange(self.party), self.topology.routing_key(run, kind, receiver)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,8 @@ class LaneSession:
             await self._in.purge(self._prefix + TASKS)
         else:
             await self._join(own)
-        await self._out.confirms(self._on_confirm, self._on_return)
+        self._out.returns(self._on_return)
+        await self._out.confirms(self._on_confirm)
         await self._work.prefetch(PREFETCH)
         await self._in.consume(own, lambda tag, _, body: self._on_piece(tag, body), self._on_cancel, exclusive=True)
 

@@ -3,8 +3,7 @@
 One I/O thread runs an asyncio loop; the worker computes in another one, so heartbeats go on whatever it does. Other
 threads leave what they want done and wake the loop, once for many. An acknowledgement, or a message that the kernel
 takes at once, is sent by the thread that has it, if the I/O thread sleeps: to wake that one, and to pass Python's lock
-to and fro, takes longer. A larger one is copied beside the computation. The driver is used by whoever has the turn
-(turns.py).
+to and fro, takes longer. A larger one is copied beside the computation. Whoever has the turn drives (turns.py).
 """
 
 import asyncio
@@ -23,6 +22,7 @@ from sl_queue.protocol.messages import Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import Delivery, Outage, Tag
 from sl_queue.transport.outages import Outages
+from sl_queue.transport.rabbitmq.acknowledging import LATER_S, Acknowledgements
 from sl_queue.transport.rabbitmq.address import HEARTBEAT_S
 from sl_queue.transport.rabbitmq.endpoint import BRIEF_S, Denials, Ended, Endpoint
 from sl_queue.transport.rabbitmq.failures import Denied, Lost
@@ -44,7 +44,8 @@ class RabbitLink:
 
     Of a cluster the URL names several nodes, `HOST:PORT,HOST:PORT`; who loses one goes to the next. `prefetch` messages
     of each sender at most are unacknowledged, 0 for any number. `again` gives the URL as it is now, before each attempt
-    to connect: a password may have been changed meanwhile. Raises JobError for a bad URL.
+    to connect: a password may have been changed meanwhile. Without `confirms` a message that was handed to the network
+    may be lost with the connection, and its sender has to ask again. Raises JobError for a bad URL.
     """
 
     _numbers = itertools.count(1)  # of sessions, so that no tag means anything to another one
@@ -59,14 +60,13 @@ class RabbitLink:
         queue_type: QueueType = "classic",
         limits: Limits = Limits(),
         again: Callable[[], str] | None = None,
+        confirms: bool = True,
     ) -> None:
         self._nodes = Nodes(url, again)
         where = self._nodes.first  # the node that it is connected to, or was
-        self._endpoint = Endpoint(where, party, topology, prefetch, queue_type, limits)
-        self._unconfirmed, self._outages = Unconfirmed(), Outages()
-        self._lock = threading.Lock()
-        self._acknowledged: list[Tag] = []
-        self._woken = False
+        self._endpoint = Endpoint(where, party, topology, prefetch, queue_type, limits, confirms)
+        self._unconfirmed, self._outages, self._acknowledged = Unconfirmed(), Outages(), Acknowledgements()
+        self._lock, self._woken = threading.Lock(), False
         self._turns = Turns()
         self._session: Session | None = None
         self._changed_at: float | None = None  # when the newest connection was made or lost; None before the first
@@ -100,15 +100,9 @@ class RabbitLink:
     def publish(
         self, receiver: str, kind: Kind, run: str, body: bytes, *, persistent: bool, expires_s: float | None = None
     ) -> None:
-        names = self._endpoint.topology
-        message = Outgoing(
-            exchange=names.exchange(self._endpoint.party),
-            routing_key=names.routing_key(run, kind, receiver),
-            body=body,
-            persistent=persistent,
-            expires_at=None if expires_s is None else time.monotonic() + expires_s,
-        )
-        self._unconfirmed.add(message)
+        where = self._endpoint.way_to(receiver, kind, run)
+        expires_at = None if expires_s is None else time.monotonic() + expires_s
+        self._unconfirmed.add(Outgoing(*where, body, persistent, expires_at))
         self._wake(may_send=len(body) <= SMALL_BYTES)
 
     def outage(self) -> Outage:
@@ -127,10 +121,13 @@ class RabbitLink:
     def flush(self, timeout_s: float | None = None, mark: int | None = None) -> bool:
         return self._unconfirmed.flush(timeout_s, mark)
 
-    def acknowledge(self, tags: Sequence[Tag]) -> None:
-        with self._lock:
-            self._acknowledged += tags
-        self._wake(may_send=True)
+    def acknowledge(self, tags: Sequence[Tag], *, later: bool = False) -> None:
+        when = self._acknowledged.add(tags, later=later)
+        if when == "now":
+            self._wake(may_send=True)
+        elif when == "in a while" and self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._loop.call_later, LATER_S, self._after_a_while)
 
     def reject(self, tag: Tag, reason: str) -> None:
         session = self._session
@@ -191,10 +188,13 @@ class RabbitLink:
         """Hand, with the turn, what other threads left to the session; without one, acknowledgements are void."""
         with self._lock:
             self._woken = False
-            acknowledged, self._acknowledged = self._acknowledged, []
+        tags = self._acknowledged.take()
         if self._session is not None:
-            self._session.acknowledge(acknowledged)
-            self._session.pump()
+            self._session.exchange(tags)
+
+    def _after_a_while(self) -> None:
+        self._acknowledged.the_while_is_over()
+        self._work()
 
     async def _live(self) -> None:
         """Serve from the first connection to the last."""

@@ -16,6 +16,7 @@ from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import PUBLISHING, pause_s
 
 IN_FLIGHT_BYTES = 64 * 1024 * 1024  # given to pika and not confirmed: pika copies what it is given
+_ANY = ""  # queue that is declared again; nothing is paused for it
 
 log = logging.getLogger("sl_queue")
 
@@ -40,6 +41,7 @@ class Publisher:
         self._acknowledge, self._end = acknowledge, end
         self._out: Channel | None = None
         self._open = False  # whether publishing may begin
+        self.blocked = False  # by the broker, which says so
         self._tag = 0
         self._sent: dict[int, tuple[int, Outgoing]] = {}
         self._returned: set[int] = set()
@@ -67,13 +69,17 @@ class Publisher:
         """Open a channel to publish on. Raises Lost."""
         out = await self._connection.channel()
         out.on_closed = self._on_publishing_refused
-        await out.confirms(self._on_confirm, self._on_return)
+        out.returns(self._on_return)
+        if self._endpoint.confirms:
+            await out.confirms(self._on_confirm)
         return out
 
     def pump(self) -> None:
         """Publish what waits, as far as the window allows."""
-        out = self._out
+        out, confirms = self._out, self._endpoint.confirms
         while out is not None and self._open and self._in_flight < IN_FLIGHT_BYTES:
+            if self.blocked and not confirms:
+                return  # nothing else bounds what would wait in the socket
             taken = self._unconfirmed.take(self._paused)
             if taken is None:
                 return
@@ -91,12 +97,23 @@ class Publisher:
             except Lost:
                 self._unconfirmed.again([number])  # the session is ending: it waits for the next one
                 return
+            if not confirms:
+                self._have([number])
+                continue
             self._tag += 1
             self._sent[self._tag] = taken
             self._in_flight += len(message.body)
 
+    def _have(self, numbers: Sequence[int]) -> None:
+        """Forget these messages, and acknowledge the deliveries that they answer."""
+        self._acknowledge([message.answers for message in self._unconfirmed.confirm(numbers) if message.answers])
+
     def _on_return(self, number: int) -> None:
-        self._returned.add(number)
+        if self._endpoint.confirms:
+            self._returned.add(number)
+        elif _ANY not in self._paused and self._open:
+            log.warning("%s: no queue is bound for a message, which is lost; declaring it again", self._endpoint.who)
+            self._paused[_ANY] = asyncio.create_task(self._declare_again(_ANY, pause_s(1, PUBLISHING)))
 
     def _on_confirm(self, tag: int, and_before: bool, accepted: bool) -> None:
         self.confirmed = True
@@ -104,7 +121,7 @@ class Publisher:
         answered = [self._sent.pop(each) for each in tags if each in self._sent]
         self._in_flight -= sum(len(message.body) for _, message in answered)
         here = [number for number, _ in answered if accepted and number not in self._returned]
-        self._acknowledge([message.answers for message in self._unconfirmed.confirm(here) if message.answers])
+        self._have(here)
         for number, message in answered:
             if not accepted or number in self._returned:
                 self._publish_later(number, message)

@@ -1,8 +1,8 @@
 """One connection's life: take the lock of the party, consume, publish, until it ends.
 
 A session is never repaired: when anything of it is lost, cancelled or refused, it ends with a reason and the link makes
-the next one. Only missing queues are declared again in place. `pump` and `acknowledge` run on the thread that has the
-link's turn, `reject` on any, all else on the link's I/O thread.
+the next one. Only missing queues are declared again in place. `exchange` and `acknowledge` run on the thread that has
+the link's turn, `reject` on any, all else on the link's I/O thread.
 """
 
 import asyncio
@@ -87,9 +87,11 @@ class Session:
         """True if anything was delivered or confirmed."""
         return self._consumer.delivered or self._publisher.confirmed
 
-    def pump(self) -> None:
-        """Publish what waits."""
-        self._publisher.pump()
+    def exchange(self, tags: Sequence[Tag]) -> None:
+        """Acknowledge those of this session, and publish what waits: as one, where the kernel takes it."""
+        with self._connection.together():
+            self._consumer.acknowledge(tags)
+            self._publisher.pump()
 
     def acknowledge(self, tags: Sequence[Tag]) -> None:
         """Acknowledge those of this session."""
@@ -120,6 +122,7 @@ class Session:
         limit_s = self._endpoint.limits.lost_s
         log.warning("%s: the broker takes no messages (%s); waiting %.0f s", self._endpoint.who, reason, limit_s)
         self._outages.begin(f"the broker takes no messages ({reason})")
+        self._publisher.blocked = True
         text = f"the broker at {self._endpoint.address} took no messages for {limit_s:.0f} s ({reason})"
         error = TransportError(f"{text}; free memory or disk there")
         self._blocked = asyncio.get_running_loop().call_later(limit_s, lambda: self._end("blocked", error))
@@ -127,6 +130,8 @@ class Session:
     def _on_unblocked(self) -> None:
         log.info("%s: the broker takes messages again", self._endpoint.who)
         self._outages.end()
+        self._publisher.blocked = False
+        self._publisher.pump()
         if self._blocked is not None:
             self._blocked.cancel()
             self._blocked = None

@@ -11,7 +11,8 @@ import asyncio
 import ssl
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from socket import IPPROTO_TCP, SOCK_STREAM, TCP_NODELAY, socket
 from typing import Any
@@ -90,7 +91,7 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
         self._socket, self._loop = here, asyncio.get_running_loop()
         self._secured = isinstance(here, ssl.SSLSocket)
         self._incoming, self._outgoing = Incoming(), deque[Piece]()
-        self._writing = self._down = False
+        self._writing = self._held = self._down = False
         self._thread = threading.get_ident()
         self.cause: Exception | None = None  # of its end, if that is not what pika knows
         super().__init__(parameters, **callbacks)
@@ -134,10 +135,21 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
         self.bytes_sent += sum(map(len, marshaled_frames))
         self._send(marshaled_frames)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Send what the body sends in one system call."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            if self._outgoing and not self._writing and not self._down:
+                self._write()
+
     def _send(self, pieces: Sequence[Piece]) -> None:
         if not self._down:
             self._outgoing.extend([b"".join(pieces)] if self._secured else pieces)
-            if not self._writing:
+            if not self._writing and not self._held:
                 self._write()
 
     def _write(self) -> None:
