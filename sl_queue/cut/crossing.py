@@ -80,7 +80,7 @@ class _Cut:
         """Return the tensor of a payload that has been compared, and show it to the tap."""
         with crossing.blamed():
             plain = self.wire.unpack(payload, expected.wanted) if payload.packing else payload
-            tensor = from_payload(plain, self.device)
+            tensor = from_payload(plain, self.device, passing=True)
         if not is_finite(tensor):
             if expected.overflows:
                 return tensor
@@ -272,10 +272,11 @@ def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
     return found
 
 
-def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor:
+def from_payload(payload: Payload, device: torch.device | None = None, *, passing: bool = False) -> Tensor:
     """Return a tensor of its own on `device`, copied once into memory aligned as torch aligns it.
 
-    Raises ValueError when the declared dtype and shape do not account for the bytes that are there.
+    `passing`: more of its size will come, so that a GPU may keep the memory that it comes through. Raises ValueError
+    when the declared dtype and shape do not account for the bytes that are there.
     """
     dtype = getattr(torch, payload.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -286,8 +287,8 @@ def from_payload(payload: Payload, device: torch.device | None = None) -> Tensor
     there = memoryview(payload.data).nbytes
     if declared != there:
         raise ValueError(f"{payload} takes {declared} bytes, but holds {there}")
-    on_gpu = device is not None and device.type == "cuda"
-    tensor = torch.empty(payload.shape, dtype=dtype, pin_memory=on_gpu)
+    kept = passing and device is not None and device.type == "cuda"
+    tensor = torch.empty(payload.shape, dtype=dtype, pin_memory=kept)
     if there:
         np.copyto(tensor.view(-1).view(torch.uint8).numpy(), np.frombuffer(payload.data, np.uint8))
-    return tensor if device is None else tensor.to(device, non_blocking=on_gpu)
+    return tensor if device is None else tensor.to(device, non_blocking=kept)

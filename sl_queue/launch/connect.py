@@ -42,8 +42,9 @@ def connector(job: Job, broker: str, limits: Limits = Limits(), again: Callable[
 
     def connect(party: str, prefetch: int, *, confirms: bool = True) -> Link:
         names, queue_type = topology(job, broker), job.broker.queues
+        sure = confirms or queue_type == "quorum"  # a channel that refuses for ever is known by what it refuses
         return RabbitLink(
-            broker, party, names, prefetch, queue_type=queue_type, limits=limits, again=again, confirms=confirms
+            broker, party, names, prefetch, queue_type=queue_type, limits=limits, again=again, confirms=sure
         )
 
     return connect

@@ -8,6 +8,7 @@ killed anywhere says what it is, and the others go on. Feature parties have no q
 two of them comes by way of the label holder.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from sl_queue.protocol.text import counted, printable
 TELL_S = 1.0  # between two signs of life, which also say how far the own set has come
 WAIT_S = 0.2
 HELD = 256  # messages that are here and not dealt with, of all senders
+
+log = logging.getLogger("sl_queue")
 
 
 @dataclass(slots=True)
@@ -119,11 +122,18 @@ class PartyAlignment:
         self.channel.flush()
 
     def _hears_scheduler(self, until: float) -> bool:
-        """Wait for a scheduler to say its name."""
+        """Wait for a scheduler to say its name. Raises AlignmentError for one of another version."""
         while not self.to and self.clock() < until:
             arrival = self.channel.next(WAIT_S)
             if arrival is not None:
                 self._take(arrival)
+            for reason in self.channel.foreign().values():
+                raise AlignmentError(reason)
+        if not self.to:
+            log.warning(
+                "%s: aligned, and no scheduler was heard; one with a new state folder needs this worker again",
+                self.party,
+            )
         return bool(self.to)
 
     def _say_aligned(self, session: str) -> None:

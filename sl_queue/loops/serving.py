@@ -1,7 +1,7 @@
 """Serving, in full: the feature party above answers, the label holder below asks and gathers.
 
-There are no commits: a request is acknowledged when it was answered, so whoever is killed finds it again. A late answer
-is nobody's: the request has ended with the names of the parties that were silent.
+There are no commits: a request is acknowledged once it was answered, so whoever is killed finds it again, and perhaps a
+few that were. A late answer is nobody's: the request has ended with the names of the parties that were silent.
 """
 
 import secrets

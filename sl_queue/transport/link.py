@@ -40,7 +40,7 @@ NO_OUTAGE = Outage()
 class Link(Protocol):
     """Thread-safe. Everything published and not yet confirmed is published again after a reconnect, in order.
 
-    A link may be made without confirms: what it has handed to the network is not published again.
+    A link may be made without confirms: what it has handed to the network counts as confirmed, and may be lost.
     """
 
     def open(

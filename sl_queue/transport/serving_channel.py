@@ -1,7 +1,7 @@
 """Requests and answers of a service over a link: loops.serving.Post.
 
-Its link does without confirms, and acknowledges with the next message: an eighth and a sixteenth of an answer's time.
-What is lost with a connection is asked for again.
+Its link does without confirms, and acknowledges with the next message: together a fifth of an answer's time. What is
+lost with a connection is asked for again; what was answered a moment before comes again, and its answer is nobody's.
 """
 
 from collections.abc import Callable

@@ -100,6 +100,29 @@ def test_a_right_that_is_revoked_and_given_back_ends_nothing(
     assert inbox.failure is None and inbox.reconnects >= 1
 
 
+def test_a_right_that_is_revoked_from_a_link_without_confirms_ends_nothing(
+    clerk: Clerk, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = RabbitLink(clerk.url(), "bank", two_parties(), limits=LIMITS, confirms=False)
+    inbox = Inbox(link).open()
+    try:
+        send(link, "insurer", b"before")
+        await_that(lambda: link._session is not None and link._session.published)  # and not refused for a while
+        clerk.may(RIGHTS["write"])
+        clerk.disconnect()
+
+        def refused() -> bool:
+            send(link, "insurer", b"after")
+            return "needs the write right on 'x.bank'" in caplog.text
+
+        await_that(refused)
+        clerk.may(ALL)
+        await_that(lambda: link.connectivity.connected)
+        assert inbox.failure is None
+    finally:
+        link.close()
+
+
 def send_for_ever(inbox: Inbox) -> None:
     while True:
         send(inbox.link, "insurer", b"after")

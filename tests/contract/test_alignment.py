@@ -1,6 +1,7 @@
 """Parties find the rows that all of them hold, and nothing else, whoever is killed and whatever is sent."""
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_a_party_that_lost_its_state_when_others_are_done_is_named(tmp_path: Pat
     Alignment(tmp_path, IDS).run()
     (tmp_path / "one/aligned.json").unlink()
     (tmp_path / "scheduler/alignment.json").unlink()
-    done = Alignment(tmp_path, IDS, patience_s=3).run()
+    done = Alignment(tmp_path, IDS, patience_s=8).run()
     assert "party 'one' is not aligned" in str(done.errors[SCHEDULER])
     assert "restore that state folder" in str(done.errors["one"])
 
@@ -175,8 +176,10 @@ def test_a_scheduler_that_comes_after_the_last_party_has_ended_finds_what_it_sai
         file.save(replace(outcome, masks=masks, aligned=aligned))
     again = Alignment(tmp_path, IDS, patience_s=0.5)
     again.serve("label")
-    again.serve(SCHEDULER)
-    assert again.errors == {}
+    scheduler = threading.Thread(target=again.serve, args=(SCHEDULER,), daemon=True)
+    scheduler.start()
+    scheduler.join(30)
+    assert not scheduler.is_alive() and again.errors == {}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sl_queue.errors import PartyBusy, TransportError
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.memory import MemoryBroker
+from sl_queue.transport.rabbitmq import link as rabbit_link
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.retry import Limits
 from tests.support.links import Inbox, numbered, send, two_parties
@@ -38,7 +39,7 @@ class Bench:  # mutable: it closes what it opened
             link.close()
 
 
-@pytest.fixture(params=["memory", "classic", "quorum"])
+@pytest.fixture(params=["memory", "classic", "classic without confirms", "quorum"])
 def bench(request: pytest.FixtureRequest, unique: str) -> Iterator[Bench]:
     topology = two_parties(f"{unique}.")
     if request.param == "memory":
@@ -49,8 +50,10 @@ def bench(request: pytest.FixtureRequest, unique: str) -> Iterator[Bench]:
         )
     else:
         url = request.getfixturevalue("broker_url")
+        kind, confirms = request.param.split()[0], not request.param.endswith("confirms")
+        about: dict[str, Any] = {"queue_type": kind, "limits": LIMITS, "confirms": confirms}
         bench = Bench(
-            lambda party, prefetch: RabbitLink(url, party, topology, prefetch, queue_type=request.param, limits=LIMITS),
+            lambda party, prefetch: RabbitLink(url, party, topology, prefetch, **about),
             lambda party: read_dead_letters(url, topology, party),
         )
     yield bench
@@ -166,7 +169,8 @@ def test_a_slow_consumer_holds_no_more_than_its_prefetch_of_each_sender(bench: B
     assert [delivery.body for delivery in insurer.take(2)] == [b"3", b"4"]
 
 
-def test_what_is_acknowledged_later_never_fills_the_window(bench: Bench) -> None:
+def test_what_is_acknowledged_later_never_fills_the_window(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rabbit_link, "LATER_S", 1000.0)
     insurer, bank = bench.open("insurer", prefetch=40), bench.open("bank")
     send(bank.link, "insurer", *numbered(200))
     for number in range(200):

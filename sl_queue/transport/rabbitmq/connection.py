@@ -100,6 +100,15 @@ class Connection:
             self._pika._terminate_stream(Lost(reason))  # there is no public way to leave without saying so
             await asyncio.wait([self.lost])
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Count what is given to the connection and not to the kernel."""
+        return int(self._pika.waiting_bytes)
+
+    def on_drained(self, drained: Callable[[], None]) -> None:
+        """Call this when the kernel has taken all, after it did not."""
+        self._pika.on_drained = drained
+
     def together(self) -> AbstractContextManager[None]:
         """Send what the body sends as one."""
         together: AbstractContextManager[None] = nullcontext() if self._pika is None else self._pika.together()
@@ -172,9 +181,13 @@ class Channel:
 
         await self._call(self._pika.confirm_delivery, ack_nack_callback=confirmed)
 
-    def returns(self, on_return: Callable[[int], None]) -> None:
-        """Have the number of each unroutable message called, before it is confirmed."""
-        self._pika.add_on_return_callback(lambda _, __, properties, ___: on_return(int(properties.message_id)))
+    def returns(self, on_return: Callable[[int, str], None]) -> None:
+        """Have (number, where to) of each unroutable message called, before it is confirmed."""
+
+        def returned(_: Any, method: Any, properties: Any, ___: bytes) -> None:
+            on_return(int(properties.message_id), way(method.exchange, method.routing_key))
+
+        self._pika.add_on_return_callback(returned)
 
     def publish(
         self,
@@ -242,6 +255,11 @@ class Channel:
             self._answer.set_exception(error)
         else:
             self.on_closed(error)
+
+
+def way(exchange: str, routing_key: str) -> str:
+    """Say where a message goes."""
+    return f"exchange {exchange!r} with the key {routing_key!r}"
 
 
 def _resolve(future: asyncio.Future[Any], value: Any) -> None:

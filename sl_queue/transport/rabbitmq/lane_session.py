@@ -140,7 +140,7 @@ class LaneSession:
             except Lost:
                 return  # the session is ending
 
-    def _on_return(self, number: int) -> None:
+    def _on_return(self, number: int, _: str) -> None:
         sent = self._sent.get(number)
         if sent is not None and sent.to not in (HANDS, TASKS):
             self._side.on_gone(sent.to)

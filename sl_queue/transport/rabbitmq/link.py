@@ -1,8 +1,8 @@
 """A party's link to RabbitMQ: survives lost connections and broker restarts. `Link`'s contract is in link.py.
 
 One I/O thread runs an asyncio loop; the worker computes in another one, so heartbeats go on whatever it does. Other
-threads leave what they want done and wake the loop, once for many. An acknowledgement, or a message that the kernel
-takes at once, is sent by the thread that has it, if the I/O thread sleeps: to wake that one, and to pass Python's lock
+threads leave what they want done and wake the loop, once for many. An acknowledgement, or a message of at most
+SMALL_BYTES, is sent by the thread that has it, if the I/O thread sleeps: to wake that one, and to pass Python's lock
 to and fro, takes longer. A larger one is copied beside the computation. Whoever has the turn drives (turns.py).
 """
 

@@ -5,17 +5,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
+from math import inf
 
 from sl_queue.errors import JobError, SlQueueError, TransportError, Unroutable
 from sl_queue.transport.link import Tag
-from sl_queue.transport.rabbitmq.connection import Channel, Connection
-from sl_queue.transport.rabbitmq.endpoint import End, Endpoint
+from sl_queue.transport.rabbitmq.connection import Channel, Connection, way
+from sl_queue.transport.rabbitmq.endpoint import BRIEF_S, End, Endpoint
 from sl_queue.transport.rabbitmq.failures import Lost, Refused
 from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED, declare
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import PUBLISHING, pause_s
 
 IN_FLIGHT_BYTES = 64 * 1024 * 1024  # given to pika and not confirmed: pika copies what it is given
+UNCONFIRMED_BYTES = 4 * 1024 * 1024  # given to a socket that does not take them, without confirms; what waits expires
 _ANY = ""  # queue that is declared again; nothing is paused for it
 
 log = logging.getLogger("sl_queue")
@@ -48,11 +50,18 @@ class Publisher:
         self._in_flight = 0
         self._paused: dict[str, asyncio.Task[None]] = {}  # by what `Outgoing.to` says
         self._repairing = asyncio.Lock()
-        self.confirmed = False  # whether anything was
+        self._confirmed, self._handed_at = False, inf  # whether anything was; the first one without confirms
 
     async def begin(self) -> None:
         """Have a channel; nothing is published on it yet. Raises Lost."""
         self._out = await self._publishing()
+        if not self._endpoint.confirms:
+            self._connection.on_drained(self.pump)
+
+    @property
+    def confirmed(self) -> bool:
+        """True if anything was; without confirms, if the broker has taken it for so long that it has not refused it."""
+        return self._confirmed or time.monotonic() - self._handed_at > BRIEF_S
 
     def open(self) -> None:
         """Publish what waits, from now on."""
@@ -78,8 +87,8 @@ class Publisher:
         """Publish what waits, as far as the window allows."""
         out, confirms = self._out, self._endpoint.confirms
         while out is not None and self._open and self._in_flight < IN_FLIGHT_BYTES:
-            if self.blocked and not confirms:
-                return  # nothing else bounds what would wait in the socket
+            if not confirms and (self.blocked or self._connection.waiting_bytes > UNCONFIRMED_BYTES):
+                return
             taken = self._unconfirmed.take(self._paused)
             if taken is None:
                 return
@@ -98,6 +107,7 @@ class Publisher:
                 self._unconfirmed.again([number])  # the session is ending: it waits for the next one
                 return
             if not confirms:
+                self._handed_at = min(self._handed_at, time.monotonic())
                 self._have([number])
                 continue
             self._tag += 1
@@ -108,15 +118,15 @@ class Publisher:
         """Forget these messages, and acknowledge the deliveries that they answer."""
         self._acknowledge([message.answers for message in self._unconfirmed.confirm(numbers) if message.answers])
 
-    def _on_return(self, number: int) -> None:
+    def _on_return(self, number: int, where: str) -> None:
         if self._endpoint.confirms:
             self._returned.add(number)
         elif _ANY not in self._paused and self._open:
-            log.warning("%s: no queue is bound for a message, which is lost; declaring it again", self._endpoint.who)
+            log.warning("%s: %s: no queue is bound, a message is lost; declaring it again", self._endpoint.who, where)
             self._paused[_ANY] = asyncio.create_task(self._declare_again(_ANY, pause_s(1, PUBLISHING)))
 
     def _on_confirm(self, tag: int, and_before: bool, accepted: bool) -> None:
-        self.confirmed = True
+        self._confirmed = True
         tags = list(takewhile(lambda sent: sent <= tag, self._sent)) if and_before else [tag]
         answered = [self._sent.pop(each) for each in tags if each in self._sent]
         self._in_flight -= sum(len(message.body) for _, message in answered)
@@ -136,7 +146,7 @@ class Publisher:
         message.troubles += 1
         message.troubled_since = message.troubled_since or now
         since_s = now - message.troubled_since
-        where = f"exchange {message.exchange!r} with the key {message.routing_key!r}"
+        where = way(message.exchange, message.routing_key)
         if unroutable and since_s > limits.unroutable_s:
             error = Unroutable(f"no queue is bound to {where}, also after declaring it again for {since_s:.0f} s")
             self._end("unroutable", error)

@@ -79,7 +79,7 @@ class Session:
 
     @property
     def published(self) -> bool:
-        """True if the broker confirmed anything."""
+        """True if the broker took anything that was published."""
         return self._publisher.confirmed
 
     @property
@@ -89,9 +89,13 @@ class Session:
 
     def exchange(self, tags: Sequence[Tag]) -> None:
         """Acknowledge those of this session, and publish what waits: as one, where the kernel takes it."""
+        if not tags:
+            self._publisher.pump()
+            return
         with self._connection.together():
             self._consumer.acknowledge(tags)
             self._publisher.pump()
+        self._publisher.pump()  # what a held socket had no room for
 
     def acknowledge(self, tags: Sequence[Tag]) -> None:
         """Acknowledge those of this session."""

@@ -91,7 +91,8 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
         self._socket, self._loop = here, asyncio.get_running_loop()
         self._secured = isinstance(here, ssl.SSLSocket)
         self._incoming, self._outgoing = Incoming(), deque[Piece]()
-        self._writing = self._held = self._down = False
+        self._writing = self._held = self._stalled = self._down = False
+        self.on_drained: Callable[[], None] = lambda: None  # after the kernel did not take everything
         self._thread = threading.get_ident()
         self.cause: Exception | None = None  # of its end, if that is not what pika knows
         super().__init__(parameters, **callbacks)
@@ -135,9 +136,14 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
         self.bytes_sent += sum(map(len, marshaled_frames))
         self._send(marshaled_frames)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Count what the kernel has not taken yet."""
+        return sum(map(len, self._outgoing))
+
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Send what the body sends in one system call."""
+        """Send what the body sends as one."""
         self._held = True
         try:
             yield
@@ -158,12 +164,16 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
             while self._outgoing:
                 self._sent(self._socket.send(self._outgoing[0]) if self._secured else self._scattered())
         except OSError as error:
+            self._stalled = True
             if threading.get_ident() == self._thread:
                 self._cannot_write(error)
             else:  # it has the turn (see link.py), but the loop is its own thread's
                 self._loop.call_soon_threadsafe(self._write)
         else:
             self._watch(False)
+            if self._stalled:
+                self._stalled = False
+                self._loop.call_soon_threadsafe(lambda: self.on_drained())
 
     def _cannot_write(self, error: OSError) -> None:
         match error:

@@ -1,7 +1,7 @@
 """Messages that a link was given to publish and the broker has not confirmed, in order. Thread-safe.
 
 Everything in here is published again after a reconnect. Messages wait, are sent, and leave when they are confirmed;
-confirms come in any order.
+confirms come in any order. On a link without confirms they leave when they are handed to the network.
 """
 
 import threading
