@@ -105,7 +105,7 @@ class Connection:
         """Count what is given to the connection and not to the kernel."""
         return int(self._pika.waiting_bytes)
 
-    def on_drained(self, drained: Callable[[], None]) -> None:
+    def on_drained(self, drained: Callable[[], object]) -> None:
         """Call this when the kernel has taken all, after it did not."""
         self._pika.on_drained = drained
 

@@ -83,15 +83,13 @@ class Publisher:
             await out.confirms(self._on_confirm)
         return out
 
-    def pump(self) -> None:
-        """Publish what waits, as far as the window allows."""
+    def pump(self) -> bool:
+        """Publish what waits, as far as the window allows; False if something is left."""
         out, confirms = self._out, self._endpoint.confirms
-        while out is not None and self._open and self._in_flight < IN_FLIGHT_BYTES:
-            if not confirms and (self.blocked or self._connection.waiting_bytes > UNCONFIRMED_BYTES):
-                return
+        while out is not None and self._open and self._has_room():
             taken = self._unconfirmed.take(self._paused)
             if taken is None:
-                return
+                return True
             number, message = taken
             try:
                 out.publish(
@@ -105,7 +103,7 @@ class Publisher:
                 )
             except Lost:
                 self._unconfirmed.again([number])  # the session is ending: it waits for the next one
-                return
+                return False
             if not confirms:
                 self._handed_at = min(self._handed_at, time.monotonic())
                 self._have([number])
@@ -113,6 +111,13 @@ class Publisher:
             self._tag += 1
             self._sent[self._tag] = taken
             self._in_flight += len(message.body)
+        return False
+
+    def _has_room(self) -> bool:
+        """Tell whether another message may be given to the connection now."""
+        if self._endpoint.confirms:
+            return self._in_flight < IN_FLIGHT_BYTES
+        return not self.blocked and self._connection.waiting_bytes <= UNCONFIRMED_BYTES
 
     def _have(self, numbers: Sequence[int]) -> None:
         """Forget these messages, and acknowledge the deliveries that they answer."""

@@ -94,8 +94,9 @@ class Session:
             return
         with self._connection.together():
             self._consumer.acknowledge(tags)
+            done = self._publisher.pump()
+        if not done:  # there may be room again in what was held
             self._publisher.pump()
-        self._publisher.pump()  # what a held socket had no room for
 
     def acknowledge(self, tags: Sequence[Tag]) -> None:
         """Acknowledge those of this session."""

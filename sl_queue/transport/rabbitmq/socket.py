@@ -92,7 +92,7 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
         self._secured = isinstance(here, ssl.SSLSocket)
         self._incoming, self._outgoing = Incoming(), deque[Piece]()
         self._writing = self._held = self._stalled = self._down = False
-        self.on_drained: Callable[[], None] = lambda: None  # after the kernel did not take everything
+        self.on_drained: Callable[[], object] | None = None  # once the kernel has taken all, after it did not
         self._thread = threading.get_ident()
         self.cause: Exception | None = None  # of its end, if that is not what pika knows
         super().__init__(parameters, **callbacks)
@@ -164,16 +164,16 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
             while self._outgoing:
                 self._sent(self._socket.send(self._outgoing[0]) if self._secured else self._scattered())
         except OSError as error:
-            self._stalled = True
+            self._stalled = self.on_drained is not None
             if threading.get_ident() == self._thread:
                 self._cannot_write(error)
             else:  # it has the turn (see link.py), but the loop is its own thread's
                 self._loop.call_soon_threadsafe(self._write)
         else:
             self._watch(False)
-            if self._stalled:
+            if self._stalled and self.on_drained is not None:
                 self._stalled = False
-                self._loop.call_soon_threadsafe(lambda: self.on_drained())
+                self._loop.call_soon_threadsafe(self.on_drained)
 
     def _cannot_write(self, error: OSError) -> None:
         match error:
