@@ -112,8 +112,8 @@ class PartyAlignment:
     def confirm(self, session: str) -> None:
         """Tell the scheduler that the outcome of a session is on disk. Raises as `align`.
 
-        One that has lost its own disk has to be told by name, so it is waited for; for a patience, since one that knew
-        this before has ended, and one that comes later finds the message.
+        One that has lost its own disk believes only what names it, so it is waited for; for a patience, since one that
+        knew this before has ended, and one that comes later finds the message.
         """
         known = bool(self.to)
         self._say_aligned(session)
