@@ -174,9 +174,12 @@ def test_a_slow_consumer_holds_no_more_than_its_prefetch_of_each_sender(bench: B
     assert [delivery.body for delivery in insurer.take(2)] == [b"3", b"4"]
 
 
-def test_what_is_acknowledged_later_never_fills_the_window(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefetch", [1, 4, 40])
+def test_what_is_acknowledged_later_never_fills_the_window(
+    bench: Bench, prefetch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rabbit_link, "LATER_S", 1000.0)
-    insurer, bank = bench.open("insurer", prefetch=40), bench.open("bank")
+    insurer, bank = bench.open("insurer", prefetch=prefetch), bench.open("bank")
     send(bank.link, "insurer", *numbered(200))
     for number in range(200):
         (delivery,) = insurer.take(1)

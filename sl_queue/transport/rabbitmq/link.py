@@ -65,7 +65,7 @@ class RabbitLink:
         self._nodes = Nodes(url, again)
         where = self._nodes.first  # the node that it is connected to, or was
         self._endpoint = Endpoint(where, party, topology, prefetch, queue_type, limits, confirms)
-        self._unconfirmed, self._outages, self._acknowledged = Unconfirmed(), Outages(), Acknowledgements()
+        self._unconfirmed, self._outages, self._acknowledged = Unconfirmed(), Outages(), Acknowledgements(prefetch)
         self._lock, self._woken = threading.Lock(), False
         self._turns = Turns()
         self._session: Session | None = None
