@@ -80,10 +80,12 @@ def _run(role: Role) -> None:
         check()
     say = print_as_json if LOG_FORMAT.read() == "json" else process.say
     die_with_parent()
-    leave_on_sigterm(say)
     arguments = _arguments(role)
+    keeps_nothing = role == "hand" or getattr(arguments, "serve", False) or getattr(arguments, "explain", False)
+    after = "" if keeps_nothing else "; a restart resumes from the last checkpoint"
+    leave_on_sigterm(say, after=after)
     _log_to_stderr()
-    with leaving("interrupted; a restart resumes from the last checkpoint", say, worker.end):
+    with leaving(f"interrupted{after}", say, worker.end):
         import sl_queue.transport.rabbitmq.link  # noqa: F401 - with the others, before anything is awaited
         from sl_queue.config.job import Job  # inside, so that a mistake in a file is one line and not a traceback
 

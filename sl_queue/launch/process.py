@@ -48,11 +48,14 @@ def leaving(
         raise SystemExit(INTERRUPTED) from None
 
 
-def leave_on_sigterm(say: Say = say) -> None:
-    """Have SIGTERM end this process at once: by the recovery law nothing needs to be tidied up."""
+def leave_on_sigterm(say: Say = say, *, after: str = "") -> None:
+    """Have SIGTERM end this process at once: by the recovery law nothing needs to be tidied up.
+
+    `after` is said behind that: how it goes on.
+    """
 
     def leave(number: int, _: FrameType | None) -> None:
-        say("asked to end (SIGTERM); a restart resumes from the last checkpoint")
+        say(f"asked to end (SIGTERM){after}")
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         os._exit(128 + number)  # the kernel spares a container's first process its default signals

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import signal
 import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -210,6 +211,13 @@ def worker(words: Sequence[object], log: Path, broker_url: str) -> AbstractConte
     return forked(words, environment(SL_QUEUE_BROKER=broker_url), stdout=log, stderr=log)
 
 
+def last_words(process: Forked, log: Path) -> str:
+    """Ask a worker to end, and return what it says then."""
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    return log.read_text().splitlines()[-1]
+
+
 def ask(port: int, ids: list[int]) -> tuple[int, dict[str, object]]:
     """Ask a service; (0, {}) while nobody listens."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
@@ -258,3 +266,6 @@ def test_a_service_answers_over_http_whoever_is_killed(trained: Path, broker_url
             assert {one["id"]: pytest.approx(one["probability"], abs=1e-6) for one in predictions} == first
             workers[role].kill()
             workers[role] = start(role)
+        await_that(answered, lambda: str(asked[-1]))
+        for role, process in workers.items():
+            assert last_words(process, trained / f"{role}.log").endswith("asked to end (SIGTERM)"), "and no checkpoint"
