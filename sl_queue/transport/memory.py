@@ -5,6 +5,7 @@ thread; a consumer that holds `prefetch` unacknowledged messages of one sender g
 """
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from sl_queue.protocol.measures import IN_PROCESS, Connectivity
 from sl_queue.protocol.messages import OPERATOR, Kind
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.link import NO_OUTAGE, Delivery, Outage, Tag
+
+log = logging.getLogger("sl_queue")
 
 
 @dataclass(slots=True)
@@ -148,6 +151,7 @@ class MemoryLink:
         self.number = next(self._numbers)
         self._on_delivery: Callable[[Delivery], None] | None = None
         self._on_reconnect: Callable[[], None] | None = None
+        self._on_failure: Callable[[SlQueueError], None] = lambda _: None
         self._closed = False
 
     def open(
@@ -156,12 +160,19 @@ class MemoryLink:
         on_reconnect: Callable[[], None],
         on_failure: Callable[[SlQueueError], None],
     ) -> None:
-        self._on_delivery, self._on_reconnect = on_delivery, on_reconnect
+        self._on_delivery, self._on_reconnect, self._on_failure = on_delivery, on_reconnect, on_failure
         self._broker.attach(self)
 
     def deliver(self, delivery: Delivery) -> None:
-        if not self._closed and self._on_delivery is not None:
+        """Give a delivery to its reader. What the reader fails at, or closes meanwhile, is nothing to the publisher."""
+        if self._closed or self._on_delivery is None:
+            return
+        try:
             self._on_delivery(delivery)
+        except Exception as error:
+            if not self._closed:
+                log.exception("%s: a delivery could not be taken", self.party)
+                self._on_failure(SlQueueError(f"{type(error).__name__}: {error}"))
 
     def reconnect(self) -> None:
         """Void earlier tags, as after a lost connection."""

@@ -1,5 +1,6 @@
 """The contract of Link, which memory and RabbitMQ keep alike."""
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,14 +9,15 @@ from typing import Any
 import pika
 import pytest
 
-from sl_queue.errors import PartyBusy, TransportError
+from sl_queue.errors import PartyBusy, SlQueueError, TransportError
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Kind
 from sl_queue.protocol.topology import Topology
+from sl_queue.transport.link import Delivery
 from sl_queue.transport.memory import MemoryBroker
 from sl_queue.transport.rabbitmq import link as rabbit_link
 from sl_queue.transport.rabbitmq.link import RabbitLink
 from sl_queue.transport.retry import Limits
-from tests.support.links import Inbox, numbered, send, two_parties
+from tests.support.links import WAIT_S, Inbox, numbered, send, two_parties
 
 LIMITS = Limits(first_s=60.0, lost_s=60.0, busy_s=0.5, unroutable_s=60.0)
 
@@ -248,6 +250,38 @@ def test_the_operator_reads_only_the_newest_status_and_leaves_it_there(bench: Be
         operator = bench.open(OPERATOR, prefetch=1)
         assert operator.take(1)[0].body == b"2"
         operator.link.close()
+
+
+def test_what_a_reader_fails_at_ends_its_own_link_and_not_the_one_of_the_sender(bench: Bench) -> None:
+    failed: queue.Queue[SlQueueError] = queue.Queue()
+
+    def read(delivery: Delivery) -> None:
+        raise TransportError("no room")
+
+    bench.link("insurer").open(read, lambda: None, failed.put)
+    bank = bench.open("bank")
+    send(bank.link, "insurer", b"1")
+    assert "no room" in str(failed.get(timeout=WAIT_S))
+    send(bank.link, "insurer", b"2")
+    assert bank.failure is None
+
+
+def test_a_reader_may_close_its_link_while_something_is_delivered_to_it(bench: Bench) -> None:
+    insurer, closed = bench.link("insurer"), threading.Event()
+
+    def read(delivery: Delivery) -> None:
+        if not closed.is_set():
+            insurer.close()
+            closed.set()
+            insurer.publish("bank", Kind.REPORT, "run", b"an answer", persistent=False)
+
+    insurer.open(read, lambda: None, lambda error: None)
+    bank = bench.open("bank")
+    send(bank.link, "insurer", b"1")
+    assert closed.wait(WAIT_S)
+    insurer.close()  # and by another thread: now it has left
+    assert bytes(bench.open("insurer").take(1)[0].body) == b"1"
+    assert bank.failure is None
 
 
 def test_many_threads_may_publish_at_once(bench: Bench) -> None:
