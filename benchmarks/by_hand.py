@@ -8,6 +8,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,14 @@ class Peers(Protocol):
 Connect = Callable[[], Peers]
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Order in which feature parties work."""
+
+    micro_batches: int = 1  # of a step: all their activations are sent before the first gradient is waited for
+    ahead: int = 0  # steps that are under way before a gradient is waited for
+
+
 class Sockets:
     """A process group of torch.distributed over gloo."""
 
@@ -60,55 +69,60 @@ def over_sockets(workload: Workload, epochs: int, timeout_s: float) -> list[Trac
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
     parties = [LABEL, *workload.feature_parties]
-    return _train(workload, epochs, 0, {party: partial(Sockets, party, parties, port) for party in parties}, timeout_s)
+    connects: dict[str, Connect] = {party: partial(Sockets, party, parties, port) for party in parties}
+    return _train(workload, epochs, Schedule(), connects, timeout_s)
 
 
-def over_broker(workload: Workload, epochs: int, ahead: int, url: str, library: Path, timeout_s: float) -> list[Trace]:
-    """Train in one process for each party, one thread each; feature parties so many steps ahead of their gradients."""
+def over_broker(
+    workload: Workload, epochs: int, how: Schedule, url: str, library: Path, timeout_s: float
+) -> list[Trace]:
+    """Train in one process for each party, one thread each."""
     others = workload.feature_parties
     connects: dict[str, Connect] = {party: partial(OverBroker, party, [LABEL], url, library) for party in others}
     connects[LABEL] = partial(OverBroker, LABEL, others, url, library)
-    return _train(workload, epochs, ahead, connects, timeout_s)
+    return _train(workload, epochs, how, connects, timeout_s)
 
 
 def _train(
-    workload: Workload, epochs: int, ahead: int, connects: Mapping[str, Connect], timeout_s: float
+    workload: Workload, epochs: int, how: Schedule, connects: Mapping[str, Connect], timeout_s: float
 ) -> list[Trace]:
     works: dict[str, Work] = {
-        party: (_label, (workload, epochs, connect))
+        party: (_label, (workload, epochs, connect, how))
         if party == LABEL
-        else (_feature, (workload, epochs, party, connect, ahead))
+        else (_feature, (workload, epochs, party, connect, how))
         for party, connect in connects.items()
     }
     return list(together(works, timeout_s).values())
 
 
-def _feature(workload: Workload, epochs: int, party: str, connect: Connect, ahead: int) -> Trace:
+def _feature(workload: Workload, epochs: int, party: str, connect: Connect, how: Schedule) -> Trace:
     torch.set_num_threads(1)
     peers = connect()
     columns = torch.from_numpy(features(workload, party))
     base = perceptron(workload.base_sizes(party), relu_at_the_end=True)
     optimizer = torch.optim.Adam(base.parameters(), lr=1e-3)
     trace, step = Trace(party), 0
-    flight: deque[Tensor] = deque()
+    flight: deque[list[Tensor]] = deque()  # the activations of a step
 
     def settle() -> None:
-        activation = flight.popleft()
-        gradient = torch.empty_like(activation)
-        with trace.waiting():
-            peers.receive(gradient, LABEL)
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(activation, gradient)
+        for activation in flight.popleft():
+            gradient = torch.empty_like(activation)
+            with trace.waiting():
+                peers.receive(gradient, LABEL)
+            torch.autograd.backward(activation, gradient)
         optimizer.step()
 
     for epoch in range(epochs):
         order = torch.from_numpy(row_order(workload.rows, 7, epoch))
         for first in range(0, workload.rows, workload.batch):
-            activation: Tensor = base(columns[order[first : first + workload.batch]])
-            peers.send(activation.detach(), LABEL)
-            trace.sent_bytes += activation.nbytes
-            flight.append(activation)
-            if len(flight) > ahead:
+            flight.append([])
+            for rows in order[first : first + workload.batch].tensor_split(how.micro_batches):
+                activation: Tensor = base(columns[rows])
+                peers.send(activation.detach(), LABEL)
+                trace.sent_bytes += activation.nbytes
+                flight[-1].append(activation)
+            if len(flight) > how.ahead:
                 settle()
             trace.mark(step)
             step += 1
@@ -118,7 +132,7 @@ def _feature(workload: Workload, epochs: int, party: str, connect: Connect, ahea
     return trace
 
 
-def _label(workload: Workload, epochs: int, connect: Connect) -> Trace:
+def _label(workload: Workload, epochs: int, connect: Connect, how: Schedule) -> Trace:
     torch.set_num_threads(1)
     peers = connect()
     fuse = Fuse(workload.fuse_sizes)
@@ -133,22 +147,23 @@ def _label(workload: Workload, epochs: int, connect: Connect) -> Trace:
     for epoch in range(epochs):
         order = torch.from_numpy(row_order(workload.rows, 7, epoch))
         for first in range(0, workload.rows, workload.batch):
-            rows = order[first : first + workload.batch]
-            arrived = {party: torch.empty(len(rows), workload.cut) for party in workload.feature_parties}
-            for party, activation in arrived.items():
-                with trace.waiting():
-                    peers.receive(activation, party)
-                activation.requires_grad_()
-            inputs = list(arrived.values())
-            if own is not None and columns is not None:
-                inputs.append(own(columns[rows]))
-            loss = nn.functional.binary_cross_entropy_with_logits(fuse(inputs).squeeze(1), targets[rows])
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            for party, activation in arrived.items():
-                assert activation.grad is not None
-                peers.send(activation.grad, party)
-                trace.sent_bytes += activation.nbytes
+            batch = order[first : first + workload.batch]
+            for rows in batch.tensor_split(how.micro_batches):
+                arrived = {party: torch.empty(len(rows), workload.cut) for party in workload.feature_parties}
+                for party, activation in arrived.items():
+                    with trace.waiting():
+                        peers.receive(activation, party)
+                    activation.requires_grad_()
+                inputs = list(arrived.values())
+                if own is not None and columns is not None:
+                    inputs.append(own(columns[rows]))
+                loss = nn.functional.binary_cross_entropy_with_logits(fuse(inputs).squeeze(1), targets[rows])
+                torch.autograd.backward(loss * (len(rows) / len(batch)))
+                for party, activation in arrived.items():
+                    assert activation.grad is not None
+                    peers.send(activation.grad, party)
+                    trace.sent_bytes += activation.nbytes
             optimizer.step()
             trace.mark(step)
             step += 1

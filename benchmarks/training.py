@@ -108,7 +108,7 @@ def _one(comparison: Comparison, variant: Variant, private: PrivateBroker) -> Me
         case "gloo":
             traces = by_hand.over_sockets(workload, epochs, TIMEOUT_S)
         case "c":
-            traces = _by_hand_over_broker(workload, epochs, variant.order.staleness, private)
+            traces = _by_hand_over_broker(workload, epochs, variant.order, private)
         case "memory":
             traces = split.over_memory(_plan(workload, epochs, variant), TIMEOUT_S)
         case _:
@@ -140,14 +140,15 @@ def _over_rabbitmq(plan: split.Plan, speed: Speed | None, private: PrivateBroker
         return split.over_rabbitmq(plan, urls, TIMEOUT_S)
 
 
-def _by_hand_over_broker(workload: Workload, epochs: int, ahead: int, private: PrivateBroker) -> list[Trace]:
+def _by_hand_over_broker(workload: Workload, epochs: int, order: Order, private: PrivateBroker) -> list[Trace]:
     vhost = f"bench{next(_numbers)}"
     with TemporaryDirectory(prefix="sl_queue-bench-") as folder, ExitStack() as stack:
         library = c_client.compiled(Path(folder), shared=True)
         if library is None:
             raise RuntimeError("a C compiler and librabbitmq-dev are needed for this")
         stack.callback(private.delete_vhost, vhost)
-        return by_hand.over_broker(workload, epochs, ahead, private.url(vhost), library, TIMEOUT_S)
+        how = by_hand.Schedule(order.micro_batches, order.staleness)
+        return by_hand.over_broker(workload, epochs, how, private.url(vhost), library, TIMEOUT_S)
 
 
 # The comparisons ------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def side_by_side(quick: bool) -> list[Comparison]:
         Variant("joined"),
         Variant("joined", threads=2),
         Variant("gloo"),
-        *((Variant("c"), by_hand_ahead) if c_client.is_here() else ()),
+        *((Variant("c"), Variant("c", GPIPE), by_hand_ahead) if c_client.is_here() else ()),
         Variant("memory", GPIPE),
         *(Variant("rabbitmq", order) for order in (LOCK_STEP, GPIPE, ONE_F_ONE_B, RUN_AHEAD, RUN_AHEAD_2)),
         Variant("rabbitmq", RUN_AHEAD_2, tables=FLOAT16),
