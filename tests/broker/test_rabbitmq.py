@@ -44,6 +44,8 @@ def test_a_commit_that_waits_for_confirms_says_so_and_gives_up_at_last(
     channel = opened(url, connect, patience_s=0.2)
     private_broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")  # as if its memory were used up
     try:
+        # The alarm reaches the connections a moment after the command returns, with the next message of the pulse.
+        await_that(lambda: "the broker takes no messages" in caplog.text)
         channel.report(Stopped("b1", 0))
         with pytest.raises(
             BrokerUnreachable, match=r"party 'bank' waited \d+ s for the broker to confirm what was sent"
