@@ -24,6 +24,7 @@ from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import cast, described, dtype_name, is_finite, page_locked
 from sl_queue.errors import JobError, LocalProtocolError, NonFiniteError, RemoteProtocolError, ShapeError
 from sl_queue.protocol.codec import MAX_TENSOR_BYTES
+from sl_queue.protocol.memory import is_given_away
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.text import counted
 
@@ -260,7 +261,8 @@ def to_payload(tensor: Tensor, rows: bytes = b"") -> Payload:
 def payload_view(tensor: Tensor, rows: bytes) -> Payload:
     """View a tensor in C order, without a copy where none has to be made; encode it before the tensor is changed."""
     numbers = np.ascontiguousarray(_numbers(page_locked(tensor)))
-    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), numbers.reshape(-1).view(np.uint8).data, rows)
+    data = numbers.reshape(-1).view(np.uint8).data.toreadonly()
+    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), data, rows)
 
 
 def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
@@ -275,8 +277,9 @@ def _numbers(tensor: Tensor) -> npt.NDArray[Any]:
 def from_payload(payload: Payload, device: torch.device | None = None, *, passing: bool = False) -> Tensor:
     """Return a tensor of its own on `device`, copied once into memory aligned as torch aligns it.
 
-    `passing`: more of its size will come, so that a GPU may keep the memory that it comes through. Raises ValueError
-    when the declared dtype and shape do not account for the bytes that are there.
+    `passing`: it came in a message, whose memory it takes over where that is the receiver's alone, and more of its size
+    will come, so that a GPU may keep the memory that it comes through. Raises ValueError when the declared dtype and
+    shape do not account for the bytes that are there.
     """
     dtype = getattr(torch, payload.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -288,6 +291,8 @@ def from_payload(payload: Payload, device: torch.device | None = None, *, passin
     if declared != there:
         raise ValueError(f"{payload} takes {declared} bytes, but holds {there}")
     kept = passing and device is not None and device.type == "cuda"
+    if passing and there and not kept and is_given_away(payload.data):
+        return torch.frombuffer(payload.data, dtype=dtype).view(payload.shape)
     tensor = torch.empty(payload.shape, dtype=dtype, pin_memory=kept)
     if there:
         np.copyto(tensor.view(-1).view(torch.uint8).numpy(), np.frombuffer(payload.data, np.uint8))

@@ -135,7 +135,7 @@ def encode(header: Header, message: Message) -> bytes:
     return b"".join((head[:-2], struct.pack(">BI", 0xC6, size), data))  # the empty bin gives way to a bin 32
 
 
-def decode(body: bytes, terms: Terms | None = None) -> tuple[Header, Message]:
+def decode(body: bytes | memoryview, terms: Terms | None = None) -> tuple[Header, Message]:
     """Read a message; the tensor is a view of the bytes. Without `terms` anyone may say anything to anybody.
 
     Raises RemoteProtocolError saying what is wrong with it: Unreadable with the header where that much is right,
@@ -173,7 +173,7 @@ def _fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
-def _split(body: bytes, terms: Terms | None) -> tuple[Header, Any, memoryview]:
+def _split(body: bytes | memoryview, terms: Terms | None) -> tuple[Header, Any, memoryview]:
     """Return the header, the description and the bytes of the last element."""
     unpacker = msgpack.Unpacker(
         max_buffer_size=MAX_HEADER_BYTES,

@@ -87,7 +87,7 @@ class Payload:
 
     dtype: str  # torch's name without the prefix: "float32"
     shape: tuple[int, ...]
-    data: bytes | memoryview = field(repr=False)
+    data: bytes | memoryview = field(repr=False)  # of this payload alone, where it can be written to
     rows: bytes = field(default=b"", repr=False)
     packing: str = ""  # how protocol/wire made it shorter for its way; empty: not at all
 

@@ -22,7 +22,7 @@ class Assembly:
     def __init__(self) -> None:
         self._parts: dict[bytes, tuple[int, list[memoryview]]] = {}
 
-    def add(self, piece: bytes) -> bytes | None:
+    def add(self, piece: bytes | memoryview) -> bytes | None:
         """Take a piece; returns the message that it completes."""
         if len(piece) < _HEAD.size:
             return None

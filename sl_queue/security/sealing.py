@@ -79,10 +79,10 @@ class Seal:
             body = self._own.sign.sign(_signed(self._me, receiver, prefix, body)) + body
         return b"".join((prefix, context.seal(sequence, prefix, body)))
 
-    def open(self, sender: str, sealed: bytes) -> Opened:
+    def open(self, sender: str, sealed: bytes | memoryview) -> Opened:
         """Return what `sender` sealed for us. Raises RemoteProtocolError for anything else."""
         try:
-            prefix = sealed[: _PREFIX.size]
+            prefix = bytes(sealed[: _PREFIX.size])
             if len(prefix) == _PREFIX.size and prefix[:3] == _MAGIC[:3] and prefix[3] != _VERSION:
                 self._refused.add(sender)
                 raise AnotherVersion(prefix[3], _VERSION, "seal", f"a message of {sender!r} cannot be opened: ")

@@ -20,7 +20,7 @@ class Delivery:
     """One message from the queue of (this party, `sender`)."""
 
     sender: str
-    body: bytes = field(repr=False)
+    body: bytes | memoryview = field(repr=False)  # of its receiver alone, where it can be written to
     tag: Tag
     redelivered: bool
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from sl_queue.cut.crossing import from_payload, to_payload
+from sl_queue.cut.crossing import from_payload, payload_view, to_payload
 from sl_queue.cut.tensors import is_finite
+from sl_queue.protocol.memory import empty
 from sl_queue.protocol.messages import Payload
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_fixed_draws")
@@ -34,6 +35,31 @@ def test_a_payload_is_a_copy_in_c_order_without_a_graph() -> None:
     with torch.no_grad():
         live.zero_()
     assert np.frombuffer(payload.data, "<f4").tolist() == [0, 3, 1, 4, 2, 5]
+
+
+def test_a_message_gives_its_memory_away_where_that_is_its_receivers_alone_and_aligned() -> None:
+    numbers = torch.arange(1024.0)
+    message = empty(100 + numbers.nbytes)
+    message[100:] = payload_view(numbers, b"").data
+    mine, read_only = Payload("float32", (32, 32), message[100:]), Payload("float32", (32, 32), bytes(message[100:]))
+    taken = from_payload(mine, passing=True)
+    assert np.shares_memory(taken.numpy(), np.frombuffer(message, np.uint8))
+    for copied in (from_payload(mine), from_payload(read_only, passing=True)):
+        assert not np.shares_memory(copied.numpy(), np.frombuffer(message, np.uint8))
+    assert all(torch.equal(found, numbers.view(32, 32)) for found in (taken, copied))
+
+    short = from_payload(Payload("float32", (31, 32), message[100:-128]), passing=True)
+    elsewhere = from_payload(Payload("float32", (1023,), message[104:]), passing=True)
+    assert np.shares_memory(short.numpy(), taken.numpy())
+    assert not np.shares_memory(elsewhere.numpy(), taken.numpy())  # kernels may sum in another order there
+    assert elsewhere.data_ptr() % 64 == 0
+
+
+def test_nobody_who_gets_a_view_of_a_tensor_takes_it_over() -> None:
+    live = torch.zeros(32, 32)
+    arrived = from_payload(payload_view(live, b""), passing=True)
+    arrived += 1
+    assert not live.any()
 
 
 @pytest.mark.parametrize(

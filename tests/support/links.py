@@ -31,7 +31,7 @@ class Inbox:  # mutable: it collects what a link says
 
     def bodies(self) -> list[bytes]:
         with self._changed:
-            return [delivery.body for delivery in self.deliveries]
+            return [bytes(delivery.body) for delivery in self.deliveries]
 
     def await_that(self, what: Callable[["Inbox"], object], timeout_s: float = WAIT_S) -> None:
         with self._changed:

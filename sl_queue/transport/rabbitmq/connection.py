@@ -17,6 +17,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker
 from sl_queue.transport.rabbitmq.address import CONNECT_S, Address
 from sl_queue.transport.rabbitmq.certificates import expiry
 from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused, said, unusable, why_not
+from sl_queue.transport.rabbitmq.frames import Contents, Piece
 from sl_queue.transport.rabbitmq.socket import SocketConnection, dial
 
 CLOSE_S = 3.0
@@ -131,6 +132,7 @@ class Channel:
 
     async def open(self, driver: Any) -> None:
         self._pika = await self._call(driver.channel, answer="on_open_callback")
+        self._pika._content_assembler = Contents()
         self._pika.add_on_close_callback(self._on_close)
 
     async def exchange(self, name: str, *, passive: bool) -> None:
@@ -163,11 +165,11 @@ class Channel:
         await self._call(self._pika.basic_qos, prefetch_count=count)
 
     async def consume(
-        self, queue: str, on_message: Callable[[int, bool, bytes], None], on_cancel: Callable[[], None], exclusive: bool
+        self, queue: str, on_message: Callable[[int, bool, Piece], None], on_cancel: Callable[[], None], exclusive: bool
     ) -> None:
         """Have (tag, redelivered, body) called for each message; `on_cancel` when the broker takes the queue away."""
 
-        def deliver(_: Any, method: Any, __: Any, body: bytes) -> None:
+        def deliver(_: Any, method: Any, __: Any, body: Piece) -> None:
             on_message(method.delivery_tag, method.redelivered, body)
 
         self._pika.add_on_cancel_callback(lambda _: on_cancel())

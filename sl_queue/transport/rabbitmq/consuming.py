@@ -15,6 +15,7 @@ from sl_queue.transport.link import Delivery, Tag
 from sl_queue.transport.rabbitmq.connection import Channel, Connection
 from sl_queue.transport.rabbitmq.endpoint import End, Endpoint
 from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused
+from sl_queue.transport.rabbitmq.frames import Piece
 from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import LOCKING, persist
@@ -104,9 +105,9 @@ class Consumer:
             self._held[0].clear()
             raise _Busy(f"queue {queue!r} has another consumer")
 
-    def _deliver(self, queue: int, tag: int, redelivered: bool, body: bytes) -> None:
+    def _deliver(self, queue: int, tag: int, redelivered: bool, body: Piece) -> None:
         self.delivered = True
-        self._held[queue][tag] = body[:HEAD_BYTES], len(body)
+        self._held[queue][tag] = bytes(body[:HEAD_BYTES]), len(body)
         try:
             self._on_delivery(Delivery(self._senders[queue], body, Tag((self._session, queue, tag)), redelivered))
         except Exception as error:

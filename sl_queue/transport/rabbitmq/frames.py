@@ -1,18 +1,25 @@
 """The bytes that a broker sends become AMQP frames; the way out is in socket.py.
 
-What is received stays where it was received until it is understood. The buffer grows to the largest message, so a body
-is copied once, out of it, however many frames it came in.
+A body is received where it stays. Once one of its frames has begun, the next ones can be foreseen: a broker fills each
+but the last. The kernel is given the places of their bodies, and between them places for their heads, so nothing is
+copied. Whatever comes instead, a heartbeat or a frame of another channel, is moved to the buffer and understood there.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pika import frame, spec
+from pika.channel import ContentFrameAssembler
 from pika.exceptions import InvalidFrameError
 
+from sl_queue.protocol.memory import empty
+
 READ_BYTES = 64 * 1024  # at once, while no body is on its way
-MOST_BUFFERED = 64 * 1024 * 1024  # of a larger message the buffer holds parts
+MOST_AHEAD = 64 * 1024 * 1024  # of a longer body, memory is taken as it comes
+MOST_FORESEEN = 64  # frames
+SMALL_BYTES = 16 * 1024  # a body of at most that is handed on as bytes, a larger one as memory that is its own
 
 HEAD = struct.Struct(">BHI")  # kind of frame, channel, size
 END = bytes([spec.FRAME_END])
@@ -21,84 +28,174 @@ _AROUND = HEAD.size + len(END)
 Piece = bytes | memoryview
 
 
-class Incoming:
-    """Bytes become frames, and a body one frame, copied once. Mutable: it holds what is not complete yet."""
+@dataclass(frozen=True, slots=True)
+class _Foreseen:
+    """A frame that should come after the one that has begun, and where it is received."""
 
-    def __init__(self, most_buffered: int = MOST_BUFFERED) -> None:
-        self._most = most_buffered
+    expected: bytes  # the end of the frame before it, and its head
+    head: memoryview
+    body: memoryview
+
+
+class _Body:
+    """A body on its way, in the place where it stays. Mutable."""
+
+    def __init__(self, channel: int, size: int, most_ahead: int) -> None:
+        self.channel, self.size, self.missing = channel, size, size
+        self._memory = memoryview(bytearray(size)) if size <= SMALL_BYTES else empty(min(size, most_ahead))
+
+    def place(self, most: int) -> memoryview:
+        """Return where the next bytes belong, of `most` at most."""
+        have = self.size - self.missing
+        if have == len(self._memory):
+            longer = empty(min(self.size, 2 * have))
+            longer[:have] = self._memory
+            self._memory = longer
+        return self._memory[have : have + most]
+
+    def foreseen(self, left: int, largest_frame: int) -> Iterator[_Foreseen]:
+        """Foresee the frames after the one of which so many bytes are `left`."""
+        start = self.size - self.missing + left
+        for _ in range(MOST_FORESEEN):
+            size = min(largest_frame - _AROUND, self.size - start)
+            if not 0 < size <= len(self._memory) - start:
+                return
+            expected = END + HEAD.pack(spec.FRAME_BODY, self.channel, size)
+            yield _Foreseen(expected, memoryview(bytearray(len(expected))), self._memory[start : start + size])
+            start += size
+
+    def whole(self) -> Piece:
+        return bytes(self._memory) if self.size <= SMALL_BYTES else self._memory
+
+
+class Contents(ContentFrameAssembler):  # type: ignore[misc]  # pika has no types
+    """pika's own, which takes a body as it is: `Incoming` makes one frame of it."""
+
+    def _handle_body_frame(self, body_frame: Any) -> tuple[Any, Any, Piece]:
+        content = self._method_frame, self._header_frame, body_frame.fragment
+        self._reset()
+        return content
+
+
+class Incoming:
+    """Bytes become frames, and a body one frame. Mutable: it holds what is not complete yet.
+
+    `scattered`: the bytes can be received into several places at once.
+    """
+
+    def __init__(self, most_ahead: int = MOST_AHEAD, *, scattered: bool = True) -> None:
+        self._most_ahead, self._scattered = most_ahead, scattered
         self._view = memoryview(bytearray(2 * READ_BYTES))
         self._start = self._end = 0  # what is received and not understood
         self._wanted = READ_BYTES
         self._bodies: dict[int, _Body] = {}  # by channel
+        self._into: _Body | None = None  # the body of which a frame has begun
+        self._left = 0  # of that frame
+        self._foreseen: list[_Foreseen] = []
 
-    def space(self) -> memoryview:
-        """Return the buffer to receive into: as much as the frames that have begun still lack."""
-        if self._start == self._end and not self._bodies:
-            self._start = self._end = 0
-        if self._end + self._wanted > len(self._view):
-            self._make_room()
-        return self._view[self._end : self._end + self._wanted]
+    def spaces(self, largest_frame: int) -> Sequence[memoryview]:
+        """Return the places to receive into, one after the other."""
+        self._foreseen = []
+        if self._into is None or not self._left:
+            return [self._space()]
+        first = self._into.place(self._left)
+        if not self._scattered or len(first) < self._left:
+            return [first]
+        self._foreseen = list(self._into.foreseen(self._left, largest_frame))
+        between = [place for each in self._foreseen for place in (each.head, each.body)]
+        return [first, *between, self._space()]
 
     def received(self, count: int, largest_frame: int) -> Iterator[Any]:
         """Return the frames that these bytes complete. Raises InvalidFrameError."""
-        self._end += count
+        self._settle(count)
         self._wanted = READ_BYTES
-        while self._end - self._start >= HEAD.size:
-            kind, channel, size = HEAD.unpack_from(self._view, self._start)
-            if size > largest_frame:
-                raise InvalidFrameError(f"what answers does not speak AMQP: a frame of {size} bytes")
-            missing = _AROUND + size - (self._end - self._start)
-            body = self._bodies.get(channel) if kind == spec.FRAME_BODY else None
-            if missing > 0:
-                self._wanted = missing if body is None else self._lacking(body, largest_frame)
+        while self._start < self._end:
+            if self._into is not None:
+                yield from self._continued(self._into)
+            elif self._end - self._start < HEAD.size:
                 return
-            whole = self._view[self._start : self._start + _AROUND + size]
-            if whole[-1] != spec.FRAME_END:
-                raise InvalidFrameError("a frame without its end")
-            self._start += len(whole)
-            if body is None:
-                yield from self._begun(channel, frame.decode_frame(bytes(whole))[1])
-            elif body.complete(whole[HEAD.size : -1]):
-                del self._bodies[channel]
-                yield frame.Body(channel, body.joined())
-            if body is not None and channel in self._bodies:
-                self._wanted = self._lacking(body, largest_frame)
+            else:
+                kind, channel, size = HEAD.unpack_from(self._view, self._start)
+                if size > largest_frame:
+                    raise InvalidFrameError(f"what answers does not speak AMQP: a frame of {size} bytes")
+                missing = _AROUND + size - (self._end - self._start)
+                if kind == spec.FRAME_BODY:
+                    self._begin(channel, size)
+                elif missing > 0:
+                    self._wanted = max(READ_BYTES, missing)
+                    return
+                else:
+                    yield self._other(channel, bytes(self._view[self._start : self._start + _AROUND + size]))
 
-    def _begun(self, channel: int, found: Any) -> Iterator[Any]:
+    def _other(self, channel: int, marshaled: bytes) -> Any:
+        """Return a frame that is not of a body."""
+        self._start += len(marshaled)
+        if marshaled[-1:] != END:
+            raise InvalidFrameError("a frame without its end")
+        found = frame.decode_frame(marshaled)[1]
         if isinstance(found, frame.Header) and found.body_size:
-            self._bodies[channel] = _Body(found.body_size)
-        yield found
+            self._bodies[channel] = _Body(channel, found.body_size, self._most_ahead)
+        return found
 
-    def _lacking(self, body: "_Body", largest_frame: int) -> int:
-        frames = -(-body.missing // (largest_frame - _AROUND))
-        return max(READ_BYTES, body.missing + _AROUND * frames - (self._end - self._start))
+    def _begin(self, channel: int, size: int) -> None:
+        """Begin a frame of a body, whose head is here."""
+        body = self._bodies.get(channel)
+        if body is None or size > body.missing:
+            raise InvalidFrameError("a body longer than it was announced")
+        self._start += HEAD.size
+        self._into, self._left = body, size
 
-    def _make_room(self) -> None:
-        """Move what is there to the front of a buffer that is large enough."""
-        for body in self._bodies.values():
-            body.settle()
-        rest = bytes(self._view[self._start : self._end])
+    def _continued(self, body: "_Body") -> Iterator[Any]:
+        """Move what the buffer has of a frame to its place, or end the frame; return the body if it is complete."""
+        if self._left:
+            here = body.place(min(self._left, self._end - self._start))
+            here[:] = self._view[self._start : self._start + len(here)]
+            self._start += len(here)
+            self._note(body, len(here))
+            return
+        if self._view[self._start] != spec.FRAME_END:
+            raise InvalidFrameError("a frame without its end")
+        self._start += len(END)
+        self._into = None
+        if not body.missing:
+            del self._bodies[body.channel]
+            yield frame.Body(body.channel, body.whole())
+
+    def _note(self, body: "_Body", count: int) -> int:
+        """Note that so many bytes, or fewer if the frame ends before, are in their place; return how many."""
+        here = min(count, self._left)
+        self._left -= here
+        body.missing -= here
+        return here
+
+    def _settle(self, count: int) -> None:
+        """Note which of the bytes that were received are in their place; the others are in the buffer after that."""
+        body = self._into
+        if body is not None and self._left:
+            count -= self._note(body, count)
+            for number, each in enumerate(self._foreseen):
+                if not count:
+                    break
+                if count < len(each.head) or each.head != each.expected:
+                    places = [place for other in self._foreseen[number:] for place in (other.head, other.body)]
+                    self._hold(b"".join((*places, self._view[self._end : self._end + self._wanted]))[:count])
+                    return
+                self._left = len(each.body)
+                count -= len(each.head)
+                count -= self._note(body, count)
+        self._end += count
+
+    def _space(self) -> memoryview:
+        """Return the part of the buffer to receive into, with room for what is wanted."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        if self._end + self._wanted > len(self._view):
+            self._hold(bytes(self._view[self._start : self._end]))
+        return self._view[self._end : self._end + self._wanted]
+
+    def _hold(self, rest: bytes) -> None:
+        """Have these bytes, not understood yet, at the front of a buffer with room for what is wanted."""
         if len(rest) + self._wanted > len(self._view):
-            self._view = memoryview(bytearray(min(2 * (len(rest) + self._wanted), self._most)))
+            self._view = memoryview(bytearray(2 * (len(rest) + self._wanted)))
         self._view[: len(rest)] = rest
         self._start, self._end = 0, len(rest)
-        self._wanted = min(self._wanted, len(self._view) - self._end)
-
-
-class _Body:
-    """A body on its way: parts of the buffer, and what had to leave it. Mutable."""
-
-    def __init__(self, size: int) -> None:
-        self.missing = size
-        self._parts: list[Piece] = []
-
-    def complete(self, part: memoryview) -> bool:
-        self._parts.append(part)
-        self.missing -= len(part)
-        return self.missing <= 0
-
-    def settle(self) -> None:
-        self._parts = [b"".join(self._parts)]
-
-    def joined(self) -> bytes:
-        return b"".join(self._parts)

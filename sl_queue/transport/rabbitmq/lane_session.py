@@ -17,6 +17,7 @@ from sl_queue.protocol.hands import HANDS, LEAD, TASKS
 from sl_queue.protocol.pieces import Assembly, pieces
 from sl_queue.transport.rabbitmq.connection import Connection
 from sl_queue.transport.rabbitmq.failures import Lost, Refused
+from sl_queue.transport.rabbitmq.frames import Piece
 
 PREFETCH = 2  # tickets that a hand has and has not done: the next is there when it has done one
 LOCKED = 405
@@ -108,7 +109,7 @@ class LaneSession:
         except (Refused, Lost) as error:
             self._on_closed(error)
 
-    def _on_piece(self, tag: int, body: bytes) -> None:
+    def _on_piece(self, tag: int, body: Piece) -> None:
         with contextlib.suppress(Lost):
             self._in.acknowledge(tag, and_before=False)
         whole = self._assembly.add(body)
@@ -119,7 +120,7 @@ class LaneSession:
         else:
             self._early.append((whole, None))
 
-    def _on_ticket(self, tag: int, body: bytes) -> None:
+    def _on_ticket(self, tag: int, body: Piece) -> None:
         self._side.on_body(Assembly().add(body) or b"", tag)
 
     def done(self, tickets: list[int]) -> None:
