@@ -291,7 +291,8 @@ def from_payload(payload: Payload, device: torch.device | None = None, *, passin
     if declared != there:
         raise ValueError(f"{payload} takes {declared} bytes, but holds {there}")
     kept = passing and device is not None and device.type == "cuda"
-    if passing and there and not kept and is_given_away(payload.data):
+    here = device is None or device.type == "cpu"
+    if passing and there and here and is_given_away(payload.data):
         return torch.frombuffer(payload.data, dtype=dtype).view(payload.shape)
     tensor = torch.empty(payload.shape, dtype=dtype, pin_memory=kept)
     if there:

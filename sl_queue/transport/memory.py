@@ -152,6 +152,7 @@ class MemoryLink:
         self._on_delivery: Callable[[Delivery], None] | None = None
         self._on_reconnect: Callable[[], None] | None = None
         self._on_failure: Callable[[SlQueueError], None] = lambda _: None
+        self._failure: SlQueueError | None = None
         self._closed = False
 
     def open(
@@ -165,14 +166,15 @@ class MemoryLink:
 
     def deliver(self, delivery: Delivery) -> None:
         """Give a delivery to its reader. What the reader fails at, or closes meanwhile, is nothing to the publisher."""
-        if self._closed or self._on_delivery is None:
+        if self._closed or self._failure is not None or self._on_delivery is None:
             return
         try:
             self._on_delivery(delivery)
         except Exception as error:
             if not self._closed:
                 log.exception("%s: a delivery could not be taken", self.party)
-                self._on_failure(SlQueueError(f"{type(error).__name__}: {error}"))
+                self._failure = SlQueueError(f"{type(error).__name__}: {error}")
+                self._on_failure(self._failure)
 
     def reconnect(self) -> None:
         """Void earlier tags, as after a lost connection."""
@@ -215,3 +217,5 @@ class MemoryLink:
     def _require_open(self) -> None:
         if self._closed:
             raise TransportError(f"the link of party {self.party!r} is closed")
+        if self._failure is not None:
+            raise self._failure

@@ -44,6 +44,7 @@ def test_a_message_gives_its_memory_away_where_that_is_its_receivers_alone_and_a
     mine, read_only = Payload("float32", (32, 32), message[100:]), Payload("float32", (32, 32), bytes(message[100:]))
     taken = from_payload(mine, passing=True)
     assert np.shares_memory(taken.numpy(), np.frombuffer(message, np.uint8))
+    assert from_payload(mine, torch.device("meta"), passing=True).device.type == "meta"
     for copied in (from_payload(mine), from_payload(read_only, passing=True)):
         assert not np.shares_memory(copied.numpy(), np.frombuffer(message, np.uint8))
     assert all(torch.equal(found, numbers.view(32, 32)) for found in (taken, copied))

@@ -13,3 +13,4 @@ def post() -> Iterator[Post]:
     yield post
     for channel in post.channels:
         channel.close()
+    assert post.failures == []

@@ -258,12 +258,17 @@ def test_what_a_reader_fails_at_ends_its_own_link_and_not_the_one_of_the_sender(
     def read(delivery: Delivery) -> None:
         raise TransportError("no room")
 
-    bench.link("insurer").open(read, lambda: None, failed.put)
+    insurer = bench.link("insurer")
+    insurer.open(read, lambda: None, failed.put)
     bank = bench.open("bank")
     send(bank.link, "insurer", b"1")
     assert "no room" in str(failed.get(timeout=WAIT_S))
+    with pytest.raises(SlQueueError, match="no room"):
+        send(insurer, "bank", b"an answer")
     send(bank.link, "insurer", b"2")
-    assert bank.failure is None
+    send(bank.link, SCHEDULER, b"behind it")
+    assert bench.open(SCHEDULER).take(1)
+    assert failed.empty() and bank.failure is None
 
 
 def test_a_reader_may_close_its_link_while_something_is_delivered_to_it(bench: Bench) -> None:

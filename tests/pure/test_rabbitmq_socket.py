@@ -94,6 +94,18 @@ def test_bodies_of_two_channels_and_heartbeats_may_come_mixed(
     assert bodies == {channel: body for channel, body in ((1, one), (2, other)) if body}
 
 
+def test_frames_are_foreseen_once_however_little_is_received_at_a_time() -> None:
+    stream, incoming = b"".join(frames_of(1, patterned(60_000), FRAME_MAX)), Incoming()
+    received(incoming, stream[:200], [])
+    places: list[memoryview] = []
+    for byte in range(200, 1200):
+        first, *places = incoming.spaces(FRAME_MAX)
+        assert places[0] is incoming.spaces(FRAME_MAX)[1]
+        first[:1] = stream[byte : byte + 1]
+        assert not list(incoming.received(1, FRAME_MAX))
+    assert len(places) == 2 * 14 + 1
+
+
 @pytest.mark.parametrize("missing", range(1, 10))
 def test_a_foreseen_head_may_come_in_parts(missing: int) -> None:
     body = patterned(5 * (FRAME_MAX - 8) + 256)  # so the last head ends in a zero, as an empty place does

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sl_queue.errors import SlQueueError
 from sl_queue.protocol.codec import decode, encode
 from sl_queue.protocol.control import (
     Command,
@@ -46,6 +47,7 @@ class Post:
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     channels: list[Any] = field(default_factory=list)
     told: list[tuple[str, Message]] = field(default_factory=list)
+    failures: list[SlQueueError] = field(default_factory=list)  # of those who listen
 
     def channel(
         self, party: str, patience_s: float = PATIENCE_S, depth: int = 2, adopt: bool = True, **more: Any
@@ -67,7 +69,7 @@ class Post:
             self.told.append((delivery.sender, decode(delivery.body)[1]))
             link.acknowledge([delivery.tag])
 
-        link.open(on_delivery, lambda: None, lambda error: None)
+        link.open(on_delivery, lambda: None, self.failures.append)
         self.channels.append(link)
 
     def publish(self, receiver: str, sender: str, *bodies: bytes) -> None:

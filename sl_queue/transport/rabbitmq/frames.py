@@ -6,6 +6,7 @@ copied. Whatever comes instead, a heartbeat or a frame of another channel, is mo
 """
 
 import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from sl_queue.protocol.memory import empty
 
 READ_BYTES = 64 * 1024  # at once, while no body is on its way
 MOST_AHEAD = 64 * 1024 * 1024  # of a longer body, memory is taken as it comes
-MOST_FORESEEN = 64  # frames
+MOST_FORESEEN = 16  # frames
 SMALL_BYTES = 16 * 1024  # a body of at most that is handed on as bytes, a larger one as memory that is its own
 
 HEAD = struct.Struct(">BHI")  # kind of frame, channel, size
@@ -91,17 +92,17 @@ class Incoming:
         self._bodies: dict[int, _Body] = {}  # by channel
         self._into: _Body | None = None  # the body of which a frame has begun
         self._left = 0  # of that frame
-        self._foreseen: list[_Foreseen] = []
+        self._foreseen: deque[_Foreseen] = deque()  # after that frame, in order
 
     def spaces(self, largest_frame: int) -> Sequence[memoryview]:
         """Return the places to receive into, one after the other."""
-        self._foreseen = []
         if self._into is None or not self._left:
             return [self._space()]
         first = self._into.place(self._left)
         if not self._scattered or len(first) < self._left:
             return [first]
-        self._foreseen = list(self._into.foreseen(self._left, largest_frame))
+        if not self._foreseen:
+            self._foreseen.extend(self._into.foreseen(self._left, largest_frame))
         between = [place for each in self._foreseen for place in (each.head, each.body)]
         return [first, *between, self._space()]
 
@@ -144,6 +145,7 @@ class Incoming:
             raise InvalidFrameError("a body longer than it was announced")
         self._start += HEAD.size
         self._into, self._left = body, size
+        self._foreseen.clear()
 
     def _continued(self, body: "_Body") -> Iterator[Any]:
         """Move what the buffer has of a frame to its place, or end the frame; return the body if it is complete."""
@@ -173,13 +175,14 @@ class Incoming:
         body = self._into
         if body is not None and self._left:
             count -= self._note(body, count)
-            for number, each in enumerate(self._foreseen):
-                if not count:
-                    break
+            while count and self._foreseen:
+                each = self._foreseen[0]
                 if count < len(each.head) or each.head != each.expected:
-                    places = [place for other in self._foreseen[number:] for place in (other.head, other.body)]
+                    places = [place for other in self._foreseen for place in (other.head, other.body)]
                     self._hold(b"".join((*places, self._view[self._end : self._end + self._wanted]))[:count])
+                    self._foreseen.clear()
                     return
+                self._foreseen.popleft()
                 self._left = len(each.body)
                 count -= len(each.head)
                 count -= self._note(body, count)
