@@ -4,6 +4,7 @@ A file gives it on if one of its functions returns it, in any form, or has it in
 the end of a leg. Functions that only look at it (its shape, whether it is finite) do not.
 """
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,12 +67,20 @@ class Walk:
 
     @contextmanager
     def traced(self) -> Iterator[None]:
-        """Trace the threads that begin in the body."""
+        """Trace the threads that begin in the body.
+
+        Nothing is collected meanwhile: in CPython before 3.11.3, which Debian has, a collection in one thread reads
+        what another has freed that enters a function under a profiler (gh-101975), and the process dies of it.
+        """
+        collecting = gc.isenabled()
+        gc.disable()
         threading.setprofile(self._saw)
         try:
             yield
         finally:
             threading.setprofile(None)
+            if collecting:
+                gc.enable()
 
     def _saw(self, frame: FrameType, event: str, value: Any) -> None:
         code = frame.f_code
