@@ -1,15 +1,15 @@
-"""Bytes of a broker become frames, however they are cut; and what our connection relies on in pika."""
+"""Bytes of a broker become what they say, however they are cut; and what our connection relies on in pika."""
 
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pika import connection, frame, spec
+from pika import amqp_object, connection, frame, spec
 from pika.exceptions import InvalidFrameError
 
 from sl_queue.protocol.memory import is_given_away
-from sl_queue.transport.rabbitmq.frames import MOST_AHEAD, SMALL_BYTES, Incoming
+from sl_queue.transport.rabbitmq.frames import MOST_AHEAD, SMALL_BYTES, Confirmed, Delivered, Incoming
 from sl_queue.transport.rabbitmq.socket import SocketConnection
 
 FRAME_MAX = 4096
@@ -20,14 +20,20 @@ def patterned(size: int) -> bytes:
     return (bytes(range(251)) * (size // 251 + 1))[:size]
 
 
-messages = st.lists(
-    st.tuples(st.integers(1, 3), st.binary(max_size=64) | st.integers(0, 60_000).map(patterned)), min_size=1, max_size=5
+Content = tuple[int, int, bytes]  # channel, tag, body
+
+contents = st.tuples(
+    st.integers(1, 3), st.integers(0, 2**64 - 1), st.binary(max_size=64) | st.integers(0, 60_000).map(patterned)
 )
 
 
-def frames_of(channel: int, body: bytes, largest: int) -> list[bytes]:
-    """Return a delivery as a broker would send it, its body in frames of at most `largest` bytes."""
-    method = spec.Basic.Deliver("consumer", 7, False, "x.bank", "key")
+def frames_of(channel: int, body: bytes, largest: int, tag: int = 7) -> list[bytes]:
+    """Return a delivery as a broker would send it, its body in frames of at most `largest` bytes; with tag 0 a return.
+
+    One with an odd tag came before.
+    """
+    method: amqp_object.Method = spec.Basic.Deliver("a consumer", tag, tag % 2 == 1, "x.bank", "key")
+    method = method if tag else spec.Basic.Return(312, "NO_ROUTE", "x.bank", "key")
     parts = [body[at : at + largest - 8] for at in range(0, len(body), largest - 8)]
     return [
         frame.Method(channel, method).marshal(),
@@ -52,23 +58,38 @@ def received(incoming: Incoming, stream: bytes, cuts: list[int]) -> list[object]
     return found
 
 
+def contents_of(found: list[object]) -> list[Content]:
+    """Return what came, of our own and of pika's frames."""
+    came, headers = list[Content](), dict[int, frame.Header]()
+    for each in found:
+        match each:
+            case Delivered(channel, tag, redelivered, body):
+                assert redelivered == (tag % 2 == 1)
+                came.append((channel, tag, bytes(body)))
+                assert len(body) <= SMALL_BYTES or is_given_away(body[-(len(body) // 64 * 64) :])
+            case frame.Header():
+                headers[each.channel_number] = each
+                if not each.body_size:
+                    came.append((each.channel_number, 0, b""))
+            case frame.Body():
+                assert headers[each.channel_number].body_size == len(each.fragment)
+                came.append((each.channel_number, 0, bytes(each.fragment)))
+    return came
+
+
 @given(
-    messages,
+    st.lists(contents, min_size=1, max_size=5),
     st.lists(st.integers(0, 200_000), max_size=40),
     st.sampled_from((64, 1000, FRAME_MAX)),
     st.booleans(),
     st.booleans(),
 )
 def test_every_body_arrives_whole_however_the_stream_is_cut(
-    sent: list[tuple[int, bytes]], cuts: list[int], largest: int, small: bool, scattered: bool
+    sent: list[Content], cuts: list[int], largest: int, small: bool, scattered: bool
 ) -> None:
-    stream = b"".join(part for channel, body in sent for part in frames_of(channel, body, largest))
+    stream = b"".join(part for channel, tag, body in sent for part in frames_of(channel, body, largest, tag))
     found = received(Incoming(most_ahead=20_000 if small else MOST_AHEAD, scattered=scattered), stream, cuts)
-    bodies = [(f.channel_number, f.fragment) for f in found if isinstance(f, frame.Body)]
-    assert bodies == [(channel, body) for channel, body in sent if body]
-    assert all(is_given_away(body[-(len(body) // 64 * 64) :]) for _, body in bodies if len(body) > SMALL_BYTES)
-    headers = [f.body_size for f in found if isinstance(f, frame.Header)]
-    assert headers == [len(body) for _, body in sent]
+    assert contents_of(found) == sent
 
 
 @given(
@@ -81,17 +102,33 @@ def test_every_body_arrives_whole_however_the_stream_is_cut(
 def test_bodies_of_two_channels_and_heartbeats_may_come_mixed(
     one: bytes, other: bytes, largest: int, cuts: list[int], random: object
 ) -> None:
-    heartbeats = [frame.Heartbeat().marshal()] * 5
-    queues = [frames_of(1, one, largest), frames_of(2, other, 700), heartbeats]
+    answers = [frame.Heartbeat().marshal(), frame.Method(3, spec.Basic.Ack(5, multiple=True)).marshal()] * 3
+    queues = [frames_of(1, one, largest), frames_of(2, other, 700, tag=0), answers]
     mixed = []
     while any(queues):
         queue = random.choice([queue for queue in queues if queue])  # type: ignore[attr-defined]
         mixed.append(queue.pop(0))
     stream = b"".join(mixed)
     found = received(Incoming(), stream, cuts)
-    assert sum(isinstance(f, frame.Heartbeat) for f in found) == 5
-    bodies = {f.channel_number: f.fragment for f in found if isinstance(f, frame.Body)}
-    assert bodies == {channel: body for channel, body in ((1, one), (2, other)) if body}
+    assert [f for f in found if isinstance(f, Confirmed)] == [Confirmed(3, 5, True, True)] * 3
+    assert sum(isinstance(f, frame.Heartbeat) for f in found) == 3
+    assert sorted(contents_of(found)) == [(1, 7, one), (2, 0, other)]
+
+
+@given(st.integers(0, 2**64 - 1), st.booleans())
+def test_answers_to_what_was_published_are_read_as_pika_writes_them(tag: int, multiple: bool) -> None:
+    ack, nack = spec.Basic.Ack(tag, multiple), spec.Basic.Nack(tag, multiple, requeue=True)
+    stream = b"".join(frame.Method(2, method).marshal() for method in (ack, nack))
+    assert received(Incoming(), stream, []) == [Confirmed(2, tag, multiple, True), Confirmed(2, tag, multiple, False)]
+
+
+def test_a_channel_that_is_closed_in_the_middle_of_a_delivery_forgets_it() -> None:
+    method, _, *_ = frames_of(1, b"lost", FRAME_MAX)
+    close = frame.Method(1, spec.Channel.Close(406, "PRECONDITION_FAILED", 60, 40)).marshal()
+    stream = b"".join((method, close, *frames_of(1, b"returned", FRAME_MAX, tag=0)))
+    found = received(Incoming(), stream, [])
+    assert [type(each.method).__name__ for each in found if isinstance(each, frame.Method)] == ["Close", "Return"]
+    assert contents_of(found) == [(1, 0, b"returned")]
 
 
 def test_frames_are_foreseen_once_however_little_is_received_at_a_time() -> None:
@@ -111,14 +148,14 @@ def test_a_foreseen_head_may_come_in_parts(missing: int) -> None:
     body = patterned(5 * (FRAME_MAX - 8) + 256)  # so the last head ends in a zero, as an empty place does
     stream = b"".join(frames_of(1, body, FRAME_MAX))
     found = received(Incoming(), stream, [2000, len(stream) - 1 - 256 - missing])
-    assert [f.fragment for f in found if isinstance(f, frame.Body)] == [body]
+    assert contents_of(found) == [(1, 7, body)]
 
 
 def test_a_heartbeat_may_come_in_the_middle_of_a_body() -> None:
     method, header, *parts = frames_of(1, bytes(1000), 300)
     stream = b"".join((method, header, parts[0], frame.Heartbeat().marshal(), *parts[1:]))
     kinds = [type(found).__name__ for found in received(Incoming(), stream, [])]
-    assert kinds == ["Method", "Header", "Heartbeat", "Body"]
+    assert kinds == ["Heartbeat", "Delivered"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from pika import BlockingConnection
-from pika.channel import Channel, ContentFrameAssembler
 from pika.connection import Connection
 
 ROOT = Path(__file__).parents[2]
@@ -47,12 +46,6 @@ def test_pikas_connection_still_has_it(name: str) -> None:
 def test_a_blocking_connection_still_holds_the_connection_that_knows_what_was_agreed() -> None:
     assert "_impl" in own_names(ast.parse(inspect.getsource(BlockingConnection)))
     assert "self.params" in inspect.getsource(Connection)
-
-
-def test_a_channel_still_has_the_assembler_that_ours_takes_the_place_of() -> None:
-    assert "_content_assembler" in own_names(ast.parse(inspect.getsource(Channel)))
-    assert {"_method_frame", "_header_frame"} <= own_names(ast.parse(inspect.getsource(ContentFrameAssembler)))
-    assert {"_handle_body_frame", "_reset"} <= set(vars(ContentFrameAssembler))
 
 
 def test_our_connection_uses_no_other_private_name_of_pikas() -> None:

@@ -17,7 +17,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker
 from sl_queue.transport.rabbitmq.address import CONNECT_S, Address
 from sl_queue.transport.rabbitmq.certificates import expiry
 from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused, said, unusable, why_not
-from sl_queue.transport.rabbitmq.frames import Contents, Piece
+from sl_queue.transport.rabbitmq.frames import Confirmed, Delivered, Piece
 from sl_queue.transport.rabbitmq.socket import SocketConnection, dial
 
 CLOSE_S = 3.0
@@ -131,8 +131,8 @@ class Channel:
         self.on_closed: Callable[[Refused | Lost], None] = lambda _: None  # when nobody awaits an answer
 
     async def open(self, driver: Any) -> None:
+        self._driver = driver
         self._pika = await self._call(driver.channel, answer="on_open_callback")
-        self._pika._content_assembler = Contents()
         self._pika.add_on_close_callback(self._on_close)
 
     async def exchange(self, name: str, *, passive: bool) -> None:
@@ -167,21 +167,22 @@ class Channel:
     async def consume(
         self, queue: str, on_message: Callable[[int, bool, Piece], None], on_cancel: Callable[[], None], exclusive: bool
     ) -> None:
-        """Have (tag, redelivered, body) called for each message; `on_cancel` when the broker takes the queue away."""
+        """Have (tag, redelivered, body) called for each message; `on_cancel` when the broker takes the queue away.
 
-        def deliver(_: Any, method: Any, __: Any, body: Piece) -> None:
-            on_message(method.delivery_tag, method.redelivered, body)
-
+        Of one queue: a channel has one consumer.
+        """
+        self._take(Delivered, lambda found: on_message(found.tag, found.redelivered, found.body))
         self._pika.add_on_cancel_callback(lambda _: on_cancel())
-        await self._call(self._pika.basic_consume, queue, deliver, exclusive=exclusive)
+        await self._call(self._pika.basic_consume, queue, _never, exclusive=exclusive)
 
     async def confirms(self, on_confirm: Callable[[int, bool, bool], None]) -> None:
         """Have each publish answered: (tag, and all before, accepted)."""
+        self._take(Confirmed, lambda found: on_confirm(found.tag, found.and_before, found.accepted))
+        await self._call(self._pika.confirm_delivery, ack_nack_callback=_never)
 
-        def confirmed(frame: Any) -> None:
-            on_confirm(frame.method.delivery_tag, frame.method.multiple, isinstance(frame.method, pika.spec.Basic.Ack))
-
-        await self._call(self._pika.confirm_delivery, ack_nack_callback=confirmed)
+    def _take(self, what: type, take: Callable[[Any], None]) -> None:
+        """Have this called for what comes on the channel; pika does not see it."""
+        self._driver.takers[what, self._pika.channel_number] = take
 
     def returns(self, on_return: Callable[[int, str], None]) -> None:
         """Have (number, where to) of each unroutable message called, before it is confirmed."""
@@ -257,6 +258,10 @@ class Channel:
             self._answer.set_exception(error)
         else:
             self.on_closed(error)
+
+
+def _never(*_: Any) -> None:
+    """Stand where pika wants a callback for what it does not see."""
 
 
 def way(exchange: str, routing_key: str) -> str:

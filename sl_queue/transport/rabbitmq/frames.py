@@ -3,16 +3,18 @@
 A body is received where it stays. Once one of its frames has begun, the next ones can be foreseen: a broker fills each
 but the last. The kernel is given the places of their bodies, and between them places for their heads, so nothing is
 copied. Whatever comes instead, a heartbeat or a frame of another channel, is moved to the buffer and understood there.
+
+Deliveries and confirms, which come in every step, are read here; pika reads the rest. Its way to a callback is a few
+hundred lines of Python a message, which the caches of a processor that trains a model do not hold.
 """
 
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pika import frame, spec
-from pika.channel import ContentFrameAssembler
 from pika.exceptions import InvalidFrameError
 
 from sl_queue.protocol.memory import empty
@@ -25,6 +27,10 @@ SMALL_BYTES = 16 * 1024  # a body of at most that is handed on as bytes, a large
 HEAD = struct.Struct(">BHI")  # kind of frame, channel, size
 END = bytes([spec.FRAME_END])
 _AROUND = HEAD.size + len(END)
+_METHOD = struct.Struct(">I")  # class and number
+_DELIVER, _ACK, _NACK = (each.INDEX for each in (spec.Basic.Deliver, spec.Basic.Ack, spec.Basic.Nack))
+_TAGGED = struct.Struct(">QB")  # a tag and flags
+_SIZE = struct.Struct(">4xQ")  # in a content's header
 
 Piece = bytes | memoryview
 
@@ -69,17 +75,26 @@ class _Body:
         return bytes(self._memory) if self.size <= SMALL_BYTES else self._memory
 
 
-class Contents(ContentFrameAssembler):  # type: ignore[misc]  # pika has no types
-    """pika's own, which takes a body as it is: `Incoming` makes one frame of it."""
+class Delivered(NamedTuple):
+    """A message for the consumer of a channel."""
 
-    def _handle_body_frame(self, body_frame: Any) -> tuple[Any, Any, Piece]:
-        content = self._method_frame, self._header_frame, body_frame.fragment
-        self._reset()
-        return content
+    channel: int
+    tag: int
+    redelivered: bool
+    body: Piece
+
+
+class Confirmed(NamedTuple):
+    """Answer of the broker to what was published on a channel."""
+
+    channel: int
+    tag: int
+    and_before: bool
+    accepted: bool
 
 
 class Incoming:
-    """Bytes become frames, and a body one frame. Mutable: it holds what is not complete yet.
+    """Bytes become deliveries, confirms, and frames of pika's, a body one frame. Mutable: it holds what is incomplete.
 
     `scattered`: the bytes can be received into several places at once.
     """
@@ -89,6 +104,7 @@ class Incoming:
         self._view = memoryview(bytearray(2 * READ_BYTES))
         self._start = self._end = 0  # what is received and not understood
         self._wanted = READ_BYTES
+        self._announced: dict[int, tuple[int, bool]] = {}  # by channel: a delivery's tag, and if it came before
         self._bodies: dict[int, _Body] = {}  # by channel
         self._into: _Body | None = None  # the body of which a frame has begun
         self._left = 0  # of that frame
@@ -126,17 +142,34 @@ class Incoming:
                     self._wanted = max(READ_BYTES, missing)
                     return
                 else:
-                    yield self._other(channel, bytes(self._view[self._start : self._start + _AROUND + size]))
+                    marshaled = bytes(self._view[self._start : self._start + _AROUND + size])
+                    self._start += len(marshaled)
+                    if marshaled[-1:] != END:
+                        raise InvalidFrameError("a frame without its end")
+                    found = self._understood(kind, channel, marshaled)
+                    if found is not None:
+                        yield found
 
-    def _other(self, channel: int, marshaled: bytes) -> Any:
-        """Return a frame that is not of a body."""
-        self._start += len(marshaled)
-        if marshaled[-1:] != END:
-            raise InvalidFrameError("a frame without its end")
-        found = frame.decode_frame(marshaled)[1]
-        if isinstance(found, frame.Header) and found.body_size:
-            self._bodies[channel] = _Body(channel, found.body_size, self._most_ahead)
-        return found
+    def _understood(self, kind: int, channel: int, marshaled: bytes) -> Any:
+        """Return what a frame that is not of a body says; None of a part of a delivery."""
+        if kind == spec.FRAME_METHOD:
+            (method,) = _METHOD.unpack_from(marshaled, HEAD.size)
+            self._announced.pop(channel, None)
+            if method == _DELIVER:
+                after = HEAD.size + _METHOD.size
+                tag, redelivered = _TAGGED.unpack_from(marshaled, after + 1 + marshaled[after])
+                self._announced[channel] = tag, redelivered != 0
+                return None
+            if method in (_ACK, _NACK):
+                tag, flags = _TAGGED.unpack_from(marshaled, HEAD.size + _METHOD.size)
+                return Confirmed(channel, tag, flags & 1 != 0, method == _ACK)
+        if kind == spec.FRAME_HEADER:
+            (size,) = _SIZE.unpack_from(marshaled, HEAD.size)
+            if size:
+                self._bodies[channel] = _Body(channel, size, self._most_ahead)
+            if channel in self._announced:
+                return None if size else Delivered(channel, *self._announced.pop(channel), b"")
+        return frame.decode_frame(marshaled)[1]
 
     def _begin(self, channel: int, size: int) -> None:
         """Begin a frame of a body, whose head is here."""
@@ -161,7 +194,9 @@ class Incoming:
         self._into = None
         if not body.missing:
             del self._bodies[body.channel]
-            yield frame.Body(body.channel, body.whole())
+            announced = self._announced.pop(body.channel, None)
+            whole = body.whole()
+            yield frame.Body(body.channel, whole) if announced is None else Delivered(body.channel, *announced, whole)
 
     def _note(self, body: "_Body", count: int) -> int:
         """Note that so many bytes, or fewer if the frame ends before, are in their place; return how many."""

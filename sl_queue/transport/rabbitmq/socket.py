@@ -1,4 +1,4 @@
-"""pika's connection on a socket of our own: AMQP is pika's, the bytes are ours.
+"""pika's connection on a socket of our own: AMQP is pika's, the bytes are ours, and so is what comes in every step.
 
 `pika.connection.Connection` leaves its stream to a subclass. pika's own ones copy a body five times on its way in and
 three times on its way out, and send on the loop's next turn. Here a body is sent from where it is, at once and in one
@@ -22,7 +22,7 @@ from pika.connection import Connection, Parameters
 from pika.exceptions import StreamLostError
 from pika.tcp_socket_opts import set_sock_opts
 
-from sl_queue.transport.rabbitmq.frames import END, HEAD, Incoming, Piece
+from sl_queue.transport.rabbitmq.frames import END, HEAD, Confirmed, Delivered, Incoming, Piece
 
 MOST_PIECES = 512  # that the kernel takes at once
 READS = 16  # in one turn of the loop; others wait for it too
@@ -94,6 +94,7 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
         self._writing = self._held = self._stalled = self._down = False
         self.on_drained: Callable[[], object] | None = None  # once the kernel has taken all, after it did not
         self._thread = threading.get_ident()
+        self.takers: dict[tuple[type, int], Callable[[Any], None]] = {}  # of what comes on a channel
         self.cause: Exception | None = None  # of its end, if that is not what pika knows
         super().__init__(parameters, **callbacks)
 
@@ -238,7 +239,12 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
             raise EOFError("the broker closed the connection")
         self.bytes_received += count
         for found in self._incoming.received(count, self.params.frame_max):
-            self._process_frame(found)
+            if isinstance(found, Delivered | Confirmed):
+                take = self.takers.get((type(found), found.channel))
+                if take is not None:
+                    take(found)
+            else:
+                self._process_frame(found)
             if self._down:
                 return
 
