@@ -22,6 +22,7 @@ from tests.support.walk import Arguments, Mark, Walk
 ROWS, COLUMNS, CUT = 13, 31, 67  # of a micro-batch: no other array has such a shape
 SHAPES = {(ROWS, COLUMNS), (ROWS, CUT)}
 BYTES = ROWS * CUT * 4
+MESSAGE = b"\x9b"  # how one begins: an array of 11 fields
 
 
 class Fuse(nn.Module):
@@ -106,10 +107,12 @@ def walk_of_an_activation(broker: str) -> Walk:
 
 
 def has_progress(value: Any) -> bool:
-    """Return True for a step that a worker reports, or a run's state or status, and for bytes, of whatever."""
+    """Return True for a step that a worker reports, or a run's state or status, and for the bytes of a message."""
     match value:
-        case Progress() | RunState() | RunStatus() | Status() | bytes():
+        case Progress() | RunState() | RunStatus() | Status():
             return True
+        case bytes():
+            return value[:1] == MESSAGE
         case Letter():
             return has_progress(value.message)
         case Delivery():

@@ -18,6 +18,13 @@ from sl_queue.transport.rabbitmq.address import CONNECT_S, Address
 from sl_queue.transport.rabbitmq.certificates import expiry
 from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused, said, unusable, why_not
 from sl_queue.transport.rabbitmq.frames import Confirmed, Delivered, Piece
+from sl_queue.transport.rabbitmq.publication import (
+    CONTENT_TYPE,
+    acknowledgement,
+    delivery_mode,
+    expiration_of,
+    publication,
+)
 from sl_queue.transport.rabbitmq.socket import SocketConnection, dial
 
 CLOSE_S = 3.0
@@ -192,6 +199,10 @@ class Channel:
 
         self._pika.add_on_return_callback(returned)
 
+    @property
+    def _is_open(self) -> bool:
+        return bool(self._pika.is_open and self._driver.is_open)
+
     def publish(
         self,
         number: int,
@@ -204,13 +215,20 @@ class Channel:
         headers: Mapping[str, str | int] | None,
     ) -> None:
         """Publish, mandatory. Raises Lost."""
+        if headers is None and self._is_open:
+            here, size = self._pika.channel_number, len(body)
+            before = publication(
+                here, exchange, routing_key, size, number=number, persistent=persistent, expires_in_s=expires_in_s
+            )
+            self._driver.send_content(here, before, body)
+            return
         properties = pika.BasicProperties(
-            content_type="application/msgpack",
-            delivery_mode=2 if persistent else 1,
+            content_type=CONTENT_TYPE,
+            delivery_mode=delivery_mode(persistent),
             message_id=str(number),
-            expiration=None if expires_in_s is None else str(max(1, int(1000 * expires_in_s))),
-            headers=None if headers is None else dict(headers),
-            timestamp=None if headers is None else int(time.time()),  # of a dead letter: for people
+            expiration=None if expires_in_s is None else expiration_of(expires_in_s),
+            headers=dict(headers or {}),
+            timestamp=int(time.time()),  # of a dead letter: for people
         )
         try:
             self._pika.basic_publish(exchange, routing_key, body, properties, mandatory=True)
@@ -219,6 +237,9 @@ class Channel:
 
     def acknowledge(self, tag: int, *, and_before: bool) -> None:
         """Acknowledge a delivery, or all up to it. Raises Lost."""
+        if self._is_open:
+            self._driver.send_frames([acknowledgement(self._pika.channel_number, tag, and_before)])
+            return
         try:
             self._pika.basic_ack(tag, multiple=and_before)
         except AMQPError as error:

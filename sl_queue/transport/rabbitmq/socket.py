@@ -124,18 +124,25 @@ class SocketConnection(Connection):  # type: ignore[misc]  # pika has no types
     def _send_message(self, channel_number: int, method_frame: Any, content: tuple[Any, bytes]) -> None:
         properties, body = content
         method, header = frame.Method(channel_number, method_frame), frame.Header(channel_number, len(body), properties)
-        before = method.marshal() + header.marshal()
+        self.send_content(channel_number, method.marshal() + header.marshal(), body)
+
+    def send_content(self, channel_number: int, before: bytes, body: bytes) -> None:
+        """Send a body after the frames that come before it."""
         view, pieces = memoryview(body), list[Piece]()
         for start in range(0, len(body), self._body_max_length):
             part = view[start : start + self._body_max_length]
             pieces += (before + HEAD.pack(spec.FRAME_BODY, channel_number, len(part)), part)
             before = END
-        self._output_marshaled_frames([*pieces, before])
+        self.send_frames([*pieces, before])
 
     def _output_marshaled_frames(self, marshaled_frames: Sequence[Piece]) -> None:
-        self.frames_sent += len(marshaled_frames)
-        self.bytes_sent += sum(map(len, marshaled_frames))
-        self._send(marshaled_frames)
+        self.send_frames(marshaled_frames)
+
+    def send_frames(self, pieces: Sequence[Piece]) -> None:
+        """Send frames, in whatever pieces."""
+        self.frames_sent += len(pieces)
+        self.bytes_sent += sum(map(len, pieces))
+        self._send(pieces)
 
     @property
     def waiting_bytes(self) -> int:
