@@ -1,5 +1,6 @@
 """Behaviour special to RabbitMQ: lost connections and brokers, and what a link says about them."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -15,7 +16,9 @@ from sl_queue.protocol.scheduler.state import GIVE_UP
 from sl_queue.testing.broker_contents import binary
 from sl_queue.testing.proxy import Proxy
 from sl_queue.transport.party_channel import PartyChannel
+from sl_queue.transport.rabbitmq.connection import Connection
 from sl_queue.transport.rabbitmq.link import RabbitLink
+from sl_queue.transport.rabbitmq.nodes import Nodes
 from sl_queue.transport.retry import Limits
 from tests.support.broker import Broker
 from tests.support.links import Inbox, numbered, send, two_parties
@@ -72,6 +75,31 @@ def test_a_commit_outlasts_a_broker_that_is_away_for_longer_than_ten_patiences(
         starting.join()
         channel.close()
     assert "s for the broker to confirm what was sent" in caplog.text
+
+
+def test_a_consumer_gets_nothing_of_a_channel_that_is_being_closed(broker_url: str, unique: str) -> None:
+    async def run() -> list[bool]:
+        connection = Connection(Nodes(broker_url).first, unique)
+        await connection.open()
+        channel, closing, came = await connection.channel(), False, list[bool]()
+        await channel.private_queue(unique)
+        for number in range(2000):
+            channel.publish(number, "", unique, bytes(1000), persistent=False, expires_in_s=None, headers=None)
+        here = asyncio.Event()
+
+        def take(tag: int, redelivered: bool, body: bytes | memoryview) -> None:
+            came.append(closing)
+            here.set()
+
+        await channel.consume(unique, take, lambda: None, exclusive=True)
+        await here.wait()
+        closing = True
+        await channel.close()
+        await connection.close()
+        return came
+
+    came = asyncio.run(run())
+    assert came and not any(came)
 
 
 def test_what_is_published_while_the_broker_is_killed_and_started_again_arrives(

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pika import BasicProperties, frame, spec
+from pika.exceptions import ShortStringTooLong
 
 from sl_queue.transport.rabbitmq.publication import acknowledgement, publication
 
@@ -30,8 +31,7 @@ def test_they_are_what_pika_writes(
     )
     method = spec.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True)
     expected = frame.Method(channel, method).marshal() + frame.Header(channel, size, properties).marshal()
-    about = {"number": number, "persistent": persistent, "expires_in_s": expires_in_s}
-    assert publication(channel, exchange, key, size, **about) == expected  # type: ignore[arg-type]
+    assert publication(channel, exchange, key, size, number, persistent, expires_in_s) == expected
 
 
 @given(st.integers(1, 2**16 - 1), st.integers(0, 2**64 - 1), st.booleans())
@@ -41,5 +41,5 @@ def test_so_is_an_acknowledgement(channel: int, tag: int, and_before: bool) -> N
 
 
 def test_a_name_longer_than_amqp_allows_is_an_error() -> None:
-    with pytest.raises(OverflowError):
-        publication(1, "x" * 256, "key", 0, number=1, persistent=False, expires_in_s=None)
+    with pytest.raises(ShortStringTooLong):
+        publication(1, "x" * 256, "key", 0, 1, persistent=False, expires_in_s=None)

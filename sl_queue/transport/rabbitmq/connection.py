@@ -178,7 +178,12 @@ class Channel:
 
         Of one queue: a channel has one consumer.
         """
-        self._take(Delivered, lambda found: on_message(found.tag, found.redelivered, found.body))
+
+        def deliver(found: Delivered) -> None:
+            if self._pika.is_open:  # what comes while it is being closed goes back to the queue
+                on_message(found.tag, found.redelivered, found.body)
+
+        self._take(Delivered, deliver)
         self._pika.add_on_cancel_callback(lambda _: on_cancel())
         await self._call(self._pika.basic_consume, queue, _never, exclusive=exclusive)
 
@@ -215,22 +220,20 @@ class Channel:
         headers: Mapping[str, str | int] | None,
     ) -> None:
         """Publish, mandatory. Raises Lost."""
-        if headers is None and self._is_open:
-            here, size = self._pika.channel_number, len(body)
-            before = publication(
-                here, exchange, routing_key, size, number=number, persistent=persistent, expires_in_s=expires_in_s
-            )
-            self._driver.send_content(here, before, body)
-            return
-        properties = pika.BasicProperties(
-            content_type=CONTENT_TYPE,
-            delivery_mode=delivery_mode(persistent),
-            message_id=str(number),
-            expiration=None if expires_in_s is None else expiration_of(expires_in_s),
-            headers=dict(headers or {}),
-            timestamp=int(time.time()),  # of a dead letter: for people
-        )
+        channel = self._pika.channel_number
         try:
+            if headers is None and self._is_open:
+                about = publication(channel, exchange, routing_key, len(body), number, persistent, expires_in_s)
+                self._driver.send_content(channel, about, body)
+                return
+            properties = pika.BasicProperties(
+                content_type=CONTENT_TYPE,
+                delivery_mode=delivery_mode(persistent),
+                message_id=str(number),
+                expiration=None if expires_in_s is None else expiration_of(expires_in_s),
+                headers=dict(headers or {}),
+                timestamp=int(time.time()),  # of a dead letter: for people
+            )
             self._pika.basic_publish(exchange, routing_key, body, properties, mandatory=True)
         except AMQPError as error:
             raise Lost(said(error)) from None

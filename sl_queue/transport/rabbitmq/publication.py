@@ -7,6 +7,7 @@ import struct
 from functools import lru_cache
 
 from pika import spec
+from pika.exceptions import ShortStringTooLong
 
 from sl_queue.transport.rabbitmq.frames import END, HEAD
 
@@ -19,14 +20,7 @@ _MANDATORY = b"\x01"
 
 
 def publication(
-    channel: int,
-    exchange: str,
-    routing_key: str,
-    size: int,
-    *,
-    number: int,
-    persistent: bool,
-    expires_in_s: float | None,
+    channel: int, exchange: str, routing_key: str, size: int, number: int, persistent: bool, expires_in_s: float | None
 ) -> bytes:
     """Return the frames of a mandatory message with a body of `size` bytes, that `number` names to its sender."""
     there = _CONTENT_TYPE | _DELIVERY_MODE | _MESSAGE_ID
@@ -67,6 +61,8 @@ def _framed(kind: int, channel: int, payload: bytes) -> bytes:
 
 
 def _short(text: str) -> bytes:
-    """Return a text of at most 255 bytes; OverflowError for a longer one."""
+    """Return a text of at most 255 bytes; ShortStringTooLong for a longer one, as with pika."""
     encoded = text.encode()
+    if len(encoded) > 255:
+        raise ShortStringTooLong(encoded)
     return len(encoded).to_bytes() + encoded
