@@ -37,7 +37,7 @@ def show_with_few_descriptors(port: int) -> None:
 
 @pytest.fixture
 def crew(tmp_path: Path, broker_url: str) -> Iterator[tuple[Crew, dict[str, int]]]:
-    write_job(tmp_path)
+    write_job(tmp_path, epochs=100_000)
     ports = dict(zip(ROLES, free_ports(len(ROLES)), strict=True))
     with Crew(tmp_path, broker_url) as crew:
         for role in ROLES:
@@ -75,7 +75,7 @@ def test_a_run_can_be_followed_in_numbers(crew: tuple[Crew, dict[str, int]]) -> 
     assert scheduler["sl_queue_generation"] == 0
     assert scheduler["sl_queue_party_committed_step bank"] >= -1
     assert scheduler["sl_queue_silent_seconds insurer"] < 60
-    workers.finish()
+    workers.kill("bank")
     assert "does not answer" in str(complaint(str(ports["bank"])))
 
 

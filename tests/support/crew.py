@@ -39,10 +39,15 @@ KEYS = "keys"
 QUEUES = os.environ.get("SL_QUEUE_TEST_QUEUES", "classic")  # or quorum
 
 
-def write_job(folder: Path, *, patience: float = 2.0, checkpoint_every: int = CHECKPOINT_EVERY) -> Path:
-    """Write the example as a job of 40 steps with a checkpoint every 4; neither setting changes a weight."""
+def write_job(
+    folder: Path, *, patience: float = 2.0, checkpoint_every: int = CHECKPOINT_EVERY, epochs: int = 8
+) -> Path:
+    """Write the example as a job of 40 steps with a checkpoint every 4; only `epochs`, of 5 steps, changes a weight.
+
+    Those 40 take half a second: who looks at a run that must not have ended meanwhile wants more of them.
+    """
     job = write_credit(folder)
-    edit(job, "epochs = 5", "epochs = 8")
+    edit(job, "epochs = 5", f"epochs = {epochs}")
     edit(job, "batch_size = 128", "batch_size = 32")
     edit(job, "micro_batches = 4", f"micro_batches = 2\ncheckpoint_every = {checkpoint_every}")
     security = write_keys(folder / KEYS, (*ROLES, OPERATOR)) if SEALED else ""
