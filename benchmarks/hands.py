@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks import goals
+from benchmarks.processes import cores
 from benchmarks.report import table
 from sl_queue.config.environment import BROKER, HANDS_BROKER, LOCAL, THREADS
 from sl_queue.local.supervise import Worker, supervise
@@ -211,7 +212,7 @@ def compare(broker: PrivateBroker, quick: bool) -> list[str]:
     }
     about = (
         f"Milliseconds a step of {MICRO_BATCHES} micro-batches, which sleep {1e3 * sleep_s:.0f} ms forwards and as "
-        f"long backwards unless they compute, on {os.cpu_count()} cores; in brackets how many times as fast as one "
+        f"long backwards unless they compute, on {cores()} cores; in brackets how many times as fast as one "
         "hand; below it, processor ms a step, of all processes but the broker.\n\n"
     )
     head = ("", "MB a step and hand", "no [hands]", "[hands], none here", *(f"R = {count}" for count in COUNTS))

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import goals, transport
 from benchmarks.link import Speed, slowed
-from benchmarks.processes import Work, together
+from benchmarks.processes import Work, cores, together
 from benchmarks.report import table
 from benchmarks.training import GPIPE, LOCK_STEP, ONE_F_ONE_B, RUN_AHEAD_2, Comparison, Variant, run
 from benchmarks.workloads import LABEL, SMALL, W1, Workload, job_of, party_file
@@ -100,7 +100,7 @@ def predicted(workload: Workload, ways: Mapping[Speed | None, Handling]) -> dict
     measured = measure(job, {party: spec.compute for party, spec in specs.items()}, tables)
     found = {}
     for speed in SPEEDS:
-        link = Link(0.0 if speed is None else speed.rtt_ms, cores=os.cpu_count())
+        link = Link(0.0 if speed is None else speed.rtt_ms, cores=cores())
         costs = costs_of(job, measured, Wire(), link, ways[speed])
         for order in ORDERS:
             found[order.name, speed] = played(job, costs, JobPipeline(**order.table)).step_s * 1e3

@@ -1,6 +1,7 @@
 """Processes that have imported torch already: each is a fork of one that did nothing else."""
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -10,6 +11,11 @@ from typing import Any
 Work = tuple[Callable[..., Any], tuple[Any, ...]]
 
 _context = multiprocessing.get_context("forkserver")
+
+
+def cores() -> int:
+    """Count the cores that processes may use; fewer than the machine's below `taskset`."""
+    return len(os.sched_getaffinity(0))
 
 
 def start() -> None:

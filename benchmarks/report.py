@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.measure import Summary
+from benchmarks.processes import cores
 from benchmarks.training import Comparison, Variant
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,7 +26,7 @@ def machine() -> str:
         model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown CPU")
     system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
     moment = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; load over the last five minutes {os.getloadavg()[1]:.1f}"
-    return f"{os.cpu_count()} cores ({model}), {system}, {moment}."
+    return f"{cores()} cores ({model}), {system}, {moment}."
 
 
 def training(

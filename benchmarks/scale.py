@@ -4,11 +4,11 @@ Models compute next to nothing, so all that is measured is the way of the messag
 do not depend on how busy the machine is, times do.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import scale_delays, scale_rows
+from benchmarks.processes import cores
 from benchmarks.scale_delays import Laws
 from benchmarks.scale_extrapolated import Whole, extrapolated
 from benchmarks.scale_law import Law, fitted
@@ -55,7 +55,7 @@ def compare(private: PrivateBroker, quick: bool, folder: Path) -> list[str]:
     masks = scale_rows.mask_costs()
     aligned = [scale_rows.align(private, *size, masks) for size in (QUICK_ALIGNED if quick else ALIGNED)]
     delays = (15, scale_delays.ORDERS[:1]) if quick else (40, scale_delays.ORDERS)
-    delayed = list(scale_delays.compare(private, together, os.cpu_count() or 1, *delays))
+    delayed = list(scale_delays.compare(private, together, cores(), *delays))
     memory = fitted(("connections", "window", "runs"), [_holding(each) for each in found], _memories(found))
     files = fitted(("connections", "runs"), [_holding(each) for each in found], [float(each.files) for each in found])
     measured = Measured(found, laws, memory, files, of_rows, masks, aligned, delayed)
