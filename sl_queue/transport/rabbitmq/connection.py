@@ -18,7 +18,7 @@ from sl_queue.transport.rabbitmq.address import CONNECT_S, Address
 from sl_queue.transport.rabbitmq.certificates import expiry
 from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused, said, unusable, why_not
 from sl_queue.transport.rabbitmq.frames import Confirmed, Delivered, Piece
-from sl_queue.transport.rabbitmq.publication import (
+from sl_queue.transport.rabbitmq.sent_frames import (
     CONTENT_TYPE,
     acknowledgement,
     delivery_mode,

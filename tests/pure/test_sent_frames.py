@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pika import BasicProperties, frame, spec
 from pika.exceptions import ShortStringTooLong
 
-from sl_queue.transport.rabbitmq.publication import acknowledgement, publication
+from sl_queue.transport.rabbitmq.sent_frames import acknowledgement, publication
 
 names = st.text(max_size=60).filter(lambda text: len(text.encode()) <= 255)
 
