@@ -151,7 +151,7 @@ def _measured(variant: Variant, private: PrivateBroker, steps: int) -> Sequence[
 def _worker(plan: Plan, role: str, url: str, state: Path) -> Spent | None:
     spent = Spent(role, int(plan.job.batches(plan.workload.rows).steps * WARM_UP))
 
-    def connect(party: str, prefetch: int) -> Link:
+    def connect(party: str, prefetch: int, **_: bool) -> Link:
         return CountingLink(RabbitLink(url, party, topology(plan.job, url), prefetch), spent)  # type: ignore[return-value]
 
     place = Workplace(connect, state, observe=spent)

@@ -29,7 +29,7 @@ from sl_queue.config.party import PartyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.data.spec import Rows
-from sl_queue.launch.connect import topology
+from sl_queue.launch.connect import Connect, topology
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.launch.workplace import Workplace
@@ -253,8 +253,8 @@ def _scheduler(case: Case, url: str, folder: Path) -> None:
     serve_scheduler(job, Workplace(_connecting(job, url), folder / SCHEDULER), lambda _: None)
 
 
-def _connecting(job: Job, url: str) -> Callable[[str, int], Link]:
-    def connect(party: str, prefetch: int) -> Link:
+def _connecting(job: Job, url: str) -> Connect:
+    def connect(party: str, prefetch: int, **_: bool) -> Link:
         return RabbitLink(url, party, topology(job, url), prefetch)
 
     return connect

@@ -16,7 +16,7 @@ from sl_queue.config.privacy import PrivacyFile
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.cut.guard import Guard
-from sl_queue.launch.connect import topology
+from sl_queue.launch.connect import Connect, topology
 from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import serve_scheduler
 from sl_queue.launch.workplace import Workplace
@@ -67,7 +67,7 @@ def _roles(plan: Plan) -> tuple[str, ...]:
 def rabbit_worker(plan: Plan, role: str, url: str, state: Path) -> Trace | None:
     """Serve one role until the run is over; returns what a party's observer wrote down."""
 
-    def connect(party: str, prefetch: int) -> Link:
+    def connect(party: str, prefetch: int, **_: bool) -> Link:
         return RabbitLink(url, party, topology(plan.job, url), prefetch, queue_type=plan.queue_type)
 
     return _serve(plan, role, connect, state)
@@ -76,7 +76,7 @@ def rabbit_worker(plan: Plan, role: str, url: str, state: Path) -> Trace | None:
 def _threads(plan: Plan) -> list[Trace]:
     broker, job = MemoryBroker(), plan.job
 
-    def connect(party: str, prefetch: int) -> Link:
+    def connect(party: str, prefetch: int, **_: bool) -> Link:
         return broker.link(party, job.topology(), prefetch)
 
     errors: list[BaseException] = []
@@ -123,7 +123,7 @@ def serve_watched(
     return True
 
 
-def _serve(plan: Plan, role: str, connect: Callable[[str, int], Link], state: Path) -> Trace | None:
+def _serve(plan: Plan, role: str, connect: Connect, state: Path) -> Trace | None:
     limit_threads(1)
     if role == SCHEDULER:
         serve_scheduler(plan.job, Workplace(connect, state), lambda _: None)

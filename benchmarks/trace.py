@@ -68,7 +68,7 @@ def _traced(workload: Workload, beside: str, private: PrivateBroker, steps: int)
 def _worker(plan: Plan, role: str, url: str, state: Path) -> Noted | None:
     noted = Noted(role, 4 * plan.workload.batch * plan.workload.cut)
 
-    def connect(party: str, prefetch: int) -> Link:
+    def connect(party: str, prefetch: int, **_: bool) -> Link:
         return NotingLink(RabbitLink(url, party, topology(plan.job, url), prefetch), noted)
 
     is_party = serve_watched(plan, role, Workplace(connect, state, observe=noted), noted.guards)

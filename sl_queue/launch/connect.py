@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote
 
 from sl_queue.config.environment import KEY
@@ -22,7 +23,13 @@ from sl_queue.transport.scheduler_channel import LinkSchedulerChannel
 MEMORY = "memory://"
 
 Channel = PartyChannel | LinkSchedulerChannel | LinkAlignmentChannel
-Connect = Callable[[str, int], Link]  # (party, prefetch) -> its link; `connector` makes one without confirms too
+
+
+class Connect(Protocol):
+    """Makes links to a broker."""
+
+    def __call__(self, party: str, prefetch: int, *, confirms: bool = True) -> Link:
+        """Return the link of a party; one without `confirms` may lose with a connection what it published."""
 
 
 def topology(job: Job, broker: str) -> Topology:

@@ -22,6 +22,7 @@ from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.asked import schedule_of
+from sl_queue.launch.connect import Connect
 from sl_queue.launch.importance import REPEATS, Explained, Importance, direction
 from sl_queue.launch.service import PREFETCH, Models, id_key, versions_of
 from sl_queue.loops.explaining import Questions
@@ -39,7 +40,7 @@ Inputs = Sequence[Mapping[str, list[Any]]]  # of each part of the rows, by party
 
 
 def explain_over(
-    job: Job, spec: PartySpec, state: Path, connect: Any, seal: Seal | None, run: str | None = None
+    job: Job, spec: PartySpec, state: Path, connect: Connect, seal: Seal | None, run: str | None = None
 ) -> Explained:
     """Explain on the rows of `spec`, with labels, that all parties serve. Raises SlQueueError."""
     version = choose_version(state, run)

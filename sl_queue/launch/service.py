@@ -18,6 +18,7 @@ from sl_queue.config.resolve import PartySpec
 from sl_queue.data.table import keyed_ids
 from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
+from sl_queue.launch.connect import Connect
 from sl_queue.launch.importance import NAME, Explained, Importance
 from sl_queue.launch.outcome import meaning_of, undoing
 from sl_queue.launch.prediction import loss_of, named_rows, with_own_secret
@@ -127,7 +128,7 @@ def serve_feature(
     job: Job,
     spec: PartySpec,
     state: Path,
-    connect: Any,
+    connect: Connect,
     seal: Seal | None,
     *,
     at_most: int,
@@ -262,7 +263,7 @@ class LabelHolderService:
 
 
 def serve_label(
-    job: Job, spec: PartySpec, state: Path, connect: Any, seal: Seal | None, run: str | None, *, deadline_s: float
+    job: Job, spec: PartySpec, state: Path, connect: Connect, seal: Seal | None, run: str | None, *, deadline_s: float
 ) -> Served:
     """Begin to take requests by `Served.label.service.predict`. Raises SlQueueError."""
     holder = LabelHolderService(job, spec, state, run)

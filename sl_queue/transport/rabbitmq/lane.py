@@ -23,9 +23,8 @@ from sl_queue.transport.rabbitmq.connection import Connection
 from sl_queue.transport.rabbitmq.failures import Denied, Lost, Refused
 from sl_queue.transport.rabbitmq.lane_session import LaneSession, Locked
 from sl_queue.transport.rabbitmq.nodes import Nodes
+from sl_queue.transport.rabbitmq.publishing import IN_FLIGHT_BYTES
 from sl_queue.transport.retry import CONNECTING, LOCKING, Limits, persist
-
-IN_FLIGHT_BYTES = 64 * 1024 * 1024  # given to the driver and not confirmed
 
 log = logging.getLogger("sl_queue")
 

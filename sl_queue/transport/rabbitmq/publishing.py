@@ -16,7 +16,7 @@ from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED, declare
 from sl_queue.transport.rabbitmq.unconfirmed import Outgoing, Unconfirmed
 from sl_queue.transport.retry import PUBLISHING, pause_s
 
-IN_FLIGHT_BYTES = 64 * 1024 * 1024  # given to pika and not confirmed: pika copies what it is given
+IN_FLIGHT_BYTES = 64 * 1024 * 1024  # given to the connection and not confirmed
 UNCONFIRMED_BYTES = 4 * 1024 * 1024  # given to a socket that does not take them, without confirms; what waits expires
 _ANY = ""  # queue that is declared again; nothing is paused for it
 
