@@ -20,6 +20,7 @@ from sl_queue.transport.party_channel import PartyChannel
 from sl_queue.transport.refusals import COPIES, Refusals
 from sl_queue.transport.scheduler_channel import INBOX_BYTES, PREFETCH, LinkSchedulerChannel
 from tests.support.toy_run import CrashAt, ToyRun
+from tests.support.waiting import await_that
 
 TOPOLOGY = Topology("label", ("a", "b"))
 PIPELINE = Pipeline(Batches(200, 7, 10, 4, 2, holdout=0.2), depth=2, staleness=0, checkpoint_every=3)
@@ -228,19 +229,22 @@ def test_large_reports_that_a_scheduler_has_not_taken_are_bounded_by_bytes(
 # What was left behind -----------------------------------------------------------------------------------------
 
 
-def never_again() -> None:
-    """Be killed by a supervisor that does not start it again."""
-    raise SlQueueError("killed")
-
-
 def test_a_job_that_begins_anew_on_its_old_queues_refuses_nothing() -> None:
     quiet = ToyRun().run()
     broker = MemoryBroker()
-    earlier = ToyRun(broker=broker, crashes={"label": CrashAt(30, act=never_again)})
-    with pytest.raises((SlQueueError, AssertionError)):
-        earlier.run(timeout_s=3.0)
-    waiting = sum(len(q.ready) + len(q.unacknowledged) for q in broker._queues.values())
-    assert waiting > 5, "the earlier run left something behind"
+
+    def kept_for_label(sender: str) -> int:
+        queue = broker._queues["label", sender]
+        return len(queue.ready) + len(queue.unacknowledged)
+
+    def never_again() -> None:
+        """Be killed by a supervisor that does not start it again, once each has left something behind."""
+        await_that(lambda: kept_for_label("a") and kept_for_label("b"))
+        raise SlQueueError("killed")
+
+    with pytest.raises(SlQueueError, match="killed"):
+        ToyRun(broker=broker, crashes={"label": CrashAt(30, act=never_again)}).run()
+    assert kept_for_label("a") and kept_for_label("b")
     again = ToyRun(broker=broker).run()
     assert again.weights() == quiet.weights()
     assert broker.dead_letters == []
