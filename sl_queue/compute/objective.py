@@ -89,7 +89,7 @@ def objective_of(
     outputs = outputs_of(wanted.outputs, kind, loss, task, list(metrics), output, scaled, where)
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
     warnings += [twice] if twice else []
-    weighting = weighting_of(fit, table.labels, table.weights, missing=wanted.missing, where=where)
+    weighting = weighting_of(fit, table.labels, tried, table.weights, missing=wanted.missing, where=where)
     has_weights = weighting is not None and weighting.weights is not None
     weighted = _weighted(wanted.metrics, metrics, task, where) if has_weights else {}
     return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings, weighting, weighted)

@@ -15,12 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 
 from sl_queue.compute.fitting import CLASSES_TAKEN, ELEMENTWISE, FittedLoss, kind_of
-from sl_queue.compute.losses import LOSSES, Loss
+from sl_queue.compute.losses import LOSSES, Loss, are_soft, class_numbers
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import Positions
+
+_CLASSES = {LOSSES["cross_entropy"], *CLASSES_TAKEN}
+_MARGINS = {nn.MultiMarginLoss, F.multi_margin_loss}  # which weigh classes in a mean over the rows
+_IGNORED = -100  # torch's own choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Weighting:
     elements: FittedLoss | None  # of each label; None: the loss takes the weights itself, or is one of known rows
     loss: FittedLoss
     weights: Tensor | None = field(repr=False)  # (all rows,) float64
-    known: Tensor | None = field(repr=False)  # as the labels, True where one is known
+    known: Tensor | None = field(repr=False)  # of each element of the loss, True where its label is known
     amounts: Tensor = field(repr=False)  # (all rows,) float64: of what a mean over these rows is a mean
 
     def amount(self, positions: Positions) -> float:
@@ -56,7 +61,7 @@ class Weighting:
     def _of_elements(
         loss: FittedLoss, output: Tensor, labels: Tensor, known: Tensor | None, weights: Tensor | None, amount: float
     ) -> Tensor:
-        found = loss(output, labels if known is None else torch.where(known, labels, 0))
+        found = loss(output, labels if known is None else torch.where(labels.isnan(), 0, labels))
         if weights is not None:
             found = found * weights.to(found.dtype).reshape(-1, *[1] * (found.dim() - 1))
         if known is not None:
@@ -67,24 +72,33 @@ class Weighting:
 def weighting_of(
     fit: FittedLoss,
     labels: npt.NDArray[Any],
+    output: Tensor,
     weights: npt.NDArray[Any] | None,
     *,
     missing: bool,
     where: str,
 ) -> Weighting | None:
-    """Return how rows count, None where all count alike. Raises JobError for a loss that cannot tell them apart."""
+    """Return how rows count, None where all count alike; `output` is the fuse model's for a few rows.
+
+    Raises JobError for a loss that cannot tell them apart.
+    """
     known = None
     if missing and labels.dtype.kind == "f" and np.isnan(labels).any():
         known = torch.from_numpy(~np.isnan(labels))
-    of_classes = _class_weights(fit.loss)
-    if weights is None and known is None and of_classes is None:
-        return None
     elements = _unreduced(fit)
+    counts = None if elements is None else _counts(fit.loss, labels, output)
+    if weights is None and known is None and counts is None:
+        return None
+    each = torch.ones(labels.shape, dtype=torch.bool) if known is None else known
     if elements is None:
-        _require_own(fit, weights is not None, labels, where)
+        _require_own(fit, weights is not None, known is not None and known.dim() > 1, where)
+        rows = each.reshape(len(labels), -1).all(1).double()
+    else:
+        each = _of_each_element(fit.loss, each, output)
+        known = None if known is None else each
+        rows = (each if counts is None else each * counts).double().reshape(len(labels), -1).sum(1)
     mine = None if weights is None else torch.from_numpy(np.ascontiguousarray(weights)).double()
-    amounts = _amounts(labels, mine, known, of_classes, one_a_row=elements is None)
-    return Weighting(elements, fit, mine, known, amounts)
+    return Weighting(elements, fit, mine, known, rows if mine is None else rows * mine)
 
 
 def known_rows(labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -95,40 +109,56 @@ def known_rows(labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return found
 
 
-def _amounts(
-    labels: npt.NDArray[Any], weights: Tensor | None, known: Tensor | None, of_classes: Any, *, one_a_row: bool
-) -> Tensor:
-    """Return, for each row, of how much a mean over it is a mean."""
-    each = torch.ones(labels.shape, dtype=torch.float64) if known is None else known.double()
-    if of_classes is not None and labels.ndim == 1:
-        classes = torch.from_numpy(np.nan_to_num(labels).astype(np.int64))
-        each = each * torch.as_tensor(of_classes, dtype=torch.float64)[classes]
-    found = each.reshape(len(labels), -1)
-    rows = found.amin(1) if one_a_row else found.sum(1)
-    return rows if weights is None else rows * weights
+def _of_each_element(loss: Loss, known: Tensor, output: Tensor) -> Tensor:
+    """Return of each element of the loss whether its label is known: one of all classes, where they share it."""
+    if kind_of(loss) not in _CLASSES:
+        return known
+    if are_soft(known, output):
+        return known.all(1)
+    return known.squeeze(1) if known.dim() == output.dim() > 1 and known.shape[1] == 1 else known
 
 
-def _class_weights(loss: Loss) -> Any:
-    """Return the weights of the classes, of our own cross-entropy."""
-    return loss.keywords.get("weight") if isinstance(loss, partial) and loss.func is LOSSES["cross_entropy"] else None
+def _counts(loss: Loss, labels: npt.NDArray[Any], output: Tensor) -> Tensor | None:
+    """Return how much each element of a cross-entropy counts by its class; None where all count alike.
+
+    Of labels that are probabilities torch takes the mean over the rows, whatever their classes weigh.
+    """
+    if kind_of(loss) not in _CLASSES - _MARGINS or are_soft(labels, output):
+        return None
+    classes = class_numbers(torch.from_numpy(np.nan_to_num(labels)), output)
+    weight, ignored = _option(loss, "weight"), classes == _option(loss, "ignore_index", _IGNORED)
+    if weight is None:
+        return (~ignored).double() if bool(ignored.any()) else None
+    of_classes = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach()
+    return of_classes[classes.clamp(0, len(of_classes) - 1)] * ~ignored
+
+
+def _option(loss: Any, name: str, default: Any = None) -> Any:
+    """Return an argument of a loss, or what an instance was made with."""
+    while isinstance(loss, partial):
+        if name in loss.keywords:
+            return loss.keywords[name]
+        loss = loss.func
+    return getattr(loss, name, default) if isinstance(loss, nn.Module) else default
 
 
 def _unreduced(fit: FittedLoss) -> FittedLoss | None:
-    """Return the same loss for each label, None of a loss of the user's own."""
+    """Return the same loss for each label, None of a loss of the user's own and of one that takes no mean."""
     loss: Any = fit.loss
-    kind = kind_of(loss)
-    if kind in LOSSES.values() or (kind in ELEMENTWISE | CLASSES_TAKEN and not isinstance(loss, nn.Module)):
+    if kind_of(loss) not in {*LOSSES.values(), *ELEMENTWISE, *CLASSES_TAKEN}:
+        return None
+    if _option(loss, "reduction", "mean") != "mean":
+        return None
+    if not isinstance(loss, nn.Module):
         return replace(fit, loss=partial(loss, reduction="none"))
-    if kind in ELEMENTWISE | CLASSES_TAKEN and getattr(loss, "reduction", None) == "mean":
-        each = copy.copy(loss)
-        each.reduction = "none"
-        return replace(fit, loss=each)
-    return None
+    each: Any = copy.copy(loss)
+    each.reduction = "none"
+    return replace(fit, loss=each)
 
 
-def _require_own(fit: FittedLoss, weighted: bool, labels: npt.NDArray[Any], where: str) -> None:
+def _require_own(fit: FittedLoss, weighted: bool, several_unknown: bool, where: str) -> None:
     """Raise JobError for a loss of the user's own that is not made for this."""
-    if labels.ndim > 1 and not weighted:
+    if several_unknown:
         raise JobError(
             f'{where}: missing_labels = "mask" with several labels a row needs a loss that has a name, or one of torch'
         )

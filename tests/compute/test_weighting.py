@@ -1,5 +1,7 @@
 """Sample weights, class weights and labels that are not known: exact in a step, however it is cut into parts."""
 
+import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from tests.support.tables import read_table
 
 ROWS = 24
 SGD = {"name": "sgd", "lr": 0.5}
+Outputs = int | tuple[int, ...]
 DRAW = np.random.default_rng(0)
 WEIGHTS = DRAW.uniform(0, 3, ROWS) * (DRAW.random(ROWS) > 0.2)
 
@@ -28,15 +31,18 @@ WEIGHTS = DRAW.uniform(0, 3, ROWS) * (DRAW.random(ROWS) > 0.2)
 class Head(nn.Module):
     """One layer on the first activation."""
 
-    def __init__(self, outputs: int) -> None:
+    def __init__(self, outputs: Outputs) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, outputs)
+        self.shape = outputs if isinstance(outputs, tuple) else (outputs,)
+        self.layer = nn.Linear(4, math.prod(self.shape))
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        return self.layer(inputs[0])  # type: ignore[no-any-return]
+        return self.layer(inputs[0]).reshape(-1, *self.shape)  # type: ignore[no-any-return]
 
 
-def run_of(labels: Any, loss: Any, outputs: int, weights: Any = None, micro_batches: int = 3, **fuse: Any) -> Parties:
+def run_of(
+    labels: Any, loss: Any, outputs: Outputs, weights: Any = None, micro_batches: int = 3, **fuse: Any
+) -> Parties:
     torch.manual_seed(1)
     features = np.random.default_rng(1).normal(size=(ROWS, 3)).astype(np.float32)
     given = {"bank": nn.Linear(3, 4), "fuse": Head(outputs)}
@@ -107,7 +113,37 @@ def masked_bce(labels: Any, weights: Any = None) -> Any:
     return loss
 
 
-CASES: dict[str, tuple[Any, Any, int, Any, dict[str, Any], Any]] = {
+GRID = DRAW.integers(0, 3, (ROWS, 2))
+ONE_HOT = np.eye(3, dtype=np.float32)[CLASSES]
+SOME_IGNORED = np.where(DRAW.random(ROWS) < 0.4, -100, CLASSES)
+ROWS_KNOWN = np.where(DRAW.random((ROWS, 1)) < 0.4, np.nan, ONE_HOT)
+OF_CLASSES = torch.tensor(CLASS_WEIGHT)
+
+
+def cross_entropy(labels: Any, **options: Any) -> Any:
+    """Return torch's own loss of outputs and positions; rows of which a label is not known are left out."""
+    y = torch.from_numpy(labels)
+
+    def loss(output: Tensor, rows: Any) -> Tensor:
+        known = ~y[rows].isnan().reshape(len(rows), -1).any(1)
+        return F.cross_entropy(
+            output[known], y[rows][known].to(y.dtype if y.dtype == torch.int64 else torch.float32), **options
+        )
+
+    return loss
+
+
+def weighed(labels: Any) -> Any:
+    """Return the mean of torch's own loss for each row, by the rows' weights."""
+
+    def loss(output: Tensor, rows: Any) -> Tensor:
+        each = F.cross_entropy(output, torch.from_numpy(labels)[rows], reduction="none")
+        return ((each * W[rows]).sum() / W[rows].sum()).float()
+
+    return loss
+
+
+CASES: dict[str, tuple[Any, Any, Outputs, Any, dict[str, Any], Any]] = {
     "binary weights": (BINARY, "bce_with_logits", 1, WEIGHTS, {}, masked_bce(BINARY.astype(float), W)),
     "class weights": (
         CLASSES,
@@ -154,6 +190,72 @@ CASES: dict[str, tuple[Any, Any, int, Any, dict[str, Any], Any]] = {
         None,
         {"missing_labels": "mask"},
         masked_bce(ONE_GAP),
+    ),
+    "class weights of a column": (
+        CLASSES[:, None],
+        {"name": "cross_entropy", "weight": CLASS_WEIGHT},
+        3,
+        None,
+        {},
+        cross_entropy(CLASSES, weight=OF_CLASSES),
+    ),
+    "class weights of a grid": (
+        GRID,
+        {"name": "cross_entropy", "weight": CLASS_WEIGHT},
+        (3, 2),
+        None,
+        {},
+        cross_entropy(GRID, weight=OF_CLASSES),
+    ),
+    "class weights of probabilities": (
+        ONE_HOT,
+        {"name": "cross_entropy", "weight": CLASS_WEIGHT},
+        3,
+        None,
+        {},
+        cross_entropy(ONE_HOT, weight=OF_CLASSES),
+    ),
+    "class weights of torch's": (
+        CLASSES,
+        nn.CrossEntropyLoss(OF_CLASSES),
+        3,
+        None,
+        {},
+        cross_entropy(CLASSES, weight=OF_CLASSES),
+    ),
+    "class weights of a function": (
+        CLASSES,
+        partial(F.cross_entropy, weight=OF_CLASSES),
+        3,
+        None,
+        {},
+        cross_entropy(CLASSES, weight=OF_CLASSES),
+    ),
+    "classes that are ignored": (SOME_IGNORED, nn.CrossEntropyLoss(), 3, None, {}, cross_entropy(SOME_IGNORED)),
+    "another number that is ignored": (
+        CLASSES,
+        nn.CrossEntropyLoss(OF_CLASSES, ignore_index=2),
+        3,
+        None,
+        {},
+        cross_entropy(CLASSES, weight=OF_CLASSES, ignore_index=2),
+    ),
+    "margins": (
+        CLASSES,
+        nn.MultiMarginLoss(weight=OF_CLASSES),
+        3,
+        None,
+        {},
+        lambda o, rows: F.multi_margin_loss(o, TARGETS[rows], weight=OF_CLASSES),
+    ),
+    "probabilities and weights": (ONE_HOT, "cross_entropy", 3, WEIGHTS, {}, weighed(ONE_HOT)),
+    "probabilities with gaps": (
+        ROWS_KNOWN,
+        "cross_entropy",
+        3,
+        None,
+        {"missing_labels": "mask", "metrics": ["accuracy"]},
+        cross_entropy(ROWS_KNOWN),
     ),
 }
 
@@ -335,6 +437,12 @@ def test_weights_that_mean_nothing_are_refused(weights: Any, words: str) -> None
             GAPS,
             None,
             {"missing_labels": "mask", "loss": lambda o, y: (o - y).abs().mean()},
+            'missing_labels = "mask" with several labels a row needs a loss that has a name',
+        ),
+        (
+            GAPS,
+            WEIGHTS,
+            {"missing_labels": "mask", "loss": lambda o, y, w: ((o - y).abs().mean(1) * w).mean()},
             'missing_labels = "mask" with several labels a row needs a loss that has a name',
         ),
         (np.full((ROWS, 3), np.nan), None, {"missing_labels": "mask"}, "no row has all of its labels"),
