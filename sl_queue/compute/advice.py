@@ -38,11 +38,13 @@ def advice(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
             "instance to 0.2, or remove the metrics"
         )
     reasons: dict[str, list[str]] = {}
-    for name, why in undefined_metrics(stage.objective, stage.batches).items():
+    undefined = undefined_metrics(stage.objective, stage.batches)
+    for name, why in undefined.items():
         if stops_on == name:
+            other = "or another holdout_seed" if "loss" in undefined else 'another holdout_seed, or metric = "loss"'
             yield Advice(
                 f"early_stopping.metric = {name!r}: {why}, so {name} is undefined and never stops the run; take a "
-                'larger holdout, another holdout_seed, or metric = "loss"',
+                f"larger holdout{' ' if other.startswith('or') else ', '}{other}",
                 decides=True,
             )
         else:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -147,7 +148,7 @@ def measured(
     if len(of_raw) < len(objective.metrics):
         scores, classes = predictions(objective.task, objective.outputs, output, labels)
     return {
-        name: metric(output, labels) if metric in of_raw else metric(scores, classes)
+        name: metric(output.clone(), labels.clone()) if metric in of_raw else metric(scores, classes)
         for name, metric in objective.metrics.items()
     }
 
@@ -180,13 +181,13 @@ def _measured_by_weight(
     """Return the metrics where rows do not count alike; labels that are not known are left out."""
     scores, targets = predictions(objective.task, objective.outputs, output, torch.nan_to_num(labels))
     known, weights = _counted(weighting, len(targets), labels, positions)
-    if not bool(known.any()):
+    if not bool(known.any() if weights is None else weights.any()):
         return dict.fromkeys(objective.metrics)
     if weights is not None:
         return {name: metric(scores[known], targets[known], weights) for name, metric in objective.weighted.items()}
     whole = known_rows(labels.numpy())
     return {
-        name: metric(output[whole], labels[whole])
+        name: (metric(output[whole], labels[whole]) if whole.any() else None)
         if isinstance(metric, OfRawOutputs)
         else metric(scores[known], targets[known])
         for name, metric in objective.metrics.items()
@@ -194,13 +195,20 @@ def _measured_by_weight(
 
 
 def undefined_metrics(objective: Objective, batches: Batches) -> dict[str, str]:
-    """Return which metrics the held-out rows do not define, and why; their labels alone decide it."""
-    if not objective.metrics or not batches.holdout_rows:
+    """Return which metrics the held-out rows do not define, and why; their labels and weights alone decide it."""
+    if not batches.holdout_rows:
         return {}
-    parts = [torch.from_numpy(batches.holdout_part(index)) for index in range(batches.holdout_parts)]
-    labels = objective.labels[torch.cat(parts)]
+    positions = np.concatenate([batches.holdout_part(index) for index in range(batches.holdout_parts)])
+    if not objective.amount(positions):
+        why = "no held-out row counts, because its label is not known or its weight is 0"
+        return dict.fromkeys(["loss", *objective.metrics], why)
+    labels = objective.labels[torch.from_numpy(positions)]
     output = torch.empty(len(labels), *objective.shape, device="meta")  # whose shape alone is looked at
-    return undefined(objective.metrics, objective.task, targets(objective.task, output, labels))
+    there = targets(objective.task, output, torch.nan_to_num(labels)) if objective.metrics else labels
+    if objective.weighting is not None and objective.metrics:
+        known, weights = _counted(objective.weighting, len(there), labels, positions)
+        there = there[known] if weights is None else there[known][weights > 0]
+    return undefined(objective.metrics, objective.task, there)
 
 
 def why_not_finite(output: Tensor, model: str) -> str:

@@ -50,7 +50,8 @@ class Scoring:
             raise LocalProtocolError("metrics without an evaluation")
         self._scored.clear()
         self.tables = None
-        found: dict[str, float | None] = {"loss": mean_by_amount([(part.amount, part.loss) for part in parts])}
+        losses = [(part.amount, part.loss) for part in parts]
+        found: dict[str, float | None] = {"loss": mean_by_amount(losses) if any(p.amount for p in parts) else None}
         if self.objective.metrics:
             output, labels = torch.cat([p.output for p in parts]), torch.cat([p.labels for p in parts])
             rows = np.concatenate([self.batches.holdout_part(index) for index in range(self.batches.holdout_parts)])
