@@ -55,8 +55,8 @@ class _Evaluated:
 
     def __init__(self, model: Model) -> None:
         self._model, self._quiet, self._kept = model, False, ExitStack()
-        model.module.eval()
         self._kept.enter_context(model.averaged())
+        model.module.eval()
 
     def run(self, inputs: Callable[[], Inputs], where: str) -> Tensor:
         """Return the model's output."""

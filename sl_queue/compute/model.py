@@ -175,7 +175,7 @@ class Model(Runnable):
 
         Afterwards every submodule is in the mode in which it was.
         """
-        with in_evaluation(self.module), self.averaged():
+        with self.averaged(), in_evaluation(self.module):  # a layer may compute of its weights as it enters
             yield
 
     def averaged(self) -> AbstractContextManager[None]:
