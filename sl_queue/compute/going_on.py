@@ -3,7 +3,7 @@
 Weights are matched by name and shape: what both models have is taken over, the rest stays as it was built.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
 
@@ -35,13 +35,13 @@ def _given(model: Model, path: Path) -> Iterable[str]:
             f"{where} begins with the weights of an earlier run, but {path} cannot be read "
             f"({type(error).__name__}); let [start] from name the state folder of a run that has finished"
         ) from None
-    own: Mapping[str, Tensor] = model.module.state_dict(keep_vars=True)
+    own = {name: tensor for name, tensor in model.module.state_dict().items() if isinstance(tensor, Tensor)}
     same = [name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape]
     if own and not same:
         raise JobError(f"{where} shares no tensor with {path}: no name and shape is the same; begin without [start]")
     with torch.no_grad():
-        for name in same:
-            own[name].copy_(weights[name])
+        # a module may keep its weights in another form than it saves them in: it takes them back itself
+        model.module.load_state_dict({**own, **{name: weights[name] for name in same}}, strict=False)
         if model.learning is not None and model.learning.average is not None:
             for name, parameter in model.module.named_parameters():
                 model.learning.average.tensors[name].copy_(parameter)
