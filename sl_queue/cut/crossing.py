@@ -254,8 +254,8 @@ def require_shape(activation: Tensor, rows: int, cut: BaseCut, where: str) -> No
 
 
 def to_payload(tensor: Tensor, rows: bytes = b"") -> Payload:
-    """Return a copy of a tensor in C order, detached from its graph and from its device."""
-    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), _numbers(tensor).tobytes(), rows)
+    """Return a copy in C order, off graph and device; NumPy sees a copy, for what it has seen cannot be resized."""
+    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), _numbers(tensor.detach().clone()).tobytes(), rows)
 
 
 def payload_view(tensor: Tensor, rows: bytes) -> Payload:
