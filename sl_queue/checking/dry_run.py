@@ -91,6 +91,9 @@ def _dry_label_holder(
         check.ok(f"{job.label_holder}: fuse model and loss accept the cut layers {_cuts(job)}")
         few = _activations(job, smallest, party.table, batches, _smallest(batches))
         check.attempt(lambda: _on(check, few, lambda: _smallest_fuse(party, batches, few.payloads)))
+        if batches.holdout_parts:
+            held = _held_out(job, first, party.table, batches)
+            check.attempt(lambda: _on(check, held, lambda: _evaluate(stage, batches, held.payloads)))
     return seconds
 
 
@@ -130,6 +133,19 @@ def _smallest_fuse(party: Readable, batches: Batches, activations: Mapping[str, 
     return _explained(batches, lambda: stage.forward_backward(_smallest(batches), activations))
 
 
+def _evaluate(stage: TorchFuseStage, batches: Batches, activations: Mapping[str, Payload]) -> None:
+    """Score the last held-out rows, which may be few."""
+    part = batches.holdout_parts - 1
+    try:
+        stage.evaluate(MicroBatch(0, part), activations)
+    except SlQueueError as error:
+        rows = batches.holdout_part(part).size
+        raise type(error)(
+            f"{error}; these are the last held-out rows that are evaluated together, {rows} row(s): let the model take "
+            "any number of them (squeeze() without an axis takes away that of the rows), or hold out another share"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Activations:
     """Activations of the feature parties, or stand-ins for those of the parties in `made_up`."""
@@ -150,6 +166,17 @@ def _activations(
         dtype = seen[name].dtype if name in seen else "float32"
         payloads[name] = stand_in(job.seed, name, (len(positions), *(job.cut(name) or ())), dtype, rows)
     return _Activations(payloads, made_up)
+
+
+def _held_out(job: Job, seen: Mapping[str, Payload], table: Table, batches: Batches) -> _Activations:
+    """Return stand-ins for the activations of the last held-out rows."""
+    positions = batches.holdout_part(batches.holdout_parts - 1)
+    rows = CutRows.of(table.row_keys, positions, held_out=True).digest
+    payloads = {}
+    for name in job.feature_parties:
+        dtype = seen[name].dtype if name in seen else "float32"
+        payloads[name] = stand_in(job.seed, name, (len(positions), *(job.cut(name) or ())), dtype, rows)
+    return _Activations(payloads, tuple(payloads))
 
 
 def _on(check: Check, activations: _Activations, action: Callable[[], T]) -> T | None:

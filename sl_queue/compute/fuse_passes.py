@@ -22,7 +22,8 @@ from sl_queue.compute.running import aggregated, blame
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.guard import place
 from sl_queue.cut.rows import CutRows
-from sl_queue.errors import ComputeError, NonFiniteError
+from sl_queue.cut.tensors import described
+from sl_queue.errors import ComputeError, NonFiniteError, ShapeError
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches, Positions
 from sl_queue.protocol.table import Table
@@ -206,6 +207,11 @@ class FusePasses:
         return self._amounts[1]
 
     def _loss(self, output: Tensor, labels: Tensor, positions: Positions, where: str) -> tuple[Tensor, float]:
+        if output.dim() == 0 or len(output) != len(positions):
+            raise ShapeError(
+                f"{where}: {self.model.name} puts out {described(output)} for {len(positions)} row(s); the first axis "
+                "must be that of the rows, of one row as well: squeeze() without an axis takes it away"
+            )
         with blame(f"{where}: the loss failed"):
             loss = self.objective.loss_of(output, labels, positions)
             value = loss.item()
