@@ -67,7 +67,10 @@ class FittedLoss:
     floor: torch.dtype  # the narrowest dtype to compute in
 
     def __call__(self, output: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
-        """`weights` of the rows are handed on to a loss of the user's own that takes them."""
+        """`weights` of the rows are handed on to a loss of the user's own that takes them.
+
+        What such a loss changes in place are copies: output and labels are measured after it.
+        """
         output = widened(output, self.floor)
         loss: Any = self.loss
         match self.form:
@@ -78,9 +81,10 @@ class FittedLoss:
             case Form.CLASSES:
                 return loss(output, as_classes(labels, output))  # type: ignore[no-any-return]
             case Form.SHAPE if same_numbers(labels, output):
-                return loss(output, _wide(labels, output).reshape(output.shape), *weights)  # type: ignore[no-any-return]
+                shaped = _wide(labels, output).clone().reshape(output.shape)
+                return loss(output.clone(), shaped, *weights)  # type: ignore[no-any-return]
             case _:
-                return loss(output, _wide(labels, output), *weights)  # type: ignore[no-any-return]
+                return loss(output.clone(), _wide(labels, output).clone(), *weights)  # type: ignore[no-any-return]
 
 
 def kind_of(loss: Any) -> Any:

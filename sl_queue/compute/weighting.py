@@ -126,11 +126,11 @@ def _counts(loss: Loss, labels: npt.NDArray[Any], output: Tensor) -> Tensor | No
     if kind_of(loss) not in _CLASSES - _MARGINS or are_soft(labels, output):
         return None
     classes = class_numbers(torch.from_numpy(np.nan_to_num(labels)), output)
-    weight, ignored = _option(loss, "weight"), classes == _option(loss, "ignore_index", _IGNORED)
+    weight, ignored = _option(loss, "weight"), torch.eq(classes, _option(loss, "ignore_index", _IGNORED))
     if weight is None:
         return (~ignored).double() if bool(ignored.any()) else None
-    of_classes = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach()
-    return of_classes[classes.clamp(0, len(of_classes) - 1)] * ~ignored
+    of_classes: Tensor = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach()
+    return of_classes[classes.clamp(0, len(of_classes) - 1)].masked_fill(ignored, 0.0)
 
 
 def _option(loss: Any, name: str, default: Any = None) -> Any:
