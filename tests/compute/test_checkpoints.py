@@ -91,7 +91,7 @@ def test_a_folder_without_checkpoints_says_so(tmp_path: Path) -> None:
 
 def test_storage_needs_no_torch() -> None:
     script = "import sys, sl_queue.storage.checkpoints; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 # Which ones are kept ------------------------------------------------------------------------------------------------
@@ -233,11 +233,11 @@ def test_a_second_worker_is_told_that_the_party_is_served(tmp_path: Path) -> Non
         folder(tmp_path)
     with folder(tmp_path) as checkpoints:
         command = [sys.executable, "-c", LOCK_IT, str(tmp_path)]
-        second = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+        second = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
         assert "PartyBusy" in second.stderr
         checkpoints.close()
         checkpoints.close()
-        assert subprocess.run(command, env=environment(), timeout=60, check=False).returncode == 0
+        assert subprocess.run(command, env=environment(), timeout=300, check=False).returncode == 0
 
 
 def test_the_lock_goes_with_the_object(tmp_path: Path) -> None:

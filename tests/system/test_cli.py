@@ -86,7 +86,7 @@ def test_a_wrong_environment_variable_is_one_line() -> None:
     program = "from sl_queue.local.threads import shared_threads; from sl_queue.launch.process import leaving\n"
     command = [sys.executable, "-c", f"{program}with leaving(): shared_threads(2)"]
     env = environment(SL_QUEUE_THREADS="abc")
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=300)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "SL_QUEUE_THREADS = 'abc'" in done.stderr
 

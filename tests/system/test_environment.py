@@ -39,7 +39,7 @@ WRONG = [
 def run(*words: str, **changes: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SL_QUEUE_")}
     command = [sys.executable, *words]
-    return subprocess.run(command, cwd=ROOT, env={**kept, **changes}, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=ROOT, env={**kept, **changes}, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(("name", "text"), WRONG)

@@ -39,7 +39,7 @@ def test_a_worker_says_its_real_code_where_it_tells_another(final: str | None, c
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SL_QUEUE_")}
     environ = {**kept, "PYTHONPATH": str(ROOT), **({} if final is None else {"SL_QUEUE_FINAL_EXIT": final})}
     command = [sys.executable, "-m", "workers.scheduler", "--job", "nowhere.toml", "--broker", "amqp://localhost"]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == code and "error: " in done.stderr and "nowhere.toml" in done.stderr
     assert ("exit code 2, reported as 0" in done.stderr) == (final is not None)
 

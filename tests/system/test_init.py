@@ -131,7 +131,7 @@ def test_at_a_terminal_it_asks(tmp_path: Path) -> None:
         text=True, env=environment(),
     )  # fmt: skip
     os.write(mine, "".join(f"{answer}\n" for answer in answers).encode())
-    said, _ = process.communicate(timeout=100)
+    said, _ = process.communicate(timeout=300)
     os.close(theirs)
     os.close(mine)
     assert process.returncode == 0, said

@@ -17,7 +17,7 @@ def test_the_page_goes_from_raw_files_to_a_model(tmp_path: Path) -> None:
         if kind in ("python", "toml"):
             name = text.partition("\n")[0].removeprefix("# ")
             (tmp_path / name).write_text(text)
-    subprocess.run([sys.executable, "tables.py"], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([sys.executable, "tables.py"], cwd=tmp_path, check=True, timeout=300)
     (commands,) = (text for kind, text in blocks if kind == "sh")
     said = {}
     for command in commands.splitlines():
