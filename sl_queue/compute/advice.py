@@ -22,6 +22,12 @@ def advice(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
     `stops_on` is the metric that ends training early, if one does.
     """
     yield from map(Advice, stage.objective.warnings)
+    if stage.objective.adds_up and stage.batches.parts(0) > 1 and not stage.layers.whole_batch:
+        yield Advice(
+            f"the loss is twice as large of all rows twice: it is a sum, and each of the {stage.batches.parts(0)} "
+            "micro-batches of a step counts as a mean does, by its share of the rows. Divide it by them, or set "
+            "micro_batches = 1"
+        )
     if (far := far_labels(stage)) is not None:
         yield Advice(far)
     metrics = list(stage.objective.metrics)
@@ -37,6 +43,11 @@ def advice(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
             f"metrics = {metrics} measure nothing, because no row is held out ({held}): set holdout in the job, for "
             "instance to 0.2, or remove the metrics"
         )
+    yield from _undefined(stage, stops_on)
+
+
+def _undefined(stage: TorchFuseStage, stops_on: str | None) -> Iterator[Advice]:
+    """Yield which metrics the held-out rows do not define."""
     reasons: dict[str, list[str]] = {}
     undefined = undefined_metrics(stage.objective, stage.batches)
     for name, why in undefined.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.epoch_tables import Rows, tables_of
-from sl_queue.compute.fitting import fitted, kind_of
+from sl_queue.compute.fitting import adds_up, fitted, kind_of
 from sl_queue.compute.losses import Loss, check_labels, label_tensor, loss_of
 from sl_queue.compute.metrics import check_targets, metrics_of, predictions, targets, task_of, undefined
 from sl_queue.compute.modules.handover import Take
@@ -42,6 +42,7 @@ class Objective:
     warnings: Sequence[str] = ()  # of what is allowed and was probably not meant
     weighting: Weighting | None = None  # where rows do not count alike
     weighted: Mapping[str, WeightedMetric] = field(default_factory=dict)  # the metrics of rows with weights
+    adds_up: bool = False  # the loss is a sum over its rows
 
     def amount(self, positions: Positions) -> float:
         """Return how much these rows count together: their number, where all count alike."""
@@ -81,19 +82,18 @@ def objective_of(
         with owned.trial():
             unweighted = loss if table.weights is None else alike(loss)
             fit, warnings, (value, of) = fitted(unweighted, name, tried, labelled, where)
-            fit = fit if fit.loss is loss else replace(fit, loss=loss)
+            sums, fit = adds_up(fit, tried, label_tensor(labelled)), replace(fit, loss=loss)
         require_no_parameters(value, of, models, where)
         labels = label_tensor(table.labels)
         task, metrics = _measures(spec, kind, tried, labelled, labels, where)
     except ShapeError as error:
         raise ShapeError(f"{where}: {error}") from None
-    outputs = outputs_of(wanted.outputs, kind, loss, task, list(metrics), output, scaled, where)
+    outputs, shape = outputs_of(wanted.outputs, kind, loss, task, list(metrics), output, scaled, where), tried.shape[1:]
     twice = doubled(kind, f"loss = {name!r}" if isinstance(name, str) else "the loss", output)
     warnings += [twice] if twice else []
     weighting = weighting_of(fit, table.labels, tried, table.weights, missing=wanted.missing, where=where)
-    has_weights = weighting is not None and weighting.weights is not None
-    weighted = _weighted(wanted.metrics, metrics, task, where) if has_weights else {}
-    return Objective(fit, owned, labels, task, metrics, outputs, tuple(tried.shape[1:]), warnings, weighting, weighted)
+    weighted = {} if table.weights is None else _weighted(wanted.metrics, metrics, task, where)
+    return Objective(fit, owned, labels, task, metrics, outputs, tuple(shape), warnings, weighting, weighted, sums)
 
 
 def _measures(

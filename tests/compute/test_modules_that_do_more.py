@@ -203,6 +203,22 @@ def test_a_metric_that_writes_into_its_arguments_changes_no_other() -> None:
     assert held["right_in_place"] == pytest.approx(held["accuracy"])
 
 
+@pytest.mark.parametrize(
+    ("loss", "sums"),
+    [
+        (nn.BCEWithLogitsLoss(reduction="sum"), True),
+        (lambda output, labels: (output - labels).square().sum(), True),
+        (lambda output, labels: (output - labels).square().mean(), False),
+        (nn.BCEWithLogitsLoss(), False),
+    ],
+)
+def test_a_sum_is_warned_of_where_a_step_is_cut_into_parts(loss: Any, sums: bool) -> None:
+    for micro_batches in (2, 1):
+        job = job_of(pipeline={"micro_batches": micro_batches})
+        said = " ".join(finding.text for finding in check(job, files_of(nn.Linear(6, 4), loss=loss)))
+        assert ("the loss is twice as large of all rows twice: it is a sum" in said) == (sums and micro_batches == 2)
+
+
 # Held-out rows that count for nothing, or are few -------------------------------------------------------------------
 
 
