@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from sl_queue.compute.objective import Objective, measured, tabulated
+from sl_queue.compute.scoring import mean_by_amount
 
 Rows = Sequence[Sequence[float]]
 
@@ -31,18 +32,25 @@ class Evaluation:
 
 
 def evaluate(
-    objective: Objective, outputs: npt.NDArray[Any], positions: npt.NDArray[np.int64] | None = None
+    objective: Objective, outputs: npt.NDArray[Any], parts: Sequence[npt.NDArray[np.int64]] | None = None
 ) -> Evaluation:
     """Compare outputs, shape (rows, *outputs), with the labels of the same rows, in the same order.
 
-    `positions`: of the rows to look at; None: all.
+    `parts`: positions of the rows to look at, as a run evaluates them: the loss is the mean of theirs, to the bit that
+    of the run. None: all rows at once.
     """
-    positions = np.arange(len(outputs)) if positions is None else positions
+    parts = [np.arange(len(outputs))] if parts is None else parts
+    positions = np.concatenate(parts)
     output, labels = torch.from_numpy(outputs[positions]), objective.labels[torch.from_numpy(positions)]
     with torch.no_grad(), objective.owned.evaluating():
-        loss = float(objective.loss_of(output, labels, positions))
-    found: dict[str, float | None] = {"loss": loss}
+        losses = [(objective.amount(part), _loss(objective, outputs, part)) for part in parts]
+    found: dict[str, float | None] = {"loss": mean_by_amount(losses)}
     if objective.metrics:
         found |= measured(objective, output, labels, positions)
     tables = tabulated(objective, output, labels, positions) if objective.metrics else None
     return Evaluation(len(positions), found, tables or {})
+
+
+def _loss(objective: Objective, outputs: npt.NDArray[Any], part: npt.NDArray[np.int64]) -> float:
+    labels = objective.labels[torch.from_numpy(part)]
+    return float(objective.loss_of(torch.from_numpy(outputs[part]), labels, part))

@@ -72,10 +72,10 @@ def read_to_predict(
         strict = not isinstance(data, FileSpec) or data.unseen == "refuse"
         features, names, told = _made(arrays.where, arrays.raw, ids.order, recipe, strict=strict)
     row_keys, digest = fingerprints_of(ids)
-    labels = in_order(arrays.labels, ids.order)
+    labels, weights = in_order(arrays.labels, ids.order), in_order(arrays.weights, ids.order)
     notes = (*arrays.notes, *ids.notes)
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
-    table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes)
+    table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, weights=weights)
     in_file = _columns(data, arrays.ids)
     positions = np.full(len(next(iter(in_file.values()))), -1, np.int64)
     positions[ids.order] = np.arange(len(ids.order))

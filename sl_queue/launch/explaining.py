@@ -150,7 +150,7 @@ class _Measure:
         outputs = np.concatenate([self.models.fuse.fuse(_HERE, part) for part in inputs])
         whole = np.zeros((len(self.keys), *outputs.shape[1:]), outputs.dtype)
         whole[self.positions] = outputs
-        value = evaluate(self.objective, whole, self.positions).metrics[metric]
+        value = evaluate(self.objective, whole, [self.positions]).metrics[metric]
         return float("nan") if value is None else value
 
 

@@ -6,7 +6,7 @@ again goes on where it was; one that finds the prediction done writes the file a
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Predicted:
     outputs: npt.NDArray[Any] = field(repr=False)  # (rows, *outputs), in canonical order
     objective: Objective | None = None  # if there are labels
     loss: str = ""  # by name, if it has one
-    held_out: npt.NDArray[np.int64] | None = None  # positions of the rows that training held out, if they are asked for
+    held_out: Sequence[npt.NDArray[np.int64]] | None = None  # positions of what training held out, in its parts
 
 
 def predict_party(
@@ -132,8 +132,8 @@ def require_kept(job: Job, asked: Asked) -> None:
         raise JobError(f"the job {told}, or evaluate on the rows of [predict]")
 
 
-def _evaluated(job: Job, rows: ToPredict, state: Path, asked: Asked) -> npt.NDArray[np.int64]:
-    """Return the rows that training held out, or kept for a test."""
+def _evaluated(job: Job, rows: ToPredict, state: Path, asked: Asked) -> Sequence[npt.NDArray[np.int64]]:
+    """Return the rows that training held out, in its parts, or kept for a test."""
     by: Any = rows.table.hashes
     if job.tells_holdout:
         held = read_held_out(state)
@@ -142,10 +142,11 @@ def _evaluated(job: Job, rows: ToPredict, state: Path, asked: Asked) -> npt.NDAr
         held.require(rows.table.digest, f"party {job.label_holder!r}")
         by = held.chosen
     batches = job.batches(rows.table.n_rows, by)
-    positions = batches.test_positions if asked.test else batches.holdout_positions
-    if not len(positions):
+    held_out = [batches.holdout_part(index) for index in range(batches.holdout_parts)]
+    parts = [batches.test_positions] if asked.test else held_out
+    if not sum(map(len, parts)):
         raise JobError(f"the job's share for a {'test' if asked.test else 'holdout'} is no row of this table")
-    return positions
+    return parts
 
 
 def _stage(

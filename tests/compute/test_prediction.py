@@ -15,7 +15,7 @@ import sl_queue
 from sl_queue.compute.predicted import columns_of
 from sl_queue.errors import AlignmentError, CheckpointError, JobError
 from sl_queue.launch.asked import Asked, schedule_of
-from sl_queue.launch.outcome import write_outcome
+from sl_queue.launch.outcome import write_evaluation, write_outcome
 from sl_queue.local.prediction import predict_threads
 from sl_queue.storage.versions import versions_in
 
@@ -165,6 +165,26 @@ def test_the_labels_that_are_there_are_measured(trained: Any) -> None:
     assert found.objective is not None
     labels = found.rows.table.labels
     assert labels is not None and len(labels) == NEW
+
+
+def test_rows_with_weights_are_evaluated_as_training_did_to_the_bit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids, bank, insurer = np.arange(N), rng.standard_normal((N, 3)), rng.standard_normal((N, 2))
+    rows = sl_queue.Rows(ids, insurer, (bank[:, 0] > insurer[:, 1]).astype(int), weights=np.where(ids % 7, 1.0, 30.5))
+    parties = files({"bank": sl_queue.Rows(ids, bank), "insurer": rows})
+    result = sl_queue.run_local(job(), parties, out=tmp_path)
+    held_out = predict_threads(job(), parties, states(tmp_path), Asked(labels=True, held_out=True))
+    found = write_evaluation(held_out, tmp_path / "held")
+    assert found.metrics == result.history[-1]["holdout"]
+    assert found.tables == result.history[-1]["tables"]
+    again = write_evaluation(
+        predict_threads(job(), parties, states(tmp_path), Asked(labels=True), rows={p.party: p.data for p in parties}),
+        tmp_path / "all",
+    )
+    unweighted = sl_queue.Rows(rows.ids, rows.features, rows.labels)
+    plain = {"bank": parties[0].data, "insurer": unweighted}
+    other = predict_threads(job(), parties, states(tmp_path), Asked(labels=True), rows=plain)
+    assert again.metrics["auroc"] != write_evaluation(other, tmp_path / "all").metrics["auroc"]
 
 
 def test_a_row_that_a_party_lacks_is_refused_without_an_alignment(trained: Any) -> None:
