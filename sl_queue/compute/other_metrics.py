@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sl_queue.compute.names import plain_name
 from sl_queue.errors import ComputeError, JobError
 from sl_queue.ports import UserCode
 from sl_queue.protocol.text import nearest
@@ -68,7 +69,7 @@ def torchmetric(metric: Any, task: Task, known: Iterable[str], where: str, class
     name = metric if isinstance(metric, str) else metric["name"]
     options = {} if isinstance(metric, str) else {k: v for k, v in metric.items() if k not in ("name", "as")}
     functions = _functions(task)
-    key = _plain(name)
+    key = plain_name(name)
     function = functions.get(key) or functions.get(f"{key}score") or functions.get(key.removesuffix("score"))
     if function is None:
         allowed = ", ".join(("loss", *known))
@@ -97,12 +98,8 @@ def _functions(task: Task) -> dict[str, Callable[..., Any]]:
     kind = "regression" if task is Task.REGRESSION else "classification"
     module, prefix = import_module(f"torchmetrics.functional.{kind}"), _PREFIXES[task]
     names = [name for name in vars(module) if name.startswith(prefix) and not name.startswith("_")]
-    found = {_plain(name.removeprefix(prefix)): getattr(module, name) for name in names}
+    found = {plain_name(name.removeprefix(prefix)): getattr(module, name) for name in names}
     return {name: function for name, function in found.items() if inspect.isfunction(function)}
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", "").lower()
 
 
 def _trial(task: Task, classes: int) -> tuple[Tensor, Tensor]:

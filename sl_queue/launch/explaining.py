@@ -23,7 +23,7 @@ from sl_queue.data.to_predict import ToPredict, ids_to_predict
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.asked import schedule_of
 from sl_queue.launch.connect import Connect
-from sl_queue.launch.importance import REPEATS, Explained, Importance, direction
+from sl_queue.launch.importance import REPEATS, Explained, Importance, measure_of, require_defined
 from sl_queue.launch.service import PREFETCH, Models, id_key, versions_of
 from sl_queue.loops.explaining import Questions
 from sl_queue.protocol.messages import MicroBatch
@@ -43,7 +43,7 @@ def explain_over(
     job: Job, spec: PartySpec, state: Path, connect: Connect, seal: Seal | None, run: str | None = None
 ) -> Explained:
     """Explain on the rows of `spec`, with labels, that all parties serve. Raises SlQueueError."""
-    version = choose_version(state, run)
+    about, version = measure_of(job, spec), choose_version(state, run)
     versions = versions_of(job, spec, state)
     models = Models(spec, version, versions if spec.party in spec.compute.layers.cuts else None)
     patience_s = job.broker.patience
@@ -55,8 +55,8 @@ def explain_over(
     channel.open()
     try:
         keys = keyed_ids(ids_to_predict(spec.table), id_key(job))
-        measure = _Measure(job, spec, models, questions, _objective(job, spec, models, versions.rows(version)), keys)
-        found = measure.explain()
+        objective = _objective(job, spec, models, versions.rows(version))
+        found = _Measure(job, spec, models, questions, objective, keys, about).explain()
     finally:
         channel.close()
     found.of(spec.party, others=True).keep(version.path)
@@ -80,6 +80,7 @@ class _Measure:
     questions: Questions
     objective: Objective
     keys: Keys  # of the label holder's rows, in canonical order
+    measure: tuple[str, float]  # the metric, and its sign
     positions: Any = None  # of the rows that are looked at
     parts: Sequence[Keys] = ()
 
@@ -91,11 +92,11 @@ class _Measure:
         for party in parties:
             for inputs, part in zip(plain, self._of(party, None) or (), strict=True):
                 inputs[party] = part
-        metric = next(iter(self.objective.metrics), "loss")
-        before = self._value(plain, metric)
+        metric, sign = self.measure
+        before = require_defined(metric, self._value(plain, metric), len(self.positions))
         found: list[Importance] = []
         for party in parties:
-            worse = [direction(metric) * (value - before) for value in self._without(party, plain, metric)]
+            worse = [sign * (value - before) for value in self._without(party, plain, metric)]
             names = (None, *(f"column {place}" for place in range(len(worse) - 1)))
             if party == self.spec.party:
                 names = (None, *(self.models.columns or names[1:]))

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sl_queue.compute.names import is_lower_better, metric_name
+from sl_queue.config.job import Job
+from sl_queue.config.resolve import PartySpec
+from sl_queue.errors import JobError
 from sl_queue.protocol.text import counted
 from sl_queue.storage.files import write_durably
 from sl_queue.storage.model_card import with_table
@@ -74,9 +78,40 @@ def _into_card(folder: Path, title: str, note: str, head: Sequence[str], rows: S
         write_durably(path, with_table(path.read_text(encoding="utf-8"), title, note, head, rows).encode())
 
 
-def direction(metric: str) -> float:
-    """Return 1 for a metric that is better the lower it is, else -1."""
-    return 1.0 if metric in ("loss", "mse", "mae", "rmse") else -1.0
+def measure_of(job: Job, spec: PartySpec) -> tuple[str, float]:
+    """Return the metric that parties are measured by, and 1 if it is better the lower it is, else -1.
+
+    It is the first that the label holder's file names, else the loss. Raises JobError if its direction is not known.
+    """
+    objective, rule = spec.compute.objective, job.early_stopping
+    assert objective is not None
+    metric = next(iter(objective.metrics), "loss")
+    name = metric_name(metric)
+    source = metric["name"] if isinstance(metric, Mapping) else metric
+    if isinstance(source, str) and ":" in source:
+        source = spec.compute.code.load(source)
+    said = getattr(source, "higher_is_better", None)
+    if rule is not None and rule.mode is not None and rule.metric.removeprefix("train_") == name:
+        lower: bool | None = rule.mode == "min"
+    else:
+        lower = is_lower_better(metric_name(source)) if said is None else not said
+    if lower is None:
+        raise JobError(
+            f"party {spec.party!r}: whether {name!r}, the first of [fuse] metrics, is better when it is larger is not "
+            'known; write "loss" or a metric of sl_queue or torchmetrics before it, or give it an attribute '
+            "higher_is_better"
+        )
+    return name, 1.0 if lower else -1.0
+
+
+def require_defined(metric: str, value: float | None, rows: int) -> float:
+    """Return what was measured. Raises JobError if these rows do not define the metric."""
+    if value is None or value != value:
+        raise JobError(
+            f"{metric} is not defined on the {counted(rows, 'row', 'rows')} of [predict], so nothing can get worse; "
+            "take rows with different labels, of both classes for instance, or begin [fuse] metrics with another metric"
+        )
+    return value
 
 
 def lines_of(path: Path) -> Iterator[str]:

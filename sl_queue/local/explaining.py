@@ -24,7 +24,7 @@ from sl_queue.data.aligning import ids_of, shared_rows
 from sl_queue.data.to_predict import ToPredict, read_to_predict
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.asked import Asked, schedule_of
-from sl_queue.launch.importance import REPEATS, Explained, Importance, direction
+from sl_queue.launch.importance import REPEATS, Explained, Importance, measure_of, require_defined
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.local.threads import require_all
 from sl_queue.storage.pieces import PieceFolder
@@ -43,12 +43,11 @@ def explain(
     specs = {
         file.party: spec_to_predict(resolve(job, file, importer), data_to_predict(file), asked) for file in parties
     }
+    metric, sign = measure_of(job, specs[job.label_holder])
     versions = {party: choose_version(states[party], run) for party in specs}
     rows = _rows(job, specs, versions)
     model = _model(job, specs, versions, rows)
-    metric = next(iter(model.objective.metrics), "loss")
-    before = model.value(metric)
-    sign = direction(metric)
+    before = require_defined(metric, model.value(metric), model.n_rows)
     found = []
     for party, column, features in _dealt(model.bases, rows, repeats, job.seed):
         after = [model.value(metric, party, dealt) for dealt in features]

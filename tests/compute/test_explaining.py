@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
+import torchmetrics
+from torch import Tensor
 
 import sl_queue
+from sl_queue.compute.names import is_lower_better
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.errors import AlignmentError, JobError, PeerSilent, RemoteProtocolError
@@ -18,6 +23,7 @@ from sl_queue.launch.explaining import explain_over
 from sl_queue.launch.importance import NAME, Explained, Importance, lines_of
 from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.launch.service import Served, serve_feature
+from sl_queue.local.explaining import explain
 from sl_queue.protocol.messages import Payload
 from sl_queue.protocol.serving import Deal, Worth, keys_of, request_of, worth_of, worth_payload
 from sl_queue.storage.model_card import with_table
@@ -167,3 +173,80 @@ def test_what_columns_are_worth_is_read_as_it_was_written() -> None:
 def test_a_line_of_the_table_is_one_line_whatever_a_column_is_called(tmp_path: Path) -> None:
     Explained("auroc", 0.9, 10, [Importance("bank", 'a,"b"\nc', 0.25)]).write(tmp_path / NAME)
     assert list(lines_of(tmp_path / NAME))[1:] == ['bank  a,"b" c  0.25']
+
+
+def badness(outputs: Tensor, labels: Tensor) -> float:
+    """Return how far the outputs are from the labels."""
+    return float((outputs.sigmoid().flatten() - labels.flatten()).abs().mean())
+
+
+class Goodness:
+    """The same, turned round, by a name that says nothing."""
+
+    higher_is_better = True
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> float:
+        return -badness(outputs, labels)
+
+
+def locally(root: Path, metrics: list[Any], agreed: sl_queue.Job = JOB, labels: Any = None) -> Explained:
+    """Explain with all rows at hand, by other metrics."""
+    given, parties = new_rows()[0], []
+    for party in files(given):
+        rows, path = given[party.party], root / f"{party.party}.csv"
+        columns = {"id": rows.ids, **{f"x{place}": column for place, column in enumerate(rows.features.T)}}
+        about = {"path": path, "id": "id"}
+        if party.fuse is not None:
+            columns["label"] = rows.labels if labels is None else labels
+            party = party.replace(fuse=party.fuse.replace(metrics=metrics))
+            about["label"] = "label"
+        pa.csv.write_csv(pa.table(columns), path)
+        parties.append(party.replace(data=about, predict={"path": path}))
+    return explain(agreed, parties, states(root))
+
+
+STOPS = {"metric": "badness", "patience": 3, "mode": "min"}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "agreed"),
+    [
+        (["loss", badness], JOB),
+        (["hamming_distance"], JOB),
+        ([{"name": "HammingDistance", "as": "share"}], JOB),
+        ([Goodness()], JOB),
+        ([badness], JOB.replace(early_stopping=STOPS)),
+        ([torchmetrics.classification.BinaryHammingDistance()], JOB),
+    ],
+)
+def test_the_best_column_is_worth_most_whichever_way_a_metric_is_better(
+    trained: Path, metrics: list[Any], agreed: sl_queue.Job
+) -> None:
+    found = locally(trained, metrics, agreed)
+    worth = {(one.party, one.column): one.worse for one in found.importances}
+    assert min(worth["bank", "x0"], worth["insurer", "x1"]) > 0.02
+    assert found.ranked()[-1][:2] in [("bank", "x1"), ("bank", "x2"), ("insurer", "x0")]
+
+
+def test_a_metric_whose_direction_is_not_known_is_refused_by_name(trained: Path) -> None:
+    with pytest.raises(JobError, match=r"party 'insurer': whether 'badness', the first of \[fuse\] metrics, is better"):
+        locally(trained, [badness])
+
+
+def test_rows_that_do_not_define_a_metric_are_refused_and_what_was_kept_stays(trained: Path) -> None:
+    locally(trained, ["auroc"])
+    kept = choose_version(trained / "insurer").path / NAME
+    before = kept.read_bytes()
+    with pytest.raises(JobError, match="auroc is not defined on the 90 rows"):
+        locally(trained, ["auroc"], labels=np.ones(90, int))
+    assert kept.read_bytes() == before
+
+
+def test_names_are_better_as_torchmetrics_says() -> None:
+    for module in (torchmetrics.classification, torchmetrics.regression):
+        for name, kind in vars(module).items():
+            said = getattr(kind, "higher_is_better", None)
+            plain = name.removeprefix("Binary").removeprefix("Multiclass")
+            if isinstance(said, bool) and not plain.startswith(("Multilabel", "Group", "Fairness")):
+                assert is_lower_better(plain) is not said, name
+    assert is_lower_better("mape_of_mine") is None
