@@ -15,10 +15,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.running import aggregated, called
+from sl_queue.compute.running import aggregated, blame, called
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.compute.stand_ins import drawn_inputs
-from sl_queue.errors import ComputeError, JobError
+from sl_queue.errors import ComputeError, JobError, SlQueueError
 from sl_queue.protocol.text import counted
 
 Target = Literal["torch", "onnx"]
@@ -108,7 +108,7 @@ def export_part(module: nn.Module, inputs: Mapping[str, Tensor], target: Target,
     """
     names, arguments = tuple(inputs), tuple(inputs.values())
     module = module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), blame(f"{path.name}: the model failed on {counted(len(arguments[0]), 'row', 'rows')}"):
         wanted = module(*arguments)
     if not isinstance(wanted, Tensor):
         raise ComputeError(
@@ -120,13 +120,14 @@ def export_part(module: nn.Module, inputs: Mapping[str, Tensor], target: Target,
             write = _write_torch if target == "torch" else _write_onnx
             try:
                 write(module, names, arguments, unfinished)
-            except (JobError, KeyboardInterrupt):
+                difference = _compare(module, unfinished, inputs, target, path.name)
+                names = inputs_of(unfinished, names)
+            except (SlQueueError, KeyboardInterrupt):
                 raise
-            except Exception as error:  # of tracing any model: anything may come
+            except Exception as error:  # of tracing any model, and of running what came of it: anything may come
                 first = str(error).strip().splitlines()[:1]
-                told = f"{type(error).__name__}: {first[0] if first else ''}"
+                told = f"{type(error).__name__}: {first[0] if first else ''}{_advice(module, arguments, target)}"
                 raise ComputeError(f"{path.name}: the model cannot be exported to {target}: {told}") from error
-            difference = _compare(module, unfinished, inputs, target, path.name)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -139,12 +140,32 @@ def run_exported(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             output: Tensor = torch.export.load(path).module()(*inputs.values())
         return output
+    session = _session(path)
+    arrays = {found.name: inputs[found.name].numpy() for found in session.get_inputs()}
+    return torch.from_numpy(session.run(None, arrays)[0])
+
+
+def inputs_of(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return which of these inputs an exported file takes: ONNX leaves out one that the model does not look at."""
+    if path.suffix == SUFFIX["torch"]:
+        return names
+    taken = {found.name for found in _session(path).get_inputs()}
+    return tuple(name for name in names if name in taken)
+
+
+def _session(path: Path) -> Any:
     onnxruntime = _required("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    return torch.from_numpy(session.run(None, arrays)[0])
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _advice(module: nn.Module, arguments: tuple[Tensor, ...], target: Target) -> str:
+    """Say what to do for numbers of a kind that ONNX knows and its runtime hardly computes with."""
+    tensors = (*arguments, *module.parameters(), *module.buffers())
+    if target == "onnx" and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return "; onnxruntime computes little in bfloat16: export with --to torch"
+    return ""
 
 
 def _write_torch(module: nn.Module, names: tuple[str, ...], arguments: tuple[Tensor, ...], path: Path) -> None:

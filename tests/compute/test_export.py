@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sl_queue.compute.export import SUFFIX, ByParty, Target, export_part, run_exported
+from sl_queue.compute.export import SUFFIX, ByName, ByParty, Target, export_part, run_exported
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.packing import Wire
 from sl_queue.errors import ComputeError
@@ -80,3 +80,34 @@ def test_what_an_export_would_not_carry_is_refused_and_leaves_no_file(tmp_path: 
     with pytest.raises(ComputeError, match=rf"base\{SUFFIX[target]}"):
         export_part(Branching(), {"rows": rows}, target, tmp_path / f"base{SUFFIX[target]}")
     assert list(tmp_path.iterdir()) == []
+
+
+class Ignores(nn.Module):
+    """A model that takes two columns and looks at one."""
+
+    def forward(self, zone: Tensor, km: Tensor) -> Tensor:
+        return zone.reshape(-1, 1) * 2.0
+
+
+@pytest.mark.parametrize(("target", "inputs"), [("torch", ("zone", "km")), ("onnx", ("zone",))])
+def test_an_input_that_a_model_ignores_is_in_no_onnx_file(
+    tmp_path: Path, target: Target, inputs: tuple[str, ...]
+) -> None:
+    rows = {"zone": torch.arange(4.0), "km": torch.ones(4)}
+    done = export_part(ByName(Ignores(), ("zone", "km")), rows, target, tmp_path / f"base{SUFFIX[target]}")
+    assert done.inputs == inputs
+    assert run_exported(done.path, rows).flatten().tolist() == [0.0, 2.0, 4.0, 6.0]
+
+
+def test_what_onnxruntime_cannot_compute_is_one_message_and_leaves_no_file(tmp_path: Path) -> None:
+    rows = torch.randn(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(
+        ComputeError, match=r"base\.onnx: the model cannot be exported to onnx: .* export with --to torch"
+    ):
+        export_part(base().bfloat16(), {"rows": rows}, "onnx", tmp_path / "base.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_fails_on_rows_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ComputeError, match=r"base\.pt2: the model failed on 3 rows: RuntimeError"):
+        export_part(base(), {"rows": torch.randn(3, 9)}, "torch", tmp_path / "base.pt2")
