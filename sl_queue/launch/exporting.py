@@ -1,6 +1,7 @@
 """A party's trained parts, exported: its base model on its own rows, the fuse model on drawn activations."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from sl_queue.compute.trained import fuse_model, predicting_base
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.data.table import read_table
+from sl_queue.data.to_predict import read_to_predict
+from sl_queue.launch.asked import Asked
+from sl_queue.launch.prediction import spec_to_predict
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.storage.versions import Version, choose_version
 
@@ -30,7 +33,9 @@ def export_party(
 
 
 def _base(spec: PartySpec, version: Version, target: Target, path: Path) -> Exported:
-    table = read_table(spec.table)
+    of_training = spec_to_predict(spec, None, Asked(held_out=True)).table
+    rows = read_to_predict(replace(of_training, labels=False, holdout_seed=None), None, version.recipe, version.columns)
+    table = rows.table
     n_rows = min(EXPORT_ROWS, table.n_rows)
     batches = Batches(table.n_rows, spec.compute.layers.seed, 1, n_rows, 1, shuffle=False)
     stage = predicting_base(spec.compute, table, batches, version.weights("base")).stage

@@ -4,14 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
 from torch import Tensor, nn
 
+import sl_queue
 from sl_queue.compute.export import SUFFIX, ByName, ByParty, Target, export_part, run_exported
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.packing import Wire
 from sl_queue.errors import ComputeError
+from sl_queue.launch.exporting import export_party
+from tests.compute.test_prediction import N, files, job
 
 LAYERS = LayersSpec("", 0, "telco", ("bank",), {"bank": (2,), "telco": (3,)}, "list", Wire(), 1, 0)
 TARGETS: tuple[Target, ...] = ("torch", "onnx")
@@ -111,3 +117,21 @@ def test_what_onnxruntime_cannot_compute_is_one_message_and_leaves_no_file(tmp_p
 def test_a_model_that_fails_on_rows_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ComputeError, match=r"base\.pt2: the model failed on 3 rows: RuntimeError"):
         export_part(base(), {"rows": torch.randn(3, 9)}, "torch", tmp_path / "base.pt2")
+
+
+def test_a_base_is_exported_with_what_features_learned_of_the_rows_that_all_share(tmp_path: Path) -> None:
+    ids, rng = np.arange(N), np.random.default_rng(0)
+    zones = np.where(ids < 150, np.where(ids % 3, "north", "south"), "island")  # islands only among rows of one party
+    table = {"id": ids, "zone": zones, "age": rng.standard_normal(N), "income": rng.standard_normal(N)}
+    pa.csv.write_csv(pa.table(table), tmp_path / "bank.csv")
+    shared = sl_queue.Rows(ids[:150], rng.standard_normal((150, 2)), ids[:150] % 2)
+    bank, insurer = files({"bank": shared, "insurer": shared})
+    assert bank.base is not None
+    features = {"zone": {"kind": "category"}, "age": {"kind": "number"}, "income": {"kind": "number"}}
+    base = bank.base.replace(args={"inputs": 6, "cut": 8})  # other, missing, north, south, age, income
+    bank = bank.replace(data={"path": tmp_path / "bank.csv", "id": "id"}, features=features, base=base)
+    agreed = job(alignment={"method": "psi"}, epochs=1)
+    sl_queue.run_local(agreed, [bank, insurer], out=tmp_path / "out")
+    (done,) = export_party(agreed, bank, tmp_path / "out" / "bank", "torch", None, None)
+    assert (done.path.name, done.rows) == ("base.pt2", 64)
+    assert run_exported(done.path, {"rows": torch.zeros(3, 6)}).shape == (3, 8)
