@@ -40,7 +40,7 @@ def fingerprint(spec: ComputeSpec, table: Table | None = None, rules: int = RULE
     found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
     found["default_dtype"] = str(torch.get_default_dtype())
     if table is not None:
-        found |= _of_table(spec, table)
+        found |= of_table(spec, table)
     parts: tuple[Part, Part] = ("base", "fuse")
     for part in parts:
         if (model := spec.part(part)) is not None:
@@ -75,7 +75,7 @@ def _of_secret(spec: ComputeSpec) -> str:
 # Tables ---------------------------------------------------------------------------------------------------------
 
 
-def _of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
+def of_table(spec: ComputeSpec, table: Table) -> dict[str, Any]:
     """Describe ids, features and labels as they are trained on; names of columns where the table has any."""
     features, columns = table.features, table.columns
     each: list[str] | None = None

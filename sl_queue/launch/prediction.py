@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sl_queue.compute.fingerprint import of_table
 from sl_queue.compute.objective import Objective
 from sl_queue.compute.predicting import PredictingFuse
 from sl_queue.compute.trained import evaluating_fuse, predicting_base, predicting_fuse
@@ -35,6 +36,7 @@ from sl_queue.loops.record import Record
 from sl_queue.loops.training import FeatureParty, LabelHolder
 from sl_queue.observe.meter import Meter
 from sl_queue.protocol import events
+from sl_queue.protocol.fingerprints import differences
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.text import counted
@@ -43,7 +45,7 @@ from sl_queue.storage.history_file import Journal
 from sl_queue.storage.holdout_file import read_held_out
 from sl_queue.storage.pieces import PieceFolder
 from sl_queue.storage.secret_file import read_secret
-from sl_queue.storage.versions import Version, choose_version
+from sl_queue.storage.versions import Version, choose_version, trained_with
 from sl_queue.transport.party_channel import PartyChannel
 
 log = logging.getLogger("sl_queue")
@@ -75,7 +77,7 @@ def predict_party(
     place = place.watched_by(meter).in_folder(folder or folder_of(place.state, asked.name))
     about, digest = canonical_of(job, asked.name), digest_of(job, asked.name)
     with Folder(place.state, job_digest=digest, party=spec.party, job=about) as kept:
-        rows = _rows(job, spec, asked, version, place)
+        rows = _rows(job, spec, asked, version, state, place)
         about_rows = named_rows(version, rows)
         kept.require(about_rows)
         release_rows(job, spec, state, "/".join(("predicted", *about_rows.values())), place.state)
@@ -107,7 +109,7 @@ def loss_of(spec: PartySpec) -> str:
     return loss if isinstance(loss, str) else ""
 
 
-def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Workplace) -> ToPredict:
+def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, state: Path, place: Workplace) -> ToPredict:
     """Read the rows that all parties hold. Raises AlignmentError if some of the label holder's are not among them."""
     aligned = align_party(for_alignment(job), spec.table, place, own_version())
     positions = None if aligned is None else aligned.positions
@@ -116,6 +118,9 @@ def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Work
         log.info("%s: %s", spec.party, note)
     for found in rows.unseen:
         log.warning("%s: %s", spec.party, found)
+    if asked.of_training and (differing := _differences(spec, rows, trained_with(state, version))):
+        told = "%s: the table is not that of run %s any more, and what is measured is of the present one: %s"
+        log.warning(told, spec.party, version.run, "; ".join(differing))
     if spec.role == "label" and rows.missing and not asked.of_training:  # which was of the shared rows too
         others = ", ".join(spec.peers)
         told = f"{rows.missing} of {len(rows.positions)} rows to predict are not held by every party ({others})"
@@ -123,6 +128,17 @@ def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, place: Work
             raise AlignmentError(f'{told}; complete their tables, or set missing = "leave-out" in [predict]')
         log.warning("%s: %s, and get no prediction", spec.party, told)
     return rows
+
+
+def _differences(spec: PartySpec, rows: ToPredict, begun: Mapping[str, Any]) -> list[str]:
+    """Say in what the rows differ from those that a run was trained on; nothing where that is not known."""
+    if not begun:
+        return []
+    other = {"data.fitted", "data.held_out"}  # of how training read the table
+    other |= set() if spec.privacy.labels is None else {"data.labels"}  # it learnt from responses
+    sides = (begun, of_table(spec.compute, rows.table))
+    found, own = ({k: side[k] for k in side if k.startswith("data.") and k not in other} for side in sides)
+    return differences(found, own)
 
 
 def require_kept(job: Job, asked: Asked) -> None:

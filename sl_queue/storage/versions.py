@@ -114,6 +114,15 @@ def choose_version(state: Path, run: str | None = None) -> Version:
     return matching[0]
 
 
+def trained_with(state: Path, version: Version) -> Mapping[str, Any]:
+    """Return the fingerprint of what a version was trained on and with, which `final/` has; empty if it is another's."""
+    try:
+        found = json.loads((state / "final" / "run.json").read_bytes())
+        return found["fingerprint"] if found["run"] == version.run else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def current(state: Path) -> str | None:
     """Return the run whose version was promoted, or None. Raises CheckpointError if that cannot be read."""
     path = state / "versions" / _CURRENT

@@ -246,3 +246,18 @@ def test_a_finished_run_on_aligned_rows_names_a_table_that_was_exported_again(tm
     }
     with pytest.raises(CheckpointError, match="the table's ids differ from those that were aligned; restore the table"):
         sl_queue.run_local(psi, files({"bank": exported[change], "insurer": labelled}), out=tmp_path)
+
+
+def test_a_table_that_changed_since_training_is_said_beside_its_scores(
+    trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, parties, _ = trained
+    held_out = Asked(labels=True, held_out=True)
+    predict_threads(job(), parties, states(root), held_out)
+    assert "any more" not in caplog.text
+    data = parties[1].data
+    changed = parties[1].replace(data=sl_queue.Rows(data.ids, data.features + 1, 1 - data.labels))
+    predict_threads(job(), [parties[0], changed], states(root), held_out)
+    told = "the values of the features differ; the values of the labels differ"
+    assert f"what is measured is of the present one: {told}" in caplog.text
+    assert "insurer: the table is not that of run" in caplog.text and "bank: the table" not in caplog.text
