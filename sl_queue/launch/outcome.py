@@ -79,15 +79,15 @@ def undoing(version: Version) -> Undo | None:
 
     Raises CheckpointError if what the version says of its responses cannot be read.
     """
-    path = version.path / REPORT
-    try:
-        said = json.loads(path.read_bytes())["response"]
-        response = None if said is None else Response(float(said["epsilon"]), tuple(map(float, said["classes"])))
-    except FileNotFoundError:
+    body = version.kept(REPORT)
+    if body is None:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    try:
+        said = json.loads(body)["response"]
+        response = None if said is None else Response(float(said["epsilon"]), tuple(map(float, said["classes"])))
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}), and it says which responses the model learnt from; "
-            "restore it"
+            f"{version.path / REPORT} cannot be read ({type(error).__name__}), and it says which responses the model "
+            "learnt from; restore it"
         ) from error
     return None if response is None else partial(undone, response=response)

@@ -44,23 +44,39 @@ class Version:
         return tuple(map(str, found)) if isinstance(found, list) else None
 
     @property
+    def beside(self) -> Mapping[str, str]:
+        """The SHA-256 by name of what is kept beside the weights; of no file where an earlier release wrote it."""
+        found: Mapping[str, str] = self.about.get("beside") or {}
+        return found
+
+    @property
     def recipe(self) -> str | None:
-        """The recipe that [features] learned of the training rows, as JSON; None without. Raises OSError."""
-        path = self.path / "features.json"
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        """The recipe that [features] learned of the training rows, as JSON; None without. Raises CheckpointError."""
+        found = self.kept("features.json")
+        return None if found is None else found.decode("utf-8", errors="replace")
+
+    def kept(self, name: str) -> bytes | None:
+        """Return a file that is kept beside the weights; None without. Raises CheckpointError if it was altered."""
+        return self.require(name) if name in self.beside or (self.path / name).exists() else None
 
     def weights(self, part: str) -> Path:
         """Return the file of a part, "base" or "fuse". Raises CheckpointError if it is missing or altered."""
         name = f"{part}.safetensors"
         if name not in self.digests:
             raise CheckpointError(f"version {self.run} in {self.path} has no {part} model")
-        try:
-            digest = sha256((self.path / name).read_bytes()).hexdigest()
-        except OSError as error:
-            raise CheckpointError(f"{self.path / name} cannot be read: {error.strerror or error}") from error
-        if digest != self.digests[name]:
-            raise CheckpointError(f"{self.path / name} was altered since run {self.run} wrote it; restore it")
+        self.require(name)
         return self.path / name
+
+    def require(self, name: str) -> bytes:
+        """Return what a file holds. Raises CheckpointError if it is missing or altered."""
+        path, digest = self.path / name, self.digests.get(name, self.beside.get(name))
+        try:
+            body = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        if digest is not None and sha256(body).hexdigest() != digest:
+            raise CheckpointError(f"{path} was altered since run {self.run} wrote it; restore it")
+        return body
 
 
 def keep_version(state: Path, about: Mapping[str, Any], card: str, files: Sequence[Path] = ()) -> Path:
@@ -80,8 +96,10 @@ def keep_version(state: Path, about: Mapping[str, Any], card: str, files: Sequen
     for source in (*(state / "final" / name for name in final["digests"]), *files):
         _copy(source, unfinished / source.name)
     (unfinished / "card.md").write_text(card, encoding="utf-8")
-    says = {"format": FORMAT, "run": final["run"], "step": final["step"], "digests": final["digests"], **about}
-    write_durably(unfinished / "run.json", json.dumps({"job": final["job"], **says}, indent=1).encode())
+    beside = {source.name: sha256((unfinished / source.name).read_bytes()).hexdigest() for source in files}
+    says = {"job": final["job"], "format": FORMAT, "run": final["run"], "step": final["step"]}
+    says |= {"digests": final["digests"], "beside": beside, **about}
+    write_durably(unfinished / "run.json", json.dumps(says, indent=1).encode())
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     _sync(versions)
@@ -90,7 +108,7 @@ def keep_version(state: Path, about: Mapping[str, Any], card: str, files: Sequen
 
 def versions_in(state: Path) -> list[Version]:
     """Return the versions of a state folder, oldest first. Raises CheckpointError for one of a newer format."""
-    found = [_read(path) for path in (state / "versions").glob("*/run.json")]
+    found = [_read(path) for path in (state / "versions").glob("[!.]*/run.json")]
     with suppress(FileNotFoundError):
         final = _read(state / "final" / "run.json")
         if final.run not in {version.run for version in found}:
@@ -115,7 +133,7 @@ def choose_version(state: Path, run: str | None = None) -> Version:
 
 
 def trained_with(state: Path, version: Version) -> Mapping[str, Any]:
-    """Return the fingerprint of what a version was trained on and with, which `final/` has; empty if it is another's."""
+    """Return the fingerprint of what a version was trained on and with; empty if `final/` is of another run."""
     try:
         found = json.loads((state / "final" / "run.json").read_bytes())
         return found["fingerprint"] if found["run"] == version.run else {}
@@ -131,14 +149,16 @@ def current(state: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); promote a version again") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); promote a version, and it is written anew") from error
 
 
 def promote(state: Path, run: str) -> tuple[str | None, Version]:
-    """Put the version of `run` in use; return the run that was in use before, and the version."""
-    version, before = choose_version(state, run), current(state)
-    for part in version.digests:
-        version.weights(part.removesuffix(".safetensors"))
+    """Put the version of `run` in use; return the run that was in use before, None if that is not known, and it."""
+    version, before = choose_version(state, run), None
+    with suppress(CheckpointError):
+        before = current(state)
+    for name in (*version.digests, *version.beside):
+        version.require(name)
     (state / "versions").mkdir(mode=0o700, exist_ok=True)
     write_durably(state / "versions" / _CURRENT, json.dumps({"run": version.run, "before": before}).encode())
     return before, version
@@ -155,10 +175,10 @@ def _read(path: Path) -> Version:
         return Version(
             found["run"],
             path.parent,
-            found["step"],
+            int(found["step"]),
             found["job"],
             found.get("finished_at"),
-            found["digests"],
+            dict(found["digests"]),
             found.get("holdout") or {},
             found,
         )

@@ -154,7 +154,7 @@ def test_a_model_that_learnt_from_responses_predicts_labels(tmp_path: Path) -> N
     flip = 1 / (1 + np.e)
     assert np.allclose(found, np.clip((said - flip) / (1 - 2 * flip), 0, 1), atol=1e-6)
     (predicted.version.path / "privacy.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"privacy\.json cannot be read .*restore it"):
+    with pytest.raises(CheckpointError, match=r"privacy\.json was altered since run \w+ wrote it; restore it"):
         write_outcome(predicted, tmp_path / "found.csv")
 
 

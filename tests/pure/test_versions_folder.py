@@ -112,3 +112,49 @@ def test_the_card_names_own_columns_and_results_and_of_others_the_cut_only() -> 
     assert "| r2 | undefined on these rows |" in card
     assert "`telco` (32,)" in card
     assert "No defence was on" in card
+
+
+def keep_with_recipe(state: Path) -> Path:
+    finish(state, "aaa", b"first")
+    (state / "final" / "features.json").write_text('{"features": 1}')
+    return keep_version(state, {"finished_at": "2026-01-01T00:00:00Z"}, "# card\n", [state / "final" / "features.json"])
+
+
+def test_a_recipe_that_was_altered_or_is_gone_is_refused_by_name(tmp_path: Path) -> None:
+    recipe = keep_with_recipe(tmp_path) / "features.json"
+    assert choose_version(tmp_path).recipe == '{"features": 1}'
+    recipe.unlink()
+    recipe.write_text('{"features": 2}')
+    with pytest.raises(CheckpointError, match=r"features\.json was altered since run aaa wrote it; restore it"):
+        _ = choose_version(tmp_path).recipe
+    with pytest.raises(CheckpointError, match=r"features\.json was altered"):
+        promote(tmp_path, "aaa")
+    recipe.unlink()
+    with pytest.raises(CheckpointError, match=r"features\.json cannot be read"):
+        _ = choose_version(tmp_path).recipe
+
+
+def test_a_version_of_an_earlier_release_has_a_recipe_without_a_digest(tmp_path: Path) -> None:
+    folder = keep_with_recipe(tmp_path)
+    found = json.loads((folder / "run.json").read_text())
+    del found["beside"]
+    (folder / "run.json").write_text(json.dumps(found))
+    assert choose_version(tmp_path).recipe == '{"features": 1}'
+    assert promote(tmp_path, "aaa")[1].run == "aaa"
+
+
+def test_what_is_in_use_can_be_promoted_again_where_it_cannot_be_read(tmp_path: Path) -> None:
+    keep(tmp_path, "aaa", b"first", "2026-01-01T00:00:00Z")
+    (tmp_path / "versions" / "current.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"current\.json cannot be read .* promote a version"):
+        choose_version(tmp_path)
+    before, version = promote(tmp_path, "aaa")
+    assert (before, version.run, choose_version(tmp_path).run) == (None, "aaa", "aaa")
+
+
+def test_a_version_that_is_half_made_is_none(tmp_path: Path) -> None:
+    folder = keep(tmp_path, "aaa", b"first", "2026-01-01T00:00:00Z")
+    half = json.loads((folder / "run.json").read_text()) | {"run": "bbb", "finished_at": "2027-01-01T00:00:00Z"}
+    (tmp_path / "versions" / ".bbb.tmp").mkdir()
+    (tmp_path / "versions" / ".bbb.tmp" / "run.json").write_text(json.dumps(half))
+    assert [version.run for version in versions_in(tmp_path)] == ["aaa"]
