@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sl_queue.compute.advice import advice
@@ -13,9 +14,11 @@ from sl_queue.compute.modules.handover import Take
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.cut.guard import UNGUARDED, Guard
+from sl_queue.errors import CheckpointError
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.table import Table
 from sl_queue.storage.checkpoints import newest_state
+from sl_queue.storage.final import read_final, run_json
 
 if TYPE_CHECKING:
     from sl_queue.launch.hands import Lanes
@@ -55,12 +58,28 @@ def _begin(spec: PartySpec, models: Sequence[Model]) -> None:
     """Give the models the weights of an earlier run, if the party's file says so."""
     if spec.start is None:
         return
+    _require_whole(spec.party, spec.start.folder)
     for model in models:
         model.shares_all = True  # a hand has none of them
     for said in begin_with(models, spec.start.folder):
         log.warning("%s", said)
     if spec.start.optimizer:
         begin_with_moments(models, newest_state(spec.start.folder))
+
+
+def _require_whole(party: str, folder: Path) -> None:
+    """Raise CheckpointError for final weights that were altered since they were written; say if they are another's."""
+    if not run_json(folder / "final").exists():
+        return
+    try:
+        _, says = read_final(folder / "final")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"party {party!r}: [start] from = {str(folder)!r}: its final weights are not those that its run.json says "
+            f"({error}); restore them, or remove run.json beside them to begin with them as they are"
+        ) from error
+    if says.get("party", party) != party:
+        log.warning("%s: [start] from = %r holds the weights of party %r", party, str(folder), says["party"])
 
 
 def _remark(stage: TorchBaseStage | None) -> None:

@@ -97,6 +97,28 @@ def test_what_there_is_nothing_of_is_refused(tmp_path: Path) -> None:
         run_local(job_of(1), files_of(tmp_path / "first", nn.Sequential(nn.Linear(3, 4))))
 
 
+def test_weights_that_were_altered_are_refused_and_those_of_another_party_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_local(job_of(2), files_of(), out=tmp_path / "first")
+    bank, court = files_of(tmp_path / "first")
+    swapped = bank.replace(start={"from": tmp_path / "first" / "court"})
+    with pytest.raises(JobError):  # court has no base model
+        run_local(job_of(1), [swapped, court])
+    assert "holds the weights of party 'court'" in caplog.text
+    path = tmp_path / "first" / "bank" / "final" / "base.safetensors"
+    body = bytearray(path.read_bytes())
+    body[-3] ^= 0x40
+    path.unlink()
+    path.write_bytes(bytes(body))
+    with pytest.raises(
+        CheckpointError, match=r"party 'bank': .*not those that its run\.json says \(base\.safetensors is"
+    ):
+        run_local(job_of(1), files_of(tmp_path / "first"))
+    (path.parent / "run.json").unlink()
+    run_local(job_of(1), files_of(tmp_path / "first"))
+
+
 def test_the_history_of_a_new_run_begins_again(tmp_path: Path) -> None:
     run_local(job_of(2), files_of(), out=tmp_path / "first")
     result = run_local(job_of(2), files_of(tmp_path / "first"), out=tmp_path / "second")
