@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from sl_queue.config.job import Job
+from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.scheduler.state import Plan
 
 NAME: Final = "prediction"  # of one that was given none
+_LONGEST: Final = 200  # bytes of a name, in UTF-8
 _DEPTH: Final = 8  # parts on their way
 _STRETCH: Final = 64  # parts between two commits, at most
 _STRETCH_BYTES: Final = 64 * 1024 * 1024  # of one party's activations between two commits
@@ -61,7 +63,13 @@ def digest_of(job: Job, name: str) -> str:
 
 
 def folder_of(state: Path, name: str) -> Path:
-    """Return where a role keeps the state of a prediction, in its state folder."""
+    """Return where a role keeps the state of a prediction, in its state folder. Raises JobError for an unfit name."""
+    plain = name.isprintable() and name.strip(" .") == name and not set(name) & {*"/\\:"}
+    if not plain or not 0 < len(name.encode()) <= _LONGEST:
+        raise JobError(
+            f"a prediction cannot be called {name[:_LONGEST]!r}: its name is a folder's, so give --predict a name of 1 "
+            f"to {_LONGEST} bytes, without slash, backslash or colon, and without blanks or dots around it"
+        )
     return state / "predictions" / name
 
 
