@@ -40,8 +40,10 @@ def write_outcome(predicted: Predicted, path: Path) -> list[str]:
     columns = columns_of(predicted.outputs, task, meaning, undoing(version))
     count = write_predictions(path, rows.ids, rows.positions, columns)
     told = [f"{counted(count, 'prediction', 'predictions')} with run {version.run}: {path}"]
-    if rows.missing:
-        lacking = path.with_name(f"{path.stem}-missing.csv")
+    lacking = path.with_name(f"{path.stem}-missing.csv")
+    if not rows.missing:
+        lacking.unlink(missing_ok=True)  # of an earlier prediction
+    else:
         write_predictions(lacking, rows.ids, np.where(rows.positions < 0, 0, -1), {})
         lack = "that another party lacks"
         told.append(f"{counted(rows.missing, f'row {lack} has', f'rows {lack} have')} no prediction: {lacking}")

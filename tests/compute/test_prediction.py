@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sl_queue
 from sl_queue.compute.predicted import columns_of
 from sl_queue.errors import AlignmentError, CheckpointError, JobError
-from sl_queue.launch.asked import Asked, schedule_of
+from sl_queue.launch.asked import Asked, folder_of, schedule_of
 from sl_queue.launch.outcome import write_evaluation, write_outcome
 from sl_queue.local.prediction import predict_threads
 from sl_queue.storage.versions import versions_in
@@ -226,6 +226,11 @@ def test_rows_that_are_shared_are_predicted_and_the_others_left_out_or_refused(t
     with pytest.raises(AlignmentError, match="1 of 90 rows to predict are not held by every party"):
         predict_threads(psi, parties, states(tmp_path), Asked(), rows=rows)
     found = predict_threads(psi, parties, states(tmp_path), Asked(leave_out=True), rows=rows)
+    write_outcome(found, tmp_path / "found.csv")
+    assert pa.csv.read_csv(tmp_path / "found-missing.csv")["id"].to_pylist() == [new[3]]
+    whole = predict_threads(psi, parties, states(tmp_path), Asked(), rows=new_rows()[0])
+    write_outcome(whole, tmp_path / "found.csv")
+    assert not (tmp_path / "found-missing.csv").exists(), "an earlier prediction's"
     assert found.rows.positions[3] == -1 and (found.rows.positions >= 0).sum() == NEW - 1
     order = np.argsort(new)[np.sort(new) != new[3]]
     wanted = joined(result, columns, order, schedule_of(psi, NEW - 1).batches.batch_size)
@@ -261,3 +266,14 @@ def test_a_table_that_changed_since_training_is_said_beside_its_scores(
     told = "the values of the features differ; the values of the labels differ"
     assert f"what is measured is of the present one: {told}" in caplog.text
     assert "insurer: the table is not that of run" in caplog.text and "bank: the table" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "../../evil", "a/b", "a\\b", "today\n", ".hidden", "ö" * 101])
+def test_a_prediction_whose_name_is_no_folders_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(JobError, match="a prediction cannot be called"):
+        folder_of(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["today", "2026-11-28", "Größe 3", "a.b_c"])
+def test_any_other_name_is_a_folder_among_the_predictions(tmp_path: Path, name: str) -> None:
+    assert folder_of(tmp_path, name) == tmp_path / "predictions" / name
