@@ -23,6 +23,7 @@ from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import Deal
 
 Keys = npt.NDArray[np.uint64]
+Features = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class AnsweringBase:
     @property
     def columns(self) -> int:
         """Count the columns of the model's input; 0 if it is no table."""
-        return self._stage.features.shape[1] if self._stage.features.ndim == 2 else 0
+        return n_columns(self._stage.features)
 
     def answer(
         self, number: MicroBatch, keys: Keys, deal: Deal | None = None
@@ -117,8 +118,7 @@ class AnsweringBase:
         order = np.random.default_rng([stage.model.seed % 2**63, deal.order]).permutation(len(stage.features))
         dealt = stage.features[order[positions]]
         if deal.column is not None:
-            kept, dealt = dealt, stage.features[positions].copy()
-            dealt[:, deal.column] = kept[:, deal.column]
+            dealt = with_column(stage.features[positions], dealt, deal.column)
         return take_rows(dealt, np.arange(len(dealt)), stage.model.dtype, stage.model.device)
 
 
@@ -143,6 +143,23 @@ class AnsweringFuse:
         output = self._evaluated.run(joined, where).detach()
         found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
         return found
+
+
+def n_columns(features: Features) -> int:
+    """Count the columns of features, of which an input that is a dict or a list has a field each; 0 for no table."""
+    if features.dtype.names:
+        return len(features.dtype.names)
+    return features.shape[1] if features.ndim == 2 else 0
+
+
+def with_column(features: Features, others: Features, place: int) -> Features:
+    """Return a copy of features with one column of other rows."""
+    found = features.copy()
+    if features.dtype.names:
+        found[features.dtype.names[place]] = others[features.dtype.names[place]]
+    else:
+        found[:, place] = others[:, place]
+    return found
 
 
 def outputs_of_rows(stage: TorchBaseStage, positions: npt.NDArray[np.int64], size: int = 4096) -> list[Tensor]:

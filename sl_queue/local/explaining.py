@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sl_queue.compute.answering import fused_outputs, outputs_of_rows
+from sl_queue.compute.answering import fused_outputs, n_columns, outputs_of_rows, with_column
 from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.evaluated import evaluate
 from sl_queue.compute.objective import Objective
@@ -121,13 +121,7 @@ def _dealt(
         generator = np.random.default_rng([seed % 2**63, len(party)])
         orders = [generator.permutation(len(features)) for _ in range(repeats)]
         yield party, None, [features[order] for order in orders]
-        names = rows[party].table.columns
-        if names is None or features.ndim != 2 or len(names) != features.shape[1]:
-            continue
+        count, columns = n_columns(features), rows[party].table.columns
+        names = columns if columns is not None and len(columns) == count else features.dtype.names or ()
         for place, name in enumerate(names):
-            dealt = []
-            for order in orders:
-                other = features.copy()
-                other[:, place] = features[order, place]
-                dealt.append(other)
-            yield party, name, dealt
+            yield party, name, [with_column(features, features[order], place) for order in orders]

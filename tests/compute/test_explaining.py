@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
+import torch
 import torchmetrics
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from sl_queue.protocol.messages import Payload
 from sl_queue.protocol.serving import Deal, Worth, keys_of, request_of, worth_of, worth_payload
 from sl_queue.storage.model_card import with_table
 from sl_queue.storage.versions import choose_version
-from tests.compute.test_prediction import N, files, job, new_rows, states
+from tests.compute.test_prediction import Base, N, files, job, new_rows, states
 
 NAMES = {"bank": ["age", "income", "noise"], "insurer": ["claims", "mileage"]}
 JOB = job(broker={"patience": 3.0})
@@ -50,13 +51,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Parties:
     """A bank that serves, and what the insurer needs to ask it."""
 
-    def __init__(self, root: Path, *, explains: bool = True, at_most: int = 0) -> None:
+    def __init__(self, root: Path, *, explains: bool = True, at_most: int = 0, **base: Any) -> None:
         self.root, self.connect, self.bank = root, connector(JOB, MEMORY), None
         self.about: dict[str, Any] = {"at_most": at_most, "deadline_s": 5.0, "explains": explains}
         given, importer = new_rows()[0], Importer()
+        bank, insurer = files(given)
+        assert bank.base is not None
         self.specs = {
             file.party: spec_to_predict(resolve(JOB, file, importer), given[file.party], Asked(labels=True))
-            for file in files(given)
+            for file in (bank.replace(base=bank.base.replace(**base)), insurer)
         }
 
     bank: Served | None
@@ -189,8 +192,8 @@ class Goodness:
         return -badness(outputs, labels)
 
 
-def locally(root: Path, metrics: list[Any], agreed: sl_queue.Job = JOB, labels: Any = None) -> Explained:
-    """Explain with all rows at hand, by other metrics."""
+def locally(root: Path, metrics: list[Any], agreed: sl_queue.Job = JOB, labels: Any = None, **base: Any) -> Explained:
+    """Explain with all rows at hand, by other metrics; `base` is other about the bank's model."""
     given, parties = new_rows()[0], []
     for party in files(given):
         rows, path = given[party.party], root / f"{party.party}.csv"
@@ -200,6 +203,8 @@ def locally(root: Path, metrics: list[Any], agreed: sl_queue.Job = JOB, labels: 
             columns["label"] = rows.labels if labels is None else labels
             party = party.replace(fuse=party.fuse.replace(metrics=metrics))
             about["label"] = "label"
+        elif base and party.base is not None:
+            party = party.replace(base=party.base.replace(**base))
         pa.csv.write_csv(pa.table(columns), path)
         parties.append(party.replace(data=about, predict={"path": path}))
     return explain(agreed, parties, states(root))
@@ -250,3 +255,34 @@ def test_names_are_better_as_torchmetrics_says() -> None:
             if isinstance(said, bool) and not plain.startswith(("Multilabel", "Group", "Fairness")):
                 assert is_lower_better(plain) is not said, name
     assert is_lower_better("mape_of_mine") is None
+
+
+class OfDict(Base):
+    """The same model, which takes its columns by name."""
+
+    def forward(self, x0: Tensor, x1: Tensor, x2: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.stack([x0, x1, x2], dim=1))
+
+
+class OfList(Base):
+    """The same model, which takes a list of columns."""
+
+    def forward(self, x: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.stack(x, dim=1))
+
+
+@pytest.mark.parametrize(("model", "inputs"), [(OfDict, "dict"), (OfList, "list")])
+def test_columns_of_a_model_of_several_inputs_are_worth_the_same(trained: Path, model: type, inputs: str) -> None:
+    found = locally(trained, ["auroc"], model=model, inputs=inputs)
+    assert ("bank", "x2") in [(one.party, one.column) for one in found.importances]
+    assert found == locally(trained, ["auroc"])
+
+
+def test_they_are_over_a_broker_too(trained: Path, parties: Parties) -> None:
+    wanted = parties.explain()
+    parties.stop()
+    other = Parties(trained, model=OfList, inputs="list").start()
+    try:
+        assert other.explain() == wanted
+    finally:
+        other.stop()
