@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sl_queue.data.faults import refuse
+from sl_queue.data.faults import listed, refuse
 from sl_queue.data.features import Fitted, apply
 from sl_queue.data.ids import Ids, Positions, asked_ids
 from sl_queue.data.rows import read_rows
@@ -22,6 +22,7 @@ from sl_queue.protocol.table import Table
 
 Keys = npt.NDArray[np.uint64]
 
+_EXACT = 2**53  # up to which float64 holds every whole number
 _LONGEST_ID = 1000  # characters, of an id in a request
 
 
@@ -32,7 +33,7 @@ class ToPredict:
     table: Table
     ids: Mapping[str, Any] = field(repr=False)  # Arrow arrays by column, in the order of the file
     positions: Positions = field(repr=False)  # of each row of the file in the table; -1: another party lacks the row
-    unseen: tuple[str, ...] = ()  # counts of categories that training had not seen, by column
+    unseen: tuple[str, ...] = ()  # what training had not seen: counts of categories by column, or fractions
 
     @property
     def missing(self) -> int:
@@ -44,13 +45,18 @@ _AS_LEARNED = "another line of [features] takes effect when it is trained with"
 
 
 def read_to_predict(
-    spec: TableSpec, aligned: Positions | None, recipe: str | None, columns: Sequence[str] | None = None
+    spec: TableSpec,
+    aligned: Positions | None,
+    recipe: str | None,
+    columns: Sequence[str] | None = None,
+    *,
+    whole: bool = False,
 ) -> ToPredict:
     """Read rows; `recipe` is what [features] learned of the training rows, and nothing is learned here.
 
     `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `columns`: names of those
-    that were trained on, in order; None if they had no names. Raises one JobError for everything that is wrong, and for
-    a table without rows.
+    that were trained on, in order; None if they had no names. `whole`: they were whole numbers all. Raises one JobError
+    for everything that is wrong, and for a table without rows.
     """
     data = spec.data
     empty = isinstance(data, FileSpec) and data.features == ()
@@ -68,6 +74,8 @@ def read_to_predict(
     told: list[str] = []
     if columns is not None and names is not None and features is not None:
         features, names = _as_trained(arrays.where, features, names, columns)
+    if whole and features is not None:
+        features, told = _whole(features, names)
     if arrays.raw is not None:
         strict = not isinstance(data, FileSpec) or data.unseen == "refuse"
         features, names, told = _made(arrays.where, arrays.raw, ids.order, recipe, strict=strict)
@@ -127,6 +135,18 @@ def _as_trained(
     if features.ndim != 2 or tuple(names) == tuple(columns):
         return features, tuple(names)
     return np.ascontiguousarray(features[:, [place[name] for name in columns]]), tuple(columns)
+
+
+def _whole(features: npt.NDArray[Any], names: Sequence[str] | None) -> tuple[npt.NDArray[Any], list[str]]:
+    """Take floating numbers that all are whole for whole ones, as training had them; or tell which columns are not."""
+    if features.dtype.kind != "f":
+        return features, []
+    bad = (features != np.rint(features)) | (np.abs(features) > _EXACT)
+    if not bad.any():
+        return features.astype(np.int64), []
+    columns = np.flatnonzero(bad.reshape(len(bad), len(names) if names else 1, -1).any(axis=(0, 2)))
+    told = listed(repr(names[place]) if names else "features" for place in columns)
+    return features, [f"training had whole numbers only, and there are others in {told}; a model may not take them"]
 
 
 def _made(

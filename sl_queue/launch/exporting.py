@@ -34,8 +34,8 @@ def export_party(
 
 def _base(spec: PartySpec, version: Version, target: Target, path: Path) -> Exported:
     of_training = spec_to_predict(spec, None, Asked(held_out=True)).table
-    rows = read_to_predict(replace(of_training, labels=False, holdout_seed=None), None, version.recipe, version.columns)
-    table = rows.table
+    of_training = replace(of_training, labels=False, holdout_seed=None)
+    table = read_to_predict(of_training, None, version.recipe, version.columns, whole=version.whole).table
     n_rows = min(EXPORT_ROWS, table.n_rows)
     batches = Batches(table.n_rows, spec.compute.layers.seed, 1, n_rows, 1, shuffle=False)
     stage = predicting_base(spec.compute, table, batches, version.weights("base")).stage

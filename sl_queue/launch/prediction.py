@@ -113,7 +113,7 @@ def _rows(job: Job, spec: PartySpec, asked: Asked, version: Version, state: Path
     """Read the rows that all parties hold. Raises AlignmentError if some of the label holder's are not among them."""
     aligned = align_party(for_alignment(job), spec.table, place, own_version())
     positions = None if aligned is None else aligned.positions
-    rows = read_to_predict(spec.table, positions, version.recipe, version.columns)
+    rows = read_to_predict(spec.table, positions, version.recipe, version.columns, whole=version.whole)
     for note in rows.table.notes:
         log.info("%s: %s", spec.party, note)
     for found in rows.unseen:

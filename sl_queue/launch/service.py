@@ -94,7 +94,7 @@ def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
     ids = ids_to_predict(spec.table)
 
     def rows(version: Version) -> ToPredict:
-        found = read_to_predict(spec.table, None, version.recipe, version.columns)
+        found = read_to_predict(spec.table, None, version.recipe, version.columns, whole=version.whole)
         release_rows(job, spec, state, "/".join(("answered", *named_rows(version, found).values())))
         return found
 

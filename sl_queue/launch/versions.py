@@ -42,6 +42,7 @@ def keep_trained(
         "holdout": metrics,
         "rows": table.n_rows,
         "columns": None if table.columns is None or table.fitted is not None else list(table.columns),
+        "whole": table.fitted is None and table.features_dtype is not None and table.features_dtype.kind in "iu",
         "libraries": _libraries(),
         **_task(getattr(stage, "objective", None)),
     }

@@ -86,7 +86,8 @@ def _rows(job: Job, specs: Mapping[str, PartySpec], versions: Mapping[str, Versi
     found = {}
     for party, spec in specs.items():
         version = versions[party]
-        found[party] = read_to_predict(spec.table, shared.get(party), version.recipe, version.columns)
+        about = (shared.get(party), version.recipe, version.columns)
+        found[party] = read_to_predict(spec.table, *about, whole=version.whole)
     if len({rows.table.digest for rows in found.values()}) > 1:
         counts = ", ".join(f"{party} {rows.table.n_rows}" for party, rows in found.items())
         raise AlignmentError(f"the parties' rows differ ({counts}), and the job does not align them")

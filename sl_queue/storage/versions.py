@@ -44,6 +44,11 @@ class Version:
         return tuple(map(str, found)) if isinstance(found, list) else None
 
     @property
+    def whole(self) -> bool:
+        """Say whether the base model was trained on whole numbers alone; False also where that is not known."""
+        return self.about.get("whole") is True
+
+    @property
     def beside(self) -> Mapping[str, str]:
         """The SHA-256 by name of what is kept beside the weights; of no file where an earlier release wrote it."""
         found: Mapping[str, str] = self.about.get("beside") or {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sl_queue
 from sl_queue.compute.predicted import columns_of
-from sl_queue.errors import AlignmentError, CheckpointError, JobError
+from sl_queue.errors import AlignmentError, CheckpointError, JobError, ShapeError
 from sl_queue.launch.asked import Asked, folder_of, schedule_of
 from sl_queue.launch.outcome import write_evaluation, write_outcome
 from sl_queue.local.prediction import predict_threads
@@ -277,3 +277,42 @@ def test_a_prediction_whose_name_is_no_folders_is_refused(tmp_path: Path, name: 
 @pytest.mark.parametrize("name", ["today", "2026-11-28", "Größe 3", "a.b_c"])
 def test_any_other_name_is_a_folder_among_the_predictions(tmp_path: Path, name: str) -> None:
     assert folder_of(tmp_path, name) == tmp_path / "predictions" / name
+
+
+class Codes(nn.Module):
+    """A base model of codes, which are whole numbers."""
+
+    def __init__(self, inputs: int, cut: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, cut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.embedding(x).sum(1)
+        return output
+
+
+def test_whole_numbers_that_are_written_with_a_point_are_those_that_were_trained_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def written(name: str, point: str, label: str = "") -> dict[str, Any]:
+        lines = [f"{row},{row % 10}{point},{row % 3}{label and f',{row % 2}'}" for row in range(30)]
+        (tmp_path / name).write_text("\n".join([f"id,zone,kind{label and ',late'}", *lines]))
+        return {"path": tmp_path / name, "id": "id", **({"label": "late"} if label else {})}
+
+    unread = sl_queue.Rows([], np.zeros((0, 1)))
+    bank, insurer = files({"bank": unread, "insurer": unread}, Codes)
+    bank = bank.replace(data=written("bank.csv", ""), predict={"path": tmp_path / "bank.csv"})
+    new = {"path": tmp_path / "insurer.csv"}
+    insurer = insurer.replace(data=written("insurer.csv", "", "late"), predict=new)
+    sl_queue.run_local(job(epochs=1), [bank, insurer], out=tmp_path)
+
+    def predicted() -> Any:
+        return predict_threads(job(epochs=1), [bank, insurer], states(tmp_path), Asked()).outputs
+
+    wanted = predicted()
+    written("bank.csv", ".0")
+    assert np.array_equal(predicted(), wanted)
+    written("bank.csv", ".5")
+    with pytest.raises(ShapeError):
+        predicted()
+    assert "bank: training had whole numbers only, and there are others in 'zone'" in caplog.text
