@@ -12,7 +12,7 @@ import pyarrow as pa
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.features import Fitted, apply
 from sl_queue.data.ids import Ids, Positions, asked_ids
-from sl_queue.data.rows import read_rows
+from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.data.table import fingerprints_of, ids_in, in_order, read_ids, texts_of
 from sl_queue.data.unseen import MOST_UNSEEN, unseen
@@ -70,24 +70,25 @@ def read_to_predict(
     ids = ids if aligned is None else ids.only(aligned)
     if not len(ids.order):
         raise JobError(f"{arrays.where}: there are no rows to predict")
-    features, names = in_order(arrays.features, ids.order), arrays.names
-    told: list[str] = []
-    if columns is not None and names is not None and features is not None:
-        features, names = _as_trained(arrays.where, features, names, columns)
-    if whole and features is not None:
-        features, told = _whole(features, names)
-    if arrays.raw is not None:
-        strict = not isinstance(data, FileSpec) or data.unseen == "refuse"
+    strict = not isinstance(data, FileSpec) or data.unseen == "refuse"
+    if arrays.raw is None:
+        features, names, told = _given(arrays, ids.order, columns, whole=whole)
+    else:
         features, names, told = _made(arrays.where, arrays.raw, ids.order, recipe, strict=strict)
-    row_keys, digest = fingerprints_of(ids)
     labels, weights = in_order(arrays.labels, ids.order), in_order(arrays.weights, ids.order)
-    notes = (*arrays.notes, *ids.notes)
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
+    row_keys, digest = fingerprints_of(ids)
+    notes = (*arrays.notes, *ids.notes)
     table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, weights=weights)
     in_file = _columns(data, arrays.ids)
-    positions = np.full(len(next(iter(in_file.values()))), -1, np.int64)
-    positions[ids.order] = np.arange(len(ids.order))
-    return ToPredict(table, in_file, positions, tuple(told))
+    return ToPredict(table, in_file, _places(ids.order, len(next(iter(in_file.values())))), tuple(told))
+
+
+def _places(order: Positions, n_rows: int) -> Positions:
+    """Return the place of each row of a file in the order; -1 for one that is not in it."""
+    places = np.full(n_rows, -1, np.int64)
+    places[order] = np.arange(len(order))
+    return places
 
 
 def ids_to_predict(spec: TableSpec) -> Ids:
@@ -125,6 +126,19 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+def _given(
+    arrays: Arrays, order: Positions, columns: Sequence[str] | None, *, whole: bool
+) -> tuple[npt.NDArray[Any] | None, tuple[str, ...] | None, list[str]]:
+    """Return numbers and names of columns as a model was trained on them, and what to tell of them."""
+    features, names = in_order(arrays.features, order), arrays.names
+    if columns is not None and names is not None and features is not None:
+        features, names = _as_trained(arrays.where, features, names, columns)
+    if not whole or features is None:
+        return features, names, []
+    features, told = _whole(features, names)
+    return features, names, told
+
+
 def _as_trained(
     where: str, features: npt.NDArray[Any], names: Sequence[str], columns: Sequence[str]
 ) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
@@ -145,7 +159,7 @@ def _whole(features: npt.NDArray[Any], names: Sequence[str] | None) -> tuple[npt
     if not bad.any():
         return features.astype(np.int64), []
     columns = np.flatnonzero(bad.reshape(len(bad), len(names) if names else 1, -1).any(axis=(0, 2)))
-    told = listed(repr(names[place]) if names else "features" for place in columns)
+    told = listed(repr(names[int(place)]) if names else "features" for place in columns)
     return features, [f"training had whole numbers only, and there are others in {told}; a model may not take them"]
 
 

@@ -154,7 +154,7 @@ def current(state: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); promote a version, and it is written anew") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); promote a version, which replaces it") from error
 
 
 def promote(state: Path, run: str) -> tuple[str | None, Version]:

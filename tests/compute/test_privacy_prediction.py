@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,5 +128,8 @@ def test_a_report_that_cannot_be_read_gives_no_probability_of_unknown_meaning(tm
     parties = trained(tmp_path, {"labels": {"epsilon": 2.0}}, {})
     predicted = predict(tmp_path, parties)
     (predicted.version.path / "privacy.json").write_text('{"response": {"epsilon": 2')
-    with pytest.raises(CheckpointError, match=r"privacy\.json cannot be read .* which responses"):
+    with pytest.raises(CheckpointError, match=r"privacy\.json was altered since run"):
         write_outcome(predicted, tmp_path / "predictions.csv")
+    earlier = replace(predicted.version, about={**predicted.version.about, "beside": None})  # has no digest of it
+    with pytest.raises(CheckpointError, match=r"privacy\.json cannot be read .* which responses"):
+        undoing(earlier)
