@@ -15,6 +15,7 @@ from sl_queue.protocol.text import nearest
 
 _ABOVE_0 = "a number above 0"
 _FLAG = "true or false"
+_ANOTHER = 'another name in the history: as = "..."'
 
 
 def _is_number(value: Any) -> bool:
@@ -81,11 +82,15 @@ def _metrics(value: Any) -> Any:
         if isinstance(metric, dict):
             if not isinstance(metric.get("name"), str):
                 raise ValueError(f'[{number}] needs a name, that of a metric: {{ name = "fbeta", beta = 2.0 }}')
+            if not isinstance(metric.get("as", ""), str) or metric.get("as") == "":
+                raise ValueError(f"[{number}].as = {shown(metric['as'])}; it must be text: a name in the history")
         elif not isinstance(metric, str) and not callable(metric):
             raise ValueError(f"[{number}] = {shown(metric)}; it must be a name, a table with one, or module:callable")
+        if metric_name(metric) == "loss" != metric:
+            raise ValueError(f"[{number}] is called 'loss', as what is minimized is; give it {_ANOTHER}")
     twice = [name for name, count in Counter(map(metric_name, value)).items() if count > 1]
     if twice:
-        raise ValueError(f'has {twice[0]!r} twice; give one of them another name in the history: as = "..."')
+        raise ValueError(f"has {twice[0]!r} twice; give one of them {_ANOTHER}")
     return value
 
 

@@ -235,7 +235,8 @@ def _about_labels(party: PartyFile, job: Job) -> Iterator[str]:
         return
     names = list(map(metric_name, party.fuse.metrics))
     of_training = ["train_loss", *(f"train_{name}" for name in names if party.fuse.train_metrics)]
-    measured, metric = ["loss", *names, *of_training], rule.metric
+    held_out = [name for name in names if not name.startswith("train_")]  # a rule reads those on training rows
+    measured, metric = ["loss", *held_out, *of_training], rule.metric
     if metric not in measured:
         yield (
             f"early_stopping.metric = {metric!r} is not measured; {nearest(metric, measured)}"

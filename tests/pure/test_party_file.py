@@ -80,6 +80,12 @@ def test_paths_are_relative_to_the_file_and_absolute_ones_stay(tmp_path: Path, m
         ({"fuse": {**FUSE, "loss": "bce_with_logit"}}, ["fuse.loss = 'bce_with_logit'", "'bce_with_logits'?"]),
         ({"fuse": {**FUSE, "loss": 3}}, ["fuse.loss = 3"]),
         ({"fuse": {**FUSE, "metrics": "auroc"}}, ["fuse.metrics = 'auroc'", "a list"]),
+        ({"fuse": {**FUSE, "metrics": [{"name": "fbeta", "as": "loss"}]}}, ["fuse.metrics [0] is called 'loss'", "as ="]),
+        ({"fuse": {**FUSE, "metrics": ["mae", "own:loss"]}}, ["fuse.metrics [1] is called 'loss'", "another name"]),
+        ({"fuse": {**FUSE, "metrics": [{"name": "fbeta", "as": 3}]}}, ["[0].as = 3", "must be text"]),
+        ({"fuse": {**FUSE, "metrics": [{"name": "fbeta", "as": ["x"]}]}}, ["[0].as = ['x']", "must be text"]),
+        ({"fuse": {**FUSE, "metrics": [{"name": "fbeta", "as": ""}]}}, ["[0].as = ''", "must be text"]),
+        ({"fuse": {**FUSE, "metrics": ["mae", {"name": "r2", "as": "mae"}]}}, ["has 'mae' twice", "as ="]),
         ({"threads": 0}, ["threads = 0", "at least 1"]),
         ({"device": ""}, ["device = ''"]),
         ({"device": 0}, ["device = 0"]),
@@ -128,3 +134,17 @@ def test_early_stopping_watches_what_the_label_holder_measures() -> None:
         agree(job(holdout=0.1, early_stopping={"metric": metric, "patience": 2}), holder)
     with pytest.raises(JobError, match=r"early_stopping.metric = 'mea' is not measured; did you mean 'mae'\?"):
         agree(job(holdout=0.1, early_stopping={"metric": "mea", "patience": 2}), holder)
+
+
+def test_the_loss_may_stand_among_the_metrics_by_its_own_name() -> None:
+    file = PartyFile(party="insurer", data={"source": "m:f"}, base=BASE, fuse={**FUSE, "metrics": ["loss", "mae"]})
+    assert file.fuse is not None
+    assert file.fuse.metrics == ["loss", "mae"]
+
+
+def test_a_metric_whose_name_begins_with_train_is_not_what_early_stopping_reads() -> None:
+    fuse = {**FUSE, "metrics": [{"name": "mae", "as": "train_mae"}]}
+    holder = PartyFile(party="insurer", data={"source": "m:f"}, base=BASE, fuse=fuse)
+    agree(job(), holder)
+    with pytest.raises(JobError, match="'train_mae' is not measured"):
+        agree(job(holdout=0.1, early_stopping={"metric": "train_mae", "patience": 2}), holder)
