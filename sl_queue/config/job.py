@@ -39,6 +39,7 @@ from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.schedule.pipeline import Pipeline
 from sl_queue.protocol.schedule.row_order import Batches, Hashes
+from sl_queue.protocol.text import counted
 from sl_queue.protocol.topology import Topology
 
 __all__ = [
@@ -198,6 +199,9 @@ class Job(Schema):
             hashes=None if self.rules == BY_POSITION else hashes,
             chosen=chosen,
         )
+        if batches.steps >= LIMIT:
+            told = f"epochs = {self.epochs} of {counted(batches.steps_per_epoch, 'step', 'steps')} each"
+            raise JobError(f"{told} are more steps than a message can count, which are below 2**63; use fewer epochs")
         stops = self.early_stopping is not None and not self.early_stopping.of_training
         if stops and batches.holdout_rows == 0 and chosen is None:
             raise JobError(f"holdout = {self.holdout} of {n_rows} rows holds out none; early_stopping needs some")

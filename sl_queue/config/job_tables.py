@@ -10,6 +10,7 @@ from sl_queue.cut.packing import Compress, Dtype
 from sl_queue.cut.several import Outputs
 
 LIMIT = 2**63  # integers travel as 64 bits
+MOST_PAD = 10_000_000  # which take a party a quarter of an hour
 
 Count = Annotated[int, Field(ge=1, lt=LIMIT)]
 _Size = Annotated[int, Field(strict=True, ge=1, lt=LIMIT)]
@@ -101,7 +102,7 @@ class JobBroker(Schema):
         default=False, description="true or false: the broker writes messages to disk, so that they survive its restart"
     )
     patience: float = Field(
-        default=60.0, gt=0, description="a number above 0: seconds of silence until a waiting worker says so"
+        default=60.0, ge=0.1, description="a number of at least 0.1: seconds of silence until a waiting worker says so"
     )
     queues: Literal["classic", "quorum"] = Field(
         default="classic", description='"classic" or "quorum": quorum keeps every message on most nodes of a cluster'
@@ -158,7 +159,13 @@ class JobAlignment(Schema):
     )
     at_least: Count = Field(default=1, description="a whole number of at least 1: shared rows without which to stop")
     at_most: Count | None = Field(default=None, description="a whole number of at least 1: ids that a party may bring")
-    pad: Count = Field(default=1000, description="a whole number from 1: set sizes are reported rounded up to it")
+    pad: int = Field(
+        default=1000,
+        ge=1,
+        le=MOST_PAD,
+        description=f"a whole number from 1 to {MOST_PAD}: set sizes are reported rounded up to it, with points that "
+        "stand for nobody, each of which takes every party as long as an id",
+    )
 
     @model_validator(mode="after")
     def _is_used(self) -> Self:

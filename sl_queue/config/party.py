@@ -18,7 +18,7 @@ from pydantic import (
 from sl_queue.compute.names import NAMED_LOSSES
 from sl_queue.config.broker_url import FORM, BrokerUrl, HasBroker, problem_of, read_url
 from sl_queue.config.csv_file import CsvFile
-from sl_queue.config.environment import BROKER
+from sl_queue.config.environment import BROKER, MOST_THREADS
 from sl_queue.config.features import FeatureFile
 from sl_queue.config.learning import (
     GROUPS,
@@ -236,7 +236,9 @@ class PartyFile(HasBroker):
         min_length=1,
         description='a torch device, for instance "cpu" or "cuda": where the models compute',
     )
-    threads: int | None = Field(default=None, ge=1, description="a whole number of at least 1: torch's threads")
+    threads: int | None = Field(
+        default=None, ge=1, le=MOST_THREADS, description=f"a whole number from 1 to {MOST_THREADS}: torch's threads"
+    )
     start: StartFile | None = Field(default=None, description="a table [start] with a folder")
     security: SecurityFile | None = Field(default=None, description="a table [security] with a key")
     hands: HandsFile | None = Field(default=None, description="a table [hands], which may be empty")

@@ -109,7 +109,7 @@ def jobs(draw: Any) -> Job:
         "epochs": draw(count),
         "batch_size": LARGE,
         "pipeline": {"micro_batches": draw(count), "depth": draw(count), "checkpoint_every": draw(count)},
-        "broker": {"patience": draw(st.floats(min_value=1e-9, max_value=1e300))},
+        "broker": {"patience": draw(st.floats(min_value=0.1, max_value=1e300))},
     }
     try:
         return Job(**values, parties=roles, wire=wire)

@@ -49,6 +49,11 @@ from tests.support.job_files import FEATURE, KEYS_OF, LABEL, SEALING, VALUES, co
         ({"pipeline": {"checkpoint_every": 0}}, ["pipeline.checkpoint_every = 0"]),
         ({"pipeline": 4}, ["pipeline = 4", "a table [pipeline]"]),
         ({"broker": {"patience": 0}}, ["broker.patience = 0"]),
+        ({"broker": {"patience": 1e-300}}, ["broker.patience = 1e-300", "at least 0.1"]),
+        (
+            {"alignment": {"method": "psi", "pad": 2 * 10**9}},
+            ["alignment.pad = 2000000000", "1 to 10000000", "stand for"],
+        ),
         ({"broker": {"patience": float("inf")}}, ["broker.patience = inf"]),
         ({"broker": {"persistent": "yes"}}, ["broker.persistent = 'yes'"]),
         ({"wire": {"dtype": "float8"}}, ["wire.dtype = 'float8'", '"bfloat16"']),
@@ -180,3 +185,10 @@ def test_early_stopping_needs_rows_that_are_held_out() -> None:
     assert careful.batches(1000).holdout_rows == 10
     with pytest.raises(JobError, match=r"holdout = 0.01 of 10 rows holds out none"):
         careful.batches(10)
+
+
+def test_a_run_has_no_more_steps_than_a_message_can_count() -> None:
+    assert job(batch_size=5, epochs=2**63 - 1).batches(5).steps == 2**63 - 1
+    assert job(batch_size=5, epochs=2**62 - 1).batches(10).steps == 2**63 - 2
+    with pytest.raises(JobError, match=r"epochs = 4611686018427387904 of 2 steps each are .* use fewer epochs"):
+        job(batch_size=5, epochs=2**62).batches(10)
