@@ -62,7 +62,7 @@ def device_of(spec: ComputeSpec) -> torch.device:
     """Return the device that a party file asks for. Raises JobError if this machine does not have it."""
     try:
         device = torch.device(spec.device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which a device without numbers, "meta", does not have
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise JobError(

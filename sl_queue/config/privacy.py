@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from sl_queue.config.paths import from_folder
 from sl_queue.config.schema import Schema, shown
 from sl_queue.privacy.settings import Settings
 from sl_queue.protocol.fingerprints import SEED
@@ -75,8 +76,7 @@ class PrivacyFile(Schema):
         if value is None or value == SEED:
             return None if value is None else SEED
         if isinstance(value, str | Path) and str(value):
-            folder = (info.context or {}).get("folder")
-            return Path(value) if folder is None else Path(folder) / value
+            return from_folder(Path(value), info)
         raise ValueError(f"= {shown(value)}; it must be {cls.model_fields['secret'].description}")
 
 

@@ -16,6 +16,8 @@ M = TypeVar("M", bound="Schema")
 Location = tuple[int | str, ...]
 
 MAX_SHOWN = 80  # characters of a value in an error
+MAX_DIGITS = 300  # of a whole number: more are no number of Python's floats, and beyond 4300 none that it prints
+MAX_DEPTH = 100  # of tables and lists in each other
 IN_FILE, IN_CODE = "<file>", "<code>"  # tags of a value that may be either; they stand in no dotted key
 SEVERAL = "<several>"
 
@@ -29,6 +31,7 @@ class Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def __init__(self, /, **values: Any) -> None:
+        _require_usable(type(self).__name__, values)
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -56,12 +59,18 @@ class Schema(BaseModel):
 def load(model: type[M], path: Path | str) -> M:
     """Read a TOML file as `model`. Raises JobError, and lets validators see the file's folder in their context."""
     path = Path(path)
+    values = _read(path)
+    _require_kind(path, model, values)
+    _require_usable(str(path), values)
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-        _require_kind(path, model, values)
         return model.model_validate(values, context={"folder": path.absolute().parent})
     except ValidationError as error:
         raise JobError(_complaint(str(path), model, error)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such file") from None
     except OSError as error:
@@ -70,6 +79,31 @@ def load(model: type[M], path: Path | str) -> M:
         raise JobError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise JobError(f"{path}: is not valid TOML: {error}") from None
+    except ValueError:  # of Python, which reads no more digits
+        raise JobError(f"{path}: holds a whole number of more than {MAX_DIGITS} digits; correct it") from None
+    except RecursionError:
+        raise JobError(f"{path}: holds lists or tables more than {MAX_DEPTH} deep in each other; write fewer") from None
+
+
+def _require_usable(source: str, values: Mapping[str, Any]) -> None:
+    """Raise JobError for values that no key takes, and that would fail wherever they are compared or shown."""
+    problems = list(_unusable(values, ""))
+    if problems:
+        raise JobError(f"{source}: {problems[0]}")
+
+
+def _unusable(value: Any, key: str, depth: int = 0) -> Iterator[str]:
+    if isinstance(value, int):
+        if abs(value) >= 10**MAX_DIGITS:
+            yield f"{key} = a number of {value.bit_length()} bits; it must have at most {MAX_DIGITS} digits"
+    elif isinstance(value, dict | list | tuple):
+        if depth == MAX_DEPTH:
+            yield f"{key[:MAX_SHOWN]}... holds lists or tables more than {MAX_DEPTH} deep in each other; write fewer"
+            return
+        named = value.items() if isinstance(value, dict) else ((f"[{n}]", each) for n, each in enumerate(value))
+        for name, inner in named:
+            joined = f"{key}.{name}" if key and isinstance(value, dict) else f"{key}{name}"
+            yield from _unusable(inner, joined, depth + 1)
 
 
 def _require_kind(path: Path, model: type[Schema], values: Mapping[str, Any]) -> None:

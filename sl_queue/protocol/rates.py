@@ -41,7 +41,7 @@ class Schedule:
         """Read a table like { name = "cosine", warmup = 200 }. Raises ValueError that says what is wrong with it."""
         options = dict(settings)
         name = options.pop("name", None)
-        if name not in _OPTIONS:
+        if not isinstance(name, str) or name not in _OPTIONS:
             raise ValueError(f"= {name!r} is unknown; it must be {', '.join(NAMES)} or module:callable")
         for key, value in options.items():
             if key not in _OPTIONS[name]:

@@ -12,6 +12,8 @@ def read_secret(path: Path, what: str, *, again: bool = False) -> bytes:
 
     A pipe (`/dev/fd/63` of a shell) has no other readers; it gives its contents once, so `again` is a JobError there.
     """
+    if "\0" in str(path):
+        raise JobError(f"{str(path)!r}: a path holds no NUL character")
     mode = path.stat().st_mode
     if again and not stat.S_ISREG(mode):
         raise JobError(f"{path}: not a file that can be read again")

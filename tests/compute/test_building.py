@@ -85,7 +85,7 @@ def test_a_lazy_layer_takes_its_shape_from_the_rows_and_cuts(tmp_path: Path) -> 
 
 def test_a_device_that_is_not_there_is_named() -> None:
     run = setup()
-    for device in ("cuda:99", "gpu"):
+    for device in ("cuda:99", "gpu", "meta"):
         file = run.files["bank"].model_copy(update={"device": device})
         message = raised(JobError, lambda file=file: device_of(computes(run.job, [file])[0]))  # type: ignore[misc]
         assert message.startswith(f"party 'bank': device = '{device}' cannot be used here with torch")

@@ -164,6 +164,29 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes, expecte
     assert str(path) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("x = " + "9" * 5000, ": holds a whole number of more than 300 digits"),
+        ("x = 0x" + "f" * 5000, ": x = a number of 20000 bits; it must have at most 300 digits"),
+        ("[y.z]\nx = [1, 0x" + "f" * 400 + "]", r": y\.z\.x\[1\] = a number of 1600 bits"),
+        ("x = " + "[" * 5000 + "]" * 5000, ": holds lists or tables more than 100 deep"),
+        ("x = " + "[" * 101 + "]" * 101, r": x\[0\]\[0\].* holds lists or tables more than 100 deep"),
+        (".".join(["a"] * 5000) + " = 1", r": a\.a\.a.* holds lists or tables more than 100 deep"),
+    ],
+)
+def test_what_no_key_takes_is_refused_wherever_it_stands(tmp_path: Path, line: str, expected: str) -> None:
+    for kind in (Job, PartyFile):
+        with pytest.raises(JobError, match=expected):
+            kind.load(written(tmp_path, "x.toml", line))
+
+
+def test_a_number_too_large_for_arithmetic_is_refused_in_code_too() -> None:
+    assert "Job: seed = a number of 16610 bits; it must have at most 300 digits" in complaint(seed=10**5000)
+    with pytest.raises(JobError, match=r"Job: broker\.patience = a number of"):
+        job().replace(broker={"patience": 10**400})
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"none\.toml: there is no such file"):
         Job.load(tmp_path / "none.toml")

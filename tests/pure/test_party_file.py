@@ -70,6 +70,13 @@ def test_paths_are_relative_to_the_file_and_absolute_ones_stay(tmp_path: Path, m
         ({"data": {"source": "m:f", "path": "x.csv", "id": "i"}}, ["remove path, id"]),
         ({"data": {"source": "rows"}}, ["data.source = 'rows'", "module:callable"]),
         ({"data": {"source": 3}}, ["data.source = 3"]),
+        ({"data": {"path": "a\0.csv", "id": "i"}}, ["data.path = 'a\\x00.csv'; a path holds no NUL character"]),
+        ({"state": "a\0"}, ["state = 'a\\x00'; a path holds no NUL character"]),
+        ({"start": {"from": "a\0"}}, ["start.from = 'a\\x00'; a path holds no NUL character"]),
+        ({"privacy": {"secret": "a\0"}}, ["privacy.secret = 'a\\x00'; a path holds no NUL character"]),
+        ({"privacy": {"gradients": {"noise": 10**400}}}, ["privacy.gradients.noise = a number of 1329 bits"]),
+        ({"fuse": {**FUSE, "loss": {"name": "huber", "delta": 10**400}}}, ["fuse.loss.delta = a number of 1329 bits"]),
+        ({"base": {**BASE, "schedule": {"name": ["step"]}}}, ["base.schedule = ['step'] is unknown", "cosine"]),
         ({"base": {"model": "BaseModel"}}, ["base.model = 'BaseModel'", "module:callable"]),
         ({"base": {"model": 3}}, ["base.model = 3"]),
         ({"base": {}}, ["base.model is missing", "nn.Module"]),
@@ -152,3 +159,9 @@ def test_a_metric_whose_name_begins_with_train_is_not_what_early_stopping_reads(
     agree(job(), holder)
     with pytest.raises(JobError, match="'train_mae' is not measured"):
         agree(job(holdout=0.1, early_stopping={"metric": "train_mae", "patience": 2}), holder)
+
+
+def test_the_file_of_a_broker_url_is_a_path_that_a_system_has() -> None:
+    file = PartyFile(party="bank", broker="file:a\0b", data={"source": "m:f"}, base=BASE)
+    with pytest.raises(JobError, match=r"'a\\x00b': a path holds no NUL character"):
+        file.broker_url()
