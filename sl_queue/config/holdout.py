@@ -29,7 +29,7 @@ class JobHoldout(Schema):
         default=None, description=f"{_BOUND}: the smallest value above those that are chosen"
     )
     values: list[str | int | float | bool] | None = Field(
-        default=None, min_length=1, description="a list of values: those that are chosen"
+        default=None, min_length=1, description="a list of texts, numbers, or true and false: those that are chosen"
     )
     share: float | None = Field(
         default=None, gt=0, lt=1, description="a number between 0 and 1: the share of rows of each class"

@@ -141,14 +141,30 @@ def shown(value: Any) -> str:
 
 
 def _complaint(source: str, model: type[Schema], error: ValidationError) -> str:
-    lines = [line for found in error.errors(include_url=False) for line in _lines(model, found)]
+    found = [(_location(model, each["loc"]), each) for each in error.errors(include_url=False)]
+    inner = {place[:end] for place, _ in found for end in range(len(place))}  # of a list that may be something else
+    lines = list(
+        dict.fromkeys(line for place, each in found if place not in inner for line in _lines(model, place, each))
+    )
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
     return "\n  ".join([f"{source}: {len(lines)} things are wrong", *lines])
 
 
-def _lines(model: type[Schema], found: Any) -> Iterator[str]:
-    location = tuple(part for part in found["loc"] if part not in (IN_FILE, IN_CODE, SEVERAL))
+def _location(model: type[Schema], told: Location) -> Location:
+    """Return where a value stands, without the tags that pydantic puts there if it may be of several kinds."""
+    found: Location = ()
+    before: int | str = ""
+    for part in told:
+        _, field = _declared_at(model, found)
+        is_key = field is None or table_in(field.annotation) is not None or before == IN_CODE
+        if part not in (IN_FILE, IN_CODE, SEVERAL) and (is_key or isinstance(part, int)):
+            found = (*found, part)
+        before = part
+    return found
+
+
+def _lines(model: type[Schema], location: Location, found: Any) -> Iterator[str]:
     key = _dotted(location)
     match found["type"]:
         case "extra_forbidden":  # its value is not shown: it may be a secret that stands in the wrong place
@@ -168,12 +184,12 @@ def _dotted(location: Location) -> str:
 def _advice(model: type[Schema], location: Location) -> str:
     """Suggest the table that an unknown key may have been meant for."""
     table, _ = _declared_at(model, location[:-1])
-    key, known = str(location[-1]), list(table.model_fields)
+    key, known = str(location[-1]), list(_fields(table))
     advice = nearest(key, known)
     if not advice and key in model.model_fields:
         advice = "it belongs at the top of the file, above the first [table]; "
     if not advice:
-        homes = (n for n, f in model.model_fields.items() if (t := table_in(f.annotation)) and key in t.model_fields)
+        homes = (n for n, f in model.model_fields.items() if (t := table_in(f.annotation)) and key in _fields(t))
         advice = "".join(f"it belongs in [{home}]; " for home in homes)
     return f"{advice}allowed {'in this table' if location[1:] else 'here'} are {', '.join(known)}"
 
@@ -188,16 +204,21 @@ def _declared_at(model: type[Schema], location: Location) -> tuple[type[Schema],
     table, field = model, None
     parts = iter(location)
     for part in parts:
-        if part not in table.model_fields:
+        if part not in _fields(table):
             break
-        field = table.model_fields[str(part)]
+        field = _fields(table)[str(part)]
         inner = table_in(field.annotation)
         if inner is None:
             break
         table = inner
-        if get_origin(field.annotation) is dict:
+        if any(get_origin(each) is dict for each in (field.annotation, *get_args(field.annotation))):
             next(parts, None)  # the name of a party
     return table, field
+
+
+def _fields(table: type[Schema]) -> dict[str, FieldInfo]:
+    """Return the keys of a table, as a file names them."""
+    return {field.alias or name: field for name, field in table.model_fields.items()}
 
 
 def table_in(annotation: Any) -> type[Schema] | None:

@@ -1,5 +1,6 @@
 """A mistake in a job file is named, with what is allowed."""
 
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,31 @@ def test_parties_that_cannot_train_together_are_named(parties: dict[str, Any], e
     said = complaint(parties=parties)
     for words in expected:
         assert words in said
+
+
+BOUND = "it must be a number, or a date like 2026-01-31 or 2026-01: the smallest value "
+CHOSEN = "it must be a list of texts, numbers, or true and false: those that are chosen"
+
+
+@pytest.mark.parametrize(
+    ("holdout", "expected"),
+    [
+        ({"from": datetime(1979, 5, 27, 7, 32)}, f"holdout.from = a datetime; {BOUND}that is chosen"),
+        ({"from": float("nan")}, f"holdout.from = nan; {BOUND}that is chosen"),
+        ({"to": time(7, 32)}, f"holdout.to = a time; {BOUND}above those that are chosen"),
+        ({"values": [date(2026, 1, 1)]}, f"holdout.values[0] = a date; {CHOSEN}"),
+        ({"values": [1, None]}, f"holdout.values[1] = None; {CHOSEN}"),
+        ({"values": 3}, f"holdout.values = 3; {CHOSEN}"),
+        (
+            {"form": 3},
+            "holdout.form is unknown; did you mean 'from'? allowed in this table are column, from, to, values",
+        ),
+    ],
+)
+def test_a_value_that_may_be_of_several_kinds_is_named_once_as_the_file_names_it(
+    holdout: dict[str, Any], expected: str
+) -> None:
+    assert complaint(holdout={"column": "a", **holdout}).startswith(f"Job: {expected}")
 
 
 RESERVED = ("scheduler", "operator", "dead", "insurer")
