@@ -35,7 +35,7 @@ class JobParty(Schema):
     cut: (
         Annotated[
             Annotated[_Shape, Tag(IN_FILE)]
-            | Annotated[dict[str, _Shape], Tag(IN_CODE)]
+            | Annotated[dict[str, _Shape], Field(min_length=1), Tag(IN_CODE)]
             | Annotated[tuple[_Shape, ...], Field(strict=False), Tag(SEVERAL)],
             Discriminator(_kind_of_cut),
         ]

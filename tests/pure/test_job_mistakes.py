@@ -85,6 +85,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(changes: dict[str, Any], ex
         ({"a": {"cut": [3]}, "b": LABEL}, ["parties.a.role is missing", '"feature" or "label"']),
         ({"a": {"role": "fature", "cut": [3]}, "b": LABEL}, ["parties.a.role = 'fature'", '"feature" or "label"']),
         ({"a": {**FEATURE, "cut": []}, "b": LABEL}, ["parties.a.cut = []"]),
+        ({"a": {**FEATURE, "cut": {}}, "b": LABEL}, ["parties.a.cut = a table of nothing", "at least 1"]),
         ({"a": {**FEATURE, "cut": 32}, "b": LABEL}, ["parties.a.cut = 32"]),
         ({"a": {**FEATURE, "cut": [4, 0]}, "b": LABEL}, ["parties.a.cut[1] = 0"]),
         ({"a": {**FEATURE, "cut": [4.0]}, "b": LABEL}, ["parties.a.cut[0] = 4.0"]),
