@@ -44,7 +44,9 @@ def init(
         raise JobError(f"{chosen!r} is none of binary, multiclass and regression")
     called = name or folder.absolute().name.replace(" ", "-")
     start = Start(called, tables, chosen, classes, aligned=not same_ids)  # type: ignore[arg-type]
-    _write(folder, files_of(start))
+    files = files_of(start)
+    _require_accepted(folder, files)
+    _write(folder, files)
     parties = " ".join(f"{table.party}.toml" for table in tables)
     print(f"next, in {folder}:")
     for table in tables:
@@ -61,14 +63,31 @@ def _from(folder: Path, path: str) -> str:
 
 def _require_names(parties: Sequence[str]) -> None:
     """Raise JobError for names that no job has."""
-    from sl_queue.config.starting import is_name
+    from sl_queue.config.starting import JOB_FILE, is_name
 
     if wrong := [party for party in parties if not is_name(party)]:
         raise JobError(f"{wrong[0]!r} is no name of a party: it is made of letters, digits, '_' and '-', at most 64")
+    if same := [party for party in parties if f"{party}.toml".lower() == JOB_FILE]:
+        raise JobError(f"a party {same[0]!r} would have the job's file, {JOB_FILE}; give it another name")
     if len(set(parties)) < len(parties) or len(parties) < 2:
         raise JobError(
             "a job has at least two parties, each with a name of its own: give --party NAME:TABLE:ID for each"
         )
+
+
+def _require_accepted(folder: Path, files: dict[str, str]) -> None:
+    """Raise JobError for files that `sl-queue check` would refuse."""
+    from sl_queue.config.job import Job, PartyFile
+    from sl_queue.config.schema import parsed
+    from sl_queue.config.starting import JOB_FILE
+
+    try:
+        parsed(Job, files[JOB_FILE].encode(), folder / JOB_FILE)
+        for name in files:
+            if name.endswith(".toml") and name != JOB_FILE:
+                parsed(PartyFile, files[name].encode(), folder / name)
+    except (JobError, UnicodeEncodeError) as error:  # a path may hold what is no text
+        raise JobError(f"{error}\nnothing is written; give another --name, --party or --label") from None
 
 
 def _asks(party: Sequence[str] | None) -> bool:

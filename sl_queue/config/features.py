@@ -1,5 +1,6 @@
 """The table [features] of a party file: what becomes of each column."""
 
+import json
 from datetime import date
 from typing import Any, Literal, Self
 
@@ -79,7 +80,7 @@ def as_toml(value: Any) -> str:
         case bool():
             return str(value).lower()
         case str():
-            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes as JSON does
         case list() | tuple():
             return f"[{', '.join(map(as_toml, value))}]"
         case _:

@@ -59,7 +59,18 @@ class Schema(BaseModel):
 def load(model: type[M], path: Path | str) -> M:
     """Read a TOML file as `model`. Raises JobError, and lets validators see the file's folder in their context."""
     path = Path(path)
-    values = _read(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+    return parsed(model, content, path)
+
+
+def parsed(model: type[M], content: bytes, path: Path) -> M:
+    """Read what a TOML file holds, or would hold, as `model`. Raises JobError."""
+    values = _values(content, path)
     _require_kind(path, model, values)
     _require_usable(str(path), values)
     try:
@@ -68,13 +79,9 @@ def load(model: type[M], path: Path | str) -> M:
         raise JobError(_complaint(str(path), model, error)) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _values(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise JobError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+        return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise JobError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:

@@ -14,6 +14,7 @@ _LOSSES: Mapping[Task, tuple[str, str]] = {  # and what to measure
     "multiclass": ("cross_entropy", '["accuracy"]'),
     "regression": ("mse", '["mae"]'),
 }
+JOB_FILE = "job.toml"
 WIDTH = 16  # of each party's activation
 
 
@@ -45,7 +46,7 @@ class Start:
 
 def files_of(start: Start) -> dict[str, str]:
     """Return the files by name: the job, each party's file, and the models."""
-    files = {"job.toml": _job(start), "models.py": _models(start)}
+    files = {JOB_FILE: _job(start), "models.py": _models(start)}
     return files | {f"{table.party}.toml": _party(start, table) for table in start.tables}
 
 

@@ -106,6 +106,10 @@ def test_a_regression_learns_numbers_as_they_are_once_its_model_is_told_their_sc
         ((*PARTIES[:2], "--label", "y"), "at least two parties"),
         (("--party", "a:b", "--label", "y"), "it must be NAME:TABLE:ID"),
         ((*PARTIES, "--party", "a b:t.csv:i", "--label", "y"), "is no name of a party"),
+        ((*PARTIES, "--party", "job:t.csv:i", "--label", "y"), "a party 'job' would have the job's file, job.toml"),
+        ((*PARTIES, "--party", "scheduler:t.csv:i", "--label", "y"), "no party may be called 'scheduler', 'operator'"),
+        ((*PARTIES, "--name", "a b", "--label", "y"), "name = 'a b'; it must be a name of letters"),
+        ((*PARTIES, "--label", "customer"), "insurer.toml: data names a column more than once"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(
@@ -114,6 +118,16 @@ def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(
     done = run("init", tmp_path / "x", *words)
     assert done.returncode == 2 and why in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_whose_name_no_job_has_needs_another_one(tmp_path: Path) -> None:
+    done = run("init", tmp_path / "Prüfung", *PARTIES, "--label", "y")
+    assert done.returncode == 2 and "name = 'Prüfung'; it must be" in done.stderr
+    assert "nothing is written; give another --name" in done.stderr and not (tmp_path / "Prüfung").exists()
+    done = run("init", tmp_path / "Prüfung", *PARTIES, "--label", "y\t\x7f\u0085ü", "--name", "audit")
+    assert done.returncode == 0, done.stderr
+    assert Job.load(tmp_path / "Prüfung/job.toml").name == "audit"
+    assert PartyFile.load(tmp_path / "Prüfung/insurer.toml").data.label == "y\t\x7f\u0085ü"  # type: ignore[union-attr]
 
 
 def test_files_that_are_there_are_left_as_they_are(tmp_path: Path) -> None:
