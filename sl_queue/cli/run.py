@@ -164,8 +164,12 @@ def places_of(job: "Job", files: "Mapping[Path, PartyFile]", out: Path | None) -
         if state is None:
             raise JobError(f"{path}: party {file.party!r} has no `state` folder; set it, or give --out DIR")
         places[file.party] = Place(path, state)
-    beside = places[job.label_holder].state.parent if out is None else out
-    return {**places, SCHEDULER: Place(None, beside / SCHEDULER)}
+    of_scheduler = (places[job.label_holder].state.parent if out is None else out) / SCHEDULER
+    for party, place in places.items():
+        if place.state.resolve() == of_scheduler.resolve():
+            told = f"{place.party_file}: state = {place.state}"
+            raise JobError(f"{told} is the scheduler's folder here; give party {party!r} another, or give --out DIR")
+    return {**places, SCHEDULER: Place(None, of_scheduler)}
 
 
 def _hands(job: "Job", files: "Mapping[Path, PartyFile]", asked: list[str]) -> dict[str, int]:

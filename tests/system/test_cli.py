@@ -284,6 +284,15 @@ def test_a_party_without_a_state_folder_needs_out(job: Path) -> None:
     assert "--out" in run.stderr
 
 
+@pytest.mark.parametrize("party", ["bank", "insurer"])
+def test_no_party_has_the_folder_of_the_scheduler(job: Path, party: str) -> None:
+    edit(job.parent / f"{party}.toml", f'"state/{party}"', '"state/scheduler"')
+    run = local(job)
+    assert run.returncode == 2
+    assert f"{party}.toml: state = " in run.stderr and f"give party '{party}' another" in run.stderr
+    assert not (job.parent / "state").exists()
+
+
 @pytest.mark.parametrize("command", ["status", "stop"])
 def test_status_and_stop_need_a_broker(job: Path, command: str) -> None:
     assert sl_queue(command, job).returncode == 2
