@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sl_queue.config.environment import BROKER, EVENTS, HANDS_BROKER, LOCAL, LOG_FORMAT, THREADS
+from sl_queue.config.environment import BROKER, EVENTS, FINAL_EXIT, HANDS_BROKER, LOCAL, LOG_FORMAT, METRICS, THREADS
 from sl_queue.config.job import Job
 from sl_queue.errors import TransportError
 from sl_queue.launch.following import Follower
@@ -58,9 +58,7 @@ def run_processes(
         tell(status)
 
     stale = read_status(job, broker, timeout_s=0.5, seal=seal)  # what an earlier run may have left
-    newest, threads = _Newest(job.label_holder, stale, show), str(shared_threads(len(job.parties)))
-    shown_to_a_person = {LOG_FORMAT.name: "text"}
-    environ = {**os.environ, BROKER.name: broker, THREADS.name: threads, LOCAL.name: "1", **shown_to_a_person}
+    newest = _Newest(job.label_holder, stale, show)
     asked: Path | None = EVENTS.read()
     hands = {hand_name(role, n): role for role, place in places.items() for n in range(1, 1 + (place.hands or 0))}
     workers = _workers(job, job_file, places, hands, broker)
@@ -70,13 +68,23 @@ def run_processes(
 
     with TemporaryDirectory(prefix="sl_queue-events-") as folder:
         events = asked or Path(folder) / "events.jsonl"
-        environ |= {EVENTS.name: str(events.absolute())}
+        environ = environ_of_workers(job, events, partial(screen.line, "workers")) | {BROKER.name: broker}
         reason_of = partial(failure_in, events)
         try:
             with Follower(job, broker, seal, newest):
                 return supervise(workers, environ, screen.line, step_of, reason_of=reason_of)
         finally:
             _last_word(job, broker, seal, newest)
+
+
+def environ_of_workers(job: Job, events: Path, say: Callable[[str], None]) -> dict[str, str]:
+    """Return this process's environment for workers that it supervises, without what is for one worker by itself."""
+    if METRICS.read() is not None:
+        say(f"{METRICS.name} is left out: it is one port, and here are several workers")
+    kept = {name: value for name, value in os.environ.items() if name not in (METRICS.name, FINAL_EXIT.name)}
+    threads = str(shared_threads(len(job.parties)))
+    shown_to_a_person = {LOG_FORMAT.name: "text"}
+    return {**kept, THREADS.name: threads, LOCAL.name: "1", EVENTS.name: str(events.absolute()), **shown_to_a_person}
 
 
 def _workers(

@@ -6,7 +6,6 @@ none, so that equal weights say both.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,12 +15,20 @@ from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 
-from sl_queue.config.environment import BROKER, EVENTS, HANDS_BROKER, LOCAL, LOG_FORMAT, THREADS
+from sl_queue.config.environment import BROKER, HANDS_BROKER
 from sl_queue.config.job import Job
 from sl_queue.errors import JobError
-from sl_queue.local.processes import Place, command, failure_in, hand_command, hand_name, read_history
+from sl_queue.local.processes import (
+    Place,
+    command,
+    environ_of_workers,
+    failure_in,
+    hand_command,
+    hand_name,
+    read_history,
+)
 from sl_queue.local.supervise import Failure, Limits, Worker, supervise
-from sl_queue.local.threads import key_in, shared_threads
+from sl_queue.local.threads import key_in
 from sl_queue.observe.json_lines import Entry
 from sl_queue.protocol.events import Failed
 from sl_queue.protocol.messages import BEFORE_FIRST_STEP, SCHEDULER
@@ -122,16 +129,13 @@ class _Harness:
                 proxies |= {hand: stack.enter_context(Proxy(self.meeting.port)) for hand in _names(hands)}
             injector = Injector(faults, run_log, self.broker, self.meeting, proxies, self.say)
             workers = self._workers(places, proxies, name)
-            threads = str(shared_threads(len(self.job.parties)))
             events = out / "events.jsonl"
-            environ = {**os.environ, THREADS.name: threads, LOCAL.name: "1"}
-            environ |= {EVENTS.name: str(events), LOG_FORMAT.name: "text"}
             stack.enter_context(following(events, self._take(run_log)))
             patient = Limits(crashes=len(faults) + Limits().crashes)  # those that we cause ourselves are no crash loop
             with injector.working():
                 failure = supervise(
                     workers,
-                    environ,
+                    environ_of_workers(self.job, events, self.say),
                     _no_line,
                     _committed(places, _names(hands)),
                     patient,

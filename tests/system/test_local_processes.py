@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,19 @@ def test_no_command_line_and_no_output_shows_the_password_of_the_broker(finished
     assert sorted(finished.command_lines) == ["bank", "insurer", "scheduler"]
     assert not any(password in word for words in finished.command_lines.values() for word in words)
     assert password not in finished.text
+
+
+def test_what_is_for_one_worker_by_itself_is_kept_from_several(tmp_path: Path, unique: str, broker_url: str) -> None:
+    job = write_credit(tmp_path)
+    edit(job, 'name = "credit"', f'name = "{unique}"')
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        own = {"SL_QUEUE_METRICS_PORT": str(taken.getsockname()[1]), "SL_QUEUE_FINAL_EXIT": "0"}
+        done = sl_queue("local", *files(job), SL_QUEUE_BROKER=broker_url, **own)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("SL_QUEUE_METRICS_PORT is left out") == 1
+        edit(tmp_path / "bank.toml", "hidden_dim = 32", "hidden_dim = 31")
+        wrong = sl_queue("local", *files(job), "--out", tmp_path / "x", SL_QUEUE_BROKER=broker_url, **own)
+    assert wrong.returncode == 5, wrong.stderr
 
 
 def test_workers_that_are_killed_are_restarted_and_change_nothing(
