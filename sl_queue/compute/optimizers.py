@@ -63,11 +63,24 @@ def _of_torch(module: nn.Module, settings: dict[str, Any], groups: Sequence[Mapp
 
 def _built(kind: type[Optimizer], parts: list[Any], options: Mapping[str, Any], what: str) -> Optimizer:
     make: Any = kind
+    declared = inspect.signature(kind).parameters
+    for name, value in options.items():
+        usual = declared[name].default if name in declared else None
+        if any(isinstance(x, bool) for x in _each(value)) and all(_is_number(x) for x in _each(usual)):
+            raise JobError(f"{what}: {name} = {str(value).lower()}; torch.optim.{kind.__name__} takes numbers there")
     try:
         found: Optimizer = make(parts, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise JobError(f"{what} is refused by torch.optim.{kind.__name__}: {error}") from None
     return found
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _groups(module: nn.Module, groups: Sequence[Mapping[str, Any]], no_decay: Sequence[str], where: str) -> list[Any]:

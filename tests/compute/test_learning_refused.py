@@ -58,6 +58,12 @@ def sparse_models() -> dict[str, nn.Module]:
         ({"groups": [{"match": "heads.*", "lr": 0.1}]}, ["'heads.*' matches no parameter", "embedding.weight"]),
         ({"groups": [{"match": "head.*", "lrr": 0.1}]}, ["groups[0].lrr is not an option of SGD; did you mean 'lr'?"]),
         ({"groups": [{"match": "*", "lr": -1.0}]}, ["refused by torch.optim.SGD", "-1.0"]),
+        ({"optimizer": {"name": "adam", "lr": True}}, ["lr = true; torch.optim.Adam takes numbers there"]),
+        (
+            {"optimizer": {"name": "adam", "betas": [0.9, True]}},
+            ["betas = [0.9, true]; torch.optim.Adam takes numbers"],
+        ),
+        ({"groups": [{"match": "*", "lr": True}]}, ["groups[0] = {'lr': True}: lr = true; torch.optim.SGD takes"]),
         ({"optimizer": {"name": "rprop", "no_decay": ["*.bias"]}}, ["no_decay has no use: Rprop has no weight_decay"]),
         ({"schedule": lambda step, steps: float("nan")}, ["schedule gives nan for step 0 of 6"]),
         ({"schedule": lambda step, steps: -1}, ["gives -1 for step 0 of 6; it must give a factor of at least 0"]),
