@@ -71,6 +71,12 @@ def asked_ids(texts: Sequence[str], normalise: Sequence[str], id_type: Declared 
     return [_canonical_uuid(one) for one in found] if id_type == "uuid" else found
 
 
+def readable(ids: Any) -> Any:
+    """Return ids as numbers or text, which CSV holds: UUIDs that are bytes in their canonical form."""
+    decoded = _decoded(ids)
+    return _hexadecimal(decoded) if _are_16_bytes(decoded) else decoded
+
+
 def _canonical_uuid(text: str) -> str:
     try:
         return str(UUID(text))
@@ -196,6 +202,10 @@ def _present(ids: Any) -> Any:
     return present
 
 
+def _are_16_bytes(ids: Any) -> bool:
+    return bool(pa.types.is_fixed_size_binary(ids.type)) and ids.type.byte_width == 16
+
+
 def _hexadecimal(ids: Any) -> Any:
     """Write UUIDs of 16 bytes as text."""
     return pa.array([None if raw is None else str(UUID(bytes=raw)) for raw in ids.to_pylist()], pa.large_string())
@@ -203,7 +213,7 @@ def _hexadecimal(ids: Any) -> Any:
 
 def _uuids(ids: Any) -> tuple[Any | None, str]:
     """Write UUIDs in their canonical form, lower case with hyphens."""
-    if pa.types.is_fixed_size_binary(ids.type) and ids.type.byte_width == 16:
+    if _are_16_bytes(ids):
         return _hexadecimal(ids), ""
     if not pa.types.is_large_string(ids.type):
         return None, f'ids are of type {ids.type}; data.id_type = "uuid" takes text or 16 bytes'
@@ -238,7 +248,7 @@ def _typed(ids: Any, *, are_csv: bool, id_type: Declared | None) -> tuple[Any | 
     if types.is_binary(ids.type) or types.is_large_binary(ids.type):
         texts = _first_cast(ids, pa.large_string()) if id_type == "text" else None
         return texts, _told(ids, 'if they are UTF-8 text, say so: data.id_type = "text"')
-    if types.is_fixed_size_binary(ids.type) and ids.type.byte_width == 16:
+    if _are_16_bytes(ids):
         return None, _told(ids, 'if they are UUIDs, say so: data.id_type = "uuid"')
     return None, _told(ids, "")
 

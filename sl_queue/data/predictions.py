@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from sl_queue.data.ids import readable
 from sl_queue.errors import JobError
 
 SUFFIXES = (".parquet", ".csv")
@@ -26,7 +27,8 @@ def write_predictions(
     require_name(path)
     there = positions >= 0
     taken = positions[there]
-    kept = {name: column.filter(pa.array(there)) for name, column in ids.items()}
+    written = readable if path.suffix == ".csv" else _stored
+    kept = {name: written(column).filter(pa.array(there)) for name, column in ids.items()}
     table = pa.table({**kept, **{name: pa.array(values[taken]) for name, values in columns.items()}})
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
@@ -41,6 +43,15 @@ def write_predictions(
     finally:
         unfinished.unlink(missing_ok=True)
     return len(table)
+
+
+def _stored(ids: Any) -> Any:
+    """Return ids of a type that Arrow can filter and Parquet can hold."""
+    types = pa.types
+    if types.is_string_view(ids.type):
+        return ids.cast(pa.large_string())
+    is_encoded = types.is_dictionary(ids.type) and isinstance(ids.type.value_type, pa.BaseExtensionType)
+    return ids.cast(ids.type.value_type) if is_encoded else ids
 
 
 def require_name(path: Path) -> None:
