@@ -5,7 +5,7 @@ never taken as data.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sl_queue.data.faults import listed
+from sl_queue.data.frames import NO_COLUMN, arrow, is_frame, is_series, named_columns
 from sl_queue.data.matrices import Array, Numbers, beside, gaps, not_finite, plain
 
 _FLOATS = {"f2": np.float32, "f16": np.float64}  # too narrow to compute with, and unknown to torch
@@ -21,16 +22,15 @@ _WHOLE = {"u2": np.int64, "u4": np.int64, "u8": np.int64}
 _NOT_NUMBERS = {"M": "dates", "m": "durations", "c": "complex numbers", "V": "records with fields"}
 _GAPS = ("NAType", "NaTType", "NoneType", "MaskedConstant")
 _MIXED_IDS = "ids must be whole numbers of 64 bits, or all be text"
-_NO_COLUMN = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError)
 _FILL = "fill them, or leave out those rows at every party"
 
 
 def ids_of(ids: Any) -> tuple[Any, list[str]]:
     """Make ids an Arrow array, missing ones null; or None and what is wrong with them."""
-    if _is_series(ids):
+    if is_series(ids):
         try:
-            return _arrow(ids), []
-        except _NO_COLUMN:
+            return arrow(ids), []
+        except NO_COLUMN:
             return None, [_MIXED_IDS]
     if not hasattr(ids, "__array__"):
         if not isinstance(ids, Iterable) or isinstance(ids, Set | Mapping):
@@ -47,7 +47,7 @@ def ids_of(ids: Any) -> tuple[Any, list[str]]:
         array = array.astype(object)
     try:
         return pa.array(array, mask=mask, from_pandas=True), []  # NaN is a missing id
-    except _NO_COLUMN:
+    except NO_COLUMN:
         return None, [_MIXED_IDS]
 
 
@@ -102,32 +102,6 @@ def labels_of(values: Any, what: str = "labels", *, missing: bool = False) -> Nu
     return _finite(found, what, {**_FLOATS, **_WHOLE, **whole}, missing=missing)
 
 
-def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
-    """Make Arrow columns of a data frame, missing values null, for [features] to make numbers of."""
-    if not _is_frame(values):
-        return {}, ["[features] needs columns with names; let features be a data frame of pandas, polars or Arrow"]
-    try:
-        return {name: plain(_arrow(column)) for name, column in _named_columns(values)}, []
-    except _NO_COLUMN as error:
-        return {}, [f"features: a column is of objects that Arrow does not know ({type(error).__name__})"]
-
-
-def frame_columns(values: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return those of these columns that a data frame has, as Arrow arrays; of anything else none."""
-    if not _is_frame(values):
-        return {}
-    return {name: plain(_arrow(column)) for name, column in _named_columns(values) if name in names}
-
-
-def without(values: Any, names: Sequence[str]) -> Any:
-    """Return a data frame without these columns; anything else as it is."""
-    if not names:
-        return values
-    if isinstance(values, pa.Table | pa.RecordBatch):
-        return values.select([name for name in values.schema.names if name not in names])
-    return values[[name for name in values.columns if str(name) not in names]]
-
-
 def _finite(found: Numbers, what: str, dtypes: dict[str, Any], *, missing: bool = False) -> Numbers:
     """Cast, after and before looking at the values: a cast must change none of them."""
     array = found.array
@@ -152,9 +126,9 @@ def _numbers(values: Any, what: str, *, missing: bool = False) -> Numbers:
         values = _of_tensor(values)
     if hasattr(values, "collect"):
         return _refused(what, f"a {type(values).__name__} is not computed yet; give .collect()")
-    if _is_frame(values):
+    if is_frame(values):
         return _of_frame(values, what)
-    if _is_series(values):
+    if is_series(values):
         column = plain(_column(values))
         if column.null_count and not missing:
             return _refused(what, f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}")
@@ -236,26 +210,8 @@ def _of_tensor(tensor: Any) -> Any:
 # Columns of Arrow, pandas, polars and their like ----------------------------------------------------------------
 
 
-def _is_frame(values: Any) -> bool:
-    return isinstance(values, pa.Table | pa.RecordBatch) or (hasattr(values, "columns") and hasattr(values, "dtypes"))
-
-
-def _is_series(values: Any) -> bool:
-    if isinstance(values, pa.Array | pa.ChunkedArray):
-        return True
-    known = hasattr(values, "dtype") and (hasattr(values, "to_numpy") or hasattr(values, "to_arrow"))
-    return known and not isinstance(values, np.ndarray) and getattr(values, "ndim", 1) == 1
-
-
-def _named_columns(frame: Any) -> list[tuple[str, Any]]:
-    if isinstance(frame, pa.Table | pa.RecordBatch):
-        return list(zip(frame.schema.names, frame.columns, strict=True))
-    by_place = hasattr(frame, "iloc")
-    return [(str(name), frame.iloc[:, i] if by_place else frame[name]) for i, name in enumerate(frame.columns)]
-
-
 def _of_frame(frame: Any, what: str) -> Numbers:
-    columns = _named_columns(frame)
+    columns = named_columns(frame)
     names = [name for name, _ in columns]
     if not names:
         return _refused(what, "there are no columns")
@@ -269,20 +225,11 @@ def _of_frame(frame: Any, what: str) -> Numbers:
     return Numbers(array, numbers.names, numbers.notes, tuple(f"{what}: {fault}" for fault in faults))
 
 
-def _arrow(series: Any) -> Any:
-    """Return a column of one type as Arrow, missing values null."""
-    if isinstance(series, pa.Array | pa.ChunkedArray):
-        return series
-    if hasattr(series, "to_arrow"):
-        return series.to_arrow()
-    return pa.array(series, from_pandas=True)
-
-
 def _column(series: Any) -> Any:
-    """Build as `_arrow`; numbers of several types as numbers, and objects of other types as text."""
+    """Build as `arrow` does; numbers of several types as numbers, and objects of other types as text."""
     try:
-        return _arrow(series)
-    except _NO_COLUMN:
+        return arrow(series)
+    except NO_COLUMN:
         array = np.asarray(series)
     missing = np.array([_is_gap(value) for value in array.tolist()], np.bool_)
     filled = np.where(missing, 0, array)

@@ -14,7 +14,8 @@ import numpy as np
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
 from sl_queue.data.feature_specs import Spec, matches, resolve
-from sl_queue.data.given import features_of, frame_columns, ids_of, labels_of, raw_columns, without
+from sl_queue.data.frames import frame_columns, raw_columns, without
+from sl_queue.data.given import features_of, ids_of, labels_of
 from sl_queue.data.holdout import looked_at
 from sl_queue.data.matrices import Array, Matrix, Numbers, is_number
 from sl_queue.data.spec import FileSpec, Rows, TableSpec

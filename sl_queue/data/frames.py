@@ -1,0 +1,67 @@
+"""Data frames of Arrow, pandas, polars and their like, and their columns as Arrow arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sl_queue.data.matrices import plain
+
+NO_COLUMN = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError)
+
+
+def is_frame(values: Any) -> bool:
+    """Return True for a table of columns with names."""
+    return isinstance(values, pa.Table | pa.RecordBatch) or (hasattr(values, "columns") and hasattr(values, "dtypes"))
+
+
+def is_series(values: Any) -> bool:
+    """Return True for one column."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return True
+    known = hasattr(values, "dtype") and (hasattr(values, "to_numpy") or hasattr(values, "to_arrow"))
+    return known and not isinstance(values, np.ndarray) and getattr(values, "ndim", 1) == 1
+
+
+def named_columns(frame: Any) -> list[tuple[str, Any]]:
+    """Return the columns of a data frame, in order."""
+    if isinstance(frame, pa.Table | pa.RecordBatch):
+        return list(zip(frame.schema.names, frame.columns, strict=True))
+    by_place = hasattr(frame, "iloc")
+    return [(str(name), frame.iloc[:, i] if by_place else frame[name]) for i, name in enumerate(frame.columns)]
+
+
+def arrow(series: Any) -> Any:
+    """Return a column of one type as Arrow, missing values null."""
+    if isinstance(series, pa.Array | pa.ChunkedArray):
+        return series
+    if hasattr(series, "to_arrow"):
+        return series.to_arrow()
+    return pa.array(series, from_pandas=True)
+
+
+def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
+    """Make Arrow columns of a data frame, missing values null, for [features] to make numbers of."""
+    if not is_frame(values):
+        return {}, ["[features] needs columns with names; let features be a data frame of pandas, polars or Arrow"]
+    try:
+        return {name: plain(arrow(column)) for name, column in named_columns(values)}, []
+    except NO_COLUMN as error:
+        return {}, [f"features: a column is of objects that Arrow does not know ({type(error).__name__})"]
+
+
+def frame_columns(values: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return those of these columns that a data frame has, as Arrow arrays; of anything else none."""
+    if not is_frame(values):
+        return {}
+    return {name: plain(arrow(column)) for name, column in named_columns(values) if name in names}
+
+
+def without(values: Any, names: Sequence[str]) -> Any:
+    """Return a data frame without these columns; anything else as it is."""
+    if not names:
+        return values
+    if isinstance(values, pa.Table | pa.RecordBatch):
+        return values.select([name for name in values.schema.names if name not in names])
+    return values[[name for name in values.columns if str(name) not in names]]
