@@ -6,12 +6,14 @@ never taken as data.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
 from decimal import Decimal
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sl_queue.data.faults import listed
 from sl_queue.data.frames import NO_COLUMN, arrow, is_frame, is_series, named_columns
@@ -94,12 +96,52 @@ def _records(several: Mapping[str, Numbers]) -> Numbers:
 
 
 def labels_of(values: Any, what: str = "labels", *, missing: bool = False) -> Numbers:
-    """Make labels finite numbers; whole numbers and booleans become int64. NaN stays where they may be `missing`."""
-    found = _numbers(values, what, missing=missing)
+    """Make labels finite numbers; whole numbers and booleans become int64.
+
+    Where labels may be `missing`, gaps are NaN, and whole numbers with gaps are float64.
+    """
+    values, unknown = _filled(values) if missing else (values, None)
+    found = _numbers(values, what)
     if found.array is None or found.faults:
         return found
     whole = dict.fromkeys(("b1", "i1", "i2", "i4", "u1"), np.int64)
-    return _finite(found, what, {**_FLOATS, **_WHOLE, **whole}, missing=missing)
+    found = _finite(found, what, {**_FLOATS, **_WHOLE, **whole}, missing=missing)
+    if unknown is None or found.array is None:
+        return found
+    array = found.array if found.array.dtype.kind == "f" else found.array.astype(np.float64)
+    return replace(found, array=np.where(unknown, array.dtype.type(np.nan), array))
+
+
+def _filled(values: Any) -> tuple[Any, Array | None]:
+    """Put something in the place of what is missing, and say where; None if nothing is."""
+    if values is None or hasattr(values, "detach") or hasattr(values, "collect"):  # a tensor has no gaps but NaN
+        return values, None
+    if is_frame(values):
+        columns = [(name, *_filled_column(column)) for name, column in named_columns(values)]
+        if not any(unknown.any() for _, _, unknown in columns):
+            return values, None
+        names, filled = [name for name, _, _ in columns], [column for _, column, _ in columns]
+        return pa.Table.from_arrays(filled, names), np.stack([unknown for _, _, unknown in columns], axis=1)
+    if is_series(values):
+        column, unknown = _filled_column(values)
+        return (column, unknown) if unknown.any() else (values, None)
+    try:
+        array = np.ma.array(values) if _masked_rows(values) else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):
+        return values, None
+    unknown, array = np.ma.getmaskarray(array), np.ma.getdata(array)
+    if array.dtype.kind == "O" and array.ndim:
+        unknown = unknown | np.fromiter(map(_is_gap, array.flat), np.bool_, array.size).reshape(array.shape)
+    return (np.where(unknown, array.dtype.type(0), array), unknown) if unknown.any() else (values, None)
+
+
+def _filled_column(series: Any) -> tuple[Any, Array]:
+    """Put a value of a column in the place of those that are missing or NaN, and say where."""
+    column = plain(_column(series))
+    unknown = pc.is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False)
+    if unknown.all():
+        return pa.array(np.zeros(len(column))), unknown
+    return column.take(pa.array(np.where(unknown, np.argmin(unknown), np.arange(len(column))))), unknown
 
 
 def _finite(found: Numbers, what: str, dtypes: dict[str, Any], *, missing: bool = False) -> Numbers:
@@ -118,7 +160,7 @@ def _finite(found: Numbers, what: str, dtypes: dict[str, Any], *, missing: bool 
 # From whatever it is to NumPy -----------------------------------------------------------------------------------
 
 
-def _numbers(values: Any, what: str, *, missing: bool = False) -> Numbers:
+def _numbers(values: Any, what: str) -> Numbers:
     """Make an array of numbers with an axis of rows of anything that holds one."""
     if values is None:
         return Numbers(None)
@@ -130,7 +172,7 @@ def _numbers(values: Any, what: str, *, missing: bool = False) -> Numbers:
         return _of_frame(values, what)
     if is_series(values):
         column = plain(_column(values))
-        if column.null_count and not missing:
+        if column.null_count:
             return _refused(what, f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}")
         values = column.to_numpy(zero_copy_only=False)
     if masked := _masked_rows(values):

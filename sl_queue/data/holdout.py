@@ -109,13 +109,14 @@ def _share(share: float, hashes: Hashes, among: Mask, *, at_end: bool) -> Mask:
 
 
 def _of_each_class(share: float, labels: npt.NDArray[Any] | None, hashes: Hashes, left: Mask, *, at_end: bool) -> Mask:
-    """Choose the same share of the rows of each class."""
+    """Choose the same share of the rows of each class, and of those whose label is missing."""
     if labels is None or labels.ndim != 1:
         raise Unusable("stratify needs one label a row")
-    classes = np.unique(labels)
+    unknown = np.isnan(labels)
+    classes = np.unique(labels[~unknown])
     if len(classes) > MOST_CLASSES or (labels.dtype.kind == "f" and not (classes == np.floor(classes)).all()):
         raise Unusable("stratify needs labels that are classes, whole numbers; these are not")
-    found = np.zeros(len(left), np.bool_)
+    found = _share(share, hashes, left & unknown, at_end=at_end)
     for value in classes:
         found |= _share(share, hashes, left & (labels == value), at_end=at_end)
     return found

@@ -188,7 +188,10 @@ def label_array(column: Any, where: str, *, missing: bool = False) -> tuple[Arra
     if not is_number(column.type):
         kind = _kind(column)
         return None, [f"{where} holds {kind}; write labels as numbers, classes as 0, 1, 2, ..."]
-    return (None, []) if column.null_count and not missing else (_values(column), [])
+    if column.null_count and not missing:
+        return None, []
+    has_no_nan = column.null_count and not pa.types.is_floating(column.type)
+    return _values(column.cast(pa.float64(), safe=False) if has_no_nan else column), []
 
 
 def gaps(found: Sequence[str]) -> list[str]:
