@@ -38,7 +38,15 @@ def arrow(series: Any) -> Any:
         return series
     if hasattr(series, "to_arrow"):
         return series.to_arrow()
-    return pa.array(series, from_pandas=True)
+    return pa.array(native(series), from_pandas=True)
+
+
+def native(values: Any) -> Any:
+    """Return an array or a column of NumPy's with its bytes in this machine's order, which alone Arrow takes."""
+    dtype = getattr(values, "dtype", None)
+    if not isinstance(dtype, np.dtype) or dtype.isnative:
+        return values
+    return np.asanyarray(values).astype(dtype.newbyteorder("="))
 
 
 def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:

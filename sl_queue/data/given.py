@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.faults import listed
-from sl_queue.data.frames import NO_COLUMN, arrow, is_frame, is_series, named_columns
+from sl_queue.data.frames import NO_COLUMN, arrow, is_frame, is_series, named_columns, native
 from sl_queue.data.matrices import Array, Numbers, beside, gaps, not_finite, plain
 
 _FLOATS = {"f2": np.float32, "f16": np.float64}  # too narrow to compute with, and unknown to torch
@@ -40,7 +40,7 @@ def ids_of(ids: Any) -> tuple[Any, list[str]]:
         ids = list(ids)
         array = np.ma.array(ids) if any(map(np.ma.isMaskedArray, ids)) else np.array(ids, dtype=object)
     else:
-        array = np.asanyarray(ids)
+        array = native(np.asanyarray(ids))
     if array.ndim != 1:
         return None, [f"ids have the shape {array.shape}; they must have one axis"]
     mask = np.ma.getmaskarray(array) if np.ma.isMaskedArray(array) else None
