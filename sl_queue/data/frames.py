@@ -1,12 +1,15 @@
 """Data frames of Arrow, pandas, polars and their like, and their columns as Arrow arrays."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from sl_queue.data.faults import listed
 from sl_queue.data.matrices import plain
+from sl_queue.protocol.text import counted
 
 NO_COLUMN = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError)
 
@@ -53,17 +56,34 @@ def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
     """Make Arrow columns of a data frame, missing values null, for [features] to make numbers of."""
     if not is_frame(values):
         return {}, ["[features] needs columns with names; let features be a data frame of pandas, polars or Arrow"]
-    try:
-        return {name: plain(arrow(column)) for name, column in named_columns(values)}, []
-    except NO_COLUMN as error:
-        return {}, [f"features: a column is of objects that Arrow does not know ({type(error).__name__})"]
+    found, faults = _as_arrow(named_columns(values))
+    return found, list(faults.values())
 
 
-def frame_columns(values: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return those of these columns that a data frame has, as Arrow arrays; of anything else none."""
+def frame_columns(values: Any, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return those of these columns that a data frame has, as Arrow arrays or what is wrong; of anything else none."""
     if not is_frame(values):
-        return {}
-    return {name: plain(arrow(column)) for name, column in named_columns(values) if name in names}
+        return {}, {}
+    return _as_arrow([(name, column) for name, column in named_columns(values) if name in names])
+
+
+def _as_arrow(columns: Sequence[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Make Arrow arrays of columns, and say of others what is wrong."""
+    found, faults = dict[str, Any](), dict[str, str]()
+    for name, column in columns:
+        try:
+            found[name] = plain(arrow(column))
+        except NO_COLUMN:
+            faults[name] = f"column {name!r} holds {_held(column)}; make it a column of numbers, or of text"
+    return found, faults
+
+
+def _held(column: Any) -> str:
+    """Say what a column holds that Arrow does not know."""
+    if str(column.dtype) != "object":
+        return f"values of type {column.dtype}"
+    types = Counter(type(value).__name__ for value in np.asarray(column).tolist())
+    return f"objects of {counted(len(types), 'type', 'types')} ({listed(types)})"
 
 
 def without(values: Any, names: Sequence[str]) -> Any:

@@ -98,7 +98,7 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
     raw, specs, declared, taken = None, None, spec.declared, without(rows.features, _aside(rows, spec))
     if declared is not None and features and rows.features is not None:
         raw, more = raw_columns(taken)
-        specs, undeclared = resolve(declared, list(raw))
+        specs, undeclared = ({}, []) if more else resolve(declared, list(raw))
         wrong += [*more, *undeclared]
     n_rows = None if ids is None else len(ids)
     found = features_of(taken, n_rows) if features and raw is None else Numbers(None)
@@ -114,7 +114,8 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
             )
     if raw and ids is not None and any(len(column) != len(ids) for column in raw.values()):
         faults.append(f"{counted(len(ids), 'id is', 'ids are')} given, but features for another number of rows")
-    choosing = {} if spec.choices is None else frame_columns(rows.features, spec.choices.columns)
+    choosing, unfit = ({}, {}) if spec.choices is None else frame_columns(rows.features, spec.choices.columns)
+    faults += [fault for fault in unfit.values() if fault not in faults]
     more_of_it = (found.names, found.notes, tuple(faults), raw, specs, weights.array, choosing)
     return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
 
@@ -123,10 +124,11 @@ def _aside(rows: Rows, spec: TableSpec) -> list[str]:
     """Return the columns of a data frame that choose rows and are no features: those of no numbers, or undeclared."""
     choices = () if spec.choices is None else spec.choices.columns
     names = spec.data.set_aside if isinstance(spec.data, FileSpec) else choices
-    columns, declared = frame_columns(rows.features, names) if names else {}, spec.declared
+    columns, unfit = frame_columns(rows.features, names) if names else ({}, {})
+    declared = spec.declared
     if declared is None:
-        return [name for name, column in columns.items() if not is_number(column.type)]
-    return [name for name in columns if not any(matches(pattern, name) for pattern in declared)]
+        return [*unfit, *(name for name, column in columns.items() if not is_number(column.type))]
+    return [name for name in (*unfit, *columns) if not any(matches(pattern, name) for pattern in declared)]
 
 
 def _weights(values: Any, what: str) -> Numbers:

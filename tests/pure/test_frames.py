@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from sl_queue.config.user_code import Importer
-from sl_queue.data.feature_specs import Number
-from sl_queue.data.spec import Rows, TableSpec
+from sl_queue.data.feature_specs import Category, Number
+from sl_queue.data.spec import ByColumn, Choices, Rows, TableSpec
 from sl_queue.data.table import holdout_rows, read_table
+from sl_queue.errors import JobError
 from sl_queue.protocol.table import Table
 
 
@@ -37,3 +38,28 @@ def test_features_and_labels_of_another_byte_order_are_the_same_numbers(declared
     assert table.features.dtype.isnative
     assert table.features.ravel().tolist() == [300, 301, 302, 303]
     assert table.labels.tolist() == [0, 1, 2, 3]
+
+
+MIXED = pd.DataFrame({"x": [1.0, 2.0, 3.0, 4.0], "g": [7, "north", 7, None]})
+
+
+@pytest.mark.parametrize("declared", [None, {"x": Number()}, {"*": Category()}])
+@pytest.mark.parametrize("choice", [ByColumn("g", values=(7, "north")), ByColumn("g", 5)])
+def test_a_column_of_several_types_that_chooses_rows_is_refused_by_name(declared: Any, choice: ByColumn) -> None:
+    with pytest.raises(JobError) as caught:
+        read(Rows([1, 2, 3, 4], MIXED, [0, 1, 0, 1]), declared=declared, choices=Choices(choice, 0.0))
+    told = "party 'shop', data: column 'g' holds objects of 3 types (int, str, NoneType); make it a column "
+    assert str(caught.value) == told + "of numbers, or of text"
+
+
+def test_each_column_that_features_cannot_take_is_named() -> None:
+    frame = pd.DataFrame({"s": pd.arrays.SparseArray([0.0, 1.0]), "c": [1j, 2j], "m": [1, "a"], "x": [1.0, 2.0]})
+    with pytest.raises(JobError) as caught:
+        read(Rows([1, 2], frame, [0, 1]), declared={"*": Number()})
+    first, *faults = str(caught.value).splitlines()
+    assert first == "party 'shop', data: 3 things are wrong"
+    assert [fault.split(";")[0] for fault in faults] == [
+        "  column 's' holds values of type Sparse[float64, nan]",
+        "  column 'c' holds values of type complex128",
+        "  column 'm' holds objects of 2 types (int, str)",
+    ]
