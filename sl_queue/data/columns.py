@@ -14,7 +14,7 @@ import pyarrow as pa
 from sl_queue.data import csv_file, files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
-from sl_queue.data.header import about_names, another_separator
+from sl_queue.data.header import about_names, about_trained, another_separator
 from sl_queue.data.later import Later
 from sl_queue.data.matrices import (
     Array,
@@ -86,18 +86,20 @@ def read_columns(
     declared: Mapping[str, Spec] | None = None,
     missing: bool = False,
     choosing: Mapping[str, bool] = MappingProxyType({}),
+    trained: Sequence[str] | None = None,
 ) -> Columns:
     """Read ids, and features and labels if they are asked for; all faults that can be seen are returned.
 
     `missing`: labels may be; they are NaN then. `declared`: what [features] says; then features stay as they are in the
-    file. `choosing`: columns that choose rows, and whether they are looked at as text. Raises JobError that begins with
-    `where` if nothing can be read.
+    file. `choosing`: columns that choose rows, and whether they are looked at as text. `trained`: columns that a model
+    was trained on, which are the features then. Raises JobError that begins with `where` if nothing can be read.
     """
     assert data.path is not None
     kind = files.kind_of(data, where)
     try:
         with files.opened(data, data.path, kind) as source:
-            selecting = partial(_selected, data, features=features, labels=labels, choosing=choosing)
+            wanted = trained if features else None
+            selecting = partial(_selected, data, features=features, labels=labels, choosing=choosing, trained=wanted)
             return _read(data, source, where, selecting, declared=declared if features else None, missing=missing)
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
@@ -120,13 +122,13 @@ def _read(
 ) -> Columns:
     if fault := source.fault():  # before names are read: an open quote makes rows a name
         refuse(where, [fault])
-    known = source.names()
-    selection = selecting(known)
-    faults = list(about_names(selection.names, known))
+    trained = selecting.keywords["trained"] or ()
+    selection = selecting(known := _known(source, trained))
+    faults = [*about_names(selection.names, known), *about_trained(trained, known)]
     refuse(where, faults[:1] if another_separator(known) else [])  # all else follows from another separator
-    if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known):
+    if selecting.keywords["features"] and not selection.features and set(data.ids) <= set(known) and not trained:
         faults.append(_NO_FEATURES + (_NONE_NEEDED if selection.labels else ""))
-    specs, undeclared = ({}, []) if declared is None else resolve(declared, selection.features)
+    specs, undeclared = ({}, []) if declared is None else resolve(declared, trained or selection.features)
     if not (readable := [name for name in selection.names if known.count(name) == 1]):
         refuse(where, faults)
     ids = [name for name in selection.ids if name in readable]
@@ -182,12 +184,26 @@ def _taken(
 # Names ----------------------------------------------------------------------------------------------------------
 
 
+def _known(source: files.Source, trained: Sequence[str]) -> list[str]:
+    """Return the names of a file's columns; those that are 0 in every row are left out in files of some kinds."""
+    found = source.names()
+    return [*found, *(name for name in trained if source.leaves_zeros_out and name not in found)]
+
+
 def _selected(
-    data: FileSpec, known: Sequence[str], *, features: bool, labels: bool, choosing: Mapping[str, bool]
+    data: FileSpec,
+    known: Sequence[str],
+    *,
+    features: bool,
+    labels: bool,
+    choosing: Mapping[str, bool],
+    trained: Sequence[str] | None,
 ) -> _Selection:
     wanted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    if features and data.features is not None:
+    if features and trained is not None:
+        wanted = tuple(name for name in trained if name in known)
+    elif features and data.features is not None:
         wanted = tuple(dict.fromkeys(name for pattern in data.features for name in _matching(pattern, known, data)))
     elif features:
         others = [(i, name) for i, name in enumerate(known, 1) if name not in data.taken]

@@ -39,6 +39,7 @@ class Source(Protocol):
     """A table in a file."""
 
     ids_are_text: bool  # which may mean whole numbers
+    leaves_zeros_out: bool  # a column that is 0 in every row is not there
 
     def fault(self) -> str | None:
         """Say what makes it unreadable as it was meant."""
@@ -97,7 +98,7 @@ def opened(data: FileSpec, path: Path, kind: FileKind) -> Iterator[Source]:
 class _Csv:
     path: Path
     dialect: CsvSpec
-    ids_are_text = True
+    ids_are_text, leaves_zeros_out = True, False
 
     def fault(self) -> str | None:
         return csv_file.quote_fault(self.path, self.dialect.delimiter)
@@ -120,7 +121,7 @@ class _Parquet:
     """A Parquet file, or a folder of them with the same columns, in the order of their names."""
 
     path: Path
-    ids_are_text = False
+    ids_are_text, leaves_zeros_out = False, False
 
     @property
     def _files(self) -> list[Path]:
@@ -163,7 +164,7 @@ class _Arrow:
     """An Arrow file, mapped into memory."""
 
     file: Any
-    ids_are_text = False
+    ids_are_text, leaves_zeros_out = False, False
 
     def fault(self) -> str | None:
         return None

@@ -88,8 +88,23 @@ def _held(column: Any) -> str:
 
 def without(values: Any, names: Sequence[str]) -> Any:
     """Return a data frame without these columns; anything else as it is."""
-    if not names:
+    return only(values, [name for name in frame_names(values) or () if name not in names]) if names else values
+
+
+def only(values: Any, names: Sequence[str]) -> Any:
+    """Return a data frame with these of its columns, in this order; anything else as it is."""
+    if (known := frame_names(values)) is None:
+        return values
+    places = [place for name in dict.fromkeys(names) for place, one in enumerate(known) if one == name]
+    if places == list(range(len(known))):
         return values
     if isinstance(values, pa.Table | pa.RecordBatch):
-        return values.select([name for name in values.schema.names if name not in names])
-    return values[[name for name in values.columns if str(name) not in names]]
+        return values.select(places)
+    return values.iloc[:, places] if hasattr(values, "iloc") else values.select([known[place] for place in places])
+
+
+def frame_names(values: Any) -> list[str] | None:
+    """Return the names of the columns of a data frame; None of anything else."""
+    if not is_frame(values):
+        return None
+    return list(map(str, values.schema.names if isinstance(values, pa.Table | pa.RecordBatch) else values.columns))

@@ -21,6 +21,12 @@ def about_names(selected: Sequence[str], known: list[str]) -> Iterator[str]:
             yield f"there is no column {name!r}; {nearest(name, known)}{there}"
 
 
+def about_trained(trained: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with a table that lacks columns that a model was trained on."""
+    missing = (name for name in trained if name not in known)
+    yield from (f"the model was trained with the column {name!r}, which is not there" for name in missing)
+
+
 def _told(known: list[str]) -> str:
     """List the names of columns, without numbers and further lines: a file without a header has rows there."""
     names = [name.partition("\n")[0] for name in known if not _NUMBER.fullmatch(name)]

@@ -21,7 +21,7 @@ class RowFile:
     path: Path
     kind: Literal["svmlight", "tag:value"]
     delimiter: str
-    ids_are_text = True
+    ids_are_text, leaves_zeros_out = True, True
 
     def fault(self) -> str | None:
         return None

@@ -4,7 +4,7 @@ Faults name the party, the file, the column and the count of bad rows, and never
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import numpy as np
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
 from sl_queue.data.feature_specs import Spec, matches, resolve
-from sl_queue.data.frames import frame_columns, raw_columns, without
+from sl_queue.data.frames import frame_columns, frame_names, only, raw_columns, without
 from sl_queue.data.given import features_of, ids_of, labels_of
+from sl_queue.data.header import about_trained
 from sl_queue.data.holdout import looked_at
 from sl_queue.data.matrices import Array, Matrix, Numbers, is_number
 from sl_queue.data.spec import FileSpec, Rows, TableSpec
@@ -44,21 +45,25 @@ class Arrays:
     choosing: Mapping[str, Any] = field(default_factory=dict, repr=False)  # columns that choose rows, as Arrow arrays
 
 
-def read_rows(spec: TableSpec, *, features: bool, labels: bool, choosing: bool = False) -> Arrays:
+def read_rows(
+    spec: TableSpec, *, features: bool, labels: bool, choosing: bool = False, trained: Sequence[str] | None = None
+) -> Arrays:
     """Read the rows of a party; features, labels and the columns that choose rows only if they are asked for.
 
-    Raises JobError if nothing can be read; all other faults are returned.
+    `trained`: columns that a model was trained on, which are the features then; None: those that the party says. Raises
+    JobError if nothing can be read; all other faults are returned.
     """
     data, where = spec.data, f"party {spec.party!r}"
+    about: Any = {"features": features, "labels": labels, "trained": trained}
     if not choosing:
         spec = replace(spec, choices=None)
     if isinstance(data, Rows):
-        return _given(data, f"{where}, data", spec, features=features, labels=labels)
+        return _given(data, f"{where}, data", spec, **about)
     if data.source is not None:
         name = data.source if isinstance(data.source, str) else getattr(data.source, "__qualname__", "a callable")
         where = f"{where}, data.source = {name!r}"
-        return _given(_returned(data.source, spec.code, where), where, spec, features=features, labels=labels)
-    return _read(data, f"{where}, {data.path}", spec, features=features, labels=labels)
+        return _given(_returned(data.source, spec.code, where), where, spec, **about)
+    return _read(data, f"{where}, {data.path}", spec, **about)
 
 
 def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]:
@@ -74,10 +79,12 @@ def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]
     return found
 
 
-def _read(data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
+def _read(
+    data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels: bool, trained: Sequence[str] | None
+) -> Arrays:
     """Read a file."""
     missing, choosing = spec.missing_labels, {} if spec.choices is None else looked_at(spec.choices)
-    about = {"features": features, "labels": labels, "missing": missing}
+    about: Any = {"features": features, "labels": labels, "missing": missing, "trained": trained}
     columns = read_columns(data, where, declared=spec.declared, choosing=choosing, **about)
     if columns.ids is not None and not columns.faults:
         _require_rows(len(columns.ids[0] if isinstance(columns.ids, list) else columns.ids), where)
@@ -90,18 +97,22 @@ def _read(data: FileSpec, where: str, spec: TableSpec, *, features: bool, labels
     return Arrays(where, columns.ids, csv, columns.features, found.array, names, notes, faults, *raw)
 
 
-def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: bool) -> Arrays:
+def _given(
+    rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: bool, trained: Sequence[str] | None
+) -> Arrays:
     """Take Rows, built in code or returned by a source."""
     ids, wrong = ids_of(rows.ids)
     if ids is not None:
         _require_rows(len(ids), where)
-    raw, specs, declared, taken = None, None, spec.declared, without(rows.features, _aside(rows, spec))
+    raw, specs, declared = None, None, spec.declared
+    taken, lacking = _taken(rows, spec, trained) if features else (None, [])
+    wrong += lacking
     if declared is not None and features and rows.features is not None:
         raw, more = raw_columns(taken)
-        specs, undeclared = ({}, []) if more else resolve(declared, list(raw))
+        specs, undeclared = ({}, []) if more else resolve(declared, list(raw) if trained is None else trained)
         wrong += [*more, *undeclared]
     n_rows = None if ids is None else len(ids)
-    found = features_of(taken, n_rows) if features and raw is None else Numbers(None)
+    found = features_of(taken, n_rows) if raw is None and not lacking else Numbers(None)
     if features and rows.features is None:
         wrong.append("features are missing; the job gives this party a cut, so its base model needs them")
     targets = labels_of(rows.labels, missing=spec.missing_labels) if labels else Numbers(None)
@@ -118,6 +129,14 @@ def _given(rows: Rows, where: str, spec: TableSpec, *, features: bool, labels: b
     faults += [fault for fault in unfit.values() if fault not in faults]
     more_of_it = (found.names, found.notes, tuple(faults), raw, specs, weights.array, choosing)
     return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
+
+
+def _taken(rows: Rows, spec: TableSpec, trained: Sequence[str] | None) -> tuple[Any, list[str]]:
+    """Return the features, or those of them that a model was trained on; and say which of these are not there."""
+    if trained is None:
+        return without(rows.features, _aside(rows, spec)), []
+    known = frame_names(rows.features)
+    return only(rows.features, trained), [] if known is None else list(about_trained(trained, known))
 
 
 def _aside(rows: Rows, spec: TableSpec) -> list[str]:

@@ -1,7 +1,7 @@
 """Rows that a trained model is asked about: in canonical order, and the way back into the order of their file."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sl_queue.data.faults import listed, refuse
+from sl_queue.data.feature_specs import matches
 from sl_queue.data.features import Fitted, apply
 from sl_queue.data.ids import Ids, Positions, asked_ids
 from sl_queue.data.rows import Arrays, read_rows
@@ -60,7 +61,10 @@ def read_to_predict(
     """
     data = spec.data
     empty = isinstance(data, FileSpec) and data.features == ()
-    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels)
+    fitted = None if recipe is None or spec.declared is None else Fitted.of_json(recipe)
+    trained = columns if spec.declared is None else None if fitted is None else tuple(fitted.columns)
+    spec = spec if trained is None else _declaring(spec, trained)
+    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels, trained=trained)
     ids, faults = ids_in(spec, arrays)
     faults = [*arrays.faults, *faults]
     if spec.labels and arrays.labels is None and not faults:
@@ -72,9 +76,9 @@ def read_to_predict(
         raise JobError(f"{arrays.where}: there are no rows to predict")
     strict = not isinstance(data, FileSpec) or data.unseen == "refuse"
     if arrays.raw is None:
-        features, names, told = _given(arrays, ids.order, columns, whole=whole)
+        features, names, told = _given(arrays, ids.order, whole=whole)
     else:
-        features, names, told = _made(arrays.where, arrays.raw, ids.order, recipe, strict=strict)
+        features, names, told = _made(arrays.where, arrays.raw, ids.order, fitted, strict=strict)
     labels, weights = in_order(arrays.labels, ids.order), in_order(arrays.weights, ids.order)
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
     row_keys, digest = fingerprints_of(ids)
@@ -126,29 +130,22 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+def _declaring(spec: TableSpec, trained: Sequence[str]) -> TableSpec:
+    """Return a table whose [features] says nothing but of the columns that a model was trained on."""
+    declared = spec.declared or {}
+    known = {name: one for name, one in declared.items() if any(matches(name, column) for column in trained)}
+    return spec if spec.declared is None else replace(spec, declared=known)
+
+
 def _given(
-    arrays: Arrays, order: Positions, columns: Sequence[str] | None, *, whole: bool
+    arrays: Arrays, order: Positions, *, whole: bool
 ) -> tuple[npt.NDArray[Any] | None, tuple[str, ...] | None, list[str]]:
     """Return numbers and names of columns as a model was trained on them, and what to tell of them."""
     features, names = in_order(arrays.features, order), arrays.names
-    if columns is not None and names is not None and features is not None:
-        features, names = _as_trained(arrays.where, features, names, columns)
     if not whole or features is None:
         return features, names, []
     features, told = _whole(features, names)
     return features, names, told
-
-
-def _as_trained(
-    where: str, features: npt.NDArray[Any], names: Sequence[str], columns: Sequence[str]
-) -> tuple[npt.NDArray[Any], tuple[str, ...]]:
-    """Put columns into the order in which a model was trained on them, whatever else the table has."""
-    place = {name: index for index, name in enumerate(names)}
-    missing = [name for name in columns if name not in place]
-    refuse(where, [f"the model was trained with the column {name!r}, which is not there" for name in missing])
-    if features.ndim != 2 or tuple(names) == tuple(columns):
-        return features, tuple(names)
-    return np.ascontiguousarray(features[:, [place[name] for name in columns]]), tuple(columns)
 
 
 def _whole(features: npt.NDArray[Any], names: Sequence[str] | None) -> tuple[npt.NDArray[Any], list[str]]:
@@ -164,18 +161,17 @@ def _whole(features: npt.NDArray[Any], names: Sequence[str] | None) -> tuple[npt
 
 
 def _made(
-    where: str, raw: Mapping[str, Any], order: Positions, recipe: str | None, *, strict: bool
+    where: str, raw: Mapping[str, Any], order: Positions, fitted: Fitted | None, *, strict: bool
 ) -> tuple[npt.NDArray[Any], tuple[str, ...], list[str]]:
     """Make numbers of raw columns by what was learned in training; and count what training had not seen.
 
     `strict`: refuse a column in which more rows than a few hold a category that training had not seen.
     """
-    if recipe is None:
+    if fitted is None:
         raise JobError(
             f"{where}: [features] is there, and the version to predict with has no features.json: it was trained "
             "without; predict with a version that was trained with it, or take [features] out"
         )
-    fitted = Fitted.of_json(recipe)
     taken = pa.array(order)
     columns = {name: column.take(taken) for name, column in raw.items()}
     features, faults = apply(fitted, columns)
