@@ -25,6 +25,7 @@ Keys = npt.NDArray[np.uint64]
 
 _EXACT = 2**53  # up to which float64 holds every whole number
 _LONGEST_ID = 1000  # characters, of an id in a request
+LACKING, REPEATED = -1, -2  # in the place of a row's position: another party lacks the row; it repeats an id
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,13 +34,13 @@ class ToPredict:
 
     table: Table
     ids: Mapping[str, Any] = field(repr=False)  # Arrow arrays by column, in the order of the file
-    positions: Positions = field(repr=False)  # of each row of the file in the table; -1: another party lacks the row
+    positions: Positions = field(repr=False)  # of each row of the file in the table; else LACKING or REPEATED
     unseen: tuple[str, ...] = ()  # what training had not seen: counts of categories by column, or fractions
 
     @property
     def missing(self) -> int:
-        """Count the rows of the file that get no prediction."""
-        return int((self.positions < 0).sum())
+        """Count the rows of the file that get no prediction, since another party lacks them."""
+        return int((self.positions == LACKING).sum())
 
 
 _AS_LEARNED = "another line of [features] takes effect when it is trained with"
@@ -71,6 +72,7 @@ def read_to_predict(
         faults.append("there are no labels to compare predictions with")
     refuse(arrays.where, faults)
     assert ids is not None
+    own = ids.order
     ids = ids if aligned is None else ids.only(aligned)
     if not len(ids.order):
         raise JobError(f"{arrays.where}: there are no rows to predict")
@@ -85,12 +87,13 @@ def read_to_predict(
     notes = (*arrays.notes, *ids.notes)
     table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, weights=weights)
     in_file = _columns(data, arrays.ids)
-    return ToPredict(table, in_file, _places(ids.order, len(next(iter(in_file.values())))), tuple(told))
+    return ToPredict(table, in_file, _places(ids.order, own, len(next(iter(in_file.values())))), tuple(told))
 
 
-def _places(order: Positions, n_rows: int) -> Positions:
-    """Return the place of each row of a file in the order; -1 for one that is not in it."""
-    places = np.full(n_rows, -1, np.int64)
+def _places(order: Positions, own: Positions, n_rows: int) -> Positions:
+    """Return the place of each row of a file in the order, else LACKING or REPEATED; `own`: rows whose ids are new."""
+    places = np.full(n_rows, REPEATED, np.int64)
+    places[own] = LACKING
     places[order] = np.arange(len(order))
     return places
 

@@ -10,6 +10,7 @@ from sl_queue.compute.evaluated import Evaluation, evaluate
 from sl_queue.compute.predicted import Undo, columns_of
 from sl_queue.config.party import PartyFile
 from sl_queue.data.predictions import require_name, write_predictions
+from sl_queue.data.to_predict import LACKING
 from sl_queue.errors import CheckpointError
 from sl_queue.launch.importance import EVALUATION, keep_evaluation
 from sl_queue.launch.prediction import Predicted
@@ -44,7 +45,7 @@ def write_outcome(predicted: Predicted, path: Path) -> list[str]:
     if not rows.missing:
         lacking.unlink(missing_ok=True)  # of an earlier prediction
     else:
-        write_predictions(lacking, rows.ids, np.where(rows.positions < 0, 0, -1), {})
+        write_predictions(lacking, rows.ids, np.where(rows.positions == LACKING, 0, -1), {})
         lack = "that another party lacks"
         told.append(f"{counted(rows.missing, f'row {lack} has', f'rows {lack} have')} no prediction: {lacking}")
     return told

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sl_queue
 from sl_queue.compute.predicted import columns_of
+from sl_queue.data.spec import FileSpec
 from sl_queue.errors import AlignmentError, CheckpointError, JobError, ShapeError
 from sl_queue.launch.asked import Asked, folder_of, schedule_of
 from sl_queue.launch.outcome import write_evaluation, write_outcome
@@ -235,6 +236,27 @@ def test_rows_that_are_shared_are_predicted_and_the_others_left_out_or_refused(t
     order = np.argsort(new)[np.sort(new) != new[3]]
     wanted = joined(result, columns, order, schedule_of(psi, NEW - 1).batches.batch_size)
     assert np.array_equal(found.outputs, wanted.numpy())
+
+
+def test_later_rows_of_an_id_are_left_out_and_lack_at_nobody(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids, bank, insurer = np.arange(N), rng.standard_normal((N, 3)), rng.standard_normal((N, 2))
+    psi = job(alignment={"method": "psi"}, epochs=1)
+    parties = files({"bank": sl_queue.Rows(ids, bank), "insurer": sl_queue.Rows(ids, insurer, ids % 2)})
+    sl_queue.run_local(psi, parties, out=tmp_path)
+    asked = {"bank": sl_queue.Rows([5, 7, 9], bank[:3]), "insurer": sl_queue.Rows([9, 5, 5, 7, 9], insurer[:5])}
+    first = {party: FileSpec(source=lambda rows=rows: rows, duplicates="first") for party, rows in asked.items()}
+    found = predict_threads(psi, parties, states(tmp_path), Asked(), rows=first)
+    assert found.rows.missing == 0
+    assert write_outcome(found, tmp_path / "p.csv")[0].startswith("3 predictions with run ")
+    assert pa.csv.read_csv(tmp_path / "p.csv")["id"].to_pylist() == [9, 5, 7]
+    asked["bank"] = sl_queue.Rows([5, 9], bank[:2])
+    with pytest.raises(AlignmentError, match="1 of 5 rows to predict are not held by every party"):
+        predict_threads(psi, parties, states(tmp_path), Asked(), rows=first | {"bank": asked["bank"]})
+    found = predict_threads(psi, parties, states(tmp_path), Asked(leave_out=True), rows=first | {"bank": asked["bank"]})
+    write_outcome(found, tmp_path / "q.csv")
+    assert pa.csv.read_csv(tmp_path / "q.csv")["id"].to_pylist() == [9, 5]
+    assert pa.csv.read_csv(tmp_path / "q-missing.csv")["id"].to_pylist() == [7]
 
 
 @pytest.mark.parametrize("change", ["a row less", "another row", "a row more"])
