@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
@@ -125,9 +125,12 @@ def _is_skewed(seen: Any) -> bool:
 def _date_line(key: str, dates: Any, more: str) -> tuple[str, str]:
     if dates.null_count == len(dates):
         return f"# {key} is empty:", "leave it out with data.exclude"
-    latest = EPOCH + timedelta(days=pc.max(dates.cast(pa.int32())).as_py() + 1)
+    after, last = pc.max(dates.cast(pa.int32())).as_py() + 1, (date.max - EPOCH).days
+    at = EPOCH + timedelta(days=max((date.min - EPOCH).days, min(after, last)))
     missing = ', missing = "median"' if dates.null_count else ""
-    text = f'{key} = {{ kind = "date", parts = ["year", "month", "age"], at = {latest.isoformat()}{more}{missing} }}'
+    text = f'{key} = {{ kind = "date", parts = ["year", "month", "age"], at = {at.isoformat()}{more}{missing} }}'
+    if after > last:
+        return text, f"some dates are {at.isoformat()} or later; if that stands for no date, empty it"
     return text, "at: the day after the latest one"
 
 

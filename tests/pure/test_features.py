@@ -238,3 +238,13 @@ def test_a_proposal_shows_no_text_that_may_be_the_value_of_a_row() -> None:
         said = proposed(phone=[*numbers, *texts])
         assert "missing" not in said and repr(texts[0]) not in said, said
     assert "marks" not in proposed(word=[f"word {i}" for i in range(199)] + ["12"])
+
+
+@pytest.mark.parametrize("last", ["9999-12-31", date(9999, 12, 31)])
+def test_a_proposal_for_dates_up_to_the_last_one_that_there_is_can_be_read(last: Any) -> None:
+    said = proposed(until=[last, "2026-01-01" if isinstance(last, str) else date(2026, 1, 1)])
+    assert tomllib.loads(said)["features"]["until"]["at"] == date(9999, 12, 31)
+    assert "some dates are 9999-12-31 or later; if that stands for no date, empty it" in said
+    far = propose({"until": pa.array([2**30, 0], pa.date32()), "since": pa.array([-(2**30)], pa.date32())})
+    assert tomllib.loads(far)["features"]["until"]["at"] == date.max
+    assert tomllib.loads(far)["features"]["since"]["at"] == date.min
