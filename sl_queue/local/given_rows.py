@@ -87,6 +87,8 @@ def by_party(
     Raises JobError for what is missing or not as long as the rest.
     """
     tables = _tables(features, parties, columns)
+    if not isinstance(labels, str | int):
+        _require_rows("labels", labels)
     ids = None if id is None or isinstance(features, Mapping) else _column(features, id)
     known = [*parties, *([label_holder] if label_holder not in parties else [])]
     strange = [party for party in tables if party not in known]
@@ -94,7 +96,7 @@ def by_party(
         raise JobError(
             f"there are rows for {strange[0]!r}, which is not a party of this model; they are {', '.join(known)}"
         )
-    if isinstance(labels, str):
+    if isinstance(labels, str | int):
         if label_holder not in tables:
             raise JobError(f"labels = {labels!r} names a column, and there is no table of {label_holder!r}")
         labels, tables[label_holder] = _column(tables[label_holder], labels), _without(tables[label_holder], labels)
@@ -120,7 +122,7 @@ def rows_of(given: Given) -> Rows:
 
 def _tables(features: Any, parties: Mapping[str, Any], columns: Any) -> dict[str, Any]:
     if isinstance(features, Mapping):
-        return {party: _stacked(table) for party, table in features.items()}
+        return {party: _stacked(table, f"the table of {party!r}") for party, table in features.items()}
     if columns is None:
         raise JobError(
             "features are one table; give a dict with a table for each party, or say whose columns are whose: "
@@ -129,8 +131,8 @@ def _tables(features: Any, parties: Mapping[str, Any], columns: Any) -> dict[str
     missing = [party for party in parties if party not in columns]
     if missing:
         raise JobError(f"columns say nothing of party {missing[0]!r}")
-    table = _stacked(features)
-    return {party: _selected(table, list(columns[party])) for party in parties}
+    table = _stacked(features, "the table")
+    return {party: _selected(table, list(columns[party]), f"columns of {party!r}: ") for party in parties}
 
 
 def _length(table: Any) -> int:
@@ -138,8 +140,17 @@ def _length(table: Any) -> int:
     return len(next(iter(table.values()))) if isinstance(table, Mapping) else len(table)
 
 
-def _stacked(table: Any) -> Any:
+def _require_rows(what: str, rows: Any) -> None:
+    """Raise JobError for what has no number of rows, as a table that polars has yet to compute."""
+    if hasattr(type(rows), "collect"):
+        raise JobError(f"{what}: a {type(rows).__name__} is not computed yet; give .collect()")
+    if rows is not None and not hasattr(rows, "__len__"):
+        raise JobError(f"{what}: a {type(rows).__name__} has no rows; give an array, or a data frame")
+
+
+def _stacked(table: Any, what: str) -> Any:
     """Stack a dataset into one array."""
+    _require_rows(what, table)
     if isinstance(table, TensorDataset):
         return table.tensors[0]
     if isinstance(table, Dataset):
@@ -156,30 +167,44 @@ def _names(table: Any) -> list[Any]:
     return table.schema.names if isinstance(table, pa.Table | pa.RecordBatch) else list(table.columns)
 
 
-def _selected(table: Any, names: list[Any]) -> Any:
-    if isinstance(table, pa.Table | pa.RecordBatch):
-        return table.select(names)
-    return table[names] if _is_frame(table) else table[:, names]
+def _selected(table: Any, names: list[Any], where: str = "") -> Any:
+    """Return some columns of a table; `where` is what complaints begin with."""
+    if _is_frame(table):
+        names = [_name_in(table, name, where) for name in names]
+        return table.select(names) if isinstance(table, pa.Table | pa.RecordBatch) else table[names]
+    try:
+        return table[:, names]
+    except (IndexError, TypeError, ValueError):
+        shape = getattr(table, "shape", None)
+        about = type(table).__name__ + ("" if shape is None else f" of the shape {tuple(shape)}")
+        raise JobError(f"{where}the table, a {about}, does not have all of {names}") from None
 
 
-def _column(table: Any, name: str) -> Any:
+def _name_in(table: Any, name: Any, where: str = "") -> Any:
+    """Return the name of a column as the table has it: 1 where it is asked for as "1"."""
+    known = _names(table)
+    found = [each for each in known if each == name] or [each for each in known if str(each) == str(name)]
+    if not found:
+        raise JobError(f"{where}there is no column {name!r}; the table's are {', '.join(map(str, known))}")
+    return found[0]
+
+
+def _column(table: Any, name: Any) -> Any:
     if not _is_frame(table):
         raise JobError(f"{name!r} names a column, and the table is a {type(table).__name__} without names")
-    names = list(map(str, _names(table)))
-    if name not in names:
-        raise JobError(f"there is no column {name!r}; the table's are {', '.join(names)}")
-    return table[name]
+    return table[_name_in(table, name)]
 
 
-def _without(table: Any, name: str) -> Any:
-    return _selected(table, [each for each in _names(table) if each != name])
+def _without(table: Any, name: Any) -> Any:
+    left_out = _name_in(table, name)
+    return _selected(table, [each for each in _names(table) if each != left_out])
 
 
 def _given(party: str, table: Any, id: str | None, ids: Any) -> Given:
     if id is None:
         return Given(party, np.arange(_length(table)), table, None)
     if ids is not None:
-        return Given(party, ids, _without(table, id) if id in _names(table) else table, None)
+        return Given(party, ids, _without(table, id) if id in map(str, _names(table)) else table, None)
     return Given(party, _column(table, id), _without(table, id), None)
 
 
