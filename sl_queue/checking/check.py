@@ -4,6 +4,7 @@ It goes on after a finding as far as what was found allows, and starts no worker
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from sl_queue.checking.against_joined import compare_with_joined
@@ -23,6 +24,7 @@ from sl_queue.data.ids import Positions
 from sl_queue.data.spec import TableSpec
 from sl_queue.data.table import read_row_keys, read_table
 from sl_queue.errors import AlignmentError, SlQueueError
+from sl_queue.launch.alignment import require_few
 from sl_queue.launch.party import bounds_of
 from sl_queue.launch.privacy import choice_key, responded, token_key
 from sl_queue.protocol.fingerprints import BY_POSITION, RULES
@@ -129,13 +131,19 @@ def _shared(check: Check, job: Job, specs: Sequence[TableSpec]) -> tuple[Mapping
     """
     if job.alignment.method != "psi":
         return {}, None
-    if len(specs) < len(job.parties):
+    some_lack = len(specs) < len(job.parties)
+    if some_lack:
         check.note("rows are not aligned yet, so every table is checked with all its rows")
-        return {}, None
+        if job.alignment.at_most is None:
+            return {}, None
     try:
         ids = ids_of(specs)
     except SlQueueError as error:
         return {}, error
+    for party, own in ids.items():
+        check.attempt(partial(require_few, job, len(own.texts), f"party {party!r}"))
+    if some_lack:
+        return {}, None
     shared = check.attempt(lambda: shared_rows(ids))
     if shared is None:
         return {}, None

@@ -34,6 +34,12 @@ def rule_of(job: Job) -> Rule:
     return Rule(job.canonical(), ring, about.at_least, about.at_most, about.pad)
 
 
+def require_few(job: Job, rows: int, where: str) -> None:
+    """Raise JobError if a party has more rows than it may bring to an alignment."""
+    if rows > (job.alignment.at_most or rows):
+        raise JobError(f"{where}: it has more rows than alignment.at_most = {job.alignment.at_most}; leave some out")
+
+
 def align_party(
     job: Job, table: TableSpec, place: Workplace, version: str = "", *, confirm: bool = False
 ) -> Aligned | None:
@@ -54,8 +60,8 @@ def align_party(
             return aligned
     keys, token = files.keys(digest, len(job.parties))
     incarnation = secrets.token_hex(8)
-    if aligned is None and len(found.texts) > (job.alignment.at_most or len(found.texts)):
-        raise JobError(f"{where}: it has more rows than alignment.at_most = {job.alignment.at_most}; leave some out")
+    if aligned is None:
+        require_few(job, len(found.texts), where)
     ids = Ids(len(found.texts), lambda: id_texts(found), found.type)
     with place.opened(_channel(job, table.party, place, incarnation)) as channel:
         party = PartyAlignment(

@@ -78,6 +78,18 @@ def test_too_few_shared_rows_and_none_are_errors(folder: Path) -> None:
     assert (code, "no row is shared by" in said) == (2, True)
 
 
+@pytest.mark.parametrize("files", [FILES, ("bank.toml",)], ids=["all", "alone"])
+def test_more_rows_than_a_party_may_bring_are_an_error(folder: Path, files: tuple[str, ...]) -> None:
+    text = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(text.replace("at_least = 10", "at_most = 59"))
+    code, said = check(folder, *files)
+    assert code == 2, said
+    assert "error: party 'bank': it has more rows than alignment.at_most = 59; leave some out" in said
+    assert said.count("more rows than") == len(files), said
+    (folder / "job.toml").write_text(text.replace("at_least = 10", "at_most = 70"))
+    assert check(folder, *files)[0] == 0
+
+
 def test_what_is_wrong_with_a_table_that_is_to_be_aligned_is_told_once(folder: Path) -> None:
     rows = (folder / "bank.csv").read_text()
     (folder / "bank.csv").write_text(rows.replace("customer", "client", 1))
