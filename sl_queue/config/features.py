@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sl_queue.config.schema import Schema
+from sl_queue.data import date_patterns
 from sl_queue.data.feature_specs import Category, Date, Missing, Number, Part, Scale, Spec
 
 _OF = {
@@ -56,6 +57,8 @@ class FeatureFile(Schema):
             raise ValueError("has the part age, so it needs `at`: the date from which ages count, never that of today")
         if len(set(self.parts)) < len(self.parts):
             raise ValueError("names a part twice")
+        if self.format is not None and (fault := date_patterns.fault(self.format)) is not None:
+            raise ValueError(f"has the format {self.format!r}, which {fault}")
         return self
 
     def spec(self) -> Spec:

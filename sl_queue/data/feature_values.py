@@ -1,7 +1,6 @@
 """Arrow columns of any type as what a feature is made of: float64 numbers, texts, or days; gaps stay gaps."""
 
-import re
-from datetime import date, datetime
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.csv_file import text_kind
+from sl_queue.data.date_patterns import in_january, spelled_out
 from sl_queue.data.matrices import plain
 
 Floats = npt.NDArray[np.float64]
 
 EPOCH = date(1970, 1, 1)
-_OF_A_LANGUAGE = re.compile(r"%[aAbBcpxX]")  # what strptime reads differs with the machine's locale
+_ISO = "%Y-%m-%d"
 
 
 class Unusable(Exception):
@@ -64,13 +64,12 @@ def days(column: Any, pattern: str | None) -> Any:
         column = column.cast(pa.string())
     if not (types.is_string(column.type) or types.is_large_string(column.type)):
         raise Unusable(f'is {kind_of(column)}, not dates; say kind = "number", or write dates like 2026-01-31')
-    if pattern is not None and _OF_A_LANGUAGE.search(pattern):
-        raise Unusable(f"format = {pattern!r} reads names of days or months, which differ from machine to machine")
     column = pc.utf8_trim_whitespace(column.cast(pa.string()))
     column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
-    shortened = pc.utf8_slice_codeunits(column, 0, 10) if pattern is None else column
-    read = pc.strptime(shortened, format=pattern or "%Y-%m-%d", unit="s", error_is_null=True)
-    unread = read.null_count - column.null_count or _carried_over(shortened, read, pattern or "%Y-%m-%d")
+    form = _ISO if pattern is None else spelled_out(pattern)
+    told = pc.utf8_slice_codeunits(column, 0, 10) if pattern is None else column
+    read = pc.strptime(told, format=form, unit="s", error_is_null=True)
+    unread = read.null_count - column.null_count or _carried_over(told, read, form)
     if unread:
         like = "like 2026-01-31" if pattern is None else f"of the form {pattern!r}"
         remedy = 'give their form: format = "%d.%m.%Y"' if pattern is None else "correct them, or leave them empty"
@@ -80,19 +79,11 @@ def days(column: Any, pattern: str | None) -> Any:
     return read.cast(pa.date32(), safe=False)
 
 
-def _carried_over(column: Any, read: Any, pattern: str) -> int:
+def _carried_over(column: Any, read: Any, form: str) -> int:
     """Count the days that no month has, 30 February for instance, of which the C library makes days of the next."""
-    early = column.filter(pc.less_equal(pc.day(read), 3))
-    counts = pc.value_counts(early.drop_null())
-    return sum(each["counts"].as_py() for each in counts if _is_no_day(each["values"].as_py(), pattern))
-
-
-def _is_no_day(text: str, pattern: str) -> bool:
-    try:
-        datetime.strptime(text, pattern)
-    except ValueError as error:
-        return "out of range" in str(error)
-    return False
+    here = pc.strptime(column, format=form.replace("%z", "%Z"), unit="s", error_is_null=True) if "%z" in form else read
+    in_its_month = pc.strptime(column, format=in_january(form), unit="s", error_is_null=True)
+    return pc.sum(pc.not_equal(pc.day(here), pc.day(in_its_month))).as_py() or 0
 
 
 def part(dates: Any, name: str, at: date | None) -> Floats:

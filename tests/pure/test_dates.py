@@ -1,0 +1,78 @@
+"""Dates that are text: the day that is written there, or a refusal, whatever machine reads them."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from sl_queue.config.features import FeatureFile
+from sl_queue.data.feature_values import Unusable, days
+from sl_queue.errors import JobError
+
+
+def read(pattern: str | None, *values: Any) -> list[str]:
+    return [day.isoformat() for day in days(pa.array(values), pattern).to_pylist()]
+
+
+# Patterns -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wrong", "right"),
+    [
+        ("%F", "2026-02-30", "2026-02-28"),
+        ("%Y-%m-%d %T", "2026-02-30 10:00:00", "2026-02-28 10:00:00"),
+        ("%d.%m.%Y %R", "30.02.2026 10:00", "28.02.2026 10:00"),
+        ("%e.%m.%Y", "30.2.2026", "28.2.2026"),
+        ("%-d.%-m.%Y", "30.2.2026", "28.2.2026"),
+        ("%d.%m.%Y", "30. 2.2026", "28. 2.2026"),
+        ("%D", "02/30/26", "02/28/26"),
+        ("%C%y%m%d", "20260230", "20260228"),
+        ("%Y-%m-%dT%H:%M%z", "2026-02-29T00:30+02:00", "2026-03-01T00:30+02:00"),
+        ("%Y-%m-%dT%H:%M%z", "2026-02-31T23:30-05:00", "2026-02-27T23:30-05:00"),
+    ],
+)
+def test_a_day_that_no_month_has_is_refused_however_the_pattern_is_abbreviated(
+    pattern: str, wrong: str, right: str
+) -> None:
+    assert read(pattern, right) == ["2026-02-28"]
+    with pytest.raises(Unusable, match=r"1 of 2 values are not dates of the form .*; no month has such a day"):
+        read(pattern, right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("%d %B %Y", "reads names of days or months, or AM and PM, which differ from machine to machine"),
+        ("%Y-%m-%d %I:%M %p", "which differ from machine to machine"),
+        ("%Od.%m.%Y", "holds %Od, which says no day"),
+        ("%G-W%V", "holds %G, %V, which says no day, or not the same on every machine; it may hold %Y %m %d"),
+        ("%Y-W%W", "holds %W without %w"),
+        ("%s", "holds %s"),
+        ("%d.%m.%Y %H:%M %Z", "written as it stands, like UTC"),
+        ("%Y-%m-%d%", "holds %, which"),
+        ("%Y-%m-%d %H:%M:%S.%f", "holds %f, which"),
+    ],
+)
+def test_a_pattern_that_says_no_day_is_refused_where_it_is_declared(pattern: str, told: str) -> None:
+    with pytest.raises(JobError) as raised:
+        FeatureFile(kind="date", parts=["month"], format=pattern)
+    assert f"has the format {pattern!r}, which" in str(raised.value) and told in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("%d.%m.%Y", "09.05.2026"),
+        ("%d/%m/%y %H:%M:%S", "09/05/26 23:59:59"),
+        ("%Y%j", "2026129"),
+        ("%Y-%U-%w", "2026-18-6"),
+        ("%Y %W %u", "2026 18 6"),
+        ("%dth of month %m in %Y, 100%%", "9th of month 5 in 2026, 100%"),
+        ("%Y-%m-%dT%H:%M:%S UTC", "2026-05-09T23:00:00 UTC"),
+        ("%m.%d.%Y%n%k:%M", "05.09.2026 7:30"),
+    ],
+)
+def test_a_pattern_that_says_a_day_is_allowed_and_read(pattern: str, text: str) -> None:
+    assert FeatureFile(kind="date", parts=["month"], format=pattern).format == pattern
+    assert read(pattern, text) == ["2026-05-09"]
