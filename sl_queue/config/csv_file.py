@@ -1,6 +1,6 @@
 """The table [data.csv] of a party file."""
 
-import codecs
+import io
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -36,7 +36,8 @@ class CsvFile(Schema):
         if self.delimiter in ('"', "\r", "\n"):
             raise ValueError(f"has the delimiter {self.delimiter!r}, which means something else")
         try:
-            codecs.lookup(self.encoding)
+            io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)
         except LookupError:
-            raise ValueError(f"has the encoding {self.encoding!r}, which Python does not know") from None
+            told = "which Python does not know, or which writes no text"
+            raise ValueError(f'has the encoding {self.encoding!r}, {told}; say "utf-8" or "cp1252"') from None
         return self

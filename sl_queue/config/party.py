@@ -101,6 +101,13 @@ class DataFile(Schema):
     )
 
     @model_validator(mode="after")
+    def _is_separated(self) -> Self:
+        if self.format != "tag:value" and not self.csv.delimiter.isascii():
+            told = "which is no character of ASCII; write the file with another, a tab for instance"
+            raise ValueError(f"has the csv.delimiter {self.csv.delimiter!r}, {told}")
+        return self
+
+    @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.source is not None:
             beside = [name for name in ("path", "id", "features", "label", "weight") if getattr(self, name) is not None]

@@ -5,13 +5,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from sl_queue.data import csv_file, files
+from sl_queue.data import csv_text, files
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Spec, matches, resolve
 from sl_queue.data.header import about_names, about_trained, another_separator
@@ -28,7 +29,7 @@ from sl_queue.data.matrices import (
     label_array,
     plain,
 )
-from sl_queue.data.spec import FileSpec
+from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
 from sl_queue.errors import JobError
 
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
@@ -103,12 +104,19 @@ def read_columns(
             return _read(data, source, where, selecting, declared=declared if features else None, missing=missing)
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
-    except (OSError, EOFError, UnicodeError, csv.Error, pa.ArrowException) as error:
-        if kind == "csv" and csv_file.is_no_text(data.path, data.csv):
-            told = f'not all of it is {data.csv.encoding}; say what it is, data.csv.encoding = "cp1252" for instance'
-            raise JobError(f"{where}: cannot be read ({told})") from None
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise JobError(f"{where}: cannot be read ({reason}); is it {files.DESCRIBED[kind]}?") from None
+    except (OSError, UnicodeError, csv.Error, pa.ArrowException, *csv_text.DAMAGED) as error:
+        raise JobError(f"{where}: {_unread(data.path, data.csv, kind, error)}") from None
+
+
+def _unread(path: Path, dialect: CsvSpec, kind: FileKind, error: Exception) -> str:
+    """Say why a file cannot be read."""
+    if csv_text.is_damaged(path):
+        return "cannot be unpacked; it is no gzip file, or damaged: write or copy it again"
+    if kind in files.WITH_TEXT and csv_text.is_no_text(path, dialect):
+        told = f'not all of it is {dialect.encoding}; say what it is, data.csv.encoding = "cp1252" for instance'
+        return f"cannot be read ({told})"
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return f"cannot be read ({reason}); is it {files.DESCRIBED[kind]}?"
 
 
 def _read(

@@ -5,15 +5,11 @@ pool thread that still holds one when the interpreter ends aborts the process. O
 once more, in this thread, to count its bad rows.
 """
 
-import codecs
 import csv
-import gzip
 import math
 import mmap
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,41 +34,6 @@ _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _DECIMAL_COMMA = r"^\s*[+-]?(\d*|\d{1,3}(\.\d{3})+),\d+\s*$"
 _MARKS, _LONGEST_MARK, _LEAST_ROWS = 3, 12, 3  # texts that stand for a gap: how many, characters, rows of each
 _WHOLE = r"^\s*[+-]?\d{16,300}\s*$"  # shorter ones are exact in float64
-
-
-@contextmanager
-def plain(path: Path, dialect: CsvSpec) -> Iterator[Path]:
-    """Give the name of the same file as UTF-8 without compression, for as long as it is read.
-
-    What is neither is written to a temporary file, a block at a time.
-    """
-    packed = path.suffix.lower() == ".gz"
-    if not packed and codecs.lookup(dialect.encoding).name in ("utf-8", "ascii", "utf-8-sig"):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="sl_queue-csv-") as folder:
-        copy = Path(folder) / "rows.csv"
-        with gzip.open(path) if packed else path.open("rb") as raw, copy.open("w", encoding="utf-8", newline="") as out:
-            reader = codecs.getreader(dialect.encoding)(raw)
-            while block := reader.read(_BLOCK_BYTES, _BLOCK_BYTES):
-                out.write(block)
-        yield copy
-
-
-def is_no_text(path: Path, dialect: CsvSpec) -> bool:
-    """Tell whether a file without compression is written in another encoding than the one that it is said to have."""
-    if path.suffix.lower() == ".gz":
-        return False
-    try:
-        with path.open("rb") as raw:
-            reader = codecs.getreader(dialect.encoding)(raw)
-            while reader.read(_BLOCK_BYTES, _BLOCK_BYTES):
-                pass
-    except UnicodeError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def names_in(path: Path, delimiter: str = ",") -> list[str]:

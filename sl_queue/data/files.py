@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet
 
-from sl_queue.data import csv_columns, csv_file, row_files
+from sl_queue.data import csv_columns, csv_file, csv_text, row_files
 from sl_queue.data.later import Later
 from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
 from sl_queue.errors import JobError
@@ -33,6 +33,7 @@ DESCRIBED: Mapping[FileKind, str] = {
     "svmlight": "text with rows like `id label 3:0.5 7:1`",
     "tag:value": "text with rows like `id,tag:value,tag:value`",
 }
+WITH_TEXT = ("csv", "svmlight", "tag:value")
 
 
 class Source(Protocol):
@@ -76,13 +77,13 @@ def kind_of(data: FileSpec, where: str) -> FileKind:
 
 @contextmanager
 def opened(data: FileSpec, path: Path, kind: FileKind) -> Iterator[Source]:
-    """Open a table. Raises OSError, EOFError, UnicodeError, ArrowException."""
+    """Open a table. Raises OSError, UnicodeError, ArrowException, and csv_text.DAMAGED."""
     match kind:
         case "csv":
             dialect = data.csv
             if ".tsv" in path.suffixes and not dialect.delimiter_given:
                 dialect = replace(dialect, delimiter="\t")
-            with csv_file.plain(path, dialect) as text:
+            with csv_text.plain(path, dialect) as text:
                 yield _Csv(text, dialect)
         case "parquet":
             yield _Parquet(path)
@@ -90,7 +91,7 @@ def opened(data: FileSpec, path: Path, kind: FileKind) -> Iterator[Source]:
             with pa.memory_map(str(path)) as mapped:
                 yield _Arrow(pa.ipc.open_file(mapped))
         case "svmlight" | "tag:value":
-            with csv_file.plain(path, data.csv) as text:
+            with csv_text.plain(path, data.csv) as text:
                 yield row_files.RowFile(text, kind, data.csv.delimiter)
 
 
