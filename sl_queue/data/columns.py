@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sl_queue.data import csv_text, files
+from sl_queue.data import csv_file, csv_text, files
 from sl_queue.data.faults import listed, refuse
-from sl_queue.data.feature_specs import Category, Spec, matches, resolve
+from sl_queue.data.feature_specs import Category, Date, Spec, matches, resolve
 from sl_queue.data.header import about_names, about_trained, another_separator
 from sl_queue.data.later import Later
 from sl_queue.data.matrices import (
@@ -179,14 +179,22 @@ def _taken(
     selection: _Selection,
     choosing: Mapping[str, bool],
 ) -> _Taken:
-    texts = [*ids, *(name for name, spec in specs.items() if isinstance(spec, Category) and name in readable)]
+    declared = [name for name in specs if name in readable]
+    dates = [name for name in declared if isinstance(spec := specs[name], Date) and spec.format is not None]
+    texts = [*ids, *(name for name in declared if isinstance(specs[name], Category)), *dates]
     only = selection.only_choosing
     texts += [name for name in only if name in readable and choosing[name]]
     later = source.later(readable, texts) if selection.features else None
     table, bad_rows = (later, []) if later is not None else source.read(readable, texts)
     plainly = Later(tuple(readable), lambda name: table[name]) if later is None else later
     columns = plainly.then(plain, tuple(name for name in readable if name not in {*ids, *specs, *only}))
-    return _Taken(table, columns, plainly.then(plain, tuple(name for name in specs if name in readable)), bad_rows)
+    raw = Later(tuple(declared), lambda name: _declared(plainly[name], is_date=name in dates), plainly)
+    return _Taken(table, columns, raw, bad_rows)
+
+
+def _declared(column: Any, *, is_date: bool) -> Any:
+    """Return a column that [features] declares; dates of a form have the gaps that numbers have."""
+    return plain(csv_file.without_gaps(column) if is_date else column)
 
 
 # Names ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ _TO_CLOSING = re.compile(rb'[^"]*+(?:""[^"]*+)*+"')  # from behind an opening qu
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _DECIMAL_COMMA = r"^\s*[+-]?(\d*|\d{1,3}(\.\d{3})+),\d+\s*$"
 _MARKS, _LONGEST_MARK, _LEAST_ROWS = 3, 12, 3  # texts that stand for a gap: how many, characters, rows of each
+_GAPS = pa.array(pa.csv.ConvertOptions().null_values)
 _WHOLE = r"^\s*[+-]?\d{16,300}\s*$"  # shorter ones are exact in float64
 
 
@@ -100,6 +101,13 @@ def cleaned(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
             gap = pc.is_in(column, pa.array(dialect.missing, pa.string()))
             table = table.set_column(place, name, pc.if_else(gap, pa.scalar(None, pa.string()), column))
     return _grouped(table, dialect, texts)
+
+
+def without_gaps(column: Any) -> Any:
+    """Make gaps of the texts that stand for one among numbers; anything but text stays what it is."""
+    if not pa.types.is_string(column.type):
+        return column
+    return pc.if_else(pc.is_in(column, _GAPS), pa.scalar(None, pa.string()), column)
 
 
 def _grouped(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:

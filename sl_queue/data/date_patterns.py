@@ -15,7 +15,8 @@ _IN_FULL = {
     "n": " ",
     "t": " ",
 }
-_READ = {*_IN_FULL, *"CHIMSUWYdjmuwyz%"}
+_DIGITS = {"Y": 4, "j": 3, **dict.fromkeys("CydmHIMS", 2)}
+_READ = {*_IN_FULL, *_DIGITS, *"uUwWz%"}
 _ALLOWED = "%Y %m %d, %y, %j, %U or %W beside %w, %H %M %S, %z, and %F %D %T %R for several of them"
 
 
@@ -42,3 +43,10 @@ def spelled_out(pattern: str) -> str:
 def in_january(pattern: str) -> str:
     """Return a pattern that reads the same text, takes its month for January, and its zone for none."""
     return _DIRECTIVE.sub(lambda found: {"m": "%I", "z": "%Z"}.get(found[1], found[0]), pattern)
+
+
+def digits(pattern: str) -> int:
+    """Count the digits of dates like 01022026; 0 where another sign stands between them, or where no 0 can be lost."""
+    letters = _DIRECTIVE.findall(pattern)
+    bare = "".join(f"%{letter}" for letter in letters) == pattern and set(letters) <= set(_DIGITS)
+    return sum(_DIGITS[letter] for letter in letters) if bare and letters[0] != "Y" else 0

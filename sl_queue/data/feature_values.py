@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.csv_file import text_kind
-from sl_queue.data.date_patterns import in_january, spelled_out
+from sl_queue.data.date_patterns import digits, in_january, spelled_out
 from sl_queue.data.matrices import plain
 
 Floats = npt.NDArray[np.float64]
@@ -67,7 +67,7 @@ def days(column: Any, pattern: str | None) -> Any:
     column = pc.utf8_trim_whitespace(column.cast(pa.string()))
     column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
     form = _ISO if pattern is None else spelled_out(pattern)
-    told = pc.utf8_slice_codeunits(column, 0, 10) if pattern is None else column
+    told = pc.utf8_slice_codeunits(column, 0, 10) if pattern is None else pc.utf8_lpad(column, digits(form), "0")
     read = pc.strptime(told, format=form, unit="s", error_is_null=True)
     unread = read.null_count - column.null_count or _carried_over(told, read, form)
     if unread:

@@ -1,13 +1,17 @@
 """Dates that are text: the day that is written there, or a refusal, whatever machine reads them."""
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from sl_queue.config.features import FeatureFile
+from sl_queue.config.job import PartyFile
 from sl_queue.data.feature_values import Unusable, days
 from sl_queue.errors import JobError
+from tests.pure.test_csv_faults import JOB
+from tests.support.tables import read_table
 
 
 def read(pattern: str | None, *values: Any) -> list[str]:
@@ -76,3 +80,45 @@ def test_a_pattern_that_says_no_day_is_refused_where_it_is_declared(pattern: str
 def test_a_pattern_that_says_a_day_is_allowed_and_read(pattern: str, text: str) -> None:
     assert FeatureFile(kind="date", parts=["month"], format=pattern).format == pattern
     assert read(pattern, text) == ["2026-05-09"]
+
+
+# Of a CSV file --------------------------------------------------------------------------------------------------
+
+DATE = {"kind": "date", "parts": ["year", "month", "day"], "scale": "none"}
+
+
+def of_csv(folder: Path, *texts: str, **said: Any) -> Any:
+    rows = "".join(f"{number},{text}\n" for number, text in enumerate(texts))
+    (folder / "rows.csv").write_text(f"id,day\n{rows}")
+    data = {"path": folder / "rows.csv", "id": "id"}
+    features = read_table(JOB, PartyFile(party="bank", data=data, features={"day": {**DATE, **said}})).features
+    assert features is not None
+    return features.tolist()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        ("%d%m%Y", ["01022026", "11032025"]),
+        ("%m%d%Y", ["02012026", "03112025"]),
+        ("%d%m%y", ["010226", "110325"]),
+        ("%Y%m%d", ["20260201", "20250311"]),
+        ("%Y-%d-%m", ["2026-01-02", "2025-11-03"]),
+        ("%Y-%d-%m %H:%M:%S", ["2026-01-02 10:00:00", "2025-11-03 00:00:00"]),
+        ("%Y.%j", ["2026.032", "2025.070"]),
+    ],
+)
+def test_dates_of_a_csv_are_read_as_they_are_written(tmp_path: Path, pattern: str, texts: list[str]) -> None:
+    assert of_csv(tmp_path, *texts, format=pattern) == [[2026, 2, 1], [2025, 3, 11]]
+
+
+@pytest.mark.parametrize("gap", ["", "NA", "NaN", " "])
+def test_a_gap_among_dates_is_the_gap_that_it_is_among_numbers(tmp_path: Path, gap: str) -> None:
+    found = of_csv(tmp_path, "20260201", gap, "20250311", format="%Y%m%d", missing="zero")
+    assert found == [[2026, 2, 1], [0, 0, 0], [2025, 3, 11]]
+
+
+@pytest.mark.parametrize(("pattern", "number"), [("%d%m%Y", 1022026), ("%d%m%y", 10226), ("%m%d%Y", 2012026)])
+def test_a_whole_number_has_the_zero_that_its_date_begins_with(pattern: str, number: int) -> None:
+    assert read(pattern, number) == ["2026-02-01"]
+    assert read(pattern, str(number)) == ["2026-02-01"]
