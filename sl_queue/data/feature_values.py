@@ -16,6 +16,13 @@ Floats = npt.NDArray[np.float64]
 
 EPOCH = date(1970, 1, 1)
 _ISO = "%Y-%m-%d"
+_WITH_TIME = r"(?s)^(.{10})\D.*$"
+_WITH_OFFSET = (
+    r"^(\d{4}-\d\d-\d\d)(?:[Tt]| +)(\d\d):?(\d\d)(?::?\d\d(?:[.,]\d*)?)?"
+    r" ?(?:UTC|GMT)?([+-]\d\d(?::?\d\d)?)(?:\[.*\])?$"
+)
+_WITH_ZONE = r"^.{10}(?:[Tt]| +)\d\d(?:.*[+-]\d\d?(?::?\d\d)?|[^+-]* ?[A-Z]{3,5}|[^+-]*[A-Z][a-z]+/\w+\]?)$"
+_IN_UTC = r"(?:UTC|GMT)$"
 
 
 class Unusable(Exception):
@@ -67,7 +74,11 @@ def days(column: Any, pattern: str | None) -> Any:
     column = pc.utf8_trim_whitespace(column.cast(pa.string()))
     column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
     form = _ISO if pattern is None else spelled_out(pattern)
-    told = pc.utf8_slice_codeunits(column, 0, 10) if pattern is None else pc.utf8_lpad(column, digits(form), "0")
+    if pattern is None:
+        require_offsets(column)
+        told = pc.replace_substring_regex(column, _WITH_TIME, r"\1")
+    else:
+        told = pc.utf8_lpad(column, digits(form), "0")
     read = pc.strptime(told, format=form, unit="s", error_is_null=True)
     unread = read.null_count - column.null_count or _carried_over(told, read, form)
     if unread:
@@ -76,7 +87,23 @@ def days(column: Any, pattern: str | None) -> Any:
         if read.null_count == column.null_count:
             remedy = "no month has such a day: correct them, or leave them empty"
         raise Unusable(f"{unread} of {len(column)} values are not dates {like}; {remedy}")
-    return read.cast(pa.date32(), safe=False)
+    found = read.cast(pa.date32(), safe=False)
+    return pc.coalesce(days_in_utc(column), found) if pattern is None else found
+
+
+def days_in_utc(column: Any) -> Any:
+    """Return as date32 the day in UTC of each text that is a time in ISO 8601 with an offset, null for any other."""
+    told = pc.replace_substring_regex(column, _WITH_OFFSET, r"\1 \2:\3\4")
+    return pc.strptime(told, format="%Y-%m-%d %H:%M%z", unit="s", error_is_null=True).cast(pa.date32(), safe=False)
+
+
+def require_offsets(column: Any) -> None:
+    """Raise Unusable for times in ISO 8601 with a zone that is neither UTC nor an offset like +02:00."""
+    known = pc.or_(*(pc.match_substring_regex(column, each) for each in (_WITH_OFFSET, _IN_UTC)))
+    others = pc.and_not(pc.match_substring_regex(column, _WITH_ZONE), known)
+    if count := pc.sum(others).as_py():
+        told = "have a zone that is no offset like +02:00; write it so, or leave it out"
+        raise Unusable(f"{count} of {len(column)} times {told}")
 
 
 def _carried_over(column: Any, read: Any, form: str) -> int:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.feature_specs import Date, Spec
-from sl_queue.data.feature_values import Unusable, days, kind_of, numbers, texts
+from sl_queue.data.feature_values import Unusable, days, days_in_utc, kind_of, numbers, require_offsets, texts
 from sl_queue.data.spec import ByColumn, Choice, Choices, Stratified
 from sl_queue.protocol.holdout import Chosen
 from sl_queue.protocol.schedule.row_order import Hashes, held_out
@@ -22,7 +22,7 @@ from sl_queue.protocol.schedule.row_order import Hashes, held_out
 MOST_CLASSES = 1000  # of labels that a share is chosen of each
 
 Mask = npt.NDArray[np.bool_]
-_ISO = r"^\d{4}-\d\d"
+_ISO = r"^\d{4}-\d\d(?:$|[^\d-]|-\d{0,2}(?:$|\D))"
 
 
 def looked_at(choices: Choices) -> dict[str, bool]:
@@ -164,6 +164,11 @@ def _dates(choice: ByColumn, column: Any, pattern: str | None) -> npt.NDArray[An
         raise Unusable(f"column {choice.column!r} is {kind_of(column)}, and the job gives dates as bounds")
     found = texts(pc.utf8_trim_whitespace(column.cast(pa.large_string())))
     _require_all(choice, len(found), found.null_count)
+    try:
+        require_offsets(found)
+    except Unusable as error:
+        raise Unusable(f"column {choice.column!r}: {error}") from None
+    found = pc.coalesce(days_in_utc(found).cast(pa.large_string()), found)
     if wrong := len(found) - (pc.sum(pc.match_substring_regex(found, _ISO)).as_py() or 0):
         raise Unusable(
             f"column {choice.column!r}: {wrong} of {len(found)} values are not dates like 2026-01-31 or 2026-01; give "

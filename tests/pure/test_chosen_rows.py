@@ -1,6 +1,6 @@
 """Rows that the label holder chooses: by a column, by a date, or a share of each class; and their way to the others."""
 
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,15 @@ def test_rows_are_chosen_by_text_dates_numbers_and_values(tmp_path: Path, values
     assert columns == ("age",), "what chooses rows is no feature"
 
 
+def test_times_with_a_zone_choose_the_same_rows_as_text_and_as_timestamps(tmp_path: Path) -> None:
+    texts = ["2026-01-01T00:30+02:00", "2026-01-01T12:00+02:00", "2025-12-31T23:30-05:00", "2025-12-31T12:00Z"]
+    times = pa.array([datetime.fromisoformat(text) for text in texts], pa.timestamp("s", "UTC"))
+    for bounds, expected in (({"from": "2026-01"}, [1, 2]), ({"from": "2025", "to": "2026-01-01"}, [0, 3])):
+        job = job_of(holdout={"column": "when", **bounds})
+        for values in (texts, times, [text.replace("T", " ") for text in texts]):
+            assert chosen_in(tmp_path, job, when=values, age=[1.0] * 4)[0] == expected
+
+
 def test_a_csv_whose_months_are_text_and_a_feature_that_chooses(tmp_path: Path) -> None:
     rows = "".join(f"c{number:03d},{MONTHS[number % 4]},{number},{number % 2}\n" for number in range(12))
     (tmp_path / "insurer.csv").write_text("id,month,age,claim\n" + rows)
@@ -130,6 +139,8 @@ def test_a_csv_whose_months_are_text_and_a_feature_that_chooses(tmp_path: Path) 
     [
         ([None, *MONTHS], {"from": "2026-01"}, "column 'when' is empty in 1 of 5 rows"),
         (["01.02.2026", *MONTHS], {"from": "2026-01"}, "1 of 5 values are not dates like 2026-01-31 or 2026-01"),
+        (["2026-01-311", *MONTHS], {"from": "2026-01"}, "1 of 5 values are not dates like 2026-01-31 or 2026-01"),
+        (["2026-01-31 10:00 CET", *MONTHS], {"from": "2026-01"}, "'when': 1 of 5 times have a zone that is no offset"),
         ([1, 2, 3, 4, 5], {"from": "2026-01"}, "the job gives dates as bounds"),
         (["a", "b", "c", "d", "e"], {"from": 3}, "the job gives numbers as bounds"),
         ([1, 2, 3, 4, 5], {"from": 6}, "holdout: no row is chosen by column 'when'"),

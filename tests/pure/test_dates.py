@@ -82,6 +82,41 @@ def test_a_pattern_that_says_a_day_is_allowed_and_read(pattern: str, text: str) 
     assert read(pattern, text) == ["2026-05-09"]
 
 
+# Times with a zone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "day"),
+    [
+        ("2026-01-01T00:30+02:00", "2025-12-31"),
+        ("2026-01-01 00:30:15.123 +0200", "2025-12-31"),
+        ("2026-01-01T00:30:00+02:00[Europe/Berlin]", "2025-12-31"),
+        ("2025-12-31T23:30-05", "2026-01-01"),
+        ("2025-12-31 23:30 UTC-05:00", "2026-01-01"),
+        ("2026-01-01T00:30:00Z", "2026-01-01"),
+        ("2026-01-01 00:30 UTC", "2026-01-01"),
+        ("2026-01-01T00:30", "2026-01-01"),
+        ("2026-01-01 12:30 PM", "2026-01-01"),
+        ("2026-01-01+02:00", "2026-01-01"),
+    ],
+)
+def test_a_time_with_an_offset_counts_as_its_day_in_utc_whatever_other_rows_have(text: str, day: str) -> None:
+    assert read(None, text) == [day]
+    assert read(None, "2026-01-05T00:30", text, "2026-01-06", text) == ["2026-01-05", day, "2026-01-06", day]
+
+
+@pytest.mark.parametrize("text", ["2026-01-01T00:30 CET", "2026-01-01T00:30[Europe/Berlin]", "2026-01-01 00:30 GMT+2"])
+def test_a_zone_that_is_no_offset_is_refused(text: str) -> None:
+    with pytest.raises(Unusable, match=r"1 of 2 times have a zone that is no offset like \+02:00"):
+        read(None, "2026-01-01", text)
+
+
+@pytest.mark.parametrize("text", ["2026-01-311", "2026-01-1234", "2026-02-30T00:30+02:00"])
+def test_text_that_only_begins_like_a_date_is_refused(text: str) -> None:
+    with pytest.raises(Unusable, match="1 of 2 values are not dates like 2026-01-31"):
+        read(None, "2026-01-01", text)
+
+
 # Of a CSV file --------------------------------------------------------------------------------------------------
 
 DATE = {"kind": "date", "parts": ["year", "month", "day"], "scale": "none"}
@@ -110,6 +145,12 @@ def of_csv(folder: Path, *texts: str, **said: Any) -> Any:
 )
 def test_dates_of_a_csv_are_read_as_they_are_written(tmp_path: Path, pattern: str, texts: list[str]) -> None:
     assert of_csv(tmp_path, *texts, format=pattern) == [[2026, 2, 1], [2025, 3, 11]]
+
+
+def test_a_row_without_a_zone_changes_no_other_row_of_a_csv(tmp_path: Path) -> None:
+    zoned = ["2026-01-01T00:30+02:00", "2025-12-31T23:30-05:00"]
+    assert of_csv(tmp_path, *zoned) == [[2025, 12, 31], [2026, 1, 1]]
+    assert of_csv(tmp_path, *zoned, "2026-01-05T00:30") == [[2025, 12, 31], [2026, 1, 1], [2026, 1, 5]]
 
 
 @pytest.mark.parametrize("gap", ["", "NA", "NaN", " "])
