@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from sl_queue.data.csv_file import text_kind
 from sl_queue.data.date_patterns import digits, in_january, spelled_out
-from sl_queue.data.matrices import plain
+from sl_queue.data.matrices import is_number, plain
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,7 +34,7 @@ def numbers(column: Any) -> Floats:
     column, types = plain(_whole(column)), pa.types
     if types.is_null(column.type):
         return np.full(len(column), np.nan)
-    if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
+    if not is_number(column.type):
         raise Unusable(f'holds no numbers ({kind_of(column)}); say kind = "category" or kind = "date", or exclude it')
     if types.is_boolean(column.type):
         column = column.cast(pa.int8())

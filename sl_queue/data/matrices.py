@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sl_queue.data import decimals
 from sl_queue.data.column_digests import ColumnDigests
 from sl_queue.data.csv_file import text_kind
 from sl_queue.data.faults import listed
@@ -44,17 +45,9 @@ class Numbers:
 
 def plain(column: Any) -> Any:
     """Take off encodings that NumPy does not know; a decimal without a fraction is a whole number."""
-    types = pa.types
-    if types.is_dictionary(column.type):
+    if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if not types.is_decimal(column.type):
-        return column
-    if column.type.scale <= 0:
-        try:
-            return column.cast(pa.int64())
-        except pa.ArrowInvalid:  # of more than 64 bits
-            pass
-    return column.cast(pa.float64())
+    return decimals.narrowed(column) if pa.types.is_decimal(column.type) else column
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,6 +138,10 @@ def beside(columns: Mapping[str, Any], instead: str, *, keep: bool = False) -> B
     if bad and not wrong:
         faults.append(f"NaN or infinity in column {listed(bad)} of {full[next(iter(full))].rows}; {REMEDY}")
     faults += wrong
+    if wide := [in_rows(name, one.wide) for name, one in full.items() if one.wide]:
+        faults.append(
+            f"whole numbers beyond 2**53 are decimals in column {listed(wide)}, and float64 rounds them; {_AS_CODES}"
+        )
     found = None
     if len(full) == len(columns) and not wrong:
         found = Matrix(columns, (next(iter(full.values())).rows, len(full)), dtype)
@@ -162,6 +159,7 @@ class _Looked:
     gaps: int
     rounded: tuple[int, int] = (0, 0)  # whole numbers that float32 rounds, and that float64 does
     large: int = 0  # whole numbers that int64 does not hold
+    wide: int = 0  # decimals that float64 rounds
     not_finite: int = 0
     counts: bool = False  # the rows of the file, and does nothing else
 
@@ -176,6 +174,8 @@ def _looked_at(column: Any) -> _Looked:
     if not number or column.null_count or not len(column) or types.is_boolean(column.type):
         return _Looked(*about)
     values = _values(column)
+    if types.is_decimal(column.type):
+        return _Looked(pa.float64(), *about[1:], wide=decimals.rounded(column))
     if types.is_floating(column.type):
         return _Looked(*about, not_finite=len(values) - int(np.isfinite(values).sum()))
     lossy = (int(rounded(values, "float32").sum()), int(rounded(values, "float64").sum()))
@@ -188,6 +188,8 @@ def label_array(column: Any, where: str, *, missing: bool = False) -> tuple[Arra
     if not is_number(column.type):
         kind = _kind(column)
         return None, [f"{where} holds {kind}; write labels as numbers, classes as 0, 1, 2, ..."]
+    if wide := decimals.rounded(column):
+        return None, [f"{where} holds {wide} whole numbers beyond 2**53, and float64 rounds them; {_AS_CODES}"]
     if column.null_count and not missing:
         return None, []
     has_no_nan = column.null_count and not pa.types.is_floating(column.type)
@@ -273,6 +275,7 @@ def _counting(columns: Mapping[str, _Looked]) -> Iterator[str]:
 
 
 def _values(column: Any) -> Array:
+    column = column.cast(pa.float64()) if pa.types.is_decimal(column.type) else column
     found: Array = column.to_numpy(zero_copy_only=False)
     return found
 
@@ -280,7 +283,8 @@ def _values(column: Any) -> Array:
 def is_number(kind: Any) -> bool:
     """Return True for numbers, and for a column without any value: that is a column of gaps."""
     types = pa.types
-    return any(is_a(kind) for is_a in (types.is_integer, types.is_floating, types.is_boolean, types.is_null))
+    known = (types.is_integer, types.is_floating, types.is_boolean, types.is_null, types.is_decimal)
+    return any(is_a(kind) for is_a in known)
 
 
 def _kind(column: Any) -> str:

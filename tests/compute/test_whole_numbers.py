@@ -1,6 +1,7 @@
 """Whole numbers of a table stay whole, and a base model gets them in the form that it takes, exactly or with a word."""
 
 import logging
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,44 @@ def test_decimals_without_a_fraction_are_whole_numbers(tmp_path: Path) -> None:
     read = features(parquet(tmp_path, m=pa.array([2**53 + 1, 5, 7]).cast(pa.decimal128(19, 0))))
     assert read.dtype == np.int64
     assert read[:, 0].tolist() == [2**53 + 1, 5, 7]
+
+
+BEYOND = pa.array([Decimal(2**64 + number) for number in range(3)], pa.decimal128(20, 0))
+
+
+@pytest.mark.parametrize("kind", [pa.decimal128(20, 0), pa.decimal256(50, 0), pa.decimal128(38, 4)])
+def test_decimals_that_float64_rounds_are_refused_as_numbers_and_exact_as_categories(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    data = parquet(tmp_path, m=BEYOND.cast(kind))
+    said = complaint(data)
+    assert "whole numbers beyond 2**53 are decimals in column 'm' in 2 rows" in said
+    assert "2**53" in complaint(sl_queue.Rows([1, 2, 3], pa.table({"m": BEYOND.cast(kind)})))
+    read = read_table(JOB, party(data).replace(features={"m": {"kind": "category"}}))
+    assert read.columns == ("m=other", "m missing", *(f"m={2**64 + number}" for number in range(3)))
+    assert read.features is not None and read.features.argmax(axis=1).tolist() == [2, 3, 4]
+
+
+def test_decimals_that_float64_holds_and_those_that_are_declared_to_be_numbers_are_floating(tmp_path: Path) -> None:
+    exact = pa.array([2**70, 5, -(2**60)], pa.decimal128(30, 0))
+    for kind in (pa.decimal128(30, 0), pa.decimal128(30, 2)):
+        read = features(parquet(tmp_path, m=exact.cast(kind)))
+        assert (read.dtype, read[:, 0].tolist()) == (np.float64, [2.0**70, 5.0, -(2.0**60)])
+    mixed = pa.array([Decimal("9007199254740993.00"), Decimal("0.25"), Decimal(1)], pa.decimal128(30, 2))
+    assert features(parquet(tmp_path, m=mixed))[:, 0].tolist() == [2.0**53, 0.25, 1.0]
+    file = party(parquet(tmp_path, m=BEYOND)).replace(features={"m": {"kind": "number", "scale": "minmax"}})
+    read = read_table(JOB, file).features
+    assert read is not None and read[:, 0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_labels_that_are_decimals_beyond_float64_are_refused(tmp_path: Path) -> None:
+    data = {**parquet(tmp_path, x=[0.5, 1.5, 2.5], y=BEYOND), "label": "y"}
+    fuse = {"model": nn.Linear(2, 1), "optimizer": SGD, "loss": "mse"}
+    file = PartyFile(party="insurer", data={**data, "features": []}, fuse=fuse)
+    with pytest.raises(
+        JobError, match=r"label column 'y' holds 2 whole numbers beyond 2\*\*53, and float64 rounds"
+    ):
+        read_table(JOB, file)
 
 
 def test_what_a_column_holds_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
