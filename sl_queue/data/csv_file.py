@@ -117,9 +117,9 @@ def _grouped(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
     sign, point = re.escape(dialect.thousands), re.escape(dialect.decimal)
     number = rf"^\s*[+-]?(\d{{1,3}}({sign}\d{{3}})+|\d+)({point}\d*)?\s*$"
     for place, name in enumerate(table.column_names):
-        column = table[name]
-        if name in texts or not pa.types.is_string(column.type):
+        if name in texts or not pa.types.is_string(table[name].type):
             continue
+        column = without_gaps(table[name])
         if pc.all(pc.match_substring_regex(column, number)).as_py():
             bare = pc.replace_substring(pc.utf8_trim_whitespace(column), dialect.thousands, "")
             numbers = pc.replace_substring(bare, dialect.decimal, ".").cast(pa.float64())
@@ -253,7 +253,8 @@ def rounded_when_read(path: Path, columns: Mapping[str, Any], dialect: CsvSpec =
     texts = pa.csv.read_csv(path, _reading(threads=True), _parsing(dialect.delimiter), convert)
     found = {}
     for name in large:
-        whole = texts[name].filter(pc.match_substring_regex(texts[name], _WHOLE)).to_pylist()
+        column = pc.replace_substring(texts[name], dialect.thousands, "") if dialect.thousands else texts[name]
+        whole = column.filter(pc.match_substring_regex(column, _WHOLE)).to_pylist()
         found[name] = sum(math.isfinite(float(text)) and int(text) != int(float(text)) for text in whole)
     return {name: count for name, count in found.items() if count}
 

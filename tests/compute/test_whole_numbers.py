@@ -134,9 +134,7 @@ def test_labels_that_are_decimals_beyond_float64_are_refused(tmp_path: Path) -> 
     data = {**parquet(tmp_path, x=[0.5, 1.5, 2.5], y=BEYOND), "label": "y"}
     fuse = {"model": nn.Linear(2, 1), "optimizer": SGD, "loss": "mse"}
     file = PartyFile(party="insurer", data={**data, "features": []}, fuse=fuse)
-    with pytest.raises(
-        JobError, match=r"label column 'y' holds 2 whole numbers beyond 2\*\*53, and float64 rounds"
-    ):
+    with pytest.raises(JobError, match=r"label column 'y' holds 2 whole numbers beyond 2\*\*53, and float64 rounds"):
         read_table(JOB, file)
 
 

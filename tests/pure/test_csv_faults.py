@@ -229,3 +229,29 @@ def test_a_file_without_a_header_is_explained_without_a_number_of_its_rows(tmp_p
 def test_names_that_occur_twice_are_all_told(tmp_path: Path) -> None:
     said = complaint(tmp_path, "id,x,x,z,z\n1,2,3,4,5\n")
     assert "2 columns are called 'x'" in said and "2 columns are called 'z'" in said
+
+
+# Thousands in groups --------------------------------------------------------------------------------------------
+
+GROUPED = {"csv": {"delimiter": ";", "decimal": ",", "thousands": "."}}
+
+
+@pytest.mark.parametrize("gap", ["", "NA", "nan"])
+def test_a_gap_among_grouped_numbers_is_a_gap(tmp_path: Path, gap: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"id;x\n1;1.234,5\n2;{gap}\n3;7\n")
+    features = {"x": {"kind": "number", "missing": "zero", "scale": "none"}}
+    file = PartyFile(party="bank", data={"path": tmp_path / "rows.csv", "id": "id", **GROUPED}, features=features)
+    read = read_table(JOB, file).features
+    assert read is not None and read[:, 0].tolist() == [1234.5, 0.0, 7.0]
+    assert "values are missing in column 'x' in 1 of 3 rows" in complaint(
+        tmp_path, f"id;x\n1;1.234,5\n2;{gap}\n3;7\n", **GROUPED
+    )
+
+
+def test_grouped_whole_numbers_that_float64_rounds_are_refused(tmp_path: Path) -> None:
+    codes = "".join(f"{i};{2**60 + i:,}\n".replace(",", ".") for i in range(4))
+    assert "whole numbers of column 'x' in 3 rows need more than 64 bits, or more than 53" in complaint(
+        tmp_path, f"id;x\n{codes}", **GROUPED
+    )
+    exact = table(tmp_path, "id;x\n1;9.007.199.254.740.992\n2;1.152.921.504.606.846.976\n", **GROUPED).features
+    assert exact is not None and exact[:, 0].tolist() == [2.0**53, 2.0**60]
