@@ -1,14 +1,18 @@
 """Rows that name their own columns: svmlight (`id label 3:0.5`) and tag:value (`id,tag:value`)."""
 
+import math
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from sl_queue.data.faults import listed
+from sl_queue.data.matrices import in_rows
 from sl_queue.protocol.text import counted
 
 ID, LABEL = "id", "label"  # what the first fields are called
@@ -21,6 +25,7 @@ class RowFile:
     path: Path
     kind: Literal["svmlight", "tag:value"]
     delimiter: str
+    lossy: Counter[str] = field(default_factory=Counter[str], repr=False)  # what `rounded` counts
     ids_are_text, leaves_zeros_out = True, True
 
     def fault(self) -> str | None:
@@ -45,16 +50,19 @@ class RowFile:
         """Read them, and count rows that are not written so."""
         first, wanted = self._first, {name: place for place, name in enumerate(selected)}
         heads: dict[str, list[str]] = {name: [] for name in first}
-        rows, places, values, bad = array("q"), array("q"), array("d"), []
+        rows, places, values, bad, double = array("q"), array("q"), array("d"), list[int](), list[int]()
+        lossy = Counter[str]()
         with self.path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 fields = self._split(line)
                 if not fields:
                     continue
-                parsed = _pairs(fields[len(first) :], wanted)
+                parsed = _pairs(fields[len(first) :], wanted, lossy)
                 if parsed is None or len(fields) < len(first):
                     bad.append(number)
                     continue
+                if len(dict(parsed)) < len(parsed):
+                    double.append(number)
                 rows.extend([len(heads[ID])] * len(parsed))
                 places.extend(place for place, _ in parsed)
                 values.extend(value for _, value in parsed)
@@ -63,33 +71,52 @@ class RowFile:
         dense = np.zeros((len(selected), len(heads[ID])), np.float64)
         dense[np.asarray(places), np.asarray(rows)] = np.asarray(values)
         columns = {name: _head(name, heads[name]) if name in first else dense[place] for name, place in wanted.items()}
-        faults = (
-            [f"{counted(len(bad), 'row is', 'rows are')} not written so, the first of them is line {bad[0]}"]
-            if bad
-            else []
-        )
-        return pa.table(columns), faults
+        self.lossy.update(lossy)
+        return pa.table(columns), list(_faults(bad, double, {name: lossy[name] for name in texts if lossy[name]}))
 
     def later(self, selected: Sequence[str], texts: Sequence[str]) -> None:
         return None
 
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
-        return {}
+        return {name: count for name, count in self.lossy.items() if count and name in columns}
 
 
-def _pairs(fields: Sequence[str], wanted: Mapping[str, int]) -> list[tuple[int, float]] | None:
-    """Read `column:value` of the wanted columns; None if one of the row is written otherwise."""
+def _faults(bad: list[int], double: list[int], codes: Mapping[str, int]) -> Iterator[str]:
+    """Say what is wrong with rows, by the numbers of their lines, and with categories that float64 rounds."""
+    if bad:
+        yield f"{counted(len(bad), 'row is', 'rows are')} not written so, the first of them is line {bad[0]}"
+    if double:
+        told = counted(len(double), "row names", "rows name")
+        yield f"{told} a column more than once, the first of them is line {double[0]}; leave one value of each"
+    if codes:
+        told = listed(in_rows(name, count) for name, count in codes.items())
+        yield f"codes of column {told} need more than 53 bits, and would be rounded; number them 0, 1, 2, ..."
+
+
+def _pairs(fields: Sequence[str], wanted: Mapping[str, int], lossy: Counter[str]) -> list[tuple[int, float]] | None:
+    """Read `column:value` of the wanted columns; None if one of the row is written otherwise.
+
+    Whole numbers that float64 rounds are counted in `lossy`.
+    """
     found = []
-    for field in fields:
-        name, colon, value = field.partition(":")
+    for pair in fields:
+        name, colon, value = pair.partition(":")
         if not colon:
             return None
         if name in wanted:
             try:
-                found.append((wanted[name], float(value)))
+                number = float(value)
             except ValueError:
                 return None
+            if "_" in value:  # which Python lets stand between digits
+                return None
+            lossy[name] += _is_rounded(value, number)
+            found.append((wanted[name], number))
     return found
+
+
+def _is_rounded(text: str, number: float) -> bool:
+    return abs(number) >= 2.0**53 and math.isfinite(number) and text.lstrip("+-").isdecimal() and int(text) != number
 
 
 def _head(name: str, fields: list[str]) -> Any:

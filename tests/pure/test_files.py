@@ -127,6 +127,36 @@ def test_rows_that_name_their_columns_are_read(tmp_path: Path) -> None:
         read({"path": tmp_path / "tags.txt", "id": "id", "format": "tag:value"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "told"),
+    [
+        ("svmlight", "1 0 3:1\n2 1 3:0.5 4:1 3:0.7\n3 0 3:1 3:1\n", "2 rows name a column more than once, the first "),
+        ("tag:value", "1,a:1\n2,b:1,b:2\n", "1 row names a column more than once, the first of them is line 2"),
+        ("svmlight", "1 0 3:1\n2 1 3:1_000\n", "1 row is not written so, the first of them is line 2"),
+        ("svmlight", "1 0 3:9007199254740993\n2 1 3:9007199254740992\n", "whole numbers of column '3' in 1 row need"),
+        ("tag:value", "1,a:-9223372036854775807\n2,a:1\n", "whole numbers of column 'a' in 1 row need"),
+    ],
+)
+def test_a_row_that_names_a_column_twice_or_is_rounded_is_refused(
+    tmp_path: Path, kind: str, text: str, told: str
+) -> None:
+    (tmp_path / "rows.txt").write_text(text)
+    data = {"path": tmp_path / "rows.txt", "id": "id", "format": kind, "exclude": ["label"]}
+    with pytest.raises(JobError) as raised:
+        read(data)
+    assert told in str(raised.value)
+
+
+def test_large_numbers_of_rows_that_name_their_columns_are_rounded_where_that_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("1,a:9007199254740993,b:9007199254740993.0\n2,a:9007199254740992,b:1e300\n")
+    data = {"path": tmp_path / "rows.txt", "id": "id", "format": "tag:value"}
+    assert values(read({**data, "features": ["b"]})) == [[2.0**53], [1e300]]
+    number, category = {"kind": "number", "scale": "minmax"}, {"kind": "category"}
+    assert values(read({**data, "features": ["a"]}, {"a": number})) == [[0.0], [0.0]]
+    with pytest.raises(JobError, match="codes of column 'a' in 1 row need more than 53 bits"):
+        read({**data, "features": ["a"]}, {"a": category})
+
+
 def test_features_are_chosen_by_patterns_and_left_out_by_others(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,x1,x2,y,z\n1,1,2,3,4\n")
     data = {"path": tmp_path / "a.csv", "id": "id"}
