@@ -1,5 +1,7 @@
-"""Decimals of Arrow as the numbers that they are; whole ones that float64 would round stay what they are."""
+"""Decimals as the numbers that they are; whole ones that float64 would round stay what they are."""
 
+from decimal import Decimal
+from numbers import Rational
 from typing import Any
 
 import pyarrow as pa
@@ -31,4 +33,12 @@ def rounded(column: Any) -> int:
     """Count the decimals of a column that float64 rounds; 0 for any other column."""
     if not pa.types.is_decimal(column.type):
         return 0
-    return sum(int(number) != int(float(number)) for number in column.drop_null().to_pylist())
+    return sum(map(is_rounded, column.drop_null().to_pylist()))
+
+
+def is_rounded(value: Any) -> bool:
+    """Return True for a whole number of any type of Python that float64 rounds, written without a fraction."""
+    if isinstance(value, Rational):
+        return value.denominator == 1 and int(value.numerator) != float(value)
+    exponent = value.as_tuple().exponent if isinstance(value, Decimal) else None
+    return isinstance(exponent, int) and exponent >= 0 and int(value) != float(value)

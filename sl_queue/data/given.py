@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sl_queue.data.decimals import is_rounded
 from sl_queue.data.faults import listed
 from sl_queue.data.frames import NO_COLUMN, arrow, is_frame, is_series, named_columns, native
 from sl_queue.data.matrices import Array, Numbers, beside, gaps, not_finite, plain
@@ -24,6 +25,7 @@ _WHOLE = {"u2": np.int64, "u4": np.int64, "u8": np.int64}
 _NOT_NUMBERS = {"M": "dates", "m": "durations", "c": "complex numbers", "V": "records with fields"}
 _GAPS = ("NAType", "NaTType", "NoneType", "MaskedConstant")
 _MIXED_IDS = "ids must be whole numbers of 64 bits, or all be text"
+_ROUNDED = "whole numbers beyond 2**53 are decimals, or stand beside fractions, and float64 rounds them"
 _FILL = "fill them, or leave out those rows at every party"
 
 
@@ -187,7 +189,12 @@ def _numbers(values: Any, what: str) -> Numbers:
     if array.ndim == 0:
         sparse = "; it is sparse: give .toarray()" if hasattr(values, "toarray") else ""
         return _refused(what, f"one {type(values).__name__} is not an array of rows{sparse}")
-    return _of_objects(array, what) if array.dtype.kind == "O" else _of_array(array, what)
+    if array.dtype.kind == "O":
+        return _of_objects(array, what)
+    listed_ones = isinstance(values, list | tuple) and array.dtype.kind == "f" and (np.abs(array) >= 2.0**53).any()
+    if listed_ones and (count := sum(map(is_rounded, np.asarray(values, object).flat))):
+        return _refused(what, f"{count} {_ROUNDED}")
+    return _of_array(array, what)
 
 
 def _refused(what: str, fault: str) -> Numbers:
@@ -216,9 +223,8 @@ def _of_objects(array: Array, what: str) -> Numbers:
         exact = array.astype(np.int64 if whole else np.float64)
     except OverflowError:
         return _refused(what, "whole numbers need more than 64 bits; scale them, or number codes 0, 1, 2, ...")
-    rounded = 0 if whole else sum(int(value) != float(value) for value in array.flat if isinstance(value, int))
-    if rounded:
-        return _refused(what, f"{rounded} whole numbers beyond 2**53 stand beside fractions, and float64 rounds them")
+    if not whole and (count := sum(map(is_rounded, array.flat))):
+        return _refused(what, f"{count} {_ROUNDED}")
     return Numbers(exact)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,10 @@ def test_columns_keep_their_names() -> None:
         (np.array([[1.5], ["a"], [3]], object), ["1 of type str", "encode"]),
         (np.array([[2**64], [1], [3]], object), ["more than 64 bits"]),
         (np.array([[2**53 + 1], [0.5], [3]], object), ["beyond 2**53"]),
+        (np.array([[np.int64(2**53 + 1)], [0.5], [3]], object), ["features: 1 whole numbers beyond 2**53"]),
+        (np.array([[Decimal(2**53 + 1)], [Decimal(2**53)], [3]], object), ["features: 1 whole numbers beyond 2**53"]),
+        (np.array([[Fraction(2**53 + 1)], [Fraction(1, 2)], [3]], object), ["features: 1 whole numbers beyond 2**53"]),
+        ([[2**53 + 1, 0.5], [2**53, 0.5], [-(2**60) - 1, 0.5]], ["features: 2 whole numbers beyond 2**53"]),
         (np.array([["2024-01-01"]] * 3, "M8[D]"), ["encode dates as numbers"]),
         (np.zeros((3, 1), complex), ["complex"]),
         (np.zeros(3, [("a", float)]), ["records with fields"]),
@@ -169,6 +174,14 @@ def test_what_is_no_number_is_refused_with_column_and_count(given: Any, expected
     said = complaint(given)
     for words in expected:
         assert words in said
+
+
+def test_objects_that_float64_holds_or_that_are_fractions_are_taken() -> None:
+    held = np.array([[2**60, Decimal("0.5")], [np.int64(2**53), Fraction(1, 4)], [Decimal(2**70), 1]], object)
+    assert features(held).tolist() == [[2.0**60, 0.5], [2.0**53, 0.25], [2.0**70, 1.0]]
+    money = np.array([[Decimal("9007199254740993.25")], [Decimal("0.25")], [Decimal("9007199254740993.00")]], object)
+    assert features(money).tolist() == [[9007199254740993.25], [0.25], [2.0**53]]
+    assert features([[2**60, 0.5], [1e300, 1], [2, 3]]).tolist() == [[2.0**60, 0.5], [1e300, 1.0], [2.0, 3.0]]
 
 
 def test_ids_end_at_no_nul_whatever_holds_them() -> None:
