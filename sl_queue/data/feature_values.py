@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from sl_queue.data.csv_file import text_kind
 from sl_queue.data.date_patterns import digits, in_january, spelled_out
 from sl_queue.data.matrices import is_number, plain
+from sl_queue.protocol.exactness import BITS, rounded_whole
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,6 +43,17 @@ def numbers(column: Any) -> Floats:
     if infinite := int(np.isinf(values).sum()):
         raise Unusable(f"infinity in {infinite} of {len(values)} rows; replace those values, or leave them empty")
     return values
+
+
+def rounded(name: str, column: Any, written: npt.NDArray[np.float32]) -> list[str]:
+    """Say how many whole numbers of a column float32 has rounded where they are written as they are."""
+    bits = BITS["float32"]
+    if not (np.abs(written) >= 2.0**bits).any():
+        return []
+    values = numbers(column)
+    count = int(rounded_whole(values[~np.isnan(values)], "float32").sum())
+    told = f"[features] {name}: whole numbers beyond 2**{bits} are rounded in float32 in {count} of {len(values)} rows"
+    return [f'{told}; if they are codes, say kind = "category", else scale them'] if count else []
 
 
 def texts(column: Any) -> Any:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.feature_specs import Category, Date, Number, Spec
-from sl_queue.data.feature_values import Floats, Unusable, days, numbers, part, texts
+from sl_queue.data.feature_values import Floats, Unusable, days, numbers, part, rounded, texts
 from sl_queue.errors import JobError
 from sl_queue.protocol.text import counted
 
@@ -104,10 +104,10 @@ def apply(fitted: Fitted, columns: Mapping[str, Any]) -> tuple[npt.NDArray[np.fl
 
 def fit_and_apply(
     specs: Mapping[str, Spec], columns: Mapping[str, Any], rows: Rows, n_rows: int, place_for: Place = np.zeros
-) -> tuple[Fitted, npt.NDArray[np.float32], list[str]]:
+) -> tuple[Fitted, npt.NDArray[np.float32], list[str], list[str]]:
     """Fit on some rows and apply to all, one column in memory at a time; only categories are read twice.
 
-    `place_for` makes the array that is written to, column by column.
+    `place_for` makes the array that is written to, column by column. Returns faults, and notes on what was rounded.
     """
     categories = {name: spec for name, spec in specs.items() if isinstance(spec, Category)}
     known, faults = fit(categories, columns, rows)
@@ -116,7 +116,7 @@ def fit_and_apply(
         for name, spec in specs.items()
     }
     out = place_for((n_rows, sum(widths.values())), np.float32)
-    place, taken, learned = 0, pa.array(np.sort(rows)), dict[str, Learned]()
+    place, taken, learned, notes = 0, pa.array(np.sort(rows)), dict[str, Learned](), list[str]()
     for name, spec in specs.items():
         width = widths[name]
         if name not in categories or name in known.columns:
@@ -124,11 +124,12 @@ def fit_and_apply(
             try:
                 learned[name] = known.columns[name] if name in categories else _fit(spec, column.take(taken))
                 _write(learned[name], column, out[:, place : place + width])
+                notes += rounded(name, column, out[:, place]) if learned[name].get("scale") == "none" else []
             except Unusable as error:
                 faults.append(f"[features] {name}: {error}")
             del column
         place += width
-    return Fitted(learned, len(rows)), out, faults
+    return Fitted(learned, len(rows)), out, faults, notes
 
 
 def _width(spec: Spec) -> int:
@@ -166,8 +167,7 @@ def _fit(spec: Spec, column: Any) -> Learned:
         case Date():
             dates = days(column, spec.format)
             parts = {name: _fit_number(spec.number, part(dates, name, spec.at)) for name in spec.parts}
-            at = None if spec.at is None else spec.at.isoformat()
-            return {"kind": spec.kind, "format": spec.format, "at": at, "parts": parts}
+            return {"kind": spec.kind, "format": spec.format, "at": spec.at and spec.at.isoformat(), "parts": parts}
 
 
 def _fit_number(spec: Number, values: Floats) -> Learned:

@@ -84,8 +84,9 @@ def _fitted(spec: TableSpec, arrays: Arrays, order: Positions, table: Table, rul
     """Return the table with features that [features] makes, fitted on its training rows."""
     by = table.hashes if rules != BY_POSITION else None
     training = spec.training(len(order), by if table.chosen is None else table.chosen)
-    features, fitted = _made(arrays, order, training, scratch_of(spec))
-    return replace(table, features=features, columns=fitted.names, fitted=fitted.as_json())
+    features, fitted, notes = _made(arrays, order, training, scratch_of(spec))
+    told = (*table.notes, *notes)
+    return replace(table, features=features, columns=fitted.names, notes=told, fitted=fitted.as_json())
 
 
 def _placed(
@@ -171,19 +172,19 @@ def _chosen(
 
 def _made(
     arrays: Arrays, order: Positions, training: Positions, scratch: Path | None
-) -> tuple[npt.NDArray[Any], Fitted]:
+) -> tuple[npt.NDArray[Any], Fitted, list[str]]:
     """Make numbers of raw columns as [features] says, fitted on the training rows alone; in a file if there is one."""
     assert arrays.raw is not None and arrays.specs is not None
     taken, raw = pa.array(order), arrays.raw
     columns = Later(tuple(raw), lambda name: raw[name].take(taken))
     if scratch is None:
-        fitted, features, faults = fit_and_apply(arrays.specs, columns, training, len(order))
+        fitted, features, faults, notes = fit_and_apply(arrays.specs, columns, training, len(order))
     else:
         with MappedColumns(scratch) as file:
-            fitted, _, faults = fit_and_apply(arrays.specs, columns, training, len(order), file.columns)
+            fitted, _, faults, notes = fit_and_apply(arrays.specs, columns, training, len(order), file.columns)
             features = file.by_row()
     refuse(arrays.where, faults)
-    return features, fitted
+    return features, fitted, notes
 
 
 def holdout_rows(ids: Any, seed: int, holdout: float) -> npt.NDArray[np.bool_]:

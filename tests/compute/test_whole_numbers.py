@@ -130,6 +130,16 @@ def test_decimals_that_float64_holds_and_those_that_are_declared_to_be_numbers_a
     assert read is not None and read[:, 0].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_numbers_that_features_leaves_as_they_are_are_noted_where_float32_rounds_them(tmp_path: Path) -> None:
+    number = {"kind": "number", "scale": "none", "missing": "zero"}
+    columns = {"m": [2**24 + 1, None, 20_240_131], "k": [1, 2**30, 2], "x": [0.5, 2e9, 1.0]}
+    file = party(parquet(tmp_path, **columns)).replace(features={"*": number})
+    (note,) = read_table(JOB, file).notes
+    assert note.startswith("[features] m: whole numbers beyond 2**24 are rounded in float32 in 2 of 3 rows; if they ")
+    scaled = file.replace(features={"m": {"kind": "number", "missing": "zero"}, "*": number})
+    assert read_table(JOB, scaled).notes == ()
+
+
 def test_labels_that_are_decimals_beyond_float64_are_refused(tmp_path: Path) -> None:
     data = {**parquet(tmp_path, x=[0.5, 1.5, 2.5], y=BEYOND), "label": "y"}
     fuse = {"model": nn.Linear(2, 1), "optimizer": SGD, "loss": "mse"}
