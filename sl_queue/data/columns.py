@@ -115,6 +115,8 @@ def _unread(path: Path, dialect: CsvSpec, kind: FileKind, error: Exception) -> s
     if kind in files.WITH_TEXT and csv_text.is_no_text(path, dialect):
         told = f'not all of it is {dialect.encoding}; say what it is, data.csv.encoding = "cp1252" for instance'
         return f"cannot be read ({told})"
+    if kind == "csv" and "Empty CSV file or block" in str(error):  # a header that no line ends
+        return "there are no rows"
     reason = getattr(error, "strerror", None) or type(error).__name__
     return f"cannot be read ({reason}); is it {files.DESCRIBED[kind]}?"
 

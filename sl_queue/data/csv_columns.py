@@ -69,13 +69,14 @@ class _Misfit:
 def _written(
     path: Path, selected: Sequence[str], types: Mapping[str, Any], dialect: CsvSpec, folder: Path
 ) -> _Misfit | None:
-    """Write the columns; returns what keeps it from that, or None."""
+    """Write the columns; returns what keeps it from that, or None. Raises UnicodeError."""
     options = csv_file.options(dialect, selected, types, block=_BLOCK_BYTES)
     schema: Any = None
     try:
         with ExitStack() as stack:
             reader = stack.enter_context(pa.csv.open_csv(path, **options))
             schema = reader.schema
+            csv_file.require_text(schema)
             writers = [
                 stack.enter_context(_writer(stack, folder / str(place), schema, names))
                 for place, names in enumerate(_groups(selected))

@@ -46,7 +46,8 @@ def names_in(path: Path, delimiter: str = ",") -> list[str]:
 def read(path: Path, texts: Sequence[str], selected: Sequence[str], dialect: CsvSpec = COMMAS) -> tuple[Any, list[str]]:
     """Read these columns as an Arrow table, and say which faults the rows have; rows of another length are left out.
 
-    Those among `texts` stay text, ids for instance, so that "001" does not become 1. Raises OSError, ArrowException.
+    Those among `texts` stay text, ids for instance, so that "001" does not become 1. Raises OSError, UnicodeError,
+    ArrowException.
     """
     convert = _converting(dialect, selected, dict.fromkeys(texts, pa.string()))
     delimiter = dialect.delimiter
@@ -93,8 +94,15 @@ def _converting(dialect: CsvSpec, selected: Sequence[str], types: Mapping[str, A
     return convert
 
 
+def require_text(schema: Any) -> None:
+    """Raise UnicodeError for a column that Arrow takes for bytes, since it is not all UTF-8."""
+    if any(pa.types.is_binary(column.type) for column in schema):
+        raise UnicodeError("not all of it is UTF-8")
+
+
 def cleaned(table: Any, dialect: CsvSpec, texts: Sequence[str]) -> Any:
-    """Make gaps of the texts that stand for one, and numbers of those that are written in groups."""
+    """Make gaps of the texts that stand for one, and numbers of those in groups. Raises UnicodeError."""
+    require_text(table.schema)
     for place, name in enumerate(table.column_names):
         column = table[name]
         if dialect.missing and pa.types.is_string(column.type):

@@ -3,6 +3,7 @@
 import gzip
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,3 +87,25 @@ def test_a_delimiter_that_is_no_single_byte_is_refused_where_it_cannot_be_read(t
     data = {"path": path, "id": "id", "format": "tag:value", "csv": {"delimiter": "¦"}}
     table = read_table(JOB, PartyFile(party="bank", data=data))
     assert table.features is not None and table.features[:, 0].tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("header", ["id,x", "\ufeffid,x", '\n"id","x"', "id,x\n", "id,x\n\n"])
+def test_a_header_alone_has_no_rows_whether_or_not_its_line_ends(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(header, encoding="utf-8")
+    with pytest.raises(JobError) as raised:
+        read_table(JOB, PartyFile(party="bank", data={"path": path, "id": "id"}))
+    assert str(raised.value) == f"party 'bank', {path}: there are no rows"
+
+
+@pytest.mark.parametrize("features", [None, {"x": {"kind": "number"}}, {"x": {"kind": "date", "parts": ["day"]}}])
+@pytest.mark.parametrize("rows", [1, 300_000])
+def test_a_number_with_a_sign_in_another_encoding_is_told_as_that(tmp_path: Path, features: Any, rows: int) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"id,x,name\n" + b"".join(b"%d,5,\xfc\n" % place for place in range(rows)) + b"a,3\xa0,b\n")
+    data = {"path": path, "id": "id", "features": ["x"]}
+    with pytest.raises(JobError, match="not all of it is utf-8; say what it is"):
+        read_table(JOB, PartyFile(party="bank", data=data, features=features))
+    path.write_bytes(path.read_bytes().replace(b"\xa0", b""))
+    if features is None:
+        assert read_table(JOB, PartyFile(party="bank", data=data)).n_rows == rows + 1
