@@ -1,6 +1,7 @@
 """Patterns of dates that are text, as `strptime` of the C library reads them: those that say one day on any machine."""
 
 import re
+from collections.abc import Mapping
 
 _DIRECTIVE = re.compile(r"%[-_0^#]*([EO]?.?)", re.DOTALL)  # flags of strftime change nothing of what is read
 _OF_A_LANGUAGE = set("aAbBhcpPrxX")  # what is read so differs with the machine's locale
@@ -40,9 +41,9 @@ def spelled_out(pattern: str) -> str:
     return _DIRECTIVE.sub(lambda found: _IN_FULL.get(found[1], f"%{found[1]}"), pattern)
 
 
-def in_january(pattern: str) -> str:
-    """Return a pattern that reads the same text, takes its month for January, and its zone for none."""
-    return _DIRECTIVE.sub(lambda found: {"m": "%I", "z": "%Z"}.get(found[1], found[0]), pattern)
+def instead(pattern: str, changes: Mapping[str, str]) -> str:
+    """Return a pattern that reads the same text, and takes some of its parts for others."""
+    return _DIRECTIVE.sub(lambda found: changes.get(found[1], found[0]), pattern)
 
 
 def digits(pattern: str) -> int:

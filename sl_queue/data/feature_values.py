@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.csv_file import text_kind
-from sl_queue.data.date_patterns import digits, in_january, spelled_out
+from sl_queue.data.date_patterns import digits, instead, spelled_out
 from sl_queue.data.matrices import is_number, plain
 from sl_queue.protocol.exactness import BITS, rounded_whole
 
@@ -91,7 +91,7 @@ def days(column: Any, pattern: str | None) -> Any:
         told = pc.replace_substring_regex(column, _WITH_TIME, r"\1")
     else:
         told = pc.utf8_lpad(column, digits(form), "0")
-    read = pc.strptime(told, format=form, unit="s", error_is_null=True)
+    read = _read(told, form)
     unread = read.null_count - column.null_count or _carried_over(told, read, form)
     if unread:
         like = "like 2026-01-31" if pattern is None else f"of the form {pattern!r}"
@@ -106,7 +106,7 @@ def days(column: Any, pattern: str | None) -> Any:
 def days_in_utc(column: Any) -> Any:
     """Return as date32 the day in UTC of each text that is a time in ISO 8601 with an offset, null for any other."""
     told = pc.replace_substring_regex(column, _WITH_OFFSET, r"\1 \2:\3\4")
-    return pc.strptime(told, format="%Y-%m-%d %H:%M%z", unit="s", error_is_null=True).cast(pa.date32(), safe=False)
+    return _read(told, "%Y-%m-%d %H:%M%z").cast(pa.date32(), safe=False)
 
 
 def require_offsets(column: Any) -> None:
@@ -119,10 +119,30 @@ def require_offsets(column: Any) -> None:
 
 
 def _carried_over(column: Any, read: Any, form: str) -> int:
-    """Count the days that no month has, 30 February for instance, of which the C library makes days of the next."""
-    here = pc.strptime(column, format=form.replace("%z", "%Z"), unit="s", error_is_null=True) if "%z" in form else read
-    in_its_month = pc.strptime(column, format=in_january(form), unit="s", error_is_null=True)
-    return pc.sum(pc.not_equal(pc.day(here), pc.day(in_its_month))).as_py() or 0
+    """Count the days that no month has, 30 February for instance, of which the C library makes days of the next.
+
+    The same text is read as a day of January, without its zone: that day must be the same. A day 366 and a week 53 that
+    the year does not have become days years later.
+    """
+    local = read if "%z" not in form else _read(column, instead(form, {"z": "%Z"}))
+    wrong = pc.not_equal(pc.day(local), pc.day(_read(column, instead(form, {"m": "%I", "z": "%Z"}))))
+    if "%j" in form:
+        wrong = pc.or_(wrong, pc.and_(_says_366(column, form), pc.not_equal(pc.day_of_year(local), 366)))
+    if "%U" in form or "%W" in form:
+        first_day = _read(column, instead(form, {"U": "%S", "W": "%S", "z": "%Z"}))
+        wrong = pc.or_(wrong, pc.not_equal(pc.year(local), pc.year(first_day)))
+    return pc.sum(wrong).as_py() or 0
+
+
+def _says_366(column: Any, form: str) -> Any:
+    """Return where a text names the day 366, told by the first year of a century: it has that day, or is left by it."""
+    found = _read(column, instead(form, {"Y": "%C%g", "y": "%g" if "%C" in form else "%C", "z": "%Z"}))
+    centuries = pc.multiply(pc.divide(pc.year(found), 100), 100)
+    return pc.or_(pc.not_equal(pc.year(found), centuries), pc.equal(pc.day_of_year(found), 366))
+
+
+def _read(column: Any, form: str) -> Any:
+    return pc.strptime(column, format=form, unit="s", error_is_null=True)
 
 
 def part(dates: Any, name: str, at: date | None) -> Floats:

@@ -45,6 +45,23 @@ def test_a_day_that_no_month_has_is_refused_however_the_pattern_is_abbreviated(
 
 
 @pytest.mark.parametrize(
+    ("pattern", "wrong", "right"),
+    [
+        ("%Y.%j", "2026.366", {"2024.366": "2024-12-31", "2026.365": "2026-12-31", "2026.033": "2026-02-02"}),
+        ("%y%j %H:%M", "26366 10:00", {"24366 10:00": "2024-12-31", "26001 10:00": "2026-01-01"}),
+        ("%Y-%U-%w", "2026-53-1", {"2026-18-6": "2026-05-09", "2026-52-4": "2026-12-31", "2028-53-0": "2028-12-31"}),
+        ("%Y %W %u", "2026 53 1", {"2026 18 6": "2026-05-09", "2028 00 6": "2028-01-01"}),
+    ],
+)
+def test_a_day_and_a_week_that_the_year_does_not_have_are_refused(
+    pattern: str, wrong: str, right: dict[str, str]
+) -> None:
+    assert read(pattern, *right) == list(right.values())
+    with pytest.raises(Unusable, match="1 of 2 values are not dates"):
+        read(pattern, next(iter(right)), wrong)
+
+
+@pytest.mark.parametrize(
     ("pattern", "told"),
     [
         ("%d %B %Y", "reads names of days or months, or AM and PM, which differ from machine to machine"),
