@@ -14,7 +14,7 @@ from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.building import tensors_of
 from sl_queue.compute.fuse_stage import TorchFuseStage
 from sl_queue.compute.model import Model
-from sl_queue.compute.modules.demands import leaves_of
+from sl_queue.compute.modules.demands import leaves_of, with_hooks
 from sl_queue.compute.modules.snapshots import Snapshot
 from sl_queue.compute.modules.state import join
 from sl_queue.compute.modules.statistics import COUNT, MEAN, VAR, Statistics, layers_that_count
@@ -104,9 +104,7 @@ def _other_ways(model: Model, output: Tensor) -> Iterator[str]:
     direct = sorted(names[id(leaf)] for leaf in leaves_of(output) if id(leaf) in names)
     if direct:
         yield f"it uses {', '.join(map(repr, direct))} in another way than by name (a list of its own, a cache)"
-    parameters = model.module.named_parameters()
-    watched = [name for name, p in parameters if p._backward_hooks or p._post_accumulate_grad_hooks]
-    if watched:
+    if watched := with_hooks(model.module):
         yield f"there are hooks on the gradients of {', '.join(map(repr, watched))}"
 
 

@@ -335,6 +335,31 @@ def test_a_model_that_cannot_run_on_older_weights_is_refused_with_staleness() ->
         setup(lambda: scripted, pipeline=ahead).stages()
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_hooks_on_gradients_are_refused_with_staleness(after: bool) -> None:
+    """A forward that runs ahead has a copy of the weights, whose gradients no hook would see."""
+
+    def no_gradient(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    class Pruned(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = self.linear.weight
+            if after:
+                weight.register_post_accumulate_grad_hook(no_gradient)
+            else:
+                weight.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+
+    run = setup(Pruned())
+    begun, trained = run.stages(), run.stages().train(run.pipeline)
+    weights = [dict(each.bases["bank"].module.named_parameters())["linear.weight"] for each in (begun, trained)]
+    assert torch.equal(*weights)
+    complaint = r"party 'bank': .*hooks on the gradients of 'linear.weight'.*set staleness = 0"
+    with pytest.raises(JobError, match=complaint):
+        setup(Pruned(), pipeline={"micro_batches": 1, "depth": 2, "staleness": 1}).stages()
+
+
 def test_a_change_that_no_checkpoint_carries_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     class Caching(Linear):
         def __init__(self) -> None:

@@ -159,8 +159,22 @@ def _place(module: nn.Module, tensor: Tensor) -> str:
     return f"a tensor ({described(tensor)}) that it reaches from outside"
 
 
+def with_hooks(module: nn.Module) -> list[str]:
+    """Name the parameters with hooks on their gradients, which a backward pass on a copy of the weights passes by."""
+    named = module.named_parameters()
+    return [name for name, p in named if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
+
+
 def require_within_reach(module: nn.Module, reached: Iterable[Tensor], where: str) -> None:
-    """Raise JobError for parameters that a forward on a copy of the weights `reached` all the same."""
+    """Raise JobError for parameters that a forward on a copy of the weights `reached` all the same, or has no hooks of.
+
+    `reached` is what its output comes of.
+    """
+    if watched := with_hooks(module):
+        raise JobError(
+            f"{where} has hooks on the gradients of {', '.join(map(repr, watched))}, which a forward that runs ahead "
+            "on a copy of the weights would pass by; set staleness = 0"
+        )
     names: Mapping[int, str] = {id(parameter): name for name, parameter in module.named_parameters()}
     direct = sorted(names[id(leaf)] for leaf in reached if id(leaf) in names)
     if direct:
