@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sl_queue.compute.modules.put_back import put_back
-from sl_queue.compute.modules.remembered import Memory, Remembered, same
+from sl_queue.compute.modules.remembered import Memory, Remembered
+from sl_queue.compute.modules.sameness import same
 from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
 from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError
@@ -65,7 +66,7 @@ class BuiltOptimizer:
         def keep(path: str, tensor: Tensor) -> None:
             tensors[f"{self.prefix}.more/{path}"] = to_payload(tensor)
 
-        memory = _memory(self.optimizer, self.module)
+        memory = _memory(self.optimizer, self.module, copies=False)
         try:
             for place, key, value in self._of_parameters():
                 if isinstance(value, Tensor):
@@ -76,7 +77,7 @@ class BuiltOptimizer:
                 else:
                     known = memory.remember(value)
                     more[f"state.{place}/{key}"] = saved(known, known, f"state.{place}/{key}", keep)
-            now = _memories(self.optimizer, self.module)
+            now = _memories(self.optimizer, self.module, copies=False)
             for place, found in now.items():
                 before = self.remembered.get(place)
                 if before is None or not same(found, before):
@@ -180,14 +181,14 @@ class BuiltOptimizer:
         home.pop(name, None)
 
 
-def _memory(optimizer: Optimizer, module: nn.Module) -> Memory:
+def _memory(optimizer: Optimizer, module: nn.Module, copies: bool) -> Memory:
     registered = (optimizer, *module.modules(), *module.parameters(), *module.buffers())
-    return Memory({id(each): each for each in registered})
+    return Memory({id(each): each for each in registered}, copies)
 
 
-def _memories(optimizer: Optimizer, module: nn.Module) -> dict[str, Remembered]:
-    """Copy the numbers of an optimizer's groups, and of its own attributes."""
-    memory = _memory(optimizer, module)
+def _memories(optimizer: Optimizer, module: nn.Module, copies: bool = True) -> dict[str, Remembered]:
+    """Remember the numbers of an optimizer's groups, and its own attributes."""
+    memory = _memory(optimizer, module, copies)
     found = {
         f"groups[{number}].{key}": memory.remember(value)
         for number, group in enumerate(optimizer.param_groups)

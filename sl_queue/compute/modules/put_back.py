@@ -1,27 +1,29 @@
 """Remembered values put back in place: into the objects that held them, as far as those are still there."""
 
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sl_queue.compute.modules.inner import inner_name, set_inner
 from sl_queue.compute.modules.remembered import (
     CONTAINERS,
     HOOKS,
     Fixed,
     Instance,
     Items,
+    Many,
     Numbers,
     Remembered,
     Scalar,
     attributes_of,
-    generator_state,
     is_named_tuple,
+    is_plain,
+    of_a_library,
     set_attributes,
-    set_generator_state,
+    slots_of,
 )
 
 
@@ -30,8 +32,12 @@ def put_back(memory: Remembered, current: Any = None) -> Any:
     match memory:
         case Scalar(value):
             return value
-        case Fixed(held):
+        case Fixed(held, inside):
+            if inside is not None:
+                put_back(inside)
             return held
+        case Many():
+            return _many_back(memory)
         case Numbers():
             return _numbers_back(memory, current if memory.held is None else memory.held)
         case Items():
@@ -54,7 +60,7 @@ def _numbers_back(memory: Numbers, target: Any) -> Any:
         if target.flags.writeable:
             target[...] = copy.numpy()
         return target
-    if not isinstance(target, Tensor):
+    if not isinstance(target, Tensor) or not is_plain(target):
         return copy.clone()
     overwrite(target, copy)
     return target
@@ -98,27 +104,43 @@ def items_back(memory: Items, target: Any) -> Any:
     return target
 
 
+def _many_back(memory: Many) -> Any:
+    held, items = memory.held, memory.items
+    if items is None:
+        return held
+    if not isinstance(items, frozenset):
+        items = [put_back(item) if isinstance(item, Remembered) else item for item in items]
+    if isinstance(held, dict):
+        half = len(items) // 2
+        return _refilled(held, dict(zip(items[:half], items[half:], strict=True)))
+    if isinstance(held, list | deque):
+        held.clear()
+        held.extend(items)
+    return _refilled(held, items) if isinstance(held, set) else held
+
+
 def _is(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _refilled(target: Any, items: Mapping[Any, Any]) -> Any:
+def _refilled(target: Any, items: Any) -> Any:
     target.clear()
     target.update(items)
     return target
 
 
 def _instance_back(memory: Instance, target: Any) -> Any:
-    if generator_state(target) is not None:
-        set_generator_state(target, put_back(memory.attributes["state"]))
-        return target
     if target is None:
         raise TypeError("an object that is not there")
     there = attributes_of(target)
     values = {name: put_back(value, there.get(name)) for name, value in memory.attributes.items()}
+    if (inner := inner_name(target)) in values:
+        target = set_inner(target, values.pop(inner))
+        if of_a_library(target):
+            return target
     for name in [name for name in there if name not in values and name not in HOOKS]:
-        if name in getattr(target, "__dict__", ()):
-            del vars(target)[name]
+        if hasattr(target, "__dict__") and name not in slots_of(target):
+            vars(target).pop(name, None)
         else:
             object.__delattr__(target, name)
     set_attributes(target, values)

@@ -1,32 +1,45 @@
-"""Plain values that a module keeps in its attributes: remembered as they are, compared, saved, and put back in place.
+"""Plain values that a module keeps in its attributes: remembered as they are, to be compared, saved, and put back.
 
 Numbers, text, tensors, arrays, generators of random numbers, containers of those, and objects that are made of those.
-Everything else is `Fixed`: it can be put back as the object that it was, but not saved.
+Everything else is `Fixed`, or `Many`: it can be put back as the object that it was, but not saved.
 """
 
 import enum
 import io
 import sys
-from collections import OrderedDict, deque
+from argparse import Namespace
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from random import Random
-from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
-from weakref import ReferenceType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
+from sl_queue.compute.modules.inner import inner_name, inner_of
+
 MOST_ITEMS = 1000  # of a container that a checkpoint carries
-_LARGE_BYTES = 16 * 2**20  # a tensor that is compared by its version instead of its numbers
-_SCALARS = (type(None), bool, int, float, str)
+_MOST_LOOKED_AT = 10_000  # items of a larger one that are looked into, where they are more than scalars
+SCALARS = (type(None), bool, int, float, str)
 CONTAINERS: Mapping[str, type] = {
     c.__name__: c for c in (list, tuple, torch.Size, deque, set, frozenset, dict, OrderedDict)
 }
-_HARMLESS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum, torch.dtype, torch.device)
+_OF_LIBRARIES = (
+    LRScheduler,
+    SimpleNamespace,
+    Namespace,
+    UserDict,
+    UserList,
+    ChainMap,
+    torch.distributions.Distribution,
+    torch.distributions.Transform,
+)
+HARMLESS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, enum.Enum, torch.dtype, torch.device)
 NOT_OURS = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "builtins"}
 
 
@@ -39,10 +52,19 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fixed:
-    """A value of which only the identity is known, and the size of a container that is too large to carry."""
+    """A value that no checkpoint carries; of most only the identity is known."""
 
     held: Any = field(repr=False)
-    size: int | None = None
+    inside: "Remembered | None" = None  # what in it may change
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Many:
+    """A container that no checkpoint carries: it has too many items, or keys that are no values."""
+
+    held: Any = field(repr=False)
+    size: int
+    items: Any = field(repr=False)  # scalars and memories; a set's as they are; None: too many to look into
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +74,6 @@ class Numbers:
     copy: Tensor = field(repr=False)
     kind: str  # "tensor", "array" or "number", NumPy's
     held: Any = field(repr=False, default=None)
-    mark: tuple[int, int] | None = None  # address and version of a large tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,27 +88,28 @@ class Items:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Instance:
-    """An object with attributes of its own, or a generator of random numbers with its state."""
+    """An object with attributes of its own; what it keeps elsewhere is the one called INNER, of a generator STATE."""
 
     attributes: "Mapping[str, Remembered]"
     held: Any = field(repr=False, default=None)
 
 
-Remembered = Scalar | Fixed | Numbers | Items | Instance
+Remembered = Scalar | Fixed | Many | Numbers | Items | Instance
 
 
 class Memory:
     """One pass over a module's attributes. Mutable: it knows what it has met, so that nothing is looked at twice."""
 
-    def __init__(self, registered: Mapping[int, object]) -> None:
+    def __init__(self, registered: Mapping[int, object], copies: bool = True) -> None:
         self._registered = registered  # by id: what is saved elsewhere, parameters, buffers and submodules
+        self._copies = copies  # of tensors; without, for a memory that is gone before they change
         self._met: dict[int, Remembered] = {}
 
     def remember(self, value: Any) -> Remembered:
         """Return a copy of what can change in `value`."""
-        if type(value) in _SCALARS:
+        if type(value) in SCALARS:
             return Scalar(value)
-        if id(value) in self._registered or isinstance(value, _HARMLESS):
+        if id(value) in self._registered or isinstance(value, HARMLESS):
             return Fixed(value)
         if id(value) not in self._met:
             self._met[id(value)] = Fixed(value)  # of a cycle
@@ -95,30 +117,47 @@ class Memory:
         return self._met[id(value)]
 
     def _looked_at(self, value: Any) -> Remembered:
-        if isinstance(value, Tensor):
-            return _tensor(value)
-        if isinstance(value, np.ndarray | np.generic):
-            return _array(value)
+        if isinstance(value, Tensor) and is_plain(value):
+            return Numbers(value.detach().clone() if self._copies else value.detach(), "tensor", value)
+        if isinstance(value, np.ndarray | np.generic) and (numbers := _array(value)) is not None:
+            return numbers
         if is_named_tuple(value):
             return Items("tuple", tuple(map(self.remember, value)), value)
         if type(value).__name__ in CONTAINERS and type(value) is CONTAINERS[type(value).__name__]:
             return self._container(value)
-        if (generator := generator_state(value)) is not None:
-            return Instance({"state": self.remember(generator)}, value)
+        if (inner := inner_of(value)) is not None:
+            return self._with_inner(value, inner)
+        if (parts := _parts(value)) is not None:
+            return Fixed(value, self.remember(parts))
         names = _own_names(value)
         return Fixed(value) if names is None else self._instance(value, names)
 
     def _container(self, value: Any) -> Remembered:
         if len(value) > MOST_ITEMS:
-            return Fixed(value, len(value))
+            return self._many(value)
         flat = [each for pair in value.items() for each in pair] if isinstance(value, dict) else list(value)
         if isinstance(value, set | frozenset):
             flat.sort(key=repr)
         items = tuple(self.remember(item) for item in flat)
         keys = items[::2] if isinstance(value, dict) else items if isinstance(value, set | frozenset) else ()
         if not all(map(_is_key, keys)):
-            return Fixed(value, len(value))
+            return self._many(value)
         return Items(type(value).__name__, items, value, value.maxlen if isinstance(value, deque) else None)
+
+    def _many(self, value: Any) -> Many:
+        if isinstance(value, set | frozenset):
+            return Many(value, len(value), frozenset(value))
+        flat = (*value, *value.values()) if isinstance(value, dict) else tuple(value)
+        if set(map(type, flat)).issubset(SCALARS):
+            return Many(value, len(value), flat)
+        if len(flat) > _MOST_LOOKED_AT:
+            return Many(value, len(value), None)
+        return Many(value, len(value), tuple(v if type(v) in SCALARS else self.remember(v) for v in flat))
+
+    def _with_inner(self, value: Any, inner: Any) -> Instance:
+        """Remember an object by what it keeps elsewhere, and by its attributes."""
+        own = {} if of_a_library(value) else {n: self.remember(v) for n, v in attributes_of(value).items()}
+        return Instance({inner_name(value): self.remember(inner), **own}, value)
 
     def _instance(self, value: Any, names: list[str]) -> Remembered:
         """Remember an object that holds plain values only; leave one with a lock, a file or a thread alone."""
@@ -128,24 +167,31 @@ class Memory:
         return Instance(attributes, value) if plain else Fixed(value)
 
     def _is_harmless(self, held: Any) -> bool:
-        return id(held) in self._registered or isinstance(held, (*_HARMLESS, nn.Module, OrderedDict, list, dict))
+        kinds = (*HARMLESS, partial, nn.Module, OrderedDict, list, dict)
+        return id(held) in self._registered or isinstance(held, kinds)
 
 
-def _tensor(value: Tensor) -> Remembered:
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
-        return Fixed(value)
-    if not isinstance(value, nn.Parameter) and type(value) is not Tensor:
-        return Fixed(value)
-    mark = (value.data_ptr(), value._version) if value.nbytes > _LARGE_BYTES else None
-    return Numbers(value.detach().clone(), "tensor", value, mark)
+def is_plain(value: Tensor) -> bool:
+    """Tell whether a tensor is dense numbers, and of no class of its own."""
+    dense = value.layout == torch.strided and not value.is_quantized and value.device.type != "meta"
+    return dense and not is_lazy(value) and (type(value) is Tensor or isinstance(value, nn.Parameter))
 
 
-def _array(value: Any) -> Remembered:
+def _array(value: Any) -> Numbers | None:
     kind = "array" if isinstance(value, np.ndarray) else "number"
     try:
         return Numbers(torch.from_numpy(np.array(value)), kind, value)
     except (TypeError, ValueError):  # text, objects, another byte order
-        return Fixed(value)
+        return None
+
+
+def _parts(value: Any) -> tuple[Any, ...] | None:
+    """Return what may change in a value that cannot be saved or made again; None of one that is left alone."""
+    if isinstance(value, partial):
+        return (value.args, value.keywords)
+    if isinstance(value, np.random.SeedSequence):
+        return (value.state,)
+    return tuple(value) if isinstance(value, tuple) else None
 
 
 def _is_key(key: Remembered) -> bool:
@@ -156,25 +202,29 @@ def _own_names(value: Any) -> list[str] | None:
     """Return the attributes of an object of the user's own or of a library built on torch; None of any other."""
     if isinstance(value, nn.Module):
         return [n for n in vars(value) if n not in HOOKS]
-    root = type(value).__module__.partition(".")[0]
     if (
-        (root in NOT_OURS and not isinstance(value, LRScheduler))
+        (of_a_library(value) and not isinstance(value, _OF_LIBRARIES))
         or is_iterator(value)
-        or not (hasattr(value, "__dict__") or _slots_of(value))
+        or not (hasattr(value, "__dict__") or slots_of(value))
     ):
         return None
-    return None if isinstance(value, BaseException | dict | list | tuple | set) else list(attributes_of(value))
+    return None if isinstance(value, BaseException) else list(attributes_of(value))
+
+
+def of_a_library(value: Any) -> bool:
+    """Tell whether a value is of a class of Python's, NumPy's or torch's."""
+    return type(value).__module__.partition(".")[0] in NOT_OURS
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots among them."""
-    slots = {name: getattr(value, name) for name in _slots_of(value) if hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in slots_of(value) if hasattr(value, name)}
     return slots | getattr(value, "__dict__", {})
 
 
 def set_attributes(value: Any, attributes: Mapping[str, Any]) -> None:
     """Give an object these attributes, a frozen one too."""
-    slots = _slots_of(value)
+    slots = slots_of(value)
     for name, attribute in attributes.items():
         if name in slots:
             object.__setattr__(value, name, attribute)
@@ -182,9 +232,10 @@ def set_attributes(value: Any, attributes: Mapping[str, Any]) -> None:
             vars(value)[name] = attribute
 
 
-def _slots_of(value: Any) -> set[str]:
+def slots_of(value: Any) -> set[str]:
+    """Name the slots of an object."""
     each = (found for kind in type(value).__mro__ for found in vars(kind).items())
-    return {name for name, found in each if isinstance(found, MemberDescriptorType)}
+    return {name for name, found in each if isinstance(found, MemberDescriptorType) and not name.startswith("__")}
 
 
 def is_named_tuple(value: Any) -> bool:
@@ -198,60 +249,3 @@ HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 def is_iterator(value: Any) -> bool:
     """Return True for an iterator: it stands somewhere in a sequence, which nothing can save."""
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
-
-
-# Generators of random numbers -----------------------------------------------------------------------------------
-
-
-def generator_state(value: Any) -> Any:
-    """Return the state of a generator of random numbers in plain values; None of anything else."""
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if type(value) is Random:
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
-    return value.get_state(legacy=False) if isinstance(value, np.random.RandomState) else None
-
-
-def set_generator_state(value: Any, state: Any) -> None:
-    if isinstance(value, torch.Generator | np.random.RandomState):
-        value.set_state(state)
-    elif isinstance(value, Random):
-        value.setstate(state)
-    else:
-        value.bit_generator.state = state
-
-
-# Comparing ------------------------------------------------------------------------------------------------------
-
-
-def same(one: Remembered, other: Remembered) -> bool:
-    """Return True if two memories are of equal values, bit for bit."""
-    match one, other:
-        case Scalar(a), Scalar(b):
-            return type(a) is type(b) and (repr(a) == repr(b) if type(a) is float else bool(a == b))
-        case Fixed(a, n), Fixed(b, m):
-            return (a is b or _alike(a, b)) and n == m
-        case Numbers(), Numbers():
-            return one.kind == other.kind and _same_numbers(one, other)
-        case Items(), Items():
-            about = (one.kind, one.longest, len(one.items)) == (other.kind, other.longest, len(other.items))
-            return about and all(map(same, one.items, other.items))
-        case Instance(a), Instance(b):
-            return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    return False
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Return True if values that are no state are the same: two references to one object, two names of a device."""
-    if isinstance(one, ReferenceType) and isinstance(other, ReferenceType):
-        return True
-    return isinstance(one, _HARMLESS) and type(one) is type(other) and bool(one == other)
-
-
-def _same_numbers(one: Numbers, other: Numbers) -> bool:
-    if one.mark is not None and one.mark == other.mark and one.held is other.held:
-        return True
-    a, b = one.copy, other.copy
-    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and bool(torch.equal(a, b))

@@ -5,21 +5,22 @@ from typing import Any
 
 from torch import Tensor
 
+from sl_queue.compute.modules.inner import INNER, inner_name, inner_of, set_inner
 from sl_queue.compute.modules.put_back import items_back, put_back
 from sl_queue.compute.modules.remembered import (
     CONTAINERS,
     Fixed,
     Instance,
     Items,
+    Many,
     Numbers,
     Remembered,
     Scalar,
     attributes_of,
-    generator_state,
     is_named_tuple,
     set_attributes,
-    set_generator_state,
 )
+from sl_queue.compute.modules.sameness import same
 
 MOST_BYTES = 4 * 2**20  # of a tensor that was not there when the module was built
 
@@ -55,12 +56,12 @@ def saved(memory: Remembered, built: Remembered | None, path: str, keep: Callabl
         case Instance():
             if not isinstance(built, Instance) or type(built.held) is not type(memory.held):
                 raise NotCarriedError(path, memory.held)
-            return {
-                "object": {
-                    n: saved(a, built.attributes.get(n), f"{path}.{n}", keep) for n, a in _carried(memory).items()
-                }
-            }
-        case Fixed(held):
+            found = {}
+            for name, value in _carried(memory, built).items():
+                where = path if name == INNER else f"{path}.{name}"
+                found[name] = saved(value, built.attributes.get(name), where, keep)
+            return {"object": found}
+        case Fixed(held) | Many(held):
             raise NotCarriedError(path, held)
 
 
@@ -68,9 +69,13 @@ def _of_as_many(built: Remembered | None, n: int) -> tuple[Remembered | None, ..
     return built.items if isinstance(built, Items) and len(built.items) == n else (None,) * n
 
 
-def _carried(memory: Instance) -> Mapping[str, Remembered]:
-    """Return what an object holds, without functions, classes and submodules, which its code or module brings."""
-    return {name: value for name, value in memory.attributes.items() if not isinstance(value, Fixed)}
+def _carried(memory: Instance, built: Instance) -> Mapping[str, Remembered]:
+    """Return what an object holds, without what cannot be saved and is what it was: its code brings that."""
+
+    def stays(name: str, value: Remembered) -> bool:
+        return isinstance(value, Fixed | Many) and name in built.attributes and same(value, built.attributes[name])
+
+    return {name: value for name, value in memory.attributes.items() if not stays(name, value)}
 
 
 def read(value: Any, tensor_of: Callable[[str], Tensor], current: Any = None) -> Any:
@@ -82,13 +87,13 @@ def read(value: Any, tensor_of: Callable[[str], Tensor], current: Any = None) ->
         return put_back(Numbers(tensor_of(content), kind), current)
     if kind != "object":
         return _read_items(kind, content, value.get("longest"), tensor_of, current)
-    if generator_state(current) is not None:
-        set_generator_state(current, read(content["state"], tensor_of))
-        return current
     if current is None:
         raise NotCarriedError("", None)
-    there = attributes_of(current)
-    set_attributes(current, {n: read(attribute, tensor_of, there.get(n)) for n, attribute in content.items()})
+    there, inner = attributes_of(current), inner_name(current)
+    found = {n: read(attribute, tensor_of, there.get(n)) for n, attribute in content.items() if n != inner}
+    if inner in content:
+        current = set_inner(current, read(content[inner], tensor_of, inner_of(current)))
+    set_attributes(current, found)
     return current
 
 

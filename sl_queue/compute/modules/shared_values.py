@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sl_queue.compute.modules.remembered import MOST_ITEMS, NOT_OURS, Memory, Remembered, same
+from sl_queue.compute.modules.remembered import MOST_ITEMS, NOT_OURS, Memory, Remembered
+from sl_queue.compute.modules.sameness import same
 from sl_queue.compute.modules.saved_values import MOST_BYTES, NotCarriedError
 
 _SCALARS = (type(None), bool, int, float, str)
@@ -34,7 +35,7 @@ class SharedValues:
 
     def changed(self) -> Iterator[NotCarriedError]:
         """Yield those that differ now."""
-        memory = Memory({})
+        memory = Memory({}, copies=False)
         for name, value in _found(self.module):
             before = self.before.get(name)
             if before is None or not same(memory.remember(value), before):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sl_queue.compute.modules.put_back import put_back
-from sl_queue.compute.modules.remembered import Memory, Remembered, same
+from sl_queue.compute.modules.remembered import Memory, Remembered
+from sl_queue.compute.modules.sameness import same
 from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
 from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.cut.tensors import described, dtype_name
@@ -84,15 +85,15 @@ class Contents:
             for key, value in plain_attributes(each).items()
         }
 
-    def remembered(self) -> dict[str, Remembered]:
-        """Return copies of what can change in the plain attributes."""
-        memory = self.memory()
+    def remembered(self, copies: bool = True) -> dict[str, Remembered]:
+        """Return what can change in the plain attributes, in copies or as it is now."""
+        memory = self.memory(copies)
         return {path: memory.remember(value) for path, value in self.attributes().items()}
 
-    def memory(self) -> Memory:
+    def memory(self, copies: bool = True) -> Memory:
         """Return a memory that passes over what is registered: a state names that otherwise than as an attribute."""
         registered = (*self.modules.values(), *self.parameters.values(), *self.buffers.values())
-        return Memory({id(each): each for each in registered})
+        return Memory({id(each): each for each in registered}, copies)
 
 
 def join(name: str, attribute: str) -> str:
@@ -159,7 +160,7 @@ class Built:
             tensors[f"{prefix}attributes/{path}"] = to_payload(tensor)
 
         now = Contents.of(module)
-        remembered = now.remembered()
+        remembered = now.remembered(copies=False)
         for path, memory in remembered.items():
             before = self.attributes.get(path)
             if before is not None and same(memory, before):
