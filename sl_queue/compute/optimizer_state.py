@@ -6,6 +6,7 @@ longer as they were built, which is what schedules and optimizers that adapt the
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,8 +18,8 @@ from torch.optim import Optimizer
 
 from sl_queue.compute.modules.put_back import put_back
 from sl_queue.compute.modules.remembered import Memory, Remembered
-from sl_queue.compute.modules.sameness import same
-from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
+from sl_queue.compute.modules.saved_values import Before, NotCarriedError, Reading, Writing
+from sl_queue.compute.modules.state import Contents
 from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.errors import CheckpointError, ComputeError, JobError
 from sl_queue.protocol.checkpoint import State
@@ -36,7 +37,7 @@ class BuiltOptimizer:
     module: nn.Module = field(repr=False)
     prefix: str  # of the names in a checkpoint
     where: str  # how errors about it begin
-    remembered: Mapping[str, Remembered] = field(repr=False)  # by place: "groups[0].lr", "attributes.count"
+    built: Before = field(repr=False)  # by place: "groups[0].lr", "attributes.count"
 
     @classmethod
     def of(cls, optimizer: Optimizer, module: nn.Module, prefix: str, where: str) -> "BuiltOptimizer":
@@ -55,7 +56,7 @@ class BuiltOptimizer:
                     where,
                     type(each).__name__,
                 )
-        return cls(optimizer, module, prefix, where, _memories(optimizer, module))
+        return cls(optimizer, module, prefix, where, Before.of(_memories(optimizer, module)))
 
     def state(self) -> State:
         """Copy all that a step changes. Raises ComputeError for what no checkpoint can carry."""
@@ -66,7 +67,8 @@ class BuiltOptimizer:
         def keep(path: str, tensor: Tensor) -> None:
             tensors[f"{self.prefix}.more/{path}"] = to_payload(tensor)
 
-        memory = _memory(self.optimizer, self.module, copies=False)
+        names = {id(each): name for name, each in _named(self.optimizer, self.module).items()}
+        memory, writing = Memory(names, copies=False), Writing(keep, names, most_bytes=math.inf)
         try:
             for place, key, value in self._of_parameters():
                 if isinstance(value, Tensor):
@@ -75,20 +77,20 @@ class BuiltOptimizer:
                 elif type(value) in _SCALARS:
                     values[f"{self.prefix}/{place}/{key}"] = value
                 else:
-                    known = memory.remember(value)
-                    more[f"state.{place}/{key}"] = saved(known, known, f"state.{place}/{key}", keep)
+                    more[f"state.{place}/{key}"] = writing.saved(memory.remember(value), None, f"state.{place}/{key}")
             now = _memories(self.optimizer, self.module, copies=False)
-            for place, found in now.items():
-                before = self.remembered.get(place)
-                if before is None or not same(found, before):
-                    more[place] = saved(found, before or found, place, keep)
+            found, lost = self.built.changes(now, writing)
+            if lost:
+                raise lost[0]
         except NotCarriedError as error:
             raise ComputeError(
                 f"{self.where}: {type(self.optimizer).__name__} keeps a {type(error.value).__name__} in its "
                 f"{error.path}, which no checkpoint carries; keep it in numbers, tensors, or lists of them"
             ) from None
-        gone = sorted(self.remembered.keys() - now.keys())
-        extra = {"values": more} | ({"gone": gone} if gone else {})
+        gone = sorted(self.built.values.keys() - now.keys())
+        apart = {"apart": True} if found and self.built.apart else {}
+        more |= found
+        extra = {"values": more} | ({"gone": gone} if gone else {}) | apart
         return State(tensors, values | ({f"{self.prefix}.more": extra} if more or gone else {}))
 
     def require_savable(self) -> None:
@@ -110,7 +112,7 @@ class BuiltOptimizer:
         parameters = dict(self.module.named_parameters())
         optimizer, prefix = self.optimizer, f"{self.prefix}/"
         optimizer.state.clear()
-        for place, memory in self.remembered.items():
+        for place, memory in self.built.values.items():
             self._put(place, put_back(memory))
         for full_name, value in (*state.tensors.items(), *state.values.items()):
             if not full_name.startswith(prefix):
@@ -131,8 +133,11 @@ class BuiltOptimizer:
         def tensor_of(path: str) -> Tensor:
             return from_payload(state.tensors[f"{self.prefix}.more/{path}"], device)
 
-        for place, value in extra["values"].items():
-            found = read(value, tensor_of, self._current(place))
+        reading = Reading(tensor_of, _named(self.optimizer, self.module), extra.get("apart", False))
+        now = _memories(self.optimizer, self.module, copies=False)
+        reading.leave({place: each for place, each in now.items() if place not in extra["values"]})
+        for place in sorted(extra["values"]):
+            found = reading.read(extra["values"][place], place, self._current(place))
             if place.startswith("state."):
                 name, _, key = place.removeprefix("state.").rpartition("/")
                 self.optimizer.state[self._parameter(name, parameters)][key] = found
@@ -181,14 +186,14 @@ class BuiltOptimizer:
         home.pop(name, None)
 
 
-def _memory(optimizer: Optimizer, module: nn.Module, copies: bool) -> Memory:
-    registered = (optimizer, *module.modules(), *module.parameters(), *module.buffers())
-    return Memory({id(each): each for each in registered}, copies)
+def _named(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Return the optimizer and what its module holds, as a checkpoint refers to them."""
+    return {**Contents.of(module).named(), "::": optimizer}
 
 
 def _memories(optimizer: Optimizer, module: nn.Module, copies: bool = True) -> dict[str, Remembered]:
     """Remember the numbers of an optimizer's groups, and its own attributes."""
-    memory = _memory(optimizer, module, copies)
+    memory = Memory({id(each): name for name, each in _named(optimizer, module).items()}, copies)
     found = {
         f"groups[{number}].{key}": memory.remember(value)
         for number, group in enumerate(optimizer.param_groups)

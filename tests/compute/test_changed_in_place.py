@@ -225,6 +225,15 @@ def test_what_is_changed_in_place_and_cannot_be_carried_is_named(what: str) -> N
         assert built.changes(module, "")[1] == []
 
 
+def test_a_large_tensor_is_compared_by_its_numbers() -> None:
+    """Its version counts no change through .data or .numpy()."""
+    module = Linear()
+    vars(module)["held"] = torch.zeros(2**22 + 1)
+    built = Built.of(module)
+    module.held.numpy()[0] = 1  # type: ignore[operator, union-attr]
+    assert list(built.changes(module, "")[0].values["attributes"]) == ["held"]
+
+
 def test_an_equal_value_is_no_change() -> None:
     module = Linear()
     vars(module)["held"] = {"many": [float("nan"), 10**30, *range(2000)], "few": Counter("aab")}

@@ -140,7 +140,8 @@ class Memory:
             flat.sort(key=repr)
         items = tuple(self.remember(item) for item in flat)
         keys = items[::2] if isinstance(value, dict) else items if isinstance(value, set | frozenset) else ()
-        if not all(map(_is_key, keys)):
+        may_refer = isinstance(value, dict)
+        if not all(_is_key(k) or (may_refer and isinstance(k, Fixed) and self._knows(k.held)) for k in keys):
             return self._many(value)
         return Items(type(value).__name__, items, value, value.maxlen if isinstance(value, deque) else None)
 
@@ -167,8 +168,10 @@ class Memory:
         return Instance(attributes, value) if plain else Fixed(value)
 
     def _is_harmless(self, held: Any) -> bool:
-        kinds = (*HARMLESS, partial, nn.Module, OrderedDict, list, dict)
-        return id(held) in self._registered or isinstance(held, kinds)
+        return self._knows(held) or isinstance(held, (*HARMLESS, partial, nn.Module, OrderedDict, list, dict))
+
+    def _knows(self, held: Any) -> bool:
+        return id(held) in self._registered
 
 
 def is_plain(value: Tensor) -> bool:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from sl_queue.compute.modules.put_back import put_back
 from sl_queue.compute.modules.remembered import Memory, Remembered
-from sl_queue.compute.modules.sameness import same
-from sl_queue.compute.modules.saved_values import NotCarriedError, read, saved
+from sl_queue.compute.modules.saved_values import Before, NotCarriedError, Reading, Writing
 from sl_queue.cut.crossing import from_payload, to_payload
 from sl_queue.cut.tensors import described, dtype_name
 from sl_queue.errors import CheckpointError, JobError
@@ -92,8 +91,11 @@ class Contents:
 
     def memory(self, copies: bool = True) -> Memory:
         """Return a memory that passes over what is registered: a state names that otherwise than as an attribute."""
-        registered = (*self.modules.values(), *self.parameters.values(), *self.buffers.values())
-        return Memory({id(each): each for each in registered}, copies)
+        return Memory({id(each): each for each in self.named().values()}, copies)
+
+    def named(self) -> dict[str, Any]:
+        """Return submodules, parameters and buffers, as a checkpoint refers to them."""
+        return {f":{n}": each for kind in (self.modules, self.parameters, self.buffers) for n, each in kind.items()}
 
 
 def join(name: str, attribute: str) -> str:
@@ -136,7 +138,7 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
 class Built:
     """A module as it was before its first step, to tell what has changed since."""
 
-    attributes: Mapping[str, Remembered] = field(repr=False)
+    attributes: Before = field(repr=False)
     buffers: Mapping[str, str]  # dtype and shape by name
     modes: Mapping[str, bool]  # training or not, by submodule
     learning: Mapping[str, bool]  # requires_grad by parameter
@@ -146,13 +148,11 @@ class Built:
         """Remember the module as it is now."""
         now = Contents.of(module)
         buffers = {name: described(buffer) for name, buffer in now.buffers.items()}
-        return cls(now.remembered(), buffers, _modes(now), _learning(now))
+        return cls(Before.of(now.remembered()), buffers, _modes(now), _learning(now))
 
     def changes(self, module: nn.Module, prefix: str) -> tuple[State, list[NotCarriedError]]:
         """Return what differs now, apart from numbers in parameters and buffers, and what of it cannot be carried."""
         tensors: dict[str, Payload] = {}
-        found: dict[str, Any] = {}
-        lost = []
 
         def keep(path: str, tensor: Tensor) -> None:
             if dtype_name(tensor.dtype) not in SAVABLE:
@@ -161,18 +161,15 @@ class Built:
 
         now = Contents.of(module)
         remembered = now.remembered(copies=False)
-        for path, memory in remembered.items():
-            before = self.attributes.get(path)
-            if before is not None and same(memory, before):
-                continue
-            try:
-                found[path] = saved(memory, before, path, keep)
-            except NotCarriedError as error:
-                lost.append(error)
+        late = now.modules.keys() - self.modes.keys()  # which the forward makes again
+        names = {id(each): name for name, each in now.named().items() if name[1:] not in late}
+        absent = {path for path in remembered if split(path)[0] in late}
+        found, lost = self.attributes.changes(remembered, Writing(keep, names, absent))
         lost += [NotCarriedError(name, now.modules.get(name)) for name in self._other_items(now)]
         values: dict[str, Any] = {
             "attributes": found,
-            "gone": [path for path in self.attributes if path not in remembered],
+            "apart": bool(found) and self.attributes.apart,
+            "gone": [path for path in self.attributes.values if path not in remembered],
             "buffers": self._changed_buffers(now),
             "modes": _differing(_modes(now), self.modes),
             "learning": _differing(_learning(now), self.learning),
@@ -216,26 +213,28 @@ class Built:
     def _load_attributes(self, now: Contents, state: State, prefix: str, party: str) -> None:
         values = state.values.get(f"{prefix}attributes", {})
         gone = set(state.values.get(f"{prefix}gone", ()))
-        there = now.attributes()
-        for path in there.keys() | self.attributes.keys():
+        there, built = now.attributes(), self.attributes.values
+        for path in there.keys() | built.keys():
             owner, name = split(path)
             if owner not in now.modules:
                 continue
-            if path in gone or (path not in self.attributes and path not in values):
+            if path in gone or (path not in built and path not in values):
                 vars(now.modules[owner]).pop(name, None)
-            elif path in self.attributes:
-                set_attribute(now.modules[owner], name, put_back(self.attributes[path]))
+            elif path in built:
+                set_attribute(now.modules[owner], name, put_back(built[path]))
 
         def tensor_of(path: str) -> Tensor:
             return from_payload(state.tensors[f"{prefix}attributes/{path}"], _device(now))
 
-        for path, value in values.items():
+        reading = Reading(tensor_of, now.named(), state.values.get(f"{prefix}apart", False))
+        reading.leave({path: each for path, each in now.remembered(copies=False).items() if path not in values})
+        for path in sorted(values):
             owner, name = split(path)
             if owner not in now.modules:  # the forward makes it again
                 continue
             try:
                 current = plain_attributes(now.modules[owner]).get(name)
-                set_attribute(now.modules[owner], name, read(value, tensor_of, current))
+                set_attribute(now.modules[owner], name, reading.read(values[path], path, current))
             except (KeyError, NotCarriedError, TypeError, ValueError) as error:
                 raise CheckpointError(
                     f"party {party!r}: the checkpoint holds the attribute {path!r}, which the model cannot take "
