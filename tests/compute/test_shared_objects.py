@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,16 @@ def test_a_state_of_an_earlier_version_is_read_as_that_did() -> None:
         assert module.one is module.other
         assert module.one is shared
         assert torch.equal(shared, torch.full((2,), 3.0))
+
+
+def test_an_attribute_that_an_object_has_lost_is_lost_after_a_resume() -> None:
+    module = Linear()
+    vars(module)["held"] = SimpleNamespace(a=1, b=[2])
+    built = Built.of(module)
+    del module.held.b  # type: ignore[union-attr]
+    state, _ = built.changes(module, "")
+    built.load(module, state, "", "bank")
+    assert module.held == SimpleNamespace(a=1)
 
 
 class Lookahead(torch.optim.SGD):

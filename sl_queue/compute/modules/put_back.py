@@ -22,8 +22,8 @@ from sl_queue.compute.modules.remembered import (
     is_named_tuple,
     is_plain,
     of_a_library,
+    remove_attributes,
     set_attributes,
-    slots_of,
 )
 
 
@@ -138,10 +138,6 @@ def _instance_back(memory: Instance, target: Any) -> Any:
         target = set_inner(target, values.pop(inner))
         if of_a_library(target):
             return target
-    for name in [name for name in there if name not in values and name not in HOOKS]:
-        if hasattr(target, "__dict__") and name not in slots_of(target):
-            vars(target).pop(name, None)
-        else:
-            object.__delattr__(target, name)
+    remove_attributes(target, [name for name in there if name not in values and name not in HOOKS])
     set_attributes(target, values)
     return target

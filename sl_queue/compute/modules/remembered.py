@@ -9,7 +9,7 @@ import io
 import sys
 from argparse import Namespace
 from collections import ChainMap, OrderedDict, UserDict, UserList, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
@@ -208,7 +208,7 @@ def _own_names(value: Any) -> list[str] | None:
     if (
         (of_a_library(value) and not isinstance(value, _OF_LIBRARIES))
         or is_iterator(value)
-        or not (hasattr(value, "__dict__") or slots_of(value))
+        or not (hasattr(value, "__dict__") or _slots_of(value))
     ):
         return None
     return None if isinstance(value, BaseException) else list(attributes_of(value))
@@ -221,13 +221,13 @@ def of_a_library(value: Any) -> bool:
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots among them."""
-    slots = {name: getattr(value, name) for name in slots_of(value) if hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in _slots_of(value) if hasattr(value, name)}
     return slots | getattr(value, "__dict__", {})
 
 
 def set_attributes(value: Any, attributes: Mapping[str, Any]) -> None:
     """Give an object these attributes, a frozen one too."""
-    slots = slots_of(value)
+    slots = _slots_of(value)
     for name, attribute in attributes.items():
         if name in slots:
             object.__setattr__(value, name, attribute)
@@ -235,8 +235,17 @@ def set_attributes(value: Any, attributes: Mapping[str, Any]) -> None:
             vars(value)[name] = attribute
 
 
-def slots_of(value: Any) -> set[str]:
-    """Name the slots of an object."""
+def remove_attributes(value: Any, names: Iterable[str]) -> None:
+    """Take attributes from an object, a frozen one too."""
+    slots = _slots_of(value)
+    for name in names:
+        if name in slots:
+            object.__delattr__(value, name)
+        else:
+            vars(value).pop(name, None)
+
+
+def _slots_of(value: Any) -> set[str]:
     each = (found for kind in type(value).__mro__ for found in vars(kind).items())
     return {name for name, found in each if isinstance(found, MemberDescriptorType) and not name.startswith("__")}
 

@@ -1,6 +1,6 @@
 """Remembered values as a checkpoint holds them: JSON values, with tensors beside."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from sl_queue.compute.modules.remembered import (
     Scalar,
     attributes_of,
     is_named_tuple,
+    remove_attributes,
     set_attributes,
 )
 from sl_queue.compute.modules.sameness import same
@@ -26,6 +27,7 @@ from sl_queue.compute.modules.shared_objects import SharedObjects, changeable, i
 
 MOST_BYTES = 4 * 2**20  # of a tensor that was not there when the module was built
 _DICTS = ("dict", "OrderedDict")
+_BESIDE = ("longest", "gone")  # about a value, beside its kind
 
 
 class NotCarriedError(Exception):
@@ -142,7 +144,8 @@ class Writing:
             if isinstance(value, Fixed | Many) and before is not None and same(value, before):
                 continue  # its code brings it
             found[name] = self.saved(value, before, path if name == INNER else f"{path}.{name}")
-        return {"object": found}
+        gone = sorted(built.attributes.keys() - memory.attributes.keys(), key=str)
+        return {"object": found} | ({"gone": gone} if gone else {})
 
 
 def _of_as_many(built: Remembered | None, n: int) -> tuple[Remembered | None, ...]:
@@ -172,7 +175,7 @@ class Reading:
         """Return what `saved` was called for at `path`, put into `current` where that is of the same kind."""
         if not isinstance(value, dict):
             return value
-        kind, content = next((k, v) for k, v in value.items() if k != "longest")
+        kind, content = next((k, v) for k, v in value.items() if k not in _BESIDE)
         if kind == "same":
             return self.known[content]
         if id(current) in self._registered or (self.apart and id(current) in self._taken):
@@ -180,7 +183,7 @@ class Reading:
         if kind in ("tensor", "array", "number"):
             found = put_back(Numbers(self.tensor_of(content), kind), current)
         elif kind == "object":
-            found = self._read_object(content, path, current)
+            found = self._read_object(content, value.get("gone", ()), path, current)
         else:
             found = self._read_items(kind, content, value.get("longest"), path, current)
         return found if kind in ("number", "tuple", "Size", "frozenset") else self._know(path, found)
@@ -190,13 +193,14 @@ class Reading:
         self._taken[id(found)] = found
         return found
 
-    def _read_object(self, content: Mapping[str, Any], path: str, current: Any) -> Any:
+    def _read_object(self, content: Mapping[str, Any], gone: Iterable[str], path: str, current: Any) -> Any:
         if current is None:
             raise NotCarriedError(path, None)
         there, inner = attributes_of(current), inner_name(current)
         found = {n: self.read(content[n], f"{path}.{n}", there.get(n)) for n in sorted(content) if n != inner}
         if inner in content:
             current = set_inner(current, self.read(content[inner], path, inner_of(current)))
+        remove_attributes(current, gone)
         set_attributes(current, found)
         return current
 
