@@ -52,6 +52,6 @@ def align_threads(
         if not again:
             align_scheduler(job, Workplace(connect, states[SCHEDULER], channels, seal_of(SCHEDULER)), on_status)
 
-    work: list[Callable[[], None]] = [scheduler, *(partial(party, file) for file in parties)]
+    work: dict[str, Callable[[], None]] = {SCHEDULER: scheduler, **{one.party: partial(party, one) for one in parties}}
     run_together(work, channels, "interrupted; the same command resumes")
     return {file.party: found[file.party] for file in parties}

@@ -58,7 +58,7 @@ def predict_threads(
         def scheduler() -> None:
             serve_scheduler(job, place(SCHEDULER, root / SCHEDULER), on_status, late_s=0.0, prediction=asked.name)
 
-        work: list[Callable[[], None]] = [scheduler, *(partial(party, name) for name in specs)]
+        work: dict[str, Callable[[], None]] = {SCHEDULER: scheduler, **{name: partial(party, name) for name in specs}}
         run_together(work, channels, "interrupted; nothing was written")
     predicted = found[job.label_holder]
     assert predicted is not None

@@ -1,8 +1,13 @@
-"""A role's thread, which can be waited for after an interruption too."""
+"""A role's thread, which can be waited for after an interruption too, and the error that it ends with."""
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
+
+from sl_queue.errors import ComputeError, SlQueueError
+
+log = logging.getLogger("sl_queue")
 
 
 class RoleThread(threading.Thread):
@@ -48,3 +53,14 @@ def run_all(threads: Sequence[RoleThread], interrupted: Callable[[], None]) -> N
         for thread in threads:
             thread.wait()
         raise
+
+
+def ending(role: str, error: BaseException) -> SlQueueError:
+    """Return what ended a role's thread as an error of sl_queue; any other Exception is logged as a bug."""
+    if isinstance(error, SlQueueError):
+        return error
+    told = f"{role}: {type(error).__name__}: {error}"
+    if isinstance(error, Exception):
+        log.error("%s: a bug in sl_queue", role, exc_info=error)
+        return SlQueueError(told)
+    return ComputeError(f"{told}; code that a party runs must not end its thread")  # sys.exit and its like

@@ -1,6 +1,5 @@
 """Every role of a run as a thread of this process: for notebooks, tests and `sl-queue local`."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from sl_queue.config.environment import THREADS
 from sl_queue.config.job import Job, PartyFile
 from sl_queue.config.resolve import PartySpec, agree, resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.errors import ComputeError, JobError, PeerFailed, RunStopped, SlQueueError
+from sl_queue.errors import JobError, PeerFailed, RunStopped, SlQueueError
 from sl_queue.launch.connect import MEMORY, Channels, connector, key_file, sealing
 from sl_queue.launch.finished import compare_finished
 from sl_queue.launch.hand_process import HandThreads
@@ -31,14 +30,12 @@ from sl_queue.launch.party import serve_party
 from sl_queue.launch.scheduler import LATE_S, OnStatus, serve_scheduler
 from sl_queue.launch.workplace import Workplace
 from sl_queue.local.progress import OnEpoch, shown
-from sl_queue.local.role_thread import RoleThread, run_all
+from sl_queue.local.role_thread import RoleThread, ending, run_all
 from sl_queue.protocol.messages import SCHEDULER
 from sl_queue.protocol.scheduler.state import RunState, history_line
 from sl_queue.protocol.scheduler.status import RunStatus, as_json
 from sl_queue.storage.checkpoints import Folder
 from sl_queue.storage.final import holds_final
-
-log = logging.getLogger("sl_queue")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,18 +232,10 @@ class _Threads:
         """Keep a thread's error; one that the scheduler cannot tell the others about ends them here."""
         try:
             serve()
-        except SlQueueError as error:
-            self._errors.append(error)
-            if not isinstance(error, RunStopped) or self._raised is not None:
-                self._channels.fail(RunStopped(f"another role of this process failed: {error}"))
         except BaseException as error:
-            told = f"{role}: {type(error).__name__}: {error}"
-            if isinstance(error, Exception):
-                log.exception("%s: a bug in sl_queue", role)
-                self._errors.append(SlQueueError(told))
-            else:  # sys.exit and its like, which would end this thread without a word
-                self._errors.append(ComputeError(f"{told}; code that a party runs must not end its thread"))
-            self._channels.fail(RunStopped(f"another role of this process failed: {told}"))
+            self._errors.append(end := ending(role, error))
+            if not isinstance(end, RunStopped) or self._raised is not None:
+                self._channels.fail(RunStopped(f"another role of this process failed: {end}"))
 
 
 def _told_by_another(error: SlQueueError) -> int:

@@ -18,7 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import sl_queue
 from sl_queue.compute.running import blame
 from sl_queue.compute.threads import settings_kept
+from sl_queue.data.spec import FileSpec
 from sl_queue.errors import ComputeError, JobError
+from sl_queue.launch.asked import Asked
+from sl_queue.local.aligning import align_threads
+from sl_queue.local.prediction import predict_threads
 from tests.support.split import Concatenated, equal_weights
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +125,41 @@ def test_a_loss_and_a_source_that_exit_end_the_run() -> None:
     end = ended(lambda: sl_queue.run_local(job(), files(nn.Linear(6, 4), data={"source": rows})))
     assert isinstance(end, sl_queue.SlQueueError)
     assert "no rows" in str(end) and "'a'" in str(end)
+
+
+def exits() -> Any:
+    sys.exit("no rows")
+
+
+def broken(_: Any) -> None:
+    raise KeyError("mine")
+
+
+@pytest.mark.parametrize(
+    ("data", "on_status", "kind", "told"),
+    [
+        ({"source": exits}, id, ComputeError, "party 'a': SystemExit: no rows; code that a party runs"),
+        (None, broken, sl_queue.SlQueueError, "the scheduler: KeyError: 'mine'"),
+    ],
+)
+def test_whatever_ends_a_role_of_an_alignment_ends_all(
+    tmp_path: Path, data: Any, on_status: Any, kind: type[sl_queue.SlQueueError], told: str
+) -> None:
+    parties = files(nn.Linear(6, 4), data=data)
+    states = {role: tmp_path / role for role in ("a", "c", "scheduler")}
+    end = ended(lambda: align_threads(job(alignment={"method": "psi"}), parties, states, on_status))
+    assert type(end) is kind and str(end).startswith(told)
+
+
+def test_whatever_ends_a_role_of_a_prediction_ends_all(tmp_path: Path) -> None:
+    parties = files(nn.Linear(6, 4))
+    sl_queue.run_local(job(), parties, out=tmp_path)
+    states, rows = {role: tmp_path / role for role in "ac"}, sl_queue.Rows(ids=np.arange(70), features=X)
+    given: dict[str, Any] = {"a": FileSpec(source=exits), "c": sl_queue.Rows(ids=np.arange(70))}
+    end = ended(lambda: predict_threads(job(), parties, states, Asked(), rows=given))
+    assert type(end) is ComputeError and str(end).startswith("party 'a': SystemExit: no rows; ")
+    end = ended(lambda: predict_threads(job(), parties, states, Asked(), broken, rows=given | {"a": rows}))
+    assert type(end) is sl_queue.SlQueueError and str(end).startswith("the scheduler: KeyError: 'mine'")
 
 
 def test_a_model_that_exits_while_it_is_built_is_named_before_training() -> None:
