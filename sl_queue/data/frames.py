@@ -1,7 +1,7 @@
-"""Data frames of Arrow, pandas, polars and their like, and their columns as Arrow arrays."""
+"""Data frames of pandas, polars, Arrow and their like, known by what they can do: their columns as Arrow arrays."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ NO_COLUMN = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEnc
 
 
 def is_frame(values: Any) -> bool:
-    """Return True for a table of columns with names."""
-    return isinstance(values, pa.Table | pa.RecordBatch) or (hasattr(values, "columns") and hasattr(values, "dtypes"))
+    """Return True for what has columns with names, and is computed."""
+    if isinstance(values, pa.Table | pa.RecordBatch):
+        return True
+    return not hasattr(values, "collect") and hasattr(values, "columns") and hasattr(values, "dtypes")
 
 
 def is_series(values: Any) -> bool:
@@ -28,7 +30,7 @@ def is_series(values: Any) -> bool:
 
 
 def named_columns(frame: Any) -> list[tuple[str, Any]]:
-    """Return the columns of a data frame, in order."""
+    """Return the columns of a data frame, in order, each with its name; two may have the same."""
     if isinstance(frame, pa.Table | pa.RecordBatch):
         return list(zip(frame.schema.names, frame.columns, strict=True))
     by_place = hasattr(frame, "iloc")
@@ -52,12 +54,21 @@ def native(values: Any) -> Any:
     return np.asanyarray(values).astype(dtype.newbyteorder("="))
 
 
+def repeated(names: Iterable[str], what: str) -> list[str]:
+    """Say which names stand for more than one of a frame's columns, or of several arrays."""
+    found = [f"{count} {what} are called {name!r}" for name, count in Counter(names).items() if count > 1]
+    return [f"{listed(found)}; rename them"] if found else []
+
+
 def raw_columns(values: Any) -> tuple[dict[str, Any], list[str]]:
     """Make Arrow columns of a data frame, missing values null, for [features] to make numbers of."""
     if not is_frame(values):
         return {}, ["[features] needs columns with names; let features be a data frame of pandas, polars or Arrow"]
-    found, faults = _as_arrow(named_columns(values))
-    return found, list(faults.values())
+    columns = named_columns(values)
+    if not columns:
+        return {}, ["features: there are no columns"]
+    found, faults = _as_arrow(columns)
+    return ({}, list(faults.values())) if faults else (found, [])
 
 
 def frame_columns(values: Any, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -71,6 +82,9 @@ def _as_arrow(columns: Sequence[tuple[str, Any]]) -> tuple[dict[str, Any], dict[
     """Make Arrow arrays of columns, and say of others what is wrong."""
     found, faults = dict[str, Any](), dict[str, str]()
     for name, column in columns:
+        if name in found:
+            faults[name] = f"features: {repeated([one for one, _ in columns if one == name], 'columns')[0]}"
+            continue
         try:
             found[name] = plain(arrow(column))
         except NO_COLUMN:
@@ -86,21 +100,32 @@ def _held(column: Any) -> str:
     return f"objects of {counted(len(types), 'type', 'types')} ({listed(types)})"
 
 
-def without(values: Any, names: Sequence[str]) -> Any:
-    """Return a data frame without these columns; anything else as it is."""
-    return only(values, [name for name in frame_names(values) or () if name not in names]) if names else values
+def has_names(values: Any) -> bool:
+    """Return True for a data frame, and for several arrays by name."""
+    return isinstance(values, Mapping) or is_frame(values)
+
+
+def without(values: Any, left_out: Callable[[str], bool]) -> Any:
+    """Return a data frame without columns of such names, several arrays by name too, and anything else as it is."""
+    if isinstance(values, Mapping):
+        return {name: array for name, array in values.items() if not left_out(str(name))}
+    known = frame_names(values) or []
+    return _at(values, [place for place, name in enumerate(known) if not left_out(name)], known)
 
 
 def only(values: Any, names: Sequence[str]) -> Any:
     """Return a data frame with these of its columns, in this order; anything else as it is."""
-    if (known := frame_names(values)) is None:
-        return values
-    places = [place for name in dict.fromkeys(names) for place, one in enumerate(known) if one == name]
-    if places == list(range(len(known))):
+    known = frame_names(values) or []
+    return _at(values, [place for name in dict.fromkeys(names) for place, one in enumerate(known) if one == name], known)
+
+
+def _at(values: Any, places: Sequence[int], known: Sequence[str]) -> Any:
+    """Return a data frame with the columns at these places."""
+    if list(places) == list(range(len(known))):
         return values
     if isinstance(values, pa.Table | pa.RecordBatch):
         return values.select(places)
-    return values.iloc[:, places] if hasattr(values, "iloc") else values.select([known[place] for place in places])
+    return values.iloc[:, places] if hasattr(values, "iloc") else values[:, places]
 
 
 def frame_names(values: Any) -> list[str] | None:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from sl_queue.data.decimals import is_rounded
 from sl_queue.data.faults import listed
-from sl_queue.data.frames import NO_COLUMN, arrow, is_frame, is_series, named_columns, native
+from sl_queue.data.frames import NO_COLUMN, arrow, is_frame, is_series, named_columns, native, repeated
 from sl_queue.data.matrices import Array, Numbers, beside, gaps, not_finite, plain
 
 _FLOATS = {"f2": np.float32, "f16": np.float64}  # too narrow to compute with, and unknown to torch
@@ -62,6 +62,8 @@ def features_of(values: Any, n_rows: int | None = None) -> Numbers:
     so many rows from a list of rows.
     """
     several = _several(values, n_rows)
+    if isinstance(values, Mapping) and (wrong := repeated(map(str, values), "arrays")):
+        return Numbers(None, faults=tuple(f"features: {fault}" for fault in wrong))
     if several is not None:
         return _records({name: features_of(array) for name, array in several.items()})
     found = _numbers(values, "features")
@@ -260,12 +262,10 @@ def _of_tensor(tensor: Any) -> Any:
 
 def _of_frame(frame: Any, what: str) -> Numbers:
     columns = named_columns(frame)
-    names = [name for name, _ in columns]
-    if not names:
+    if not columns:
         return _refused(what, "there are no columns")
-    repeated = [f"{count} columns are called {name!r}" for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        return _refused(what, f"{listed(repeated)}; rename them")
+    if wrong := repeated([name for name, _ in columns], "columns"):
+        return Numbers(None, faults=tuple(f"{what}: {fault}" for fault in wrong))
     found = {name: plain(_column(column)) for name, column in columns}
     numbers = beside(found, "leave them out", keep=True)
     faults = (*numbers.faults, *gaps(numbers.gaps))
@@ -274,7 +274,7 @@ def _of_frame(frame: Any, what: str) -> Numbers:
 
 
 def _column(series: Any) -> Any:
-    """Build as `arrow` does; numbers of several types as numbers, and objects of other types as text."""
+    """Build as `arrow`; numbers of several types as numbers, and objects of other types as text."""
     try:
         return arrow(series)
     except NO_COLUMN:

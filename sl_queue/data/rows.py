@@ -14,7 +14,7 @@ import numpy as np
 from sl_queue.data.columns import read_columns
 from sl_queue.data.faults import refuse
 from sl_queue.data.feature_specs import Spec, matches, resolve
-from sl_queue.data.frames import frame_columns, frame_names, only, raw_columns, without
+from sl_queue.data.frames import frame_columns, frame_names, has_names, only, raw_columns, without
 from sl_queue.data.given import features_of, ids_of, labels_of
 from sl_queue.data.header import about_trained
 from sl_queue.data.holdout import looked_at
@@ -74,8 +74,9 @@ def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]
         refuse(f"{where}, {data.path}", columns.faults)
         return columns.raw or {}
     rows = data if isinstance(data, Rows) else _returned(data.source, spec.code, where)
-    found, faults = raw_columns(rows.features)
-    refuse(where, faults)
+    taken, wrong = _features(rows, spec)
+    found, faults = raw_columns(taken)
+    refuse(where, [*wrong, *faults])
     return found
 
 
@@ -105,7 +106,7 @@ def _given(
     if ids is not None:
         _require_rows(len(ids), where)
     raw, specs, declared = None, None, spec.declared
-    taken, lacking = _taken(rows, spec, trained) if features else (None, [])
+    taken, lacking = _features(rows, spec, trained) if features else (None, [])
     wrong += lacking
     if declared is not None and features and rows.features is not None:
         raw, more = raw_columns(taken)
@@ -131,12 +132,21 @@ def _given(
     return Arrays(where, ids, False, found.array, targets.array, *more_of_it)
 
 
-def _taken(rows: Rows, spec: TableSpec, trained: Sequence[str] | None) -> tuple[Any, list[str]]:
-    """Return the features, or those of them that a model was trained on; and say which of these are not there."""
+def _features(rows: Rows, spec: TableSpec, trained: Sequence[str] | None) -> tuple[Any, list[str]]:
+    """Return the features without the columns that data.exclude names, and faults.
+
+    Without those that only choose rows, too; or none but those that a model was `trained` on.
+    """
+    excluded = spec.data.exclude if isinstance(spec.data, FileSpec) else ()
+    if excluded and rows.features is not None and not has_names(rows.features):
+        told = "data.exclude names columns, and these features have no names; return them as a data frame, or remove it"
+        return rows.features, [told]
+    aside = _aside(rows, spec) if trained is None else ()
+    kept = without(rows.features, lambda name: name in aside or any(matches(each, name) for each in excluded))
     if trained is None:
-        return without(rows.features, _aside(rows, spec)), []
-    known = frame_names(rows.features)
-    return only(rows.features, trained), [] if known is None else list(about_trained(trained, known))
+        return kept, []
+    known = frame_names(kept)
+    return only(kept, trained), [] if known is None else list(about_trained(trained, known))
 
 
 def _aside(rows: Rows, spec: TableSpec) -> list[str]:
