@@ -116,7 +116,8 @@ def without(values: Any, left_out: Callable[[str], bool]) -> Any:
 def only(values: Any, names: Sequence[str]) -> Any:
     """Return a data frame with these of its columns, in this order; anything else as it is."""
     known = frame_names(values) or []
-    return _at(values, [place for name in dict.fromkeys(names) for place, one in enumerate(known) if one == name], known)
+    places = [place for name in dict.fromkeys(names) for place, one in enumerate(known) if one == name]
+    return _at(values, places, known)
 
 
 def _at(values: Any, places: Sequence[int], known: Sequence[str]) -> Any:

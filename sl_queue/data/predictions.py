@@ -22,14 +22,16 @@ def write_predictions(
     """Write a row for each id whose position is not negative, whole or not at all; return how many.
 
     `ids`: Arrow arrays by column, in the order of the file. `positions`: of the row of each id in `columns`, -1 for
-    none. Raises JobError for a name that ends in neither .parquet nor .csv, and for a folder that cannot be written to.
+    none. One of `columns` that is called like one of `ids` is written as `predicted_` and its name.
+
+    Raises JobError for a name that ends in neither .parquet nor .csv, and for a folder that cannot be written to.
     """
     require_name(path)
     there = positions >= 0
     taken = positions[there]
     written = readable if path.suffix == ".csv" else _stored
     kept = {name: written(column).filter(pa.array(there)) for name, column in ids.items()}
-    table = pa.table({**kept, **{name: pa.array(values[taken]) for name, values in columns.items()}})
+    table = pa.table({**kept, **{_apart(name, ids): pa.array(values[taken]) for name, values in columns.items()}})
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +54,11 @@ def _stored(ids: Any) -> Any:
         return ids.cast(pa.large_string())
     is_encoded = types.is_dictionary(ids.type) and isinstance(ids.type.value_type, pa.BaseExtensionType)
     return ids.cast(ids.type.value_type) if is_encoded else ids
+
+
+def _apart(name: str, ids: Mapping[str, Any]) -> str:
+    """Return the name of a column of predictions, another than any of the ids has."""
+    return _apart(f"predicted_{name}", ids) if name in ids else name
 
 
 def require_name(path: Path) -> None:

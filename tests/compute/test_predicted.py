@@ -76,3 +76,21 @@ def test_the_file_has_the_order_of_the_ids_and_no_row_for_those_without_a_predic
 def test_a_name_that_says_no_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"ends in \.parquet or \.csv"):
         write_predictions(tmp_path / "out.xlsx", {"id": pa.array([1])}, np.array([0]), {})
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
+def test_a_column_of_the_id_is_not_written_over_by_a_prediction_of_its_name(tmp_path: Path, name: str) -> None:
+    ids = {
+        "class": pa.array(["4b", "4c"]),
+        "probability_0": pa.array([7, 8]),
+        "predicted_probability_0": pa.array([5, 6]),
+    }
+    columns = columns_of(np.array([[0.0, 0.0], [0.0, 999.0]], np.float32), "multiclass", "logits")
+    write_predictions(tmp_path / name, ids, np.array([0, 1]), columns)
+    read = pa.csv.read_csv if name == "out.csv" else pa.parquet.read_table
+    assert read(tmp_path / name).to_pydict() == {
+        **{column: values.to_pylist() for column, values in ids.items()},
+        "predicted_class": [0, 1],
+        "predicted_predicted_probability_0": [0.5, 0.0],
+        "probability_1": [0.5, 1.0],
+    }
