@@ -75,7 +75,8 @@ def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: 
     if failure is not None and len(parties) == len(readable):
         check.error(failure)  # else it is among the errors of a table
     aligned = _compare_rows(check, job, parties, shared)
-    table = next(iter(parties.values())).table if parties else None
+    tables = [held.table for held in parties.values()]
+    table = min(tables, key=lambda each: each.n_rows, default=None)  # the others have its positions too
     batches = None if table is None else check.attempt(lambda: job.batches(table.n_rows, table.chosen_by(RULES)))
     if batches is not None:
         for name, held in parties.items():

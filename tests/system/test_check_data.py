@@ -90,6 +90,22 @@ def test_more_rows_than_a_party_may_bring_are_an_error(folder: Path, files: tupl
     assert check(folder, *files)[0] == 0
 
 
+@pytest.mark.parametrize("rows", [45, 300])
+def test_models_are_tried_though_no_row_is_shared_and_tables_are_not_as_long(folder: Path, rows: int) -> None:
+    raw_tables.write_bank(folder / "bank.csv", raw_tables.customers(rows, first=100))
+    code, said = check(folder)
+    assert code == 2 and said.count("error: ") == 1, said
+    assert "insurer: fuse model and loss accept the cut layers bank [4], insurer [2]" in said
+
+
+@pytest.mark.parametrize("rows", [45, 300])
+def test_models_are_tried_though_tables_that_nothing_aligns_are_not_as_long(tmp_path: Path, rows: int) -> None:
+    raw_tables.write_all(tmp_path, raw_tables.customers(rows), raw_tables.customers(70), raw_tables.JOB)
+    code, said = check(tmp_path)
+    assert code == 3 and said.count("error: ") == 1 and "the parties' ids differ" in said, said
+    assert "insurer: fuse model and loss accept the cut layers bank [4], insurer [2]" in said
+
+
 def test_what_is_wrong_with_a_table_that_is_to_be_aligned_is_told_once(folder: Path) -> None:
     rows = (folder / "bank.csv").read_text()
     (folder / "bank.csv").write_text(rows.replace("customer", "client", 1))
