@@ -17,7 +17,7 @@ from sl_queue.checking.findings import Check, Finding
 from sl_queue.checking.hands import check_hands
 from sl_queue.compute.threads import settings_kept
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.config.resolve import PartySpec, require_apart, resolve
+from sl_queue.config.resolve import PartySpec, require_apart, require_read_alike, resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.data.aligning import ids_of, shared_rows
 from sl_queue.data.ids import Positions
@@ -67,6 +67,8 @@ def check(
 def _check_with_job(check: Check, job: Job, files: Sequence[PartyFile], broker: str | None, unread: int) -> None:
     """Check everything that takes a job; `unread` party files could not be read."""
     check.attempt(lambda: require_apart(files))
+    for file in files:
+        check.attempt(lambda file=file: require_read_alike(file))  # type: ignore[misc]
     importer = Importer()
     resolved = [(file, check.attempt(lambda file=file: resolve(job, file, importer))) for file in files]  # type: ignore[misc]
     readable = [(file, spec) for file, spec in resolved if spec is not None]

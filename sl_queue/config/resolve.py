@@ -95,7 +95,7 @@ def compute_spec(job: Job, party_file: PartyFile, importer: Importer) -> Compute
         _objective(fuse),
         party_file.device,
         importer.within(party_file.folder),
-        table_is_file=isinstance(party_file.data, DataFile) and party_file.data.source is None,
+        table_is_file=_names_a_file(party_file.data),
         label_column=_label_column(party_file.data),
     )
 
@@ -125,12 +125,25 @@ def _precision(job: Job) -> Precision | None:
 
 
 def data_to_predict(party_file: PartyFile) -> FileSpec | None:
-    """Return the rows that [predict] names, read as those of [data] are; None without [predict]."""
-    if party_file.predict is None or not isinstance(party_file.data, DataFile):
+    """Return the rows that [predict] names, read as those of [data] are; None without it or without [data] path."""
+    if party_file.predict is None or not _names_a_file(party_file.data):
         return None
     found = _data(party_file.data)
     assert isinstance(found, FileSpec)
-    return replace(found, path=party_file.predict.path, source=None, unseen=party_file.predict.unseen)
+    return replace(found, path=party_file.predict.path, unseen=party_file.predict.unseen)
+
+
+def require_read_alike(party_file: PartyFile) -> None:
+    """Raise JobError for rows to predict of which no [data] says how they are read."""
+    if party_file.predict is not None and not _names_a_file(party_file.data):
+        raise JobError(
+            f"party {party_file.party!r}: [predict] path is read as [data] path is, and its [data] names no file; let "
+            "[data] name one, with its id, or remove [predict]"
+        )
+
+
+def _names_a_file(data: DataFile | Rows) -> bool:
+    return isinstance(data, DataFile) and data.source is None
 
 
 def _set_aside(data: FileSpec | Rows, party_file: PartyFile, choices: Choices | None) -> FileSpec | Rows:

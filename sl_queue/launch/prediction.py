@@ -228,7 +228,9 @@ def spec_to_predict(spec: PartySpec, data: Any, asked: Asked) -> PartySpec:
         own = replace(own, unseen="other") if isinstance(own, FileSpec) else own
         return replace(spec, table=replace(spec.table, data=own, choices=None))
     if data is None:
-        raise JobError(f"party {spec.party!r} has no rows to predict: write [predict] path into its file")
+        raise JobError(
+            f"party {spec.party!r} has no rows to predict: write [predict] path into its file, beside a [data] path"
+        )
     labelled = asked.labels and spec.role == "label"
     if isinstance(data, FileSpec) and isinstance(spec.table.data, FileSpec):
         data = replace(data, set_aside=spec.table.data.set_aside)

@@ -213,6 +213,9 @@ def test_nothing_to_predict_is_said(trained: Any) -> None:
         predict_threads(job(), parties, states(root), Asked(), rows=empty)
     with pytest.raises(JobError, match="has no rows to predict"):
         predict_threads(job(), parties, states(root), Asked())
+    source = parties[0].replace(data={"source": lambda: parties[0].data}, predict={"path": root / "new.csv"})
+    with pytest.raises(JobError, match=r"'bank' has no rows to predict: write .* beside a \[data\] path"):
+        predict_threads(job(), [source, parties[1]], states(root), Asked())
 
 
 def test_rows_that_are_shared_are_predicted_and_the_others_left_out_or_refused(tmp_path: Path) -> None:

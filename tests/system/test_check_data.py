@@ -106,6 +106,20 @@ def test_models_are_tried_though_tables_that_nothing_aligns_are_not_as_long(tmp_
     assert "insurer: fuse model and loss accept the cut layers bank [4], insurer [2]" in said
 
 
+def test_rows_to_predict_that_nothing_says_how_to_read_are_refused(folder: Path) -> None:
+    text = (folder / "bank.toml").read_text().replace('path = "bank.csv"', 'source = "rows:of_bank"')
+    text = text.replace('id = "customer"\n', "")
+    (folder / "bank.toml").write_text(text + '\n[predict]\npath = "bank.csv"\n')
+    (folder / "rows.py").write_text(
+        "import pandas\nimport sl_queue\n\ndef of_bank(folder):\n"
+        '    frame = pandas.read_csv(folder / "bank.csv", sep=";", decimal=",")\n'
+        '    return sl_queue.Rows(frame["customer"], frame.drop(columns="customer"))\n'
+    )
+    code, said = check(folder)
+    assert (code, said.count("error: ")) == (2, 1), said
+    assert "party 'bank': [predict] path is read as [data] path is, and its [data] names no file" in said
+
+
 def test_what_is_wrong_with_a_table_that_is_to_be_aligned_is_told_once(folder: Path) -> None:
     rows = (folder / "bank.csv").read_text()
     (folder / "bank.csv").write_text(rows.replace("customer", "client", 1))
