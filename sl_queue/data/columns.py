@@ -2,7 +2,8 @@
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from sl_queue.data.matrices import (
 )
 from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
 from sl_queue.errors import JobError
+
+Reading = Callable[[], AbstractContextManager[None]]  # what a column is read within
 
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
 
@@ -97,11 +100,22 @@ def read_columns(
     """
     assert data.path is not None
     kind = files.kind_of(data, where)
+    reading = partial(_reading, data, kind, where)
+    with reading(), files.opened(data, data.path, kind) as source:
+        wanted = trained if features else None
+        selecting = partial(_selected, data, features=features, labels=labels, choosing=choosing, trained=wanted)
+        asked = declared if features else None
+        return _read(data, source, where, selecting, reading, declared=asked, missing=missing)
+
+
+@contextmanager
+def _reading(data: FileSpec, kind: FileKind, where: str) -> Iterator[None]:
+    """Raise JobError that begins with `where` for what makes a file unreadable."""
+    assert data.path is not None
     try:
-        with files.opened(data, data.path, kind) as source:
-            wanted = trained if features else None
-            selecting = partial(_selected, data, features=features, labels=labels, choosing=choosing, trained=wanted)
-            return _read(data, source, where, selecting, declared=declared if features else None, missing=missing)
+        yield
+    except files.Unlike as error:
+        raise JobError(f"{where}: {error}") from None
     except FileNotFoundError:
         raise JobError(f"{where}: there is no such file") from None
     except (OSError, UnicodeError, csv.Error, pa.ArrowException, *csv_text.DAMAGED) as error:
@@ -126,6 +140,7 @@ def _read(
     source: files.Source,
     where: str,
     selecting: partial[_Selection],
+    reading: Reading,
     *,
     declared: Mapping[str, Spec] | None,
     missing: bool,
@@ -142,7 +157,7 @@ def _read(
     if not (readable := [name for name in selection.names if known.count(name) == 1]):
         refuse(where, faults)
     ids = [name for name in selection.ids if name in readable]
-    taken = _taken(source, readable, ids, specs, selection, selecting.keywords["choosing"])
+    taken = _taken(source, readable, ids, specs, selection, selecting.keywords["choosing"], reading)
     if declared is not None:
         selection = replace(selection, features=())
     faults += [*taken.bad_rows, *undeclared, *([] if taken.bad_rows else _rounded(source, taken.columns))]
@@ -180,6 +195,7 @@ def _taken(
     specs: Mapping[str, Spec],
     selection: _Selection,
     choosing: Mapping[str, bool],
+    reading: Reading,
 ) -> _Taken:
     declared = [name for name in specs if name in readable]
     dates = [name for name in declared if isinstance(spec := specs[name], Date) and spec.format is not None]
@@ -187,6 +203,7 @@ def _taken(
     only = selection.only_choosing
     texts += [name for name in only if name in readable and choosing[name]]
     later = source.later(readable, texts) if selection.features else None
+    later = None if later is None else later.within(reading)  # whenever that is
     table, bad_rows = (later, []) if later is not None else source.read(readable, texts)
     plainly = Later(tuple(readable), lambda name: table[name]) if later is None else later
     columns = plainly.then(plain, tuple(name for name in readable if name not in {*ids, *specs, *only}))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from sl_queue.data import csv_columns, csv_file, csv_text, row_files
+from sl_queue.data.faults import listed
 from sl_queue.data.later import Later
 from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
 from sl_queue.errors import JobError
@@ -36,8 +37,12 @@ DESCRIBED: Mapping[FileKind, str] = {
 WITH_TEXT = ("csv", "svmlight", "tag:value")
 
 
+class Unlike(Exception):
+    """Files that are no table together; the message names columns, types and files."""
+
+
 class Source(Protocol):
-    """A table in a file."""
+    """A table in a file, or in several."""
 
     ids_are_text: bool  # which may mean whole numbers
     leaves_zeros_out: bool  # a column that is 0 in every row is not there
@@ -77,7 +82,7 @@ def kind_of(data: FileSpec, where: str) -> FileKind:
 
 @contextmanager
 def opened(data: FileSpec, path: Path, kind: FileKind) -> Iterator[Source]:
-    """Open a table. Raises OSError, UnicodeError, ArrowException, and csv_text.DAMAGED."""
+    """Open a table. What is read of it raises OSError, UnicodeError, ArrowException, csv_text.DAMAGED, Unlike."""
     match kind:
         case "csv":
             dialect = data.csv
@@ -154,7 +159,23 @@ class _Parquet:
             footer = footers.get(path)
             with pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False, metadata=footer) as file:
                 tables.append(file.read(columns=list(selected), use_threads=len(selected) > 1))
-        return pa.concat_tables(tables, promote_options="permissive")
+        try:
+            return pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException:
+            raise Unlike(self._unlike(tables)) from None
+
+    def _unlike(self, tables: Sequence[Any]) -> str:
+        """Say which columns have types of which Arrow makes none that holds the values of all files."""
+        names, found = [str(path.relative_to(self.path)) for path in self._files], []
+        for name in tables[0].column_names:
+            try:
+                pa.concat_tables([table.select([name]) for table in tables], promote_options="permissive")
+            except pa.ArrowException:
+                types: dict[Any, str] = {}
+                for table, file in zip(tables, names, strict=True):
+                    types.setdefault(table.schema.field(name).type, file)
+                found.append(f"column {name!r} is {' and '.join(f'{kind} in {file}' for kind, file in types.items())}")
+        return f"{listed(found)}; write a column as one type in all files, or leave it out"
 
     def rounded(self, columns: Mapping[str, Any]) -> dict[str, int]:
         return {}

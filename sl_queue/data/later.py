@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ class Later(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> "Later":
+        """Return the same columns, each read within a context."""
+
+        def load(name: str) -> Any:
+            with context():
+                return self.load(name)
+
+        return Later(self.names, load, self.keeps)
 
     def then(self, change: Callable[[Any], Any], names: tuple[str, ...] | None = None) -> "Later":
         """Return the same columns, or these of them, each changed when it is read."""

@@ -74,6 +74,45 @@ def test_an_open_quote_is_found_in_any_dialect(tmp_path: Path) -> None:
         read({"path": tmp_path / "a.csv", "id": "id", "csv": {"delimiter": ";"}})
 
 
+@pytest.mark.parametrize("features", [None, {"*": {"kind": "category"}}])
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        (pa.array([1]), pa.array(["1"]), "column 'k' is int64 in 1.parquet and string in deep/2.parquet; write a"),
+        (pa.array([True]), pa.array([1]), "column 'k' is bool in 1.parquet and int64 in deep/2.parquet; write a"),
+        (pa.array([2**53 + 1]), pa.array([0.5]), "column 'k' is int64 in 1.parquet and double in deep/2.parquet; w"),
+        (pa.array([1], pa.date32()), pa.array([1], pa.timestamp("us")), "column 'k' is date32[day] in 1.parquet and"),
+        (pa.array(["a"]).dictionary_encode(), pa.array(["a"]), "column 'k' is dictionary<values=string, indices="),
+    ],
+)
+def test_a_column_that_files_of_a_folder_hold_as_different_types_is_named_with_them(
+    tmp_path: Path, one: Any, other: Any, told: str, features: Any
+) -> None:
+    (tmp_path / "rows/deep").mkdir(parents=True)
+    ids = pa.array([1], pa.int32())
+    for path, values in (("1.parquet", one), ("deep/2.parquet", other)):
+        pa.parquet.write_table(pa.table({"id": ids, "k": values, "x": [1.5]}), tmp_path / "rows" / path)
+        ids = pa.array([2], pa.int64())  # one of which Arrow makes the other
+    with pytest.raises(JobError) as raised:
+        read({"path": tmp_path / "rows", "id": "id"}, features)
+    assert str(raised.value).startswith(f"party 'bank', {tmp_path / 'rows'}: {told}")
+    assert read({"path": tmp_path / "rows", "id": "id", "exclude": ["k"]}, features).n_rows == 2
+    with pytest.raises(JobError, match=r"column 'k' is .*, or leave it out"):
+        read({"path": tmp_path / "rows", "id": "k"})
+
+
+def test_a_column_that_is_torn_is_said_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"some text {i}" for i in range(1000)]
+    pa.parquet.write_table(pa.table({"id": range(1000), "k": texts}), path, use_dictionary=False)
+    page, body = pa.parquet.read_metadata(path).row_group(0).column(1), bytearray(path.read_bytes())
+    first, length = page.data_page_offset, page.total_compressed_size
+    body[first + length // 2 : first + length] = bytes(length - length // 2)
+    path.write_bytes(body)
+    with pytest.raises(JobError, match=r"a\.parquet: cannot be read \(\w+\); is it a Parquet file\?"):
+        read({"path": path, "id": "id"}, {"k": {"kind": "category", "rare": 2}})
+
+
 def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
     (tmp_path / "rows/2024").mkdir(parents=True)
     pa.parquet.write_table(pa.table({"id": [3, 1], "x": [3.0, 1.0]}), tmp_path / "rows/b.parquet")
