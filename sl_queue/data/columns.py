@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sl_queue.data import csv_file, csv_text, files
+from sl_queue.data.encodings import plain, unpacked
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Date, Spec, matches, resolve
 from sl_queue.data.header import about_names, about_trained, another_separator
@@ -28,7 +29,6 @@ from sl_queue.data.matrices import (
     gaps_of_labels,
     in_rows,
     label_array,
-    plain,
 )
 from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
 from sl_queue.errors import JobError
@@ -158,11 +158,10 @@ def _read(
         refuse(where, faults)
     ids = [name for name in selection.ids if name in readable]
     taken = _taken(source, readable, ids, specs, selection, selecting.keywords["choosing"], reading)
-    if declared is not None:
-        selection = replace(selection, features=())
+    selection = selection if declared is None else replace(selection, features=())
     faults += [*taken.bad_rows, *undeclared, *([] if taken.bad_rows else _rounded(source, taken.columns))]
     found = _numbers(selection, taken.columns, missing=missing)
-    arrays = [taken.table[name].combine_chunks() for name in ids] if len(ids) == len(selection.ids) else []
+    arrays = [unpacked(taken.table[name]).combine_chunks() for name in ids if len(ids) == len(selection.ids)]
     return Columns(
         None if not arrays else arrays[0] if len(arrays) == 1 else arrays,
         source.ids_are_text,

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 
 from sl_queue.data.csv_file import text_kind
 from sl_queue.data.date_patterns import digits, instead, spelled_out
-from sl_queue.data.matrices import is_number, plain
+from sl_queue.data.encodings import plain
+from sl_queue.data.matrices import is_number
 from sl_queue.protocol.exactness import BITS, rounded_whole
 
 Floats = npt.NDArray[np.float64]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sl_queue.data.encodings import plain, unpacked
 from sl_queue.data.faults import listed
-from sl_queue.data.matrices import plain
 from sl_queue.protocol.text import counted
 
 NO_COLUMN = (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError)
@@ -40,9 +40,9 @@ def named_columns(frame: Any) -> list[tuple[str, Any]]:
 def arrow(series: Any) -> Any:
     """Return a column of one type as Arrow, missing values null."""
     if isinstance(series, pa.Array | pa.ChunkedArray):
-        return series
+        return unpacked(series)
     if hasattr(series, "to_arrow"):
-        return series.to_arrow()
+        return unpacked(series.to_arrow())
     return pa.array(native(series), from_pandas=True)
 
 

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sl_queue.data.decimals import is_rounded
+from sl_queue.data.encodings import plain
 from sl_queue.data.faults import listed
 from sl_queue.data.frames import NO_COLUMN, arrow, is_frame, is_series, named_columns, native, repeated
-from sl_queue.data.matrices import Array, Numbers, beside, gaps, not_finite, plain
+from sl_queue.data.matrices import Array, Numbers, beside, gaps, not_finite
 
 _FLOATS = {"f2": np.float32, "f16": np.float64}  # too narrow to compute with, and unknown to torch
 _WHOLE = {"u2": np.int64, "u4": np.int64, "u8": np.int64}

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sl_queue.data.encodings import unpacked
+
 IdType = Literal["integer", "text"]
 Declared = Literal["integer", "text", "uuid"]
 Positions = npt.NDArray[np.int64]
@@ -181,10 +183,13 @@ def _decoded(ids: Any) -> Any:
     types = pa.types
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
+    ids = unpacked(ids)
     if types.is_dictionary(ids.type):
         ids = ids.cast(ids.type.value_type)
-    if types.is_string(ids.type) or types.is_string_view(ids.type):
+    if types.is_string(ids.type):
         return ids.cast(pa.large_string())
+    if types.is_float16(ids.type):
+        return ids.cast(pa.float32())
     if isinstance(ids, pa.ExtensionArray) and str(ids.type.extension_name) == "arrow.uuid":
         return _hexadecimal(ids.storage)
     if types.is_decimal(ids.type) and ids.type.scale <= 0:

@@ -43,13 +43,6 @@ class Numbers:
     faults: tuple[str, ...] = ()
 
 
-def plain(column: Any) -> Any:
-    """Take off encodings that NumPy does not know; a decimal without a fraction is a whole number."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return decimals.narrowed(column) if pa.types.is_decimal(column.type) else column
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
     """Columns of numbers without gaps, which become one array when the order of its rows is known."""

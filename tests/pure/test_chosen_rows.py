@@ -99,10 +99,14 @@ def test_shares_leave_rows_to_train_on_whoever_chooses_them() -> None:
         ([1.5, 2.5, 3.5, 4.0] * 3, {"from": 4, "to": 5}),
         (["a", "b", "c", "d "] * 3, {"values": ["d "]}),
         ([1, 2, 3, 7] * 3, {"values": [7.0]}),
+        (np.array([1, 2, 3, 7] * 3, np.float16), {"values": [7]}),
+        (np.array([1, 2, 3, 7] * 3, np.float16), {"from": 4}),
+        (pa.array([*"abcd"] * 3, pa.string_view()), {"values": ["d"]}),
+        (pa.array(MONTHS * 3, pa.string_view()), {"from": "2026-01"}),
         ([False, False, False, True] * 3, {"values": [True]}),
     ],
 )
-def test_rows_are_chosen_by_text_dates_numbers_and_values(tmp_path: Path, values: list[Any], bounds: Any) -> None:
+def test_rows_are_chosen_by_text_dates_numbers_and_values(tmp_path: Path, values: Any, bounds: Any) -> None:
     job = job_of(holdout={"column": "when", **bounds})
     held, test, columns = chosen_in(tmp_path, job, when=values, age=[1.0] * 12)
     assert (held, test) == ([3, 7, 11], [])

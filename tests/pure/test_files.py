@@ -6,12 +6,18 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
 from sl_queue.config.job import Job, PartyFile
+from sl_queue.config.resolve import table_spec
+from sl_queue.config.user_code import Importer
+from sl_queue.data.predictions import write_predictions
+from sl_queue.data.to_predict import read_to_predict
 from sl_queue.errors import JobError
 from sl_queue.protocol.table import Table
 from tests.support.tables import read_table
@@ -130,6 +136,90 @@ def test_an_arrow_file_is_read(tmp_path: Path) -> None:
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     assert values(read({"path": tmp_path / "a.arrow", "id": "id"})) == [[1], [2]]
+
+
+VIEWS = {"kind": pa.string_view(), "day": pa.string_view(), "raw": pa.binary_view()}
+
+
+def packed(path: Path, ids: Any, **columns: Any) -> dict[str, Any]:
+    """Write an Arrow file of columns that are views, dictionaries of views and runs; return its [data]."""
+    told = {name: pa.array(values, VIEWS.get(name)) for name, values in columns.items()}
+    codes = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.uint32()), pa.array(["a", "b"], pa.string_view()))
+    table = pa.table({"id": ids, **told, "code": codes, "run": pa.RunEndEncodedArray.from_arrays([2, 3], [5.0, 7.0])})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return {"path": path, "id": "id"}
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pa.array(["x", "y", "z"], pa.string_view()),
+        pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), pa.array(["x", "y", "z"], pa.string_view())),
+        pa.RunEndEncodedArray.from_arrays([1, 2, 3], ["x", "y", "z"]),
+    ],
+    ids=["views", "dictionary", "runs"],
+)
+def test_views_dictionaries_of_them_and_runs_are_what_they_stand_for(tmp_path: Path, ids: Any) -> None:
+    columns = {"kind": ["u", None, "v"], "day": ["2026-01-03", "2026-01-04", "2026-01-05"], "raw": [b"r", b"r", b"s"]}
+    data = packed(tmp_path / "a.arrow", ids, **columns)
+    features = {
+        "run": {"kind": "number", "scale": "none"},
+        "day": {"kind": "date", "parts": ["day"], "scale": "none"},
+        "*": {"kind": "category"},
+    }
+    found = read(data, features)
+    assert found.columns == tuple(
+        f"{name}{end}" if name in ("kind", "raw", "code") else end
+        for name, *ends in (
+            ("kind", "=other", " missing", "=u", "=v"),
+            ("", "day.day"),
+            ("raw", "=other", " missing", "=r", "=s"),
+            ("code", "=other", " missing", "=a", "=b"),
+            ("", "run"),
+        )
+        for end in ends
+    )
+    one = [0, 0, 1, 0]
+    other, gap = [0, 0, 0, 1], [0, 1, 0, 0]
+    assert values(found) == [
+        [*one, 3, *one, *one, 5],
+        [*gap, 4, *one, *other, 5],
+        [*other, 5, *other, *gap, 7],
+    ]
+    pa.parquet.write_table(pa.table({"id": ["z", "y", "x"], "x": [1, 2, 3]}), tmp_path / "b.parquet")
+    assert found.digest == read({"path": tmp_path / "b.parquet", "id": "id"}).digest
+    assert values(read({**data, "features": ["run"]})) == [[5], [5], [7]]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_what_polars_writes_by_default_is_read_and_predicted(tmp_path: Path, suffix: str) -> None:
+    frame = pl.DataFrame({"id": ["b", "a"], "town": ["u", "v"], "x": [2.0, 1.0]})
+    frame.with_columns(pl.col("town").cast(pl.Categorical)).write_ipc(tmp_path / "a.arrow")
+    data, features = {"path": tmp_path / "a.arrow", "id": "id"}, {"town": {"kind": "category"}, "x": {"kind": "number"}}
+    assert read(data, features).columns == ("town=other", "town missing", "town=u", "town=v", "x")
+    job = Job(name="t", seed=1, epochs=1, batch_size=2, parties=PARTIES)
+    file = PartyFile(party="bank", data={**data, "features": ["x"]})
+    rows = read_to_predict(table_spec(job, file, Importer()), None, None)
+    out = tmp_path / f"out{suffix}"
+    write_predictions(out, rows.ids, rows.positions, {"value": np.array([10.0, 20.0])})
+    written = pa.csv.read_csv(out) if suffix == ".csv" else pa.parquet.read_table(out)
+    assert written.to_pydict() == {"id": ["b", "a"], "value": [20.0, 10.0]}
+
+
+def test_numbers_of_two_bytes_are_categories_and_ids_as_those_of_four_are(tmp_path: Path) -> None:
+    features = {"k": {"kind": "category"}, "half": {"kind": "category"}}
+    for name, dtype in (("a", np.float16), ("b", np.float32)):
+        columns = {"id": [1, 2, 3], "k": [7, 8, np.nan], "half": [0.5, 0.25, 0.5]}
+        table = pa.table({column: pa.array(np.array(given, dtype)) for column, given in columns.items()})
+        pa.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    one, other = (
+        read({"path": tmp_path / f, "id": "id", "id_type": "integer"}, features) for f in ("a.parquet", "b.parquet")
+    )
+    assert one.columns == ("k=other", "k missing", "k=7", "k=8", "half=other", "half missing", "half=0.25", "half=0.5")
+    assert (one.columns, values(one), one.digest) == (other.columns, values(other), other.digest)
+    with pytest.raises(JobError, match=r'say that they are: data\.id_type = "integer"'):
+        read({"path": tmp_path / "a.parquet", "id": "id"}, features)
 
 
 def test_types_of_parquet_become_numbers(tmp_path: Path) -> None:
