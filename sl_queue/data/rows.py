@@ -74,7 +74,7 @@ def read_raw(spec: TableSpec, declared: Mapping[str, Spec]) -> Mapping[str, Any]
         refuse(f"{where}, {data.path}", columns.faults)
         return columns.raw or {}
     rows = data if isinstance(data, Rows) else _returned(data.source, spec.code, where)
-    taken, wrong = _features(rows, spec)
+    taken, wrong = _features(rows, spec, None)
     found, faults = raw_columns(taken)
     refuse(where, [*wrong, *faults])
     return found
