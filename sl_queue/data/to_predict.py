@@ -15,7 +15,7 @@ from sl_queue.data.features import Fitted, apply
 from sl_queue.data.ids import Ids, Positions, asked_ids
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
-from sl_queue.data.table import fingerprints_of, ids_in, in_order, read_ids, texts_of
+from sl_queue.data.table import fingerprints_of, ids_in, in_order, keyed_ids, read_ids, texts_of
 from sl_queue.data.unseen import MOST_UNSEEN, unseen
 from sl_queue.errors import JobError
 from sl_queue.protocol.schedule.row_order import id_hashes
@@ -36,6 +36,7 @@ class ToPredict:
     ids: Mapping[str, Any] = field(repr=False)  # Arrow arrays by column, in the order of the file
     positions: Positions = field(repr=False)  # of each row of the file in the table; else LACKING or REPEATED
     unseen: tuple[str, ...] = ()  # what training had not seen: counts of categories by column, or fractions
+    keys: Keys | None = field(default=None, repr=False)  # of the table's rows, as requests name them
 
     @property
     def missing(self) -> int:
@@ -51,14 +52,15 @@ def read_to_predict(
     aligned: Positions | None,
     recipe: str | None,
     columns: Sequence[str] | None = None,
+    key: bytes | None = None,
     *,
     whole: bool = False,
 ) -> ToPredict:
     """Read rows; `recipe` is what [features] learned of the training rows, and nothing is learned here.
 
     `aligned`: positions in canonical order of the rows that all parties hold; None: all rows. `columns`: names of those
-    that were trained on, in order; None if they had no names. `whole`: they were whole numbers all. Raises one JobError
-    for everything that is wrong, and for a table without rows.
+    that were trained on, in order; None if they had no names. `key`: of what requests name rows by. `whole`: columns
+    were whole numbers all. Raises one JobError for everything that is wrong, and for a table without rows.
     """
     data = spec.data
     empty = isinstance(data, FileSpec) and data.features == ()
@@ -87,7 +89,8 @@ def read_to_predict(
     notes = (*arrays.notes, *ids.notes)
     table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, weights=weights)
     in_file = _columns(data, arrays.ids)
-    return ToPredict(table, in_file, _places(ids.order, own, len(next(iter(in_file.values())))), tuple(told))
+    places = _places(ids.order, own, len(next(iter(in_file.values()))))
+    return ToPredict(table, in_file, places, tuple(told), None if key is None else keyed_ids(ids, key))
 
 
 def _places(order: Positions, own: Positions, n_rows: int) -> Positions:

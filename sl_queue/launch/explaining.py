@@ -18,14 +18,14 @@ from sl_queue.compute.objective import Objective
 from sl_queue.compute.trained import evaluating_fuse
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
-from sl_queue.data.table import keyed_ids
-from sl_queue.data.to_predict import ToPredict, ids_to_predict
+from sl_queue.data.to_predict import ToPredict
 from sl_queue.errors import AlignmentError
 from sl_queue.launch.asked import schedule_of
 from sl_queue.launch.connect import Connect
 from sl_queue.launch.importance import REPEATS, Explained, Importance, measure_of, require_defined
-from sl_queue.launch.service import PREFETCH, Models, id_key, versions_of
+from sl_queue.launch.service import PREFETCH, Models, versions_of
 from sl_queue.loops.explaining import Questions
+from sl_queue.loops.requests import Found
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.serving import MOST_ROWS, Deal, Keys, Worth
 from sl_queue.security.sealing import Seal
@@ -54,9 +54,9 @@ def explain_over(
     questions = Questions(channel, version.run, patience_s, lambda: channel.failure)
     channel.open()
     try:
-        keys = keyed_ids(ids_to_predict(spec.table), id_key(job))
-        objective = _objective(job, spec, models, versions.rows(version))
-        found = _Measure(job, spec, models, questions, objective, keys, about).explain()
+        rows = versions.rows(version)
+        assert rows.keys is not None
+        found = _Measure(job, spec, models, questions, _objective(job, spec, models, rows), rows.keys, about).explain()
     finally:
         channel.close()
     found.of(spec.party, others=True).keep(version.path)
@@ -125,14 +125,14 @@ class _Measure:
             assert base is not None
             if deal is not None and deal.column is not None and deal.column >= base.columns:
                 return None
-            return [base.in_place(_HERE, keys, deal)[1] or [] for keys in self.parts]
+            return [_all_of(party, *base.in_place(_HERE, keys, deal)) for keys in self.parts]
         answers = self.questions.ask(party, self.parts, deal)
         if answers is None:
             return None
         found = []
         for keys, answer in zip(self.parts, answers, strict=True):
             if answer.activation is None or not answer.found.all():
-                raise AlignmentError(f"{party} has changed its rows meanwhile; start again")
+                raise _changed(party)
             found.append(self.models.fuse.arrive(party, _HERE, keys, answer.activation))
         return found
 
@@ -153,6 +153,16 @@ class _Measure:
         whole[self.positions] = outputs
         value = evaluate(self.objective, whole, [self.positions]).metrics[metric]
         return float("nan") if value is None else value
+
+
+def _all_of(party: str, found: Found, outputs: list[Any] | None) -> list[Any]:
+    if outputs is None or not found.all():
+        raise _changed(party)
+    return outputs
+
+
+def _changed(party: str) -> AlignmentError:
+    return AlignmentError(f"{party} has changed its rows meanwhile; start again")
 
 
 def _parts(keys: Keys) -> list[Keys]:

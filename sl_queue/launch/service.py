@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -15,8 +16,7 @@ from sl_queue.compute.predicted import columns_of
 from sl_queue.compute.trained import fuse_model, predicting_base, trained_fuse
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
-from sl_queue.data.table import keyed_ids
-from sl_queue.data.to_predict import ToPredict, ids_to_predict, read_to_predict
+from sl_queue.data.to_predict import ToPredict, read_to_predict
 from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
 from sl_queue.launch.connect import Connect
 from sl_queue.launch.importance import NAME, Explained, Importance
@@ -43,32 +43,47 @@ _LOOK_S = 1.0  # between two looks at which version is in use
 
 @dataclass(slots=True)
 class Versions:
-    """The versions of one party, built when they are first asked for. Mutable: it remembers the newest few."""
+    """The versions of one party, each on the rows that its table had when it was built.
+
+    Mutable: it remembers the newest few, and which of them have not answered yet.
+    """
 
     spec: PartySpec
     state: Path
     rows: Callable[[Version], ToPredict]
-    index: RowIndex
+    release: Callable[[Version, ToPredict], None]  # enters what a version's answers tell, before the first of them
     _built: dict[str, AnsweringBase] = field(default_factory=dict)
+    _due: dict[str, Callable[[], None]] = field(default_factory=dict)  # releases, by run
     _columns: dict[str, Sequence[str] | None] = field(default_factory=dict)  # names, by run
 
     def base_of(self, run: str) -> AnsweringBase | None:
-        """Return the base model of a run, None if there is no version of it."""
-        found = self._built.get(run)
-        if found is None:
-            try:
-                version = choose_version(self.state, run)
-            except CheckpointError:
-                return None
-            if version.run != run:
-                return None
-            table = self.rows(version).table
-            batches = Batches(table.n_rows, self.spec.compute.layers.seed, 1, table.n_rows, 1, shuffle=False)
-            about = (self.spec.compute, table, batches, version.weights("base"), answering_guard(self.spec))
-            found = AnsweringBase(predicting_base(*about).stage, self.index)
-            while len(self._built) >= _KEPT:
-                del self._built[next(iter(self._built))]
-            self._built[run], self._columns[run] = found, table.columns
+        """Return the base model of a run, to answer with; None if there is no version of it. Raises SlQueueError."""
+        found = self._built.get(run) or self.build(run)
+        if run in self._due:
+            self._due[run]()
+            del self._due[run]
+        return found
+
+    def build(self, run: str) -> AnsweringBase | None:
+        """Read the rows and build the base model of a run, None if there is no version of it. Raises SlQueueError."""
+        try:
+            version = choose_version(self.state, run)
+        except CheckpointError:
+            return None
+        if version.run != run:
+            return None
+        rows = self.rows(version)
+        table = rows.table
+        batches = Batches(table.n_rows, self.spec.compute.layers.seed, 1, table.n_rows, 1, shuffle=False)
+        about = (self.spec.compute, table, batches, version.weights("base"), answering_guard(self.spec))
+        assert rows.keys is not None
+        found = AnsweringBase(predicting_base(*about).stage, RowIndex.of(rows.keys))
+        while len(self._built) >= _KEPT:
+            oldest = next(iter(self._built))
+            del self._built[oldest]
+            self._due.pop(oldest, None)
+        self._due[run] = partial(self.release, version, rows)
+        self._built[run], self._columns[run] = found, table.columns
         return found
 
     def columns_of(self, run: str) -> Sequence[str] | None:
@@ -89,16 +104,18 @@ class Versions:
 
 
 def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
-    """Read the rows that a party answers for. Raises JobError."""
+    """Return the versions that a party answers with, none of them built."""
     spec = with_own_secret(spec, state)
-    ids = ids_to_predict(spec.table)
 
     def rows(version: Version) -> ToPredict:
-        found = read_to_predict(spec.table, None, version.recipe, version.columns, whole=version.whole)
-        release_rows(job, spec, state, "/".join(("answered", *named_rows(version, found).values())))
-        return found
+        return read_to_predict(
+            spec.table, None, version.recipe, version.columns, id_key(job), whole=version.whole
+        )
 
-    return Versions(spec, state, rows, RowIndex.of(keyed_ids(ids, id_key(job))))
+    def release(version: Version, rows: ToPredict) -> None:
+        release_rows(job, spec, state, "/".join(("answered", *named_rows(version, rows).values())))
+
+    return Versions(spec, state, rows, release)
 
 
 def id_key(job: Job) -> bytes:
@@ -137,7 +154,7 @@ def serve_feature(
 ) -> Served:
     """Begin to answer requests in a thread of its own; it `explains` its columns if it may. Raises SlQueueError."""
     versions, work = versions_of(job, spec, state), SimpleQueue[Came | None]()
-    choose_version(state)
+    versions.build(choose_version(state).run)
     channel = ServingChannel(
         connect(spec.party, PREFETCH, confirms=False), spec.party, job.topology(), secrets.token_hex(8), work.put,
         deadline_s=deadline_s, patience_s=job.broker.patience, seal=seal,
@@ -179,31 +196,19 @@ class Models:
     """
 
     def __init__(self, spec: PartySpec, version: Version, versions: Versions | None) -> None:
-        self.run, self.party, self.version, self._versions = version.run, spec.party, version, versions
+        self.run, self.party, self.version = version.run, spec.party, version
+        self.base = None if versions is None else versions.base_of(version.run)  # None: the label holder has none
+        self.columns = None if versions is None else versions.columns_of(version.run)  # names, of the base model's
         self.fuse: AnsweringFuse = trained_fuse(spec.compute, fuse_model(spec.compute), version.weights("fuse"))
         self._lock = threading.Lock()
         self._about = (*meaning_of(version, loss_of(spec)), undoing(version))
 
-    @property
-    def base(self) -> AnsweringBase | None:
-        """The label holder's base model; None if it has none. Raises CheckpointError if its version is gone."""
-        if self._versions is None:
-            return None
-        base = self._versions.base_of(self.run)
-        if base is None:
-            raise CheckpointError(f"party {self.party!r}: the version of run {self.run} is gone")
-        return base
-
-    @property
-    def columns(self) -> Sequence[str] | None:
-        """The names of the columns of the label holder's base model, if they have names."""
-        return None if self._versions is None or self.base is None else self._versions.columns_of(self.run)
-
     def own(self, number: MicroBatch, keys: Keys) -> tuple[Found, object] | None:
         """Return which rows the label holder has, and its outputs for those; None without a base model."""
+        if self.base is None:
+            return None
         with self._lock:
-            base = self.base
-            return None if base is None else base.in_place(number, keys)
+            return self.base.in_place(number, keys)
 
     def fused(
         self, number: MicroBatch, keys: Keys, there: Found, own: object, answers: Mapping[str, Answered]
