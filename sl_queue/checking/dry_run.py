@@ -11,9 +11,10 @@ from sl_queue.compute.base_stage import base_stage
 from sl_queue.compute.fuse_stage import TorchFuseStage, fuse_stage
 from sl_queue.compute.spec import ComputeSpec
 from sl_queue.compute.stand_ins import stand_in
+from sl_queue.compute.trained import require_output_kept, require_row_kept
 from sl_queue.config.job import Job
 from sl_queue.cut.rows import CutRows
-from sl_queue.errors import JobError, NonFiniteError, SlQueueError
+from sl_queue.errors import ComputeError, JobError, NonFiniteError, SlQueueError
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches
 from sl_queue.protocol.table import Table
@@ -84,6 +85,7 @@ def _dry_label_holder(
             check.error(JobError(f"{job.label_holder}: {found.text}"))
         else:
             check.warn(f"{job.label_holder}: {found.text}")
+    _try_single(check, lambda: require_output_kept(stage.model, stage.layers))
     seconds = 0.0
     sent = _activations(job, first, party.table, batches, MicroBatch(0, 0))
     if fused := check.attempt(lambda: _on(check, sent, lambda: _dry_fuse(stage, sent.payloads))):
@@ -116,7 +118,15 @@ def _dry_base(check: Check, party: Readable, batches: Batches) -> Timed[Payload]
     stage = base_stage(party.compute, party.table, batches)
     if stage.remark is not None:
         check.warn(stage.remark)
+    _try_single(check, lambda: require_row_kept(stage))
     return Timed.twice(lambda: stage.forward(MicroBatch(0, 0)))
+
+
+def _try_single(check: Check, trial: Callable[[], None]) -> None:
+    try:
+        trial()
+    except ComputeError as error:
+        check.warn(f"{error}; so it can be trained, but neither served nor asked to predict one row")
 
 
 def _smallest_base(party: Readable, batches: Batches) -> Payload:

@@ -59,15 +59,15 @@ class _Evaluated:
         self._kept.enter_context(model.averaged())
         model.module.eval()
 
-    def run(self, inputs: Callable[[], Inputs], where: str) -> Tensor:
-        """Return the model's output."""
+    def run(self, inputs: Callable[[], Inputs], rows: int, where: str) -> Tensor:
+        """Return the model's output for so many rows."""
         model = self._model
         with torch.inference_mode():
             if self._quiet:
-                return model.run(inputs(), where)
+                return model.run_on(inputs(), rows, where)
             with model.drawing("serve", MicroBatch(0, 0)):
                 before = generator_states(model.device)
-                output = model.run(inputs(), where)
+                output = model.run_on(inputs(), rows, where)
                 self._quiet = generator_states(model.device) == before
                 return output
 
@@ -109,7 +109,7 @@ class AnsweringBase:
         if not len(positions):
             return found, None, rows
         where = place(self._stage.model.party, number)
-        return found, self._evaluated.run(lambda: self._inputs(positions, deal), where), rows
+        return found, self._evaluated.run(lambda: self._inputs(positions, deal), len(positions), where), rows
 
     def _inputs(self, positions: npt.NDArray[np.int64], deal: Deal | None) -> Inputs:
         stage = self._stage
@@ -140,7 +140,8 @@ class AnsweringFuse:
             with blame(f"{where}: aggregation {self._layers.aggregation!r} failed"):
                 return aggregated(inputs, self._layers)
 
-        output = self._evaluated.run(joined, where).detach()
+        rows = len(next(iter(inputs.values()))[0])
+        output = self._evaluated.run(joined, rows, where).detach()
         found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
         return found
 

@@ -22,11 +22,10 @@ from sl_queue.cut.crossing import FuseCut
 from sl_queue.cut.guard import place
 from sl_queue.cut.packing import is_unused, unused
 from sl_queue.cut.rows import CutRows, RowKeys
-from sl_queue.errors import RemoteProtocolError, ShapeError
+from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.checkpoint import State, Weights
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.schedule.row_order import Batches
-from sl_queue.protocol.text import counted
 
 Outputs = npt.NDArray[np.generic]
 
@@ -170,12 +169,7 @@ class PredictingFuse:
         with self.model.evaluating(), self.model.drawing("predict", micro_batch):
             with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
                 joined = aggregated(inputs, self.layers)
-            output = self.model.run(joined, where)
-        rows = len(self.batches.rows(micro_batch))
-        if output.shape[:1] != (rows,):
-            raise ShapeError(
-                f"{where}: {self.model.name} returns {tuple(output.shape)} for {counted(rows, 'row', 'rows')}"
-            )
+            output = self.model.run_on(joined, len(self.batches.rows(micro_batch)), where)
         return output.detach().to("cpu", torch.float64 if output.dtype == torch.float64 else torch.float32)
 
 

@@ -17,9 +17,9 @@ from sl_queue.compute.seeds import key, seeded
 from sl_queue.compute.spec import LayersSpec, Part, Precision
 from sl_queue.cut.several import Outputs
 from sl_queue.cut.tensors import Inputs, described
-from sl_queue.errors import ComputeError, SlQueueError
+from sl_queue.errors import ComputeError, ShapeError, SlQueueError
 from sl_queue.protocol.messages import MicroBatch
-from sl_queue.protocol.text import shortened
+from sl_queue.protocol.text import counted, shortened
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +50,16 @@ class Runnable:
     def joined(self, outputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs as they cross the cut: several lie side by side."""
         return outputs[0] if self.outputs is None else self.outputs.joined(outputs)
+
+    def run_on(self, inputs: Inputs, rows: int, where: str) -> Tensor:
+        """Return as `run` the output for so many rows. Raises ShapeError unless it has one for each."""
+        output = self.run(inputs, where)
+        if output.shape[:1] != (rows,):
+            raise ShapeError(
+                f"{where}: {self.name} returns {tuple(output.shape)} for {counted(rows, 'row', 'rows')}; its first "
+                "axis must be the rows, also of a single one, whose axis squeeze() takes away and squeeze(-1) keeps"
+            )
+        return output
 
     def run_with_penalty(
         self, inputs: Inputs, where: str, weights: Mapping[str, Tensor] | None = None

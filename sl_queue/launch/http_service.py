@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -22,6 +23,8 @@ from sl_queue.launch.service import LabelHolderService, id_key
 from sl_queue.loops.requests import Outcome, Unanswered
 from sl_queue.loops.serving import LabelService
 from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN, Keys
+
+log = logging.getLogger("sl_queue")
 
 Answer = Future[Outcome]
 
@@ -109,7 +112,11 @@ class Api:
 
     async def predict(self, request: Request) -> Response:
         """Answer `{"ids": [...]}` with a prediction for each id, or the parties that lack it."""
-        answer = await self._predict(request)
+        try:
+            answer = await self._predict(request)
+        except Exception as error:  # a bug: it is this request's alone
+            log.exception("a request failed")
+            answer = _said(500, f"{type(error).__name__}; the log of the service says more")
         self.ended[answer.status_code] += 1
         return answer
 

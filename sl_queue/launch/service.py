@@ -13,7 +13,7 @@ from typing import Any
 
 from sl_queue.compute.answering import AnsweringBase, AnsweringFuse, RowIndex
 from sl_queue.compute.predicted import columns_of
-from sl_queue.compute.trained import fuse_model, predicting_base, trained_fuse
+from sl_queue.compute.trained import fuse_model, predicting_base, require_row_kept, trained_fuse
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.data.to_predict import ToPredict, read_to_predict
@@ -24,7 +24,7 @@ from sl_queue.launch.outcome import meaning_of, undoing
 from sl_queue.launch.prediction import loss_of, named_rows, with_own_secret
 from sl_queue.launch.privacy import answering_guard
 from sl_queue.launch.spending import release_rows
-from sl_queue.loops.requests import Found, Prediction, Unanswered
+from sl_queue.loops.requests import Found, Prediction
 from sl_queue.loops.serving import FeatureService, LabelService
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.schedule.row_order import Batches
@@ -76,8 +76,10 @@ class Versions:
         table = rows.table
         batches = Batches(table.n_rows, self.spec.compute.layers.seed, 1, table.n_rows, 1, shuffle=False)
         about = (self.spec.compute, table, batches, version.weights("base"), answering_guard(self.spec))
+        stage = predicting_base(*about).stage
+        require_row_kept(stage)
         assert rows.keys is not None
-        found = AnsweringBase(predicting_base(*about).stage, RowIndex.of(rows.keys))
+        found = AnsweringBase(stage, RowIndex.of(rows.keys))
         while len(self._built) >= _KEPT:
             oldest = next(iter(self._built))
             del self._built[oldest]
@@ -261,7 +263,7 @@ class LabelHolderService:
                 self.service.probe(models).result()
                 self.models = models
                 log.info("%s: serves run %s from now on", self.spec.party, version.run)
-        except (SlQueueError, Unanswered) as error:
+        except Exception as error:  # whatever is wrong with the new one, this one is not
             log.warning("%s: goes on with run %s: %s", self.spec.party, self.models.run, error)
         finally:
             self._probing = False

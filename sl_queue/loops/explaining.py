@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from sl_queue.errors import AlignmentError, JobError, PeerSilent, SlQueueError
-from sl_queue.loops.serving import Post
+from sl_queue.loops.requests import Post
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import (
     NO_COLUMN,

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sl_queue.protocol.messages import MicroBatch
-from sl_queue.protocol.serving import Answered, Keys
+from sl_queue.protocol.messages import MicroBatch, Payload
+from sl_queue.protocol.serving import Answered, Deal, Keys
 
 Found = npt.NDArray[np.bool_]
 Prediction = Mapping[str, Any]  # of one row: probability, class or value, by name
@@ -30,6 +30,27 @@ class Unanswered(Exception):
     def __init__(self, silent: Sequence[str], refused: Mapping[str, str], after_s: float) -> None:
         super().__init__(f"no answer of {', '.join([*silent, *refused])}")
         self.silent, self.refused, self.after_s = tuple(silent), dict(refused), after_s
+
+
+class Post(Protocol):
+    """Requests and answers in and out."""
+
+    def ask(self, party: str, run: str, number: MicroBatch, request: Payload) -> None:
+        """Send a request to a feature party."""
+
+    def answer(self, run: str, number: MicroBatch, answer: Payload) -> None:
+        """Send an answer to the label holder."""
+
+
+class Base(Protocol):
+    """A base model with the weights of one run."""
+
+    @property
+    def columns(self) -> int:
+        """Count the columns of the model's input."""
+
+    def answer(self, number: MicroBatch, keys: Keys, deal: Deal | None = None) -> tuple[Found, Payload | None]:
+        """Return which rows are here, and their activation, after a deal if there is one; None for none."""
 
 
 class Fuse(Protocol):

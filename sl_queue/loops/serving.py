@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from sl_queue.errors import SlQueueError
-from sl_queue.loops.requests import Asked, Found, Fuse, Outcome, Request, Unanswered, fused
+from sl_queue.loops.requests import Asked, Base, Fuse, Outcome, Post, Request, Unanswered, fused
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import (
     MOST_ROWS,
@@ -26,7 +25,6 @@ from sl_queue.protocol.serving import (
     OTHER_RUN,
     OVER_LIMIT,
     Came,
-    Deal,
     HourlyLimit,
     Keys,
     Worth,
@@ -43,27 +41,6 @@ _SHARE = 0.5  # of the time that an answer takes, if that is longer: over a slow
 _NEWEST = 0.125  # weight of the newest answer in the average
 _REMEMBERED = 1000  # requests, which may be asked again
 _ASKS = 5  # times that a request is sent within its deadline to a party that is silent: a broker may have lost it
-
-
-class Post(Protocol):
-    """Requests and answers in and out."""
-
-    def ask(self, party: str, run: str, number: MicroBatch, request: Payload) -> None:
-        """Send a request to a feature party."""
-
-    def answer(self, run: str, number: MicroBatch, answer: Payload) -> None:
-        """Send an answer to the label holder."""
-
-
-class Base(Protocol):
-    """A base model with the weights of one run."""
-
-    @property
-    def columns(self) -> int:
-        """Count the columns of the model's input."""
-
-    def answer(self, number: MicroBatch, keys: Keys, deal: Deal | None = None) -> tuple[Found, Payload | None]:
-        """Return which rows are here, and their activation, after a deal if there is one; None for none."""
 
 
 @dataclass(slots=True)
@@ -220,7 +197,7 @@ class LabelService:
         keys = batch[0].keys if len(batch) == 1 else np.concatenate([request.keys for request in batch])
         try:
             models = self._fuse() if fuse is None else fuse
-        except SlQueueError as error:
+        except Exception as error:  # whatever it is, nobody waits for an answer that cannot come
             for request in batch:
                 request.future.set_exception(error)
             return None
@@ -232,7 +209,7 @@ class LabelService:
         try:
             for party in self._parties:
                 self._post.ask(party, asked.fuse.run, asked.number, request_of(keys))
-        except SlQueueError as error:
+        except Exception as error:
             self._give_up_on(asked, error)
             return None
         return asked
@@ -246,7 +223,7 @@ class LabelService:
         """Compute the own outputs; return the message if that was the last that it waited for."""
         try:
             own = asked.fuse.own(asked.number, asked.keys)
-        except SlQueueError as error:
+        except Exception as error:
             self._give_up_on(asked, error)
             return None
         with self._lock:
@@ -290,7 +267,7 @@ class LabelService:
             return
         try:
             predictions, lacking = fused(asked)
-        except SlQueueError as error:
+        except Exception as error:
             asked.fail(error)
             return
         first = 0

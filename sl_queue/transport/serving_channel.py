@@ -1,4 +1,4 @@
-"""Requests and answers of a service over a link: loops.serving.Post.
+"""Requests and answers of a service over a link: loops.requests.Post.
 
 Its link does without confirms, and acknowledges with the next message: together a fifth of an answer's time. What is
 lost with a connection is asked for again; what was answered a moment before comes again, and its answer is nobody's.

@@ -63,9 +63,11 @@ def job(**changes: Any) -> sl_queue.Job:
 ADAM = {"name": "adam", "lr": 0.01}
 
 
-def files(rows: Mapping[str, sl_queue.Rows], model: type[nn.Module] = Base) -> list[sl_queue.PartyFile]:
+def files(
+    rows: Mapping[str, sl_queue.Rows], model: type[nn.Module] = Base, joint: type[nn.Module] = Fuse
+) -> list[sl_queue.PartyFile]:
     base = {"bank": {"inputs": 3, "cut": 8}, "insurer": {"inputs": 2, "cut": 4}}
-    fuse = {"model": Fuse, "args": {"inputs": 12}, "optimizer": ADAM, "loss": "bce_with_logits", "metrics": ["auroc"]}
+    fuse = {"model": joint, "args": {"inputs": 12}, "optimizer": ADAM, "loss": "bce_with_logits", "metrics": ["auroc"]}
     return [
         sl_queue.PartyFile(
             party=party,

@@ -10,15 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import sl_queue
+from sl_queue.checking.check import check
 from sl_queue.data.spec import FileSpec
 from sl_queue.data.to_predict import request_keys
+from sl_queue.errors import ShapeError
+from sl_queue.launch.asked import Asked
 from sl_queue.launch.service import id_key, versions_of
+from sl_queue.local.prediction import predict_threads
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.serving import Keys
 from sl_queue.storage.versions import versions_in
-from tests.compute.test_prediction import job
+from tests.compute.test_prediction import Base, Fuse, N, files, job, states
 from tests.compute.test_serving import Service, chance, service, trained
 
 __all__ = ["service", "trained"]  # fixtures
@@ -82,3 +87,71 @@ def test_a_version_that_is_built_later_names_the_rows_as_its_own_reading_has_the
         assert torch.allclose(outputs[0], trained[1].base("bank")(row), atol=1e-6)
     assert before.answer(MicroBatch(0, 0), keys_of(gone))[0].all()
     assert not after.answer(MicroBatch(0, 0), keys_of(gone))[0].any()  # the table of the later version lacks it
+
+
+# A single row ---------------------------------------------------------------------------------------------------------
+
+
+class Squeezed(Fuse):
+    """A fuse model that takes the axis of the rows away from a single one."""
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return super().forward(inputs).squeeze()
+
+
+class SqueezedBase(Base):
+    """A base model that does so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).squeeze()
+
+
+def test_a_model_that_fails_on_a_single_row_is_named_before_anything_is_served(trained: Any) -> None:
+    with pytest.raises(ShapeError, match=r"'insurer', a trial with a single row: .*Squeezed returns \(\) for 1 row"):
+        Service(trained[0], joint=Squeezed)
+    service = Service(trained[0])
+    try:
+        service.stop_bank()
+        compute = service.specs["bank"].compute
+        table = replace(compute.base, model=SqueezedBase)
+        service.specs["bank"] = replace(service.specs["bank"], compute=replace(compute, base=table))
+        with pytest.raises(ShapeError, match=r"party 'bank', a trial with a single row: .*SqueezedBase"):
+            service.start_bank()
+    finally:
+        service.close()
+
+
+def customers(n: int) -> dict[str, sl_queue.Rows]:
+    rng = np.random.default_rng(4)
+    bank, insurer = rng.standard_normal((n, 3)), rng.standard_normal((n, 2))
+    return {"bank": sl_queue.Rows(np.arange(n), bank), "insurer": sl_queue.Rows(np.arange(n), insurer, bank[:, 0] > 0)}
+
+
+def test_a_prediction_whose_last_part_is_a_single_row_is_refused_before_it_begins(trained: Any) -> None:
+    parties, folders = files(customers(N), joint=Squeezed), states(trained[0])
+    with pytest.raises(ShapeError, match="a trial with a single row"):
+        predict_threads(job(), parties, folders, Asked(), rows=customers(33))
+    assert len(predict_threads(job(), parties, folders, Asked(), rows=customers(40)).outputs) == 40
+
+
+def test_a_check_warns_of_models_that_fail_on_a_single_row() -> None:
+    found = check(job(), files(customers(N), SqueezedBase, Squeezed))
+    assert not [finding.text for finding in found if finding.level == "error"]
+    warned = [finding.text for finding in found if "a trial with a single row" in finding.text]
+    assert [text.split(",")[0] for text in warned] == ["party 'bank'", "party 'insurer'", "party 'insurer'"]
+    assert not any("single row" in finding.text for finding in check(job(), files(customers(N))))
+
+
+def test_an_error_that_nobody_foresaw_is_the_answer_to_its_request_alone(service: Service, trained: Any) -> None:
+    def undo(chances: Any) -> Any:
+        raise ZeroDivisionError
+
+    assert service.insurer.label is not None
+    models, one = service.insurer.label.models, [int(service.ids[0])]
+    kept, models._about = models._about, (*models._about[:2], undo)
+    said = service.ask(one)
+    assert said.status_code == 500 and "ZeroDivisionError" in said.json()["error"]
+    models._about = kept
+    (found,) = service.ask(one).json()["predictions"]
+    assert found["probability"] == pytest.approx(chance(trained[1], service, 0), abs=1e-6)
+    assert 'requests_total{status="500"} 1' in service.get("/metrics").text

@@ -30,7 +30,7 @@ from sl_queue.launch.service import Served, id_key, serve_feature, serve_label
 from sl_queue.loops.requests import Unanswered
 from sl_queue.protocol.serving import MOST_ROWS
 from sl_queue.storage.versions import promote
-from tests.compute.test_prediction import Base, N, files, job, new_rows, states
+from tests.compute.test_prediction import Base, Fuse, N, files, job, new_rows, states
 from tests.support.waiting import await_that
 
 
@@ -65,12 +65,13 @@ class Service:
         deadline_s: float = 5.0,
         token: str | None = None,
         model: type[torch.nn.Module] = Base,
+        joint: type[torch.nn.Module] = Fuse,
     ) -> None:
         self.rows, self.ids, self.columns = new_rows()
         kept = self.rows["bank"].ids != self.ids[7]  # the bank lacks one customer
         self.rows["bank"] = sl_queue.Rows(self.rows["bank"].ids[kept], self.rows["bank"].features[kept])
         given = {"bank": self.rows["bank"], "insurer": self.rows["insurer"]}
-        importer, parties = Importer(), files(given, model)
+        importer, parties = Importer(), files(given, model, joint)
         self.specs = {
             file.party: spec_to_predict(resolve(job(), file, importer), given[file.party], Asked()) for file in parties
         }
