@@ -18,11 +18,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from sl_queue.data.to_predict import request_keys
-from sl_queue.errors import SlQueueError
+from sl_queue.errors import ComputeError, SlQueueError
 from sl_queue.launch.service import LabelHolderService, id_key
 from sl_queue.loops.requests import Outcome, Unanswered
 from sl_queue.loops.serving import LabelService
-from sl_queue.protocol.serving import MOST_ROWS, OTHER_RUN, Keys
+from sl_queue.protocol.serving import FAILED, MOST_ROWS, OTHER_RUN, Keys
 
 log = logging.getLogger("sl_queue")
 
@@ -34,7 +34,7 @@ _PAGE = """<!doctype html><html lang="en"><title>sl_queue</title><h1>Predictions
 <pre>POST /predict {&quot;ids&quot;: EXAMPLE}</pre>
 <p>200: a prediction for each id, or <code>missing</code>: parties that lack it. 401: a token is needed.
 408: the body came too slowly. 409: parties hold other weights. 413: too large. 422: ids of another type.
-429: hourly limit. 503: one was silent.</p>
+429: hourly limit. 500: a model failed on these rows. 503: one was silent.</p>
 <p><a href="/openapi.json">openapi.json</a> <a href="/version">version</a> <a href="/health">health</a>
 <a href="/metrics">metrics</a></p></html>
 """
@@ -143,6 +143,8 @@ class Api:
             outcome = await self._asker.predict(keys)
         except Unanswered as error:
             return _unanswered(error)
+        except ComputeError as error:
+            return _said(500, str(error))
         except SlQueueError as error:
             return _said(503, str(error))
         self.rows += len(ids)
@@ -189,7 +191,7 @@ def description(id_type: str) -> dict[str, Any]:
     one: Mapping[str, Any] = {"type": "integer" if id_type == "integer" else "string"}
     body = {"type": "object", "required": ["ids"], "properties": {"ids": {"type": "array", "items": one}}}
     said = {"description": "what is wrong, in `error`"}
-    answers = dict.fromkeys(("401", "408", "409", "413", "422", "429", "503"), said)
+    answers = dict.fromkeys(("401", "408", "409", "413", "422", "429", "500", "503"), said)
     predict = {
         "summary": "Predict for rows that all parties hold",
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
@@ -229,6 +231,9 @@ def _unanswered(error: Unanswered) -> JSONResponse:
     if OTHER_RUN in error.refused.values():
         parties = [party for party, why in error.refused.items() if why == OTHER_RUN]
         return _said(409, f"{', '.join(parties)} cannot answer with this run's weights", parties=parties)
+    if FAILED in error.refused.values():
+        parties = [party for party, why in error.refused.items() if why == FAILED]
+        return _said(500, f"{', '.join(parties)} could not compute these rows; its log says why", parties=parties)
     if error.refused:
         return _said(429, f"{', '.join(error.refused)} answers no more in this hour", parties=list(error.refused))
     return _said(

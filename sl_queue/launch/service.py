@@ -17,7 +17,7 @@ from sl_queue.compute.trained import fuse_model, predicting_base, require_row_ke
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.data.to_predict import ToPredict, read_to_predict
-from sl_queue.errors import CheckpointError, RemoteProtocolError, SlQueueError
+from sl_queue.errors import CheckpointError, ComputeError, JobError, RemoteProtocolError, SlQueueError
 from sl_queue.launch.connect import Connect
 from sl_queue.launch.importance import NAME, Explained, Importance
 from sl_queue.launch.outcome import meaning_of, undoing
@@ -178,10 +178,7 @@ def _answer(party: str, service: FeatureService, work: SimpleQueue[Came | None],
     """Answer until the service ends, or the channel fails."""
     while (came := work.get()) is not None:
         try:
-            service.serve(came)
-        except RemoteProtocolError as error:
-            log.warning("%s: a request was dropped: %s", party, error)
-            came.done()
+            _serve(party, service, came)
         except SlQueueError as error:
             channel.fail(error)
             return
@@ -189,6 +186,18 @@ def _answer(party: str, service: FeatureService, work: SimpleQueue[Came | None],
             log.exception("%s: a request failed", party)
             channel.fail(SlQueueError(f"{type(error).__name__}: {error}"))
             return
+
+
+def _serve(party: str, service: FeatureService, came: Came) -> None:
+    """Answer one request, if only by a refusal. Raises TransportError."""
+    try:
+        service.serve(came)
+    except RemoteProtocolError as error:
+        log.warning("%s: a request was dropped: %s", party, error)
+        came.done()
+    except (ComputeError, JobError, CheckpointError) as error:  # of these rows, or of this version
+        log.warning("%s: a request was refused: %s", party, error)
+        service.refuse(came)
 
 
 class Models:

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from sl_queue.errors import AlignmentError, JobError, PeerSilent, SlQueueError
+from sl_queue.errors import AlignmentError, ComputeError, JobError, PeerSilent, SlQueueError
 from sl_queue.loops.requests import Post
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import (
+    FAILED,
     NO_COLUMN,
     NOT_EXPLAINED,
     OTHER_RUN,
@@ -102,5 +103,7 @@ def _require_answers(party: str, run: str, found: Sequence[Answered]) -> None:
         raise JobError(f"{party} does not let others explain by its columns: [serve] explain = true there allows it")
     if OVER_LIMIT in refused:
         raise JobError(f"{party} answers no more in this hour: its at_most is used up; the explanation is incomplete")
+    if FAILED in refused:
+        raise ComputeError(f"{party} could not compute some of these rows; its log says why")
     if refused:
         raise JobError(f"{party} has refused to answer: {', '.join(sorted(refused))}")

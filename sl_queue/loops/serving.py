@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sl_queue.errors import SlQueueError
+from sl_queue.errors import ComputeError, SlQueueError
 from sl_queue.loops.requests import Asked, Base, Fuse, Outcome, Post, Request, Unanswered, fused
 from sl_queue.protocol.messages import MicroBatch, Payload
 from sl_queue.protocol.serving import (
+    FAILED,
     MOST_ROWS,
     NO_COLUMN,
     NOT_EXPLAINED,
@@ -60,6 +61,11 @@ class FeatureService:
         worth = worth_of(came.payload)
         answer = self._answer(came) if worth is None else self._thanks(came, worth)
         self.post.answer(came.run, came.number, answer)
+        came.done()
+
+    def refuse(self, came: Came) -> None:
+        """Say of a request that its rows could not be computed, and acknowledge it."""
+        self.post.answer(came.run, came.number, refusal_of(FAILED))
         came.done()
 
     def _answer(self, came: Came) -> Payload:
@@ -193,7 +199,7 @@ class LabelService:
                 rows += len(batch[-1].keys)
         return self._send(batch) if batch else None
 
-    def _send(self, batch: list[Request], fuse: Fuse | None = None) -> Asked | None:
+    def _send(self, batch: list[Request], fuse: Fuse | None = None, began: float | None = None) -> Asked | None:
         keys = batch[0].keys if len(batch) == 1 else np.concatenate([request.keys for request in batch])
         try:
             models = self._fuse() if fuse is None else fuse
@@ -204,7 +210,7 @@ class LabelService:
         with self._lock:
             self._number += 1
             self._sent_at = time.monotonic()
-            asked = Asked(MicroBatch(self._number, 0), models, keys, batch, self._sent_at)
+            asked = Asked(MicroBatch(self._number, 0), models, keys, batch, began or self._sent_at)
             self._asked[asked.number] = asked
         try:
             for party in self._parties:
@@ -249,7 +255,16 @@ class LabelService:
         with self._lock:
             mine = self._asked.pop(asked.number, None) is not None
         if mine:
+            self._fail(asked, error)
+
+    def _fail(self, asked: Asked, error: Exception) -> None:
+        """End a message with an error; if a model failed on its rows, each of several requests is asked on its own."""
+        failed = FAILED in error.refused.values() if isinstance(error, Unanswered) else isinstance(error, ComputeError)
+        if not failed or len(asked.requests) == 1:
             asked.fail(error)
+            return
+        for request in asked.requests:
+            self._prepare(self._send([request], asked.fuse, asked.began))
 
     def _ask_again(self, asked: Asked) -> None:
         asked.asks += 1
@@ -263,12 +278,12 @@ class LabelService:
     def _finish(self, asked: Asked) -> None:
         refused = {party: answer.refused for party, answer in asked.answers.items() if answer.refused}
         if refused:
-            asked.fail(Unanswered((), refused, time.monotonic() - asked.began))
+            self._fail(asked, Unanswered((), refused, time.monotonic() - asked.began))
             return
         try:
             predictions, lacking = fused(asked)
         except Exception as error:
-            asked.fail(error)
+            self._fail(asked, error)
             return
         first = 0
         for request in asked.requests:

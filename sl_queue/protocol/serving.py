@@ -24,6 +24,7 @@ OTHER_RUN: Final = "run"
 OVER_LIMIT: Final = "limit"
 NO_COLUMN: Final = "column"
 NOT_EXPLAINED: Final = "explain"
+FAILED: Final = "failed"
 _KEY_BYTES: Final = 8
 _FOUND, _REFUSED, _DEAL, _WORTH, _HOUR_S = "found:", "refused:", "deal:", "worth:", 3600.0
 
@@ -87,7 +88,7 @@ def answer_of(found: Sequence[bool], activation: Payload | None) -> Payload:
 
 
 def refusal_of(reason: str) -> Payload:
-    """Return a refusal: OTHER_RUN or OVER_LIMIT."""
+    """Return a refusal: OTHER_RUN, OVER_LIMIT, NO_COLUMN, NOT_EXPLAINED or FAILED."""
     return Payload("int8", (1,), b"", b"", f"{_REFUSED}{reason}")
 
 

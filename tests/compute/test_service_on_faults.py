@@ -16,10 +16,11 @@ import sl_queue
 from sl_queue.checking.check import check
 from sl_queue.data.spec import FileSpec
 from sl_queue.data.to_predict import request_keys
-from sl_queue.errors import ShapeError
+from sl_queue.errors import ComputeError, ShapeError
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.service import id_key, versions_of
 from sl_queue.local.prediction import predict_threads
+from sl_queue.loops.requests import Unanswered
 from sl_queue.protocol.messages import MicroBatch
 from sl_queue.protocol.serving import Keys
 from sl_queue.storage.versions import versions_in
@@ -155,3 +156,52 @@ def test_an_error_that_nobody_foresaw_is_the_answer_to_its_request_alone(service
     (found,) = service.ask(one).json()["predictions"]
     assert found["probability"] == pytest.approx(chance(trained[1], service, 0), abs=1e-6)
     assert 'requests_total{status="500"} 1' in service.get("/metrics").text
+
+
+# Rows that a model fails on -------------------------------------------------------------------------------------------
+
+
+class Squared(Base):
+    """A base model that overflows on large columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (x * x).sum(1, keepdim=True).clamp(min=1.0)
+
+
+@pytest.mark.parametrize("party", ["bank", "insurer"])
+def test_a_row_on_which_a_model_overflows_is_refused_alone_and_all_others_are_answered(
+    trained: Any, party: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Overflowing(trained[0], party)
+    try:
+        label = service.insurer.label
+        assert label is not None
+        wanted = service.ask([int(service.ids[3])]).json()["predictions"][0]["probability"]
+        bad, good = keys_of(int(service.ids[0])), keys_of(int(service.ids[3]))
+        futures = [label.service.add(keys) for keys in (good, bad, good)]
+        label.service.go()  # as one message
+        for future in (futures[0], futures[2]):
+            (found,) = future.result(30).predictions
+            assert found is not None and found["probability"] == pytest.approx(wanted, abs=1e-6)
+        with pytest.raises((Unanswered, ComputeError)):
+            futures[1].result(30)
+        said = service.ask([int(service.ids[0])])
+        assert said.status_code == 500 and party in said.json()["error"]
+        assert service.ask([int(service.ids[3])]).status_code == 200
+        assert party == "insurer" or "a request was refused: party 'bank'" in caplog.text
+    finally:
+        service.close()
+
+
+class Overflowing(Service):
+    """A service in which the first row of a party is too large for its model."""
+
+    def __init__(self, root: Path, party: str) -> None:
+        self.party = party
+        super().__init__(root, model=Squared)
+
+    def rows_of(self) -> Any:
+        rows, ids, columns = super().rows_of()
+        features = rows[self.party].features.copy()
+        features[np.asarray(rows[self.party].ids) == ids[0]] = 1e25  # the square is no float32
+        return {**rows, self.party: replace(rows[self.party], features=features)}, ids, columns

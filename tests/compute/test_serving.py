@@ -67,7 +67,7 @@ class Service:
         model: type[torch.nn.Module] = Base,
         joint: type[torch.nn.Module] = Fuse,
     ) -> None:
-        self.rows, self.ids, self.columns = new_rows()
+        self.rows, self.ids, self.columns = self.rows_of()
         kept = self.rows["bank"].ids != self.ids[7]  # the bank lacks one customer
         self.rows["bank"] = sl_queue.Rows(self.rows["bank"].ids[kept], self.rows["bank"].features[kept])
         given = {"bank": self.rows["bank"], "insurer": self.rows["insurer"]}
@@ -84,6 +84,9 @@ class Service:
         self.start_bank()
         assert self.insurer.label is not None
         self.http = HttpServer(Api(self.insurer.label, "integer", token).app(), "127.0.0.1", 0)
+
+    def rows_of(self) -> Any:
+        return new_rows()
 
     def start_bank(self) -> None:
         about = (job(), self.specs["bank"], states(self.root)["bank"], self.connect, None)
