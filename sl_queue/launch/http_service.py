@@ -22,6 +22,7 @@ from sl_queue.errors import ComputeError, SlQueueError
 from sl_queue.launch.service import LabelHolderService, id_key
 from sl_queue.loops.requests import Outcome, Unanswered
 from sl_queue.loops.serving import LabelService
+from sl_queue.protocol.event_json import finite
 from sl_queue.protocol.serving import FAILED, MOST_ROWS, OTHER_RUN, Keys
 
 log = logging.getLogger("sl_queue")
@@ -148,7 +149,11 @@ class Api:
         except SlQueueError as error:
             return _said(503, str(error))
         self.rows += len(ids)
-        return JSONResponse({"run": outcome.run, "predictions": _predictions(ids, outcome)}, headers=_HEADERS)
+        body = {"run": outcome.run, "predictions": _predictions(ids, outcome)}
+        try:
+            return JSONResponse(body, headers=_HEADERS)
+        except ValueError:  # NaN or infinity, for which JSON has null
+            return JSONResponse(finite(body), headers=_HEADERS)
 
     async def health(self, request: Request) -> Response:
         """Answer 200 while the link to the broker stands."""
@@ -191,11 +196,12 @@ def description(id_type: str) -> dict[str, Any]:
     one: Mapping[str, Any] = {"type": "integer" if id_type == "integer" else "string"}
     body = {"type": "object", "required": ["ids"], "properties": {"ids": {"type": "array", "items": one}}}
     said = {"description": "what is wrong, in `error`"}
+    found = {"description": "a prediction for each id, in order; null is a number that is not finite"}
     answers = dict.fromkeys(("401", "408", "409", "413", "422", "429", "500", "503"), said)
     predict = {
         "summary": "Predict for rows that all parties hold",
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": {"description": "a prediction for each id, in order"}, **answers},
+        "responses": {"200": found, **answers},
     }
     about = {"get": {"summary": "Version in use", "responses": {"200": {"description": "run, step, job"}}}}
     paths = {"/predict": {"post": predict}, "/version": about}

@@ -16,6 +16,7 @@ from sl_queue.launch.importance import EVALUATION, keep_evaluation
 from sl_queue.launch.prediction import Predicted
 from sl_queue.launch.spending import REPORT
 from sl_queue.privacy.response import Response, undone
+from sl_queue.protocol.event_json import finite
 from sl_queue.protocol.text import counted
 from sl_queue.storage.files import write_durably
 from sl_queue.storage.versions import Version
@@ -56,7 +57,7 @@ def write_evaluation(predicted: Predicted, folder: Path) -> Evaluation:
     assert predicted.objective is not None
     found = evaluate(predicted.objective, predicted.outputs, predicted.held_out)
     folder.mkdir(parents=True, exist_ok=True)
-    body = {"run": predicted.version.run, **found.as_json()}
+    body = finite({"run": predicted.version.run, **found.as_json()})
     write_durably(folder / EVALUATION, json.dumps(body, indent=1).encode())
     keep_evaluation(predicted.version.path, body)
     return found

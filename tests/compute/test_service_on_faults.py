@@ -18,6 +18,7 @@ from sl_queue.data.spec import FileSpec
 from sl_queue.data.to_predict import request_keys
 from sl_queue.errors import ComputeError, ShapeError
 from sl_queue.launch.asked import Asked
+from sl_queue.launch.outcome import write_evaluation
 from sl_queue.launch.service import id_key, versions_of
 from sl_queue.local.prediction import predict_threads
 from sl_queue.loops.requests import Unanswered
@@ -205,3 +206,43 @@ class Overflowing(Service):
         features = rows[self.party].features.copy()
         features[np.asarray(rows[self.party].ids) == ids[0]] = 1e25  # the square is no float32
         return {**rows, self.party: replace(rows[self.party], features=features)}, ids, columns
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+class Exponential(Fuse):
+    """A fuse model whose output is infinite for some rows."""
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        output = super().forward(inputs)
+        return torch.where(output > output.median(), torch.inf, output)
+
+
+def valued(root: Path, name: str, value: Any) -> None:
+    """Let the versions of a party say so."""
+    for version in versions_in(root / name):
+        (version.path / "run.json").write_text(json.dumps({**version.about, **value}))
+
+
+def test_a_prediction_that_is_not_finite_is_null_and_its_request_has_the_others(trained: Any, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(trained[0], root)
+    valued(root, "insurer", {"task": "regression", "outputs": "values"})
+    service = Service(root, joint=Exponential)
+    try:
+        said = service.ask([int(one) for one in service.ids[:3]])
+        assert said.status_code == 200 and "Infinity" not in said.text
+        values = [one["value"] for one in said.json()["predictions"]]
+        assert values.count(None) == 1 and all(isinstance(value, float | None) for value in values)
+    finally:
+        service.close()
+
+
+def test_an_evaluation_that_is_not_finite_is_written_as_json(trained: Any, tmp_path: Path) -> None:
+    parties, rows = files(customers(N), joint=Exponential), customers(40)
+    predicted = predict_threads(job(), parties, states(trained[0]), Asked(labels=True), rows=rows)
+    found = write_evaluation(predicted, tmp_path)
+    assert found.metrics["loss"] is not None and not np.isfinite(found.metrics["loss"])
+    said = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert said["metrics"]["loss"] is None and said["rows"] == 40
