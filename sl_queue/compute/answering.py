@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.model import Model
-from sl_queue.compute.running import aggregated, blame
+from sl_queue.compute.running import aggregated, blame, predicted
 from sl_queue.compute.seeds import generator_states
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.crossing import FuseCut
@@ -141,8 +141,7 @@ class AnsweringFuse:
                 return aggregated(inputs, self._layers)
 
         rows = len(next(iter(inputs.values()))[0])
-        output = self._evaluated.run(joined, rows, where).detach()
-        found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
+        found: npt.NDArray[np.generic] = predicted(self._evaluated.run(joined, rows, where)).numpy()
         return found
 
 
@@ -177,8 +176,8 @@ def outputs_of_rows(stage: TorchBaseStage, positions: npt.NDArray[np.int64], siz
 def fused_outputs(model: Model, layers: LayersSpec, inputs: Mapping[str, list[Tensor]]) -> npt.NDArray[np.generic]:
     """Return the fuse model's outputs for all rows at once, in evaluation mode, shape (rows, *outputs)."""
     with model.evaluating(), model.drawing("explain", MicroBatch(0, 0)):
-        output = model.run(aggregated(inputs, layers), f"party {model.party!r}").detach()
-    found: npt.NDArray[np.generic] = output.to("cpu", torch.float32).numpy()
+        output = model.run(aggregated(inputs, layers), f"party {model.party!r}")
+    found: npt.NDArray[np.generic] = predicted(output).numpy()
     return found
 
 

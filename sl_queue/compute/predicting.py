@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sl_queue.compute.base_stage import TorchBaseStage
 from sl_queue.compute.model import Model
-from sl_queue.compute.running import aggregated, blame
+from sl_queue.compute.running import aggregated, blame, predicted
 from sl_queue.compute.spec import LayersSpec
 from sl_queue.cut.crossing import FuseCut
 from sl_queue.cut.guard import place
@@ -170,7 +170,7 @@ class PredictingFuse:
             with blame(f"{where}: aggregation {self.layers.aggregation!r} failed"):
                 joined = aggregated(inputs, self.layers)
             output = self.model.run_on(joined, len(self.batches.rows(micro_batch)), where)
-        return output.detach().to("cpu", torch.float64 if output.dtype == torch.float64 else torch.float32)
+        return predicted(output)
 
 
 def _receipt(activation: Payload, rows: CutRows) -> Payload:

@@ -134,6 +134,11 @@ def is_penalised(output: Any, outputs: Outputs | None) -> bool:
     return outputs is None or isinstance(output[0], list | tuple | dict)
 
 
+def predicted(output: Tensor) -> Tensor:
+    """Return a fuse model's output as predictions have it: on the CPU, in float64 if it is, else in float32."""
+    return output.detach().to("cpu", torch.float64 if output.dtype == torch.float64 else torch.float32)
+
+
 def tensors_in(inputs: Any) -> list[Tensor]:
     """List the tensors of a model's input, those of a fuse model that gets a dict of each party too."""
     if isinstance(inputs, Tensor):

@@ -246,3 +246,32 @@ def test_an_evaluation_that_is_not_finite_is_written_as_json(trained: Any, tmp_p
     assert found.metrics["loss"] is not None and not np.isfinite(found.metrics["loss"])
     said = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert said["metrics"]["loss"] is None and said["rows"] == 40
+
+
+class Far(Fuse):
+    """A fuse model in float64 whose outputs differ by less than float32 can tell there."""
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return super().forward(inputs).double() * 1e-3 + 1e6
+
+
+def test_what_is_served_of_a_model_in_float64_is_what_is_predicted(trained: Any, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(trained[0], root)
+    valued(root, "insurer", {"task": "regression", "outputs": "values"})
+    service = Service(root, joint=Far)
+    try:
+        kept = {party: {int(one): place for place, one in enumerate(r.ids)} for party, r in service.rows.items()}
+        ids = [int(one) for place, one in enumerate(service.ids[:20]) if place != 7]
+        rows = {
+            party: sl_queue.Rows(ids, given.features[[kept[party][one] for one in ids]], np.arange(len(ids)) % 2)
+            for party, given in service.rows.items()
+        }
+        outputs = predict_threads(job(), files(customers(N), joint=Far), states(root), Asked(), rows=rows)
+        wanted = outputs.outputs[outputs.rows.positions, 0]
+        assert wanted.dtype == np.float64 and len(set(wanted.astype(np.float32))) < len(ids)
+        served = [one["value"] for one in service.ask(ids).json()["predictions"]]
+        assert served == pytest.approx(wanted, abs=1e-8, rel=0)
+        assert len(set(served)) == len(ids)
+    finally:
+        service.close()
