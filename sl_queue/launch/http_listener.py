@@ -69,7 +69,7 @@ class HttpServer:
     """The service at an address, in a thread of its own. Mutable: it is closed."""
 
     def __init__(self, app: Starlette, host: str, port: int, tls: ServerCertificate | None = None) -> None:
-        listener = socket.create_server((host, port), backlog=1024)
+        listener = socket.create_server((host, port), family=_family(host), backlog=1024)
         # asyncio leaves it out for this kind of socket; without it a body waits 40 ms until the head is acknowledged
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port: int = listener.getsockname()[1]
@@ -99,3 +99,9 @@ class HttpServer:
         self._server.should_exit = True
         self._thread.join(10.0)
         self._listener.close()
+
+
+def _family(host: str) -> socket.AddressFamily:
+    """Return how a host is reached: over IPv4 if it has both, as clients that are told a number expect."""
+    families = {found[0] for found in socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM)}
+    return socket.AF_INET6 if families == {socket.AF_INET6} else socket.AF_INET

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -31,6 +31,7 @@ Answer = Future[Outcome]
 
 MOST_BYTES = 1024 * 1024  # of a request
 BODY_S = 10.0  # within which the body of a request must come
+_LEFT = 499  # counts clients that left before their request was there; nobody gets it
 _PAGE = """<!doctype html><html lang="en"><title>sl_queue</title><h1>Predictions</h1>
 <pre>POST /predict {&quot;ids&quot;: EXAMPLE}</pre>
 <p>200: a prediction for each id, or <code>missing</code>: parties that lack it. 401: a token is needed.
@@ -115,6 +116,8 @@ class Api:
         """Answer `{"ids": [...]}` with a prediction for each id, or the parties that lack it."""
         try:
             answer = await self._predict(request)
+        except ClientDisconnect:
+            answer = _said(_LEFT, "the client has left")
         except Exception as error:  # a bug: it is this request's alone
             log.exception("a request failed")
             answer = _said(500, f"{type(error).__name__}; the log of the service says more")
@@ -188,7 +191,7 @@ class Api:
         if self.token is None:
             return True
         said = request.headers.get("authorization", "")
-        return hmac.compare_digest(said.encode(), f"Bearer {self.token}".encode())
+        return hmac.compare_digest(said.encode("latin-1"), f"Bearer {self.token}".encode())
 
 
 def description(id_type: str) -> dict[str, Any]:

@@ -128,4 +128,6 @@ def _token(party_file: PartyFile) -> str | None:
         raise JobError(f"[serve] token: {path} cannot be read ({type(error).__name__})") from None
     if len(token) < 16:
         raise JobError(f"[serve] token: {path} holds fewer than 16 characters, which can be guessed")
+    if len(token.splitlines()) > 1:
+        raise JobError(f"[serve] token: {path} holds several lines, which no request can bear; write it as one")
     return token

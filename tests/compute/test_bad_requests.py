@@ -13,13 +13,18 @@ from typing import Any
 
 import pytest
 
+from sl_queue.config.prediction import ServeFile
 from sl_queue.deployment.certificates import Certificate, new_authority, new_server
 from sl_queue.errors import JobError
 from sl_queue.launch import http_listener, http_service
 from sl_queue.launch.http_listener import HttpServer
 from sl_queue.launch.http_service import Api
+from sl_queue.launch.service_worker import _token
 from sl_queue.security.server_certificate import ServerCertificate
+from tests.compute.test_prediction import files
+from tests.compute.test_service_on_faults import customers
 from tests.compute.test_serving import Service, service, trained
+from tests.support.waiting import await_that
 
 __all__ = ["service", "trained"]  # fixtures
 HOST = "127.0.0.1"
@@ -118,6 +123,57 @@ def test_a_client_that_leaves_before_its_answer_harms_nobody(service: Service) -
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     service.start_bank()
     assert goes_on(service)
+
+
+def test_a_client_that_leaves_within_its_body_is_counted_and_leaves_no_traceback(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection((HOST, service.http.port), timeout=30) as connection:
+        connection.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"ids"')
+    await_that(lambda: 'requests_total{status="499"} 1' in service.get("/metrics").text, "it is counted")
+    assert "Traceback" not in caplog.text and not [each for each in caplog.records if each.exc_info]
+    assert goes_on(service)
+
+
+def test_a_token_is_compared_as_it_is_sent(trained: Any) -> None:
+    service = Service(trained[0], token="ümlaut-token-of-many-letters")
+    try:
+        ids, sent = [int(service.ids[0])], "Bearer ümlaut-token-of-many-letters"
+        assert service.ask(ids, authorization=sent.encode()).status_code == 200
+        assert service.ask(ids, authorization=sent).status_code == 401  # in Latin-1
+    finally:
+        service.close()
+
+
+def test_a_token_of_several_lines_is_refused_before_anything_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "service.token"
+    path.touch(0o600)
+    path.write_text("a-token-of-one-line\nand-another-line\n")
+    (file,) = (one for one in files(customers(9)) if one.party == "insurer")
+    with pytest.raises(JobError, match=r"service\.token holds several lines"):
+        _token(file.model_copy(update={"serve": ServeFile(token=f"file:{path}")}))
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+@pytest.mark.parametrize("host", ["::1", "::", "localhost", "127.0.0.1"])
+def test_a_service_listens_on_addresses_of_either_kind(service: Service, host: str) -> None:
+    assert service.insurer.label is not None
+    server = HttpServer(Api(service.insurer.label, "integer", None).app(), host, 0)
+    try:
+        asked = http.client.HTTPConnection("::1" if ":" in host else HOST, server.port, timeout=30)
+        asked.request("POST", "/predict", json.dumps({"ids": [int(service.ids[0])]}))
+        assert asked.getresponse().status == 200
+        asked.close()
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,10 @@ class Service:
             self.bank.close()
             self.bank = None
 
-    def ask(self, ids: Any, **headers: str) -> Any:
+    def ask(self, ids: Any, **headers: str | bytes) -> Any:
         return self.post(json.dumps({"ids": ids}).encode(), **headers)
 
-    def post(self, body: bytes, **headers: str) -> Said:
+    def post(self, body: bytes, **headers: str | bytes) -> Said:
         return self.request("POST", "/predict", body, headers)
 
     def get(self, path: str) -> Said:
