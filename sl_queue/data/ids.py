@@ -79,6 +79,19 @@ def readable(ids: Any) -> Any:
     return _hexadecimal(decoded) if _are_16_bytes(decoded) else decoded
 
 
+def parts_asked(one: Any) -> Sequence[Any]:
+    """Return the parts of an id of several columns: a list has them, and text holds them as a table's does."""
+    if isinstance(one, str):
+        return one.split(_UNIT)
+    return one if isinstance(one, list) and not any(isinstance(part, str) and _UNIT in part for part in one) else ()
+
+
+def joined_ids(ids: Sequence[Sequence[Any]], normalise: Sequence[str]) -> list[str]:
+    """Write ids of several columns, as somebody asks for them, in the form in which `canonical_ids` has a table's."""
+    columns = [asked_ids([str(part) for part in column], normalise, None) for column in zip(*ids, strict=True)]
+    return [_UNIT.join(parts) for parts in zip(*columns, strict=True)]
+
+
 def _canonical_uuid(text: str) -> str:
     try:
         return str(UUID(text))

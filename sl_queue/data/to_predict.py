@@ -12,7 +12,7 @@ import pyarrow as pa
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import matches
 from sl_queue.data.features import Fitted, apply
-from sl_queue.data.ids import Ids, Positions, asked_ids
+from sl_queue.data.ids import Ids, Positions, asked_ids, joined_ids, parts_asked
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.data.table import fingerprints_of, ids_in, in_order, keyed_ids, read_ids, texts_of
@@ -111,16 +111,38 @@ def request_keys(
 ) -> tuple[Keys | None, list[int]]:
     """Return the keys of ids in a request, as `keyed_ids` makes them of a table's, or the places of unfit ids.
 
-    `spec`: of the party's table, whose text ids are written alike as the job says.
+    `spec`: of the party's table, whose text ids are written alike as the job says, and may be of several columns.
     """
+    columns = id_columns(spec)
+    if columns:
+        assert spec is not None
+        ids = [parts_asked(one) for one in given]
+        wrong = [
+            place for place, parts in enumerate(ids) if len(parts) != len(columns) or not all(map(_is_part, parts))
+        ]
+        return (None, wrong) if wrong else (_keys(joined_ids(ids, spec.normalise), key), [])
     wrong = [place for place, one in enumerate(given) if not _is_of(one, id_type)]
     if wrong:
         return None, wrong
     if spec is not None and id_type == "text":
         declared = spec.data.id_type if isinstance(spec.data, FileSpec) else None
         given = asked_ids(given, spec.normalise, declared)
-    hashes = b"".join([blake2b(str(one).encode(), digest_size=8, key=key).digest() for one in given])
-    return np.frombuffer(hashes, "<u8").astype(np.uint64), []
+    return _keys(given, key), []
+
+
+def id_columns(spec: TableSpec | None) -> tuple[str, ...]:
+    """Return the names of the columns that are one id together; none if one is."""
+    names = spec.data.ids if spec is not None and isinstance(spec.data, FileSpec) else ()
+    return names if len(names) > 1 else ()
+
+
+def _keys(ids: Sequence[Any], key: bytes) -> Keys:
+    hashes = b"".join([blake2b(str(one).encode(), digest_size=8, key=key).digest() for one in ids])
+    return np.frombuffer(hashes, "<u8").astype(np.uint64)
+
+
+def _is_part(one: Any) -> bool:
+    return _is_of(one, "integer") or _is_of(one, "text")
 
 
 def _is_of(one: Any, id_type: str) -> bool:

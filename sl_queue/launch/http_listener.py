@@ -102,6 +102,6 @@ class HttpServer:
 
 
 def _family(host: str) -> socket.AddressFamily:
-    """Return how a host is reached: over IPv4 if it has both, as clients that are told a number expect."""
+    """Return the family to listen on: IPv6 for a host that has no address of IPv4."""
     families = {found[0] for found in socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM)}
     return socket.AF_INET6 if families == {socket.AF_INET6} else socket.AF_INET

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from sl_queue.data.to_predict import request_keys
+from sl_queue.data.to_predict import id_columns, request_keys
 from sl_queue.errors import ComputeError, SlQueueError
 from sl_queue.launch.service import LabelHolderService, id_key
 from sl_queue.loops.requests import Outcome, Unanswered
@@ -142,7 +142,9 @@ class Api:
             return _said(422, f"ids must be a list of 1 to {MOST_ROWS}")
         keys, wrong = request_keys(ids, self.id_type, self._key, self.holder.spec.table)
         if keys is None:
-            return _said(422, f"ids must be of type {self.id_type}", places=wrong[:10])
+            columns = id_columns(self.holder.spec.table)
+            form = f"lists of {len(columns)}: {', '.join(columns)}" if columns else f"of type {self.id_type}"
+            return _said(422, f"ids must be {form}", places=wrong[:10])
         try:
             outcome = await self._asker.predict(keys)
         except Unanswered as error:
@@ -152,11 +154,11 @@ class Api:
         except SlQueueError as error:
             return _said(503, str(error))
         self.rows += len(ids)
-        body = {"run": outcome.run, "predictions": _predictions(ids, outcome)}
+        said = {"run": outcome.run, "predictions": _predictions(ids, outcome)}
         try:
-            return JSONResponse(body, headers=_HEADERS)
+            return JSONResponse(said, headers=_HEADERS)
         except ValueError:  # NaN or infinity, for which JSON has null
-            return JSONResponse(finite(body), headers=_HEADERS)
+            return JSONResponse(finite(said), headers=_HEADERS)
 
     async def health(self, request: Request) -> Response:
         """Answer 200 while the link to the broker stands."""
@@ -180,11 +182,13 @@ class Api:
 
     async def openapi(self, request: Request) -> Response:
         """Answer with the description of these routes."""
-        return JSONResponse(description(self.id_type), headers=_HEADERS)
+        return JSONResponse(description(self.id_type, len(id_columns(self.holder.spec.table))), headers=_HEADERS)
 
     async def docs(self, request: Request) -> Response:
         """Answer with a page that says how to ask."""
         example = "[10017, 10018]" if self.id_type == "integer" else '["a-17", "a-18"]'
+        if columns := id_columns(self.holder.spec.table):
+            example = json.dumps([["a", 17, *[1] * (len(columns) - 2)]])
         return HTMLResponse(_PAGE.replace("EXAMPLE", example), headers=_HEADERS)
 
     def _may(self, request: Request) -> bool:
@@ -194,9 +198,12 @@ class Api:
         return hmac.compare_digest(said.encode("latin-1"), f"Bearer {self.token}".encode())
 
 
-def description(id_type: str) -> dict[str, Any]:
-    """Return the OpenAPI description of the service."""
+def description(id_type: str, columns: int = 0) -> dict[str, Any]:
+    """Return the OpenAPI description of the service; `columns`: of an id of several."""
     one: Mapping[str, Any] = {"type": "integer" if id_type == "integer" else "string"}
+    if columns:
+        part = {"type": ["string", "integer"]}
+        one = {"type": "array", "items": part, "minItems": columns, "maxItems": columns}
     body = {"type": "object", "required": ["ids"], "properties": {"ids": {"type": "array", "items": one}}}
     said = {"description": "what is wrong, in `error`"}
     found = {"description": "a prediction for each id, in order; null is a number that is not finite"}

@@ -18,8 +18,10 @@ from sl_queue.data.spec import FileSpec
 from sl_queue.data.to_predict import request_keys
 from sl_queue.errors import ComputeError, ShapeError
 from sl_queue.launch.asked import Asked
+from sl_queue.launch.http_listener import HttpServer
+from sl_queue.launch.http_service import Api
 from sl_queue.launch.outcome import write_evaluation
-from sl_queue.launch.service import id_key, versions_of
+from sl_queue.launch.service import id_key, serve_label, versions_of
 from sl_queue.local.prediction import predict_threads
 from sl_queue.loops.requests import Unanswered
 from sl_queue.protocol.messages import MicroBatch
@@ -273,5 +275,47 @@ def test_what_is_served_of_a_model_in_float64_is_what_is_predicted(trained: Any,
         served = [one["value"] for one in service.ask(ids).json()["predictions"]]
         assert served == pytest.approx(wanted, abs=1e-8, rel=0)
         assert len(set(served)) == len(ids)
+    finally:
+        service.close()
+
+
+# Ids of several columns -----------------------------------------------------------------------------------------------
+
+
+def test_ids_of_two_columns_are_asked_for_as_lists(trained: Any, tmp_path: Path) -> None:
+    service, lands = Service(trained[0]), ("de", "fr")
+    try:
+        service.stop_bank()
+        service.http.close()
+        service.insurer.close()
+        for party, names in (("bank", "a,b,c"), ("insurer", "a,b")):
+            rows = zip(service.ids, service.columns[party], strict=True)
+            lines = [f"{lands[one % 2]},{one},{','.join(map(str, row))}" for one, row in rows]
+            (tmp_path / f"{party}.csv").write_text("\n".join([f"land,nr,{names}", *lines]) + "\n")
+            data = FileSpec(path=tmp_path / f"{party}.csv", ids=("land", "nr"))
+            table = replace(service.specs[party].table, data=data, labels=False, normalise=("strip", "casefold"))
+            service.specs[party] = replace(service.specs[party], table=table)
+        folder = states(trained[0])["insurer"]
+        service.insurer = serve_label(
+            job(), service.specs["insurer"], folder, service.connect, None, None, deadline_s=5.0
+        )
+        service.start_bank()
+        assert service.insurer.label is not None
+        service.http = HttpServer(Api(service.insurer.label, "text", None).app(), "127.0.0.1", 0)
+        first = int(service.ids[0])
+        land = lands[first % 2]
+        asked = [[land, first], [f" {land.upper()} ", str(first)], f"{land}\x1f{first}", ["it", first]]
+        *found, unknown = service.ask(asked).json()["predictions"]
+        assert [one["id"] for one in found] == asked[:3] and unknown["missing"] == ["bank", "insurer"]
+        for one in found:
+            assert one["probability"] == pytest.approx(chance(trained[1], service, 0), abs=1e-6)
+        for wrong in ([land], f"{land},{first}", [land, first, 1], [land, None], [land, True], {"nr": first}, first):
+            said = service.ask([asked[0], wrong])
+            assert said.status_code == 422 and said.json()["places"] == [1], wrong
+            assert said.json()["error"] == "ids must be lists of 2: land, nr"
+        items = service.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]
+        (one,) = [each["schema"]["properties"]["ids"]["items"] for each in items.values()]
+        assert (one["type"], one["minItems"], one["maxItems"]) == ("array", 2, 2)
+        assert '{&quot;ids&quot;: [["a", 17]]}' in service.get("/docs").text
     finally:
         service.close()
