@@ -110,9 +110,7 @@ def versions_of(job: Job, spec: PartySpec, state: Path) -> Versions:
     spec = with_own_secret(spec, state)
 
     def rows(version: Version) -> ToPredict:
-        return read_to_predict(
-            spec.table, None, version.recipe, version.columns, id_key(job), whole=version.whole
-        )
+        return read_to_predict(spec.table, None, version.recipe, version.columns, id_key(job), whole=version.whole)
 
     def release(version: Version, rows: ToPredict) -> None:
         release_rows(job, spec, state, "/".join(("answered", *named_rows(version, rows).values())))
