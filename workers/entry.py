@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from sl_queue.config.environment import EVENTS, FINAL_EXIT, LOG, LOG_FORMAT, METRICS, check
 from sl_queue.errors import JobError, SlQueueError
 from sl_queue.launch import process
-from sl_queue.launch.process import leave_on_sigterm, leaving
+from sl_queue.launch.process import leave_on_sigterm, leaving, spare_stderr
 from sl_queue.local.supervise import die_with_parent
 from sl_queue.observe.fan_out import fan_out
 from sl_queue.observe.json_lines import EventFile, JsonFormatter, error_line
@@ -37,6 +37,7 @@ _PR_SET_DUMPABLE = 4
 
 def main(role: Role) -> None:
     """Run one worker until its run is finished; exits as `sl_queue.errors` lists."""
+    spare_stderr()
     with exiting():
         _run(role)
 

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from sl_queue.cli import after, begin, operate, prepare, run, tables
 from sl_queue.config.environment import DEBUG
-from sl_queue.launch.process import leaving
+from sl_queue.launch.process import leaving, showing, spare_stderr
 
 
 class _Commands(TyperGroup):
@@ -69,4 +69,6 @@ app.command()(run.chaos)
 def main() -> None:
     """Run the command of this process's arguments."""
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word != "--debug")  # wherever it stands, it is meant for all
-    app()
+    spare_stderr()
+    with showing():
+        app()

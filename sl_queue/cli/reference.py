@@ -20,7 +20,7 @@ from sl_queue.config.job import Job
 from sl_queue.config.party import PartyFile
 from sl_queue.config.schema import Schema, table_in
 from sl_queue.errors import SlQueueError
-from sl_queue.launch.process import INTERRUPTED
+from sl_queue.launch.process import INTERRUPTED, UNSHOWN
 from sl_queue.observe import prometheus
 
 HEAD = """# Reference
@@ -152,6 +152,8 @@ def _exit_codes() -> list[tuple[str, ...]]:
     found = [("0", "", "The run is finished, or the command has done what it was asked.")]
     found += [(str(error.exit_code), f"`{error.__name__}`", _sentence(error)) for error in _errors(SlQueueError)]
     found.append((str(INTERRUPTED), "", "Interrupted with Ctrl-C; the same command resumes from the last checkpoint."))
+    lost = "A command succeeded, and stdout did not take all that it showed: a full disk, a pipe that was closed."
+    found.append((str(UNSHOWN), "", lost))
     return sorted(found, key=lambda row: int(row[0]))
 
 

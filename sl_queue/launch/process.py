@@ -1,9 +1,14 @@
 """Ends of every program of sl_queue: one clear message on stderr, and the exit code that a supervisor acts on.
 
 The codes are those of `errors`; 130 after Ctrl-C. Anything else that is raised is a bug and keeps its traceback.
+
+The law: an exit code says how the work ended, also where nothing takes what is said of it: a full disk, a pipe that
+nobody reads.
 """
 
+import errno
 import gc
+import io
 import os
 import signal
 import sys
@@ -11,11 +16,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from sl_queue.config.environment import DEBUG
 from sl_queue.errors import RunStopped, SlQueueError
 
 INTERRUPTED = 130
+UNSHOWN = 74  # as EX_IOERR of sysexits.h
 
 
 def say(text: str) -> None:
@@ -24,6 +31,59 @@ def say(text: str) -> None:
 
 
 Say = Callable[[str], None]
+
+
+class _Spared(io.FileIO):
+    """A standard stream that never raises. Mutable: it keeps why it last took nothing."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError as error:
+            self.lost = error
+            return len(data)
+
+
+def _spare(name: str) -> _Spared:
+    """Put a stream that never raises in the place of one."""
+    stream = getattr(sys, name)
+    if stream is None:  # the program was started without it
+        raw = _Spared(os.devnull, "w")
+        raw.lost = OSError(errno.EBADF, os.strerror(errno.EBADF))
+    else:
+        raw = _Spared(stream.fileno(), "w", closefd=False)
+    encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
+    by_line = getattr(stream, "line_buffering", False)
+    setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line))
+    return raw
+
+
+def spare_stderr() -> None:
+    """Have this program go on, and end with the same code, where stderr cannot be written."""
+    _spare("stderr")
+
+
+@contextmanager
+def showing() -> Iterator[None]:
+    """Exit with UNSHOWN where the body succeeds and stdout did not take what it showed; a failure keeps its code.
+
+    Who closes a pipe has seen enough: then nothing is said of it.
+    """
+    raw = _spare("stdout")
+    ended: SystemExit | None = None
+    try:
+        yield
+    except SystemExit as end:
+        ended = end
+    sys.stdout.flush()
+    if raw.lost is not None and (ended is None or not ended.code):
+        if not isinstance(raw.lost, BrokenPipeError):
+            say(f"error: stdout cannot be written ({raw.lost.strerror}): what this command found is not shown whole")
+        raise SystemExit(UNSHOWN) from None
+    if ended is not None:
+        raise ended
 
 
 @contextmanager
@@ -55,10 +115,12 @@ def leave_on_sigterm(say: Say = say, *, after: str = "") -> None:
     """
 
     def leave(number: int, _: FrameType | None) -> None:
-        say(f"asked to end (SIGTERM){after}")
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        os._exit(128 + number)  # the kernel spares a container's first process its default signals
+        try:
+            say(f"asked to end (SIGTERM){after}")
+        finally:  # also where this came in the middle of another line
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            os._exit(128 + number)  # the kernel spares a container's first process its default signals
 
     signal.signal(signal.SIGTERM, leave)
 
