@@ -64,6 +64,10 @@ def _nodes_fault(parts: SplitResult) -> str | None:
             return "the port is not a number from 1 to 65535"
         if not host:
             return f"a host is missing: it must be {FORM}"
+        try:
+            host.encode("idna")  # as a look-up does
+        except UnicodeError:
+            return "a host has an empty part between its dots, one of more than 63 characters, or one that no name has"
         if port == 0:
             return "the port is not a number from 1 to 65535"
     return None
