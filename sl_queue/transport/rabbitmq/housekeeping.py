@@ -18,6 +18,7 @@ from sl_queue.errors import BrokerUnreachable, PartyBusy
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.address import Address
+from sl_queue.transport.rabbitmq.blocking import connect
 from sl_queue.transport.rabbitmq.failures import why_not
 from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED, PRECONDITION_FAILED
 from sl_queue.transport.rabbitmq.rights import NOT_FOUND
@@ -80,12 +81,8 @@ class Housekeeping:
 
     def __init__(self, url: str, names: Topology) -> None:
         self._nodes, self._names = Address.parse(url), names
-        node = self._nodes[-1]
-        self._user = node.user
-        try:
-            self._connection = pika.BlockingConnection([each.parameters("sl_queue operator") for each in self._nodes])
-        except (AMQPError, OSError) as error:
-            raise BrokerUnreachable(f"the broker at {node} cannot be used: {why_not(error, node)}") from None
+        self._user = self._nodes[-1].user
+        self._connection = connect(self._nodes, "sl_queue operator")
 
     def __enter__(self) -> Self:
         return self

@@ -16,6 +16,7 @@ from sl_queue.errors import BrokerUnreachable
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER
 from sl_queue.protocol.topology import Topology
 from sl_queue.transport.rabbitmq.address import Address
+from sl_queue.transport.rabbitmq.blocking import connect
 from sl_queue.transport.rabbitmq.failures import why_not
 from sl_queue.transport.rabbitmq.names import ACCESS_REFUSED
 
@@ -43,7 +44,7 @@ def try_rights(url: str, role: str, names: Topology) -> Rights:
     """Log in and try. Raises BrokerUnreachable, JobError for a bad URL."""
     nodes = Address.parse(url)
     try:
-        with pika.BlockingConnection([node.parameters(f"sl_queue check {role}") for node in nodes]) as connection:
+        with connect(nodes, f"sl_queue check {role}", f" as {role!r}") as connection:
             agreed = connection._impl.params
             needed = {what: _became(connection, attempt) for what, attempt in _needed(role, names)}
             others = {what: _became(connection, attempt) for what, attempt in _others(role, names)}
