@@ -7,7 +7,7 @@ from typing import Protocol
 from sl_queue.config.job import Job
 from sl_queue.errors import SlQueueError
 from sl_queue.launch.connect import require_network
-from sl_queue.launch.operator import Statuses
+from sl_queue.launch.operator import Statuses, is_of, require_of
 from sl_queue.protocol.scheduler.status import RunStatus
 from sl_queue.security.sealing import Seal
 
@@ -63,16 +63,19 @@ class Follower:
             self._ended.wait(ENDED_PAUSE_S if self._over else PAUSE_S)
 
     def _listen(self, statuses: Statuses) -> None:
-        """Pass on what comes until nothing more does. Raises as `Statuses.next`."""
+        """Pass on what comes until nothing more does. Raises as `Statuses.next`; JobError for another job's run."""
         began = heard = time.monotonic()
         while not self._ended.is_set():
             told = statuses.next(STEP_S)
             now = time.monotonic()
             if told is not None and told.run.told_at != self._told_at:
-                self._told_at, self._over = told.run.told_at, told.run.over
                 first = heard == began  # it may have lain there for long
-                self._watcher.take(told.run, (told.run.age_s(time.time()) or 0.0) if first else 0.0)
                 heard = now
+                if first and not is_of(self._job, told.run):
+                    continue
+                require_of(self._job, told.run)
+                self._told_at, self._over = told.run.told_at, told.run.over
+                self._watcher.take(told.run, (told.run.age_s(time.time()) or 0.0) if first else 0.0)
             elif now - heard >= SILENT_S:
                 if self._told_at is None:
                     self._watcher.trouble("no scheduler has reported anything of this job at that broker yet")

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 
 from sl_queue.config.job import Job
-from sl_queue.errors import BrokerUnreachable, PeerSilent, SlQueueError
+from sl_queue.errors import BrokerUnreachable, JobError, PeerSilent, SlQueueError
 from sl_queue.launch.connect import connector, require_network
 from sl_queue.protocol.codec import Terms
 from sl_queue.protocol.control import Status, StopRequest
@@ -43,7 +43,7 @@ def watch_status(job: Job, broker: str, seal: Seal | None = None) -> Telling | N
     """Return the status that the scheduler reports now, else its last one; None if it never reported any.
 
     What lies in the queue may be of a scheduler that is gone: only what comes while we listen is of one that runs.
-    Raises as `read_status`.
+    Raises as `read_status`, and JobError if the scheduler runs another job.
     """
     require_network(broker)
     statuses = Statuses(job, broker, seal)
@@ -57,9 +57,10 @@ def watch_status(job: Job, broker: str, seal: Seal | None = None) -> Telling | N
             status = statuses.next(max(0.0, began + limit_s - time.monotonic()))
             listened_s = time.monotonic() - began
             if status is None:
-                return Telling(newest.run, fresh=False, listened_s=listened_s)
+                return Telling(newest.run, fresh=False, listened_s=listened_s) if is_of(job, newest.run) else None
             newest = status
             if listened_s > BACKLOG_S:
+                require_of(job, newest.run)
                 return Telling(newest.run, fresh=True, listened_s=listened_s)
     finally:
         statuses.close()
@@ -69,7 +70,7 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
     """Ask the scheduler for an orderly stop at the next commit; what came of it, in words.
 
     The request is for the scheduler that runs now, and it has taken it when this returns: nothing is left behind that
-    would stop a later start. Raises BrokerUnreachable, PeerSilent.
+    would stop a later start. Raises BrokerUnreachable, PeerSilent; JobError if the scheduler runs another job.
     """
     require_network(broker)
     statuses = Statuses(job, broker, seal)
@@ -77,11 +78,13 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
         left_behind = statuses.next()
         if left_behind is None:
             return _nothing_to_stop(None, "")
+        before = left_behind.run if is_of(job, left_behind.run) else None
         asked, deadline = "", time.monotonic() + ANSWER_S
         while time.monotonic() < deadline:
             status = statuses.next()
             if status is None:
-                return _nothing_to_stop(left_behind.run, asked)
+                return _nothing_to_stop(before, asked)
+            require_of(job, status.run)
             phase = status.run.phase
             if phase in (Phase.STOPPING, Phase.STOPPED):
                 return "asked to stop at the next commit; start the workers again to resume"
@@ -93,6 +96,20 @@ def request_stop(job: Job, broker: str, seal: Seal | None = None) -> str:
         raise PeerSilent(f"the scheduler did not answer within {ANSWER_S:.0f} s; ask again")
     finally:
         statuses.close()
+
+
+def is_of(job: Job, run: RunStatus) -> bool:
+    """Return whether that is a run of the job: jobs may share a virtual host one after the other."""
+    return run.job in ("", job.name)  # the first versions did not say
+
+
+def require_of(job: Job, run: RunStatus) -> None:
+    """Raise JobError for a run of another job."""
+    if not is_of(job, run):
+        raise JobError(
+            f"the scheduler at that broker runs job {printable(run.job)!r}, not {job.name!r}: give the file of that "
+            "job, or the broker of this one"
+        )
 
 
 def _nothing_to_stop(run: RunStatus | None, asked: str) -> str:

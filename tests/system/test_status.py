@@ -2,21 +2,26 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sl_queue.config.job import Job
+from sl_queue.errors import JobError, PeerSilent
 from sl_queue.launch.connect import connector
-from sl_queue.launch.operator import watch_status
+from sl_queue.launch.following import Follower
+from sl_queue.launch.operator import request_stop, watch_status
 from sl_queue.protocol.codec import encode
 from sl_queue.protocol.control import Status
 from sl_queue.protocol.events import StillWaiting
 from sl_queue.protocol.messages import OPERATOR, SCHEDULER, Header, Kind, MicroBatch
 from sl_queue.protocol.scheduler.status import Telling, from_json
 from sl_queue.transport.link import Link
+from tests.broker.test_following import Heard
 from tests.support.broker import Broker
 from tests.support.credit import edit
 from tests.support.crew import Crew, write_job
@@ -85,6 +90,37 @@ def test_what_lies_in_the_queue_is_not_the_present(scheduler: tuple[Job, Link], 
         telling = watch_status(job, broker_url)
         assert telling is not None and telling.silent
         assert telling.run.epoch == 2 and telling.listened_s >= 3.0
+
+
+def test_a_run_of_another_job_is_neither_shown_nor_stopped(scheduler: tuple[Job, Link], broker_url: str) -> None:
+    """Jobs may share a virtual host one after the other."""
+    job, link = scheduler
+    tell(link, job="before")
+    assert watch_status(job, broker_url) is None
+    with pytest.raises(PeerSilent, match="no scheduler of this job is running"):
+        request_stop(job, broker_url)
+    asked, over = list[Any](), threading.Event()
+
+    def go_on() -> None:
+        while not over.wait(0.25):
+            tell(link, job="before", told_at=datetime.now(UTC).isoformat())
+
+    other = threading.Thread(target=go_on)
+    other.start()
+    try:
+        for ask in (watch_status, request_stop):
+            with pytest.raises(JobError, match=f"runs job 'before', not '{job.name}'"):
+                asked.append(ask(job, broker_url))
+        heard = Heard()
+        with Follower(job, broker_url, None, heard):
+            await_that(lambda: any("runs job 'before'" in said for said in heard.troubles), "no trouble")
+    finally:
+        over.set()
+        other.join()
+    assert not asked and not heard.steps
+    tell(link, job=job.name, epoch=3)
+    told = watch_status(job, broker_url)
+    assert told is not None and told.run.epoch == 3
 
 
 # Real workers -------------------------------------------------------------------------------------------------
