@@ -2,13 +2,14 @@
 
 import logging
 import secrets
+import time
 
 from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.errors import CheckpointError
 from sl_queue.launch.rows import row_keys_of
 from sl_queue.launch.workplace import Workplace
-from sl_queue.loops.holdout import Hearing, Telling
+from sl_queue.loops.holdout import Hearing, Telling, TellingAgain
 from sl_queue.protocol.holdout import Chosen, chosen_of, chunks_of, session_of
 from sl_queue.protocol.table import Table
 from sl_queue.storage.aligned_file import Aligned
@@ -51,13 +52,16 @@ def hear_held_out(
     return held.chosen
 
 
-def tell_held_out(job: Job, spec: PartySpec, table: Table, place: Workplace) -> None:
+def tell_held_out(job: Job, spec: PartySpec, table: Table, place: Workplace, *, begun: bool) -> None:
     """Tell every feature party which rows are held out, unless all know. Raises what ends the channel.
 
-    Raises CheckpointError if the others know of another choice than the present one.
+    `begun`: a checkpoint is here too, of a run with the same choice. Raises CheckpointError if the others know of
+    another choice than the present one.
     """
     assert table.chosen is not None
     held = read_held_out(place.state)
+    if held is None and begun:  # which it did once all others knew
+        held = HeldOut(table.digest, table.chosen, job.feature_parties)
     if held is not None and held.told and (held.rows, held.chosen.digest) != (table.digest, table.chosen.digest):
         raise CheckpointError(
             f"party {spec.party!r}: the rows to hold out are not those that the other parties know of; restore "
@@ -75,7 +79,14 @@ def tell_held_out(job: Job, spec: PartySpec, table: Table, place: Workplace) -> 
         incarnation, chunks = secrets.token_hex(8), tuple(chunks_of(chosen, table.row_keys))
         with place.opened(_channel(job, spec.party, incarnation, place)) as channel:
             about = (incarnation, digest, chunks, job.feature_parties, channel, note, channel.present_s, told)
-            Telling(*about).serve()
+            Telling(*about, patience_s=job.broker.patience).serve()
+
+
+def telling_again(job: Job, table: Table) -> TellingAgain:
+    """Return what answers a feature party that asks while the label holder trains."""
+    chosen, keys = table.chosen, table.row_keys
+    assert chosen is not None
+    return TellingAgain(table.digest, lambda: chunks_of(chosen, keys), job.feature_parties, time.monotonic)
 
 
 def _channel(job: Job, party: str, incarnation: str, place: Workplace) -> LinkAlignmentChannel:

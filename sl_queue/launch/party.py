@@ -154,6 +154,10 @@ def _train(
 ) -> Final:
     own, party, identity = built.own, built.own.spec.party, identity_of(job, built.own)
     channel = channel_of(job, party, place, identity.incarnation, own.pipeline, meter)
+    if job.tells_holdout and party == job.label_holder:
+        from sl_queue.launch.holdout import telling_again  # loaded where a label holder chooses
+
+        channel.on_asked = telling_again(job, own.table)
     led = None if lanes is None else _led(job, built, identity, channel, lanes, place)
     worker, train = _role(job, own, identity, built.stage if led is None else led.stage, channel, folder, place)
     worker.meter, worker.spending = built.parts.meter, _spending(job, built, place)

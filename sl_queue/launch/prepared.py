@@ -164,7 +164,8 @@ class Maker:
         if self.job.tells_holdout and not self._hears:
             from sl_queue.launch.holdout import tell_held_out
 
-            tell_held_out(self.job, own.spec, own.table, self.place)
+            begun = folder.begun_with is not None
+            tell_held_out(self.job, own.spec, own.table, self.place, begun=begun)
 
     def _built(self, own: Own) -> Built:
         parts = parts_of(own.spec, own.table, own.pipeline.batches)

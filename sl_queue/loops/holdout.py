@@ -5,10 +5,11 @@
 
 A sign of life is the question, so nothing piles up at the broker. What a feature party says when it is done is
 acknowledged once that is on the label holder's disk: whichever of both is killed, neither waits for what was said.
+A party that loses its state folder asks again, and a label holder that trains meanwhile answers as well.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ class Channel(Protocol):
     """Channel of a party before its run begins; used by one thread."""
 
     def send(self, receiver: str, message: Masked, session: str, *, lasting: bool = False) -> None: ...
-    def tell(self, receiver: str, message: Alive) -> None: ...
+    def tell(self, receiver: str, message: Alive, *, session: str = "") -> None: ...
     def next(self, timeout_s: float) -> Any | None: ...
     def done(self, arrival: Any) -> None: ...
     def flush(self) -> None: ...
@@ -53,9 +54,14 @@ class Telling:
     told: tuple[str, ...] = ()
     sent: dict[str, tuple[str, float]] = field(default_factory=dict)  # the worker that was sent the keys, and when
     shown_at: float = -inf
+    patience_s: float = inf
+    past: dict[str, float] = field(default_factory=dict)  # since when a party that was not told does not ask
 
     def serve(self) -> None:
-        """Tell every feature party, until all have it on disk. Raises what ends the channel."""
+        """Tell every feature party, until all have it on disk. Raises what ends the channel.
+
+        Raises AlignmentError if a party has begun: then what is known of its answer was lost here.
+        """
         while set(self.parties) - set(self.told):
             arrival = self.channel.next(WAIT_S)
             now = self.clock()
@@ -71,6 +77,7 @@ class Telling:
         sender = arrival.sender
         match arrival.message:
             case Alive(incarnation) if sender in self.parties and sender not in self.told:
+                self._require_question(sender, arrival.session, now)
                 known, when = self.sent.get(sender, ("", -inf))
                 if incarnation != known or now - when >= AGAIN_S:
                     self.sent[sender] = (incarnation, now)
@@ -82,10 +89,46 @@ class Telling:
             case _:
                 pass
 
+    def _require_question(self, party: str, session: str, now: float) -> None:
+        if is_session(session):
+            self.past.pop(party, None)
+        elif now - self.past.setdefault(party, now) > self.patience_s:
+            raise AlignmentError(
+                f"party {party!r} knows which rows are held out, and that it does was lost with the state folder of "
+                "the label holder: restore that folder, or give every party and the scheduler a new one to train from "
+                "scratch; if nobody has a checkpoint yet, start that party again"
+            )
+
     def _send(self, party: str) -> None:
-        for chunk, body in enumerate(self.chunks):
-            message = Masked(MicroBatch(_KEYS, chunk), payload(body, KEY_BYTES))
+        for message in _messages(self.chunks):
             self.channel.send(party, message, session_of(self.rows))
+
+
+def _messages(chunks: Iterable[bytes]) -> Iterator[Masked]:
+    for chunk, body in enumerate(chunks):
+        yield Masked(MicroBatch(_KEYS, chunk), payload(body, KEY_BYTES))
+
+
+@dataclass(slots=True)
+class TellingAgain:
+    """The label holder's side while it trains, for a party that has lost its state folder.
+
+    That party has had the same keys before, so it learns nothing new. Mutable: when whom it told.
+    """
+
+    rows: str  # digest of all rows
+    chunks: Callable[[], Iterable[bytes]]
+    parties: tuple[str, ...]
+    clock: Callable[[], float]
+    told_at: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, party: str, send: Callable[[str, Masked, str], None]) -> None:
+        """Answer a party that asks, as often as it may ask."""
+        now = self.clock()
+        if party in self.parties and now - self.told_at.get(party, -inf) >= AGAIN_S:
+            self.told_at[party] = now
+            for message in _messages(self.chunks()):
+                send(party, message, session_of(self.rows))
 
 
 @dataclass(slots=True)
@@ -119,7 +162,7 @@ class Hearing:
                 self.channel.done(arrival)
             if now - self.shown_at >= TELL_S:
                 self.shown_at, self.asked_at = now, min(self.asked_at, now)
-                self.channel.tell(self.label_holder, Alive(self.incarnation))
+                self.channel.tell(self.label_holder, Alive(self.incarnation), session=session_of(self.rows))
                 self._require_answer(now)
         return None if self.other else self.here
 

@@ -101,9 +101,11 @@ class LinkAlignmentChannel:
         self._observe(Sent(self._role, receiver, message.kind, len(body)))
         self._link.publish(receiver, message.kind, session, body, persistent=lasting)
 
-    def tell(self, receiver: str, message: Report | Command | Status, *, lasting: bool = False) -> None:
+    def tell(
+        self, receiver: str, message: Report | Command | Status, *, lasting: bool = False, session: str = ""
+    ) -> None:
         """Publish a statement about the present, which is worth nothing later unless it is `lasting`."""
-        header = Header("", 0, kind_of(message), self._role, receiver, MicroBatch(0, 0))
+        header = Header(session, 0, kind_of(message), self._role, receiver, MicroBatch(0, 0))
         self._mail.send(receiver, header, message, lasting=lasting)
 
     def next(self, timeout_s: float) -> Arrival | None:

@@ -16,10 +16,11 @@ from typing import TypeVar
 from sl_queue.errors import RunStopped, SlQueueError, named
 from sl_queue.protocol import events
 from sl_queue.protocol.codec import Terms
-from sl_queue.protocol.control import Join, Progress, Report, Start, Waiting
+from sl_queue.protocol.control import Alive, Join, Progress, Report, Start, Waiting
 from sl_queue.protocol.events import Observer, ignore
+from sl_queue.protocol.holdout import is_session
 from sl_queue.protocol.measures import Connectivity
-from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Kind, MicroBatch, Payload
+from sl_queue.protocol.messages import SCHEDULER, Activation, Gradient, Kind, Masked, MicroBatch, Payload
 from sl_queue.protocol.party.bounds import Bounds, control_bytes
 from sl_queue.protocol.party.mailbox import Acknowledge, Reject, Verdict
 from sl_queue.protocol.party.orders import Orders, Restarted
@@ -40,6 +41,7 @@ from sl_queue.transport.waiting import waiting
 from sl_queue.transport.waits import Waits
 
 T = TypeVar("T")
+SendApart = Callable[[str, Masked, str], None]
 
 OUTBOX_BYTES = 256 * 1024 * 1024  # sent and not yet committed by the receiver; what is older is lost with the broker
 
@@ -87,10 +89,10 @@ class PartyChannel:
         )
         committer = committer or ThreadPoolExecutor(1, thread_name_prefix=f"{party}-commit")
         self._reports = Reports(shared, self._sources, None if totals is None else lambda: totals(self.counts))
-        self._commits = Commits(shared, committer, self._check)
-        self._resending = Resending(party, patience_s, observe)
+        self._commits, self._resending = Commits(shared, committer, self._check), Resending(party, patience_s, observe)
         self._failure: SlQueueError | None = None
         self._waits = Waits(shared, self._reports, self._check)
+        self.on_asked: Callable[[str, SendApart], None] = lambda *_: None  # by a party, which rows are held out
 
     def open(self) -> None:
         """Connect and consume. Raises BrokerUnreachable, PartyBusy."""
@@ -231,6 +233,8 @@ class PartyChannel:
             self._carry_out(verdict, header.sender)
         if isinstance(message, Waiting) and self._timeline.is_present(header):
             self._send_again(header.sender, message)
+        elif isinstance(message, Alive) and is_session(header.run):
+            self.on_asked(header.sender, self._reports.send_apart)
 
     def on_late(self, letter: Letter) -> None:
         if letter.met and letter.header.sender == SCHEDULER:

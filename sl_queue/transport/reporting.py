@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sl_queue.errors import RemoteProtocolError
 from sl_queue.protocol.control import Alive, Failed, Finished, Join, Progress, Report, Stopped
-from sl_queue.protocol.messages import SCHEDULER, Kind, MicroBatch
+from sl_queue.protocol.messages import SCHEDULER, Header, Kind, Masked, MicroBatch
 from sl_queue.protocol.totals import TOTALS_S, Totals
 from sl_queue.transport.shared import Shared
 
@@ -29,6 +29,7 @@ class Reports:
 
     def __init__(self, shared: Shared, receivers: tuple[str, ...], totals: Callable[[], Totals] | None = None) -> None:
         self._mail, self._timeline, self._changed = shared.mail, shared.timeline, shared.changed
+        self._link = shared.link
         self._liveness, self._patience_s = shared.liveness, shared.patience_s
         self._party, self._incarnation, self._receivers = shared.party, shared.incarnation, receivers
         self._describe: Callable[[], Join] | None = None
@@ -89,6 +90,13 @@ class Reports:
         """Send a report; one that does not last is worth nothing later."""
         header = self._timeline.header(receiver, report)
         self._mail.send(receiver, header, report, lasting=lasting)
+
+    def send_apart(self, receiver: str, message: Masked, session: str) -> None:
+        """Send what belongs to no run, and is worth nothing later."""
+        header = Header(session, 0, message.kind, self._party, receiver, message.micro_batch)
+        self._link.publish(
+            receiver, message.kind, session, self._mail.sealed(receiver, header, message), persistent=False
+        )
 
     def beat(self) -> None:
         """Report progress as soon as there is some, totals once a second, and a sign of life a few times a patience."""

@@ -11,7 +11,7 @@ import pytest
 
 from sl_queue.errors import AlignmentError, SlQueueError
 from sl_queue.loops import holdout
-from sl_queue.loops.holdout import Hearing, Telling
+from sl_queue.loops.holdout import Hearing, Telling, TellingAgain
 from sl_queue.protocol.control import Alive
 from sl_queue.protocol.holdout import Chosen, chosen_of, chunks_of, session_of
 from sl_queue.protocol.topology import Topology
@@ -171,3 +171,43 @@ def test_a_party_that_lost_its_folder_is_told_so_while_the_label_holder_trains(t
         training.join()
         for channel in channels.values():
             channel.close()
+
+
+def test_a_label_holder_that_lost_its_folder_says_so_while_a_party_trains(tmp_path: Path) -> None:
+    broker, over = MemoryBroker(), threading.Event()
+    channels = {
+        role: LinkAlignmentChannel(broker.link(role, TOPOLOGY, PREFETCH), role, TOPOLOGY, role, patience_s=0.2)
+        for role in ("label", "a")
+    }
+    for channel in channels.values():
+        channel.open()
+
+    def train() -> None:
+        while not over.wait(0.05):
+            channels["a"].tell("label", Alive("a"), session="the run")
+
+    training = threading.Thread(target=train, daemon=True)
+    training.start()
+    try:
+        about = ("label-1", "rows", tuple(chunks_of(CHOSEN, KEYS)), ("a",), channels["label"], lambda _: None)
+        with pytest.raises(
+            AlignmentError, match=r"'a' knows which rows.*lost with the state folder of the label holder"
+        ):
+            Telling(*about, time.monotonic, patience_s=0.5).serve()
+    finally:
+        over.set()
+        training.join()
+        for channel in channels.values():
+            channel.close()
+
+
+def test_a_party_that_trains_with_may_ask_again_and_not_too_often() -> None:
+    sent: list[tuple[str, Any, str]] = []
+    now = [0.0]
+    again = TellingAgain("rows", lambda: chunks_of(CHOSEN, KEYS), ("a",), lambda: now[0])
+    for party, at in (("a", 0.0), ("stranger", 0.0), ("a", 1.0), ("a", 1.0 + holdout.AGAIN_S)):
+        now[0] = at
+        again(party, lambda *about: sent.append(about))
+    assert [(party, session) for party, _, session in sent] == [("a", session_of("rows"))] * 2
+    heard = chosen_of({message.micro_batch.index: bytes(message.payload.data) for _, message, _ in sent}, KEYS)
+    assert heard.digest == CHOSEN.digest
