@@ -1,19 +1,15 @@
 """Reading the columns of a CSV or Parquet file that a party file selects, and no others."""
 
-import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from sl_queue.data import csv_file, csv_text, files
+from sl_queue.data import csv_file, files
 from sl_queue.data.encodings import plain, unpacked
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import Category, Date, Spec, matches, resolve
@@ -30,10 +26,8 @@ from sl_queue.data.matrices import (
     in_rows,
     label_array,
 )
-from sl_queue.data.spec import CsvSpec, FileKind, FileSpec
-from sl_queue.errors import JobError
-
-Reading = Callable[[], AbstractContextManager[None]]  # what a column is read within
+from sl_queue.data.reading import Reading, reading_of
+from sl_queue.data.spec import FileSpec
 
 _NAMELESS = re.compile(r"\s*|Unnamed: \d+(_level_\d+)?(\.\d+)?|__index_level_\d+__")  # as pandas, R and others write
 
@@ -100,39 +94,12 @@ def read_columns(
     """
     assert data.path is not None
     kind = files.kind_of(data, where)
-    reading = partial(_reading, data, kind, where)
+    reading = partial(reading_of, data, kind, where)
     with reading(), files.opened(data, data.path, kind) as source:
         wanted = trained if features else None
         selecting = partial(_selected, data, features=features, labels=labels, choosing=choosing, trained=wanted)
         asked = declared if features else None
         return _read(data, source, where, selecting, reading, declared=asked, missing=missing)
-
-
-@contextmanager
-def _reading(data: FileSpec, kind: FileKind, where: str) -> Iterator[None]:
-    """Raise JobError that begins with `where` for what makes a file unreadable."""
-    assert data.path is not None
-    try:
-        yield
-    except files.Unlike as error:
-        raise JobError(f"{where}: {error}") from None
-    except FileNotFoundError:
-        raise JobError(f"{where}: there is no such file") from None
-    except (OSError, UnicodeError, csv.Error, pa.ArrowException, *csv_text.DAMAGED) as error:
-        raise JobError(f"{where}: {_unread(data.path, data.csv, kind, error)}") from None
-
-
-def _unread(path: Path, dialect: CsvSpec, kind: FileKind, error: Exception) -> str:
-    """Say why a file cannot be read."""
-    if csv_text.is_damaged(path):
-        return "cannot be unpacked; it is no gzip file, or damaged: write or copy it again"
-    if kind in files.WITH_TEXT and csv_text.is_no_text(path, dialect):
-        told = f'not all of it is {dialect.encoding}; say what it is, data.csv.encoding = "cp1252" for instance'
-        return f"cannot be read ({told})"
-    if kind == "csv" and "Empty CSV file or block" in str(error):  # a header that no line ends
-        return "there are no rows"
-    reason = getattr(error, "strerror", None) or type(error).__name__
-    return f"cannot be read ({reason}); is it {files.DESCRIBED[kind]}?"
 
 
 def _read(

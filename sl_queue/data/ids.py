@@ -24,7 +24,7 @@ Positions = npt.NDArray[np.int64]
 _CANONICAL_INTEGER = r"^(0|-?[1-9][0-9]*)$"  # "7", but not "007"
 _INTEGER = r"^\s*-?[0-9]+(\.0*)?\s*$"
 _UUID = r"^[{]?[0-9a-f]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{12}[}]?$"
-_UNIT = "\x1f"  # between the parts of an id of several columns
+UNIT = "\x1f"  # between the parts of an id of several columns
 _SLICE = 1000  # numbers that become text at a time
 _FIRST_ROWS = 5  # that a fault names
 _WITH_POINT = r"^-?[0-9]+\.0$"  # as pandas writes whole numbers of a column where one was missing
@@ -58,7 +58,7 @@ def canonical_ids(
     `id_type`: the type to take them as; None: the one they have. `normalise`: what is done to text, in this order.
     `duplicates`: "first" leaves out later rows of an id.
     """
-    parts = [_normalised(_decoded(part), normalise) for part in (ids if isinstance(ids, list) else [ids])]
+    parts = [normalised(_decoded(part), normalise) for part in (ids if isinstance(ids, list) else [ids])]
     if len(parts) > 1:
         joined, fault = _composed(parts, are_csv=are_csv)
         if joined is None:
@@ -67,36 +67,10 @@ def canonical_ids(
     return _canonical(parts[0], are_csv=are_csv, id_type=id_type, duplicates=duplicates)
 
 
-def asked_ids(texts: Sequence[str], normalise: Sequence[str], id_type: Declared | None) -> list[str]:
-    """Write ids that are text, as somebody asks for them, in the form in which `canonical_ids` has those of a table."""
-    found: list[str] = _normalised(pa.array(texts, pa.large_string()), normalise).to_pylist() if normalise else [*texts]
-    return [_canonical_uuid(one) for one in found] if id_type == "uuid" else found
-
-
 def readable(ids: Any) -> Any:
     """Return ids as numbers or text, which CSV holds: UUIDs that are bytes in their canonical form."""
     decoded = _decoded(ids)
     return _hexadecimal(decoded) if _are_16_bytes(decoded) else decoded
-
-
-def parts_asked(one: Any) -> Sequence[Any]:
-    """Return the parts of an id of several columns: a list has them, and text holds them as a table's does."""
-    if isinstance(one, str):
-        return one.split(_UNIT)
-    return one if isinstance(one, list) and not any(isinstance(part, str) and _UNIT in part for part in one) else ()
-
-
-def joined_ids(ids: Sequence[Sequence[Any]], normalise: Sequence[str]) -> list[str]:
-    """Write ids of several columns, as somebody asks for them, in the form in which `canonical_ids` has a table's."""
-    columns = [asked_ids([str(part) for part in column], normalise, None) for column in zip(*ids, strict=True)]
-    return [_UNIT.join(parts) for parts in zip(*columns, strict=True)]
-
-
-def _canonical_uuid(text: str) -> str:
-    try:
-        return str(UUID(text))
-    except ValueError:
-        return text
 
 
 def _canonical(ids: Any, *, are_csv: bool, id_type: Declared | None, duplicates: str) -> tuple[Ids | None, list[str]]:
@@ -150,7 +124,7 @@ def _rows_of(order: Any, repeats: Any) -> str:
     )
 
 
-def _normalised(ids: Any, steps: Sequence[str]) -> Any:
+def normalised(ids: Any, steps: Sequence[str]) -> Any:
     """Write text ids alike, as the job says; numbers stay what they are."""
     if not pa.types.is_large_string(ids.type):
         return ids
@@ -177,10 +151,10 @@ def _composed(parts: Sequence[Any], *, are_csv: bool) -> tuple[Any | None, str]:
         if typed is None:
             return None, f"column {place} of the id: {fault}"
         text = part.cast(typed.type).cast(pa.large_string())
-        if pc.any(pc.match_substring(text, _UNIT)).as_py():
+        if pc.any(pc.match_substring(text, UNIT)).as_py():
             return None, f"column {place} of the id holds the control character U+001F; remove it"
         texts.append(text)
-    return pc.binary_join_element_wise(*texts, pa.scalar(_UNIT, pa.large_string())), ""
+    return pc.binary_join_element_wise(*texts, pa.scalar(UNIT, pa.large_string())), ""
 
 
 def _notes(texts: Any, id_type: Declared | None) -> Iterator[str]:

@@ -108,7 +108,7 @@ def _given(
     raw, specs, declared = None, None, spec.declared
     taken, lacking = _features(rows, spec, trained) if features else (None, [])
     wrong += lacking
-    if declared is not None and features and rows.features is not None:
+    if declared is not None and features and rows.features is not None and not lacking:
         raw, more = raw_columns(taken)
         specs, undeclared = ({}, []) if more else resolve(declared, list(raw) if trained is None else trained)
         wrong += [*more, *undeclared]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pyarrow as pa
 from sl_queue.data.faults import listed, refuse
 from sl_queue.data.feature_specs import matches
 from sl_queue.data.features import Fitted, apply
-from sl_queue.data.ids import Ids, Positions, asked_ids, joined_ids, parts_asked
+from sl_queue.data.ids import Ids, Positions
 from sl_queue.data.rows import Arrays, read_rows
 from sl_queue.data.spec import FileSpec, TableSpec
 from sl_queue.data.table import fingerprints_of, ids_in, in_order, keyed_ids, read_ids, texts_of
@@ -24,7 +23,6 @@ from sl_queue.protocol.table import Table
 Keys = npt.NDArray[np.uint64]
 
 _EXACT = 2**53  # up to which float64 holds every whole number
-_LONGEST_ID = 1000  # characters, of an id in a request
 LACKING, REPEATED = -1, -2  # in the place of a row's position: another party lacks the row; it repeats an id
 
 
@@ -63,34 +61,38 @@ def read_to_predict(
     were whole numbers all. Raises one JobError for everything that is wrong, and for a table without rows.
     """
     data = spec.data
-    empty = isinstance(data, FileSpec) and data.features == ()
     fitted = None if recipe is None or spec.declared is None else Fitted.of_json(recipe)
     trained = columns if spec.declared is None else None if fitted is None else tuple(fitted.columns)
     spec = spec if trained is None else _declaring(spec, trained)
-    arrays = read_rows(spec, features=spec.features and not empty, labels=spec.labels, trained=trained)
-    ids, faults = ids_in(spec, arrays)
-    faults = [*arrays.faults, *faults]
+    arrays = read_rows(spec, features=spec.features and not _is_empty(data), labels=spec.labels, trained=trained)
+    ids, wrong = ids_in(spec, arrays)
+    faults = [*arrays.faults, *wrong]
     if spec.labels and arrays.labels is None and not faults:
         faults.append("there are no labels to compare predictions with")
     refuse(arrays.where, faults)
     assert ids is not None
-    own = ids.order
-    ids = ids if aligned is None else ids.only(aligned)
+    own, ids = ids.order, ids if aligned is None else ids.only(aligned)
     if not len(ids.order):
         raise JobError(f"{arrays.where}: there are no rows to predict")
-    strict = not isinstance(data, FileSpec) or data.unseen == "refuse"
     if arrays.raw is None:
         features, names, told = _given(arrays, ids.order, whole=whole)
     else:
-        features, names, told = _made(arrays.where, arrays.raw, ids.order, fitted, strict=strict)
+        features, names, told = _made(arrays.where, arrays.raw, ids.order, fitted, strict=_is_strict(data))
     labels, weights = in_order(arrays.labels, ids.order), in_order(arrays.weights, ids.order)
     hashes = None if spec.holdout_seed is None else id_hashes(texts_of(ids), spec.holdout_seed)
-    row_keys, digest = fingerprints_of(ids)
-    notes = (*arrays.notes, *ids.notes)
-    table = Table(features, labels, row_keys, digest, ids.type, names, hashes, notes, weights=weights)
+    about = (*fingerprints_of(ids), ids.type, names, hashes, (*arrays.notes, *ids.notes))
+    table = Table(features, labels, *about, weights=weights)
     in_file = _columns(data, arrays.ids)
     places = _places(ids.order, own, len(next(iter(in_file.values()))))
     return ToPredict(table, in_file, places, tuple(told), None if key is None else keyed_ids(ids, key))
+
+
+def _is_empty(data: Any) -> bool:
+    return isinstance(data, FileSpec) and data.features == ()
+
+
+def _is_strict(data: Any) -> bool:
+    return not isinstance(data, FileSpec) or data.unseen == "refuse"
 
 
 def _places(order: Positions, own: Positions, n_rows: int) -> Positions:
@@ -104,58 +106,6 @@ def _places(order: Positions, own: Positions, n_rows: int) -> Positions:
 def ids_to_predict(spec: TableSpec) -> Ids:
     """Read the ids of rows that a service answers for, in canonical order. Raises JobError."""
     return read_ids(spec)[0]
-
-
-def request_keys(
-    given: Sequence[Any], id_type: str, key: bytes, spec: TableSpec | None = None
-) -> tuple[Keys | None, list[int]]:
-    """Return the keys of ids in a request, as `keyed_ids` makes them of a table's, or the places of unfit ids.
-
-    `spec`: of the party's table, whose text ids are written alike as the job says, and may be of several columns.
-    """
-    columns = id_columns(spec)
-    if columns:
-        assert spec is not None
-        ids = [parts_asked(one) for one in given]
-        wrong = [
-            place for place, parts in enumerate(ids) if len(parts) != len(columns) or not all(map(_is_part, parts))
-        ]
-        return (None, wrong) if wrong else (_keys(joined_ids(ids, spec.normalise), key), [])
-    wrong = [place for place, one in enumerate(given) if not _is_of(one, id_type)]
-    if wrong:
-        return None, wrong
-    if spec is not None and id_type == "text":
-        declared = spec.data.id_type if isinstance(spec.data, FileSpec) else None
-        given = asked_ids(given, spec.normalise, declared)
-    return _keys(given, key), []
-
-
-def id_columns(spec: TableSpec | None) -> tuple[str, ...]:
-    """Return the names of the columns that are one id together; none if one is."""
-    names = spec.data.ids if spec is not None and isinstance(spec.data, FileSpec) else ()
-    return names if len(names) > 1 else ()
-
-
-def _keys(ids: Sequence[Any], key: bytes) -> Keys:
-    hashes = b"".join([blake2b(str(one).encode(), digest_size=8, key=key).digest() for one in ids])
-    return np.frombuffer(hashes, "<u8").astype(np.uint64)
-
-
-def _is_part(one: Any) -> bool:
-    return _is_of(one, "integer") or _is_of(one, "text")
-
-
-def _is_of(one: Any, id_type: str) -> bool:
-    if isinstance(one, bool) or not isinstance(one, int | str) or len(str(one)) > _LONGEST_ID:
-        return False
-    if id_type == "integer":
-        return isinstance(one, int)
-    return isinstance(one, str) and _is_unicode(one)
-
-
-def _is_unicode(text: str) -> bool:
-    """Return False for half of a surrogate pair, which JSON may hold and UTF-8 may not."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _declaring(spec: TableSpec, trained: Sequence[str]) -> TableSpec:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from sl_queue.data.to_predict import id_columns, request_keys
+from sl_queue.data.asked_ids import id_columns, request_keys
 from sl_queue.errors import ComputeError, SlQueueError
 from sl_queue.launch.service import LabelHolderService, id_key
 from sl_queue.loops.requests import Outcome, Unanswered

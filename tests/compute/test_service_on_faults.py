@@ -14,8 +14,8 @@ from torch import Tensor
 
 import sl_queue
 from sl_queue.checking.check import check
+from sl_queue.data.asked_ids import request_keys
 from sl_queue.data.spec import FileSpec
-from sl_queue.data.to_predict import request_keys
 from sl_queue.errors import ComputeError, ShapeError
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.http_listener import HttpServer

@@ -20,7 +20,7 @@ from torch import Tensor
 import sl_queue
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.data.to_predict import request_keys
+from sl_queue.data.asked_ids import request_keys
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.connect import MEMORY, connector
 from sl_queue.launch.http_listener import HttpServer

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import sl_queue
 from sl_queue.config.job import Job, PartyFile
-from sl_queue.data.ids import asked_ids, canonical_ids
+from sl_queue.data.asked_ids import asked_ids
+from sl_queue.data.ids import canonical_ids
 from sl_queue.errors import JobError
 from sl_queue.protocol.scheduler.agreement import differing_id_types
 from sl_queue.protocol.table import Table
