@@ -16,10 +16,11 @@ from benchmarks.workloads import LABEL, SMALL, job_of, party_file
 from sl_queue.compute.threads import limit_threads
 from sl_queue.config.resolve import PartySpec, resolve
 from sl_queue.config.user_code import Importer
-from sl_queue.data.to_predict import request_keys
+from sl_queue.data.asked_ids import request_keys
+from sl_queue.launch.answering_versions import id_key
 from sl_queue.launch.connect import connector
 from sl_queue.launch.process import keep_from_collector
-from sl_queue.launch.service import Served, id_key, serve_feature, serve_label
+from sl_queue.launch.service import Served, serve_feature, serve_label
 from sl_queue.local.threads import run_local
 from sl_queue.protocol.serving import Keys
 from sl_queue.security.hpke import Cipher

@@ -44,7 +44,8 @@ def evaluate(
     output, labels = torch.from_numpy(outputs[positions]), objective.labels[torch.from_numpy(positions)]
     with torch.no_grad(), objective.owned.evaluating():
         losses = [(objective.amount(part), _loss(objective, outputs, part)) for part in parts]
-    found: dict[str, float | None] = {"loss": mean_by_amount(losses)}
+    counts = any(amount for amount, _ in losses)
+    found: dict[str, float | None] = {"loss": mean_by_amount(losses) if counts else None}
     if objective.metrics:
         found |= measured(objective, output, labels, positions)
     tables = tabulated(objective, output, labels, positions) if objective.metrics else None

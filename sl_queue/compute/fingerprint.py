@@ -166,7 +166,7 @@ def _of_tensor(tensor: Tensor) -> str:
     if is_lazy(tensor):
         return "not yet there"
     try:
-        payload = to_payload(tensor.detach())
+        payload = to_payload(tensor.detach(), resizable=True)
     except Exception:  # a dtype or layout that no checkpoint holds: building the model says so
         return f"{tensor.dtype} {tuple(tensor.shape)}"
     return f"{payload} {digest_of(memoryview(payload.data).cast('B'))}"

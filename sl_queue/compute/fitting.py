@@ -239,7 +239,7 @@ def adds_up(fit: FittedLoss, output: Tensor, labels: Tensor) -> bool:
     outputs, few = output.detach()[rows % len(output)], labels[rows % len(labels)].to(output.device)
 
     def value_of(n_rows: int) -> float:
-        with seeded(0, output.device), torch.enable_grad():
+        with blame("the loss failed"), seeded(0, output.device), torch.enable_grad():
             tried = replace(fit, loss=_copy(fit.loss))
             return tried(outputs[:n_rows].clone().requires_grad_(), few[:n_rows]).item()
 

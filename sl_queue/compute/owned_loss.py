@@ -77,7 +77,7 @@ class OwnedLoss:
                 f"{type(lost[0].value).__name__}, which no checkpoint carries; keep it in numbers or tensors"
             )
         changed = {
-            f"{_PREFIX}module/{name}": to_payload(tensor)
+            f"{_PREFIX}module/{name}": to_payload(tensor, resizable=True)
             for name, tensor in _tensors(self.holder)
             if name not in self.tensors or not _equal(tensor, self.tensors[name])
         }

@@ -75,7 +75,7 @@ class SavedModule:
 
     def _payload(self, name: str, tensor: Tensor) -> Payload:
         try:
-            return to_payload(tensor)
+            return to_payload(tensor, resizable=tensor.device.type == "cpu" and not isinstance(tensor, nn.Parameter))
         except (TypeError, RuntimeError, ValueError) as error:
             raise ComputeError(
                 f"party {self.party!r}: {self.name} has made its {name!r} {described(tensor)} "

@@ -253,9 +253,10 @@ def require_shape(activation: Tensor, rows: int, cut: BaseCut, where: str) -> No
         )
 
 
-def to_payload(tensor: Tensor, rows: bytes = b"") -> Payload:
-    """Return a copy in C order, off graph and device; NumPy sees a copy, for what it has seen cannot be resized."""
-    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), _numbers(tensor.detach().clone()).tobytes(), rows)
+def to_payload(tensor: Tensor, rows: bytes = b"", *, resizable: bool = False) -> Payload:
+    """Return a copy in C order, off graph and device; `resizable`: NumPy sees another, for it pins what it sees."""
+    numbers = _numbers(tensor.detach().clone() if resizable else tensor)
+    return Payload(dtype_name(tensor.dtype), tuple(tensor.shape), numbers.tobytes(), rows)
 
 
 def payload_view(tensor: Tensor, rows: bytes) -> Payload:
@@ -290,8 +291,7 @@ def from_payload(payload: Payload, device: torch.device | None = None, *, passin
     there = memoryview(payload.data).nbytes
     if declared != there:
         raise ValueError(f"{payload} takes {declared} bytes, but holds {there}")
-    kept = passing and device is not None and device.type == "cuda"
-    here = device is None or device.type == "cpu"
+    kept, here = passing and device is not None and device.type == "cuda", device is None or device.type == "cpu"
     if passing and there and here and is_given_away(payload.data):
         return torch.frombuffer(payload.data, dtype=dtype).view(payload.shape)
     tensor = torch.empty(payload.shape, dtype=dtype, pin_memory=kept)

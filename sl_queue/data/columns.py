@@ -165,6 +165,7 @@ def _taken(
 ) -> _Taken:
     declared = [name for name in specs if name in readable]
     dates = [name for name in declared if isinstance(spec := specs[name], Date) and spec.format is not None]
+    dates = [name for name in dates if choosing.get(name, True)]  # rows may be chosen by it as a number
     texts = [*ids, *(name for name in declared if isinstance(specs[name], Category)), *dates]
     only = selection.only_choosing
     texts += [name for name in only if name in readable and choosing[name]]

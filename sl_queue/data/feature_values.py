@@ -99,6 +99,8 @@ def days(column: Any, pattern: str | None) -> Any:
         remedy = 'give their form: format = "%d.%m.%Y"' if pattern is None else "correct them, or leave them empty"
         if read.null_count == column.null_count:
             remedy = "no month has such a day: correct them, or leave them empty"
+        elif pattern is not None and _read(column, _ISO).null_count == column.null_count:
+            remedy = "they are written like 2026-01-31: leave format out"
         raise Unusable(f"{unread} of {len(column)} values are not dates {like}; {remedy}")
     found = read.cast(pa.date32(), safe=False)
     return pc.coalesce(days_in_utc(column), found) if pattern is None else found

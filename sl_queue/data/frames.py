@@ -18,7 +18,7 @@ def is_frame(values: Any) -> bool:
     """Return True for what has columns with names, and is computed."""
     if isinstance(values, pa.Table | pa.RecordBatch):
         return True
-    return not hasattr(values, "collect") and hasattr(values, "columns") and hasattr(values, "dtypes")
+    return not hasattr(type(values), "collect") and hasattr(values, "columns") and hasattr(values, "dtypes")
 
 
 def is_series(values: Any) -> bool:
@@ -94,8 +94,9 @@ def _as_arrow(columns: Sequence[tuple[str, Any]]) -> tuple[dict[str, Any], dict[
 
 def _held(column: Any) -> str:
     """Say what a column holds that Arrow does not know."""
-    if str(column.dtype) != "object":
-        return f"values of type {column.dtype}"
+    dtype = column.type if isinstance(column, pa.Array | pa.ChunkedArray) else column.dtype
+    if str(dtype) != "object":
+        return f"values of type {dtype}"
     types = Counter(type(value).__name__ for value in np.asarray(column).tolist())
     return f"objects of {counted(len(types), 'type', 'types')} ({listed(types)})"
 

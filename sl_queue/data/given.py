@@ -119,7 +119,7 @@ def labels_of(values: Any, what: str = "labels", *, missing: bool = False) -> Nu
 
 def _filled(values: Any) -> tuple[Any, Array | None]:
     """Put something in the place of what is missing, and say where; None if nothing is."""
-    if values is None or hasattr(values, "detach") or hasattr(values, "collect"):  # a tensor has no gaps but NaN
+    if values is None or hasattr(values, "detach") or hasattr(type(values), "collect"):  # a tensor has no gaps but NaN
         return values, None
     if is_frame(values):
         columns = [(name, *_filled_column(column)) for name, column in named_columns(values)]
@@ -142,7 +142,7 @@ def _filled(values: Any) -> tuple[Any, Array | None]:
 
 def _filled_column(series: Any) -> tuple[Any, Array]:
     """Put a value of a column in the place of those that are missing or NaN, and say where."""
-    column = plain(_column(series))
+    column = _column(series)
     unknown = pc.is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False)
     if unknown.all():
         return pa.array(np.zeros(len(column))), unknown
@@ -171,12 +171,12 @@ def _numbers(values: Any, what: str) -> Numbers:
         return Numbers(None)
     if hasattr(values, "detach"):
         values = _of_tensor(values)
-    if hasattr(values, "collect"):
+    if hasattr(type(values), "collect"):
         return _refused(what, f"a {type(values).__name__} is not computed yet; give .collect()")
     if is_frame(values):
         return _of_frame(values, what)
     if is_series(values):
-        column = plain(_column(values))
+        column = _column(values)
         if column.null_count:
             return _refused(what, f"values are missing in {column.null_count} of {len(column)} rows; {_FILL}")
         values = column.to_numpy(zero_copy_only=False)
@@ -267,7 +267,7 @@ def _of_frame(frame: Any, what: str) -> Numbers:
         return _refused(what, "there are no columns")
     if wrong := repeated([name for name, _ in columns], "columns"):
         return Numbers(None, faults=tuple(f"{what}: {fault}" for fault in wrong))
-    found = {name: plain(_column(column)) for name, column in columns}
+    found = {name: _column(column) for name, column in columns}
     numbers = beside(found, "leave them out", keep=True)
     faults = (*numbers.faults, *gaps(numbers.gaps))
     array = numbers.matrix.array() if not faults and numbers.matrix is not None else None
@@ -275,9 +275,9 @@ def _of_frame(frame: Any, what: str) -> Numbers:
 
 
 def _column(series: Any) -> Any:
-    """Build as `arrow`; numbers of several types as numbers, and objects of other types as text."""
+    """Build as `arrow`, and plainly; numbers of several types as numbers, and objects of other types as text."""
     try:
-        return arrow(series)
+        return plain(arrow(series))
     except NO_COLUMN:
         array = np.asarray(series)
     missing = np.array([_is_gap(value) for value in array.tolist()], np.bool_)

@@ -55,10 +55,10 @@ def read_rows(
     """
     data, where = spec.data, f"party {spec.party!r}"
     about: Any = {"features": features, "labels": labels, "trained": trained}
+    if isinstance(data, Rows):  # whose columns that choose rows are set aside, whether they are asked for or not
+        return _given(data, f"{where}, data", spec, **about)
     if not choosing:
         spec = replace(spec, choices=None)
-    if isinstance(data, Rows):
-        return _given(data, f"{where}, data", spec, **about)
     if data.source is not None:
         name = data.source if isinstance(data.source, str) else getattr(data.source, "__qualname__", "a callable")
         where = f"{where}, data.source = {name!r}"
@@ -137,7 +137,9 @@ def _features(rows: Rows, spec: TableSpec, trained: Sequence[str] | None) -> tup
 
     Without those that only choose rows, too; or none but those that a model was `trained` on.
     """
-    excluded = spec.data.exclude if isinstance(spec.data, FileSpec) else ()
+    excluded = spec.data.exclude if isinstance(spec.data, FileSpec) and trained is None else ()
+    if hasattr(type(rows.features), "collect"):
+        return rows.features, [f"features: a {type(rows.features).__name__} is not computed yet; give .collect()"]
     if excluded and rows.features is not None and not has_names(rows.features):
         told = "data.exclude names columns, and these features have no names; return them as a data frame, or remove it"
         return rows.features, [told]

@@ -20,10 +20,11 @@ from sl_queue.config.job import Job
 from sl_queue.config.resolve import PartySpec
 from sl_queue.data.to_predict import ToPredict
 from sl_queue.errors import AlignmentError
+from sl_queue.launch.answering_versions import versions_of
 from sl_queue.launch.asked import schedule_of
 from sl_queue.launch.connect import Connect
 from sl_queue.launch.importance import REPEATS, Explained, Importance, measure_of, require_defined
-from sl_queue.launch.service import PREFETCH, Models, versions_of
+from sl_queue.launch.service import PREFETCH, Models
 from sl_queue.loops.explaining import Questions
 from sl_queue.loops.requests import Found
 from sl_queue.protocol.messages import MicroBatch

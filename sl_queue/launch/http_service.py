@@ -19,7 +19,8 @@ from starlette.routing import Route
 
 from sl_queue.data.asked_ids import id_columns, request_keys
 from sl_queue.errors import ComputeError, SlQueueError
-from sl_queue.launch.service import LabelHolderService, id_key
+from sl_queue.launch.answering_versions import id_key
+from sl_queue.launch.service import LabelHolderService
 from sl_queue.loops.requests import Outcome, Unanswered
 from sl_queue.loops.serving import LabelService
 from sl_queue.protocol.event_json import finite

@@ -10,6 +10,7 @@ import errno
 import gc
 import io
 import os
+import select
 import signal
 import sys
 import traceback
@@ -40,7 +41,9 @@ class _Spared(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data) or len(data)
+            while (written := super().write(data)) is None:  # it does not block, and is full
+                select.select([], [self.fileno()], [])
+            return written
         except OSError as error:
             self.lost = error
             return len(data)
@@ -53,9 +56,12 @@ def _spare(name: str) -> _Spared:
         raw = _Spared(os.devnull, "w")
         raw.lost = OSError(errno.EBADF, os.strerror(errno.EBADF))
     else:
-        raw = _Spared(stream.fileno(), "w", closefd=False)
+        try:
+            raw = _Spared(stream.fileno(), "w", closefd=False)
+        except (AttributeError, io.UnsupportedOperation):  # memory, which takes all
+            return _Spared(os.devnull, "w")
     encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
-    by_line = getattr(stream, "line_buffering", False)
+    by_line = getattr(stream, "line_buffering", False) or getattr(stream, "write_through", False)
     setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line))
     return raw
 

@@ -1,5 +1,6 @@
 """Whatever answers where a broker should, a person's command says what it is, as workers do, without a traceback."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ import pytest
 from sl_queue.errors import BrokerUnreachable
 from sl_queue.protocol.messages import OPERATOR
 from sl_queue.transport.rabbitmq import connection
+from sl_queue.transport.rabbitmq.address import Address
+from sl_queue.transport.rabbitmq.blocking import connect
 from sl_queue.transport.rabbitmq.housekeeping import Housekeeping
 from sl_queue.transport.rabbitmq.rights import try_rights
 from tests.support.links import two_parties
@@ -76,3 +79,11 @@ def test_what_is_no_broker_is_told_to_a_person_as_to_a_worker(
             with pytest.raises(BrokerUnreachable, match=f"{port}, virtual host 'v' cannot be used.*{what}") as raised:
                 command()
             assert "hunter2" not in str(raised.value)
+
+
+def test_a_notebook_that_runs_an_event_loop_connects_as_well(url: str) -> None:
+    async def connected() -> bool:
+        with connect(Address.parse(url), "test") as found:
+            return bool(found.is_open)
+
+    assert asyncio.run(connected())

@@ -14,11 +14,11 @@ from sl_queue.compute.predicted import columns_of
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.errors import CheckpointError, JobError
+from sl_queue.launch.answering_versions import versions_of
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.outcome import undoing, write_outcome
 from sl_queue.launch.prediction import Predicted, spec_to_predict
 from sl_queue.launch.prediction_worker import run_prediction
-from sl_queue.launch.service import versions_of
 from sl_queue.local.prediction import predict_threads
 from sl_queue.privacy.accounting import gaussian_epsilon, gaussian_mu
 from sl_queue.privacy.response import Response, undone

@@ -17,11 +17,12 @@ from sl_queue.checking.check import check
 from sl_queue.data.asked_ids import request_keys
 from sl_queue.data.spec import FileSpec
 from sl_queue.errors import ComputeError, ShapeError
+from sl_queue.launch.answering_versions import id_key, versions_of
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.http_listener import HttpServer
 from sl_queue.launch.http_service import Api
 from sl_queue.launch.outcome import write_evaluation
-from sl_queue.launch.service import id_key, serve_label, versions_of
+from sl_queue.launch.service import serve_label
 from sl_queue.local.prediction import predict_threads
 from sl_queue.loops.requests import Unanswered
 from sl_queue.protocol.messages import MicroBatch

@@ -21,12 +21,13 @@ import sl_queue
 from sl_queue.config.resolve import resolve
 from sl_queue.config.user_code import Importer
 from sl_queue.data.asked_ids import request_keys
+from sl_queue.launch.answering_versions import id_key
 from sl_queue.launch.asked import Asked
 from sl_queue.launch.connect import MEMORY, connector
 from sl_queue.launch.http_listener import HttpServer
 from sl_queue.launch.http_service import MOST_BYTES, Api
 from sl_queue.launch.prediction import spec_to_predict
-from sl_queue.launch.service import Served, id_key, serve_feature, serve_label
+from sl_queue.launch.service import Served, serve_feature, serve_label
 from sl_queue.loops.requests import Unanswered
 from sl_queue.protocol.serving import MOST_ROWS
 from sl_queue.storage.versions import promote

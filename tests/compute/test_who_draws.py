@@ -22,7 +22,16 @@ from tests.support.resolved import train_joined
 from tests.support.split import Concatenated, Parties, Stages, equal_weights, parties
 
 ROOT = Path(__file__).parents[2]
-OWN_GENERATORS = {"Random", "SystemRandom", "default_rng", "Generator", "RandomState", "PCG64", "SeedSequence"}
+OWN_GENERATORS = {
+    "Random",
+    "SystemRandom",
+    "default_rng",
+    "Generator",
+    "RandomState",
+    "PCG64",
+    "SeedSequence",
+    "BitGenerator",
+}
 GLOBAL_OF_TORCH = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
     "multinomial", "poisson", "manual_seed", "seed", "set_rng_state", "fork_rng", "dropout",

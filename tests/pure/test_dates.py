@@ -180,3 +180,8 @@ def test_a_gap_among_dates_is_the_gap_that_it_is_among_numbers(tmp_path: Path, g
 def test_a_whole_number_has_the_zero_that_its_date_begins_with(pattern: str, number: int) -> None:
     assert read(pattern, number) == ["2026-02-01"]
     assert read(pattern, str(number)) == ["2026-02-01"]
+
+
+def test_a_format_that_does_not_fit_dates_in_iso_8601_is_told_to_go() -> None:
+    with pytest.raises(Unusable, match="they are written like 2026-01-31: leave format out"):
+        days(pa.array(["2026-01-31", "2026-02-01"]), "%d.%m.%Y")

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from sl_queue.config.user_code import Importer
@@ -63,3 +64,29 @@ def test_each_column_that_features_cannot_take_is_named() -> None:
         "  column 'c' holds values of type complex128",
         "  column 'm' holds objects of 2 types (int, str)",
     ]
+
+
+INTERVALS = pd.DataFrame({"x": [1.0, 2.0], "g": pd.cut([1.0, 2.0], [0, 1.5, 3])})
+
+
+@pytest.mark.parametrize("declared", [None, {"x": Number(), "g": Category()}])
+@pytest.mark.parametrize("form", [lambda frame: frame, pa.Table.from_pandas])
+def test_a_column_of_intervals_is_refused_by_name(form: Any, declared: Any) -> None:
+    with pytest.raises(JobError, match="'g'"):
+        read(Rows([1, 2], form(INTERVALS), [0, 1]), declared=declared)
+
+
+def test_a_column_may_be_called_as_a_method_of_another_kind_of_table() -> None:
+    frame = pd.DataFrame({"collect": [1.0, 2.0]})
+    assert read(Rows([1, 2], frame, [0, 1]), declared={"collect": Number()}).columns == ("collect",)
+
+
+def test_columns_that_choose_rows_are_set_aside_where_rows_are_chosen_already() -> None:
+    frame = pd.DataFrame({"x": [1.0, 2.0, 3.0, 4.0], "d": ["a", "b", "a", "b"]})
+    choices = Choices(ByColumn("d", values=("a",)), 0.0)
+    rows = Rows([1, 2, 3, 4], frame, [0, 1, 0, 1])
+    spec = TableSpec("shop", rows, features=True, labels=True, holdout_seed=1, code=Importer(), choices=choices)
+    first = read_table(spec)
+    assert first.chosen is not None
+    again = read_table(spec, chosen=first.chosen)
+    assert (again.columns, again.digest) == (("x",), first.digest)

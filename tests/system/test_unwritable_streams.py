@@ -113,3 +113,22 @@ def test_a_command_that_was_started_without_stdout_ends_without_a_traceback(tmp_
     ]
     found = ended([*words, "check", "job.toml"], tmp_path)
     assert found.returncode == UNSHOWN and found.stderr.count("\n") == 1
+
+
+SHOWS = """
+import io, os, sys
+from contextlib import redirect_stdout
+from sl_queue.launch.process import showing
+with redirect_stdout(io.StringIO()) as kept, showing():
+    print("in memory")
+assert kept.getvalue() == "in memory\\n"
+os.set_blocking(sys.stdout.fileno(), False)
+with showing():
+    for row in range(20_000):
+        print(row)
+"""
+
+
+def test_a_stream_that_does_not_block_and_one_in_memory_take_all(tmp_path: Path) -> None:
+    done = ended(["-c", SHOWS], tmp_path)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [str(row) for row in range(20_000)]), done.stderr

@@ -58,7 +58,7 @@ def _problem(tensor: Tensor) -> str | None:
         return "of a dtype that files cannot hold"
     if type(tensor) not in (Tensor, nn.Parameter):
         try:
-            to_payload(tensor)
+            to_payload(tensor, resizable=True)
         except (TypeError, RuntimeError, ValueError, NotImplementedError):
             return f"a {type(tensor).__name__}"
     return None

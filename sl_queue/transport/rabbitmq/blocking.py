@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pika
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
@@ -18,13 +19,19 @@ def connect(nodes: Sequence[Address], name: str, whose: str = "") -> pika.Blocki
     failed = ""
     for node in nodes:
         try:
-            asyncio.run(_reach(node, name))  # pika's own does not say what it is that does not speak AMQP
+            _reach_apart(node, name)  # pika's own does not say what it is that does not speak AMQP
             return pika.BlockingConnection(node.parameters(name))
         except (Lost, Denied) as error:
             failed = str(error)
         except (AMQPError, AMQPConnectorException, OSError) as error:
             failed = str(why_not(error, node))
     raise BrokerUnreachable(f"the broker at {nodes[-1]} cannot be used{whose}: {failed}")
+
+
+def _reach_apart(node: Address, name: str) -> None:
+    """Connect and leave, in a thread of its own: a notebook runs an event loop in this one."""
+    with ThreadPoolExecutor(1) as apart:
+        apart.submit(lambda: asyncio.run(_reach(node, name))).result()
 
 
 async def _reach(node: Address, name: str) -> None:
