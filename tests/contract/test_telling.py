@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,58 +149,45 @@ def test_a_party_with_other_rows_goes_on_to_hear_from_the_scheduler_how_they_dif
     assert not (tmp_path / "b/held_out.json").exists()
 
 
-def test_a_party_that_lost_its_folder_is_told_so_while_the_label_holder_trains(tmp_path: Path) -> None:
+@contextmanager
+def training(speaker: str, receiver: str, session: str = "") -> Iterator[dict[str, LinkAlignmentChannel]]:
+    """Open the channels of two roles, of which one trains: it gives signs of life and tells nothing."""
     broker, over = MemoryBroker(), threading.Event()
     channels = {
         role: LinkAlignmentChannel(broker.link(role, TOPOLOGY, PREFETCH), role, TOPOLOGY, role, patience_s=0.2)
-        for role in ("label", "a")
+        for role in (speaker, receiver)
     }
     for channel in channels.values():
         channel.open()
 
     def train() -> None:
         while not over.wait(0.05):
-            channels["label"].tell("a", Alive("label"))
+            channels[speaker].tell(receiver, Alive(speaker), session=session)
 
-    training = threading.Thread(target=train, daemon=True)
-    training.start()
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
     try:
+        yield channels
+    finally:
+        over.set()
+        thread.join()
+        for channel in channels.values():
+            channel.close()
+
+
+def test_a_party_that_lost_its_folder_is_told_so_while_the_label_holder_trains() -> None:
+    with training("label", "a") as channels:
         hearing = Hearing("a", "a-1", "rows", "label", channels["a"], 0.2, time.monotonic)
         with pytest.raises(AlignmentError, match="the state folder of 'a' was lost"):
             hearing.ask()
-    finally:
-        over.set()
-        training.join()
-        for channel in channels.values():
-            channel.close()
 
 
-def test_a_label_holder_that_lost_its_folder_says_so_while_a_party_trains(tmp_path: Path) -> None:
-    broker, over = MemoryBroker(), threading.Event()
-    channels = {
-        role: LinkAlignmentChannel(broker.link(role, TOPOLOGY, PREFETCH), role, TOPOLOGY, role, patience_s=0.2)
-        for role in ("label", "a")
-    }
-    for channel in channels.values():
-        channel.open()
-
-    def train() -> None:
-        while not over.wait(0.05):
-            channels["a"].tell("label", Alive("a"), session="the run")
-
-    training = threading.Thread(target=train, daemon=True)
-    training.start()
-    try:
+def test_a_label_holder_that_lost_its_folder_says_so_while_a_party_trains() -> None:
+    told = r"'a' knows which rows.*lost with the state folder of the label holder"
+    with training("a", "label", session="the run") as channels:
         about = ("label-1", "rows", tuple(chunks_of(CHOSEN, KEYS)), ("a",), channels["label"], lambda _: None)
-        with pytest.raises(
-            AlignmentError, match=r"'a' knows which rows.*lost with the state folder of the label holder"
-        ):
+        with pytest.raises(AlignmentError, match=told):
             Telling(*about, time.monotonic, patience_s=0.5).serve()
-    finally:
-        over.set()
-        training.join()
-        for channel in channels.values():
-            channel.close()
 
 
 def test_a_party_that_trains_with_may_ask_again_and_not_too_often() -> None:
