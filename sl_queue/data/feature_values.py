@@ -101,6 +101,8 @@ def days(column: Any, pattern: str | None) -> Any:
             remedy = "no month has such a day: correct them, or leave them empty"
         elif pattern is not None and _read(column, _ISO).null_count == column.null_count:
             remedy = "they are written like 2026-01-31: leave format out"
+        elif pattern is not None and read.null_count == len(read):
+            remedy = "no row is, so correct the format: 31012026 is %d%m%Y, 31.01.2026 is %d.%m.%Y"
         raise Unusable(f"{unread} of {len(column)} values are not dates {like}; {remedy}")
     found = read.cast(pa.date32(), safe=False)
     return pc.coalesce(days_in_utc(column), found) if pattern is None else found

@@ -185,3 +185,8 @@ def test_a_whole_number_has_the_zero_that_its_date_begins_with(pattern: str, num
 def test_a_format_that_does_not_fit_dates_in_iso_8601_is_told_to_go() -> None:
     with pytest.raises(Unusable, match="they are written like 2026-01-31: leave format out"):
         days(pa.array(["2026-01-31", "2026-02-01"]), "%d.%m.%Y")
+
+
+def test_a_format_that_fits_no_row_is_what_is_wrong() -> None:
+    with pytest.raises(Unusable, match=r"2 of 3 values are not dates of the form .*; no row is, so correct the format"):
+        days(pa.array([None, "09102016", "04052016"]), "%d.%m.%Y")
